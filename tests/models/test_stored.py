@@ -16,7 +16,7 @@ from assay.poc import HFEngine, Round, get_pipeline, prove, verify
 from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
 from assay.poc.service import Deployment
 from assay.poc.verdict import calibrate
-from tests.models.storing import FORMATS, described, restored, rewrite, store
+from tests.models.storing import FORMATS, configure, described, restored, rewrite, store
 
 NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}
 LAYER = "model.layers.1.mlp.down_proj"
@@ -203,6 +203,21 @@ def test_damaged_checkpoints_are_refused(small_checkpoint: Path, tmp_path: Path,
     rewrite(path, change)
     with pytest.raises(BadWeights, match=said):
         load_model(path, device="cpu")
+
+
+def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint: Path, tmp_path: Path):
+    path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
+    configure(path, tie_word_embeddings=False)
+    with pytest.raises(BadWeights, match=r"'lm_head\.weight' is missing"):
+        load_model(path, device="cpu")
+
+
+def test_what_float16_cannot_hold_is_refused_in_a_stored_checkpoint_too(small_checkpoint: Path, tmp_path: Path):
+    path = store(small_checkpoint, tmp_path / "model", "int8")
+    rewrite(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 1e9}))
+    load_model(path, device="cpu")
+    with pytest.raises(BadWeights, match=r"norm\.weight"):
+        load_model(path, device="cpu", dtype="float16")
 
 
 def test_eight_bits_that_no_configuration_explains_are_refused(small_checkpoint: Path, tmp_path: Path):

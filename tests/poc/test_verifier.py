@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from assay.errors import ProofMismatch, UsageError
-from assay.poc import DistanceRecord, Proof, Round, VectorRecord, calibrate, prove, verify
+from assay.poc import DistanceRecord, HFEngine, Pins, Proof, Round, VectorRecord, calibrate, prove, verify
 from assay.poc.verdict import Noise, count_mismatches, default_noise, judge, published_rule, residuals
 from assay.reports import dumps
 from assay.research import cheats
@@ -70,6 +70,19 @@ def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model,
     monkeypatch.setattr(_verifier, "HFEngine", lambda *a, **k: shapes.append(k["batch_size"]) or real(*a, **k))
     assert verify(proof, small_model).honest
     assert shapes == [4]
+
+
+def test_an_engine_for_another_length_is_refused_and_no_fraud_is_found(proof: Proof, small_model):
+    with pytest.raises(UsageError, match="an engine for 8 positions"):
+        verify(proof, small_model, engine=HFEngine(small_model, batch_size=4, seq_len=8))
+
+
+def test_a_preset_has_two_names_and_is_one(small_model):
+    round = Round(block_hash="b", public_key="k", seq_len=16, preset="sign-flips")
+    made = prove(small_model, round, range(32))
+    assert verify(made, small_model, expect=round).honest
+    assert Pins(preset="decode").differing(replace(round, preset="decode-256")) == ()
+    assert Pins(preset="decode").differing(round) == ("preset",)
 
 
 CHEATS = {

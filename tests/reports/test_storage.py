@@ -75,6 +75,17 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
         assert file.recover() == ['{"nonce":0}']
 
 
+def test_what_is_no_partial_file_is_left_as_it_is(tmp_path):
+    other = tmp_path / "proof.jsonl.partial"
+    other.write_text("my notes\nand more\n")
+    with PartialFile(tmp_path / "proof.jsonl") as file, pytest.raises(StorageError, match="is not what an earlier run"):
+        file.recover()
+    assert other.read_text() == "my notes\nand more\n"
+    other.write_text('{"half')  # a line that a crash tore
+    with PartialFile(tmp_path / "proof.jsonl") as file:
+        assert file.recover() == []
+
+
 def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

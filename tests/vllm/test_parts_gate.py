@@ -195,6 +195,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
             "keep a state",
         ),
         ({"cache_config.calculate_kv_scales": True}, "0.32.0", "(kv scales)"),
+        ({"cache_config.kv_cache_dtype_skip_layers": ["0"]}, "0.32.0", "(skipped layers)"),
     ],
 )
 def test_a_cache_in_eight_bits_is_taken_where_it_was_run(

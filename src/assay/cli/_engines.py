@@ -114,9 +114,10 @@ def check_judging(options: "VerifySettings", header: "Header") -> None:
     """
     from assay.errors import ProofMismatch
     from assay.models import model_info
+    from assay.poc.protocol import of_weights
 
     if options.engine == "hf":
-        check_loadable(options.model, options.dtype, options.device)
+        check_loadable(options.model, options.dtype or of_weights(header.fingerprint.dtype), options.device)
     info, positions = model_info(options.model), header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
         raise ProofMismatch(

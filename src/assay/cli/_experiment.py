@@ -189,9 +189,14 @@ def report(run_name: RunNameFlag, output: OutputFlag = EXPERIMENTS, as_json: Jso
 
 def _measure(run: Callable[..., None], plan: Any, run_name: str, output: Path, label: str, unit: str) -> Path:
     """Measure what is missing in a run's folder; return the path of its page."""
+    from assay.models import model_info
+    from assay.poc.engines.hf import check_shape
     from assay.research.runs import build_report, run_folder
 
     folder = run_folder(output, run_name)
+    if hasattr(plan, "seq_len") and not folder.exists():
+        for model in plan.models:
+            check_shape(model_info(model), batch_size=plan.batch_size, seq_len=plan.seq_len)
     with progress_bar(label, unit) as progress:
         run(plan, folder, progress=progress)
     return build_report(folder)

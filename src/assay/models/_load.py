@@ -281,6 +281,9 @@ def _materialise(
                 module = _load_trained(source, source.directory, dtype)
             else:
                 module = load_stored(source, tensors, form, dtype)
+            if dtype == torch.float16:  # it cannot hold every value of the other two
+                for name, parameter in module.named_parameters():
+                    check_finite(name, parameter.data, f"{source.reference} as {dtype}")
     if mesh is not None:
         _shard(module, mesh)
     if is_shape or weights == "random-all":
@@ -347,9 +350,6 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
             do="download or save the checkpoint again",
         ) from error
     _check_complete(source.reference, report)
-    if dtype == torch.float16:  # it cannot hold every value of the other two
-        for name, parameter in module.named_parameters():
-            check_finite(name, parameter.data, f"{source.reference} as {dtype}")
     return module
 
 

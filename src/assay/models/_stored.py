@@ -42,7 +42,7 @@ def load_stored(source: Source, tensors: list[Stored], form: StoredFormat, dtype
         BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
         ModelError: Experts are stored in another way than those of Qwen3.
     """
-    reader = _Reader(source.reference, tensors, form, dtype)
+    reader = _Reader(source.reference, tensors, form, dtype, tied=bool(source.config.tie_word_embeddings))
     if not any(tensor.dtype == form.dtype for tensor in tensors):
         raise reader.bad(f"its configuration says that it is quantised, and no tensor is stored as {form.dtype}")
     module = build(source.config, dtype)
@@ -57,7 +57,10 @@ def load_stored(source: Source, tensors: list[Stored], form: StoredFormat, dtype
 class _Reader:
     """Reads the tensors of a checkpoint by name, each once."""
 
-    def __init__(self, reference: str, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype) -> None:
+    def __init__(
+        self, reference: str, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype, *, tied: bool
+    ) -> None:
+        self.tied = tied  # whether the head is the input embedding, and need not be stored
         self.form, self.dtype = form, dtype
         self._reference, self._tensors, self._left = reference, {t.name: t for t in tensors}, {t.name for t in tensors}
 
@@ -181,7 +184,7 @@ def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
                 part.weight.data = reader.restored(place, part.weight.shape)
                 if part.bias is not None:
                     part.bias.data = reader.plain(f"{place}.bias", part.bias.shape)
-            elif reader.has(f"{place}.weight") or place != "lm_head":
+            elif reader.has(f"{place}.weight") or place != "lm_head" or not reader.tied:
                 _fill(part, f"{place}.", reader)
         elif any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
             setattr(owner, name, _experts(part, place, reader))

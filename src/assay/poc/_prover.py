@@ -113,14 +113,23 @@ def prove(
     return proof
 
 
-def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engine) -> Header:
-    """Return the header of a proof of these nonces on this engine."""
-    chosen = _listed(nonces)
-    round.check_nonces(chosen)
+def check_length(engine: Engine, round: Round) -> None:
+    """Refuse an engine for nonces of another length than those of a round.
+
+    Raises:
+        UsageError: Names both.
+    """
     if engine.seq_len != round.seq_len:
         raise UsageError(
             f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
         )
+
+
+def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engine) -> Header:
+    """Return the header of a proof of these nonces on this engine."""
+    chosen = _listed(nonces)
+    round.check_nonces(chosen)
+    check_length(engine, round)
     pipeline = get_pipeline(round.preset)
     check_supported(engine, pipeline)
     return Header(

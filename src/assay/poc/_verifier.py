@@ -7,7 +7,7 @@ import numpy as np
 
 from assay.errors import ProofMismatch, UsageError
 from assay.models import Model
-from assay.poc._prover import Progress, recompute
+from assay.poc._prover import Progress, check_length, recompute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
 from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
@@ -63,7 +63,8 @@ def verify(
     Raises:
         ProofMismatch: The proof is of another checkpoint, contradicts ``expect``, is in another number format than
             its preset has, or has nonces whose input seeds collide.
-        UsageError: The sample, the seed, an error rate or an expected value is out of range.
+        UsageError: The sample, the seed, an error rate or an expected value is out of range, or the engine is for
+            another number of positions.
         CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
@@ -94,6 +95,7 @@ def verify(
     compiled = is_compiled(header.fingerprint) and worth_compiling(model)
     shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
+    check_length(engine, header.round)
     noise = noise_for(header, engine.fingerprint, calibration)
     test = sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader

@@ -194,13 +194,19 @@ class PartialFile:
         after it, are lost: a crash tears the end of a file.
 
         Raises:
-            StorageError: The partial file cannot be read or cut.
+            StorageError: The partial file cannot be read or cut, or its first line shows that it is something else.
         """
         lines: list[str] = []
         size = 0
         with _storing(self.partial):
             self._file.seek(0)
             *complete, _torn = self._file.readall().split(b"\n")
+            if complete and not _is_intact(complete[0]):
+                raise StorageError(
+                    f"{self.partial} is not what an earlier run left",
+                    wanted="lines of JSON, or no such file",
+                    do="move it away, or choose another file name",
+                )
             for raw in complete:
                 if not _is_intact(raw):
                     break

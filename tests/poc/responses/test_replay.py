@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from assay import stats
-from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.errors import BadWeights, CalibrationError, ProofMismatch, UsageError
 from assay.models import Model, load_model
 from assay.poc import Pins
 from assay.poc.protocol import Fingerprint
@@ -32,6 +32,7 @@ from assay.poc.responses import (
     respond,
     sampled,
 )
+from assay.poc.responses._forward import check_finite
 from assay.poc.responses._gaps import _gaps
 from assay.research import cheats
 from tests.poc.responses.conftest import REQUESTS
@@ -143,6 +144,50 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
     assert np.array_equal(measured.margins[:20], np.zeros(20))
 
 
+class Likeliest(HFPrefill):
+    """Gives the largest logits and that of the claimed token, as vLLM does."""
+
+    def run(self, responses, adapter=None):
+        for place, found in super().run(responses, adapter):
+            border_N = found.logits.topk(64).values[:, -1:]
+            given_NV = found.logits >= border_N
+            given_NV[torch.arange(len(given_NV)), torch.tensor(responses[place].output)] = True
+            yield place, replace(found, logits=torch.where(given_NV, found.logits, -torch.inf), whole=False)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "refused"),
+    [
+        (Sampling(temperature=2.0, top_p=0.95), True),
+        (Sampling(temperature=2.0, top_p=0.95, top_k=20), False),
+        (Sampling(temperature=1.0, top_p=0.95, min_p=0.9), False),
+        (Sampling(temperature=2.0), False),
+        (Sampling(temperature=0), False),
+    ],
+)
+def test_top_p_is_not_judged_by_a_part_of_the_logits(small_model: Model, sampling: Sampling, refused: bool):
+    """Of fewer logits it keeps fewer tokens, and those that an honest node took beyond them would look impossible."""
+    request = Request(prompt=(5, 9, 12), request_id="r", max_tokens=32, sampling=sampling)
+    receipts = respond(small_model, [request], block_hash="b", public_key="k", stop=())
+    engine = Likeliest(small_model)
+    if refused:
+        with pytest.raises(UsageError, match=r"top_p 0\.95 and temperature 2\.0, of which the engine gave"):
+            replay(receipts, small_model, engine=engine)
+        return
+    (found,) = replay(receipts, small_model, engine=engine)
+    assert np.isfinite(found.margins[found.margins < 1e30]).all()
+    assert found.matches >= 31
+
+
+def test_logits_beyond_the_largest_number_are_refused(small_model: Model):
+    logits = torch.zeros(2, 4)
+    check_finite(small_model, torch.zeros(2, 3), logits)
+    check_finite(small_model, torch.zeros(2, 3), torch.where(logits == 0, -torch.inf, logits))
+    logits[1, 2] = torch.inf
+    with pytest.raises(BadWeights, match="NaN or infinity"):
+        check_finite(small_model, torch.zeros(2, 3), logits)
+
+
 @pytest.mark.parametrize(
     ("seed", "gaps"), [(0, (0.001, 0.0, 0.001)), (1, (0.001, 0.0, 0.2055)), (2, (0.0, 1.001, 0.6283))]
 )
@@ -189,6 +234,8 @@ def test_another_key_model_or_format_fails_by_name(responses: Receipts, pins: di
 def test_what_is_taken_on_the_nodes_word_is_listed(responses: Receipts):
     assert ReceiptPins(known=KNOWN, requests=REQUESTS).unpinned(responses) == ()
     assert ReceiptPins().unpinned(responses) == ("block_hash", "public_key", "requests")
+    texts = tuple(replace(one, prompt="a text, which no receipt holds") for one in REQUESTS)
+    assert ReceiptPins(known=KNOWN, requests=texts).unpinned(responses) == ("requests",)
     unseeded = rebuilt(responses, replace(responses.receipts[0], sampling=None))
     pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
     assert pins.unpinned(unseeded) == ("tokens",)

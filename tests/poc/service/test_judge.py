@@ -8,7 +8,8 @@ import pytest
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration
-from assay.poc.service.runtime._noise import check_calibration
+from assay.poc.service import Settings
+from assay.poc.service.runtime._noise import HonestNoise, check_calibration
 from assay.poc.verdict import BuildNoise, MachineNoise, default_noise, sequential_test
 from assay.poc.verdict._build_noise import machines_of
 from assay.poc.verdict._machines import Sizes
@@ -148,3 +149,18 @@ def test_a_round_that_ends_ends_its_validations(judging):
     call.join()
     assert (answers[0].status_code, answers[0].json()["state"]) == (409, "STOPPED")
     assert judging.rig.batches == 1  # cancelled between two batches
+
+
+def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
+    """A file may hold builds of several formats; the first one is not that of every service."""
+    exact, builds = stats.Spread(), []
+    for dtype, sigma in (("float16", 0.02), ("float32", 0.001)):
+        law, engine = stats.ScaleNoise(sigma=sigma), replace(proof.header.fingerprint, dtype=dtype)
+        measured = MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact)
+        about = {"output": "distance", "preset": "poc-2.0", "digest": small_model.digest, "n": 100}
+        builds.append(BuildNoise(**about, machines=machines_of([engine, engine]), noise=measured))
+    noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
+    for dtype, sigma in (("float32", 0.001), ("float16", 0.02)):
+        found = noise.of(proof.header.pipeline, dtype, small_model.digest, proof.header.round)
+        assert found.law.sigma == pytest.approx(sigma, rel=0.5)
+    assert noise.of(proof.header.pipeline, "bfloat16", small_model.digest, proof.header.round) is None

@@ -3,9 +3,10 @@
 import pytest
 
 from assay.cli._validator import pinned_format
-from assay.errors import AssayError, UsageError
-from assay.poc.service import Settings
+from assay.errors import AssayError, CalibrationError, UsageError
+from assay.poc.service import Deployment, Settings
 from assay.poc.validator import Registry
+from assay.poc.validator._noises import Noises
 from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of
 
 SECOND = """[[models.builds]]
@@ -113,6 +114,16 @@ def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=()))
     with pytest.raises(UsageError, match="list no node"):
         Registry.load(tmp_path / "pins.toml", None, Settings())
+
+
+@pytest.mark.parametrize("formats", ['["float32", "bfloat16"]', '["bfloat16", "float32"]'])
+def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, tmp_path, formats: str):
+    """Callbacks do not say which, and the law of the wrong one accuses honest nodes or passes cheats."""
+    (tmp_path / "pins.toml").write_text(pins_text(small_model).replace('dtype = "float32"', f"dtype = {formats}"))
+    (tmp_path / "nodes.toml").write_text(nodes_text())
+    registry = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
+    with pytest.raises(CalibrationError, match=r"the build 'cpu' of (float32|bfloat16) and"):
+        Noises(None, registry, Deployment.of(small_model, compiled=False))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Published sets by build: who is compared with whom, copies, and faults of the place."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from assay.poc.verdict import read_vector_sets
-from assay.research.clusters import builds_of, sound_builds
+from assay.research.clusters import builds_of, folds_of, sound_builds
 from assay.research.clusters._builds import base_name
 from tests.poc.verdict import published
 
@@ -70,3 +72,12 @@ def test_a_faulty_machine_is_named_and_left_out(tmp_path: Path):
     assert len(build.sets) == 4
     assert len(build.pairs) == 6
     assert 0.1 < build.honest_size < 0.2
+
+
+def test_a_machine_is_left_out_only_where_a_pair_of_others_stays():
+    """One pair of three that is faulty, or shares too few nonces, leaves nothing to fit without the third machine."""
+    errors_N = np.ones(4)
+    build = SimpleNamespace(
+        model="m", family="f", round="r", name="b", sets=("a", "b", "c"), distances={(0, 2): errors_N, (1, 2): errors_N}
+    )
+    assert [fold.machine for fold in folds_of([build], [], audits=1, seed=0)] == [0, 1]

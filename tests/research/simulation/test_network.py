@@ -138,9 +138,17 @@ def test_a_network_that_cannot_be_is_refused(wrong):
         Network(**wrong)
 
 
+def test_ninety_nine_of_a_hundred_convicted_are_99_percent():
+    caught_N = np.array([5.0] * 99 + [np.inf])
+    found = module._row(SMALL, Kind("cheat"), caught_N, np.ones(100))
+    assert (found["rounds_median"], found["rounds_99"]) == (5, 5)
+
+
 def test_too_many_cheaters_and_odd_presets_are_refused():
     with pytest.raises(UsageError, match="at most half"):
         simulate_network(Network(cheating=0.3), LAWS[0], KINDS)
+    with pytest.raises(UsageError, match="at most half"):  # of each kind there is one at least
+        simulate_network(Network(nodes=5, cheating=0.01, validators=2, checkers=1), LAWS[0], KINDS)
     with pytest.raises(UsageError, match="presets"):
         SimulationPlan(presets=("odd",))
     with pytest.raises(UsageError, match="dtypes float8"):

@@ -65,6 +65,7 @@ def test_runs_that_were_cut_off_enter_no_verdict():
     assert (claim.verdict, claim.measured) == ("not run yet", {})
     assert judged("it", "succeeds", cut, PLAIN, REFERENCE, fewest=4).verdict == "holds"
     assert lasts("it", (PLAIN, runs(0.0)), ([], []), [], fewest=3).verdict == "not run yet"
+    assert lasts("it", (PLAIN, runs(0.0)), (PLAIN, runs(0.0)), [], fewest=3).verdict == "not run yet"
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,19 @@ def test_detach_leaves_nothing_behind(module, ids, small_svd, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["detach", "merge"])
+def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, small_svd, mode, name):
+    """The end of the block would put weights back that no longer belong to the model."""
+    before = logits(module, ids)
+    adapter = DeltaS(module, small_svd, mode=mode)
+    randomise(adapter)
+    with adapter.disabled(), pytest.raises(UsageError, match=rf"{name} inside disabled\(\)"):
+        getattr(adapter, name)()
+    adapter.detach()
+    assert torch.equal(logits(module, ids), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, small_svd, tmp_path, mode):
     adapter = DeltaS(module, small_svd, mode=mode)
     randomise(adapter)

@@ -139,7 +139,7 @@ class Pins:
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict a pin."""
         pinned = (name for name in Round.__dataclass_fields__ if getattr(self, name) is not None)
-        return tuple(name for name in pinned if getattr(self, name) != getattr(round, name))
+        return tuple(name for name in pinned if getattr(self, name) != _named(name, getattr(round, name)))
 
     def check(self, header: Header) -> None:
         """Refuse a header that contradicts a pin, or asks for far more work than the default while nothing pins it.
@@ -193,7 +193,7 @@ class Pins:
             return _are(header, wanted)
         if name == "fewest_nonces":  # a set of nonces that is pinned may be any
             return self.nonces is not None or _in_a_row(header, wanted)
-        return name in ("builds", "prover_dtype") or bool(claim == wanted)
+        return name in ("builds", "prover_dtype") or bool(_named(name, claim) == wanted)
 
     def unpinned(self, header: Header) -> tuple[str, ...]:
         """Return the names of the values that are taken on the prover's word: not pinned, and not at their default."""
@@ -201,7 +201,7 @@ class Pins:
         at_default = {
             "block_hash": False,
             "public_key": False,
-            "preset": round.preset == Round.preset,
+            "preset": pipeline.name == Round.preset,
             "seq_len": round.seq_len == Round.seq_len,
             "strength": round.versioned or round.strength == Round.strength,
             "r_target": pipeline.output != "distance" or round.r_target == Round.r_target,  # others have none
@@ -211,6 +211,11 @@ class Pins:
             "prover_dtype": bool(self.formats) or header.fingerprint.dtype in formats,
         }
         return tuple(name for name, default in at_default.items() if not default and getattr(self, name) is None)
+
+
+def _named(name: str, value: Any) -> Any:
+    """Return a value as pins have it: a preset that has two names by its own."""
+    return get_pipeline(value).name if name == "preset" else value
 
 
 def _in_a_row(header: Header, fewest: int) -> bool:

@@ -88,11 +88,12 @@ def explained(model: Model, error: Exception, *, on: str, cached: bool) -> Model
 
 
 def check_finite(model: Model, hidden_TD: Tensor, logits_TV: Tensor) -> None:
-    """Refuse what a forward pass gave if a state or a logit is NaN, or a state is infinite.
+    """Refuse what a forward pass gave if a state is NaN or infinite, or a logit is NaN or beyond the largest number.
 
     Raises:
         BadWeights: It is.
     """
-    if not bool(torch.isfinite(hidden_TD).all()) or bool(torch.isnan(logits_TV).any()):
+    bad = torch.isnan(logits_TV) | (logits_TV == torch.inf)
+    if not bool(torch.isfinite(hidden_TD).all()) or bool(bad.any()):
         seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
         raise not_finite(seen, wanted="finite hidden states and logits")

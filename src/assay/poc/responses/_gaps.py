@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import stats, streams
+from assay.errors import UsageError
 from assay.poc.responses._sampler import Sampler
 from assay.poc.responses._sampling import Sampling, counts_before, tokens_of
 
@@ -58,6 +59,7 @@ def measure_margins(
     seeds_N: NDArray[np.uint32],
     *,
     prompt: tuple[int, ...] = (),
+    whole: bool = True,
 ) -> Margins:
     """Measure how far the tokens of a response are from those that these logits give.
 
@@ -67,6 +69,10 @@ def measure_margins(
         sampling: Parameters of sampling.
         seeds_N: Seeds of the steps.
         prompt: Tokens of the prompt, which penalties may need.
+        whole: Whether the engine gave the logits of all tokens; those that it did not give are -inf.
+
+    Raises:
+        UsageError: It did not, and what is missing may say which tokens top-p keeps.
     """
     vocabulary = logits_NV.shape[1]
     rows = max(1, _AT_ONCE // vocabulary)
@@ -79,6 +85,8 @@ def measure_margins(
             counts_NV = streams.as_tensor(counts_before(output, vocabulary, start, stop)).to(logits_NV.device)
         sampler = Sampler([sampling] * (stop - start), vocabulary, logits_NV.device)
         l_NV = sampler.penalised(logits_NV[start:stop], prompt_NV=prompt_V, counts_NV=counts_NV)
+        if not whole:
+            _check_top_p(l_NV, sampling)
         s_NV = sampler.noisy(l_NV, seeds_N[start:stop])
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         gaps_NV = _gaps(l_NV, s_NV, sampling, seeds_N[start:stop])
@@ -88,6 +96,35 @@ def measure_margins(
     if not margins:
         return Margins(np.zeros(0, np.float32), np.zeros((0, stats.COLUMNS)))
     return Margins(np.concatenate(margins), stats.stored(np.concatenate(profiles)))
+
+
+def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
+    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border of top-p.
+
+    A border that is drawn too near makes tokens impossible that an honest node may take. The others have at most the
+    smallest logit of the likeliest, which bounds their sum.
+    """
+    known_N = (l_NV > -math.inf).sum(dim=1)
+    if sampling.greedy or sampling.top_p == 1 or 0 < sampling.top_k < int(known_N.min()):
+        return
+    sorted_NV = (l_NV.double() / sampling.temperature).sort(dim=1, descending=True).values
+    weights_NV = (sorted_NV - sorted_NV[:, :1]).exp()
+    weights_NV = torch.where(weights_NV < sampling.min_p, 0.0, weights_NV)
+    # The claimed token is given wherever it stands: the last but one bounds those that were not given.
+    smallest_N = weights_NV.gather(1, (known_N - 2).clamp(min=0)[:, None])[:, 0]
+    others_N = (l_NV.shape[1] - known_N) * smallest_N
+    sums_NV = weights_NV.cumsum(dim=1)
+    near_N, far_N = (
+        (sums_NV < sampling.top_p * total_N[:, None]).sum(dim=1)
+        for total_N in (sums_NV[:, -1], sums_NV[:, -1] + others_N)
+    )
+    if not torch.equal(near_N, far_N):
+        raise UsageError(
+            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of which the engine gave "
+            f"{int(known_N.min())} of {l_NV.shape[1]} logits",
+            wanted="the logits of all tokens that top-p adds up",
+            do="replay it with --engine hf",
+        )
 
 
 def _gaps(

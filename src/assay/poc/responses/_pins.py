@@ -96,7 +96,8 @@ class ReceiptPins:
         given = {
             "block_hash": known.block_hash is not None,
             "public_key": known.public_key is not None,
-            "requests": self.requests is not None,
+            # Texts are not compared: a caller encodes them before it pins them.
+            "requests": self.requests is not None and not any(isinstance(one.prompt, str) for one in self.requests),
             "prover_dtype": bool(known.formats) or header.fingerprint.dtype in streams.DTYPES,
             "tokens": self.evidence == "sketches" or not unseen,
             "sketches": self.evidence == "tokens" or header.sketched,

@@ -51,11 +51,13 @@ class Prefilled:
         logits: Logits in front of every token of the output, [N, V].
         hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them all.
         sketched: Those of the tokens that are sketched, every 32nd from the first.
+        whole: Whether there is a logit of every token; those that an engine did not give are -inf.
     """
 
     logits: Float32[Tensor, "N V"]
     hidden: Float32[Tensor, "N D"] | None
     sketched: Float32[Tensor, "S D"]
+    whole: bool = True
 
 
 class Prefill(Protocol):

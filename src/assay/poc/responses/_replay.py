@@ -149,6 +149,7 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: P
             receipt.sampling,
             seed.step_seeds(range(len(whole.output))),
             prompt=whole.prompt,
+            whole=prefilled.whole,
         )
         margins, profiles = measured.margins, measured.profiles
     residuals = np.zeros(0)

@@ -1,7 +1,8 @@
 """Prefills with an offline vLLM engine: the likeliest tokens in front of every token of an output, and its states.
 
 vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that cannot
-be taken, which speaks for the node and not against it. The states that are sketched are kept in its workers.
+be taken, which speaks for the node and not against it; where top-p would need the others, the response is refused. The
+states that are sketched are kept in its workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ LIKELIEST = 1024
 _CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory
 _OWN = (
     "model", "dtype", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
-    "worker_extension_cls", "speculative_config",
+    "worker_extension_cls", "speculative_config", "kv_cache_dtype", "quantization", "load_format", "hf_overrides",
 )  # fmt: skip
 
 
@@ -129,7 +130,8 @@ class VLLMPrefill:
                 states |= {name.rpartition("-")[0] or name: data for name, data in reply.items()}
             for place, (response, output) in enumerate(zip(batch, made, strict=True)):
                 sketched = self._states(response, states.get(str(output.request_id), b""))
-                yield start + place, Prefilled(self._logits(response, output.prompt_logprobs), None, sketched)
+                logits_NV = self._logits(response, output.prompt_logprobs)
+                yield start + place, Prefilled(logits_NV, None, sketched, self._likeliest == self.model.vocab_size)
 
     def _asked(self, response: Whole) -> Any:
         """Return the parameters of a request whose states are kept."""
@@ -162,6 +164,12 @@ class VLLMPrefill:
         logits_NV = torch.full((len(rows), self.model.vocab_size), float("-inf"))
         for logits_V, row in zip(logits_NV, rows, strict=True):
             logits_V[list(row)] = torch.tensor([one.logprob for one in row.values()])
+        if bool((torch.isnan(logits_NV) | (logits_NV == torch.inf)).any()):
+            raise ModelError(
+                f"vLLM with logits of {self.model.reference} that are NaN or infinite",
+                wanted="finite logits",
+                do="replay in another --dtype, or check the checkpoint",
+            )
         return logits_NV
 
     def close(self) -> None:

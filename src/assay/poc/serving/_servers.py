@@ -145,7 +145,8 @@ class PassOn:
     def __init__(self, app: ASGIApp, *, prefix: tuple[str, ...], path: Path) -> None:
         self._app, self._prefix = app, prefix
         transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
-        self._client = httpx.AsyncClient(transport=transport)
+        # The owner ends what takes too long: a round that is waited for, and events, may be silent for minutes.
+        self._client = httpx.AsyncClient(transport=transport, timeout=None)
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on; answer 503 while the owner does not listen."""

@@ -47,6 +47,12 @@ class Noises:
 
     def _find(self, build: Build, round: Round | None) -> Noise:
         registry = self._registry
+        if len(build.dtype) > 1:
+            raise CalibrationError(
+                f"the build {build.name!r} of {' and '.join(build.dtype)}",
+                wanted="one number format for each build: callbacks do not say in which they were computed",
+                do="list the build once for each format, and name it for each node",
+            )
         if not self._measured:
             return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
         wanted = {"digest": registry.model.digest, "preset": registry.pipeline.name}

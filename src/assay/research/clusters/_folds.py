@@ -187,7 +187,7 @@ class Fold:
 
 
 def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed: int) -> list[Fold]:
-    """Return a fold for every machine of every build that has at least three others or more machines left.
+    """Return a fold for every machine of a build of three or more without which a pair of others is left.
 
     Args:
         builds: Sound sets by build.
@@ -206,5 +206,9 @@ def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed
             for one in builds
             if one.model != build.model and one.distances and one.model not in real
         }
-        found += [Fold(build, machine, real, others, audits, seed) for machine in range(len(build.sets))]
+        found += [
+            Fold(build, machine, real, others, audits, seed)
+            for machine in range(len(build.sets))
+            if any(machine not in rows for rows in build.distances)
+        ]
     return found

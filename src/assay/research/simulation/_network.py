@@ -216,16 +216,16 @@ def simulate_network(
         UsageError: The cheaters would be more than half of the nodes.
     """
     everyone = (Kind("honest"), *kinds)
-    if network.cheating * len(kinds) > 0.5:
+    each = max(1, int(network.cheating * network.nodes))
+    if each * len(kinds) > network.nodes / 2:
         raise UsageError(
-            f"{len(kinds)} kinds of cheaters at {network.cheating:.1%} each",
+            f"{each} cheaters of each of {len(kinds)} kinds among {network.nodes} nodes",
             wanted="at most half of the nodes",
-            do="lower --cheating",
+            do="lower --cheating, or raise --nodes",
         )
     rng = np.random.default_rng(network.seed)
     stake_N = rng.lognormal(0.0, network.stake_spread, network.nodes)
     kind_N = np.zeros(network.nodes, dtype=np.int64)
-    each = max(1, int(network.cheating * network.nodes))
     kind_N[: each * len(kinds)] = np.repeat(np.arange(1, len(everyone)), each)
     rng.shuffle(kind_N)
     rows = []
@@ -299,7 +299,7 @@ def _panels(network: Network, stake_N: FloatArray, rng: np.random.Generator) -> 
 def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray) -> dict[str, Any]:
     served_N = np.minimum(caught_N - 1, network.rounds)
     found_N = np.sort(caught_N)
-    median, most = found_N[found_N.size // 2], found_N[int(0.99 * found_N.size)]
+    median, most = found_N[found_N.size // 2], found_N[math.ceil(0.99 * found_N.size) - 1]
     return {
         "kind": kind.name,
         "multiple": kind.multiple,

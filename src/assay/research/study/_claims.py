@@ -114,6 +114,8 @@ def lasts(
         return Claim(says, "not run yet", f"{len(first)} and {len(second)} of {fewest} seeds at least", {})
     lost = welch(first, second)
     measured = {"e_small": mean_of(first, CONFIDENCE), "e_large": mean_of(second, CONFIDENCE), "lost": lost}
+    if len(rates(reference)) < fewest:
+        return Claim(says, "not run yet", f"{len(rates(reference))} of {fewest} seeds of the reference", measured)
     untested = manipulated(large[0], reference)
     if not untested and measured["e_small"].value < FADING:
         untested = "there is no effect in the small model that could fade"

@@ -199,7 +199,12 @@ class DeltaS(nn.Module):
             self._rollouts = before
 
     def detach(self) -> "PreTrainedModel":
-        """Remove the adapter and return the model as it was before, bit by bit, its ``requires_grad`` included."""
+        """Remove the adapter and return the model as it was before, bit by bit, its ``requires_grad`` included.
+
+        Raises:
+            UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its end.
+        """
+        self._refuse_disabled("detach")
         if self.mode == "merged" and hasattr(self.model, _NAME):
             for group in self.groups:
                 group.restore()
@@ -210,12 +215,20 @@ class DeltaS(nn.Module):
         """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
 
         δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
+
+        Raises:
+            UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
         """
+        self._refuse_disabled("merge")
         self.mode = "merged"
         reshard(self.model)
         self._merge()
         self._undo.close()
         return self.model
+
+    def _refuse_disabled(self, name: str) -> None:
+        if not self._enabled:
+            raise UsageError(f"{name} inside disabled()", wanted="an adapter at work", do="leave the block first")
 
     def save(self, path: str | Path) -> None:
         """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of the weights.

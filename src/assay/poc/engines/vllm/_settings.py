@@ -78,7 +78,7 @@ def refusals(config: Any) -> tuple[Refusal, ...]:
             formats,
             f"a cache of another number format ({formats})",
             "a cache of the model's own format, or --kv-cache-dtype fp8 alone",
-            "leave --kv-cache-dtype, --calculate-kv-scales and --mamba-cache-dtype out",
+            "leave --kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype out",
         ),
     )
 
@@ -182,5 +182,6 @@ def other_cache(config: Any) -> list[str]:
     formats = {"kv": ("cache_dtype", {own, *EIGHT_BITS}), "mamba": ("mamba_cache_dtype", {own})}
     formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
     found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
-    scaled = ["kv scales"] if getattr(cache, "calculate_kv_scales", False) else []
-    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + scaled
+    further = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
+    set_too = [name for name, field in further.items() if getattr(cache, field, None)]
+    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + set_too

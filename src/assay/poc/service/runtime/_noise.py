@@ -36,8 +36,12 @@ class HonestNoise:
             round: Round whose block scales distances.
         """
         if self._given is not None:
-            measured = noise_of_build([self._given], None, digest=digest, preset=pipeline.name, round=round)
-            return measured or _default(pipeline, dtype)
+            mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
+            if not mine:
+                return _default(pipeline, dtype)
+            fitting = (one for one in mine if not one.known or dtype in {known.dtype for known in one.known})
+            measured = [Calibration(builds=(one,)) for one in fitting]
+            return noise_of_build(measured, None, digest=digest, preset=pipeline.name, round=round)
         builds, pinned = self._pinned.get(digest, ((), []))
         if not pinned:
             return _default(pipeline, dtype)
