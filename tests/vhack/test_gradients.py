@@ -140,11 +140,15 @@ def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, sa
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_they_are_those_of_the_weights_in_a_loop_with_autocast(
-    small_model, byte_tokenizer, samples, small_svd, wanted, threads, monkeypatch
+    small_model, byte_tokenizer, samples, small_svd, wanted, threads
 ):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+    finally:
+        torch.set_num_threads(before)
     assert worst_error(found, wanted) < 1e-5
 
 
