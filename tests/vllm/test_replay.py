@@ -25,7 +25,7 @@ NARROW = 18
 
 WAYS = (
     Sampling(),
-    Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
+    Sampling(temperature=0.7, top_k=100, top_p=0.9, repetition_penalty=1.2),
     Sampling(temperature=0),
     Sampling(temperature=0.8, top_k=20, min_p=0.01, frequency_penalty=0.3),
 )
@@ -56,6 +56,9 @@ def test_vllm_gives_the_margins_profiles_and_sketches_of_transformers(model, tmp
         named = replace(receipts.receipts[0], adapter=Adapter("tuned", adapter.digest))
         with pytest.raises(UsageError, match="adapter"):
             replay(Receipts.build(receipts.header, [named], 1.0), engine.model, adapter=adapter, engine=engine)
+        wide = replace(receipts.receipts[1], sampling=Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2))
+        with pytest.raises(UsageError, match="gave 1024 of 4096 logits"):
+            replay(Receipts.build(receipts.header, [wide], 1.0), engine.model, engine=engine)
     for one, other in zip(ours, theirs, strict=True):
         assert one.matches == other.matches == 40
         # vLLM lists the likeliest tokens alone: at scales at which all others matter, a claimed token is likelier.
