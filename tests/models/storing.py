@@ -84,11 +84,11 @@ def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
     return target
 
 
-def make_hybrid(kind: str, target: Path) -> Path:
+def make_hybrid(kind: str, target: Path, **sizes: int) -> Path:
     """Write a model of random weights whose layers keep a state from position to position, or attend.
 
     The kinds are those of transformers: ``falcon_h1``, ``granitemoehybrid``, ``nemotron_h``, ``qwen3_next``, ``lfm2``
-    and ``jamba``.
+    and ``jamba``. ``sizes`` replace those of :data:`DECODER`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,20 +129,22 @@ def make_hybrid(kind: str, target: Path) -> Path:
         },
         "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
     }
-    return _write(AutoModelForCausalLM, AutoConfig.for_model(kind, **DECODER, **own[kind]), target)
+    return _write(AutoModelForCausalLM, AutoConfig.for_model(kind, **DECODER | sizes, **own[kind]), target)
 
 
-def make_wrapper(kind: str, target: Path) -> Path:
+def make_wrapper(kind: str, target: Path, **sizes: int) -> Path:
     """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm``, ``gemma3`` or ``qwen2_5_vl``.
 
-    The decoder inside is a Llama in the first two.
+    The decoder inside is a Llama in the first two. ``sizes`` replace those of :data:`DECODER`.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 16}
     ids = {"image_token_id": 511}
-    rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    decoder = DECODER | sizes
+    of_time, of_space = decoder["head_dim"] // 8, 3 * decoder["head_dim"] // 16
+    rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [of_time, of_space, of_space]}
     own: dict[str, dict[str, Any]] = {
         "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509},
         "qwen2_5_vl": {**ids, "video_token_id": 510, "vision_start_token_id": 509, "vision_end_token_id": 508},
@@ -154,7 +156,7 @@ def make_wrapper(kind: str, target: Path) -> Path:
     if kind == "qwen2_5_vl":
         vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
         vision |= {"fullatt_block_indexes": [0]}
-    text = DECODER | texts.get(kind, {"model_type": "llama"})
+    text = decoder | texts.get(kind, {"model_type": "llama"})
     settings = own.get(kind, {**ids, "scale_factor": 2, "pad_token_id": 0})
     config = AutoConfig.for_model(kind, vision_config=vision, text_config=text, **settings)
     return _write(AutoModelForImageTextToText, config, target)

@@ -144,6 +144,84 @@ def test_no_weight_is_copied_and_new_ones_are_used_at_once():
     torch.testing.assert_close(after, before)
 
 
+class Recorded:
+    """What stands in for a CUDA graph on a CPU: the function as it was when it was recorded, and how often it ran."""
+
+    def __init__(self, function: Any, given: torch.Tensor, pool: Any) -> None:
+        assert pool == "one pool"
+        self.function, self.shape, self.replayed = function, given.shape, 0
+
+    def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        assert given.shape == self.shape
+        self.replayed += 1
+        return self.function(given)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """The recordings that are made, on what passes for a GPU."""
+    found: list[Recorded] = []
+
+    def record(*arguments: Any) -> Recorded:
+        found.append(Recorded(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(_compiled, "Recording", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
+    monkeypatch.setattr(_direct_worker, "is_first_of_group", lambda: True)
+    monkeypatch.setattr(OwnPasses, "_is_recorded", lambda self, count, seq_len: count * seq_len <= 32)
+    return found
+
+
+@pytest.mark.parametrize("preset", ["poc-2.0", "hardened"])
+def test_small_passes_are_recorded_once_and_publish_the_same(preset: str, recordings: list[Recorded]):
+    model, spec = made("qwen3"), spec_of(8, preset)
+    own = passes(model)
+    whole = own.begin(spec, list(range(11)), 11)
+    assert recordings == []
+    own.prepare(spec)
+    assert [one.shape[0] for one in recordings] == [1, 2]
+    parts = [own.begin(spec, nonces, 4) for nonces in ([0], [1, 2], [3, 4], list(range(5, 11)))]
+    assert [one.shape[0] for one in recordings] == [1, 2, 4]
+    assert [one.replayed for one in recordings] == [2, 4, 1]
+    found = np.concatenate([part.numpy() for part in parts if part is not None])
+    assert whole is not None
+    assert np.abs(found - whole.numpy()).max() <= (2e-6 if preset == "poc-2.0" else 2e-3)
+
+
+def test_a_pass_is_recorded_again_when_a_weight_lies_elsewhere(recordings: list[Recorded]):
+    own, spec = passes(made("llama")), spec_of(8)
+    body = own._runner.get_model().model
+    own.begin(spec, [0], 1)
+    body.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+    own.begin(spec, [0], 1)
+    assert len(recordings) == 1
+    body.layers[1].mlp.down_proj.weight = nn.Parameter(body.layers[1].mlp.down_proj.weight.data / 1.5)
+    own.begin(spec, [0], 1)
+    body.norm.weight = nn.Parameter(body.norm.weight.data.clone())
+    own.begin(spec, [0], 1)
+    assert len(recordings) == 3
+
+
+def test_few_recordings_are_kept(recordings: list[Recorded]):
+    own = passes(made("llama"))
+    lengths = range(2, 2 + _direct_worker.MAX_TABLES + 1)
+    for seq_len in (*lengths, lengths[-1], lengths[0]):
+        own.begin(spec_of(seq_len), [0], 1)
+    assert [one.shape[1] for one in recordings] == [*lengths, lengths[0]]
+    assert len(own._recorded._made) == _direct_worker.MAX_TABLES
+
+
+def test_only_small_passes_on_a_gpu_are_recorded():
+    own = passes(made("llama"))
+    assert not own._is_recorded(1, 8)
+    own._runner.device = torch.device("cuda")
+    assert own._is_recorded(2, 256)
+    assert own._is_recorded(15, 8)
+    assert not own._is_recorded(16, 8)  # the last layer serves the last position alone
+    assert not own._is_recorded(3, 256)
+
+
 def change(target: str, value: Any):
     """A change of one attribute of the first layer."""
 

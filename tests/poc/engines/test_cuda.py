@@ -19,8 +19,9 @@ from assay.models import Model, backbone, checkpoint_directory, load_model
 from assay.models._quantise import quantise as round_weights
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
+from assay.poc.engines.hf import LeanForward, LeanParts, RecordedPasses, auto_batch, rotation_of, worth_compiling
 from assay.poc.engines.hf import _engine as _hf
-from assay.poc.engines.hf import auto_batch, worth_compiling
+from assay.poc.engines.hf._lean import layer_shape, layer_weights
 from assay.poc.engines.hf._memory import peak_bytes
 from tests.models.storing import in_eight_bits, store
 
@@ -107,6 +108,29 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)
     spread = np.std(overlapped.distances - eager.distances)
     assert 0 < spread < default_noise("distance", "bfloat16", "bfloat16").size
+
+
+def test_recorded_passes_have_the_bits_of_those_that_are_not_and_follow_the_weights():
+    model, recorded = on_cuda(), RecordedPasses(4)
+    body = backbone(model.module)
+    layers = [layer_weights(layer) for layer in body.layers]
+    rotation = rotation_of(body.rotary_emb, 64, model.dtype, model.device)
+    draw = torch.Generator("cuda").manual_seed(1)
+    inputs = torch.randn(3, 2, 64, model.hidden_size, generator=draw, device="cuda").to(model.dtype)
+
+    def forward() -> LeanForward:
+        return LeanForward(LeanParts(layer_shape(body.layers[0]), layers, body.norm.weight.data, rotation))
+
+    with torch.inference_mode():
+        for inputs_BTD in (*inputs, inputs[0, :1]):
+            assert torch.equal(recorded.hidden(forward(), inputs_BTD), forward().hidden(inputs_BTD))
+        before = recorded.hidden(forward(), inputs[0])
+        layers[1].down_proj[0].mul_(2)
+        in_place = recorded.hidden(forward(), inputs[0])
+        layers[1] = layers[1]._replace(down_proj=(layers[1].down_proj[0] / 2, None))
+        moved = recorded.hidden(forward(), inputs[0])
+    assert not torch.equal(before, in_place)
+    assert torch.equal(before, moved)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])

@@ -1,6 +1,6 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA."""
 
-from assay.poc.engines.hf._compiled import LeanForward, worth_compiling
+from assay.poc.engines.hf._compiled import LeanForward, RecordedPasses, worth_compiling
 from assay.poc.engines.hf._engine import HFEngine, be_deterministic, is_compiled
 from assay.poc.engines.hf._lean import LayerWeights, LeanParts, Shape, rotation_of
 from assay.poc.engines.hf._memory import auto_batch, check_shape
@@ -12,6 +12,7 @@ __all__ = [
     "LeanForward",
     "LeanParts",
     "ParallelEngine",
+    "RecordedPasses",
     "Shape",
     "World",
     "auto_batch",

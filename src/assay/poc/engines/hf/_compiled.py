@@ -6,7 +6,7 @@ Legend of shapes: B nonces, T positions, D hidden size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -159,6 +159,7 @@ class LeanForward:
 
     def __init__(self, parts: LeanParts) -> None:
         self._device, self._dtype, self._shape = parts.norm.device, parts.norm.dtype, parts.shape
+        self._parts = parts
         self._fused = runs_on(self._device)
         self._layers = LeanLayers(parts, fused_steps if self._fused else plain_steps)
 
@@ -167,6 +168,11 @@ class LeanForward:
         """What computes, as a fingerprint names it: the kernel that attends, and those between the products."""
         attention = _attention_name(self._shape, self._dtype, self._device)
         return (attention, f"triton {version('triton')}", FUSED) if self._fused else (attention,)
+
+    def places(self) -> tuple[int, ...]:
+        """Return where everything lies that a pass reads besides its inputs: weights, and cosines and sines."""
+        read = (self._parts.norm, *self._parts.rotation, *self._parts.layers)
+        return tuple(tensor.data_ptr() for tensor in _tensors(read))
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
@@ -181,9 +187,43 @@ class LeanForward:
             return self._layers.hidden(inputs_BTD)
 
 
+def _tensors(parts: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among parts, which may be nested tuples or None."""
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        elif part is not None:
+            yield from _tensors(part)
+
+
 def _last_alone(device: torch.device, batch_size: int) -> bool:
     """Return whether the last layer may serve the last position alone: its products have enough rows, on CUDA."""
     return device.type == "cuda" and batch_size >= ROWS_OF_A_PRODUCT
+
+
+class Recording:
+    """A run of a function of one tensor, recorded as a CUDA graph: a replay costs the host one launch.
+
+    It keeps nothing alive but its input and output, so what the function reads besides must stay where it is.
+
+    Args:
+        function: Function of a tensor of fixed shape. It runs once before it is recorded, to load every kernel.
+        given: Tensor of that shape.
+        pool: Memory that is shared with other recordings, none of which runs at the same time; None is its own.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any = None) -> None:
+        self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
+        function(self._input)  # compiles; nothing may be compiled while a graph is recorded
+        # Other threads, such as those of a service, may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._output = function(self._input)
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Return what the function gives for another tensor of the shape."""
+        self._input.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
 
 
 class _Graph:
@@ -191,25 +231,44 @@ class _Graph:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._input = self._output = torch.empty(0)
+        self._recording: Recording | None = None
 
     def __call__(self, given: Tensor) -> Tensor:
-        if self._graph is None:
-            self._record(given)
-        assert self._graph is not None
-        self._input.copy_(given)
-        self._graph.replay()
-        return self._output.clone()
+        if self._recording is None:
+            self._recording = Recording(self._function, given)
+        return self._recording(given)
 
-    def _record(self, given: Tensor) -> None:
-        self._input = given.clone()
-        self._function(self._input)  # compiles; nothing may be compiled while a graph is recorded
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those of a service, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._output = self._function(self._input)
-        self._graph = graph
+
+class RecordedPasses:
+    """Recorded passes of :class:`LeanForward` over weights that belong to someone else, by the shape of their inputs.
+
+    The host needs several milliseconds to queue a pass kernel by kernel, however small it is; a recorded one takes it a
+    fraction of one. A pass is recorded again when something that it reads lies elsewhere than before.
+
+    Args:
+        most: Number of shapes that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pool: Any = None
+        self._made: dict[tuple[int, ...], tuple[tuple[int, ...], Recording]] = {}
+
+    def hidden(self, forward: LeanForward, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype.
+
+        Args:
+            forward: The pass over the weights as they are now.
+            inputs_BTD: Inputs on a CUDA device.
+        """
+        shape, places = tuple(inputs_BTD.shape), forward.places()
+        if shape not in self._made or self._made[shape][0] != places:
+            self._made.pop(shape, None)  # freed before the next one is made
+            while len(self._made) >= self._most:
+                self._made.pop(next(iter(self._made)))
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._made[shape] = places, Recording(forward.hidden, inputs_BTD, self._pool)
+        return self._made[shape][1](inputs_BTD)
 
 
 def _compiled_steps(shape: Shape) -> Steps:

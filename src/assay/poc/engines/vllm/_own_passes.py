@@ -2,8 +2,12 @@
 
 vLLM holds queries, keys and values as one matrix and gate and up as another, which is how the lean decoder of the
 transformers engine takes them: it runs over the very same memory. Keys and values stay in the pass, so no cache is
-needed. Nothing is compiled or recorded, so memory comes from where vLLM's own steps have theirs and goes back there,
-and the weights are looked up with every pass: the first one after a reload runs on the new ones.
+needed. Nothing is compiled, and large passes are not recorded: their memory comes from where vLLM's own steps have
+theirs, and goes back there. The weights are looked up with every pass, so the first one after a reload runs on the new
+ones.
+
+The few nonces that run beside chat are so small a pass that the host takes longer to queue it than a GPU to compute it,
+and the next step waits for both. On CUDA such passes are recorded, once for each shape.
 
 Legend of shapes: B nonces of a pass, T positions, D hidden size, H query heads, E head width, F width of the MLP.
 """
@@ -18,7 +22,7 @@ from torch.nn import functional
 
 from assay.models.decoder import Rotation
 from assay.models.families import attention_window, family_of
-from assay.poc.engines.hf import LayerWeights, LeanForward, LeanParts, Shape, rotation_of
+from assay.poc.engines.hf import LayerWeights, LeanForward, LeanParts, RecordedPasses, Shape, rotation_of
 from assay.poc.engines.vllm._direct_worker import MAX_TABLES, DirectPasses
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.protocol import ROWS_OF_A_PRODUCT
@@ -33,6 +37,8 @@ _KNOWN = _NEEDED | {f"{name}.bias" for name in _PRODUCTS} | {"self_attn.q_norm.w
 
 _ANGLES = 0.02  # cosines and sines may differ so far: bfloat16 rounds them by up to 0.004
 _TRIED = 16  # positions of the passes with which the kernels are loaded
+_RECORDED = 512  # positions of a recorded pass, at most: its states stay in memory
+_AHEAD = 2  # passes of so many nonces are recorded before a round begins: what runs beside chat unless settings differ
 
 
 def why_not_over(model: Any, config: Any) -> str | None:
@@ -110,6 +116,7 @@ class OwnPasses(DirectPasses):
         sizes = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
         self._shape = Shape(*sizes, float(attention.scaling), epsilon, functional.silu)
         self._rotation = lru_cache(MAX_TABLES)(self._make_rotation)
+        self._recorded = RecordedPasses(MAX_TABLES)
 
     @property
     def _body(self) -> Any:
@@ -125,10 +132,15 @@ class OwnPasses(DirectPasses):
         )
         return next((reason for refused, reason in reasons if refused), None)
 
+    @torch.inference_mode()
     def prepare(self, spec: Spec) -> int:
         """Make what depends on the length of a round; return B, the largest number of nonces of a pass."""
-        self._rotation(spec.round.seq_len)
-        return self._batch(spec.round.seq_len)
+        seq_len = spec.round.seq_len
+        forward = self.forward(seq_len)
+        for count in range(1, _AHEAD + 1):
+            if self._is_recorded(count, seq_len):
+                self._states(forward, self._some_inputs(count, seq_len))
+        return self._batch(seq_len)
 
     @torch.inference_mode()
     def load(self) -> tuple[str, ...]:
@@ -139,8 +151,7 @@ class OwnPasses(DirectPasses):
         """
         forward = self.forward(_TRIED)
         for count in (1, ROWS_OF_A_PRODUCT):
-            inputs_BTD = torch.ones(count, _TRIED, self._width, dtype=self._body.norm.weight.dtype)
-            if not bool(torch.isfinite(forward.last_hidden(inputs_BTD.to(self._runner.device))).all()):
+            if not bool(torch.isfinite(forward.last_hidden(self._some_inputs(count, _TRIED))).all()):
                 raise ValueError("a pass returned NaN or infinity")
         return forward.kernels
 
@@ -153,9 +164,26 @@ class OwnPasses(DirectPasses):
         seq_len = spec.round.seq_len
         inputs_BTD = self._inputs(spec, nonces).view(len(nonces), seq_len, -1)
         forward = self.forward(seq_len)  # on a GPU the inputs are being made meanwhile
-        if spec.pipeline.read == "last":
-            return forward.last_hidden(inputs_BTD)
-        return self._summed(spec, nonces, forward.hidden(inputs_BTD))
+        if spec.pipeline.read != "last":
+            return self._summed(spec, nonces, self._states(forward, inputs_BTD))
+        if self._is_recorded(len(nonces), seq_len):
+            return self._states(forward, inputs_BTD)[:, -1].float()
+        return forward.last_hidden(inputs_BTD)
+
+    def _states(self, forward: LeanForward, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D], by a recorded pass where it is small."""
+        recorded = self._is_recorded(*inputs_BTD.shape[:2])
+        return self._recorded.hidden(forward, inputs_BTD) if recorded else forward.hidden(inputs_BTD)
+
+    def _is_recorded(self, count: int, seq_len: int) -> bool:
+        """Return whether a pass is recorded. From :data:`ROWS_OF_A_PRODUCT` nonces on a pass may leave states out."""
+        small = count < ROWS_OF_A_PRODUCT and count * seq_len <= _RECORDED
+        return small and self._runner.device.type == "cuda"
+
+    def _some_inputs(self, count: int, seq_len: int) -> Tensor:
+        """Return inputs [B, T, D] that say nothing."""
+        norm = self._body.norm.weight
+        return torch.ones(count, seq_len, self._width, dtype=norm.dtype, device=norm.device)
 
     def _batch(self, seq_len: int) -> int:
         """Return B, at least 1: a pass fits into the memory that vLLM has measured for its largest step."""
