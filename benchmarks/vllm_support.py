@@ -19,9 +19,11 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import _vllm_adapters
 import _vllm_images
 import _vllm_router
 import numpy as np
@@ -50,6 +52,8 @@ CASES = {  # kind of checkpoint, dtype
     "not quantised": ("plain", "bfloat16"),
     "not quantised, cache in fp8": ("fp8-cache", "bfloat16"),
     "not quantised, cache in fp8, in float32": ("fp8-cache", "float32"),
+    "not quantised, chat with a LoRA adapter beside": ("adapter", "bfloat16"),
+    "not quantised, speculative decoding": ("speculation", "bfloat16"),
     "Falcon-H1": ("falcon_h1", "bfloat16"),
     "Granite 4, hybrid": ("granitemoehybrid", "bfloat16"),
     "LFM2": ("lfm2", "bfloat16"),
@@ -71,11 +75,14 @@ MIXTURES = ("qwen3-moe", "mixtral")
 HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
 WRAPPERS = ("smolvlm", "qwen2_5_vl")
 WITH_VIDEOS = ("qwen2_5_vl",)
-WHOLE = ("plain", "fp8-cache")
+WHOLE = ("plain", "fp8-cache", "adapter", "speculation")
 OPTIONS = {
     "fp8-cache": {"kv_cache_dtype": "fp8"},
+    "adapter": {"enable_lora": True, "max_loras": 1, "max_lora_rank": _vllm_adapters.RANK},
+    "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
     "lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
 }
+ON_CUDA = {"qwen3_next": {"gdn_prefill_backend": "triton"}}  # by itself vLLM takes a kernel of FlashInfer there
 # GPUs have no kernels for heads of 32, which the small checkpoints have.
 WIDER = {"head_dim": 64}
 FEWER = WIDER | {"num_attention_heads": 2, "num_key_value_heads": 1}  # of the same hidden size
@@ -100,7 +107,7 @@ def main():
             kind, dtype = CASES[name]
             try:
                 path = checkpoint(kind, Path(folder), arguments.device)
-                row = measure(path, kind, dtype, range(arguments.nonces), arguments.device)
+                row = measure(path, kind, dtype, range(arguments.nonces), arguments.device, Path(folder))
             except AssayError as error:
                 row = {"refused": str(error)}
             except Exception as error:  # an engine that vLLM cannot start, or that dies
@@ -153,8 +160,8 @@ def checkpoint(kind, folder, device="cpu"):
     return path
 
 
-def measure(path, kind, dtype, nonces=range(NONCES), device="cpu"):
-    """Run one case."""
+def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
+    """Run one case; what it needs besides the checkpoint is made in the folder."""
     from assay.poc.engines.vllm import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
@@ -162,12 +169,18 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu"):
         _vllm_router.allow_hooks()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
-        options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30}
+        options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30, **ON_CUDA.get(kind, {})}
     with VLLMEngine(str(path), **shape, **options) as engine:
         model = load_model(path, dtype=dtype, device=device)
         cheat = cheating(model, kind, dtype)
-        presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
+        said = {}
+        beside = nullcontext()
+        if kind == "adapter":
+            beside = _vllm_adapters.chat(engine, _vllm_adapters.make(model.module.config, folder), said)
+        with beside:
+            presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
         row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
+        row |= {"chat": said} if said else {}
         return row | ({"router": router(engine, model, path, nonces)} if kind in MIXTURES else {})
 
 

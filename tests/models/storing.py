@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
         else:
             tensors[name] = tensor.to(torch.bfloat16)
     save_file(tensors, target / "model.safetensors")
-    configure(target, quantization_config=described(form, block))
+    routers = [name.removesuffix(".weight") for name in tensors if name.endswith(".gate.weight")]
+    configure(target, quantization_config=described(form, block, whole=["lm_head", *routers]))
     return target
 
 
@@ -210,17 +211,18 @@ def rounded_weight(weight: torch.Tensor, by: Arithmetic) -> Rounded:
     return Rounded(values[..., : shape[-2], : shape[-1]].to(torch.float8_e4m3fn).contiguous(), scales)
 
 
-def described(form: str, block: int = 32) -> dict[str, Any]:
-    """The ``quantization_config`` of a format."""
+def described(form: str, block: int = 32, whole: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """The ``quantization_config`` of a format; ``whole`` names the layers that are not quantised."""
     if form in ("tensor", "channel", "block"):
         own = {"weight_block_size": [block, block]} if form == "block" else {}
+        own["modules_to_not_convert"] = list(whole)
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", **own}
     if form in ("awq", "gptq"):
         own = {"zero_point": True, "version": "gemm"} if form == "awq" else {"desc_act": False, "sym": True}
         return {"quant_method": form, "bits": 4, "group_size": block, **own}
     if form in FOUR_BITS:
         weights = {"num_bits": 4, "type": "int", "symmetric": form == "packed", "strategy": "group", "dynamic": False}
-        return _compressed("pack-quantized", weights | {"group_size": block}, None)
+        return _compressed("pack-quantized", weights | {"group_size": block}, None, whole)
     kind = "int" if form == "int8" else "float"
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
     weights, inputs = (
@@ -230,16 +232,18 @@ def described(form: str, block: int = 32) -> dict[str, Any]:
     if form == "block-tensors":
         weights |= {"strategy": "block", "block_structure": [block, block]}
         inputs |= {"strategy": "group", "group_size": block}
-    return _compressed(f"{kind}-quantized", weights, inputs)
+    return _compressed(f"{kind}-quantized", weights, inputs, whole)
 
 
-def _compressed(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+def _compressed(
+    kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None, whole: Sequence[str]
+) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": kind,
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": list(whole),
         "kv_cache_scheme": None,
     }
 
