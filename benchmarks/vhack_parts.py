@@ -8,11 +8,15 @@ by parameters: tokens per second and device, times the parameters of the model. 
 
     python benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o one.json
     torchrun --nproc-per-node 2 benchmarks/vhack_parts.py --one one.json -o benchmarks/results/vhack_parts.json
+
+``--shares`` times the pass with other shares of the free memory for a batch. ``--quick`` times nothing but the pass,
+with factors that are drawn instead of decomposed: its products take as long, and its gradients mean nothing.
+``--trace FILE`` writes which operations of one more pass took the time of the first process's device.
 """
 
 import json
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +30,9 @@ from torch.distributed.fsdp import fully_shard
 from assay.models import load_model, model_info
 from assay.models.decoder import decoder_layers
 from assay.poc.engines.hf import joined
-from assay.vhack import extract, per_sample_gradients, target_modules
+from assay.vhack import Factors, SVDCache, extract, per_sample_gradients, target_modules
 from assay.vhack.basis import _extract
-from assay.vhack.gradients import _per_sample
+from assay.vhack.gradients import _batches, _per_sample
 from assay.vhack.gradients._batches import tokens_of
 
 WAYS, SEVERAL = ("fsdp", "tensor", "device-map"), "1800 tokens"
@@ -144,9 +148,54 @@ def watched():
 
 def cases(options):
     """Settings of the pass; the slope of the memory is between batches of one sample and of 1800 tokens."""
-    some = {"usual": {}, "checkpointing": {"checkpointing": True}}
+    some = {"usual": {}} | {share_named(share): {} for share in options.shares}
+    if options.quick:
+        return some
+    some |= {"checkpointing": {"checkpointing": True}}
     found = some | {"one sample": {"max_tokens": 1}, SEVERAL: {"max_tokens": 1800}}
     return found | {f"{tokens} tokens": {"max_tokens": tokens} for tokens in options.tokens}
+
+
+def share_named(share):
+    return f"share {share}"
+
+
+@contextmanager
+def sharing(name):
+    """The share of the free memory for a batch that this name says; others leave it as it is."""
+    usual = _batches._GATHERING_SHARE
+    _batches._GATHERING_SHARE = float(name.partition("share ")[2] or usual)
+    try:
+        yield _batches._GATHERING_SHARE
+    finally:
+        _batches._GATHERING_SHARE = usual
+
+
+def drawn(module):
+    """Divided factors of the right size and form, with random numbers."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    found = {}
+    for name, linear in target_modules(module).items():
+        (outputs, inputs), mesh = linear.weight.shape, linear.weight.device_mesh
+        rank, device = min(outputs, inputs), linear.weight.device
+        like = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device": device}
+        left = distribute_tensor(torch.randn(outputs, rank, **like) / outputs**0.5, mesh, [Shard(0)])
+        right = distribute_tensor(torch.randn(rank, inputs, **like) / inputs**0.5, mesh, [Shard(1)])
+        found[name] = Factors(left, torch.linspace(2, 1, rank, device=device), right, 0.0, 0.0)
+    return SVDCache(found, rank=None, dtype=left.dtype)
+
+
+def traced(work, place, options):
+    """Run it once more under the profiler of the first process, and write a table."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if options.device == "cuda" else [])
+    with profile(activities=kinds) if place.leads else nullcontext() as found:
+        work()
+    if place.leads:
+        by = "self_device_time_total" if options.device == "cuda" else "self_cpu_time_total"
+        options.trace.write_text(found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=90))
 
 
 def measured(options, place):
@@ -167,38 +216,48 @@ def measured(options, place):
         figures["formula_gb"] = formula(module, place.count)
     yield figures
     with watched() as seen:
-        some = pairs(tokenizer, options.pairs)
-        _, seconds, peak = place.timed(lambda: extract(some, module, tokenizer=tokenizer, n_heldout=0))
-        figures["extraction"] = {
-            "pairs": options.pairs,
-            "seconds": seconds,
-            "of_these_factors": max(place.told(seen["svd_seconds"])),
-            "peak_gb": peak,
-            "kept_gb": place.memory(torch.cuda.memory_allocated),
-        }
+        if options.quick:
+            seen["svd"] = drawn(module)
+            figures["factors"] = "drawn, not decomposed"
+        else:
+            some = pairs(tokenizer, options.pairs)
+            _, seconds, peak = place.timed(lambda: extract(some, module, tokenizer=tokenizer, n_heldout=0))
+            figures["extraction"] = {
+                "pairs": options.pairs,
+                "seconds": seconds,
+                "of_these_factors": max(place.told(seen["svd_seconds"])),
+                "peak_gb": peak,
+                "kept_gb": place.memory(torch.cuda.memory_allocated),
+            }
         yield figures
         chosen = samples(tokenizer, options.samples)
         tokens = sum(len(tokenizer(one.prompt + one.completion)["input_ids"]) for one in chosen)
         figures |= {"samples": len(chosen), "tokens": tokens}
+
+        def once(case):
+            return per_sample_gradients(chosen, module, tokenizer=tokenizer, svd=seen["svd"], **case)
+
         for name, case in cases(options).items():
             taken = []
             for turn in range(1 + options.rounds):
                 note(f"{name}, turn {turn}")
                 seen["turns"].clear()
-                _, seconds, peak = place.timed(
-                    lambda case=case: per_sample_gradients(chosen, module, tokenizer=tokenizer, svd=seen["svd"], **case)
-                )
+                with sharing(name) as share:
+                    _, seconds, peak = place.timed(lambda case=case: once(case))
                 taken += [seconds] if turn else []  # the first warms up
             rate = tokens / min(taken) / place.count
             row = {"seconds": taken, "tokens_per_second_and_device": rate, "rate_times_parameters": rate * parameters}
             figures["gradients"][name] = row | {
                 "peak_gb": peak,
+                "share_of_free_memory": share,
                 "turns": len(seen["turns"]),
                 "recomputed_layers": seen["recomputed"],
                 "largest_batch_tokens": max(max(theirs) for theirs in place.told(seen["turns"])),
             }
             compare(figures, options.one)
             yield figures
+        if options.trace:
+            traced(lambda: once({}), place, options)
 
 
 def compare(figures, one):
@@ -226,6 +285,9 @@ def main():
     arguments.add_argument("--samples", type=int, default=24)
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--tokens", type=int, nargs="*", default=[], help="other batch sizes to try")
+    arguments.add_argument("--shares", type=float, nargs="*", default=[], help="other shares of the free memory to try")
+    arguments.add_argument("--quick", action="store_true", help="drawn factors, and the usual batches and shares alone")
+    arguments.add_argument("--trace", type=Path, help="table of the operations of one more pass")
     arguments.add_argument("--one", type=Path, help="figures of one device, from vhack_gradients.py")
     options = arguments.parse_args()
     with ExitStack() as stack:

@@ -70,20 +70,26 @@ def gathered(factors):
 @contextmanager
 def gathered_numbers():
     """How many numbers of gathered factors exist at once, at most."""
-    alive, peak, gather = WeakValueDictionary(), [0], _in_place.whole
+    alive, peak, gathering = WeakValueDictionary(), [0], _in_place.gathering
 
     def counted(tensor):
-        found = gather(tensor)
-        if found is not tensor:
-            alive[id(found)] = found
-        peak[0] = max(peak[0], sum(one.numel() for one in alive.values()))
-        return found
+        wait = gathering(tensor)
 
-    _in_place.whole = counted
+        def and_count():
+            found = wait()
+            if found is not tensor:
+                found = found.detach()  # gloo's threads let go of the other one some time later
+                alive[id(found)] = found
+            peak[0] = max(peak[0], sum(one.numel() for one in alive.values()))
+            return found
+
+        return and_count
+
+    _in_place.gathering = counted
     try:
         yield peak
     finally:
-        _in_place.whole = gather
+        _in_place.gathering = gathering
 
 
 def found_in(module, samples, tokenizer, svd=None, **settings):

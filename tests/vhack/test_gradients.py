@@ -9,8 +9,20 @@ from torch import nn
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
-from assay.vhack.gradients import _batches
-from assay.vhack.gradients._batches import encode, plan, plan_in_turns, room_for_batches, token_budget, tokens_of
+from assay.vhack.gradients import _batches, _division
+from assay.vhack.gradients._batches import (
+    Segments,
+    budget_in_turns,
+    encode,
+    plan,
+    plan_in_turns,
+    room_for_batches,
+    token_budget,
+    tokens_of,
+)
+from assay.vhack.gradients._division import Division
+from assay.vhack.gradients._in_place import PartTap
+from assay.vhack.gradients._per_sample import SampleGradients, _check_finite
 from assay.vhack.gradients._replica import Replica
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
@@ -223,18 +235,62 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
         again, all_of_them = plan_in_turns(module, encoded, free, checkpointing=True, **how)
         assert all_of_them == layers
         assert len(again) <= len(batches)
-        room = _batches._GATHERING_SHARE * free
-        fits = token_budget(module, encoded, room, recomputed=recomputed)
+        fits = budget_in_turns(module, encoded, free, recomputed=recomputed)
         # A sample that does not fit has a batch to itself.
         assert all(tokens_of(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
         if recomputed:
             largest = max(tokens_of(batch, packed=True) for batch in batches)
-            assert largest > token_budget(module, encoded, room, recomputed=recomputed - 1)
+            assert largest > budget_in_turns(module, encoded, free, recomputed=recomputed - 1)
         seen.append((len(batches), recomputed))
     assert seen[-1] == (2, 0)
     # One layer alone saves nothing: while it is computed again it has all that it would have kept.
     assert {recomputed for _, recomputed in seen} == {*range(layers + 1)} - {1}
     assert seen[0] == (len(encoded), layers)
+
+
+def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_matrix():
+    rows = {name: torch.ones(3, 4) for name in ("a", "b")}
+    encoded = [_batches.Encoded(index, f"sample {index}", [1, 2], 1) for index in range(3)]
+    _check_finite(SampleGradients(rows), encoded)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        rows["a"][2, 3] = rows["b"][1, 0] = bad
+        with pytest.raises(DataError, match="sample 1 in b"):
+            _check_finite(SampleGradients(rows), encoded)
+
+
+def test_tensors_are_added_up_over_processes_in_groups_of_a_bounded_size(monkeypatch):
+    monkeypatch.setattr(_division, "_AT_ONCE", 8)
+    parts = [torch.zeros(size) for size in (3, 5, 1, 20, 8)]
+    assert [[len(part) for part in some] for some in _division._in_groups(parts)] == [[3, 5], [1], [20], [8]]
+
+
+@pytest.mark.parametrize(
+    ("by_samples", "again", "is_early"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(small_model, by_samples, again, is_early):
+    segments = Segments.of([3], torch.device("cpu"))
+    kept = []
+    for name, linear in target_modules(small_model).items():
+        factors = weight_svd(small_model, modules=[name], min_coverage=0.0)[name]
+        how = {"factored": False, "together": False, "checkpointing": again, "use": None}
+        tap = PartTap(name, linear, factors, {}, division=Division(None, by_samples), segments=lambda: segments, **how)
+        if tap.way(torch.zeros(3, linear.in_features), segments).early:
+            kept.append(name)
+    shorter = [n for n, linear in target_modules(small_model).items() if linear.out_features < linear.in_features]
+    assert kept == (shorter if is_early else [])
+    assert any("down_proj" in name for name in shorter)
+
+
+def test_what_is_gathered_is_no_room_for_a_batch(small_model, byte_tokenizer, samples):
+    """By the third and fourth line of the formula in docs/vhack.md."""
+    module = small_model.module
+    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
+    every = sum(parameter.numel() for parameter in module.parameters())
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
+    factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
+    gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
+    assert budget_in_turns(module, encoded, gathered, recomputed=0) == 1
+    assert budget_in_turns(module, encoded, 20 * gathered, recomputed=0) > 1
 
 
 @pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)

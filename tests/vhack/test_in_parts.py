@@ -88,7 +88,7 @@ def test_each_process_keeps_its_share_of_the_factors(ranks, paths, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "adapter" not in case])
 def test_factors_of_one_matrix_at_most_are_gathered_at_once(ranks, paths, case):
-    """The fourth line of the formula in docs/vhack.md, which is for U and Vh; one of them is gathered at a time."""
+    """The fourth line of the formula in docs/vhack.md, which is for U and Vh."""
     module = in_parts.loaded(paths[case.split()[0]])
     shapes = [one.weight.shape for one in target_modules(module).values()]
     for rank in ranks:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.models.decoder import decoder_layers
 from assay.vhack.pairs import Sample
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ _MOST_BYTES = 52e9
 # On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
 # of at most 1380 tokens with none, which wait for weights and factors (benchmarks/results/vhack_parts_h200x2.json).
 _GATHERED_TOKENS = 6144
-_GATHERING_SHARE = 0.75  # of the free memory, for such a batch
+# Of the memory that is free beside what is gathered. The counts below are some 17 % above what two H200 measured.
+_GATHERING_SHARE = 0.95
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
+_WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinates alone are kept
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
@@ -257,7 +260,14 @@ def room_for_batches(free: float) -> float:
     return min(_MOST_BYTES, free / 2)
 
 
-def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int) -> int:
+def token_budget(
+    module: "PreTrainedModel",
+    encoded: Sequence[Encoded],
+    room: float,
+    *,
+    recomputed: int,
+    wide_copies: int = _WIDE_COPIES,
+) -> int:
     """Return how many tokens a batch may have, padding included, so that all of it fits into its room.
 
     Args:
@@ -265,12 +275,13 @@ def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: fl
         encoded: Samples of the batches.
         room: Bytes for a batch.
         recomputed: Number of layers that the backward pass computes again.
+        wide_copies: Tensors of the width of the MLP that a layer keeps for the backward pass.
     """
     config, layers = module.config.get_text_config(), layers_of(module)
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
-    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
+    layer = (_HIDDEN_COPIES * config.hidden_size + wide_copies * wide) * parameter.element_size()
     states = layers * config.hidden_size * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn comes.
     activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
@@ -304,13 +315,26 @@ def plan_in_turns(
         checkpointing: Whether all layers are computed again, whatever there is room for.
     """
     layers = layers_of(module)
-    room = _GATHERING_SHARE * free
-    fits = [token_budget(module, encoded, room, recomputed=count) for count in range(layers + 1)]
+    fits = [budget_in_turns(module, encoded, free, recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
     batches = plan(encoded, wanted, packed=packed, equal=equal, at_once=at_once)
     largest = max(tokens_of(batch, packed=packed) for batch in batches)
     fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
     return batches, layers if checkpointing else fewest
+
+
+def budget_in_turns(module: "PreTrainedModel", encoded: Sequence[Encoded], free: float, *, recomputed: int) -> int:
+    """Return how many tokens a batch may have in a process that gathers weights, of so many free bytes.
+
+    Two layers, what belongs to none, and the factors of one matrix are gathered at once, as in docs/vhack.md.
+    """
+    size = next(module.parameters()).element_size()
+    every = sum(parameter.numel() for parameter in module.parameters())
+    layers = [[parameter.numel() for parameter in layer.parameters()] for layer in decoder_layers(module)]
+    factors = 2 * max(map(max, layers))  # at most: min(O, I) · (O + I) is no more than 2 · O · I
+    gathered = size * (2 * max(map(sum, layers)) + every - sum(map(sum, layers)) + factors)
+    room = _GATHERING_SHARE * (free - gathered)
+    return token_budget(module, encoded, room, recomputed=recomputed, wide_copies=_WIDE_COPIES_IN_TURNS)
 
 
 def tokens_of(batch: Sequence[Encoded], *, packed: bool) -> int:

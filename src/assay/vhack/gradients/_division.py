@@ -15,10 +15,11 @@ but memory: each matrix has its factors and its gradient where it is.
 Shapes: O outputs, I inputs, R coordinates of δS.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
+_AT_ONCE = 2**26  # numbers that are added up over the processes at once: 268 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +79,31 @@ class Division:
         dist.all_gather_object(found, what, group=self.mesh.get_group())
         return found
 
-    def add_up(self, rows_NR: Tensor) -> None:
-        """Replace a tensor on the CPU by its sum over the processes."""
-        if self.mesh is not None:
-            total_NR = rows_NR.to(self.mesh.device_type)
-            dist.all_reduce(total_NR, group=self.mesh.get_group())
-            rows_NR.copy_(total_NR)
+    def add_up(self, parts: Iterable[Tensor]) -> None:
+        """Replace every tensor on the CPU by its sum over the processes.
+
+        Many go at once: one by one, those of 448 matrices wait 448 times for the device and for the other processes.
+        """
+        if self.mesh is None:
+            return
+        for some in _in_groups(parts):
+            total = torch.cat([part.flatten() for part in some]).to(self.mesh.device_type)
+            dist.all_reduce(total, group=self.mesh.get_group())
+            sizes = [part.numel() for part in some]
+            for part, summed in zip(some, torch.split(total.cpu(), sizes), strict=True):
+                part.copy_(summed.view(part.shape))
+
+
+def _in_groups(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in their order, as many at once as have at most _AT_ONCE numbers, but at least one."""
+    some: list[Tensor] = []
+    for part in parts:
+        if some and sum(each.numel() for each in some) + part.numel() > _AT_ONCE:
+            yield some
+            some = []
+        some.append(part)
+    if some:
+        yield some
 
 
 def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:

@@ -16,7 +16,7 @@ from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._division import COLUMNS, ROWS, WHOLE, Division, lost_width
 from assay.vhack.gradients._factors import Factors
 from assay.vhack.gradients._replica import Recipe, Replica, recipe_for
-from assay.vhack.gradients._sharding import is_sharded, reshard, whole
+from assay.vhack.gradients._sharding import gathering, is_sharded, reshard
 from assay.vhack.gradients._taps import Tap, Way
 
 if TYPE_CHECKING:
@@ -113,20 +113,33 @@ class PartTap(Tap):
     ) -> None:
         super().__init__(name, linear, factors, found, **how)
         self.division, self.layout = division, division.layout(linear)
+        self._coming: dict[str, Callable[[], Tensor]] = {}
         if self.layout != WHOLE and self.plain is None:
             self.plain = linear.forward  # whose product knows the placement of the weight
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """Return the one way that is bilinear in what processes have parts of, and gathers no factor early."""
-        return Way("project", early=False, output=False, input=False)
+        """Return the one way that is bilinear in what processes have parts of.
+
+        Where whole samples are computed once, long inputs are kept as their few coordinates: Vh is then gathered in the
+        forward pass and not in the other one.
+        """
+        is_once = self.division.by_samples and self.plain is None and not self.checkpointing
+        is_shorter = self.factors.rank < self.linear.weight.shape[1]
+        return Way("project", early=is_once and is_shorter, output=False, input=False)
+
+    def fetch(self, *sides: str) -> None:
+        own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
+        self._coming |= {side: gathering(getattr(self.factors, side)) for side in sides if side != own}
+
+    def _gathered(self, side: str) -> Tensor:
+        coming = self._coming.pop(side, None)
+        return (coming or gathering(getattr(self.factors, side)))()
 
     def left(self) -> Tensor:
-        left_OR = self.factors.left
-        return self.division.part(left_OR, 0) if self.layout == ROWS else whole(left_OR)
+        return self.division.part(self.factors.left, 0) if self.layout == ROWS else self._gathered("left")
 
     def right(self) -> Tensor:
-        right_RI = self.factors.right
-        return self.division.part(right_RI, 1) if self.layout == COLUMNS else whole(right_RI)
+        return self.division.part(self.factors.right, 1) if self.layout == COLUMNS else self._gathered("right")
 
     def own(self, gradient: Tensor) -> Tensor:
         if not is_sharded(gradient):

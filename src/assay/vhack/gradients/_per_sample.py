@@ -230,12 +230,18 @@ def _in_parts(
                 _fill(found, computed)
             if progress:
                 progress(sum(len(batch) for batch in batches[: start + len(turn)]), len(encoded))
-    for rows_NR in found.values():
-        division.add_up(rows_NR)
-    for one in encoded:
-        if bad := next((name for name, rows_NR in found.items() if not torch.isfinite(rows_NR[one.index]).all()), ""):
-            raise _not_finite(f"the loss or the gradient of {one.name} in {bad}")
+    division.add_up(found.values())
+    _check_finite(found, encoded)
     return found
+
+
+def _check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
+    """Refuse the first sample with a row that is not finite, by one look at every module."""
+    # NaN and infinities are among the least or the largest numbers of a row.
+    fine_MN = [torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0) for rows_NR in found.values()]
+    for one in encoded if not torch.stack(fine_MN).all() else ():
+        if bad := next((name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""):
+            raise _not_finite(f"the loss or the gradient of {one.name} in {bad}")
 
 
 def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], free: float) -> float:

@@ -8,7 +8,7 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -138,7 +138,7 @@ class Replica:
         self._head_sees_completions_only()
         if recipe.fused and (self.use is not None or self._on_cpu):
             self._fuse_norms()
-        self._tap(factors, factored, checkpointing=recomputed > 0)
+        self._tap(factors, factored)
         if recipe.packed:
             self._pack_layers()
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
@@ -243,10 +243,11 @@ class Replica:
         for layer in layers:
             self._replace(layer, packed.forward(layer, late=self.recipe.late and layer is last))
 
-    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str], *, checkpointing: bool) -> None:
+    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
         self.names = list(modules)
         late = _late_prefixes(self.module) if self.recipe.late else ()
+        again = _names(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
         taps = {}
         for name, linear in modules.items():
@@ -258,7 +259,7 @@ class Replica:
                 segments=self._late_segments if name.startswith(late) else self._segments,
                 factored=name in factored,
                 together=self.recipe.together,
-                checkpointing=checkpointing,
+                checkpointing=name.startswith(again),
                 use=None if is_expert else self.use,  # the kernel wants rows of every sample
             )
             if not is_expert:
@@ -276,9 +277,14 @@ class Replica:
 
 
 def _late_prefixes(module: "PreTrainedModel") -> tuple[str, ...]:
-    last = decoder_layers(module)[-1]
-    name = next(name for name, part in module.named_modules() if part is last)
-    return tuple(f"{name}.{part}" for part in _LATE)
+    (name,) = _names(module, decoder_layers(module)[-1:])
+    return tuple(f"{name}{part}" for part in _LATE)
+
+
+def _names(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Return what the names of all modules inside of these parts begin with, a dot at its end."""
+    wanted = {id(part) for part in parts}
+    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted)
 
 
 def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":

@@ -5,8 +5,10 @@ it, so nothing here does.
 """
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -34,6 +36,30 @@ def whole(tensor: Tensor) -> Tensor:
     """Return the gathered tensor; every process must ask for it."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
+
+
+def gathering(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to gather a tensor beside what is computed meanwhile; return a function that waits for it and returns it.
+
+    Every process must ask for it. Parts of different sizes are only gathered when the function is called.
+    """
+    if not is_sharded(tensor) or tensor.ndim != 2 or len(tensor.placements) > 1:
+        return lambda: whole(tensor)
+    dimension = next((at for at in (0, 1) if tensor.placements[0].is_shard(at)), None)
+    parts = tensor.device_mesh.size()
+    if dimension is None or tensor.shape[dimension] % parts:
+        return lambda: whole(tensor)
+    part = tensor.to_local().detach().contiguous()
+    found = part.new_empty(parts * len(part), *part.shape[1:])
+    # Its name in torch 2.13, and before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(found, part, group=tensor.device_mesh.get_group(), async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return found if dimension == 0 else torch.cat(found.chunk(parts), dim=1)
+
+    return wait
 
 
 def local_rows(tensor: Tensor) -> slice:

@@ -184,6 +184,9 @@ class Tap:
         left_OR = self.left()
         return gradient_NO.to(left_OR.dtype) @ left_OR
 
+    def fetch(self, *sides: str) -> None:
+        """Begin to gather factors, ``"left"`` or ``"right"``, that will be asked for soon."""
+
     def left(self) -> Tensor:
         """Return U of the outputs that this process has, [O, R]."""
         return self.factors.left
@@ -243,9 +246,11 @@ class _Tapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        way = tap.way(inputs_NI, segments)
-        kept, bias = tap.along(inputs_NI) if way.early else inputs_NI, tap.linear.bias
+        way, bias = tap.way(inputs_NI, segments), tap.linear.bias
+        if way.early:
+            tap.fetch("right")
         if way.output:
+            kept = tap.along(inputs_NI)
             output_NO = (kept * tap.values) @ tap.factors.left.T
             if bias is not None:
                 output_NO += bias
@@ -254,6 +259,7 @@ class _Tapped(torch.autograd.Function):
             output_NO = kept if bias is None else kept + bias
         else:
             output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
+            kept = tap.along(inputs_NI) if way.early else inputs_NI
         ctx.save_for_backward(kept)
         ctx.tap, ctx.segments, ctx.way = tap, segments, way
         return output_NO.view(*inputs.shape[:-1], -1)
@@ -263,16 +269,16 @@ class _Tapped(torch.autograd.Function):
         (gradient,), (kept,) = gradients, ctx.saved_tensors
         tap, way = ctx.tap, ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        from_inputs = way.how == "inner" and not tap.narrow
+        tap.fetch("left", *(() if way.early else ("right",)))
+        from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
+        # First what needs no factors: they are gathered meanwhile.
+        result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
         projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
-        result_NI = gradient_NO @ tap.linear.weight if from_inputs else None
-        tap.leave(kept, gradient_NO if result_NI is None else result_NI, projected_NR, ctx.segments, way)
-        if result_NI is None and not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        if way.input and projected_NR is not None:
+        tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
+        if way.input and is_wanted and projected_NR is not None:
             result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
-        elif result_NI is None:
-            result_NI = gradient_NO @ tap.linear.weight
+        if result_NI is None:
+            return None, None, None, None
         return result_NI.view(*gradient.shape[:-1], -1), None, None, None
 
 
@@ -292,6 +298,7 @@ class _Behind(torch.autograd.Function):
         (gradient,), (kept,) = gradients, ctx.saved_tensors
         own = ctx.tap.own(gradient)
         gradient_NO = own.reshape(-1, own.shape[-1])
+        ctx.tap.fetch("left", "right")
         ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
         return gradient, None, None, None, None
 
