@@ -82,11 +82,13 @@ class Part:
         late = {steps - index * self.apart for index in range(self.late)}
         return sorted({0, *late, *(round(steps * (i + 1) / (self.between + 1)) for i in range(self.between))})
 
-    def cell(self, seed):
-        """The runs of one seed."""
+    def cell(self, seed, which="all"):
+        """The runs of one seed: all of them, the arms of the hypotheses (``main``), or the others."""
+        main = {(run.arm, run.basis, run.start) for run in MAIN}
         return [
             replace(run, seed=seed, basis=f"{run.basis}@{seed}" if run.basis in DRAWN else run.basis)
             for run in self.runs
+            if which == "all" or ((run.arm, run.basis, run.start) in main) == (which == "main")
         ]
 
 

@@ -6,6 +6,9 @@ All runs of the part and these seeds go side by side. Every so many steps ``OUT/
 not at all: δS, the optimizer's state and the logs of all runs, some 0.15 MB a run of the smallest size. Give the
 command again where that file is, and it goes on from there, also on another machine. The logs are taken out of these
 files by ``vhack_study3_results.py``.
+
+``--arms main`` makes the runs of the arms that the hypotheses are about, and ``--arms others`` those of the others, in
+files of their own (``PART-main-FIRST-LAST.pt``). Together they are the runs of the part.
 """
 
 import argparse
@@ -130,7 +133,7 @@ def train(study, part, grader, state, given, begun):
 
 def block(seeds, part, made, about, grader, given, begun):
     """Run the cells of some seeds side by side; return whether they are done."""
-    runs = [run for seed in seeds for run in part.cell(seed)]
+    runs = [run for seed in seeds for run in part.cell(seed, given.arms)]
     study = Study(
         runs,
         made.model,
@@ -145,7 +148,8 @@ def block(seeds, part, made, about, grader, given, begun):
         fewest=given.fewest,
     )
     note(f"{len(runs)} runs in {[len(c.runs) for c in study.cohorts]}, ready after {time.monotonic() - begun:.1f} s")
-    state = given.output / f"{given.part}-{seeds[0]}-{seeds[-1] + 1}.pt"
+    name = given.part if given.arms == "all" else f"{given.part}-{given.arms}"
+    state = given.output / f"{name}-{seeds[0]}-{seeds[-1] + 1}.pt"
     if state.exists():
         study.load(state)
         if any(log.header["model"] != about["model"] for log in study.logs.values()):
@@ -163,6 +167,9 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seeds", help="FIRST:LAST, LAST not among them; by default all of the part")
+    parser.add_argument(
+        "--arms", choices=("all", "main", "others"), default="all", help="those of the hypotheses, or not"
+    )
     parser.add_argument("--one-by-one", action="store_true", help="one seed after the other, each in its own file")
     parser.add_argument("--organism", default="reference:organism")
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -197,7 +204,7 @@ def main():
         "pairs": part.pairs,
     }
     with Grader(given.workers) as grader:
-        runs = [run for seed in seeds for run in part.cell(seed)]
+        runs = [run for seed in seeds for run in part.cell(seed, given.arms)]
         made = Prepared(runs, model, weight_svd(model), part, grader, getattr(torch, given.dtype))
         for some in [[seed] for seed in seeds] if given.one_by_one else [seeds]:
             if not block(some, part, made, about, grader, given, begun):

@@ -39,6 +39,15 @@ def write(folder, part, logs):
 
 
 @pytest.mark.parametrize("name", _vhack_plan3.PARTS)
+def test_the_arms_of_the_hypotheses_and_the_others_are_together_the_runs_of_a_part(name):
+    every, main, others = (_vhack_plan3.PARTS[name].cell(300, which) for which in ("all", "main", "others"))
+    assert sorted(run.name for run in main + others) == sorted(run.name for run in every)
+    claimed = {"none", "no-loophole", _vhack_plan3.DISPLACED, _vhack_plan3.HELD, _vhack_plan3.GATED}
+    assert {run.arm for run in others if run.basis == "whole" and not run.start}.isdisjoint(claimed)
+    assert name != "stored" or (len(main), len(others)) == (6, 7)
+
+
+@pytest.mark.parametrize("name", _vhack_plan3.PARTS)
 def test_a_cell_has_different_runs_of_one_regime_and_its_reference(name):
     part = _vhack_plan3.PARTS[name]
     cell = part.cell(301)
