@@ -9,12 +9,18 @@ One vLLM of this process (``vllm_mode="colocate"``) generates for all trainers, 
 Rewards are made up. Before anything is timed, *with* takes some steps, and after each sync every weight that vLLM has
 is compared with the merged one, bit by bit; a CPU packs them, so there nothing is compared.
 
+At the end every trainer takes some steps more with a clock around its parts, which waits for the device before and
+behind each: seconds per step of each part, without the parts inside of it. They add up to more than a step that is not
+looked at.
+
     python benchmarks/vhack_vllm.py --model shape:qwen3-0.6b -o benchmarks/results/vhack_vllm_h200.json
 """
 
 import copy
 import os
 import tempfile
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -159,6 +165,69 @@ def checked(trainer):
     return found
 
 
+class Parts:
+    """Seconds of parts of a step; a part inside of another one does not count as the other."""
+
+    def __init__(self, wait):
+        self.wait, self.seconds, self.open = wait, {}, []
+
+    @contextmanager
+    def part(self, name):
+        """Time a block."""
+        self.wait()
+        begun = time.perf_counter()
+        self.open.append(0.0)
+        try:
+            yield
+        finally:
+            self.wait()
+            whole = time.perf_counter() - begun
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self.open.pop()
+            if self.open:
+                self.open[-1] += whole
+
+    def around(self, stack, owner, method, name):
+        """Put the clock around a method until the stack is closed."""
+        plain, was_own = getattr(owner, method), method in vars(owner)
+
+        def clocked(*arguments, **keywords):
+            with self.part(name):
+                return plain(*arguments, **keywords)
+
+        setattr(owner, method, clocked)
+        stack.callback(setattr, owner, method, plain) if was_own else stack.callback(delattr, owner, method)
+
+
+def sections(trainer, steps, wait):
+    """Seconds per step of the parts of a trainer's steps, the first step of the call among them."""
+    parts = Parts(wait)
+    with ExitStack() as stack:
+        methods = [
+            (trainer, "training_step", "the rest of a step"),
+            (trainer, "_generate_and_score_completions", "scoring"),
+            (trainer, "_compute_loss", "forward"),
+            (trainer.accelerator, "backward", "backward"),
+            (trainer.vllm_generation, "sync_weights", "weights to vLLM"),
+            (trainer.vllm_generation, "generate", "generation"),
+        ]
+        adapter, projected = getattr(trainer, "adapter", None), getattr(trainer, "projected", None)
+        if adapter is not None:
+            methods += [(projected, "step", "optimiser"), (adapter, "refresh", "merge")]
+        if hasattr(projected, "_measured"):
+            methods += [(projected, "_measured", "measures")]
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StepLog):
+                methods += [
+                    (callback, "on_pre_optimizer_step", "sources"),
+                    (callback, "on_step_begin", "log: begin"),
+                    (callback, "on_step_end", "log: end"),
+                ]
+        for owner, method, name in methods:
+            parts.around(stack, owner, method, name)
+        trainer.train()
+    return {name: seconds / steps for name, seconds in sorted(parts.seconds.items(), key=lambda item: -item[1])}
+
+
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--model", default="shape:qwen3-0.6b")
@@ -189,7 +258,8 @@ def main():
             publish("vhack_vllm", figures, given.output)
         for index in range(given.rounds + 1):
             note(f"round {index} of {given.rounds}")
-            for trainer in made.values():
+            order = list(made.values())
+            for trainer in order[index % len(order) :] + order[: index % len(order)]:  # each is first at times
                 trainer.train()
             for watch in watches.values() if not index else ():
                 watch.seconds.clear()
@@ -198,6 +268,9 @@ def main():
                 figures |= {"step_seconds": seconds, "steps": len(watches["with"].seconds)}
                 figures |= {f"with_over_{name}": seconds["with"] / seconds[name] for name in ("without", "full")}
                 publish("vhack_vllm", figures, given.output)
+        wait = torch.cuda.synchronize if given.device == "cuda" else lambda: None
+        figures["sections"] = {name: sections(trainer, 1 + given.steps, wait) for name, trainer in made.items()}
+        publish("vhack_vllm", figures, given.output)
 
 
 if __name__ == "__main__":

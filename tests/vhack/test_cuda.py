@@ -11,7 +11,7 @@ from assay.vhack import extract, per_sample_gradients, weight_svd, weights_diges
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _targets
 from assay.vhack.gradients._batches import Segments
-from assay.vhack.gradients._fused import Gate, Norm, kernels, segment_products
+from assay.vhack.gradients._fused import Gate, Norm, kernels, sample_products, segment_products
 from assay.vhack.gradients._replica import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
@@ -78,6 +78,17 @@ def test_the_kernel_of_the_sum_over_rows(use, columns):
     by_kernel, by_torch = (segment_products(left, right, segments.offsets, way) for way in (found, None))
     torch.testing.assert_close(by_kernel, by_torch, rtol=1e-5, atol=1e-4)
     assert torch.equal(by_kernel, segment_products(left, right, segments.offsets, found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [2, 9])
+def test_products_of_samples_of_one_length(dtype, samples):
+    generator = torch.Generator("cuda").manual_seed(1)
+    left, right = (torch.randn(samples, 37, 70, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
+    wanted = torch.einsum("btr,btr->br", left.double(), right.double())
+    found = sample_products(left, right)
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
 @pytest.mark.parametrize("shape", [(37, 2560), (2, 5, 3, 128), (7, 48)])

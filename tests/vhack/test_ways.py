@@ -14,7 +14,7 @@ from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
 from assay.vhack.gradients import _taps
 from assay.vhack.gradients._batches import Segments
-from assay.vhack.gradients._fused import Norm, plain_norm, segment_products
+from assay.vhack.gradients._fused import Norm, _even, plain_norm, sample_products, segment_products
 from assay.vhack.gradients._packed import attend
 from assay.vhack.gradients._replica import Recipe, Replica, recipe_for
 from assay.vhack.gradients._taps import Tap, Way, fitting
@@ -278,6 +278,17 @@ def test_the_sum_over_rows_of_each_sample(dtype):
     expected = torch.stack([(left[a:b].double() * right[a:b].double()).sum(0) for a, b in segments.bounds])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_over_tokens_of_samples_of_one_length(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(9, 30, 7, generator=generator).to(dtype) for _ in range(2))
+    found = sample_products(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (left.double() * right.double()).sum(1), rtol=1e-6, atol=1e-5)
+    by_rows = segment_products(left.flatten(0, 1), right.flatten(0, 1), _even(9, 30, left.device), None)
+    torch.testing.assert_close(by_rows, found, rtol=1e-5, atol=1e-5)
 
 
 def test_the_norm_is_that_of_transformers(small_model):

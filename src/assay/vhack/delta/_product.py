@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import ModelError
-from assay.vhack.gradients import delta_gradient
+from assay.vhack.gradients import delta_gradient, sample_products
 
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
 _WORTH = {"cuda": 2e10}
@@ -160,7 +160,7 @@ def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
     if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
-    return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)
+    return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)
 
 
 def _to(tensor: Tensor, other: Tensor) -> Tensor:

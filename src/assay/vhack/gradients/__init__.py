@@ -3,6 +3,7 @@
 from assay.vhack.gradients._batches import Encoded, context_of, encode, plan
 from assay.vhack.gradients._experts import of_one_tensor
 from assay.vhack.gradients._factors import Factors
+from assay.vhack.gradients._fused import sample_products
 from assay.vhack.gradients._per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.gradients._progress import Progress, stage
 from assay.vhack.gradients._sharding import is_sharded, local, local_rows, processes, reshard, whole
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "processes",
     "reshard",
+    "sample_products",
     "stage",
     "target_modules",
     "tensor_digest",

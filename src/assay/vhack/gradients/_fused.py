@@ -12,7 +12,7 @@ Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers th
 """
 
 import importlib
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.models.families import FAMILIES
+
+_ENOUGH_SAMPLES = 8  # for a kernel that goes through the tokens of a sample one after the other
 
 
 @cache
@@ -63,6 +65,30 @@ def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, use: Mo
         return found
     summed: Tensor = torch.segment_reduce(left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True)
     return summed
+
+
+def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
+    """Return the sum of the elementwise product over the tokens of every sample, [B, R] float32.
+
+    A kernel reads both once; torch writes three tensors of that size, which takes longer than the products before it.
+
+    Args:
+        left_BTR: One side, of any floating dtype.
+        right_BTR: The other side, on the same device.
+    """
+    samples, tokens, _ = left_BTR.shape
+    use = kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
+    if use is None:
+        return (left_BTR.float() * right_BTR).sum(dim=1)
+    offsets = _even(samples, tokens, left_BTR.device)
+    return segment_products(left_BTR.flatten(0, 1), right_BTR.flatten(0, 1), offsets, use)
+
+
+@lru_cache(maxsize=64)
+def _even(samples: int, tokens: int, device: torch.device) -> Tensor:
+    """Return the bounds of samples of one length, [B + 1]; all modules of a pass ask for the same ones."""
+    with torch.inference_mode(False):
+        return torch.arange(0, samples * tokens + 1, tokens, device=device)
 
 
 class Norm(torch.autograd.Function):
