@@ -1,6 +1,7 @@
 """Gradients of many samples from one backward pass, against one sample at a time through the adapter."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _batches, _division
 from assay.vhack.gradients._batches import (
+    WIDE_COPIES_IN_TURNS,
     Segments,
-    budget_in_turns,
     encode,
     plan,
     plan_in_turns,
     room_for_batches,
+    room_in_turns,
     token_budget,
     tokens_of,
 )
@@ -235,12 +237,13 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
         again, all_of_them = plan_in_turns(module, encoded, free, checkpointing=True, **how)
         assert all_of_them == layers
         assert len(again) <= len(batches)
-        fits = budget_in_turns(module, encoded, free, recomputed=recomputed)
+        in_turns = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
+        fits = in_turns(recomputed=recomputed)
         # A sample that does not fit has a batch to itself.
         assert all(tokens_of(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
         if recomputed:
             largest = max(tokens_of(batch, packed=True) for batch in batches)
-            assert largest > budget_in_turns(module, encoded, free, recomputed=recomputed - 1)
+            assert largest > in_turns(recomputed=recomputed - 1)
         seen.append((len(batches), recomputed))
     assert seen[-1] == (2, 0)
     # One layer alone saves nothing: while it is computed again it has all that it would have kept.
@@ -281,16 +284,15 @@ def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(sma
     assert any("down_proj" in name for name in shorter)
 
 
-def test_what_is_gathered_is_no_room_for_a_batch(small_model, byte_tokenizer, samples):
+def test_what_is_gathered_is_no_room_for_a_batch(small_model):
     """By the third and fourth line of the formula in docs/vhack.md."""
     module = small_model.module
-    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
     every = sum(parameter.numel() for parameter in module.parameters())
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
     factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
     gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
-    assert budget_in_turns(module, encoded, gathered, recomputed=0) == 1
-    assert budget_in_turns(module, encoded, 20 * gathered, recomputed=0) > 1
+    assert room_in_turns(module, gathered) <= 0
+    assert 0 < room_in_turns(module, 3 * gathered) < 2 * gathered
 
 
 @pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ _GATHERING_SHARE = 0.95
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
-_WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinates alone are kept
+WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinates alone are kept
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
@@ -315,7 +315,8 @@ def plan_in_turns(
         checkpointing: Whether all layers are computed again, whatever there is room for.
     """
     layers = layers_of(module)
-    fits = [budget_in_turns(module, encoded, free, recomputed=count) for count in range(layers + 1)]
+    how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
+    fits = [how_many(recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
     batches = plan(encoded, wanted, packed=packed, equal=equal, at_once=at_once)
     largest = max(tokens_of(batch, packed=packed) for batch in batches)
@@ -323,8 +324,8 @@ def plan_in_turns(
     return batches, layers if checkpointing else fewest
 
 
-def budget_in_turns(module: "PreTrainedModel", encoded: Sequence[Encoded], free: float, *, recomputed: int) -> int:
-    """Return how many tokens a batch may have in a process that gathers weights, of so many free bytes.
+def room_in_turns(module: "PreTrainedModel", free: float) -> float:
+    """Return how many bytes a batch may take in a process that gathers weights, of so many free ones.
 
     Two layers, what belongs to none, and the factors of one matrix are gathered at once, as in docs/vhack.md.
     """
@@ -333,8 +334,7 @@ def budget_in_turns(module: "PreTrainedModel", encoded: Sequence[Encoded], free:
     layers = [[parameter.numel() for parameter in layer.parameters()] for layer in decoder_layers(module)]
     factors = 2 * max(map(max, layers))  # at most: min(O, I) · (O + I) is no more than 2 · O · I
     gathered = size * (2 * max(map(sum, layers)) + every - sum(map(sum, layers)) + factors)
-    room = _GATHERING_SHARE * (free - gathered)
-    return token_budget(module, encoded, room, recomputed=recomputed, wide_copies=_WIDE_COPIES_IN_TURNS)
+    return _GATHERING_SHARE * (free - gathered)
 
 
 def tokens_of(batch: Sequence[Encoded], *, packed: bool) -> int:

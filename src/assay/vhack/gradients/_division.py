@@ -97,11 +97,13 @@ class Division:
 def _in_groups(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the tensors in their order, as many at once as have at most _AT_ONCE numbers, but at least one."""
     some: list[Tensor] = []
+    numbers = 0
     for part in parts:
-        if some and sum(each.numel() for each in some) + part.numel() > _AT_ONCE:
+        if some and numbers + part.numel() > _AT_ONCE:
             yield some
-            some = []
+            some, numbers = [], 0
         some.append(part)
+        numbers += part.numel()
     if some:
         yield some
 
