@@ -21,7 +21,7 @@ from vhack_training_step import LR, axes_of, kinds_of
 from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.training._callback import source_shares
+from assay.vhack.training._callback import by_source, source_shares
 
 
 def works_of(model, ids):
@@ -57,7 +57,7 @@ def works_of(model, ids):
         with adapter.per_sample() as rollouts:
             rollouts.kinds = kinds
             backward()
-        source_shares(rollouts, watching.frames)
+        by_source(source_shares(rollouts, watching.frames))
         watching.step()
         watching.measures.as_dict()
 

@@ -29,7 +29,7 @@ from assay.vhack import Basis, weight_svd
 from assay.vhack.delta import ARMS, DeltaS, Gate, Kinds, ProjectedOptimizer
 from assay.vhack.environment import episodes
 from assay.vhack.training import TrainLog, TrainSettings
-from assay.vhack.training._callback import StepLog, source_shares
+from assay.vhack.training._callback import StepLog, by_source, source_shares
 from assay.vhack.training._grpo import GRPO, trl_arguments
 from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes
 
@@ -113,7 +113,7 @@ def steps(module, lora, svd, ids, basis, rounds, clock):
         with adapter.per_sample() as rollouts:
             rollouts.kinds = kinds
             backward(module)
-        found = source_shares(rollouts, optimiser.frames)
+        found = by_source(source_shares(rollouts, optimiser.frames))
         optimiser.step()
         optimiser.measures.as_dict()
         return found

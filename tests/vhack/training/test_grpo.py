@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from assay.vhack.delta import Frames, share
 from assay.vhack.training import TrainLog, read_steps
-from assay.vhack.training._callback import StepLog, source_shares
+from assay.vhack.training._callback import StepLog, by_source, source_shares
 from assay.vhack.training._grpo import trl_arguments
 from assay.vhack.training._rewards import SOURCES, EpisodeReward, Outcomes
 from assay.vhack.training._run import Prepared
@@ -188,7 +188,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
     with adapter.per_sample() as trainer.watching:
         for part in parts:
             trainer._compute_loss(adapter.model, part).backward()
-    found = source_shares(trainer.watching, frames)
+    found = by_source(source_shares(trainer.watching, frames))
     assert list(found) == ["student", "teacher", "exploited", "correct"]
     trainer.watching = None
     for name, of in SOURCES.items():

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from assay.errors import ModelError
@@ -47,7 +48,7 @@ class StepLog(TrainerCallback):
     ) -> None:
         self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
         self._watching = ExitStack()
-        self._sources: dict[str, dict[str, float]] = {}
+        self._sources: dict[str, Tensor] = {}
         self._began = time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -63,6 +64,7 @@ class StepLog(TrainerCallback):
         frames = self.trainer.projected.watched or self.trainer.projected.frames
         self._sources = {}
         if rollouts is not None and frames:
+            # Read at the end of the step: here it would keep the device waiting for the operations of the optimizer.
             self._sources = source_shares(rollouts, frames, self.trainer.processes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -113,7 +115,7 @@ class StepLog(TrainerCallback):
         sources = {}
         of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
         counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
-        for name, found in self._sources.items():
+        for name, found in by_source(self._sources).items():
             if found.pop("length") > 0 and counts[name]:
                 sources[name] = {**found, "rollouts": counts[name]}
         values |= trainer.projected.measures.as_dict()
@@ -121,8 +123,10 @@ class StepLog(TrainerCallback):
         return values, sources
 
 
-def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, dict[str, float]]:
-    """Return, per source, ``cin``, ``cin_two_sided`` and ``cin_energy`` of its summed gradient, and its ``length``.
+def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
+    """Return ``cin``, ``cin_two_sided`` and ``cin_energy`` of the summed gradient of each source, and its ``length``.
+
+    Each is [G], in the order of ``SOURCES``, on the device; `by_source` reads them.
 
     Args:
         rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
@@ -138,6 +142,12 @@ def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALO
     processes.add_up(sums)
     shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
-    found = {**shares, "length": length_G}
+    return {**shares, "length": length_G}
+
+
+def by_source(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return the numbers of each source, read from the device at once; nothing where nothing was measured."""
+    if not found:
+        return {}
     numbers = torch.stack(list(found.values()), dim=1).tolist()
     return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, numbers, strict=True)}
