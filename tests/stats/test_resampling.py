@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap, grouped_proportion_interval, proportion_interval
+from assay.stats import auroc, group_bootstrap, grouped_proportion_interval, grouped_share_interval, proportion_interval
 
 
 def mean(values):
@@ -122,3 +122,19 @@ def test_refuses_a_statistic_that_a_draw_does_not_have():
         group_bootstrap(spread, [[1.0, 2.0]], [["a", "b"]], n_resamples=50)
     with pytest.raises(UsageError, match="not a number"):
         group_bootstrap(lambda values: math.nan, [[1.0, 2.0]], [["a", "b"]], n_resamples=1)
+
+
+def test_interval_of_shares_is_over_their_groups():
+    labels = np.repeat(np.arange(7), 6).tolist()
+    assert grouped_share_interval(np.zeros(42), labels) == pytest.approx(proportion_interval(0, 7))
+    assert grouped_share_interval(np.ones(42), labels) == pytest.approx(proportion_interval(7, 7))
+    some = np.linspace(0, 1, 42)
+    drawn = group_bootstrap(mean, [some], [labels])
+    assert grouped_share_interval(some, labels) == (drawn.low, drawn.high)
+    assert grouped_share_interval(some, ["the only machine"] * 42) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("shares", "labels"), [([0.5, 0.5], ["a"]), ([0.5, 1.5], ["a", "b"]), ([math.nan], ["a"])])
+def test_shares_outside_their_range_or_without_a_label_are_refused(shares, labels):
+    with pytest.raises(UsageError, match="outside"):
+        grouped_share_interval(shares, labels)

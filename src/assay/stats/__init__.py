@@ -26,6 +26,7 @@ from assay.stats._rates import (
     count_test,
     group_bootstrap,
     grouped_proportion_interval,
+    grouped_share_interval,
     paired_accuracy,
     proportion_interval,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "fit_token_noise",
     "group_bootstrap",
     "grouped_proportion_interval",
+    "grouped_share_interval",
     "noise_band",
     "paired_accuracy",
     "place_test",

@@ -214,6 +214,36 @@ def group_bootstrap(
     return BootstrapInterval(found, float(low), float(high))
 
 
+def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of measured shares where those of one group resemble each other.
+
+    It is that of `group_bootstrap`. Where all shares are 0, or all 1, a bootstrap has no width, so each group counts as
+    one sample, whose share is the one or the other, as in `grouped_proportion_interval`: groups may exist that are
+    unlike all that were seen. Of a single group nothing is known, so the interval is (0, 1).
+
+    Args:
+        shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].
+        groups: Group label of every share.
+
+    Raises:
+        UsageError: Labels and shares differ in number, or a share is outside [0, 1].
+    """
+    share_N = np.asarray(shares, dtype=np.float64)
+    outside = np.count_nonzero(~((share_N >= 0) & (share_N <= 1)))
+    if outside or len(share_N) != len(groups):
+        raise UsageError(
+            f"{len(share_N)} shares, {outside} of them outside [0, 1], with {len(groups)} group labels",
+            wanted="shares in [0, 1], with one label for each",
+            do="pass shares and labels of equal length",
+        )
+    if len(set(groups)) < 2:
+        return 0.0, 1.0
+    if share_N.min() == share_N.max() and share_N[0] in (0, 1):
+        return grouped_proportion_interval(share_N, groups)
+    found = group_bootstrap(lambda values: float(np.mean(values)), [share_N], [groups])
+    return found.low, found.high
+
+
 def _rows_of_groups(
     arrays: Sequence[npt.NDArray[np.generic]], groups: Sequence[Sequence[object]]
 ) -> list[list[list[int]]]:

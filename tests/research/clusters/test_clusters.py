@@ -20,7 +20,7 @@ from assay.research.clusters import (
 )
 from assay.research.clusters import _cheats as cheats
 from assay.research.runs import build_report, read_run
-from assay.stats import count_test
+from assay.stats import count_test, proportion_interval
 from tests.poc.verdict import published
 
 
@@ -61,7 +61,8 @@ def test_every_rule_is_held_against_every_cheat(run):
     rows = {(row["sort"], row["cheat"], row["rule"]): row for row in build["rows"]}
     honest = rows[HONEST, "", "ours"]
     assert (honest["accused"], honest["worst"], honest["audits"], honest["pairs"]) == (0.0, 0.0, 120, 12)
-    assert honest["low"] == 0 < honest["high"] < 0.1
+    of_machines = proportion_interval(0, build["machines"])
+    assert (honest["low"], honest["high"]) == pytest.approx(of_machines), "of four machines, not 120 audits"
     int4 = rows[REAL, "model-a-int4", "ours"]
     assert int4["accused"] == 1.0
     assert int4["median"] <= 10

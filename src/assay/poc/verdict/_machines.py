@@ -110,7 +110,7 @@ class LeftOut:
     Args:
         accused: Share of the audits.
         low: Lower end of its 95 % interval over machines; 0 where none was accused.
-        high: Upper end of it; the exact bound of as many independent audits where none was accused.
+        high: Upper end of it; the exact bound of as many machines where none was accused.
         worst: Largest share of one pair of machines.
         pairs: Number of ordered pairs.
         audits: Number of audits of each.
@@ -267,11 +267,8 @@ def effect_from_power(
 def _summary(shares: list[list[float]], audits: int, checked: int) -> LeftOut:
     values = [share for of_machine in shares for share in of_machine]
     accused = float(np.mean(values))
-    low, high = stats.proportion_interval(round(accused * len(values) * audits), len(values) * audits)
-    if accused and len(shares) > 1:
-        groups = [i for i, of_machine in enumerate(shares) for _ in of_machine]
-        interval = stats.group_bootstrap(lambda v: float(np.mean(v)), [values], [groups])
-        low, high = interval.low, interval.high
+    machines = [i for i, of_machine in enumerate(shares) for _ in of_machine]
+    low, high = stats.grouped_share_interval(values, machines)
     return LeftOut(
         accused=accused,
         low=low,

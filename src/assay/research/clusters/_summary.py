@@ -60,18 +60,18 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
         "curve": [round(float(value), 4) for value in curve],
     }
     if sort == HONEST:
-        found |= _interval(tallies, audits)
+        found |= _interval(tallies)
     return found
 
 
-def _interval(tallies: Sequence[JsonObject], audits: int) -> JsonObject:
-    """Return an interval of the share accused, over machines, and the worst pair."""
+def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
+    """Return an interval of the share accused, and the worst pair.
+
+    Audits of one machine are not independent, so the interval is over the machines that were left out, one a tally.
+    """
     ends = [end for tally in tallies for end in tally["ends"]]
-    groups = [index for index, tally in enumerate(tallies) for _ in tally["ends"]]
-    low, high = stats.proportion_interval(0, audits)
-    if any(ends):
-        interval = stats.group_bootstrap(lambda values: float(np.mean(values)), [ends], [groups])
-        low, high = interval.low, interval.high
+    machines = [index for index, tally in enumerate(tallies) for _ in tally["ends"]]
+    low, high = stats.grouped_share_interval(ends, machines)
     return {"low": low, "high": high, "worst": max(ends), "pairs": len(ends)}
 
 
