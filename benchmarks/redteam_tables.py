@@ -33,8 +33,7 @@ def show(cells, section):
         elif section == "audits":
             print(f"{model}\n\n{markdown(*tables.audit_table(cells, model, dtype))}\n")
         elif section == "search":
-            honest = tables.honest_errors(cells, model, dtype)["hardened"]
-            print(f"{model}\n\n{markdown(*tables.search_table(cells, model, honest))}\n")
+            print(f"{model}, {dtype}\n\n{markdown(*tables.search_table(cells, model, dtype))}\n")
 
 
 def main():

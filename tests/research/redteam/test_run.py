@@ -61,7 +61,9 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     assert best["over_honest"] > 1
     assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
     assert len(tables.audit_table(cells, *where)[1]) == 9
-    assert tables.search_table(cells, where[0], 0.01)[1][0][0] == 1
+    (search,) = tables.searches(cells, *where)
+    assert search["format"] == "float32"
+    assert tables.search_table(cells, *where)[1][0][0] == 1
 
 
 def test_fewer_experts_are_a_larger_error_than_rounding(finished):
@@ -74,7 +76,13 @@ def test_fewer_experts_are_a_larger_error_than_rounding(finished):
 
 def test_the_page_shows_it(finished):
     page = build_report(finished[0]).read_text()
-    for words in ("which attack pays", "All attacks against hardened", "Simulated audits", "Skipping experts"):
+    for words in (
+        "searched in float32",
+        "which attack pays",
+        "All attacks against hardened",
+        "Simulated audits",
+        "Skipping experts",
+    ):
         assert words in page
 
 

@@ -57,6 +57,11 @@ class Pool:
         return drawn_RC
 
 
+def validator_format(dtype: str) -> str:
+    """Return the number format of the validator against provers of a dtype."""
+    return dtype if dtype == "float8" else "float32"
+
+
 def mixed(share: float, cheating_N: FloatArray, honest_N: FloatArray) -> Pool:
     """Return the residuals of a node that cheats in a share of its nonces."""
     return Pool(((share, cheating_N), (1 - share, honest_N)))
@@ -249,8 +254,8 @@ class Field:
     @cached_property
     def validator(self) -> HFEngine:
         """Engine of the validator, in float32, or in float8 against provers in that."""
-        if self.dtype != "float8":
-            return self.engine_of(load_model(self.reference, dtype="float32", device=self.device))
+        if (plain := validator_format(self.dtype)) != "float8":
+            return self.engine_of(load_model(self.reference, dtype=plain, device=self.device))
         model = self.load()
         shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         return HFEngine(model, **shape, compiled=worth_compiling(model))

@@ -21,7 +21,7 @@ from assay.poc.protocol import PIPELINES, RANDOM_HEAD_ROWS, Positions, get_pipel
 from assay.reports import JsonObject
 from assay.research.redteam._attacks import ATTACKS, Attack, Invented, OnEngine
 from assay.research.redteam._experts import experts
-from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, spread
+from assay.research.redteam._field import Field, Judge, Pool, Reading, detection, mixed, spread, validator_format
 from assay.research.redteam._partial import PartialForward, Shortcut
 from assay.research.runs import ExperimentPlan, Progress, measure_missing
 from assay.settings import Names
@@ -77,11 +77,14 @@ Cell = tuple[str, Callable[[], JsonObject]]
 def _cells(plan: RedteamPlan) -> Iterator[Cell]:
     shape = plan.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
     for reference in plan.models:
+        searched: set[str] = set()
         for dtype in plan.dtypes:
             field = Field(reference=reference, dtype=dtype, **shape)
             yield from _field_cells(plan, field, f"{reference}/{dtype}")
-        if plan.searched:
-            yield f"{reference}/search", partial(_search, field, plan.searched)
+            number_format = validator_format(dtype)  # of the search too, so dtypes of one validator share it
+            if plan.searched and number_format not in searched:
+                searched.add(number_format)
+                yield f"{reference}/search in {number_format}", partial(_search, field, plan.searched)
     if dtypes := [dtype for dtype in plan.dtypes if dtype != "float8"]:
         yield "experts", partial(experts, plan.batch_size, plan.nonces, dtypes)
 
@@ -252,7 +255,8 @@ def _search(field: Field, nonces: int) -> JsonObject:
     """Measure, for each number of positions read and each strategy of skipping positions, its error and cost.
 
     An attacker knows which positions are read, because they follow from the nonce, and leaves out what matters least
-    to them. Every strategy is tuned to save at least a quarter of the work.
+    to them. Every strategy is tuned to save at least a quarter of the work. Strategy and honest pass run in the number
+    format of the validator, so the rounding of provers is no part of the error.
     """
     rows: list[JsonObject] = []
     for count in (count for count in READ if count <= field.seq_len):
@@ -261,7 +265,12 @@ def _search(field: Field, nonces: int) -> JsonObject:
             errors, costs = zip(*(one[name] for one in found), strict=True)
             row = {"positions": count, "strategy": name, "error_mean": float(np.mean(errors))}
             rows.append(row | {"cost": float(np.mean(costs))})
-    return {"model": field.reference, "kind": "search", "rows": rows}
+    return {
+        "model": field.reference,
+        "kind": "search",
+        "format": validator_format(field.dtype),
+        "rows": rows,
+    }
 
 
 def _nonce(field: Field, count: int, nonce: int) -> dict[str, tuple[float, float]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from assay.reports import MUTED, SERIES, Badge, Cell, JsonObject, Report, figure, legend
-from assay.research.redteam._field import CHECKED, PRESETS
+from assay.research.redteam._field import CHECKED, PRESETS, validator_format
 from assay.research.runs import RunRecords, Table
 
 SAVED = 0.25
@@ -124,10 +124,24 @@ def audit_table(cells: Cells, model: str, dtype: str) -> Table:
     return ("prover", "preset", "audits", "accused by the sequential test", "by the published constants"), rows
 
 
-def search_table(cells: Cells, model: str, honest: float) -> Table:
+def searches(cells: Cells, model: str, dtype: str) -> list[JsonObject]:
+    """Return the search in the number format of the validator of a dtype; none where there is none.
+
+    Runs of earlier versions have one search of a model, in the format of one of its dtypes, and do not say which. It is
+    returned where all dtypes have one validator.
+    """
+    wanted = validator_format(dtype)
+    found = list(_of(cells, "search", model=model))
+    said = [cell for cell in found if cell.get("format") == wanted]
+    formats = {validator_format(one) for place, one in fields(cells) if place == model}
+    return said or [cell for cell in found if "format" not in cell and formats == {wanted}]
+
+
+def search_table(cells: Cells, model: str, dtype: str) -> Table:
     """Return, for each number of positions read, the strategy of the least error that saves a quarter of the work."""
+    honest = honest_errors(cells, model, dtype)["hardened"]
     rows: list[list[Cell]] = []
-    for cell in _of(cells, "search", model=model):
+    for cell in searches(cells, model, dtype):
         for count in sorted({row["positions"] for row in cell["rows"]}):
             saving = [row for row in cell["rows"] if row["positions"] == count and _saves(row)]
             best = min(saving, key=lambda row: float(row["error_mean"]))
@@ -180,9 +194,12 @@ def _field(report: Report, cells: Cells, model: str, dtype: str) -> None:
             report.table(*attack_table(cells, model, dtype, preset), caption=caption)
     report.table(*claim_table(cells, model, dtype), caption="Claims without a model")
     report.table(*audit_table(cells, model, dtype), caption="Simulated audits of honest nodes")
-    columns, rows = search_table(cells, model, honest_errors(cells, model, dtype)["hardened"])
+    columns, rows = search_table(cells, model, dtype)
     if rows:
-        report.table(columns, rows, caption="The attacker's best strategy, by the number of positions read")
+        caption = (
+            f"The attacker's best strategy, by the number of positions read; searched in {validator_format(dtype)}"
+        )
+        report.table(columns, rows, caption=caption)
 
 
 def _errors(report: Report, cells: Cells, model: str, dtype: str) -> None:
