@@ -125,7 +125,7 @@ def audit_table(cells: Cells, model: str, dtype: str) -> Table:
 
 
 def searches(cells: Cells, model: str, dtype: str) -> list[JsonObject]:
-    """Return the search in the number format of the validator of a dtype; none where there is none.
+    """Return the searches in the number format of the validator of a dtype: one, or none where nothing was searched.
 
     Runs of earlier versions have one search of a model, in the format of one of its dtypes, and do not say which. It is
     returned where all dtypes have one validator.

@@ -145,7 +145,8 @@ class Study:
         for markers in kinds:
             episodes = self.pool.held_out(markers)
             episodes = episodes[: -(-len(episodes) // _MARKERS[markers])]
-            padded = episodes + episodes[: -len(episodes) % p]
+            # Parts are all of one size, even where there are fewer episodes than the last part lacks.
+            padded = list(itertools.islice(itertools.cycle(episodes), len(episodes) + -len(episodes) % p))
             for cohort in self.cohorts:
                 written, likely = [], []
                 for first in range(0, len(padded), p):

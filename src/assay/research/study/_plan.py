@@ -37,14 +37,15 @@ class StudySettings:
         adam_rate, adam_betas: Learning rate and betas of Adam.
         sgd_rate, sgd_momentum: Learning rate and momentum of SGD.
         max_norm: Largest norm of the gradient of one run.
-        log_every: Steps that one line of a log is the mean of.
+        log_every: Steps that one line of a log is the mean of; a divisor of ``steps``, or the last ones had no line.
         pool: Number of tasks to draw from.
         evaluation: Held-out tasks per loophole.
         families: Families of tasks. Without loops by default: a wrong loop may never end, and grading waits.
         difficulty: Lowest and highest number of steps of a task.
 
     Raises:
-        UsageError: A number is not positive, or there are fewer than two rollouts per prompt.
+        UsageError: A number is not positive, there are fewer than two rollouts per prompt, or ``log_every`` does not
+            divide ``steps``.
     """
 
     steps: int = 300
@@ -67,6 +68,12 @@ class StudySettings:
         counts = (self.steps, self.prompts, self.rollouts, self.prompt_tokens, self.new_tokens, self.log_every)
         if min(counts) < 1 or self.rollouts < 2:
             raise UsageError(f"{self}", wanted="positive numbers, and two rollouts per prompt", do="correct them")
+        if self.steps % self.log_every:
+            raise UsageError(
+                f"a line of the log every {self.log_every} of {self.steps} steps",
+                wanted="a number of steps that is a multiple of log_every, so that the last step is logged",
+                do="change steps or log_every",
+            )
 
 
 @dataclass(frozen=True)
