@@ -87,7 +87,7 @@ def calibrate_responses(
 ) -> None:
     """Measure the honest noise of responses between nodes of one build and this verifier, by replaying their receipts.
 
-    Files of different engines say how far machines of the build differ.
+    Files of different public keys say how far machines of the build differ.
     """
     from assay.poc import responses
 
@@ -111,7 +111,7 @@ def calibrate_responses(
     values = {
         "path": str(chosen.output),
         "checkpoint": calibration.digest,
-        "machines": len(calibration.provers),
+        "machines": len({read.header.public_key for read in files}),
         "responses": calibration.responses,
         "tokens": calibration.tokens,
         "matching": round(calibration.matches / calibration.tokens, 5) if calibration.tokens else 0.0,

@@ -16,7 +16,7 @@ from assay.stats._chord import (
     valid_rate,
 )
 from assay.stats._clusters import ClusterResult, ClusterTest
-from assay.stats._fits import NoiseFit, fit_log_noise, fit_scale_noise
+from assay.stats._fits import FEWEST_RESIDUALS, NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats._noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise, Spread
 from assay.stats._places import MATERIAL_RATIO, PLACE_ALPHA, SUSPICION, PlaceTest, place_test
 from assay.stats._rates import (
@@ -33,6 +33,7 @@ from assay.stats._rates import (
 from assay.stats._sequential import Paths, SequentialResult, SequentialTest, Verdict
 from assay.stats._tokens import (
     COLUMNS,
+    FEWEST_TOKENS,
     LEAST_LOG,
     SCALES,
     UNSEEN,
@@ -47,6 +48,8 @@ from assay.stats._tokens import (
 __all__ = [
     "COLUMNS",
     "EFFECTIVE_DIMENSION",
+    "FEWEST_RESIDUALS",
+    "FEWEST_TOKENS",
     "JUNK_SIGMA",
     "LEAST_LOG",
     "MATERIAL_RATIO",

@@ -16,7 +16,9 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 from assay.stats._noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
 
-SMALLEST_SAMPLE = 16  # fewest honest residuals that a law is fitted to
+FEWEST_RESIDUALS = 16
+"""Fewest honest residuals that a law is fitted to."""
+
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 
 DOFS = (2.0, 2.5, 3.0, 4.0, 6.0)
@@ -145,10 +147,10 @@ def fit_log_noise(
 
 def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
     values_N = np.asarray(values, dtype=np.float64).ravel()
-    if values_N.size < SMALLEST_SAMPLE or not np.isfinite(values_N).all():
+    if values_N.size < FEWEST_RESIDUALS or not np.isfinite(values_N).all():
         raise UsageError(
             f"{values_N.size} residuals, {np.count_nonzero(~np.isfinite(values_N))} of them not finite",
-            wanted=f"at least {SMALLEST_SAMPLE} finite residuals of honest nonces",
+            wanted=f"at least {FEWEST_RESIDUALS} finite residuals of honest nonces",
             do="measure more nonces, and find out why any are not finite",
         )
     if not 0.5 <= confidence < 1.0:

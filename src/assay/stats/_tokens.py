@@ -51,7 +51,7 @@ CLUSTER_DOF = 4.0
 STEP = 1 / 64
 """Distance of neighbours on the grid of ln scale on which tests stand."""
 
-SMALLEST_SAMPLE = 256
+FEWEST_TOKENS = 256
 """Fewest honest tokens that a law is fitted to."""
 
 _LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
@@ -202,10 +202,10 @@ def check_enough_tokens(tokens: int, clusters: int) -> None:
     Raises:
         UsageError: There are too few.
     """
-    if tokens < SMALLEST_SAMPLE:
+    if tokens < FEWEST_TOKENS:
         raise UsageError(
             f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
-            wanted=f"at least {SMALLEST_SAMPLE} tokens with {COLUMNS} log-probabilities each",
+            wanted=f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each",
             do="replay receipts of more honest responses (RECEIPTS)",
         )
 

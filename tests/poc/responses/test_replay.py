@@ -23,6 +23,7 @@ from assay.poc.responses import (
     Sampler,
     Sampling,
     calibrate_responses,
+    check_enough_tokens,
     chosen_receipts,
     default_response_noise,
     judge_responses,
@@ -323,6 +324,47 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
     (tmp_path / "responses.json").write_text('{"kind":"assay.poc.calibration","schema":2}\n')
     with pytest.raises(CalibrationError, match="calibration of responses"):
         ResponseCalibration.load(tmp_path / "responses.json")
+
+
+def test_a_machine_of_a_calibration_is_a_public_key(served: dict[str, Receipts], engines: dict[str, Model]):
+    receipts = served["honest"]
+    engine = HFPrefill(engines["bfloat16"])
+    found = replay(receipts, engines["bfloat16"], engine=engine)
+    header = receipts.header
+    longer = replace(header, fingerprint=replace(header.fingerprint, seq_len=2 * header.fingerprint.seq_len))
+    other = replace(header, public_key="node_B")
+
+    def noise(*headers):
+        halves = zip(headers, (found[:4], found[4:]), strict=True)
+        return calibrate_responses(list(halves), engine.fingerprint).noise
+
+    one, two = noise(header, longer), noise(header, other)
+    whole = calibrate_responses([(header, found)], engine.fingerprint).noise
+    assert one.source == "calibration on 8 responses of 1 machines"
+    assert one == whole, "one node with prompts of two lengths is one machine"
+    assert two.source == "calibration on 8 responses of 2 machines"
+    assert two.tokens.spread.dof == one.tokens.spread.dof + 1
+
+
+def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[str, Receipts]):
+    def files(kept: int, **changes):
+        receipts = served["honest"].receipts
+        changed = [replace(one, **changes) for one in receipts[kept:]]
+        return [Receipts.build(served["honest"].header, [*receipts[:kept], *changed], 1.0)]
+
+    check_enough_tokens(files(8))
+    for changes in ({"mask": True}, {"sampling": None}):
+        check_enough_tokens(files(6, **changes))
+        with pytest.raises(UsageError, match="240 of 384 tokens that were sampled with a seed and without a mask"):
+            check_enough_tokens(files(5, **changes))
+    with_sketches, without = files(8)[0].receipts[:7], replace(files(8)[0].receipts[7], sketches=np.zeros((0, 12)))
+    header = served["honest"].header
+    mixed = [
+        Receipts.build(header, with_sketches, 1.0),
+        Receipts.build(replace(header, sketched=False), [without], 1.0),
+    ]
+    with pytest.raises(UsageError, match="14 sketches of 8 honest responses"):
+        check_enough_tokens(mixed)
 
 
 def test_there_is_a_default_for_the_usual_pairs_and_no_other():

@@ -2,7 +2,8 @@
 
 Receipts of honest provers are replayed, so what is measured is all that lies between their decoding and this prefill.
 The law of tokens is fitted by maximum likelihood over mixtures of scales, that of sketches as for vectors; responses
-are the clusters. The provers of one file are one build: more of them say how far machines differ.
+are the clusters. The provers of one file are one build: more of them say how far machines differ. A machine is a public
+key: one engine may be described in several ways, such as for prompts of several lengths, and many in the same one.
 
 Legend of shapes: L responses, N tokens, S sketches.
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from assay import stats
 from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc.protocol import SKETCH_SIZE, Fingerprint, parse_fingerprint
+from assay.poc.protocol import SKETCH_EVERY, SKETCH_SIZE, Fingerprint, parse_fingerprint
 from assay.poc.responses._files import Receipts
 from assay.poc.responses._receipts import ReceiptHeader
 from assay.poc.responses._replay import Replayed
@@ -152,13 +153,15 @@ def calibrate_responses(
     Raises:
         UsageError: The receipts are of several checkpoints, or there are too few tokens or sketches.
     """
-    digest = check_one_checkpoint([header for header, _ in measured])
-    provers = tuple(dict.fromkeys(header.fingerprint for header, _ in measured))
+    headers = [header for header, _ in measured]
+    digest = check_one_checkpoint(headers)
+    provers = tuple(dict.fromkeys(header.fingerprint for header in headers))
     by_prover = [
-        [one for header, replayed in measured if header.fingerprint == prover for one in replayed] for prover in provers
+        [one for header, replayed in measured if header.public_key == key for one in replayed]
+        for key in dict.fromkeys(header.public_key for header in headers)
     ]
     everything = [one for replayed in by_prover for one in replayed]
-    source = f"calibration on {len(everything)} responses of {len(provers)} machines"
+    source = f"calibration on {len(everything)} responses of {len(by_prover)} machines"
     return ResponseCalibration(
         digest=digest,
         provers=provers,
@@ -188,20 +191,39 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
 
 
 def check_enough_tokens(files: Sequence[Receipts]) -> None:
-    """Refuse receipts with fewer tokens than :func:`calibrate_responses` needs, before they are replayed.
+    """Refuse receipts with fewer tokens or sketches than :func:`calibrate_responses` needs, before they are replayed.
 
     Raises:
-        UsageError: Says how many there are.
+        UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a mask, cannot.
     """
-    counts = [len(receipt.output) for read in files for receipt in read.receipts if receipt.output]
-    stats.check_enough_tokens(sum(counts), len(counts))
+    answers = [receipt for read in files for receipt in read.receipts if receipt.output]
+    usable = [receipt for receipt in answers if receipt.seeded]
+    tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
+    if tokens < min(stats.FEWEST_TOKENS, total):
+        raise UsageError(
+            f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
+            wanted=f"at least {stats.FEWEST_TOKENS}",
+            do="replay receipts of more honest responses with seeded sampling (RECEIPTS)",
+        )
+    stats.check_enough_tokens(tokens, len(usable))
+    _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
+
+
+def _check_enough_sketches(count: int, responses: int) -> None:
+    """Refuse fewer sketches than a law is fitted to."""
+    if count < stats.FEWEST_RESIDUALS:
+        raise UsageError(
+            f"{count} sketches of {responses} honest response{'s' * (responses != 1)}",
+            wanted=f"at least {stats.FEWEST_RESIDUALS}, of every {SKETCH_EVERY}nd token of each response",
+            do="replay receipts of more honest responses, by an engine that makes sketches (RECEIPTS)",
+        )
 
 
 def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> ResponseNoise:
     """Fit the noise of honest responses.
 
     Args:
-        by_prover: What the replay of every prover's responses gave.
+        by_prover: What the replay of every machine's responses gave.
         source: Where the noise comes from, in words.
 
     Raises:
@@ -218,8 +240,7 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
         effect=_told_apart(found.law, np.concatenate(profiles)),
     )
     sketches = [one.residuals for one in everything if len(one.residuals)]
-    if not sketches:
-        raise UsageError("honest receipts without sketches", wanted="some", do="calibrate with an engine that has them")
+    _check_enough_sketches(sum(map(len, sketches)), len(everything))
     fit = stats.fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR)
     logs = [np.log(fit.reached.magnitudes(one)) for one in sketches]
     of_sketches = [

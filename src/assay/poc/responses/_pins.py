@@ -92,7 +92,7 @@ class ReceiptPins:
     def unpinned(self, receipts: Receipts) -> tuple[str, ...]:
         """Return the names of the values that are taken on the node's word."""
         header, known = receipts.header, self.known
-        unseen = [receipt for receipt in receipts.receipts if receipt.sampling is None or receipt.mask]
+        unseen = [receipt for receipt in receipts.receipts if not receipt.seeded]
         given = {
             "block_hash": known.block_hash is not None,
             "public_key": known.public_key is not None,

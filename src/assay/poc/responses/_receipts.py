@@ -143,6 +143,11 @@ class Receipt:
         """What sets the seed apart from those of other responses of this node and model."""
         return self.user_seed, self.request_id, self.block_hash, self.index
 
+    @property
+    def seeded(self) -> bool:
+        """Whether a replay can measure its tokens: sampled with a seed, and without a mask."""
+        return self.sampling is not None and not self.mask
+
     def without_prompt(self) -> "Receipt":
         """Return the receipt with the hash of the prompt in place of its ids."""
         if self.prompt.ids is None:

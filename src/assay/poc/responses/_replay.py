@@ -142,7 +142,7 @@ def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
 def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: Prefilled) -> Replayed:
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, stats.COLUMNS))
-    if receipt.sampling is not None and not receipt.mask:
+    if receipt.sampling is not None and receipt.seeded:
         measured = measure_margins(
             prefilled.logits,
             whole.output,
