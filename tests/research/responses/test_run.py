@@ -6,9 +6,11 @@ import pytest
 
 from assay.errors import UsageError
 from assay.research.responses import BYTES, CHEATS, GREEDY, ResponsesPlan, caught_table, places, run_responses
+from assay.research.responses import _cheats as cheats_module
 from assay.research.responses import _field as field_module
 from assay.research.responses import _run as run_module
 from assay.research.responses import _tables as tables
+from assay.research.responses._models import TRAINED_LIKE
 from assay.research.runs import build_report, read_run
 
 SOME = ("int4 weights", "fine-tuned, 20 steps", "noise of its own", "stops early")
@@ -87,6 +89,21 @@ def test_the_page_shows_it(finished):
     page = build_report(finished[0]).read_text()
     for words in ("served responses", "Tokens until 99 %", "Area under the curve", "False alarms"):
         assert words in page
+
+
+def test_no_model_is_loaded_to_find_out_which_cells_there_are(small_checkpoint, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    for module in (cheats_module, field_module):
+        monkeypatch.setattr(module, "open_model", loaded)
+    plan = ResponsesPlan(
+        models=(str(small_checkpoint), "reference:qwen3", TRAINED_LIKE), dtypes=("bfloat16", "float32")
+    )
+    keys = [key for key, _ in run_module._cells(plan)]
+    tuned = [key for key in keys if "fine-tuned" in key]
+    assert tuned, "models that read text are fine-tuned"
+    assert all(key.startswith("reference:qwen3/") for key in tuned)
 
 
 def test_other_settings_do_not_continue_a_run(finished, small_checkpoint):

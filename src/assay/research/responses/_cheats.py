@@ -13,7 +13,7 @@ from torch import Tensor
 
 from assay.models import Model
 from assay.research import cheats
-from assay.research.responses._models import open_model, tuned, without_layers
+from assay.research.responses._models import open_model, reads_text, tuned, without_layers
 from assay.research.responses._provers import (
     Float8Cache,
     Requests,
@@ -68,8 +68,8 @@ class Scene:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model has text to be tuned on."""
-        return self.model.tokenizer is not None
+        """Whether the model has text to be tuned on; found without its weights."""
+        return reads_text(self.reference)
 
 
 Serve = Callable[[Scene, Requests], Served]

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from assay.errors import UsageError
-from assay.models import Model, decoder_layers, load_model
+from assay.models import Model, decoder_layers, load_model, load_tokenizer
 from assay.models.quiet import quiet
 from assay.research.organism import Mixture, examples
 
@@ -60,6 +60,15 @@ def open_model(reference: str, dtype: str, device: str | None = None) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         _write_trained_like(Path(folder))
         return replace(load_model(folder, dtype=dtype, device=device), reference=TRAINED_LIKE)
+
+
+def reads_text(reference: str) -> bool:
+    """Return whether a model of the experiment has a tokenizer, without loading its weights.
+
+    Raises:
+        ModelNotFound: There is no such model.
+    """
+    return reference != TRAINED_LIKE and load_tokenizer(reference) is not None
 
 
 def _write_trained_like(folder: Path) -> None:

@@ -14,6 +14,7 @@ may be continued with another.
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -206,11 +207,14 @@ def measure_missing(
         StorageError: The file cannot be written.
     """
     with open_run(folder, experiment, settings) as run:
-        todo = [cell for cell in cells if cell[0] not in run.done]
-        for done, (key, measure) in enumerate(todo, 1):
+        todo = deque(cell for cell in cells if cell[0] not in run.done)
+        total = len(todo)
+        for done in range(1, total + 1):
+            # Cells are let go of one by one, and with the last cell of a model the model.
+            key, measure = todo.popleft()
             run.append(key, measure())
             if progress:
-                progress(done, len(todo))
+                progress(done, total)
 
 
 def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) -> Run:
