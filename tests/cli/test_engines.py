@@ -8,6 +8,8 @@ import torch
 
 from assay.poc import Proof
 
+CACHED = "bfloat16+fp8_e4m3-cache"
+
 
 @pytest.fixture
 def prove(assay, small_checkpoint: Path, tmp_path: Path):
@@ -93,4 +95,31 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
         verdict = assay("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
         assert verdict.code == 2
         assert "a proof of 200 positions\n  wanted: at most the 128 of" in verdict.err
+    assert not ledger.exists()
+
+
+@pytest.mark.parametrize(
+    ("stated", "flags", "loads", "words"),
+    [
+        ("float64", (), False, "a proof in the number format 'float64'"),
+        ("float8", ("--prover-dtype", "float8"), False, "no default noise between float8 and float8"),
+        (CACHED, ("--prover-dtype", CACHED), False, f"no default noise between {CACHED} and bfloat16"),
+        ("bfloat16", ("--dtype", "float8"), False, "no default noise between bfloat16 and float8"),
+        ("float32", ("--model", "reference:qwen3"), True, "wanted: a proof of reference:qwen3"),
+    ],
+)
+def test_what_cannot_be_judged_begins_no_ledger(
+    stated: str, flags, loads: bool, words: str, assay, prove, small_checkpoint: Path, tmp_path: Path, monkeypatch
+):
+    assert prove().code == 0
+    proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
+    text = proof.read_text()
+    assert '"dtype":"float32"' in text
+    proof.write_text(text.replace('"dtype":"float32"', f'"dtype":"{stated}"'))
+    if not loads:
+        monkeypatch.setattr("assay.models._load._digest", None)  # weights are read
+    known = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24", "--ledger", ledger)
+    verdict = assay("poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags)
+    assert verdict.code == 2
+    assert words in verdict.err
     assert not ledger.exists()

@@ -121,6 +121,20 @@ def test_other_requests_are_refused(assay, receipts: Path, prompts: Path, tmp_pa
     assert "user_seed 'mine'" in result.err
 
 
+def test_a_replay_without_noise_or_of_another_checkpoint_begins_no_ledger(
+    assay, receipts: Path, prompts: Path, small_checkpoint: Path, tmp_path: Path
+):
+    ledger = tmp_path / "ledger.sqlite3"
+    flags = ("--device", "cpu", *KNOWN, "--requests", prompts, "--ledger", ledger)
+    unknown = assay("poc", "replay", receipts, "--model", "reference:qwen3", "--dtype", "float16", *flags)
+    assert unknown.code == 2
+    assert "no default noise of responses between float32 and float16" in unknown.err
+    other = assay("poc", "replay", receipts, "--model", small_checkpoint, *flags)
+    assert other.code == 2
+    assert "receipts of reference:qwen3" in other.err
+    assert not ledger.exists()
+
+
 def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_path: Path):
     output = tmp_path / "responses.json"
     result = assay("poc", "calibrate-responses", receipts, *MODEL, "-o", output, "--json")

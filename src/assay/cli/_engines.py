@@ -10,7 +10,7 @@ from assay.errors import UsageError
 if TYPE_CHECKING:
     from assay.cli._poc_settings import ProveSettings, VerifySettings
     from assay.models import Model
-    from assay.poc import Engine, Header, Pipeline
+    from assay.poc import Calibration, Engine, Header, Pipeline
     from assay.poc.engines.hf import World
 
 
@@ -105,19 +105,25 @@ def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
     check_loadable(model, quantise=in_format(dtype)["quantise"], device=device)
 
 
-def check_judging(options: "VerifySettings", header: "Header") -> None:
-    """Refuse a model that does not load or is made for fewer positions, before a ledger is begun for its verdict.
+def check_judging(options: "VerifySettings", header: "Header", measured: "Calibration | None") -> None:
+    """Refuse a model that does not load or is made for fewer positions, and noise that is not known, before it loads.
 
     Raises:
         ProofMismatch: The model has fewer positions than the proof.
+        CalibrationError: There is no calibration, and no default for the number formats.
         AssayError: As of :func:`judging_engine`.
     """
     from assay.errors import ProofMismatch
     from assay.models import model_info
+    from assay.poc import default_noise
     from assay.poc.protocol import of_weights
 
+    stated = header.fingerprint.dtype
+    dtype = options.dtype or of_weights(stated)
+    if measured is None:
+        default_noise(header.pipeline.noise, stated, dtype)
     if options.engine == "hf":
-        check_loadable(options.model, options.dtype or of_weights(header.fingerprint.dtype), options.device)
+        check_loadable(options.model, dtype, options.device)
     info, positions = model_info(options.model), header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
         raise ProofMismatch(

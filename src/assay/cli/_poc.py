@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,12 +79,13 @@ def verify(
     pins, measured = _pins.expected(chosen, read.header)
     poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
     _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header))
-    check_judging(chosen, read.header)
-    with (
-        _ledger.recording(chosen.ledger, chosen.alpha) as ledger,
-        judging_engine(chosen, read.header) as (loaded, made),
-        progress_bar("verifying") as progress,
-    ):
+    check_judging(chosen, read.header, measured)
+    with ExitStack() as held:
+        loaded, made = held.enter_context(judging_engine(chosen, read.header))
+        made, _ = poc.judging_setup(read.header, loaded, engine=made, calibration=measured)
+        # Begun when nothing of the proof can be refused any more, and before anything is computed.
+        ledger = held.enter_context(_ledger.recording(chosen.ledger, chosen.alpha))
+        progress = held.enter_context(progress_bar("verifying"))
         verdict = poc.verify(
             read,
             loaded,

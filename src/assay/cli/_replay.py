@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,15 +54,16 @@ def replay(
         measured.check(read.header)
     _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read))
     if chosen.engine == "hf":
-        check_loadable(chosen.model, chosen.dtype, chosen.device)  # before a ledger is begun
+        check_loadable(chosen.model, chosen.dtype, chosen.device)
     seed = secrets.randbits(53) if chosen.seed is None else chosen.seed  # exact in every JSON reader
     sample = responses.sampled(read, size, seed) if chosen.sample is not None else read
-    with (
-        _ledger.recording(chosen.ledger, chosen.alpha) as ledger,
-        _engine(chosen, [read], adapter) as (loaded, engine),
-        progress_bar("replaying", "responses") as progress,
-    ):
+    with ExitStack() as held:
+        loaded, engine = held.enter_context(_engine(chosen, [read], adapter))
+        responses.check_model(read.header, loaded)
         noise = responses.noise_between(read.header, engine.fingerprint, measured)
+        # Begun when no noise is missing any more, and before anything is computed.
+        ledger = held.enter_context(_ledger.recording(chosen.ledger, chosen.alpha))
+        progress = held.enter_context(progress_bar("replaying", "responses"))
         found = responses.replay(
             sample, loaded, prompts=pins.prompts, adapter=adapter, engine=engine, progress=progress
         )

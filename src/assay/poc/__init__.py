@@ -9,7 +9,7 @@ A node proves a range of nonces, and a validator that knows block and key recomp
 """
 
 from assay.poc._prover import prove
-from assay.poc._verifier import check_proof, judging_batch, verify
+from assay.poc._verifier import check_proof, judging_batch, judging_setup, verify
 from assay.poc.engines import Engine, HFEngine, measure_block_factor
 from assay.poc.protocol import (
     PIPELINES,
@@ -58,6 +58,7 @@ __all__ = [
     "default_noise",
     "get_pipeline",
     "judging_batch",
+    "judging_setup",
     "measure_block_factor",
     "measure_r_target",
     "prove",

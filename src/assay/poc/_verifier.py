@@ -10,8 +10,8 @@ from assay.models import Model
 from assay.poc._prover import Progress, check_length, recompute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
-from assay.poc.protocol import Header, Pins, Proof, Record, Round, check_distinct_seeds
-from assay.poc.verdict import Calibration, Verdict, judge, noise_for, sequential_test
+from assay.poc.protocol import FORMATS, Header, Pins, Proof, Record, Round, check_distinct_seeds
+from assay.poc.verdict import Calibration, Noise, Verdict, judge, noise_for, sequential_test
 
 DEFAULT_SAMPLE = 128
 
@@ -85,18 +85,7 @@ def verify(
     """
     header = proof.header
     pins = check_proof(proof, expect=expect, prover_dtype=prover_dtype, sample=sample, calibration=calibration)
-    if (header.digest, header.weights) != (model.digest, model.weights):
-        raise ProofMismatch(
-            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
-            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="verify with the checkpoint that the network agreed on (--model)",
-        )
-    # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
-    compiled = is_compiled(header.fingerprint) and worth_compiling(model)
-    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
-    engine = engine or HFEngine(model, **shape, compiled=compiled)
-    check_length(engine, header.round)
-    noise = noise_for(header, engine.fingerprint, calibration)
+    engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
     test = sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     chosen = _draw(proof, sample, seed)
@@ -128,11 +117,18 @@ def check_proof(
         calibration: Measured honest noise that will be used.
 
     Raises:
-        ProofMismatch: The header contradicts ``expect``, or nonces have colliding input seeds.
+        ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
+            nonces have colliding input seeds.
         UsageError: The sample is larger than the proof, or an expected value is out of range.
         CalibrationError: The calibration is of another model, preset or engine than the prover's.
     """
     header = proof.header
+    if header.fingerprint.dtype not in FORMATS:
+        raise ProofMismatch(
+            f"a proof in the number format {header.fingerprint.dtype!r:.40}",
+            wanted="one of " + ", ".join(FORMATS),
+            do="ask the node for a proof in one of them, or verify with the version of assay that wrote it",
+        )
     pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
     if prover_dtype is not None:
         pins = replace(pins, prover_dtype=prover_dtype)
@@ -144,6 +140,39 @@ def check_proof(
     _sample_size(proof, sample)
     check_distinct_seeds(header.round, header.all_nonces())
     return pins
+
+
+def judging_setup(
+    header: Header, model: Model, *, engine: Engine | None = None, calibration: Calibration | None = None
+) -> tuple[Engine, Noise]:
+    """Return the engine that recomputes a proof and the honest noise between the prover's engine and it.
+
+    :func:`verify` calls this before it computes anything. To call it before a ledger is begun keeps the disk free of
+    ledgers for proofs that are refused.
+
+    Args:
+        header: Header of the proof.
+        model: Same checkpoint on this machine.
+        engine: Engine that recomputes; when None, the one that :func:`verify` makes.
+        calibration: Measured honest noise; the stated default when None.
+
+    Raises:
+        ProofMismatch: The proof is of another checkpoint.
+        UsageError: The engine is for another number of positions.
+        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+    """
+    if (header.digest, header.weights) != (model.digest, model.weights):
+        raise ProofMismatch(
+            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
+            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do="verify with the checkpoint that the network agreed on (--model)",
+        )
+    # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
+    compiled = is_compiled(header.fingerprint) and worth_compiling(model)
+    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
+    engine = engine or HFEngine(model, **shape, compiled=compiled)
+    check_length(engine, header.round)
+    return engine, noise_for(header, engine.fingerprint, calibration)
 
 
 def judging_batch(header: Header) -> int:

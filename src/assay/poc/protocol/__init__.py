@@ -2,7 +2,7 @@
 
 from assay.poc.protocol._blocks import BlockFactor, block_factor, block_scale, folded_head, has_block_factor
 from assay.poc.protocol._build import Build, described, nearest_build
-from assay.poc.protocol._formats import CACHES, of_weights, with_cache
+from assay.poc.protocol._formats import CACHES, FORMATS, of_weights, with_cache
 from assay.poc.protocol._pack import Pack, Row, packs
 from assay.poc.protocol._pins import FEWEST_NONCES, Pins
 from assay.poc.protocol._pins_file import NetworkPins
@@ -67,6 +67,7 @@ __all__ = [
     "BUILD_FIELDS",
     "CACHES",
     "FEWEST_NONCES",
+    "FORMATS",
     "FORWARD",
     "MAX_COUNT",
     "MAX_NONCE",
