@@ -1,15 +1,19 @@
 """Settings of ``assay poc pins new`` and ``check``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from assay.cli._flags import MODEL, OUTPUT
-from assay.cli._poc_settings import NumberFormat
 from assay.poc import Round
-from assay.poc.protocol import FEWEST_NONCES
+from assay.poc.protocol import FEWEST_NONCES, FORMATS
 from assay.settings import Flag, Settings
+
+if TYPE_CHECKING:
+    ProvenFormat = str
+else:
+    ProvenFormat = Literal[FORMATS]  # all that a fingerprint may name, also those in which no model is loaded by name
 
 
 class NewPinsSettings(Settings):
@@ -36,8 +40,10 @@ class NewPinsSettings(Settings):
     r_target: float | None = Field(None, description=f"Target distance; that of the proof, or {Round.r_target}.")
     node_count: int = Field(Round.node_count, ge=1, description="Number of machines of one key.")
     fewest_nonces: int = Field(FEWEST_NONCES, ge=1, description="Number of nonces of the smallest proof.")
-    dtype: NumberFormat | None = Field(
-        None, description="Number format of the build where there is no proof; else the first one of the preset."
+    dtype: ProvenFormat | None = Field(
+        None,
+        description="Number format of the build where there is no proof, as a fingerprint names it; else the first one "
+        "of the preset.",
     )
     overwrite: bool = Field(False, description="Replace an existing pins file.")
 
