@@ -29,6 +29,19 @@ def test_the_first_batch_is_reported_apart(prove):
     assert made["nonces_per_second"] > 0
 
 
+def test_a_resumed_proof_says_what_was_left_and_how_fast_the_rest_was(prove, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    assert json.loads(prove(batch_size=4).out)["resumed"] == 0
+    header, *records = path.read_text().splitlines()[:-1]
+    path.with_name("proof.jsonl.partial").write_text("\n".join([header, *records[:20]]) + "\n")
+    made = json.loads(prove(batch_size=4).out)
+    assert (made["records"], made["resumed"]) == (24, 20)
+    batch = made["nonces_per_second"] * (made["first_batch_seconds"] - 0.0005)  # which is rounded
+    assert batch < 4.1, "four were proved, and not 24"
+    path.with_name("proof.jsonl.partial").write_text("\n".join([header, *records]) + "\n")
+    assert json.loads(prove(batch_size=4).out)["nonces_per_second"] == 0
+
+
 def test_the_batch_size_can_be_left_to_the_machine(prove, tmp_path: Path):
     assert prove(batch_size="auto").code == 0
     assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.batch_size in {2**n for n in range(10)}

@@ -76,7 +76,7 @@ def test_streaming_to_a_file_gives_the_same_proof(small_model, round_: Round, pr
     )
     assert streamed.footer.sha256 == proof.footer.sha256
     assert Proof.load(path).footer == streamed.footer
-    assert seen == [(8, 40), (16, 40), (24, 40), (32, 40), (40, 40)]
+    assert seen == [(0, 40), (8, 40), (16, 40), (24, 40), (32, 40), (40, 40)]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -131,16 +131,24 @@ def calibrate(
 
 
 class _Pace:
-    """When batches were done: the first one, which may compile kernels, apart from the rest."""
+    """When batches were done: the first one, which may compile kernels, apart from the rest.
+
+    Nonces that an interrupted run left count for nothing: this one did not spend time on them.
+    """
 
     def __init__(self, show: "Callable[[int, int], None] | None") -> None:
         self._show = show
         self._begun = time.perf_counter()
+        self._started = False
+        self.resumed = 0  # nonces of the proof that an interrupted run left
         self._marks: list[tuple[float, int]] = []
 
     def update(self, done: int, total: int) -> None:
-        """Note a batch: the first and the newest are kept."""
-        self._marks[1:] = [(time.perf_counter(), done)]
+        """Note where the proof begins, and then every batch: the first and the newest are kept."""
+        if not self._started:
+            self._started, self.resumed = True, done
+        else:
+            self._marks[1:] = [(time.perf_counter(), done)]
         if self._show:
             self._show(done, total)
 
@@ -155,7 +163,7 @@ class _Pace:
         if not self._marks:
             return 0.0
         (start, before), (end, done) = self._marks[0], self._marks[-1]
-        return (done - before) / (end - start) if done > before else done / self.first
+        return (done - before) / (end - start) if done > before else (done - self.resumed) / self.first
 
 
 def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None:
@@ -167,6 +175,7 @@ def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None
         "records": footer.records,
         "valid": footer.valid,
         "valid_rate": round(proof.valid_rate, 4),
+        "resumed": pace.resumed,
         "seconds": footer.seconds,
         "first_batch_seconds": round(pace.first, 3),
         "nonces_per_second": round(pace.rate, 2),

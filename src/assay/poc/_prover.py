@@ -31,7 +31,7 @@ from assay.reports import PartialFile, dumps
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]
-"""Called with (records done, records in all) after every batch."""
+"""Called with (records done, records in all): once before the first batch, and after every batch."""
 
 
 def prove(
@@ -53,9 +53,11 @@ def prove(
         nonces: Ascending nonces of this node's share, for instance ``round.nonces(0, 256)``.
         batch_size: Rows of the fixed batch shape, recorded in the proof; 32, or that of ``engine``, when None.
         output: Proof file, written as it grows to ``<output>.partial``. If an interrupted run of the same round left
-            that file, the proof continues after its last whole line.
+            that file, the proof continues after its last whole line; the seconds of its footer are those of the last
+            run alone, since nothing says how long the ones before worked.
         engine: Engine that runs the model; when None, the transformers engine, compiled on CUDA.
-        progress: Function that is called with (nonces done, nonces in all) after every batch.
+        progress: Function that is called with (nonces done, nonces in all): first with those that an interrupted run
+            left, mostly 0, and then after every batch.
         overwrite: Whether an existing proof file may be replaced.
 
     Returns:
@@ -95,6 +97,8 @@ def prove(
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         records = _recover(out, header) if out else []
         todo = list(itertools.islice(header.all_nonces(), len(records), None))
+        if progress:
+            progress(len(records), header.count)
         # Hashed as they come: while a device runs the next batch, this costs no time.
         digest = hashlib.sha256(_encoded(map(header.line, records)))
         for batch in compute(header, engine, todo):

@@ -135,7 +135,7 @@ class Proof:
         Args:
             header: Header of the proof.
             records: Records of all its nonces, in order.
-            seconds: Time that the proof took, as it is written.
+            seconds: Time that the proof took, as it is written; see :class:`Footer`.
             sha256: Hash of the record lines, if the caller has it already.
         """
         if sha256 is None:

@@ -206,7 +206,14 @@ Record = DistanceRecord | VectorRecord | TokenRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Footer:
-    """Last line of a complete proof."""
+    """Last line of a complete proof.
+
+    Args:
+        records: Number of records.
+        valid: Number of those that count; all of them where nothing is called valid.
+        seconds: Time that the proof took. Of a proof that was interrupted and continued, that of the last run alone.
+        sha256: SHA-256 of the record lines.
+    """
 
     records: int
     valid: int

@@ -241,7 +241,7 @@ class ReceiptFooter:
     Args:
         receipts: Number of the receipts.
         tokens: Number of the tokens of all outputs.
-        seconds: Time that the responses took.
+        seconds: Time that the responses took; of a file that was interrupted and continued, that of the last run alone.
         sha256: SHA-256 of the receipt lines, newlines included.
     """
 
