@@ -31,8 +31,8 @@ from scipy import stats
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
-from assay.stats._multiples import CHEAP, FAR, multiples
-from assay.stats._noise import LogNoise, Spread
+from assay.stats._multiples import CHEAP, FAR, NAMED_WEIGHT, multiples
+from assay.stats._noise import REACH, LogNoise, Spread
 from assay.stats._sequential import Verdict
 from assay.stats._sums import log_sum
 from assay.stats._tokens import STEP, TokenNoise, cluster_scales
@@ -47,7 +47,6 @@ CLUSTERS = (0.05, 0.3)
 """Shares ρ of the clusters that it looks for; an honest verdict on enough clusters excludes the last one."""
 
 _WEIGHTS = {"whole": 0.4, "within": 0.3, "clusters": 0.3}
-_NAMED_WEIGHT = 0.25  # of all named alternatives together
 _LEAST = 2.0  # multiple that is looked for
 _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against a share; most say less
 _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
@@ -120,7 +119,7 @@ class ClusterTest:
     def _prepare(self, spread: Spread) -> None:
         """Lay all scales on the grid, and the paths of the e-value in one row."""
         sd = max(spread.sd, _NARROWEST)
-        reach = math.ceil(4.5 * sd / STEP)
+        reach = math.ceil(REACH * sd / STEP)
         machines = np.arange(-reach, reach + 1)
         of_cluster, weight_U = cluster_scales(self.between)
         few = np.unique(np.rint(np.linspace(-2, 2, 3) * sd / STEP).astype(int))
@@ -146,11 +145,11 @@ class ClusterTest:
         parts = [log_H]
         cheats_JM = (self._log_J[:, None] - np.log(steps.size) + np.zeros((1, steps.size))).ravel()
         named = len(self.named)
-        rest = 1 - _NAMED_WEIGHT if named else 1.0
+        rest = 1 - NAMED_WEIGHT if named else 1.0
         parts += [cheats_JM + math.log(_WEIGHTS["whole"] * rest)]
         parts += [cheats_JM + math.log(_WEIGHTS["within"] * rest / len(WITHIN))] * len(WITHIN)
         parts += [cheats_JM + math.log(_WEIGHTS["clusters"] * rest / len(CLUSTERS))] * len(CLUSTERS)
-        parts += [np.full(named, math.log(_NAMED_WEIGHT / max(named, 1)))]
+        parts += [np.full(named, math.log(NAMED_WEIGHT / max(named, 1)))]
         self._log_prior_K = np.concatenate(parts)
         self._honest, self._size = log_H.size, size
 

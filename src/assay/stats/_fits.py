@@ -27,10 +27,13 @@ DOFS = (2.0, 2.5, 3.0, 4.0, 6.0)
 TAILS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Starts of the exponential tail of ln L2 among which vectors choose, the heaviest first; 3 is nearly log-normal."""
 
-# A sample seldom tells two neighbouring tails apart. The heaviest is taken that is not this much less likely than the
-# best (a natural logarithm), so that what a sample does not show is not taken for absent. Tails of distances lighter
-# than with 6 degrees of freedom are not offered: single nonces far out, such as routing flips, are in no small sample.
-_INDIFFERENT = 0.5
+INDIFFERENT = 0.5
+"""Loss of log-likelihood, a natural logarithm, up to which a wider law is taken in place of the likeliest one.
+
+A sample seldom tells two neighbouring tails or spreads apart, so the heaviest is taken that is not less likely by this
+much: what a sample does not show is not taken for absent. Tails of distances lighter than with 6 degrees of freedom are
+not offered: single nonces far out, such as routing flips, are in no small sample.
+"""
 
 # A fitted law also reaches the quantiles of its sample up to that which three values lie beyond, or to the furthest:
 # one for distances, one for logarithms. Chosen by what laws from 30 to 4096 nonces accuse (benchmarks/heavy_tails.py).
@@ -161,7 +164,7 @@ def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
 def _heaviest_likely(fitted: list[LawT], size_N: FloatArray) -> LawT:
     """Return the first law, of those with the heaviest tail first, that the values do not speak against."""
     likelihoods = [float(law.log_density(size_N, 1.0).sum()) if size_N.size else 0.0 for law in fitted]
-    return next(law for law, found in zip(fitted, likelihoods, strict=True) if found >= max(likelihoods) - _INDIFFERENT)
+    return next(law for law, found in zip(fitted, likelihoods, strict=True) if found >= max(likelihoods) - INDIFFERENT)
 
 
 def _upper_sd(upper_N: FloatArray, tail: float) -> float:

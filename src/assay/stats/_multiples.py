@@ -13,6 +13,9 @@ CHEAP = 5.0
 FAR = 16.0
 """Multiple beyond which neighbours are further apart."""
 
+NAMED_WEIGHT = 0.25
+"""Weight in an e-value of all named alternatives together."""
+
 
 def multiples(low: float, high: float, also: Sequence[float] = ()) -> FloatArray:
     """Return the multiples from ``low`` to ``high`` and those besides, in ascending order, [M].

@@ -242,8 +242,8 @@ class Spread:
         Between scales that lie too far apart, a cheat in a small share explains an honest machine better than either:
         with :attr:`atoms`, a sixth of all honest nodes were accused over 58 400 nonces, with these none.
         """
-        points = 2 * math.ceil(_REACH * max(4, self.sd / _CLOSE)) + 1
-        return self._grid(np.linspace(-_REACH, _REACH, points))
+        points = 2 * math.ceil(REACH * max(4, self.sd / _CLOSE)) + 1
+        return self._grid(np.linspace(-REACH, REACH, points))
 
     def _grid(self, deviations_J: FloatArray) -> tuple[FloatArray, FloatArray]:
         if self.sd == 0:
@@ -252,8 +252,8 @@ class Spread:
         return np.exp(self.sd * deviations_J), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
 
 
-# In units of the spread:
-_ATOMS = np.linspace(-3.0, 3.0, 7)
-_REACH = 4.5
+REACH = 4.5
+"""Scales of a machine that a test averages over lie so many spreads to either side."""
 
+_ATOMS = np.linspace(-3.0, 3.0, 7)  # in spreads too
 _CLOSE = 0.0125  # distance of ln scale

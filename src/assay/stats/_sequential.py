@@ -31,7 +31,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
-from assay.stats._multiples import CHEAP, multiples
+from assay.stats._multiples import CHEAP, NAMED_WEIGHT, multiples
 from assay.stats._noise import NoiseLaw, Spread
 from assay.stats._sums import log_sum
 
@@ -42,7 +42,6 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Shares π of a node's nonces that the e-value looks for."""
 
 _SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
-_NAMED_WEIGHT = 0.25  # of all named alternatives together
 
 EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
 """Shares of cheaply computed nonces that an honest verdict excludes, the smallest that its nonces can exclude.
@@ -146,9 +145,9 @@ class SequentialTest:
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count, names = self._multiples_M.size, len(self.named)
-        weight_K = np.repeat(_SHARE_WEIGHTS / count, count) * (1 - _NAMED_WEIGHT if names else 1)
+        weight_K = np.repeat(_SHARE_WEIGHTS / count, count) * (1 - NAMED_WEIGHT if names else 1)
         self._log_honest_H, self._log_scale_J, self._log_cheat_K = map(np.log, (honest_H, weight_J, weight_K))
-        self._log_named_A = np.full(names, math.log(_NAMED_WEIGHT / max(names, 1)))
+        self._log_named_A = np.full(names, math.log(NAMED_WEIGHT / max(names, 1)))
         # All paths stand in one row: honest [H], cheats [J·K], named [A].
         self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
         self._log_path = self._prior()

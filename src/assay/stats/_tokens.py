@@ -25,6 +25,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats._chord import FloatArray
+from assay.stats._fits import INDIFFERENT
 
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
 """Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
@@ -56,8 +57,7 @@ FEWEST_TOKENS = 256
 
 _LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
 _ROUNDS = 300  # of the search, three of the EM algorithm each
-_CONVERGED = 0.003  # gain of a round below which it ends, as the other one here in natural logarithms
-_INDIFFERENT = 0.5
+_CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     for between in BETWEEN:
         fits.append(_likeliest(chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)))
     best = max(found for _, found in fits)
-    chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - _INDIFFERENT)
+    chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - INDIFFERENT)
     weights = (n * fits[chosen][0] + UNSEEN / COLUMNS) / (n + UNSEEN)
     weights[-1] = max(weights[-1], LEAST_STRAY)
     law = TokenNoise(tuple((weights / weights.sum()).tolist()))
