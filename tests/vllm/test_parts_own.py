@@ -23,8 +23,8 @@ from assay.poc.protocol import Transform
 from assay.poc.serving import PluginSettings
 from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain
-from tests.vllm.test_parts_direct import Workers
-from tests.vllm.test_parts_direct import config as settings
+from tests.vllm.direct import Workers
+from tests.vllm.direct import config as settings
 from tests.vllm.test_parts_gate import settings_of_vllm
 
 
