@@ -14,22 +14,35 @@ ON_GPU = {"reference:qwen3": "vllm_gpu.json", "shape:qwen3-0.6b": "vllm_gpu_0.6b
 def support() -> None:
     """Print what ran on real engines: version, runner, device, residual and verdicts, or the words of a refusal."""
     header = ("checkpoint", "dtype", "vLLM", "runner", "device", "nonces", "median residual", "a cheat's", "verdicts")
-    found = read_json(RESULTS / "vllm_support.json")["rows"]
-    rows = [_refused(row) if "refused" in row else _run(row) for row in found]
+    rows = [_refused(row) if "refused" in row else _run(row) for row in _rows()]
     print_table(header, [*rows, *_on_gpu()])
 
 
 def routers() -> None:
     """Print for how many positions other experts are asked, between engines and between formats on one engine."""
-    header = ("mixture", "vLLM", "positions", "vLLM again", "vLLM and transformers", "transformers in both formats")
+    header = (
+        "mixture",
+        "vLLM",
+        "device",
+        "positions",
+        "vLLM again",
+        "vLLM and transformers",
+        "transformers in both formats",
+    )
     rows = []
-    for row in read_json(RESULTS / "vllm_support.json")["rows"]:
+    for row in _rows():
         if "router" in row:
-            router = row["router"]
+            router, device = row["router"], _built(row["fingerprint"])[2]
             compared = (router[name] for name in ("vllm_again", "vllm_from_transformers", "transformers_from_float32"))
             shares = (f"{100 * found['in_a_layer']:.2g} / {100 * found['in_any_layer']:.2g} %" for found in compared)
-            rows.append((row["name"], row["vllm"], str(router["positions"]), *shares))
+            rows.append((row["name"], row["vllm"], device, str(router["positions"]), *shares))
     print_table(header, rows)
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Return the rows of every machine, those of a CPU first."""
+    files = sorted(RESULTS.glob("vllm_support*.json"))
+    return [row for file in files for row in read_json(file)["rows"]]
 
 
 def parallel() -> None:

@@ -62,6 +62,16 @@ def inside_vllm() -> list[str]:
     return ["{}, {} and {} ×".format(*ratios)]
 
 
+def formats() -> list[str]:
+    rows = [row for name in ("vllm_support_h200", "vllm_support_h200_v1") for row in of(name)["rows"]]
+    judged = [preset for row in rows for preset in row["presets"].values()]
+    caught = [found["cheat_on_vllm"] for found in judged].count("fraud")
+    ways = [{found["vllm_on_transformers"], found["transformers_on_vllm"]} for found in judged]
+    assert {found["nonces"] for found in rows} == {256}
+    counts = [ways.count({verdict}) for verdict in ("honest", "undecided", "fraud")]
+    return [f"{len(judged)} judgements", f"| {caught}; {', '.join(map(str, counts))} |"]
+
+
 def soak() -> list[str]:
     found = of("service_soak")
     records = f"{found['records']:,}".replace(",", " ")
@@ -87,6 +97,14 @@ def training() -> list[str]:
     return [f"{rate['n']} seeds", f"{rate['value']:.3f}"]
 
 
+def stored() -> list[str]:
+    name = "adam/displaced-0.4+erase-update-two-sided/axes-whole/stored-whole"
+    part = of("vhack_study3")["parts"]["stored"]
+    (arm,) = (arm for arm in part["arms"] if arm["condition"] == name)
+    rate = arm["rates"]["hack"]
+    return [f"{rate['n']} seeds", f"{part['steps']} steps", f"{rate['value']:.3f}"]
+
+
 ROWS = {
     "honest audits accused": audits,
     "honest machines of real clusters": clusters,
@@ -97,10 +115,12 @@ ROWS = {
     ],
     "`prove` on an H200": prove,
     "nonces inside a vLLM server": inside_vllm,
+    "quantised checkpoints": formats,
     "service killed": soak,
     "chat on a vLLM server": chat,
     "hack directions": directions,
     "training displaced": training,
+    "the same, one stored exploit": stored,
 }
 
 

@@ -22,7 +22,22 @@ HYBRID = {
     [
         ({}, "0.32.0", None),
         ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
-        ({"device_config.device_type": "cuda"}, "0.32.0", "none yet"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", None),
+        ({"device_config.device_type": "cuda", "model_config.dtype": "torch.float32"}, "0.32.0", "--dtype bfloat16"),
+        (
+            {"device_config.device_type": "cuda", "model_config.architecture": "Qwen3NextForCausalLM"},
+            "0.32.0",
+            "pass --gdn-prefill-backend triton",
+        ),
+        (
+            {
+                "device_config.device_type": "cuda",
+                "model_config.architecture": "Qwen3NextForCausalLM",
+                "additional_config": {"gdn_prefill_backend": "triton"},
+            },
+            "0.32.0",
+            None,
+        ),
         ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
         ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
         (
@@ -72,13 +87,24 @@ def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, mon
     assert _compatibility.stored_as(stored(form, dtype)) == name
 
 
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("form", ["tensor", "channel-tensors", "block", "int8", "packed", "gptq"])
+def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    _compatibility.check_config(stored(form, **{"device_config.device_type": "cuda", "model_config.is_moe": experts}))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
         (stored("block"), "a checkpoint in float8-block on cpu"),
         (stored("tensor"), "a checkpoint in float8 on cpu"),
-        (stored("int8", **{"device_config.device_type": "cuda"}), "a checkpoint in int8-rows on cuda"),
+        (
+            stored("int8", "float32", **{"device_config.device_type": "cuda"}),
+            "a checkpoint in int8-rows and --dtype float32 on cuda",
+        ),
+        (stored("int8", **{"device_config.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
         (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
     ],
 )

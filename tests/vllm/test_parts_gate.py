@@ -188,7 +188,8 @@ def test_workers_are_run_only_in_ways_that_were_tried(
         ({}, "0.32.0", None),
         ({"cache_config.cache_dtype": "fp8_e4m3"}, "0.32.0", None),
         ({}, "0.28.0", "vLLM 0.28.0 with --kv-cache-dtype fp8"),
-        ({"device_config.device_type": "cuda"}, "0.32.0", "--kv-cache-dtype fp8 on cuda"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", None),
+        ({"device_config.device_type": "xpu"}, "0.32.0", "--kv-cache-dtype fp8 on xpu"),
         (
             {"model_config.is_hybrid": True, "model_config.architecture": "FalconH1ForCausalLM"},
             "0.32.0",

@@ -82,7 +82,12 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 
 STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "cpu": {"int8-rows": ("bfloat16", "float32"), "int4-groups": ("bfloat16", "float16")},
-    "cuda": {},
+    "cuda": {
+        "float8": ("bfloat16",),
+        "float8-block": ("bfloat16",),
+        "int8-rows": ("bfloat16",),
+        "int4-groups": ("bfloat16", "float16"),
+    },
 }
 """Formats in which a checkpoint may be stored, by kind of device, with the dtypes in which each was run there.
 
@@ -98,7 +103,13 @@ WITH_STATE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "NemotronHForCausalLM": ("bfloat16", "float32"),
         "Qwen3NextForCausalLM": ("bfloat16",),
     },
-    "cuda": {},
+    "cuda": {
+        "FalconH1ForCausalLM": ("bfloat16",),
+        "GraniteMoeHybridForCausalLM": ("bfloat16",),
+        "Lfm2ForCausalLM": ("bfloat16",),
+        "NemotronHForCausalLM": ("bfloat16",),
+        "Qwen3NextForCausalLM": ("bfloat16",),
+    },
 }
 """Architectures with layers that keep a state, by kind of device, with the dtypes in which each was run there.
 
@@ -106,10 +117,10 @@ On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its line
 either is missing, the first request ends the engine.
 """
 
-EXPERTS_STORED: tuple[str, ...] = ()
+EXPERTS_STORED: tuple[str, ...] = ("cuda",)
 """Kinds of device on which mixtures with quantised experts were run."""
 
-EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu",)
+EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu", "cuda")
 """Kinds of device on which a cache in eight bits was run."""
 
 SINCE = (0, 32)
@@ -226,7 +237,7 @@ def _check_stored(config: Any) -> None:
     if model.is_moe and device not in EXPERTS_STORED:
         raise UsageError(
             f"vLLM with experts in {name} on {device}",
-            wanted="a mixture that is not quantised: vLLM multiplies such experts on a CPU with AMX only",
+            wanted="a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
             do="serve the checkpoint before quantisation, or prove with --engine hf",
         )
 
@@ -277,6 +288,15 @@ def _check_state(config: Any) -> None:
             f"vLLM with {name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it",
             wanted="rotary embeddings by torch",
             do=f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
+        )
+    # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from triton's.
+    further = getattr(config, "additional_config", None)
+    chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
+    if device == "cuda" and name == "Qwen3NextForCausalLM" and chosen != "triton":
+        raise UsageError(
+            f"vLLM with {name} and --gdn-prefill-backend {chosen or 'auto'}",
+            wanted="its linear attention by triton, with which it was run",
+            do="pass --gdn-prefill-backend triton",
         )
 
 
