@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from assay.errors import UsageError
+from assay.poc.protocol import SKETCH_EVERY
 from assay.research.responses import BYTES, CHEATS, GREEDY, ResponsesPlan, caught_table, places, run_responses
 from assay.research.responses import _cheats as cheats_module
 from assay.research.responses import _field as field_module
@@ -109,3 +110,12 @@ def test_no_model_is_loaded_to_find_out_which_cells_there_are(small_checkpoint, 
 def test_other_settings_do_not_continue_a_run(finished, small_checkpoint):
     with pytest.raises(UsageError, match="honest"):
         run_responses(ResponsesPlan(models=(str(small_checkpoint),), honest=20), finished[0])
+
+
+@pytest.mark.parametrize("name", ["honest", "batch_size"])
+def test_too_few_responses_for_a_law_are_refused_before_a_model_is_loaded(name: str):
+    shortest = ResponsesPlan.model_fields["seq_len"].metadata[0].ge
+    ResponsesPlan(models=("nowhere",), seq_len=shortest, **{name: 12})
+    assert 12 // 2 * len(range(0, shortest, SKETCH_EVERY)) >= 16
+    with pytest.raises(UsageError, match=f"{name.replace('_', '-')} 11"):
+        ResponsesPlan(models=("nowhere",), seq_len=shortest, **{name: 11})

@@ -55,11 +55,12 @@ class ResponsesPlan(ExperimentPlan):
     dtypes: Names = Setting(
         ("bfloat16",), description="Dtypes of provers and cheats, separated by commas; the verifier has float32."
     )
-    honest: int = Setting(64, ge=8, description="Honest responses, one half to calibrate and one to test.")
+    # The shortest responses have three sketches, and a law takes 16 of one half.
+    honest: int = Setting(64, ge=12, description="Honest responses, one half to calibrate and one to test.")
     responses: int = Setting(12, ge=2, description="Responses of every cheat.")
     prompt_tokens: int = Setting(32, ge=16, description="Tokens of every prompt.")
     seq_len: int = Setting(256, ge=STOPPED + 1, description="Tokens of every response.")
-    batch_size: int = Setting(24, ge=4, description="Responses of an honest pair of dtypes.")
+    batch_size: int = Setting(24, ge=12, description="Responses of an honest pair of dtypes.")
     temperature: float = Setting(1.0, gt=0, description="Temperature that requests ask for.")
     top_p: float = Setting(0.95, gt=0, le=1, description="Probability of the kept tokens that requests ask for.")
 
