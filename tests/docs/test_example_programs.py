@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors.numpy import load_file
 
 from assay.poc.responses import Receipts
 from assay.poc.verdict import Ledger
@@ -48,6 +49,23 @@ def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
     said = capsys.readouterr().out
     assert said.startswith("8 pairs, ")
     assert int(said.split("; ")[1].split("%")[0]) > 75  # more than chance: the pairs differ in nothing but the cheat
+
+
+@pytest.mark.slow
+def test_own_trainer(tmp_path: Path):
+    pytest.importorskip("trl")
+    command = [sys.executable, str(EXAMPLES / "own_trainer.py"), "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert kinds.count("step") == 2
+    trained = load_file(tmp_path / "run" / "delta.safetensors")
+    assert any(delta.any() for delta in trained.values())
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "step " not in again.stdout  # it was finished
+    loaded = load_file(tmp_path / "run" / "delta.safetensors")
+    assert all((loaded[name] == trained[name]).all() for name in trained)
 
 
 @pytest.mark.slow
