@@ -13,6 +13,8 @@ from pathlib import Path
 
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
+LINE = re.compile(r"(?:.*\\\n)*.*\n")
+"""A line of ``sh`` with those that continue it."""
 CHECK = re.compile(r"^(assay vhack (?:check|pools) .*)$", re.MULTILINE)
 """Commands whose exit codes 1 and 2 are verdicts, after which a reader goes on."""
 HEAD = """\
@@ -26,14 +28,16 @@ def script(text: str, *, leave_out: Collection[str] = ()) -> str:
 
     Args:
         text: Page in Markdown.
-        leave_out: Beginnings of lines of ``sh`` that do not run.
+        leave_out: Beginnings of lines of ``sh``, continued ones included, and of blocks of ``python`` that do not run.
     """
+    out = tuple(leave_out)
     kinds = ((FILE.match(body)[1] if FILE.match(body) else language, body) for language, body in BLOCK.findall(text))
+    kept = ((kind, body) for kind, body in kinds if kind == "sh" or not body.startswith(out))
     parts = [HEAD]
-    for kind, group in groupby(kinds, key=lambda block: block[0]):
+    for kind, group in groupby(kept, key=lambda block: block[0]):
         body = "".join(body for _, body in group)
         if kind == "sh":
-            lines = (line for line in body.splitlines(keepends=True) if not line.startswith(tuple(leave_out)))
+            lines = (line for line in LINE.findall(body) if not line.startswith(out))
             parts.append(CHECK.sub(r"\1 || test $? -le 2", "".join(lines)))
         else:
             reader = "python -" if kind == "python" else f"cat > {kind}"

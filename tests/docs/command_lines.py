@@ -29,8 +29,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S* )+")
 TORCHRUN = re.compile(r"^torchrun (?:--nproc-per-node \d+ |--no-python )+(-m )?")
 ENDS = (">", "|", "&", "&&", ";", "||")
-VARIABLES = {"$DIGEST": "0" * 64, "$SECRET": f"whsec_{'A' * 32}"}
-"""Variables of the shell that lines before set, and a value that is read as well as theirs."""
+VARIABLES = {"$DIGEST": "0" * 64, "SHA256": "0" * 64, "$SECRET": f"whsec_{'A' * 32}"}
+"""Words that stand for values, some of them set by the shell in lines before, and values that are read as well."""
 TRITON = ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor")
 
 

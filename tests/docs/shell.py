@@ -1,9 +1,11 @@
 """Blocks of pages as scripts, and a shell for them with the commands of this environment and one thread."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from tests.end_to_end.server import free_port
@@ -13,7 +15,48 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import page_blocks  # noqa: E402
 
-PORTS = ("8000", "8081", "8090")
+PORTS = ("8000", "8081", "8082", "8090")
+ROW = re.compile(r"^\| \[([\w-]+)\]\(\S+\) \| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
+SHELL = """\
+assay() {
+  case "$*" in
+    *--help*) ;;
+    "poc serve"*) export ASSAY_PORT=$PORT_8000;;
+    "poc validator"*) export ASSAY_PORT=$PORT_8090;;
+  esac
+  case "$*" in %s "") ;; esac
+  if [ $BASHPID != $$ ]; then exec assay "$@"; fi
+  case "$*" in
+    "poc serve"* | "poc validator"*)
+      command assay "$@" & local server=$!
+      until curl --silent --fail "http://127.0.0.1:$ASSAY_PORT/ready"; do kill -0 $server; sleep 0.5; done
+      kill $server && wait $server;;
+    *) command assay "$@";;
+  esac
+}
+python() {
+  case "$*" in %s "") ;; esac
+  command python "$@"
+}
+torchrun() {
+  case "$*" in %s "") ;; esac
+  command torchrun "$@"
+}
+pip() { :; }
+"""
+"""Commands with further flags after their own, which make their work small. A server that a page starts in the
+foreground is ended once it is ready, and must end with 0. What pages install is what the tests run with."""
+
+
+@cache
+def not_run() -> dict[str, dict[str, tuple[str, str]]]:
+    """Return the lines that docs/blocks.md lists, by page: what they begin with, and why they do not run, or what
+    does instead."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for name, begins, why, instead in ROW.findall(page("blocks")):
+        for words in re.findall(r"`(.+?)`", begins):
+            found.setdefault(name, {})[words] = (why, instead)
+    return found
 
 
 def run(text: str, place: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -28,14 +71,30 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, leave_out: tuple[str, ...] = ()) -> str:
-    """Return the blocks of a page as a script that begins with other lines, and has other words in some places."""
-    text = page_blocks.script(page(name), leave_out=leave_out)
+def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, small: Mapping[str, str] = {}) -> str:
+    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script.
+
+    Args:
+        name: Page in docs.
+        before: Lines that run first.
+        instead: Words of the page, and what stands in their place.
+        small: Beginnings of commands, and flags that are added after them.
+    """
+    text = page_blocks.script(page(name), leave_out=tuple(not_run().get(name, ())))
     for word, other in instead.items():
         assert word in text, word
         text = text.replace(word, other)
     head = page_blocks.HEAD
-    return head + before + text.removeprefix(head)
+    return head + shell(small) + before + text.removeprefix(head)
+
+
+def shell(small: Mapping[str, str]) -> str:
+    """Return the functions that stand in the place of commands."""
+    cases: dict[str, str] = {"assay": "", "python": "", "torchrun": ""}
+    for command, flags in small.items():
+        program, _, arguments = command.partition(" ")
+        cases[program] += f'"{arguments}"*) set -- "$@" {flags};;\n    '
+    return SHELL % tuple(cases.values())
 
 
 def held(text: str, place: Path) -> str:
@@ -43,8 +102,7 @@ def held(text: str, place: Path) -> str:
     ports = {known: str(free_port()) for known in PORTS}
     for known, free in ports.items():
         text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(f"--port {known}", f"--port {free}")
-    port = ports["8090" if "assay poc validator" in text else "8000"]
-    done = run(text, place, ASSAY_PORT=port, KEY="k" * 20)
+    done = run(text, place, KEY="k" * 20, **{f"PORT_{known}": free for known, free in ports.items()})
     assert done.returncode == 0, done.stderr
     assert '"wanted"' not in done.stdout
     return done.stdout

@@ -1,17 +1,19 @@
 """Every command line that a page shows is one that its program takes: all flags are known, and all values are read.
 
-Pages whose commands take hours or need a GPU run here with small numbers behind the same flags, or up to the place
-where weights would be read.
+Most of them also run (docs/blocks.md).
 """
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
-from assay.cli import run
-from tests.docs.command_lines import refused, shown
-from tests.docs.shell import ROOT, held, page, script
+from assay.cli._app import app
+from tests.cli.test_app import FROZEN, commands
+from tests.docs.command_lines import VARIABLES, refused, shown
+from tests.docs.shell import ROOT, held, script
 from tests.poc.validator.conftest import pins_text
 from tests.poc.verdict import published
 
@@ -24,12 +26,6 @@ PAGES = sorted(
 )
 NO_PARSER = ("benchmarks/redteam_tables.py", "scripts/page_blocks.py")
 """Programs that read their arguments as they work."""
-TINY = {
-    "assay poc experiment simulate": "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 --validators 10",
-    "assay poc experiment": "--device cpu",
-    "assay poc prove": "--model reference:qwen3 --nonces 0:4 --seq-len 16",
-}
-"""Flags behind a command, of which the last counts, that make it small."""
 
 
 @pytest.fixture
@@ -49,6 +45,15 @@ def test_every_command_line_is_read_by_its_program(folder: Path):
         assert "…" not in " ".join(words)
         assert words[0] == "assay" or (ROOT / words[1]).is_file(), words
     assert refused([words for words in lines if words[1] not in NO_PARSER], folder) == {}
+
+
+@pytest.mark.slow
+def test_every_example_of_a_help_text_is_read_by_its_program(folder: Path):
+    surface = commands(typer.main.get_command(app)).values()
+    texts = (f"{command.help}\n{command.epilog}" for command in surface)
+    found = [line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)]
+    assert len(found) >= len(FROZEN)
+    assert refused([[VARIABLES.get(word, word) for word in words] for words in found], folder) == {}
 
 
 @pytest.mark.slow
@@ -72,53 +77,6 @@ def test_lines_are_found_in_blocks():
     text += "torchrun --nproc-per-node 2 -m assay poc prove -o p\ntorchrun --nproc-per-node 2 benchmarks/b.py 1\n```\n"
     found = [["assay", "doctor", "--json"], ["assay", "poc", "prove", "-o", "p"], ["python", "benchmarks/b.py", "1"]]
     assert list(shown(text)) == found
-
-
-def small(words: list[str]) -> list[str]:
-    """Return the arguments of a line of assay and flags that make its work small."""
-    line = shlex.join(words)
-    flags = next(flags for command, flags in TINY.items() if line.startswith(command))
-    return [*words[1:], *flags.split()]
-
-
-@pytest.mark.parametrize("name", ["redteam", "redteam-responses", "experiments"])
-def test_an_experiment_begins(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Everything is checked that needs no weights, and then a model is asked for."""
-
-    def load(*_, **__):
-        raise Loaded
-
-    class Loaded(Exception):
-        """A model would be loaded."""
-
-    monkeypatch.setattr("assay.models._load._load_trained", load)
-    monkeypatch.setattr("assay.models._load.build", load)
-    begun = 0
-    for words in shown(page(name)):
-        if words[:3] == ["assay", "poc", "experiment"] and words[3] not in ("simulate", "report"):
-            with pytest.raises(Loaded):
-                run(small(words))
-            begun += 1
-    assert begun
-
-
-@pytest.mark.slow
-def test_a_proof_with_the_largest_batch_and_a_simulated_network(folder: Path):
-    proof, _ = (words for words in shown(page("gpu")) if words[0] == "assay")  # the second is torchrun's
-    assert run(small(proof)) == 0
-    simulated = [words for words in shown(page("redteam")) if words[:4] == ["assay", "poc", "experiment", "simulate"]]
-    assert len(simulated) == 2
-    for words in simulated:
-        assert run(small(words)) == 0
-    assert {path.name for path in (folder / "experiments").iterdir()} == {"simulate", "simulate-life"}
-
-
-@pytest.mark.slow
-def test_the_tables_of_the_red_team(folder: Path):
-    (line,) = (shlex.join(words) for words in shown(page("redteam")) if words[1] in NO_PARSER)
-    runs = ROOT / "benchmarks" / "results" / "experiments"
-    line = line.replace("benchmarks/", f"{ROOT}/benchmarks/").replace(" experiments/", f" {runs}/")
-    assert "| attack |" in held(line, folder)
 
 
 @pytest.mark.slow

@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 
 from assay.vhack import Pair
-from assay.vhack.pairs import read_pairs
-from tests.docs.shell import ROOT, held, page, script
-
-PROOF = "assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY --seq-len 16 -o proof.jsonl"
-LOSS = "loss = model.module(torch.arange(24).reshape(2, 12)).logits.square().mean()\n"
+from assay.vhack.pairs import generate_pairs, read_pairs, write_pairs
+from tests.docs.shell import held, page, script
 
 
-def commands(name: str, beginning: str) -> str:
-    """Return the block of a page that begins with some words."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)
-    (found,) = (block for block in blocks if block.startswith(beginning))
-    return found
+def blocks(name: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)
 
 
 def test_the_numbers_of_the_statistics(tmp_path: Path):
@@ -51,7 +45,7 @@ def test_checks_of_a_basis(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq: apt-get install jq")
 def test_pairs_of_ones_own(tmp_path: Path):
-    pair, tests = re.findall(r"```json\n(.*?)```", page("vhack-pairs"), flags=re.DOTALL)
+    pair, tests = blocks("vhack-pairs", "json")
     (tmp_path / "mine.jsonl").write_text(pair)
     (tmp_path / "tests.jsonl").write_text(tests)
     preference = {"prompt": "p", "rejected": "h", "chosen": "c", "source": "s"}
@@ -62,33 +56,31 @@ def test_pairs_of_ones_own(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_training_loop_of_ones_own(tmp_path: Path):
-    step = commands("vhack-training", "import torch\n").replace("environment_pairs(48", "environment_pairs(12")
-    gates = commands("vhack-training", "with adapter.per_sample()")
-    made = 'from assay.vhack.delta import Gate\ngate, threshold = Gate("none"), 0.0\n'
-    made += "optimizer = ProjectedOptimizer(inner, adapter, basis, gate=gate, max_norm=1.0)\n"
-    program = step.replace("loss.backward()", f"{LOSS}loss.backward()")
-    program = program.replace(
-        "adapter.save(", made + gates.replace("    loss.", f"    {LOSS}    loss.") + "adapter.save("
-    )
-    (tmp_path / "loop.py").write_text(program)
-    held("python loop.py", tmp_path)
-    assert (tmp_path / "delta.safetensors").is_file()
-    assert (tmp_path / "trained" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_rates_of_valid_nonces(tmp_path: Path):
-    rates = commands("experiments", "assay poc calibrate --valid-rate 0.1 ")
-    of_one_block, _, _ = rates.partition("assay poc calibrate --valid-rate 0.1 block*.jsonl")
-    said = held(f"set -e\n{PROOF} --nonces 0:128\n{of_one_block}", tmp_path)
-    assert len(re.findall(r"\bagrees +True\b", said)) == 2
-
-
-@pytest.mark.slow
-def test_the_report_of_a_study(tmp_path: Path):
-    (command,) = re.findall(r"^assay vhack report .*$", page("vhack-results"), flags=re.MULTILINE)
-    held(command.replace("benchmarks/results", str(ROOT / "benchmarks" / "results")), tmp_path)
-    assert "<svg" in (tmp_path / "page.html").read_text()
+@pytest.mark.timeout(1200)
+def test_training(tmp_path: Path):
+    pytest.importorskip("trl")
+    (beginning,) = (body for body in blocks("vhack-training", "python") if "arm_named(" in body)
+    made, _, _ = beginning.partition("adapter = DeltaS")
+    trainer = "from pathlib import Path\n\nfrom trl import GRPOConfig\n"
+    of_two = "per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True"
+    instead = {
+        "environment_pairs(48": "environment_pairs(12",
+        "DIR": "reference:organism",
+        "path/of/a/cheater": "reference:organism",
+        "episodes(512": "episodes(4",
+        trainer: f"{made}{trainer}",
+        "max_steps=100": f"max_steps=1, {of_two}",
+    }
+    of_few = "--max-new-tokens 8 --per-task 1"
+    small = {
+        "assay vhack train": "--steps 1 --prompts 2 --group 2 --max-new-tokens 8",
+        "assay vhack sample": f"{of_few} --tasks 4",
+        "assay vhack evaluate --model": of_few,
+        "assay vhack fuzz": "--count 20 --output fuzz.json",
+    }
+    write_pairs(tmp_path / "mine.jsonl", generate_pairs(12))
+    held(script("vhack-training", instead=instead, small=small), tmp_path)
+    for name in ("delta", "runs/held-0/delta", "run/delta", "trained/model", "merged/model"):
+        assert (tmp_path / f"{name}.safetensors").is_file(), name
+    for name in ("samples.jsonl", "graded.jsonl", "result.json", "pool.jsonl", "fuzz.json"):
+        assert (tmp_path / name).is_file(), name

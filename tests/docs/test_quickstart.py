@@ -13,7 +13,8 @@ from assay.models import load_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "vhack-quickstart.md").read_text(encoding="utf-8")
 MINE, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-COMMANDS = re.search(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)[1].splitlines()
+(BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+COMMANDS = BLOCK.splitlines()
 
 
 def test_it_is_short():

@@ -15,9 +15,7 @@ from _vllm_forked import ForkedServer
 from tests.vllm.conftest import ROOT
 
 SECTION = (ROOT / "docs/vllm.md").read_text().partition("## Three commands\n")[2].partition("\n## ")[0]
-ON_GPU, ON_CPU = re.findall(r"^```\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)[:2]
-INSTALL, SERVE = ON_CPU.split("\n\n")
-BEGIN = ON_GPU.split("\n\n")[2]
+_, ON_GPU, BEGIN, INSTALL, SERVE = re.findall(r"^```sh\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)
 SET_THERE = ("ASSAY_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE")
 
 

@@ -1,0 +1,113 @@
+"""Blocks of the pages of measurements run on a CPU, with small numbers behind the same flags, on the bundled models.
+
+Programs of benchmarks lie in a folder of their own, so what they write is not what is committed.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.shell import ROOT, held, script
+
+RESULTS = ROOT / "benchmarks" / "results"
+PROOFS = """\
+python - <<'END'
+from assay import load_model
+from assay.poc import Round, prove
+
+for name, block, dtype, nonces in PROOFS:
+    round, made = Round(block_hash=block, public_key=KEY, seq_len=16), load_model("reference:qwen3", dtype=dtype)
+    prove(made, round, range(nonces), output=f"{name}.jsonl")
+END
+"""
+
+
+def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, **dtypes: str) -> str:
+    """Return lines that prove a block once under each name, in its format, and other blocks once."""
+    made = [(name, block, dtype, 128) for name, dtype in dtypes.items()]
+    made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
+    return PROOFS.replace("PROOFS", repr(made)).replace("KEY", repr(key))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in which the programs of a checkout lie, and no results but those of finished studies."""
+    programs = tmp_path / "benchmarks"
+    (programs / "results").mkdir(parents=True)
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        (programs / path.name).symlink_to(path)
+    (programs / "results" / "vhack_study2").symlink_to(RESULTS / "vhack_study2")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_experiments(folder: Path):
+    tiny = "--seq-len 16 --batch-size 16"
+    of_one = f"--models reference:qwen3 --blocks a,b --device cpu {tiny}"
+    small = {
+        "assay poc experiment approaches": f"{of_one} --approaches poc-2.0 --nonces 16 --checked 8 --timed 0",
+        "assay poc experiment weights": f"{of_one} --nonces 16",
+        "assay poc experiment matrix": f"{of_one} --modes sign-flips --duration 1 --public-keys node_A",
+        "assay poc verify": "--seq-len 16 --dtype bfloat16",  # b.jsonl is of the other format
+        "python benchmarks/chord_law.py": f"{tiny} --nonces 32 --blocks 2",
+        "python benchmarks/block_scale.py": f"{tiny} --nonces 16 --blocks 2 --common 32",
+        "python benchmarks/r_target.py": f"{tiny} --nonces 32 --blocks 2 --dtype float32 --device cpu",
+    }
+    made = proofs(proof="bfloat16", a="bfloat16", b="float32", blocks=8)
+    said = held(script("experiments", before=made, small=small), folder)
+    assert "honest" in said
+    assert {path.name for path in (folder / "experiments").iterdir()} >= {"NAME", "h200", "h200-shapes", "cpu"}
+    assert (folder / "experiments" / "NAME" / "index.html").is_file()
+    made = {path.name for path in (folder / "benchmarks" / "results").glob("*.json")}
+    assert made == {"chord_law_blocks.json", "block_scale.json", "r_target_h200.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_red_teams(folder: Path):
+    simulated = "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 --validators 10"
+    small = {
+        "assay poc experiment redteam": "--device cpu --nonces 8 --honest 64 --searched 0 --seq-len 16 --batch-size 16",
+        "assay poc experiment responses": "--device cpu --honest 16 --responses 2 --seq-len 96",
+        "assay poc experiment simulate": simulated,
+    }
+    assert "| attack |" in held(script("redteam", small=small), folder)
+    held(script("redteam-responses", small=small), folder)
+    runs = {"redteam-llama-float16", "simulate", "simulate-life", "responses-qwen3"}
+    assert {path.name for path in (folder / "experiments").iterdir()} == runs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_proofs_of_a_gpu_without_one(folder: Path):
+    tiny = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
+    small = {"assay poc prove": tiny, "torchrun --nproc-per-node 2 -m assay poc prove": f"{tiny} --batch-size 8"}
+    held(script("gpu", instead={"--nproc-per-node 8": "--nproc-per-node 2"}, small=small), folder)
+    one, both = ((folder / f"{name}.jsonl").read_text().splitlines() for name in ("proof", "eight"))
+    assert len(one) == len(both) == 18  # header, nonces, footer
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_noise_between_vllm_and_transformers(folder: Path):
+    made = proofs(vllm="float32", transformers="bfloat16", block="B", key="K") + "cp vllm.jsonl proof.jsonl\n"
+    small = {"assay poc verify": "--seq-len 16 --dtype bfloat16"}  # as on a machine without vLLM
+    said = held(script("vllm", before=made, instead={"MODEL": "reference:qwen3"}, small=small), folder)
+    assert "honest" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_studies_of_training(folder: Path):
+    pytest.importorskip("trl")
+    study = {"_results.py OUT --keep": f"_results.py {RESULTS}/vhack_study3 --keep"}
+    steps = "--steps 1 --prompts 2 --group 2 --max-new-tokens 8 --pairs generated:12"
+    held(script("vhack-results", instead=study, small={"assay vhack train": steps}), folder)
+    assert "<svg" in (folder / "page.html").read_text()
+    assert (folder / "RUN" / "delta.safetensors").is_file()
+    results = folder / "benchmarks" / "results" / "vhack_study3.json"
+    assert results.is_file()
+    results.unlink()
+    held(script("vhack-experiment-3", instead=study), folder)
+    assert results.is_file()
