@@ -58,6 +58,7 @@ def test_proofs_with_a_scale_of_the_block_and_a_file_to_merge(assay, proofs, set
     assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
     made = assay("poc", "calibrate", *proofs, "--model", small_checkpoint, "--merge", vectors, "-o", path)
     assert made.code == 0, made.err
+    assert made.out.count("take 1024 nonces or more") == 1, "of distances, and not of vectors"
     measured = Calibration.load(path)
     assert [(build.preset, build.hidden_size) for build in measured.builds] == [("poc-2.0", 64), ("artifact", 0)]
     both = tmp_path / "both.json"

@@ -29,7 +29,10 @@ def audits() -> list[str]:
     sets = [of(f"one_block_composite_{name}")["rows"] for name in ("cpu", "fresh")]
     small = [row["candidates"]["none"] for rows in sets for row in rows if row["law_from"] == 256]
     average, worst = (max(row[name] for row in small) for name in ("accused", "accused_worst_pair"))
-    return [f"{blocks:.2%}", f"{average:.2%} on a CPU", f"{pair:.1%} and {worst:.1%}"]
+    mixtures = of("mixture_laws")["rows"]
+    few, many = (max(row["accused"] for row in mixtures if row["law_from"] == size) for size in (256, 1024))
+    of_mixtures = f"{few:.1%} with laws of 256 nonces, {many:.2%} with 1024"
+    return [f"{blocks:.2%}", f"{average:.2%} on a CPU", f"{pair:.1%} and {worst:.1%}", of_mixtures]
 
 
 def clusters() -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _OF_TARGETS = ("dimension", "device", "effective_dimension")
 _OF_VECTORS = ("sets", "digest")
 _OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
+_ENOUGH = 1024  # distances for a law of a mixture: of 256 some blocks have no nonce that asks other experts
 
 
 def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: bool) -> None:
@@ -148,6 +149,8 @@ def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
             "named": ", ".join(build.named) or "nothing",
             "engines_differ_in": ", ".join(other) or "nothing",
         }
+        if build.output == "distance" and build.n < _ENOUGH:
+            values["advice"] = f"for a mixture of experts, take {_ENOUGH} nonces or more: a law of fewer may accuse it"
         left_out = build.left_out
         if left_out is not None:
             values["left_out_accused"] = left_out.accused
