@@ -22,9 +22,9 @@ END
 """
 
 
-def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, **dtypes: str) -> str:
+def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, nonces: int = 128, **dtypes: str) -> str:
     """Return lines that prove a block once under each name, in its format, and other blocks once."""
-    made = [(name, block, dtype, 128) for name, dtype in dtypes.items()]
+    made = [(name, block, dtype, nonces) for name, dtype in dtypes.items()]
     made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
     return PROOFS.replace("PROOFS", repr(made)).replace("KEY", repr(key))
 
@@ -49,12 +49,12 @@ def test_experiments(folder: Path):
         "assay poc experiment approaches": f"{of_one} --approaches poc-2.0 --nonces 16 --checked 8 --timed 0",
         "assay poc experiment weights": f"{of_one} --nonces 16",
         "assay poc experiment matrix": f"{of_one} --modes sign-flips --duration 1 --public-keys node_A",
-        "assay poc verify": "--seq-len 16 --dtype bfloat16",  # b.jsonl is of the other format
+        "assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512",  # b.jsonl is of the other format
         "python benchmarks/chord_law.py": f"{tiny} --nonces 32 --blocks 2",
         "python benchmarks/block_scale.py": f"{tiny} --nonces 16 --blocks 2 --common 32",
         "python benchmarks/r_target.py": f"{tiny} --nonces 32 --blocks 2 --dtype float32 --device cpu",
     }
-    made = proofs(proof="bfloat16", a="bfloat16", b="float32", blocks=8)
+    made = proofs(proof="bfloat16", a="bfloat16", b="float32", blocks=8, nonces=512)
     said = held(script("experiments", before=made, small=small), folder)
     assert "honest" in said
     assert {path.name for path in (folder / "experiments").iterdir()} >= {"NAME", "h200", "h200-shapes", "cpu"}
