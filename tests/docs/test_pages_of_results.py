@@ -58,7 +58,7 @@ def test_experiments(folder: Path):
     said = held(script("experiments", before=made, small=small), folder)
     assert "honest" in said
     assert {path.name for path in (folder / "experiments").iterdir()} >= {"NAME", "h200", "h200-shapes", "cpu"}
-    assert (folder / "experiments" / "NAME" / "index.html").is_file()
+    assert (folder / "experiments" / "NAME" / "report.html").is_file()
     made = {path.name for path in (folder / "benchmarks" / "results").glob("*.json")}
     assert made == {"chord_law_blocks.json", "block_scale.json", "r_target_h200.json"}
 
