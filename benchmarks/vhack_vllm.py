@@ -139,9 +139,11 @@ def trainers(model, svd, given, folder):
 def reloading(trainer):
     """On a CPU vLLM packs weights, and TRL's way to load them fails: load all of them anew."""
     generation = trainer.vllm_generation
+    adapter = getattr(trainer, "adapter", None)
+    weights = adapter.weights if adapter is not None else generation._iter_named_params
 
     def sync():
-        runner_of(generation.llm).reload_weights(weights_iterator=iter(list(generation._iter_named_params())))
+        runner_of(generation.llm).reload_weights(weights_iterator=iter(list(weights())))
         generation.llm.reset_prefix_cache()
 
     generation.sync_weights = sync

@@ -104,6 +104,7 @@ class Sampler:
     """In place of TRL's vLLM: says of every token what the policy says, less a shift, and keeps what it was given."""
 
     shift = 0.1
+    mode = "server"
 
     def __init__(self, model, **settings):
         self.model, self.given = model, []

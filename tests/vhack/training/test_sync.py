@@ -18,9 +18,11 @@ class Weights:
 
     def __init__(self, module):
         self.parameters = dict(copy.deepcopy(module).named_parameters())
+        self.loads = 0
 
     @torch.no_grad()
     def load_weights(self, weights):
+        self.loads += 1
         for name, weight in weights:
             self.parameters[name].copy_(weight)
 
@@ -62,6 +64,7 @@ def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode, lora):
             for parameter in adapter.delta:
                 parameter.fill_(scale)
         made.sync_weights()
+    assert engine.loads == 2  # one for each time, however many weights there are
     merged = adapter.merge()
     merged = merged.merge_and_unload() if lora else merged
     wanted = dict(merged.named_parameters())

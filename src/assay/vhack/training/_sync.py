@@ -31,4 +31,9 @@ def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     def named() -> Iterator[tuple[str, Tensor]]:
         return ((generation._fix_param_name_to_vllm(name), weight) for name, weight in adapter.weights())
 
-    generation._iter_named_params = named
+    def loaded() -> Iterator[tuple[str, Tensor]]:
+        """Load all weights into the vLLM of this process, and leave TRL none to load one by one."""
+        generation.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(named())
+        return iter(())
+
+    generation._iter_named_params = loaded if generation.mode == "colocate" else named
