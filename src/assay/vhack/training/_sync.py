@@ -1,4 +1,9 @@
-"""The weights that TRL hands to a vLLM that generates."""
+"""The weights that TRL hands to a vLLM that generates.
+
+TRL calls ``load_weights`` of a vLLM in the same process once for every weight, and each call lists all parameters of
+vLLM's model. Here one call takes them all: 0.017 s for 0.19 s with the 310 weights of shape:qwen3-0.6b on an H200, in a
+step of 0.97 s (benchmarks/results/vhack_vllm_h200.json, ``sections``).
+"""
 
 from collections.abc import Iterator
 from typing import Any
