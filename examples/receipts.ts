@@ -1,5 +1,5 @@
 // A reader of receipts in TypeScript, written from docs/responses.md and docs/streams.md.
-//   tsc --noCheck --target es2022 --module es2022 --outDir out examples/receipts.ts && mv out/receipts.js out/receipts.mjs
+//   tsc --strict --target es2022 --module es2022 --outDir out examples/receipts.ts examples/node.d.ts && mv out/receipts.js out/receipts.mjs
 //   node out/receipts.mjs FILE           node, and of every receipt the request id, the number of tokens and the first word of the seed
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";

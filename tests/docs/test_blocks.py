@@ -63,10 +63,9 @@ def test_the_readme(checkout: Path):
     script = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     done = run(script, checkout, ASSAY_PORT=str(port))
     assert done.returncode == 0, done.stderr
-    (shown,) = (text for language, text in FENCED.findall(readme) if not language)
-    assert shown in done.stdout
+    assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says
     assert '"status":"OK"' in done.stdout  # of the request to the service
-    for name in ("proof.jsonl", "data/service.sqlite3", "hack.safetensors", "check.html"):
+    for name in ("proof.jsonl", "data/service.sqlite3", "hack.safetensors"):
         assert (checkout / name).is_file(), name
 
 

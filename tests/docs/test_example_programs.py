@@ -183,9 +183,9 @@ def test_ledger_sql(tmp_path: Path):
 def test_receipts_in_typescript(tmp_path: Path):
     missing = [tool for tool in ("node", "tsc") if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"no {' and no '.join(missing)}: apt-get install nodejs npm && npm install --global typescript")
-    options = ("--noCheck", "--target", "es2022", "--module", "es2022", "--outDir", str(tmp_path))
-    subprocess.run(["tsc", *options, str(EXAMPLES / "receipts.ts")], check=True)
+        pytest.skip(f"no {' and no '.join(missing)}: apt-get install node-typescript")
+    options = ("--strict", "--target", "es2022", "--module", "es2022", "--outDir", str(tmp_path))
+    subprocess.run(["tsc", *options, *(str(EXAMPLES / name) for name in ("receipts.ts", "node.d.ts"))], check=True)
     reader = (tmp_path / "receipts.js").rename(tmp_path / "receipts.mjs")
     check = ["node", str(EXAMPLES / "receipts_check.mjs"), str(reader), str(VECTORS / "responses.json")]
     counted = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)

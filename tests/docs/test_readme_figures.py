@@ -23,16 +23,22 @@ def over_honest(run: str) -> str:
     return f"{int(redteam.paying(cells, *field, 'hardened')['over_honest'])}"
 
 
-def audits() -> list[str]:
-    blocks = max(row["accused"] for row in of("shares")["rows"])
-    pair = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
+def small() -> list[dict[str, Any]]:
     sets = [of(f"one_block_composite_{name}")["rows"] for name in ("cpu", "fresh")]
-    small = [row["candidates"]["none"] for rows in sets for row in rows if row["law_from"] == 256]
-    average, worst = (max(row[name] for row in small) for name in ("accused", "accused_worst_pair"))
-    mixtures = of("mixture_laws")["rows"]
-    few, many = (max(row["accused"] for row in mixtures if row["law_from"] == size) for size in (256, 1024))
-    of_mixtures = f"{few:.1%} with laws of 256 nonces, {many:.2%} with 1024"
-    return [f"{blocks:.2%}", f"{average:.2%} on a CPU", f"{pair:.1%} and {worst:.1%}", of_mixtures]
+    return [row["candidates"]["none"] for rows in sets for row in rows if row["law_from"] == 256]
+
+
+def audits() -> list[str]:
+    blocks, average = (max(row["accused"] for row in rows) for rows in (of("shares")["rows"], small()))
+    return [f"{blocks:.2%}] on an H200", f"{average:.2%}] on a CPU"]
+
+
+def worst() -> list[str]:
+    gpu = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
+    cpu = max(row["accused_worst_pair"] for row in small())
+    rows = of("mixture_laws")["rows"]
+    few, many = (max(row["accused"] for row in rows if row["law_from"] == size) for size in (256, 1024))
+    return [f"{100 * gpu:.1f}] and [{cpu:.1%}]", f"{100 * few:.1f} and {many:.2%}]"]
 
 
 def clusters() -> list[str]:
@@ -41,7 +47,7 @@ def clusters() -> list[str]:
     (real,) = (row for row in rows if row["sort"] == "real" and row["cheat"].endswith("awq-4bit"))
     accused = sum(row["accused"] * row["audits"] for row in honest)
     count = f"{sum(row['audits'] for row in honest):,}".replace(",", " ")
-    return [f"{accused:.0f} of {count}", f"{real['median']} nonces", f"99 % after {real['most']}"]
+    return [f"{accused:.0f} of {count}", f"after {real['median']} nonces", f"99 % after {real['most']}"]
 
 
 def lives() -> list[str]:
@@ -54,7 +60,7 @@ def lives() -> list[str]:
 def prove() -> list[str]:
     models = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b")
     ratios = [of(f"gpu_prove_{model}")["prove_over_compiled"] for model in models]
-    return [f"{min(ratios):.2f} to {max(ratios):.2f} ×"]
+    return [f"{min(ratios):.2f}] to [{max(ratios):.2f}] ×"]
 
 
 def inside_vllm() -> list[str]:
@@ -62,7 +68,7 @@ def inside_vllm() -> list[str]:
     for model in ("", "_llama-3.2-1b", "_llama-3.1-8b"):
         (row,) = of(f"vllm_direct_h200_queued{model}")["rows"]
         ratios.append(f"{row['ratios']['own_over_transformers']:.2f}")
-    return ["{}, {} and {} ×".format(*ratios)]
+    return ["[{}], [{}] and [{}] ×".format(*ratios)]
 
 
 def formats() -> list[str]:
@@ -72,20 +78,14 @@ def formats() -> list[str]:
     ways = [{found["vllm_on_transformers"], found["transformers_on_vllm"]} for found in judged]
     assert {found["nonces"] for found in rows} == {256}
     counts = [ways.count({verdict}) for verdict in ("honest", "undecided", "fraud")]
-    return [f"{len(judged)} judgements", f"| {caught}; {', '.join(map(str, counts))} |"]
-
-
-def soak() -> list[str]:
-    found = of("service_soak")
-    records = f"{found['records']:,}".replace(",", " ")
-    return [f"{found['kills']} times", f"{found['lost_records']}, {found['repeated_records']} of {records}"]
+    return [f"[{caught} of {len(judged)}]", "honest [{}, undecided {}, fraud {}]".format(*counts)]
 
 
 def chat() -> list[str]:
     (cpu,), (gpu, all_time) = of("vllm_mixed")["shares"], of("vllm_mixed_h200")["shares"]
     assert all(row["identical"] == row["requests_beside_nonces"] for row in (cpu, gpu, all_time))
     ratios = [row["first_token_p50_ratio"] for row in (cpu, gpu, all_time)]
-    return [f"{ratios[0]:.2f} × on a CPU", "{:.2f} and {:.2f} ×".format(*ratios[1:])]
+    return [f"{ratios[0]:.2f} ×]", "{:.2f} and {:.2f} ×".format(*ratios[1:])]
 
 
 def directions() -> list[str]:
@@ -94,36 +94,30 @@ def directions() -> list[str]:
 
 
 def training() -> list[str]:
-    name = "adam/displaced-0.4+erase-update-two-sided/axes-whole"
-    (arm,) = (arm for arm in of("vhack_study2")["arms"] if arm["condition"] == name)
-    rate = arm["rates"]["hack"]
-    return [f"{rate['n']} seeds", f"{rate['value']:.3f}"]
-
-
-def stored() -> list[str]:
-    name = "adam/displaced-0.4+erase-update-two-sided/axes-whole/stored-whole"
-    part = of("vhack_study3")["parts"]["stored"]
-    (arm,) = (arm for arm in part["arms"] if arm["condition"] == name)
-    rate = arm["rates"]["hack"]
-    return [f"{rate['n']} seeds", f"{part['steps']} steps", f"{rate['value']:.3f}"]
+    name, found = "adam/displaced-0.4+erase-update-two-sided/axes-whole", []
+    stored = of("vhack_study3")["parts"]["stored"]["arms"]
+    for arms, end in ((of("vhack_study2")["arms"], ""), (stored, "/stored-whole")):
+        (arm,) = (arm for arm in arms if arm["condition"] == name + end)
+        rate = arm["rates"]["hack"]
+        found += [f"{rate['n']} seeds", f"[{rate['value']:.3f}]"]
+    return found
 
 
 ROWS = {
     "honest audits accused": audits,
-    "honest machines of real clusters": clusters,
-    "honest nodes convicted": lives,
+    "worst pair of blocks": worst,
+    "real clusters": clusters,
+    "100 580 honest nodes": lives,
     "cheapest attack": lambda: [
-        f"{over_honest('redteam-qwen3-float16')} and {over_honest('redteam-llama-float16')} ×",
-        f"{over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
+        f"[{over_honest('redteam-qwen3-float16')}] and [{over_honest('redteam-llama-float16')}] ×",
+        f"bfloat16 {over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
     ],
-    "`prove` on an H200": prove,
-    "nonces inside a vLLM server": inside_vllm,
-    "quantised checkpoints": formats,
-    "service killed": soak,
-    "chat on a vLLM server": chat,
+    "`prove` over": prove,
+    "inside vLLM": inside_vllm,
+    "quantised": formats,
+    "chat beside": chat,
     "hack directions": directions,
-    "training displaced": training,
-    "the same, one stored exploit": stored,
+    "hack rate": training,
 }
 
 

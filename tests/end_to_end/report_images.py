@@ -18,8 +18,8 @@ CHECK = ("vhack", "check", "--model", "reference:qwen3", "--pairs", "generated:4
 WIDTH = 720
 COLORS = 128  # of pages in flat colours: more are not seen, and make files three times as large
 PARTS = {
-    "report-poc": ("demo/report.html", "caption:has-text('cheaters')", "h2:has-text('v_hack')"),
-    "report-vhack": ("check.html", "h2:has-text('Verdict')", "dl >> nth=0"),
+    "report-poc": ("demo/report.html", "h2:has-text('How far off')", "h2:has-text('v_hack')"),
+    "report-vhack": ("check.html", "h2:has-text('cin of held-out samples')", "dl >> nth=0"),
 }
 """Report of each picture, and what stands where the picture begins and ends."""
 
