@@ -5,7 +5,8 @@ be taken, which speaks for the node and not against it; where top-p would need t
 states that are sketched are kept in its workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,14 @@ import torch
 from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.models.device import processor
-from assay.poc.engines.vllm import check_installed, multiply_exactly, refuse_missing
+from assay.poc.engines.vllm import (
+    check_installed,
+    explained_start,
+    memory_on_cpu,
+    multiply_exactly,
+    refuse_missing,
+    runs_on_cpu,
+)
 from assay.poc.protocol import Fingerprint, sketch_steps
 from assay.poc.responses._adapters import Lora
 from assay.poc.responses._prefill import Prefilled, Whole
@@ -25,11 +33,13 @@ from assay.poc.responses.vllm import EXTENSION, keeping_states
 LIKELIEST = 1024
 """Number of the largest logits that are asked for at every position."""
 
-_CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory
 _OWN = (
-    "model", "dtype", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
-    "worker_extension_cls", "speculative_config", "kv_cache_dtype", "quantization", "load_format", "hf_overrides",
+    "model", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
+    "worker_extension_cls", "speculative_config", "spec_method", "spec_model", "spec_tokens", "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers", "calculate_kv_scales", "quantization", "quantization_config", "load_format",
+    "hf_overrides", "hf_config_path",
 )  # fmt: skip
+"""Engine arguments that a replay sets itself, or under which vLLM would compute something else than the checkpoint."""
 
 
 class VLLMPrefill:
@@ -59,41 +69,39 @@ class VLLMPrefill:
         **options: Any,
     ) -> None:
         self._version, self._dtype = check_installed(), dtype
-        if taken := sorted(set(options) & set(_OWN)):
-            raise UsageError(f"{taken[0]} of vLLM", wanted="an option that replay leaves open", do="leave it out")
-        from vllm import LLM  # type: ignore[import-not-found]
-        from vllm.platforms import current_platform  # type: ignore[import-not-found]
-
-        self._on_cpu = bool(current_platform.is_cpu())
+        _check_options(options)
+        self._on_cpu = runs_on_cpu()
         if self._on_cpu:
-            options.setdefault("kv_cache_memory_bytes", _CPU_KV_BYTES)
+            options = memory_on_cpu(options) | options
         else:
             multiply_exactly(dtype)
         self.model = identify(reference, dtype=dtype)
         for header in receipts:
             check_model(header, self.model)
         self.batch_size, self._likeliest = batch_size, min(LIKELIEST, self.model.vocab_size)
-        try:
-            self._engine: Any = LLM(
-                model=str(checkpoint_directory(reference)),
-                dtype=dtype,
+        self._engine = self._started(str(checkpoint_directory(reference)), options)
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            with explained_start():
+                problems = self._engine.collective_rpc("assay_sketch", args=(True,))
+            refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
+            failed.pop_all()
+
+    def _started(self, directory: str, options: dict[str, Any]) -> Any:
+        """Return vLLM's ``LLM`` over a checkpoint."""
+        from vllm import LLM  # type: ignore[import-not-found]
+
+        with explained_start():
+            return LLM(
+                model=directory,
+                dtype=self._dtype,
                 logprobs_mode="raw_logits",
                 max_logprobs=self._likeliest,
                 enable_prefix_caching=False,  # a prompt of the cache has no logits
                 skip_tokenizer_init=True,
-                disable_log_stats=True,
                 worker_extension_cls=EXTENSION,
                 **options,
             )
-            problems = self._engine.collective_rpc("assay_sketch", args=(True,))
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
-            ) from None
-        except Exception as error:  # vLLM fails to start in many ways
-            seen = f"vLLM does not start: {type(error).__name__}: {error}"[:500]
-            raise ModelError(seen, wanted="an engine", do="see its log above") from error
-        refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -174,13 +182,24 @@ class VLLMPrefill:
 
     def close(self) -> None:
         """End the engine and its processes."""
-        del self._engine
+        self._engine.llm_engine.engine_core.shutdown()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse engine arguments of :data:`_OWN`."""
+    if taken := sorted(set(options) & set(_OWN)):
+        flag = "--" + taken[0].replace("_", "-")
+        raise UsageError(
+            f"{flag} for a replay on vLLM",
+            wanted="options that do not say what is computed: the command and the checkpoint do",
+            do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
+        )
 
 
 def no_adapter() -> UsageError:

@@ -24,6 +24,7 @@ from assay.poc.engines.vllm._engine import (
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._settings import EXTENSION, rounded_cache
+from assay.poc.engines.vllm._starting import explained_start, memory_on_cpu, runs_on_cpu
 from assay.poc.engines.vllm._throttle import Forward, Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
@@ -46,8 +47,10 @@ __all__ = [
     "check_config",
     "check_installed",
     "check_several_servers",
+    "explained_start",
     "fingerprint_of",
     "is_first_of_group",
+    "memory_on_cpu",
     "missing_in_runner",
     "most_positions",
     "multiply_exactly",
@@ -55,5 +58,6 @@ __all__ = [
     "rounded_cache",
     "runner_kind",
     "runs",
+    "runs_on_cpu",
     "spans",
 ]

@@ -6,9 +6,9 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size.
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Generator, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import AssayError, ModelError, UsageError, reason_of
+from assay.errors import ModelError, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
 from assay.poc.engines._decoding import Decoded, Replayed
@@ -27,12 +27,12 @@ from assay.poc.engines.vllm._compatibility import check_config, check_installed,
 from assay.poc.engines.vllm._direct_stream import DirectStream, OwnStream
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._settings import EXTENSION
+from assay.poc.engines.vllm._starting import explained_start, memory_on_cpu, runs_on_cpu
 from assay.poc.engines.vllm._throttle import Forward, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._token_requests import TokenStream, check_room
 from assay.poc.protocol import Fingerprint, Pipeline, Round, with_cache
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
-CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces need a little
 
 Inputs = Literal["local", "sent"]
 """Where the inputs of a nonce are made: in the workers; or in this process, from which they are sent."""
@@ -318,19 +318,18 @@ class _Loop:
 def _configured(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
     """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
     from vllm import AsyncEngineArgs  # type: ignore[import-not-found]
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
+    on_cpu = runs_on_cpu()
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     own["language_model_only"] = True
-    if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
-        own["kv_cache_memory_bytes"] = CPU_KV_BYTES
+    own |= memory_on_cpu(options) if on_cpu else {}
     chosen = own | options | fixed
-    if not current_platform.is_cpu():  # vLLM forks, and a forked process cannot use a GPU that its parent has used
+    if not on_cpu:  # vLLM forks, and a forked process cannot use a GPU that its parent has used
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         multiply_exactly(chosen["dtype"])
-    with _explained():
+    with explained_start():
         config = AsyncEngineArgs(**chosen).create_engine_config()
         check_config(config, forward=forward)
         return config
@@ -340,25 +339,8 @@ async def _started(config: Any) -> Any:
     """Start an ``AsyncLLM``, in the event loop that it is to use."""
     from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 
-    with _explained():
+    with explained_start():
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what went wrong where vLLM reads its options and starts."""
-    try:
-        yield
-    except AssayError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
-        ) from None
-    except Exception as error:  # vLLM fails to start in many ways
-        raise ModelError(
-            f"vLLM does not start: {reason_of(error)}"[:500], wanted="an engine", do="see its log above"
-        ) from error
 
 
 async def _shutdown(llm: Any) -> None:
