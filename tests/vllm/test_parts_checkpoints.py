@@ -106,6 +106,7 @@ def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: 
         ),
         (stored("int8", **{"device_config.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
         (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
+        (stored("int8", **{"model_config.quantization_config": SimpleNamespace()}), "--quantization-config"),
     ],
 )
 def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):

@@ -133,6 +133,7 @@ def test_settings_that_move_nothing_pass(changes):
         ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel on the CPU"),
         ("model_config.runner_type", "pooling", "--runner pooling"),
         ("model_config.quantization", "fp8", "--quantization fp8"),
+        ("model_config.quantization_config", SimpleNamespace(), "--quantization-config"),
         ("model_config.is_multimodal_model", True, "add --language-model-only"),
         ("load_config.load_format", "dummy", "--load-format dummy"),
         ("load_config.load_format", "mistral", "--load-format mistral"),

@@ -46,6 +46,8 @@ def refusals(config: Any) -> tuple[Refusal, ...]:
             checkpoint,
             "leave it out",
         ),
+        # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.
+        (getattr(model, "quantization_config", None) is not None, "--quantization-config", checkpoint, "leave it out"),
         (loaded not in LOADED, f"--load-format {loaded}", checkpoint, "leave it out"),
         (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, "serve it as it is"),
         (getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, "serve it as it is"),
