@@ -147,9 +147,8 @@ def test_no_weight_is_copied_and_new_ones_are_used_at_once():
 class Recorded:
     """What stands in for a CUDA graph on a CPU: the function as it was when it was recorded, and how often it ran."""
 
-    def __init__(self, function: Any, given: torch.Tensor, pool: Any) -> None:
-        assert pool == "one pool"
-        self.function, self.shape, self.replayed = function, given.shape, 0
+    def __init__(self, function: Any, given: torch.Tensor, *, pool: Any, stream: Any) -> None:
+        self.function, self.shape, self.pool, self.stream, self.replayed = function, given.shape, pool, stream, 0
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
         assert given.shape == self.shape
@@ -162,12 +161,13 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """The recordings that are made, on what passes for a GPU."""
     found: list[Recorded] = []
 
-    def record(*arguments: Any) -> Recorded:
-        found.append(Recorded(*arguments))
+    def record(*arguments: Any, **shared: Any) -> Recorded:
+        found.append(Recorded(*arguments, **shared))
         return found[-1]
 
     monkeypatch.setattr(_compiled, "Recording", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(_compiled, "_stream", lambda device: object())
     monkeypatch.setattr(_direct_worker, "is_first_of_group", lambda: True)
     monkeypatch.setattr(OwnPasses, "_is_recorded", lambda self, count, seq_len: count * seq_len <= 32)
     return found
@@ -201,6 +201,28 @@ def test_a_pass_is_recorded_again_when_a_weight_lies_elsewhere(recordings: list[
     body.norm.weight = nn.Parameter(body.norm.weight.data.clone())
     own.begin(spec, [0], 1)
     assert len(recordings) == 3
+
+
+def test_recordings_share_memory_until_the_last_of_them_is_gone(recordings: list[Recorded]):
+    own = passes(made("llama"))
+    body = own._runner.get_model().model
+
+    def move() -> None:
+        body.norm.weight = nn.Parameter(body.norm.weight.data.clone())
+
+    for shape in (1, 2):
+        own.begin(spec_of(8), list(range(shape)), shape)
+    move()
+    own.begin(spec_of(8), [0], 1)  # beside the other one, which is still there
+    assert len({id(one.pool) for one in recordings}) == 1
+    own = passes(made("llama"))
+    del recordings[:]
+    body = own._runner.get_model().model
+    for _ in range(3):
+        own.begin(spec_of(8), [0], 1)
+        move()
+    assert len({id(one.pool) for one in recordings}) == 3
+    assert len({id(one.stream) for one in recordings}) == 1
 
 
 def test_few_recordings_are_kept(recordings: list[Recorded]):

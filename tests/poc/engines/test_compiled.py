@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,3 +174,24 @@ def test_the_deterministic_mode_is_the_process_s_and_named(small_model, round_: 
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch):
+    """Torch's own choice is one stream of one device, which the graphs of several models would share."""
+    streams: list[Any] = []
+
+    def record(graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> nullcontext[None]:
+        assert (pool, capture_error_mode) == (None, "thread_local")
+        streams.append(stream)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(_compiled, "_stream", lambda device: SimpleNamespace(device=device))
+    for _ in range(2):
+        graph = _compiled._Graph(lambda x: 2 * x)
+        for _ in range(2):
+            assert graph(torch.ones(3, device="meta")).device.type == "meta"
+    one, other = streams
+    assert one is not other
+    assert one.device == other.device == torch.device("meta")

@@ -129,6 +129,11 @@ def test_recorded_passes_have_the_bits_of_those_that_are_not_and_follow_the_weig
         in_place = recorded.hidden(forward(), inputs[0])
         layers[1] = layers[1]._replace(down_proj=(layers[1].down_proj[0] / 2, None))
         moved = recorded.hidden(forward(), inputs[0])
+        alone = RecordedPasses(1)
+        for inputs_BTD in (inputs[0], inputs[0, :1], inputs[1], inputs[1, :1]):
+            assert torch.equal(alone.hidden(forward(), inputs_BTD), forward().hidden(inputs_BTD))
+            layers[0] = layers[0]._replace(down_proj=(layers[0].down_proj[0].clone(), None))
+        assert torch.equal(recorded.hidden(forward(), inputs[0]), moved)
     assert not torch.equal(before, in_place)
     assert torch.equal(before, moved)
 

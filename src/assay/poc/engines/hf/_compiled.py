@@ -210,13 +210,24 @@ class Recording:
         function: Function of a tensor of fixed shape. It runs once before it is recorded, to load every kernel.
         given: Tensor of that shape.
         pool: Memory that is shared with other recordings, none of which runs at the same time; None is its own.
+        stream: Stream on which it is recorded, one for all that share a pool; None is its own. Torch's own choice is
+            one stream for the whole process, and on that the products of a graph write to memory that another graph
+            may give back; and that stream is of one device, so of a function on another one nothing would be recorded.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        given: Tensor,
+        *,
+        pool: Any = None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> None:
         self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
         function(self._input)  # compiles; nothing may be compiled while a graph is recorded
+        stream = stream or _stream(given.device)
         # Other threads, such as those of a service, may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._output = function(self._input)
 
     def __call__(self, given: Tensor) -> Tensor:
@@ -224,6 +235,11 @@ class Recording:
         self._input.copy_(given)
         self._graph.replay()
         return self._output.clone()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return another stream of a device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Graph:
@@ -252,6 +268,7 @@ class RecordedPasses:
     def __init__(self, most: int) -> None:
         self._most = most
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._made: dict[tuple[int, ...], tuple[tuple[int, ...], Recording]] = {}
 
     def hidden(self, forward: LeanForward, inputs_BTD: Tensor) -> Tensor:
@@ -266,8 +283,11 @@ class RecordedPasses:
             self._made.pop(shape, None)  # freed before the next one is made
             while len(self._made) >= self._most:
                 self._made.pop(next(iter(self._made)))
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._made[shape] = places, Recording(forward.hidden, inputs_BTD, self._pool)
+            if not self._made:  # what torch has given up with its last recording takes no other one
+                self._pool = torch.cuda.graph_pool_handle()
+            self._stream = self._stream or _stream(inputs_BTD.device)
+            recording = Recording(forward.hidden, inputs_BTD, pool=self._pool, stream=self._stream)
+            self._made[shape] = places, recording
         return self._made[shape][1](inputs_BTD)
 
 
