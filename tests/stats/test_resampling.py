@@ -134,6 +134,15 @@ def test_interval_of_shares_is_over_their_groups():
     assert grouped_share_interval(some, ["the only machine"] * 42) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("shares", "labels"), [([0.02, 0.02, 0.02], "abc"), ([0.0, 0.02, 0.02, 0.0], "aabb"), ([0.1] * 21, "abc" * 7)]
+)
+def test_groups_that_happen_to_have_one_share_leave_it_unknown(shares, labels):
+    low, high = grouped_share_interval(shares, labels)
+    assert low < np.mean(shares) < high
+    assert high - low > 0.1
+
+
 @pytest.mark.parametrize(("shares", "labels"), [([0.5, 0.5], ["a"]), ([0.5, 1.5], ["a", "b"]), ([math.nan], ["a"])])
 def test_shares_outside_their_range_or_without_a_label_are_refused(shares, labels):
     with pytest.raises(UsageError, match="outside"):

@@ -11,6 +11,7 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 
 _REDRAWS = 100
+_NO_WIDTH = 1e-12  # of an interval of shares; the rounding of means is far less
 TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
@@ -217,9 +218,9 @@ def group_bootstrap(
 def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of measured shares where those of one group resemble each other.
 
-    It is that of `group_bootstrap`. Where all shares are 0, or all 1, a bootstrap has no width, so each group counts as
-    one sample, whose share is the one or the other, as in `grouped_proportion_interval`: groups may exist that are
-    unlike all that were seen. Of a single group nothing is known, so the interval is (0, 1).
+    It is that of `group_bootstrap`. Where that has no width, because all groups have one mean, it is that of
+    `grouped_proportion_interval`, for groups may exist that are unlike all that were seen: with shares that are all 0,
+    or all 1, each group counts as one sample. Of a single group nothing is known, so the interval is (0, 1).
 
     Args:
         shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].
@@ -238,9 +239,9 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
         )
     if len(set(groups)) < 2:
         return 0.0, 1.0
-    if share_N.min() == share_N.max() and share_N[0] in (0, 1):
-        return grouped_proportion_interval(share_N, groups)
     found = group_bootstrap(lambda values: float(np.mean(values)), [share_N], [groups])
+    if found.high - found.low < _NO_WIDTH:
+        return grouped_proportion_interval(share_N, groups)
     return found.low, found.high
 
 
