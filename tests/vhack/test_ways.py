@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from assay.models import load_model
+from assay.models.device import current
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import _per_sample as _gradients
-from assay.vhack.gradients import _taps
+from assay.vhack.gradients import _replica, _taps
 from assay.vhack.gradients._batches import Segments
 from assay.vhack.gradients._fused import Norm, _even, plain_norm, sample_products, segment_products
 from assay.vhack.gradients._packed import attend
@@ -213,6 +215,31 @@ def test_a_model_with_hooks_runs_one_batch_at_a_time(
     assert worst_error(found, wanted) < 1e-5
 
 
+def test_the_device_of_the_model_is_the_current_one_for_its_kernels(
+    monkeypatch, small_model, byte_tokenizer, samples, small_svd
+):
+    entered, real = [], Replica._computed
+
+    @contextmanager
+    def entering(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    def computed(replica, encoded):
+        assert entered[-1] == small_model.device
+        return real(replica, encoded)
+
+    monkeypatch.setattr(_replica, "current", entering)
+    monkeypatch.setattr(Replica, "_computed", computed)
+    per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
+    assert entered == [small_model.device, None]
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"on {device}")
+    assert current(torch.device("cuda", 1)) == "on cuda:1"
+    with current(torch.device("cpu")):
+        pass
+
+
 def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
     replica = Replica(small_model.module, small_svd, EVERYTHING, factored=(), recomputed=2)
     pairs = list(zip(small_model.module.named_parameters(), replica.module.named_parameters(), strict=True))
@@ -287,8 +314,10 @@ def test_the_sum_over_tokens_of_samples_of_one_length(dtype):
     found = sample_products(left, right)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), (left.double() * right.double()).sum(1), rtol=1e-6, atol=1e-5)
-    by_rows = segment_products(left.flatten(0, 1), right.flatten(0, 1), _even(9, 30, left.device), None)
-    torch.testing.assert_close(by_rows, found, rtol=1e-5, atol=1e-5)
+    for tokens in (30, 1, 0):
+        some = left[:, :tokens], right[:, :tokens]
+        by_rows = segment_products(*(part.flatten(0, 1) for part in some), _even(9, tokens, left.device), None)
+        torch.testing.assert_close(by_rows, sample_products(*some), rtol=1e-5, atol=1e-5)
 
 
 def test_the_norm_is_that_of_transformers(small_model):

@@ -2,14 +2,14 @@
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
 
-__all__ = ["device_named", "free_bytes", "one_thread", "processor"]
+__all__ = ["current", "device_named", "free_bytes", "one_thread", "processor"]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -46,6 +46,11 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a CUDA device is the current one: triton launches there, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

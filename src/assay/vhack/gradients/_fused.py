@@ -88,7 +88,7 @@ def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
 def _even(samples: int, tokens: int, device: torch.device) -> Tensor:
     """Return the bounds of samples of one length, [B + 1]; all modules of a pass ask for the same ones."""
     with torch.inference_mode(False):
-        return torch.arange(0, samples * tokens + 1, tokens, device=device)
+        return torch.arange(samples + 1, device=device) * tokens
 
 
 class Norm(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.errors import ModelError
 from assay.models import decoder_layers
+from assay.models.device import current
 from assay.models.families import attention_window, family_of
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
 from assay.vhack.gradients._experts import ExpertsPass, is_fused
@@ -153,7 +154,7 @@ class Replica:
             RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
         """
         # In the dtype of the weights, also in a training loop that computes in another one.
-        with torch.autocast(self.module.device.type, enabled=False):
+        with current(self.module.device), torch.autocast(self.module.device.type, enabled=False):
             return self._computed(encoded)
 
     def _computed(self, encoded: list[Encoded]) -> Computed:
