@@ -31,7 +31,7 @@ from assay.reports import PartialFile, dumps
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]
-"""Called with (records done, records in all): once before the first batch, and after every batch."""
+"""Called with (records done, records in all) after every batch; by :func:`prove` also once before the first."""
 
 
 def prove(

@@ -3,7 +3,7 @@
 The gradient of a sample is a sum, and each process takes its own terms of it:
 
 - *FSDP2*: each process has rows of every weight and computes some of the samples, whole. A layer's weights are gathered
-  while it computes, and the factors of one matrix while its gradient is taken.
+  while it computes, and a factor of one matrix just before coordinates are taken by it, in either pass.
 - *tensor parallelism*: each process computes all samples with its part of every matrix. With rows of W, and so of
   ``∂L/∂y`` and of U, ``g_b = Σ_p Σ_t (U_pᵀ ∂L/∂y_pt) ⊙ (Vh x_t)``; with columns of W, and so of x and of Vh,
   ``g_b = Σ_p Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh_p x_pt)``. Both are bilinear, so no token's coordinates are ever sent.
