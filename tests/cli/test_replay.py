@@ -121,9 +121,11 @@ def test_other_requests_are_refused(assay, receipts: Path, prompts: Path, tmp_pa
     assert "user_seed 'mine'" in result.err
 
 
-def test_a_replay_without_noise_or_of_another_checkpoint_begins_no_ledger(
+def test_a_replay_that_is_refused_begins_no_ledger(
     assay, receipts: Path, prompts: Path, small_checkpoint: Path, tmp_path: Path
 ):
+    from assay.poc.responses import Receipts
+
     ledger = tmp_path / "ledger.sqlite3"
     flags = ("--device", "cpu", *KNOWN, "--requests", prompts, "--ledger", ledger)
     unknown = assay("poc", "replay", receipts, "--model", "reference:qwen3", "--dtype", "float16", *flags)
@@ -132,6 +134,12 @@ def test_a_replay_without_noise_or_of_another_checkpoint_begins_no_ledger(
     other = assay("poc", "replay", receipts, "--model", small_checkpoint, *flags)
     assert other.code == 2
     assert "receipts of reference:qwen3" in other.err
+    whole = Receipts.load(receipts)
+    strange = [replace(one, output=(*one.output[:-1], 10**6)) for one in whole.receipts]
+    Receipts.build(whole.header, strange, 1.0).save(tmp_path / "strange.jsonl")
+    outside = assay("poc", "replay", tmp_path / "strange.jsonl", "--model", "reference:qwen3", *flags)
+    assert outside.code == 2
+    assert "with token 1000000 and 40 positions" in outside.err
     assert not ledger.exists()
 
 

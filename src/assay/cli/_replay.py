@@ -59,9 +59,9 @@ def replay(
     sample = responses.sampled(read, size, seed) if chosen.sample is not None else read
     with ExitStack() as held:
         loaded, engine = held.enter_context(_engine(chosen, [read], adapter))
-        responses.check_model(read.header, loaded)
+        responses.check_runnable(sample, loaded, prompts=pins.prompts)
         noise = responses.noise_between(read.header, engine.fingerprint, measured)
-        # Begun when no noise is missing any more, and before anything is computed.
+        # Begun when what can be refused without a prefill has been, and before anything is computed.
         ledger = held.enter_context(_ledger.recording(chosen.ledger, chosen.alpha))
         progress = held.enter_context(progress_bar("replaying", "responses"))
         found = responses.replay(
@@ -101,7 +101,7 @@ def calibrate_responses(
     prompts = responses.ReceiptPins(requests=_requests(chosen.requests, chosen.model)).prompts
     with _engine(chosen, files) as (loaded, engine), progress_bar("replaying", "responses") as progress:
         for read in files:
-            responses.check_model(read.header, loaded)
+            responses.check_runnable(read, loaded, prompts=prompts)
         measured = [
             (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
             for read in files

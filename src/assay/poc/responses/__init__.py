@@ -38,7 +38,7 @@ from assay.poc.responses._receipts import (
     ReceiptFooter,
     ReceiptHeader,
 )
-from assay.poc.responses._replay import Replayed, check_adapter, check_model, replay
+from assay.poc.responses._replay import Replayed, check_adapter, check_model, check_runnable, replay
 from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
 from assay.poc.responses._respond import respond, stop_tokens
 from assay.poc.responses._sampler import Sampler
@@ -92,6 +92,7 @@ __all__ = [
     "check_enough_tokens",
     "check_model",
     "check_one_checkpoint",
+    "check_runnable",
     "chosen_receipts",
     "counts_before",
     "default_response_noise",

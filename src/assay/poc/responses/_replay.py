@@ -92,10 +92,9 @@ def replay(
         >>> found.matches, found.residuals.shape, float(found.residuals[0]) < 1e-3
         (8, (1,), True)
     """
-    check_model(receipts.header, model)
     check_adapter(receipts, adapter)
+    wholes = check_runnable(receipts, model, prompts=prompts)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
-    wholes = [_whole(receipt, prompts or {}, model) for receipt in chosen]
     engine = engine or HFPrefill(model)
     found: dict[int, Replayed] = {}
     for used in (None, adapter) if adapter is not None else (None,):
@@ -106,6 +105,25 @@ def replay(
             if progress:
                 progress(len(found), len(chosen))
     return [found[place] for place in range(len(chosen))]
+
+
+def check_runnable(receipts: Receipts, model: Model, *, prompts: Mapping[str, Prompt] | None = None) -> list[Whole]:
+    """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what a model cannot run.
+
+    :func:`replay` begins with this. To call it before a ledger is begun, or before other files are replayed, saves
+    both for receipts that are refused.
+
+    Args:
+        receipts: Receipts of one node and model.
+        model: Same checkpoint on this machine.
+        prompts: Prompts with ids by their SHA-256, for receipts that have the hash alone.
+
+    Raises:
+        ProofMismatch: The receipts are of another checkpoint, a token is not in its vocabulary, a response is longer
+            than its positions, or the ids of a prompt are not known.
+    """
+    check_model(receipts.header, model)
+    return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
