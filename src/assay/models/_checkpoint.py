@@ -80,6 +80,19 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
+def meant_file(directory: Path, name: str) -> Path:
+    """Return the file in which a tensor that is not there belongs: by the index, which stands for it if it is silent.
+
+    Args:
+        directory: Directory of a checkpoint that :func:`weight_files` accepts.
+        name: Name of the tensor.
+    """
+    if (directory / _SINGLE).is_file():
+        return directory / _SINGLE
+    placed = json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"].get(name)
+    return directory / (_INDEX if placed is None else placed)
+
+
 def list_tensors(directory: Path) -> list[Stored]:
     """Return every tensor of a checkpoint, sorted by name; only headers are read.
 

@@ -11,11 +11,12 @@ from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models._checkpoint import EIGHT_BITS, Stored, check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models._formats import StoredFormat, check_device, stored_format
+from assay.models._headers import check_fits, faults_of
 from assay.models._quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
 from assay.models._quantise import quantise as round_weights
 from assay.models._random import SHAPE_BLOCK, attention_of, build, randomise, randomise_embeddings, recipe_digest
 from assay.models._resolve import Source, auto_class, resolve
-from assay.models._stored import load_stored
+from assay.models._stored import check_stored, load_stored
 from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
 from assay.models.quiet import quiet
@@ -174,10 +175,11 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
         AssayError: As :func:`load_model`.
     """
     target, source = device_named(device), resolve(reference)
-    if _format_of(source, quantise, "trained", target) is None:
+    form = _format_of(source, quantise, "trained", target)
+    if form is None:
         check_quantisation(quantise, target)
     if source.directory is not None:
-        list_tensors(source.directory)
+        _check_headers(source, list_tensors(source.directory), form)
 
 
 def identify(reference: str | Path, *, dtype: str) -> Model:
@@ -190,7 +192,7 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     Raises:
         UsageError: The reference is a shape, which has no checkpoint.
         ModelNotFound: There is no such model.
-        BadWeights: The weights are corrupt or not finite.
+        BadWeights: The weights are corrupt, missing, surplus, of another shape, or not finite.
         ModelError: The configuration cannot be used.
     """
     source = resolve(reference)
@@ -198,7 +200,10 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     form = stored_format(source.reference, source.published)
     with torch.device("meta"):
         module = build(source.config, streams.torch_dtype(dtype))
-    digest = _digest(source, list_tensors(directory), form)
+    tensors = list_tensors(directory)
+    if form is None:  # engines know layouts of quantised weights that are not read here
+        _check_headers(source, tensors, form)
+    digest = _digest(source, tensors, form)
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
 
 
@@ -227,18 +232,27 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
     return form
 
 
-def _digest(source: Source, tensors: list[Stored], form: StoredFormat | None) -> str:
-    """Return the digest of a checkpoint, and refuse weights in eight bits that no configuration explains."""
+def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | None) -> None:
+    """Refuse tensors that are not those of the configuration, and weights in eight bits that it does not explain.
+
+    Only headers are used: hashing a large checkpoint takes minutes.
+    """
     if form is not None:
-        return digest_tensors(tensors, source.published["quantization_config"])
+        check_stored(source, tensors, form)
+        return
     odd = next((tensor for tensor in tensors if tensor.dtype in EIGHT_BITS), None)
     if odd is not None:
         raise BadWeights(
-            f"{source.reference!r} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
+            f"{odd.file} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
             wanted="a configuration that says how they are used",
             do="download or save the checkpoint again",
         )
-    return digest_tensors(tensors)
+    check_fits(source, tensors)
+
+
+def _digest(source: Source, tensors: list[Stored], form: StoredFormat | None) -> str:
+    """Return the digest of a checkpoint whose headers were checked."""
+    return digest_tensors(tensors, None if form is None else source.published["quantization_config"])
 
 
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
@@ -276,6 +290,7 @@ def _materialise(
         if weights == "random-all":
             module = build(source.config, dtype)
         else:
+            _check_headers(source, tensors, form)
             kept = _digest(source, tensors, form)
             if form is None:
                 module = _load_trained(source, source.directory, dtype)
@@ -354,12 +369,8 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
 
 
 def _check_complete(reference: str, report: dict[str, Any]) -> None:
-    for fault, kind in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "surplus"),
-        ("mismatched_keys", "of another shape"),
-    ):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
+    """Refuse what the headers did not show; :func:`check_fits` has refused the rest before anything was read."""
+    for kind, names in faults_of(report).items():
         if names:
             raise BadWeights(
                 f"{reference!r}: {len(names)} tensors are {kind}, the first is {names[0]!r}",

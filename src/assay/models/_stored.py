@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from assay.errors import BadWeights
-from assay.models._checkpoint import EIGHT_BITS, Stored
+from assay.models._checkpoint import EIGHT_BITS, Stored, meant_file
 from assay.models._formats import StoredFormat
 from assay.models._quantise import check_experts
 from assay.models._random import build
@@ -20,12 +20,18 @@ from assay.models._resolve import Source
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.float8 import Rounded
 from assay.models.four_bits import AWQ_PLACES, CENTRE, OF_A_WORD, restored, unpacked
+from assay.streams import STORED_DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
 _SCALES = ("weight_scale", "weight_scale_inv")
+_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
 _PACKED = {"compressed-tensors": "weight_packed", "awq": "qweight", "gptq": "qweight"}
 
 
@@ -42,10 +48,23 @@ def load_stored(source: Source, tensors: list[Stored], form: StoredFormat, dtype
         BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
         ModelError: Experts are stored in another way than those of Qwen3.
     """
-    reader = _Reader(source.reference, tensors, form, dtype, tied=bool(source.config.tie_word_embeddings))
-    if not any(tensor.dtype == form.dtype for tensor in tensors):
-        raise reader.bad(f"its configuration says that it is quantised, and no tensor is stored as {form.dtype}")
-    module = build(source.config, dtype)
+    return _loaded(source, _Reader(source, tensors, form, dtype))
+
+
+def check_stored(source: Source, tensors: list[Stored], form: StoredFormat) -> None:
+    """Refuse what :func:`load_stored` refuses of the same checkpoint, as far as headers show it.
+
+    Raises:
+        BadWeights: As there.
+        ModelError: As there.
+    """
+    with torch.device("meta"):
+        _loaded(source, _HeaderReader(source, tensors, form, torch.bfloat16))
+
+
+def _loaded(source: Source, reader: "_Reader") -> "PreTrainedModel":
+    reader.check_any_rounded()
+    module = build(source.config, reader.dtype)
     _fill(module, "", reader)
     if module.config.tie_word_embeddings:
         tied: Any = module
@@ -57,12 +76,10 @@ def load_stored(source: Source, tensors: list[Stored], form: StoredFormat, dtype
 class _Reader:
     """Reads the tensors of a checkpoint by name, each once."""
 
-    def __init__(
-        self, reference: str, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype, *, tied: bool
-    ) -> None:
-        self.tied = tied  # whether the head is the input embedding, and need not be stored
+    def __init__(self, source: Source, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype) -> None:
+        self.tied = bool(source.config.tie_word_embeddings)  # the head is the input embedding, and need not be stored
         self.form, self.dtype = form, dtype
-        self._reference, self._tensors, self._left = reference, {t.name: t for t in tensors}, {t.name for t in tensors}
+        self._source, self._tensors, self._left = source, {t.name: t for t in tensors}, {t.name for t in tensors}
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -77,25 +94,32 @@ class _Reader:
         if stored is None or stored.dtype not in EIGHT_BITS:
             return False
         if stored.dtype != self.form.dtype:
-            raise self.bad(f"{name!r} is stored as {stored.dtype}, and the format is {self.form.name}")
+            raise self.bad(name, f"is stored as {stored.dtype}, and the format is {self.form.name}")
         return True
 
     def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
         """Return a tensor, which must have the shape where one is given."""
         stored = self._tensors.get(name)
         if stored is None:
-            raise self.bad(f"{name!r} is missing")
+            raise self.bad(name, "is missing")
         if shape is not None and stored.shape != tuple(shape):
-            raise self.bad(f"{name!r} has the shape {list(stored.shape)}, not {list(shape)}")
+            raise self.bad(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
         self._left.discard(name)
+        return self._content(stored)
+
+    def _content(self, stored: Stored) -> Tensor:
         with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(stored.name)
             return tensor
+
+    def _holds(self, claim: Callable[[], bool]) -> bool:
+        """Return whether a claim about numbers is true."""
+        return claim()
 
     def plain(self, name: str, shape: torch.Size) -> Tensor:
         """Return a tensor that is not in eight bits, in the dtype of the model."""
         if self.is_rounded(name):
-            raise self.bad(f"{name!r} is stored in eight bits, and it is no weight of a linear layer")
+            raise self.bad(name, "is stored in eight bits, and it is no weight of a linear layer")
         return self.read(name, shape).to(self.dtype)
 
     def rounded(self, name: str, shape: torch.Size) -> Rounded:
@@ -103,7 +127,7 @@ class _Reader:
         values = self.read(f"{name}.weight", shape)
         names = [f"{name}.{end}" for end in _SCALES if self.has(f"{name}.{end}")]
         if len(names) != 1:
-            raise self.bad(f"{name!r} has {len(names)} tensors of scales")
+            raise self.bad(f"{name}.weight", f"has {len(names)} tensors of scales")
         scales = self.read(names[0]).float()
         rows, columns = shape
         if self.form.block is not None:
@@ -111,8 +135,8 @@ class _Reader:
         else:
             wanted = (rows, 1)
             scales = scales.reshape(-1, 1).expand(rows, 1) if scales.numel() == 1 else scales.reshape(-1, 1)
-        if tuple(scales.shape) != wanted or not bool((scales > 0).all()):
-            raise self.bad(f"{names[0]!r} has the shape {list(scales.shape)}, or scales that are not positive")
+        if tuple(scales.shape) != wanted or not self._holds(lambda: bool((scales > 0).all())):
+            raise self.bad(names[0], f"has the shape {list(scales.shape)}, or scales that are not positive")
         return Rounded(values, scales.contiguous())
 
     def is_packed(self, place: str) -> bool:
@@ -123,13 +147,14 @@ class _Reader:
         """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
         (rows, columns), group = shape, self.form.group or shape[1]
         if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
-            raise self.bad(f"{place!r} has {rows} rows of {columns} columns, in groups of {group}")
+            raise self.bad(place, f"has {rows} rows of {columns} columns, in groups of {group}")
         of_rows, groups = rows // OF_A_WORD, columns // group
         zeros: Tensor | int = CENTRE
         if self.form.packing == "compressed-tensors":
             numbers = unpacked(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
-            if self.read(f"{place}.weight_shape").tolist() != list(shape):
-                raise self.bad(f"{place + '.weight_shape'!r} is not {list(shape)}")
+            said = self.read(f"{place}.weight_shape")
+            if not self._holds(lambda: said.tolist() == list(shape)):
+                raise self.bad(f"{place}.weight_shape", f"is not {list(shape)}")
             if self.form.zeros:
                 zeros = unpacked(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
             scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
@@ -146,29 +171,52 @@ class _Reader:
     def _words(self, name: str, *shape: int) -> Tensor:
         words = self.read(name, torch.Size(shape))
         if words.dtype != torch.int32:
-            raise self.bad(f"{name!r} is stored as {words.dtype}, and four bits are packed in int32")
+            raise self.bad(name, f"is stored as {words.dtype}, and four bits are packed in int32")
         return words
 
     def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
         """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
         zeros = unpacked(self._words(f"{place}.qzeros", groups, of_rows))
-        if not bool((zeros == CENTRE - 1).all()):  # stored less one
-            raise self.bad(f"{place + '.qzeros'!r} has other zeros than symmetric weights")
+        if not self._holds(lambda: bool((zeros == CENTRE - 1).all())):  # stored less one
+            raise self.bad(f"{place}.qzeros", "has other zeros than symmetric weights")
         if self.has(f"{place}.g_idx"):
             order = self.read(f"{place}.g_idx", torch.Size((columns,)))
-            if order.tolist() != [column * groups // columns for column in range(columns)]:
-                raise self.bad(f"{place + '.g_idx'!r} has columns out of order")
+            in_order = [column * groups // columns for column in range(columns)]
+            if not self._holds(lambda: order.tolist() == in_order):
+                raise self.bad(f"{place}.g_idx", "has columns out of order")
 
-    def bad(self, seen: str) -> BadWeights:
+    def bad(self, name: str, fault: str) -> BadWeights:
+        """Return the error that names a tensor, what is wrong with it, and its file."""
+        stored = self._tensors.get(name)
+        file = meant_file(self._source.checkpoint, name) if stored is None else stored.file
         return BadWeights(
-            f"{self._reference!r}: {seen}",
+            f"{file}: {name!r} {fault}",
             wanted=f"exactly the tensors of the configuration, with linear layers in {self.form.name}",
-            do="download or save the checkpoint again",
+            do=f"download or save {self._source.reference} again",
         )
+
+    def check_any_rounded(self) -> None:
+        if not any(tensor.dtype == self.form.dtype for tensor in self._tensors.values()):
+            raise BadWeights(
+                f"{self._source.checkpoint} stores no tensor as {self.form.dtype}, and its configuration says that it "
+                "is quantised",
+                wanted=f"linear layers in {self.form.name}",
+                do=f"download or save {self._source.reference} again",
+            )
 
     def check_all_taken(self) -> None:
         if self._left:
-            raise self.bad(f"{len(self._left)} tensors are surplus, the first is {min(self._left)!r}")
+            raise self.bad(min(self._left), f"is surplus, one of {len(self._left)}")
+
+
+class _HeaderReader(_Reader):
+    """Gives tensors without numbers, and believes what is said of numbers."""
+
+    def _content(self, stored: Stored) -> Tensor:
+        return torch.empty(stored.shape, dtype=_DTYPES.get(stored.dtype, torch.int64), device="meta")
+
+    def _holds(self, claim: Callable[[], bool]) -> bool:
+        return True
 
 
 def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
@@ -220,7 +268,7 @@ def _experts(part: Any, place: str, reader: _Reader) -> nn.Module:
     read = {name: each(name, reader.rounded) for name in shapes}
     block = reader.form.block
     if block is not None and (double // 2) % block[0]:
-        raise reader.bad(f"experts of {double // 2} rows, in blocks of {block[0]}")
+        raise reader.bad(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
     gate_up = [_below(*pair) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
     return EightBitExperts(part, _stacked(gate_up), _stacked(read["down_proj"]), reader.form.arithmetic)
 

@@ -1,0 +1,122 @@
+"""A checkpoint that does not fit its configuration is refused by its headers, before anything is read or hashed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from assay.errors import BadWeights
+from assay.models import _load, check_loadable, identify, load_model
+from tests.models.storing import make_mixture, rewrite, store
+
+Tensors = dict[str, torch.Tensor]
+NORM = "model.norm.weight"
+INDEX = "model.safetensors.index.json"
+EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
+MORE = EXPERT.replace(".3.", ".8.")
+READERS = {
+    "load": lambda path: load_model(path, device="cpu"),
+    "embeddings": lambda path: load_model(path, device="cpu", weights="random-embed", block_hash="b"),
+    "identify": lambda path: identify(path, dtype="float32"),
+    "check": check_loadable,
+}
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a checkpoint is hashed, which reads all of it."""
+
+    def read(*_: object) -> str:
+        raise AssertionError("the checkpoint was hashed")
+
+    monkeypatch.setattr(_load, "digest_tensors", read)
+
+
+def refusal(path: Path, reader: Callable[[Path], object]) -> BadWeights:
+    with pytest.raises(BadWeights) as caught:
+        reader(path)
+    error = caught.value
+    assert error.seen, "what was seen"
+    assert error.wanted, "what was wanted"
+    assert error.do, "what to do"
+    return error
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t: t.pop(NORM), f"missing, the first is '{NORM}'"),
+        (lambda t: t.update({"model.norm.scale": torch.ones(3)}), "surplus, the first is 'model.norm.scale'"),
+        (lambda t: t.update({NORM: torch.ones(5)}), f"of another shape, the first is '{NORM}': [5], not [32]"),
+    ],
+    ids=["missing", "surplus", "shape"],
+)
+def test_the_file_and_the_tensor_are_named(
+    checkpoint: Path, edit: Callable[[Tensors], object], says: str, reader: Callable[[Path], object]
+) -> None:
+    rewrite(checkpoint, edit)
+    assert refusal(checkpoint, reader).seen == f"{checkpoint / 'model.safetensors'}: a tensor is {says}"
+
+
+def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_checkpoint: Callable[..., Path]) -> None:
+    path = write_checkpoint(shard="10KB")
+    file = path / json.loads((path / INDEX).read_text())["weight_map"][NORM]
+    rest = load_file(file)
+    del rest[NORM]
+    save_file(rest, file, metadata={"format": "pt"})
+    assert refusal(path, check_loadable).seen == f"{file}: a tensor is missing, the first is '{NORM}'"
+
+
+def test_a_missing_file_of_the_index_is_named(write_checkpoint: Callable[..., Path]) -> None:
+    path = write_checkpoint(shard="10KB")
+    file = min(path.glob("*.safetensors"))
+    file.unlink()
+    assert refusal(path, check_loadable).seen == f"{path / INDEX} names {file.name}, which is not there"
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
+def test_experts_that_are_stored_one_by_one_fit(kind: str, tmp_path: Path) -> None:
+    check_loadable(make_mixture(kind, tmp_path / kind, head_dim=64))
+
+
+def test_names_without_the_prefix_of_the_decoder_fit(checkpoint: Path) -> None:
+    def older(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(checkpoint, older)
+    check_loadable(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "name"),
+    [
+        (lambda t: t.pop(EXPERT), "missing", EXPERT),
+        (lambda t: t.update({EXPERT: t[EXPERT][:-1].contiguous()}), "of another shape", EXPERT),
+        (lambda t: t.update({MORE: t[EXPERT].clone()}), "surplus", MORE),
+    ],
+    ids=["missing", "shape", "surplus"],
+)
+def test_an_expert_is_named_as_it_is_stored(
+    tmp_path: Path, edit: Callable[[Tensors], object], kind: str, name: str
+) -> None:
+    path = make_mixture("qwen3-moe", tmp_path / "mixture", head_dim=64)
+    rewrite(path, edit)
+    assert f"a tensor is {kind}, the first is '{name}'" in refusal(path, check_loadable).seen
+
+
+@pytest.mark.parametrize("form", ["channel-tensors", "block", "awq", "gptq", "packed-zeros"])
+def test_a_quantised_checkpoint_is_refused_by_its_headers_too(
+    write_checkpoint: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    path = store(write_checkpoint("wide", hidden_size=64, intermediate_size=64, head_dim=32), tmp_path / "stored", form)
+    check_loadable(path, device="cpu")
+    rewrite(path, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
+    said = refusal(path, lambda path: check_loadable(path, device="cpu")).seen
+    assert said == f"{path / 'model.safetensors'}: 'model.layers.9.extra' is surplus, one of 1"
+    rewrite(path, lambda tensors: (tensors.pop("model.layers.9.extra"), tensors.pop(NORM)))
+    assert refusal(path, READERS["load"]).seen == f"{path / 'model.safetensors'}: '{NORM}' is missing"
