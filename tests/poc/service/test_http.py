@@ -16,9 +16,10 @@ from structlog.testing import capture_logs
 
 from assay.poc.service import Settings, configure_logs
 from assay.poc.service._logs import LogBudget
-from assay.poc.service.http import create_receiver
+from assay.poc.service.http import _server, create_receiver
 from assay.poc.service.http._receiver import Received
 from assay.poc.service.http._server import bounded
+from assay.poc.service.runtime import Exported
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -30,7 +31,7 @@ JSON = {"content-type": "application/json"}
 
 
 @contextmanager
-def listening(**changes: float) -> Iterator[tuple[str, int]]:
+def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tuple[str, int]]:
     """A server with bounds, whose one route answers with the size of the body."""
     app = FastAPI()
 
@@ -38,7 +39,7 @@ def listening(**changes: float) -> Iterator[tuple[str, int]]:
     async def size(request: Request) -> int:
         return len(await request.body())
 
-    protocol = bounded(Settings(**(LIMITS | changes)))
+    protocol = bounded(Settings(**(LIMITS | changes)), metrics)
     server = uvicorn.Server(
         uvicorn.Config(app, http=protocol, ws="none", log_config=None, lifespan="off", timeout_keep_alive=1)
     )
@@ -152,6 +153,84 @@ def test_connections_are_bounded():
             for connection in held:
                 connection.close()
         until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 200"))
+
+
+def test_one_client_cannot_hold_all_connections(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_server, "is_loopback", lambda host: False)  # as if the clients were elsewhere
+    metrics = Exported("some")
+    with listening(metrics, header_timeout=30.0, max_client_connections=2) as address:
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
+        try:
+            until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 429"))
+            assert b"2 connections of one client are open" in exchange(address, post(b"x"))
+            other = socket.create_connection(address, timeout=20, source_address=("127.0.0.2", 0))
+            with other:
+                other.sendall(post(b"x"))
+                assert other.recv(100).startswith(b"HTTP/1.1 200"), "another client is not concerned"
+        finally:
+            for connection in held:
+                connection.close()
+        until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 200"))
+    refused = {
+        s.labels["bound"]: s.value for s in metrics.connections_refused.collect()[0].samples if "_total" in s.name
+    }
+    assert refused["client"] >= 2
+    assert refused["total"] == 0
+
+
+def test_a_proxy_on_this_machine_may_hold_all_connections():
+    with listening(header_timeout=30.0, max_client_connections=1) as address:
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
+        try:
+            assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
+        finally:
+            for connection in held:
+                connection.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("127.0.0.1", None),
+        ("::1", None),
+        ("::ffff:127.0.0.1", None),
+        ("", None),
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str | None):
+    assert _server.client_of(address) == client
+
+
+def test_clients_that_left_are_forgotten():
+    class Transport(asyncio.Transport):
+        def get_extra_info(self, name: str, default: object = None) -> object:
+            return ("192.0.2.7", 1) if name == "peername" else default
+
+        def is_closing(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    async def visit() -> list[dict[str, int]]:
+        server, protocol = uvicorn.Config(FastAPI(), lifespan="off", log_config=None), bounded(Settings())
+        server.load()
+        one, two = (protocol(server, uvicorn.server.ServerState(), {}) for _ in range(2))
+        seen = []
+        for change in (one.connection_made, two.connection_made):
+            change(Transport())
+            seen.append(dict(protocol.open))
+        for left in (one, two):
+            left.connection_lost(None)
+            seen.append(dict(protocol.open))
+        return seen
+
+    client = "192.0.2.7"
+    assert asyncio.run(visit()) == [{client: 1}, {client: 2}, {client: 1}, {}]
 
 
 # Bodies

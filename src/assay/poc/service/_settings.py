@@ -76,6 +76,11 @@ class Settings(assay.settings.Settings):
     max_body: Count = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
     max_connections: Count = Field(4096, description="Connections that are open at the same time.")
+    max_client_connections: Count = Field(
+        1024,
+        description="Of these, those of one address, or of one /64 of IPv6. Addresses of this machine are not bounded: "
+        "a proxy on it has one for all its clients.",
+    )
     max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
     header_timeout: Seconds = Field(10.0, description="Time in which the head of a request must arrive.")
     max_nonces: Count = Field(10_000, description="Nonces of one request.")

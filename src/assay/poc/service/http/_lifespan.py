@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import structlog
 
+from assay.poc.service.runtime import Exported
+
 log = structlog.get_logger("assay.server")
 
 PAUSE = 1.0  # seconds before a loop that failed begins again
@@ -22,6 +24,10 @@ class Served(Protocol):
 
     ended: bool
     """Whether no thread of it computes any more."""
+
+    @property
+    def metrics(self) -> Exported:
+        """Its figures, those of connections among them."""
 
     @property
     def loaded(self) -> "Future[Any]":

@@ -2,12 +2,14 @@
 
 import asyncio
 import errno
+import ipaddress
 import os
 import resource
 import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from assay.poc.service._settings import Settings
 from assay.poc.service.http._app import create_app
 from assay.poc.service.http._lifespan import Served
 from assay.poc.service.http._route import is_loopback
-from assay.poc.service.runtime import Controller, Deployment
+from assay.poc.service.runtime import Controller, Deployment, Exported
 from assay.reports import dumps
 
 log = structlog.get_logger("assay.server")
@@ -39,23 +41,39 @@ class Bounded(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds on connections and heads, which hold before any key is checked.
 
     uvicorn bounds neither: a client without a key could hold every connection, or send one header that never ends. Too
-    many connections are answered with 503, a head that is too large with 431, and one that is too slow with 408; then
-    the connection is closed.
+    many connections are answered with 503, too many of one client with 429, a head that is too large with 431, and one
+    that is too slow with 408; then the connection is closed.
     """
 
-    settings: Settings  # set by the subclass that bounded() makes
+    settings: Settings  # these three are set by the subclass that bounded() makes
+    metrics: Exported | None
+    open: Counter[str]  # connections by client
+    _client: str | None = None
     _unparsed = 0  # bytes since the last part of a message was whole; the parser keeps them in memory
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        if len(self.connections) > self.settings.max_connections:
-            self._refuse(503, f"{self.settings.max_connections} connections are open", "fewer", "try again later")
+        self._client = client_of(self.client[0]) if self.client else None
+        if self._client is not None:
+            self.open[self._client] += 1
+        most, most_of_client = self.settings.max_connections, self.settings.max_client_connections
+        if len(self.connections) > most:
+            self._count_refused("total")
+            self._refuse(503, f"{most} connections are open", "fewer", "try again later")
+        elif self._client is not None and self.open[self._client] > most_of_client:
+            self._count_refused("client")
+            self._refuse(429, f"{most_of_client} connections of one client are open", "fewer", "close some of yours")
         else:
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._client is not None:
+            self.open[self._client] -= 1
+            if not self.open[self._client]:
+                del self.open[self._client]  # or the addresses of all who ever came would stay in memory
+            self._client = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -98,6 +116,10 @@ class Bounded(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _count_refused(self, bound: str) -> None:
+        if self.metrics is not None:
+            self.metrics.connections_refused.labels(bound).inc()
+
     def _too_slow(self) -> None:
         if not self.transport.is_closing():
             wanted = f"its head within {self.settings.header_timeout:g} s"
@@ -116,9 +138,27 @@ class Bounded(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded(settings: Settings) -> type[asyncio.Protocol]:
-    """Return the protocol with the bounds of some settings."""
-    return type("Bounded", (Bounded,), {"settings": settings})
+def client_of(address: str) -> str | None:
+    """Return by what the connections of a client are counted; None for an address of this machine.
+
+    Behind a proxy all clients have its address. One on this machine must be able to hold all connections, and bounds
+    those of its clients itself. Of IPv6 a client has a whole /64.
+    """
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:  # a socket without addresses
+        return None
+    if isinstance(found, ipaddress.IPv6Address):
+        mapped = found.ipv4_mapped
+        found = found if mapped is None else mapped
+    if is_loopback(str(found)):
+        return None
+    return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
+
+
+def bounded(settings: Settings, metrics: Exported | None = None) -> type[asyncio.Protocol]:
+    """Return the protocol with the bounds of some settings, which counts what it refuses."""
+    return type("Bounded", (Bounded,), {"settings": settings, "metrics": metrics, "open": Counter[str]()})
 
 
 class _Server(uvicorn.Server):
@@ -162,7 +202,7 @@ def run_app(
     """
     config = uvicorn.Config(
         app,
-        http=bounded(settings),
+        http=bounded(settings, controller.metrics if controller else None),
         ws="none",
         log_config=None,
         access_log=False,

@@ -14,6 +14,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of Prometheus' exposition format."""
 VERDICTS = ("honest", "fraud", "undecided")
 OUTCOMES = ("delivered", "failed", "dead")
+CONNECTION_BOUNDS = ("total", "client")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -32,6 +33,11 @@ class Exported:
         self.gauge = partial(Gauge, namespace=namespace, registry=registry)
         self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
+        self.connections_refused = self.counter(
+            "connections_refused", "Connections refused, by the bound that they passed.", ["bound"]
+        )
+        for bound in CONNECTION_BOUNDS:
+            self.connections_refused.labels(bound)
 
     def text(self) -> bytes:
         """Return the exposition format."""
