@@ -58,12 +58,19 @@ def test_proofs_with_a_scale_of_the_block_and_a_file_to_merge(assay, proofs, set
     assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
     made = assay("poc", "calibrate", *proofs, "--model", small_checkpoint, "--merge", vectors, "-o", path)
     assert made.code == 0, made.err
-    assert made.out.count("take 1024 nonces or more") == 1, "of distances, and not of vectors"
+    assert "1024" not in made.out, "the model is known to be no mixture of experts"
     measured = Calibration.load(path)
     assert [(build.preset, build.hidden_size) for build in measured.builds] == [("poc-2.0", 64), ("artifact", 0)]
     both = tmp_path / "both.json"
     assert assay("poc", "calibrate", "--merge", path, "--merge", vectors, "-o", both).code == 0
     assert Calibration.load(both) == measured, "a build that is there already is not added again"
+
+
+def test_advice_for_distances_of_a_model_that_is_not_known(assay, proofs, sets: Path, tmp_path: Path):
+    vectors = tmp_path / "vectors.json"
+    assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
+    made = assay("poc", "calibrate", *proofs, "--merge", vectors, "-o", tmp_path / "c.json")
+    assert made.out.count("take 1024 nonces or more") == 1, "of distances, and not of vectors"
 
 
 FORMS = {

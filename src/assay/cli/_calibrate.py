@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _OF_TARGETS = ("dimension", "device", "effective_dimension")
 _OF_VECTORS = ("sets", "digest")
 _OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
-_ENOUGH = 1024  # distances for a law of a mixture: of 256 some blocks have no nonce that asks other experts
 
 
 def run_calibrate(chosen: "CalibrateSettings", paths: Sequence[Path], as_json: bool) -> None:
@@ -102,9 +101,10 @@ def _of_proofs(chosen: "CalibrateSettings", proofs: "Sequence[Proof]") -> "Calib
     from assay.models import model_info
 
     against = {name: poc.Proof.load(path) for name, path in zip(chosen.name, chosen.against, strict=True)}
-    size = None if chosen.model is None else model_info(chosen.model).hidden_size
+    info = None if chosen.model is None else model_info(chosen.model)
+    size, mixture = (None, None) if info is None else (info.hidden_size, info.experts > 0)
     with progress_bar("leaving out", "machines") as progress:
-        return poc.calibrate(*proofs, hidden_size=size, against=against, progress=progress)
+        return poc.calibrate(*proofs, hidden_size=size, mixture=mixture, against=against, progress=progress)
 
 
 def _of_vectors(chosen: "CalibrateSettings", path: Path) -> "Calibration":
@@ -130,6 +130,8 @@ def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
 
 
 def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
+    from assay.poc.verdict import ENOUGH_OF_MIXTURE
+
     for build in measured.builds:
         engines = [fingerprint.as_dict() for fingerprint in build.known]
         stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
@@ -149,8 +151,12 @@ def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
             "named": ", ".join(build.named) or "nothing",
             "engines_differ_in": ", ".join(other) or "nothing",
         }
-        if build.output == "distance" and build.n < _ENOUGH:
-            values["advice"] = f"for a mixture of experts, take {_ENOUGH} nonces or more: a law of fewer may accuse it"
+        if build.is_too_few():
+            values["warning"] = build.caution
+        elif build.mixture is None and build.is_too_few(mixture=True):
+            values["advice"] = (
+                f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more: a law of fewer may accuse it"
+            )
         left_out = build.left_out
         if left_out is not None:
             values["left_out_accused"] = left_out.accused

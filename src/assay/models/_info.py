@@ -7,13 +7,15 @@ import torch
 
 from assay.models._random import build
 from assay.models._resolve import CATALOGUE, resolve
+from assay.models.families import expert_count
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a model from its configuration alone.
 
-    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries.
+    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries,
+    and ``experts`` is 0 without a mixture of them.
     """
 
     reference: str
@@ -25,6 +27,7 @@ class ModelInfo:
     num_kv_heads: int
     vocab_size: int
     max_positions: int
+    experts: int
     licence: str
     note: str
 
@@ -56,6 +59,7 @@ def model_info(reference: str | Path) -> ModelInfo:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
+        experts=expert_count(config),
         licence=entry.licence if entry else "unknown",
         note=entry.note if entry else str(source.directory),
     )

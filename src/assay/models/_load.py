@@ -19,6 +19,7 @@ from assay.models._resolve import Source, auto_class, resolve
 from assay.models._stored import check_stored, load_stored
 from assay.models._tokenizer import tokenizer_in
 from assay.models.device import device_named
+from assay.models.families import expert_count
 from assay.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class Model:
     def vocab_size(self) -> int:
         """Rows of the embedding matrix."""
         return int(self.config.vocab_size)
+
+    @property
+    def experts(self) -> int:
+        """Experts among which a layer of a mixture chooses; 0 for a model without them."""
+        return expert_count(self.config)
 
     @property
     def max_positions(self) -> int:

@@ -17,6 +17,7 @@ __all__ = [
     "TARGETS",
     "Family",
     "attention_window",
+    "expert_count",
     "family_of",
 ]
 
@@ -72,6 +73,20 @@ def family_of(config: Any) -> Family | None:
         config: Configuration of a model, or of a model that wraps a text decoder.
     """
     return FAMILIES.get(config.get_text_config().model_type)
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def expert_count(config: Any) -> int:
+    """Return how many experts a layer chooses among, by what configurations call them; 0 without a mixture.
+
+    Args:
+        config: Configuration of a model, or of a model that wraps a text decoder.
+    """
+    text = config.get_text_config(decoder=True)
+    counts = [value for name in _EXPERTS if type(value := getattr(text, name, None)) is int]
+    return count if (count := max(counts, default=0)) > 1 else 0
 
 
 def attention_window(config: Any) -> int | None:

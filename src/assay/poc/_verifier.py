@@ -172,7 +172,7 @@ def judging_setup(
     shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
     engine = engine or HFEngine(model, **shape, compiled=compiled)
     check_length(engine, header.round)
-    return engine, noise_for(header, engine.fingerprint, calibration)
+    return engine, noise_for(header, engine.fingerprint, calibration, mixture=model.experts > 0)
 
 
 def judging_batch(header: Header) -> int:

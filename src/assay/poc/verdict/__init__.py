@@ -1,6 +1,6 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
-from assay.poc.verdict._build_noise import BuildNoise, Machine, fit_noise, fitted_noise
+from assay.poc.verdict._build_noise import ENOUGH_OF_MIXTURE, BuildNoise, Machine, fit_noise, fitted_noise
 from assay.poc.verdict._calibrate import SCALED_SPREAD, calibrate, calibrate_vectors
 from assay.poc.verdict._calibration import Calibration, noise_for
 from assay.poc.verdict._judge import (
@@ -59,6 +59,7 @@ __all__ = [
     "COUNT_ALPHA",
     "DIST_THRESHOLD",
     "EFFECT",
+    "ENOUGH_OF_MIXTURE",
     "EPOCH",
     "EXIT_CODES",
     "FAULTY",

@@ -23,7 +23,8 @@ def build_as_dict(build: BuildNoise) -> JsonObject:
         {"name": one.name, "kind": one.kind, "fingerprint": one.fingerprint.as_dict() if one.fingerprint else None}
         for one in build.machines
     ]
-    return {
+    told = {"mixture": True} if build.mixture else {}  # a file without it is one of before
+    return told | {
         "output": build.output,
         "preset": build.preset,
         "digest": build.digest,
@@ -82,6 +83,8 @@ def _check(build: BuildNoise) -> None:
         raise ValueError(f"{build.n!r:.60} nonces, fewer than {MIN_NONCES}")
     if type(build.hidden_size) is not int or not 0 <= build.hidden_size <= 2**20:
         raise ValueError(f"hidden size {build.hidden_size!r:.60}")
+    if build.mixture not in (None, True):
+        raise ValueError(f"mixture {build.mixture!r:.60}")
     if build.effect is not None and not 1 < _number(build.effect) < 100:
         raise ValueError(f"effect {build.effect!r:.60}")
 

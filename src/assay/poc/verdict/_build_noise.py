@@ -17,6 +17,9 @@ from assay.poc.verdict._machines import FEWEST_MACHINES, PAIR_SPREAD, LeftOut, M
 from assay.poc.verdict._noise import Law, Noise
 
 MIN_NONCES = 30  # that two machines have in common
+ENOUGH_OF_MIXTURE = 1024
+"""Distances of a mixture that a law should rest on: of 256, a block may have none that asks other experts."""
+
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 LAWS: dict[str, type[Law]] = {
     "distance": stats.ScaleNoise,
@@ -65,6 +68,7 @@ class BuildNoise:
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
         named: Laws of known cheats by name.
+        mixture: Whether the model is a mixture of experts; None where the measurement was not told.
     """
 
     output: str
@@ -77,6 +81,23 @@ class BuildNoise:
     effect: float | None = None
     left_out: LeftOut | None = None
     named: Mapping[str, Law] = field(default_factory=dict)
+    mixture: bool | None = None
+
+    def is_too_few(self, *, mixture: bool = False) -> bool:
+        """Return whether the law is of fewer distances of a mixture than it should rest on.
+
+        Args:
+            mixture: Whether the model is a mixture, for a measurement that was not told.
+        """
+        return bool(self.mixture or mixture) and self.output == "distance" and self.n < ENOUGH_OF_MIXTURE
+
+    @property
+    def caution(self) -> str:
+        """What to say of a law that rests on too few distances of a mixture."""
+        return (
+            f"the law rests on {self.n} distances of a mixture of experts and may accuse an honest node: calibrate on "
+            f"{ENOUGH_OF_MIXTURE} or more"
+        )
 
     @property
     def known(self) -> list[Fingerprint]:
@@ -120,7 +141,12 @@ class BuildNoise:
         refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
 
     def between(
-        self, prover: Fingerprint | None, validator: Fingerprint | None, *, round: Round | None = None
+        self,
+        prover: Fingerprint | None,
+        validator: Fingerprint | None,
+        *,
+        round: Round | None = None,
+        mixture: bool = False,
     ) -> Noise:
         """Return the noise between a prover's machine and a validator's.
 
@@ -128,12 +154,16 @@ class BuildNoise:
             prover: Description of the prover's engine; None for any machine of the build.
             validator: Description of the validator's engine; None for any.
             round: Round whose block scales a law that is relative to it.
+            mixture: Whether the model is a mixture of experts, for a measurement that was not told.
         """
         row, mine = self._row(validator), self._row(prover)
         kind = _kind(prover) if prover is not None else ""
         law = self.noise.law_of(kind, row)
         measured = row is not None and mine is not None and len(self.machines) < FEWEST_MACHINES
-        noise = Noise(law, self.source, self.noise.known if measured else self.noise.spread, self.effect, self.named)
+        spread, source, caution = self.noise.known if measured else self.noise.spread, self.source, ""
+        if self.is_too_few(mixture=mixture):
+            source, caution = f"{source} of a mixture, fewer than {ENOUGH_OF_MIXTURE}", self.caution
+        noise = Noise(law, source, spread, self.effect, self.named, caution)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise

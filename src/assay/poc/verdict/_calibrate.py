@@ -33,6 +33,7 @@ Residuals = dict[tuple[int, int], npt.NDArray[np.float64]]
 def calibrate(
     *proofs: Proof,
     hidden_size: int | None = None,
+    mixture: bool | None = None,
     against: Mapping[str, Proof] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -47,6 +48,8 @@ def calibrate(
         proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
+        mixture: Whether the model is a mixture of experts. Its law says so where it rests on fewer than 1024 distances,
+            and so does every verdict that it gives; of a verdict nothing else changes.
         against: Proofs of known cheats by name, of a round that an honest proof is of, such as another quantisation.
             An honest verdict must exclude each.
         progress: Function that is called with (machines left out, machines in all).
@@ -100,7 +103,7 @@ def calibrate(
         progress=progress,
     )
     named = {name: _law_of_cheat(cheat, proofs, pipeline, hidden_size) for name, cheat in (against or {}).items()}
-    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, named=named),))
+    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, named=named, mixture=mixture),))
 
 
 def calibrate_vectors(

@@ -112,8 +112,16 @@ def _identity(build: BuildNoise) -> tuple[Any, ...]:
     return build.preset, build.digest, tuple(names)
 
 
-def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise:
+def noise_for(
+    header: Header, validator: Fingerprint, calibration: Calibration | None, *, mixture: bool = False
+) -> Noise:
     """Return the honest noise between the engine of a proof and the engine of its validator.
+
+    Args:
+        header: Header of the proof.
+        validator: Description of the validator's engine.
+        calibration: Measured honest noise; the stated default when None.
+        mixture: Whether the model is a mixture of experts, of which a law of few distances is doubtful.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build; names what differs.
@@ -126,4 +134,4 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
         one, two = build.known
         other = (two if header.fingerprint == one else one).as_dict()
         refuse_difference(other, validator.as_dict(), "than this validator's")
-    return build.between(header.fingerprint, validator, round=header.round)
+    return build.between(header.fingerprint, validator, round=header.round, mixture=mixture)

@@ -154,7 +154,7 @@ def judge(
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=outcome,
-        reason=_reason(outcome, result, places),
+        reason="; ".join(filter(None, [_reason(outcome, result, places), noise.caution])),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +55,8 @@ class Noise:
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
         named: Laws of known cheats by name.
+        caution: What makes the law doubtful, in words that a reason ends with; empty where nothing is known to.
+            ``source`` says it in short, which is what is stored.
     """
 
     law: Law
@@ -62,6 +64,7 @@ class Noise:
     spread: stats.Spread = field(default_factory=stats.Spread)
     effect: float | None = None
     named: Mapping[str, Law] = field(default_factory=lambda: MappingProxyType({}))
+    caution: str = ""
 
     @property
     def size(self) -> float:
@@ -71,7 +74,7 @@ class Noise:
     def scaled(self, factor: float) -> "Noise":
         """Return the noise ``factor`` times larger, that of the known cheats included."""
         named = {name: law.scaled(factor) for name, law in self.named.items()}
-        return Noise(self.law.scaled(factor), self.source, self.spread, self.effect, named)
+        return replace(self, law=self.law.scaled(factor), named=named)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
