@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from assay.errors import UsageError
 from assay.stats import auroc, group_bootstrap, grouped_proportion_interval, grouped_share_interval, proportion_interval
@@ -128,10 +129,47 @@ def test_interval_of_shares_is_over_their_groups():
     labels = np.repeat(np.arange(7), 6).tolist()
     assert grouped_share_interval(np.zeros(42), labels) == pytest.approx(proportion_interval(0, 7))
     assert grouped_share_interval(np.ones(42), labels) == pytest.approx(proportion_interval(7, 7))
-    some = np.linspace(0, 1, 42)
-    drawn = group_bootstrap(mean, [some], [labels])
-    assert grouped_share_interval(some, labels) == (drawn.low, drawn.high)
-    assert grouped_share_interval(some, ["the only machine"] * 42) == (0.0, 1.0)
+    some = (np.arange(7) < 2).astype(float)
+    assert grouped_share_interval(np.repeat(some, 6), labels) == pytest.approx(proportion_interval(2, 7))
+    assert grouped_share_interval(np.linspace(0, 1, 42), ["the only machine"] * 42) == (0.0, 1.0)
+
+
+def test_interval_of_shares_near_an_end_or_equal_ones_is_that_of_its_limit():
+    labels = np.arange(7).tolist()
+    (low, high), (_, exact) = grouped_share_interval([0.0005, *[0.0] * 6], labels), proportion_interval(0, 7)
+    assert 0 <= low < 0.0005 < high == pytest.approx(exact, abs=0.01)
+    low, high = grouped_share_interval(np.full(100, 0.74), range(100))
+    assert 0.70 < low < 0.74 < high < 0.76, "a hundred machines that agree are narrower than a hundred coins"
+
+
+RATES = {
+    "one machine of ten is accused": lambda draws, shape: 0.05 * (draws.random(shape) < 0.1),
+    "one machine of five is always accused": lambda draws, shape: 1.0 * (draws.random(shape) < 0.2),
+    "most are hardly accused": lambda draws, shape: draws.beta(0.05, 5, shape),
+    "they differ": lambda draws, shape: draws.beta(2, 8, shape),
+    "they agree": lambda draws, shape: 0.7 + 0.1 * draws.random(shape),
+}
+
+
+@pytest.mark.parametrize("machines", [4, 7])
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+def test_interval_of_shares_covers_the_mean_of_machines(rates, machines: int):
+    truth = rates(np.random.default_rng(1), 1_000_000).mean()
+    seen = rates(np.random.default_rng(2), (200, machines))
+    intervals = [grouped_share_interval(row, range(machines)) for row in seen]
+    assert np.mean([low <= truth <= high for low, high in intervals]) >= 0.95
+
+
+@pytest.mark.parametrize("machines", [4, 7])
+def test_other_intervals_of_shares_do_not_cover_the_mean_of_machines(machines: int):
+    """Why it is not the bootstrap, which it was, nor Student's t over machines."""
+    rates = RATES["one machine of ten is accused"]
+    seen = rates(np.random.default_rng(2), (200, machines))
+    truth, some = 0.005, seen[seen.any(axis=1)]  # where none is accused both have no width
+    drawn = [group_bootstrap(mean, [row], [range(machines)], n_resamples=200) for row in some]
+    half = stats.t.ppf(0.975, machines - 1) * seen.std(axis=1, ddof=1) / math.sqrt(machines)
+    assert sum(one.low <= truth <= one.high for one in drawn) / len(seen) < 0.6
+    assert np.mean(np.abs(seen.mean(axis=1) - truth) <= half) < 0.6
 
 
 @pytest.mark.parametrize(

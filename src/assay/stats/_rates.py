@@ -11,7 +11,7 @@ from assay.errors import UsageError
 from assay.stats._chord import FloatArray
 
 _REDRAWS = 100
-_NO_WIDTH = 1e-12  # of an interval of shares; the rounding of means is far less
+_DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in memory together
 TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
@@ -216,11 +216,14 @@ def group_bootstrap(
 
 
 def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of measured shares where those of one group resemble each other.
+    """Return the 95 % confidence interval of the mean share of a group, where shares of one group resemble each other.
 
-    It is that of `group_bootstrap`. Where that has no width, because all groups have one mean, it is that of
-    `grouped_proportion_interval`, for groups may exist that are unlike all that were seen: with shares that are all 0,
-    or all 1, each group counts as one sample. Of a single group nothing is known, so the interval is (0, 1).
+    Each group counts once, with the mean of its shares. The ends are Gaffke's bounds for means in [0, 1] (Gaffke 2005;
+    Learned-Miller and Thomas 2019): quantiles of the mean of the groups and one more at the end of the range, with
+    random weights. Where every group is at 0 or 1 that is the exact interval of so many groups, and where groups agree
+    it is narrower. Few groups may all be unlike those that are seldom met, so where none or hardly any share is above 0
+    the interval stays wide. A bootstrap over groups does not know that: with seven groups it holds the truth in half
+    of the cases (tests/stats/test_resampling.py). Of a single group nothing is known, so the interval is (0, 1).
 
     Args:
         shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].
@@ -239,10 +242,17 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
         )
     if len(set(groups)) < 2:
         return 0.0, 1.0
-    found = group_bootstrap(lambda values: float(np.mean(values)), [share_N], [groups])
-    if found.high - found.low < _NO_WIDTH:
-        return grouped_proportion_interval(share_N, groups)
-    return found.low, found.high
+    mean_G = np.array([share_N[rows].mean() for (rows,) in _rows_of_groups([share_N], [groups])])
+    if np.isin(mean_G, (0, 1)).all():
+        return proportion_interval(int(mean_G.sum()), len(mean_G))
+    generator = np.random.default_rng(0)
+    low, high = [], []
+    for _ in range(_DRAWS // _AT_ONCE):
+        weights_RG = generator.exponential(size=(_AT_ONCE, len(mean_G) + 1))
+        below_R = weights_RG[:, :-1] @ mean_G / weights_RG.sum(axis=1)
+        low.append(below_R)
+        high.append(below_R + weights_RG[:, -1] / weights_RG.sum(axis=1))
+    return float(np.quantile(low, TAIL)), float(np.quantile(high, 1 - TAIL))
 
 
 def _rows_of_groups(

@@ -109,8 +109,9 @@ class LeftOut:
 
     Args:
         accused: Share of the audits.
-        low: Lower end of its 95 % interval over machines; 0 where none was accused.
-        high: Upper end of it; the exact bound of as many machines where none was accused.
+        low: Lower end of its 95 % interval over machines (:func:`assay.stats.grouped_share_interval`).
+        high: Upper end of it, at least that of as many machines of which none was accused: few machines do not show
+            that none is unlike them.
         worst: Largest share of one pair of machines.
         pairs: Number of ordered pairs.
         audits: Number of audits of each.

@@ -39,7 +39,8 @@ def draw(report: Report, run: RunRecords) -> None:
     report.section("Honest machines that the law does not know")
     report.paragraph(
         f"One machine is left out, the law comes from the others, and so does the effect. Audits of {CHECKED} nonces, "
-        "drawn without replacement."
+        "drawn without replacement. The interval is over machines: Gaffke's bounds for the mean of few shares, which "
+        "leave room for machines unlike those that were measured."
     )
     for build in summary["builds"]:
         _sizes(report, build)

@@ -67,7 +67,8 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
 def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
     """Return an interval of the share accused, and the worst pair.
 
-    Audits of one machine are not independent, so the interval is over the machines that were left out, one a tally.
+    Audits of one machine are not independent, so the interval is over the machines that were left out, one a tally. It
+    holds for so few machines, and is wide where hardly any audit accuses.
     """
     ends = [end for tally in tallies for end in tally["ends"]]
     machines = [index for index, tally in enumerate(tallies) for _ in tally["ends"]]
