@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from assay.cli import run
@@ -69,6 +70,17 @@ def test_the_verdict_says_it_and_is_the_same(mixture: Model, tmp_path: Path, tol
     assert said.reason == f"{unsaid.reason}; {SAYS} and may accuse an honest node: calibrate on 1024 or more"
     assert said.noise.law == unsaid.noise.law
     assert (said.verdict, said.exit_code, said.sequential) == (unsaid.verdict, unsaid.exit_code, unsaid.sequential)
+
+
+@pytest.mark.parametrize(("count", "mixture", "dof"), [(64, True, 2.5), (64, False, 6), (64, None, 6), (1024, True, 6)])
+def test_few_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, count, mixture, dof) -> None:
+    """Nonces that ask other experts are few: a block without one looks as if it had a light tail."""
+    round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
+    proof = prove(small_model, round, range(count), batch_size=64)
+    noise = np.random.default_rng(0).normal(size=count) * 1e-4
+    moved = [replace(record, distance=record.distance + x) for record, x in zip(proof.records, noise, strict=True)]
+    (build,) = calibrate(proof, replace(proof, records=tuple(moved)), mixture=mixture).builds
+    assert build.noise.law.dof == dof
 
 
 def test_nothing_is_said_of_vectors_nor_of_dense_models(mixture: Model, small_model: Model, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Legend of shapes: N nonces, M machines, K published numbers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,15 @@ import numpy.typing as npt
 
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol import Pipeline, Proof, block_scale, get_pipeline
-from assay.poc.verdict._build_noise import MIN_NONCES, BuildNoise, Machine, fit_noise, machines_of
+from assay.poc.verdict._build_noise import (
+    ENOUGH_OF_MIXTURE,
+    MIN_NONCES,
+    MIXTURE_DOF,
+    BuildNoise,
+    Machine,
+    fit_noise,
+    machines_of,
+)
 from assay.poc.verdict._calibration import Calibration
 from assay.poc.verdict._judge import residuals
 from assay.poc.verdict._machines import PAIR_SPREAD, effect_from_power, fit_machines, pairs_of
@@ -48,8 +57,9 @@ def calibrate(
         proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
-        mixture: Whether the model is a mixture of experts. Its law says so where it rests on fewer than 1024 distances,
-            and so does every verdict that it gives; of a verdict nothing else changes.
+        mixture: Whether the model is a mixture of experts. A law of fewer than 1024 of its distances has at most 2.5
+            degrees of freedom, as a block may have no nonce that asks other experts, and the law and every verdict by
+            it say so.
         against: Proofs of known cheats by name, of a round that an honest proof is of, such as another quantisation.
             An honest verdict must exclude each.
         progress: Function that is called with (machines left out, machines in all).
@@ -100,6 +110,7 @@ def calibrate(
         machines_of(fingerprints),
         pipeline,
         between_blocks=between_blocks if pipeline.output == "distance" else PAIR_SPREAD,
+        mixture=bool(mixture),
         progress=progress,
     )
     named = {name: _law_of_cheat(cheat, proofs, pipeline, hidden_size) for name, cheat in (against or {}).items()}
@@ -203,8 +214,11 @@ def _build(
     *,
     between_blocks: float,
     progress: Progress | None,
+    mixture: bool = False,
 ) -> BuildNoise:
-    kinds, fit = [machine.kind for machine in machines], partial(fit_noise, pipeline)
+    n = min(errors.size for errors in measured.values())
+    most_dof = MIXTURE_DOF if mixture and n < ENOUGH_OF_MIXTURE else math.inf
+    kinds, fit = [machine.kind for machine in machines], partial(fit_noise, pipeline, most_dof=most_dof)
     effect, left_out = effect_from_power(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
     return BuildNoise(
         output=pipeline.noise,
@@ -212,7 +226,7 @@ def _build(
         digest=None,
         machines=machines,
         noise=fit_machines(measured, kinds, fit, between_blocks=between_blocks),
-        n=min(errors.size for errors in measured.values()),
+        n=n,
         effect=effect,
         left_out=left_out,
     )
