@@ -137,7 +137,9 @@ def test_interval_of_shares_is_over_their_groups():
 def test_interval_of_shares_near_an_end_or_equal_ones_is_that_of_its_limit():
     labels = np.arange(7).tolist()
     (low, high), (_, exact) = grouped_share_interval([0.0005, *[0.0] * 6], labels), proportion_interval(0, 7)
-    assert 0 <= low < 0.0005 < high == pytest.approx(exact, abs=0.01)
+    assert 0 <= low < 0.0005 < exact <= high < exact + 0.01
+    least, most = proportion_interval(7, 7)[0], grouped_share_interval([0.9995, *[1.0] * 6], labels)[0]
+    assert least - 0.01 < most <= least
     low, high = grouped_share_interval(np.full(100, 0.74), range(100))
     assert 0.70 < low < 0.74 < high < 0.76, "a hundred machines that agree are narrower than a hundred coins"
 

@@ -252,7 +252,9 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
         below_R = weights_RG[:, :-1] @ mean_G / weights_RG.sum(axis=1)
         low.append(below_R)
         high.append(below_R + weights_RG[:, -1] / weights_RG.sum(axis=1))
-    return float(np.quantile(low, TAIL)), float(np.quantile(high, 1 - TAIL))
+    # Both ends grow with the shares; what was drawn at random must not say otherwise.
+    most_low, least_high = proportion_interval(len(mean_G), len(mean_G))[0], proportion_interval(0, len(mean_G))[1]
+    return min(float(np.quantile(low, TAIL)), most_low), max(float(np.quantile(high, 1 - TAIL)), least_high)
 
 
 def _rows_of_groups(
