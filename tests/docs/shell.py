@@ -1,10 +1,16 @@
 """Blocks of pages as scripts, and a shell for them with the commands of this environment and one thread."""
 
+import json
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +22,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import page_blocks  # noqa: E402
 
 PORTS = ("8000", "8081", "8082", "8090")
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+"""Variables of scripts: those of now, for torch sets some that no reader has when tests import it."""
 ROW = re.compile(r"^\| \[([\w-]+)\]\(\S+\) \| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 SHELL = """\
 assay() {
@@ -25,18 +33,18 @@ assay() {
     "poc validator"*) export ASSAY_PORT=$PORT_8090;;
   esac
   case "$*" in %s "") ;; esac
-  if [ $BASHPID != $$ ]; then exec assay "$@"; fi
+  if [ $BASHPID != $$ ]; then exec $AHEAD assay "$@"; fi
   case "$*" in
     "poc serve"* | "poc validator"*)
-      command assay "$@" & local server=$!
+      command $AHEAD assay "$@" & local server=$!
       until curl --silent --fail "http://127.0.0.1:$ASSAY_PORT/ready"; do kill -0 $server; sleep 0.5; done
       kill $server && wait $server;;
-    *) command assay "$@";;
+    *) command $AHEAD assay "$@";;
   esac
 }
 python() {
   case "$*" in %s "") ;; esac
-  command python "$@"
+  command $AHEAD python "$@"
 }
 torchrun() {
   case "$*" in %s "") ;; esac
@@ -46,6 +54,8 @@ pip() { :; }
 """
 """Commands with further flags after their own, which make their work small. A server that a page starts in the
 foreground is ended once it is ready, and must end with 0. What pages install is what the tests run with."""
+ahead = ""
+"""Words ahead of a program of Python: none for a fresh interpreter, or those of `warm`."""
 
 
 @cache
@@ -61,10 +71,36 @@ def not_run() -> dict[str, dict[str, tuple[str, str]]]:
 
 def run(text: str, place: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run a script in a folder, and return what became of it."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | variables
     command = ["bash", "-c", text]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=place, env=ENVIRONMENT | variables, capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def warm() -> Iterator[None]:
+    """Have scripts of `held` run programs of Python as forks of a server, which warm.py describes."""
+    global ahead
+    if not hasattr(os, "pidfd_open"):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as place, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{place}/socket"
+        listener.bind(path)
+        listener.listen()
+        known = {"python": sys.executable, "variables": ENVIRONMENT}
+        Path(f"{path}.json").write_text(json.dumps(known), encoding="utf-8")
+        program = str(Path(__file__).with_name("warm.py"))
+        server = subprocess.Popen(
+            [sys.executable, program, "serve", str(listener.fileno())],
+            env=ENVIRONMENT, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            ahead = f"python -I -S {shlex.quote(program)} {shlex.quote(path)}"
+            yield
+        finally:
+            ahead = ""
+            os.killpg(server.pid, signal.SIGKILL)  # and with it what a script left behind
+            server.communicate()
 
 
 def page(name: str) -> str:
@@ -102,6 +138,7 @@ def held(text: str, place: Path) -> str:
     ports = {known: str(free_port()) for known in PORTS}
     for known, free in ports.items():
         text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(f"--port {known}", f"--port {free}")
+    text = f"AHEAD={shlex.quote(ahead)}\n{text}"
     done = run(text, place, KEY="k" * 20, **{f"PORT_{known}": free for known, free in ports.items()})
     assert done.returncode == 0, done.stderr
     assert '"wanted"' not in done.stdout

@@ -81,6 +81,7 @@ def test_lines_are_found_in_blocks():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("warm")
 def test_sets_of_a_network(folder: Path):
     named = [machine | {"set": f"{machine['set']}-minimax"} for machine in published.network(3, nonces=400)]
     published.write(folder / "nonces.jsonl.gz", named)

@@ -14,7 +14,12 @@ import pytest
 
 from tests.docs.shell import ROOT, held, page, script
 
-PROOF = "assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY --nonces 0:64 -o proof.jsonl"
+pytestmark = pytest.mark.usefixtures("warm")
+SHORT = "--seq-len 32"
+"""What makes a nonce eight times as fast, and what a verdict must be told."""
+PROOF = (
+    f"assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY --nonces 0:64 {SHORT} -o proof.jsonl"
+)
 AS_ROOT = """\
 mkdir -p etc/systemd/system
 ln -s "$ROOT/deploy" deploy
@@ -23,7 +28,8 @@ systemctl() {
   case "$1" in
     stop) kill $SERVICE; wait $SERVICE;;
     start | enable)
-      (cd "$PLACE" && exec assay poc serve --model reference:qwen3 --data-dir state --port $PORT_8000) & SERVICE=$!
+      (cd "$PLACE" && exec $AHEAD assay poc serve --model reference:qwen3 --data-dir state --port $PORT_8000) &
+      SERVICE=$!
       curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8000/ready;;
   esac
 }
@@ -88,7 +94,7 @@ def test_a_validator_takes_blocks_and_is_backed_up(tmp_path: Path):
 @pytest.mark.timeout(900)
 def test_pins(tmp_path: Path):
     (tmp_path / "nodes.toml").write_text('[[nodes]]\npublic_key = "KEY"\n')
-    before = f"{PROOF} --strength 256 --seq-len 32\ncp proof.jsonl honest.jsonl\n"
+    before = f"{PROOF} --strength 256\ncp proof.jsonl honest.jsonl\n"
     said = held(script("pins", before=before, instead={"MODEL": "reference:qwen3"}), tmp_path)
     assert "the header is allowed" in said
     assert "honest" in said
@@ -104,8 +110,10 @@ def test_the_ledger(tmp_path: Path):
         "MODEL": "reference:qwen3",
         "--head HASH": f'--head "$({head})"',
         "assay poc ledger merge": f"{of_two}assay poc ledger merge",
+        'public_key="KEY")': 'public_key="KEY", seq_len=32)',
     }
-    said = held(script("ledger", before=f"{PROOF}\n", instead=instead), tmp_path)
+    small = {"assay poc verify": SHORT}
+    said = held(script("ledger", before=f"{PROOF}\n", instead=instead, small=small), tmp_path)
     assert said.count("clean") >= 2
     assert "2 of 2" in said
     (query,) = blocks("ledger", "sql")
@@ -119,7 +127,8 @@ def test_a_node_proves_before_it_is_announced(tmp_path: Path):
     programs = {"/opt/assay/bin/assay": "assay", "/opt/assay/bin/pip": "pip"}
     instead = programs | {"--model MODEL": "--model reference:qwen3", "/etc/": f"{tmp_path}/etc/"}
     before = AS_ROOT.replace("$ROOT", str(ROOT)) + "mkdir etc/assay\n"
-    assert "honest" in held(script("node", before=before, instead=instead), tmp_path)
+    small = {"assay poc prove": SHORT, "assay poc verify": SHORT}
+    assert "honest" in held(script("node", before=before, instead=instead, small=small), tmp_path)
     assert (tmp_path / "etc" / "systemd" / "system" / "assay@.service.d" / "per-device.conf").is_file()
 
 
@@ -138,9 +147,10 @@ def test_responses_are_made_and_replayed(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_formats_and_the_programs_of_streams_and_models(tmp_path: Path):
-    assert "nothing" in held(script("protocol", before=f"{PROOF}\n"), tmp_path)
+    small = {"assay poc prove": SHORT, "assay poc verify": SHORT}
+    assert "nothing" in held(script("protocol", before=f"{PROOF}\n", small=small), tmp_path)
     (tmp_path / "proof.jsonl").unlink()
-    assert "honest" in held(script("decode"), tmp_path)
+    assert "honest" in held(script("decode", small=small), tmp_path)
     said = held(script("streams"), tmp_path)
     assert re.search(r"^[0-9a-f]{64}$", said, flags=re.MULTILINE)
     held(script("models"), tmp_path)

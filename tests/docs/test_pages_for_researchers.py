@@ -11,6 +11,8 @@ from assay.vhack import Pair
 from assay.vhack.pairs import generate_pairs, read_pairs, write_pairs
 from tests.docs.shell import held, page, script
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def blocks(name: str, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.docs.shell import ROOT, held, script
 
+pytestmark = pytest.mark.usefixtures("warm")
 RESULTS = ROOT / "benchmarks" / "results"
 PROOFS = """\
 python - <<'END'
