@@ -36,9 +36,9 @@ def audits() -> list[str]:
 def worst() -> list[str]:
     gpu = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
     cpu = max(row["accused_worst_pair"] for row in small())
-    rows = of("mixture_laws")["rows"]
-    few, many = (max(row["accused"] for row in rows if row["law_from"] == size) for size in (256, 1024))
-    return [f"{100 * gpu:.1f}] and [{cpu:.1%}]", f"{100 * few:.1f} and {many:.2%}]"]
+    rows = [row for row in of("mixture_wider")["rows"] if row["law_from"] == 256]
+    before, now = (max(row["accused"] for row in rows if row["rule"] == rule) for rule in ("today", "T"))
+    return [f"{100 * gpu:.1f}] and [{cpu:.1%}]", f"{100 * before:.1f} and {now:.2%}]"]
 
 
 def clusters() -> list[str]:
