@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,11 @@ _INDEX = "model.safetensors.index.json"
 EIGHT_BITS = ("F8_E4M3", "I8")
 """Dtypes of weights in eight bits, as the header of a safetensors file has them."""
 
+_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
 _OTHERS = {"BOOL", "I32", "I64", *EIGHT_BITS}
 _DO = "download or save the checkpoint again"
 
@@ -39,6 +44,10 @@ class Stored:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def without_numbers(self) -> torch.Tensor:
+        """Return a tensor of this shape on the meta device, in int64 where weights have no such dtype."""
+        return torch.empty(self.shape, dtype=_DTYPES.get(self.dtype, torch.int64), device="meta")
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
@@ -80,13 +89,16 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
-def meant_file(directory: Path, name: str) -> Path:
-    """Return the file in which a tensor that is not there belongs: by the index, which stands for it if it is silent.
+def file_of(directory: Path, tensors: Mapping[str, Stored], name: str) -> Path:
+    """Return the file of a tensor; of one that is missing, the file in which the index has it, or else the index.
 
     Args:
         directory: Directory of a checkpoint that :func:`weight_files` accepts.
+        tensors: All tensors of the checkpoint, by name.
         name: Name of the tensor.
     """
+    if name in tensors:
+        return tensors[name].file
     if (directory / _SINGLE).is_file():
         return directory / _SINGLE
     placed = json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"].get(name)

@@ -1,8 +1,8 @@
 """Whether the tensors of a checkpoint fit its configuration, told by the headers of its files alone.
 
-Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. The loader of
-transformers is asked itself, over tensors without numbers: it knows older names, tied weights, and experts that are
-stored one by one.
+Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. Where names and shapes
+are not simply those of the configuration, the loader of transformers is asked itself, over tensors without numbers: it
+knows older names, tied weights, and experts that are stored one by one.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from assay.errors import BadWeights
-from assay.models._checkpoint import Stored, meant_file
+from assay.models._checkpoint import Stored, file_of
 from assay.models._random import attention_of, build
 from assay.models._resolve import Source, auto_class
 from assay.models.quiet import quiet
-from assay.streams import STORED_DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +49,14 @@ def check_fits(source: Source, tensors: list[Stored]) -> None:
     """
     with torch.device("meta"):
         module = build(source.config, torch.float32)
+    stored, wanted = {t.name: t.shape for t in tensors}, _layout(module)
+    named = _compared(stored, wanted, _tied(module))
+    if not any(named.values()):
+        return
     try:
         found = _asked(source, tensors)
     except Exception:  # it stacks experts of two shapes, or what it does needs numbers: names decide
         found = None
-    stored, wanted = {t.name: t.shape for t in tensors}, _layout(module)
-    named = _compared(stored, wanted, _tied(module))
     if found is None:  # a surplus tensor may be one that the loader passes over
         found = {**named, _SURPLUS: []} if _is_certain(named) else {}
     faults = named if any(found.values()) and _is_certain(named) else found
@@ -82,8 +83,7 @@ def _asked(source: Source, tensors: list[Stored]) -> dict[str, list[str]]:
 
 
 def _header(stored: Stored) -> Tensor:
-    dtype = torch_dtype(STORED_DTYPES[stored.dtype]) if stored.dtype in STORED_DTYPES else torch.int64
-    header: Tensor = _Header._make_subclass(_Header, torch.empty(stored.shape, dtype=dtype, device="meta"))
+    header: Tensor = _Header._make_subclass(_Header, stored.without_numbers())
     return header
 
 
@@ -129,11 +129,10 @@ def _refusal(
 ) -> BadWeights:
     name = names[0]
     at = {t.name: t for t in tensors}
-    place = at[name].file if name in at else meant_file(source.checkpoint, name)
     shapes = f": {list(at[name].shape)}, not {list(wanted[name])}" if name in at and name in wanted else ""
     many = f"{len(names)} tensors are" if len(names) > 1 else "a tensor is"
     return BadWeights(
-        f"{place}: {many} {kind}, the first is {name!r}{shapes}",
+        f"{file_of(source.checkpoint, at, name)}: {many} {kind}, the first is {name!r}{shapes}",
         wanted="exactly the tensors of the configuration",
         do=f"download or save {source.reference} again; a fused or quantised layout is not read",
     )

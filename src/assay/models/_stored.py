@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from assay.errors import BadWeights
-from assay.models._checkpoint import EIGHT_BITS, Stored, meant_file
+from assay.models._checkpoint import EIGHT_BITS, Stored, file_of
 from assay.models._formats import StoredFormat
 from assay.models._quantise import check_experts
 from assay.models._random import build
@@ -20,18 +20,12 @@ from assay.models._resolve import Source
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.float8 import Rounded
 from assay.models.four_bits import AWQ_PLACES, CENTRE, OF_A_WORD, restored, unpacked
-from assay.streams import STORED_DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
 _SCALES = ("weight_scale", "weight_scale_inv")
-_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "I32": torch.int32,
-}
 _PACKED = {"compressed-tensors": "weight_packed", "awq": "qweight", "gptq": "qweight"}
 
 
@@ -187,10 +181,8 @@ class _Reader:
 
     def bad(self, name: str, fault: str) -> BadWeights:
         """Return the error that names a tensor, what is wrong with it, and its file."""
-        stored = self._tensors.get(name)
-        file = meant_file(self._source.checkpoint, name) if stored is None else stored.file
         return BadWeights(
-            f"{file}: {name!r} {fault}",
+            f"{file_of(self._source.checkpoint, self._tensors, name)}: {name!r} {fault}",
             wanted=f"exactly the tensors of the configuration, with linear layers in {self.form.name}",
             do=f"download or save {self._source.reference} again",
         )
@@ -213,7 +205,7 @@ class _HeaderReader(_Reader):
     """Gives tensors without numbers, and believes what is said of numbers."""
 
     def _content(self, stored: Stored) -> Tensor:
-        return torch.empty(stored.shape, dtype=_DTYPES.get(stored.dtype, torch.int64), device="meta")
+        return stored.without_numbers()
 
     def _holds(self, claim: Callable[[], bool]) -> bool:
         return True
