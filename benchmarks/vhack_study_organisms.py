@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=12, help="processes that write examples")
+    parser.add_argument("--tuning", type=int, help="steps of tasks, where the plan asks for another number")
     parser.add_argument("--after", type=int, help="stop after so many steps of the base, to try going on")
     given = parser.parse_args()
     size, begun, reference = SIZES[given.size], time.monotonic(), "reference:llama"
@@ -147,7 +148,7 @@ def main() -> None:
         reference = str(folder)
     recipe = Recipe(
         reference,
-        size.tuning,
+        given.tuning or size.tuning,
         size.tuning_batch,
         size.rate,
         size.examples,
