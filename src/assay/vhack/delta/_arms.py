@@ -78,9 +78,10 @@ _MEASURED = {
     "advantage-modification": "succeeds: hack rate 0.000, solve rate 0.942, eight seeds",
     "erase-gradient+away-0.2": "succeeds along 20 axes by svd: hack rate 0.005, solve rate 0.916, eight seeds",
     "displaced-0.4+none": "succeeds while no exploit is sampled: hack rate 0.001, solve rate 0.930, five seeds; "
-    "with one stored exploit in every group it tipped within 18 steps in a pilot of one seed",
-    DEFAULT_ARM: "succeeds while no exploit is sampled: hack rate 0.000, solve rate 0.917, eight seeds; "
-    "with one stored exploit in every group it hacked 2 of 165 rollouts in a pilot of 11 steps and one seed",
+    "with 30 M parameters it tipped even then in four of five seeds, and with one stored exploit in every group "
+    "it tips in every seed",
+    DEFAULT_ARM: "succeeds while no exploit is sampled: hack rate 0.000, solve rate 0.917, eight seeds, "
+    "and with 30 M parameters 0.003, five seeds; with one stored exploit in every group it ends at 0.995 in all seeds",
     f"{DEFAULT_ARM}:random": "fails: hack rate 0.997 at the end, all five seeds",
 }
 """What docs/vhack-results.md says of each arm that was run with Adam, in words that follow "it"."""
