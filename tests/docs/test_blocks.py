@@ -65,7 +65,7 @@ def test_the_readme(checkout: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says
     assert '"status":"OK"' in done.stdout  # of the request to the service
-    for name in ("proof.jsonl", "data/service.sqlite3", "hack.safetensors"):
+    for name in ("data/service.sqlite3", "hack.safetensors"):
         assert (checkout / name).is_file(), name
 
 

@@ -39,12 +39,6 @@ def worst() -> list[str]:
     return [f"{gpu:.1%}] on an H200", f"{cpu:.1%}] on a CPU"]
 
 
-def mixtures() -> list[str]:
-    rows = [row for row in of("mixture_wider")["rows"] if row["law_from"] == 256]
-    before, now = (max(row["accused"] for row in rows if row["rule"] == rule) for rule in ("today", "T"))
-    return [f"{100 * before:.1f} and {now:.2%}]"]
-
-
 def clusters() -> list[str]:
     rows = [row for build in of("clusters")["builds"] for row in build["rows"] if row["rule"] == "ours"]
     honest = [row for row in rows if row["sort"] == "honest"]
@@ -54,25 +48,14 @@ def clusters() -> list[str]:
     return [f"{accused:.0f} of {count}", f"after {real['median']} nonces", f"99 % after {real['most']}"]
 
 
-def lives() -> list[str]:
-    cells = read_run(RESULTS / "experiments" / "simulate-life", "simulate").cells
-    honest = [row for cell in cells for row in cell["rows"] if row["kind"] == "honest"]
-    (nodes,) = {row["nodes"] for row in honest}
-    return [f"{nodes:,}".replace(",", " "), f"{max(row['convicted'] for row in honest) / nodes:.2%}"]
-
-
-def prove() -> list[str]:
+def rates() -> list[str]:
     models = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b")
     ratios = [of(f"gpu_prove_{model}")["prove_over_compiled"] for model in models]
-    return [f"{min(ratios):.2f}] to [{max(ratios):.2f}] ×"]
-
-
-def inside_vllm() -> list[str]:
-    ratios = []
+    inside = []
     for model in ("", "_llama-3.2-1b", "_llama-3.1-8b"):
         (row,) = of(f"vllm_direct_h200_queued{model}")["rows"]
-        ratios.append(f"{row['ratios']['own_over_transformers']:.2f}")
-    return ["[{}], [{}] and [{}] ×".format(*ratios)]
+        inside.append(f"{row['ratios']['own_over_transformers']:.2f}")
+    return [f"`prove` [{min(ratios):.2f}] to [{max(ratios):.2f}] ×", "in vLLM [{}], [{}] and [{}] ×".format(*inside)]
 
 
 def formats() -> list[str]:
@@ -85,44 +68,37 @@ def formats() -> list[str]:
     return [f"[{caught} of {len(judged)}]", "honest [{}, undecided {}, fraud {}]".format(*counts)]
 
 
-def chat() -> list[str]:
-    (cpu,), (gpu, all_time) = of("vllm_mixed")["shares"], of("vllm_mixed_h200")["shares"]
-    assert all(row["identical"] == row["requests_beside_nonces"] for row in (cpu, gpu, all_time))
-    ratios = [row["first_token_p50_ratio"] for row in (cpu, gpu, all_time)]
-    return [f"{ratios[0]:.2f} ×]", "{:.2f} and {:.2f} ×".format(*ratios[1:])]
-
-
 def directions() -> list[str]:
     models = of("vhack_checks_models")["models"].values()
     return [f"{found['generated']['lda, 5 axes']['checks']['pools']['value']:.3f}" for found in models]
 
 
 def training() -> list[str]:
-    name, found = "adam/displaced-0.4+erase-update-two-sided/axes-whole", []
-    stored = of("vhack_study3")["parts"]["stored"]["arms"]
-    for arms, end in ((of("vhack_study2")["arms"], ""), (stored, "/stored-whole")):
-        (arm,) = (arm for arm in arms if arm["condition"] == name + end)
-        rate = arm["rates"]["hack"]
-        found += [f"{rate['n']} seeds", f"[{rate['value']:.3f}]"]
-    return found
+    name, parts = "adam/displaced-0.4+erase-update-two-sided/axes-whole", of("vhack_study3")["parts"]
+    ends = []
+    for arms, regime in (
+        (of("vhack_study2")["arms"], ""),
+        (parts["unsampled-30m"]["arms"], ""),
+        (parts["stored"]["arms"], "/stored-whole"),
+        (parts["stored-30m"]["arms"], "/stored-whole"),
+    ):
+        (arm,) = (arm for arm in arms if arm["condition"] == name + regime)
+        ends.append(f"{arm['rates']['hack']['value']:.3f}")
+    return ["[{}] at 7 M, [{}] at 30 M; stored {} and {}".format(*ends)]
 
 
 ROWS = {
     "honest audits accused": audits,
-    "in the worst pair": worst,
-    "of small mixtures": mixtures,
-    "real clusters": clusters,
-    "100 580 honest nodes": lives,
+    "the same, worst pair": worst,
+    "the same on real clusters": clusters,
     "cheapest attack": lambda: [
         f"[{over_honest('redteam-qwen3-float16')}] and [{over_honest('redteam-llama-float16')}] ×",
         f"bfloat16 {over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
     ],
-    "`prove` over": prove,
-    "inside vLLM": inside_vllm,
+    "nonces/s": rates,
     "quantised": formats,
-    "chat beside": chat,
     "hack directions": directions,
-    "hack rate": training,
+    "hack rate, held back": training,
 }
 
 
