@@ -30,13 +30,9 @@ def small() -> list[dict[str, Any]]:
 
 def audits() -> list[str]:
     blocks, average = (max(row["accused"] for row in rows) for rows in (of("shares")["rows"], small()))
-    return [f"{blocks:.2%}] on an H200", f"{average:.2%}] on a CPU"]
-
-
-def worst() -> list[str]:
     gpu = max(row["candidates"]["none"]["accused_worst_pair"] for row in of("one_nonce_h200")["rows"])
     cpu = max(row["accused_worst_pair"] for row in small())
-    return [f"{gpu:.1%}] on an H200", f"{cpu:.1%}] on a CPU"]
+    return [f"[{blocks:.2%}], [{gpu:.1%}] on an H200", f"[{average:.2%}], [{cpu:.1%}] on a CPU"]
 
 
 def clusters() -> list[str]:
@@ -89,8 +85,7 @@ def training() -> list[str]:
 
 ROWS = {
     "honest audits accused": audits,
-    "the same, worst pair": worst,
-    "the same on real clusters": clusters,
+    "the same, real clusters": clusters,
     "cheapest attack": lambda: [
         f"[{over_honest('redteam-qwen3-float16')}] and [{over_honest('redteam-llama-float16')}] ×",
         f"bfloat16 {over_honest('redteam-qwen3')} and {over_honest('redteam-llama')} ×",
