@@ -49,3 +49,19 @@ def test_a_short_message_is_judged_by_what_it_has(validating, small_model, pins)
         running.send(body | {"dist": [d - 0.004 for d in body["dist"]]})
         until(lambda: running.verdict("node_A") == "fraud")
         assert running.node("node_A")["recorded"] == len(body["nonces"])
+
+
+def test_short_messages_do_not_hide_lies_at_half_of_the_places(validating, small_model, pins):
+    """So few nonces show no fault of the place: what is set aside must not leave the other half to speak for all."""
+    body = body_of(proof_of(small_model, "node_A", range(300)))
+    of_parity = [[p for p in zip(body["nonces"], body["dist"], strict=True) if p[0] // 3 % 2 == odd] for odd in (0, 1)]
+    with validating(pins=pins) as running:
+        for start in range(0, 48, 8):
+            found = sorted(pair for parity in of_parity for pair in parity[start : start + 8])
+            lies = [[nonce, dist - 0.004 * (nonce // 3 % 2)] for nonce, dist in found]
+            running.send(body | {"nonces": [nonce for nonce, _ in lies], "dist": [dist for _, dist in lies]})
+        until(lambda: running.node("node_A")["recorded"] == 96, said=lambda: running.node("node_A"))
+        node = running.node("node_A")
+        entries = running.get(f"/evidence/{node['account']}")["entries"]
+    assert {reason for entry in entries for _, reason in entry["excluded"]} == {"suspected place"}
+    assert (node["verdict"], node["fault"], node["checked"]) == ("undecided", None, 48)

@@ -15,7 +15,8 @@ import pytest
 from assay.errors import DataError, StorageError, UsageError
 from assay.poc import Build, verify
 from assay.poc.service.store import Database
-from assay.poc.verdict import Ledger, Life, audit_ledger, check_ledger
+from assay.poc.verdict import FAULTY, Ledger, Life, aside_reasons, audit_ledger, check_ledger, merge_ledgers
+from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
 
@@ -83,6 +84,34 @@ def test_a_faulty_place_is_written_and_does_not_count(tmp_path, proof, small_mod
     assert (standing.fault, standing.evidence.n, standing.recorded) == ("position mod 4 in 0 to 0", 18, 24)
     assert entry.reasons == dict.fromkeys(range(0, 24, 4), "faulty place")
     assert standing.evidence.log_e_max < 1
+
+
+def test_cheating_at_places_that_are_only_suspected_is_not_honest(tmp_path):
+    """Sixteen nonces are too few to show a fault of the place: a node invented half of every sixteen, as honest."""
+    path = tmp_path / "l.sqlite3"
+    with Ledger(path) as ledger:
+        for seed in range(24):
+            values = [1.2 if place % 2 else value for place, value in enumerate(honest(16, seed))]
+            places = place_test(values, range(16), batch_size=32, honest_size=NOISE.size)
+            assert (places.faulty, places.suspected) == (False, True)
+            excluded = aside_reasons(range(16), places)
+            standing = ledger.append([update(seed, residuals=values, excluded=excluded)])[0]
+            assert set(excluded.values()) == {"suspected place"}
+    assert (standing.verdict, standing.evidence.n, standing.recorded) == ("undecided", 192, 384)
+    assert standing.evidence.log_e_max < 1
+    assert audit_ledger(path).clean
+    (merged,) = merge_ledgers([path])
+    assert (merged.verdict, merged.shares[0].n) == ("undecided", 192)
+
+
+def test_entries_of_before_are_judged_as_they_were(tmp_path):
+    """A ledger of a former version calls suspected places faulty, and stays clean."""
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        values = [1.2 if place % 2 else value for place, value in enumerate(honest(64))]
+        given = update(0, residuals=values, excluded=dict.fromkeys(range(1, 64, 2), FAULTY))
+        standing = ledger.append([given])[0]
+    assert (standing.verdict, standing.evidence.n) == ("honest", 32)
+    assert audit_ledger(tmp_path / "l.sqlite3").clean
 
 
 def test_a_life_is_that_of_the_pinned_build(tmp_path, proof, small_model, round_):

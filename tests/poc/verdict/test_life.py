@@ -69,6 +69,26 @@ def test_a_missing_value_counts_as_the_worst_one():
     assert life.evidence.verdict == "fraud"
 
 
+def test_doubted_residuals_do_not_accuse_and_are_not_forgotten():
+    """Half of the nonces invented at places that are only suspected: no fraud, and not honest by the other half."""
+    life, other = Life(alpha=1e-3, beta=1e-2), Life(alpha=1e-3, beta=1e-2)
+    for seed in range(40):
+        life.update(NOISE, honest(8, seed), doubted=[1.2] * 8)
+        other.update(NOISE, honest(8, seed))
+    assert (life.evidence.verdict, other.evidence.verdict) == ("undecided", "honest")
+    assert (life.evidence.log_e_max, life.evidence.n) == (other.evidence.log_e_max, other.evidence.n)
+    assert life.evidence.log_evidence_honest < -100
+
+
+def test_doubted_residuals_that_are_honest_cost_nothing():
+    """A sound machine is suspected now and then."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    for seed in range(16):
+        values = honest(16, seed)
+        life.update(NOISE, values[:8] if seed % 4 == 0 else values, doubted=values[8:] if seed % 4 == 0 else ())
+    assert life.evidence.verdict == "honest"
+
+
 def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Draws from a law by its survival function."""
     grid = np.exp(np.linspace(law.mu - 9 * law.sd, math.log(2.0), 20_000))

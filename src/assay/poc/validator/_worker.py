@@ -30,7 +30,7 @@ from assay.poc.validator._inbox import Draw, Inbox
 from assay.poc.validator._metrics import Metrics
 from assay.poc.validator._registry import Registry, build_name
 from assay.poc.validator._settings import ValidatorSettings
-from assay.poc.verdict import FAULTY, Account, Ledger, Noise, Standing, Update, residuals, round_identity
+from assay.poc.verdict import Account, Ledger, Noise, Standing, Update, aside_reasons, residuals, round_identity
 from assay.reports import JsonObject, dumps
 
 log = structlog.get_logger("assay.validator.worker")
@@ -265,7 +265,6 @@ class Worker:
     def _update(self, found: Checked, registry: Registry) -> Update:
         """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
         drawn, round, places = found.drawn, found.drawn.claim.round, found.place_test()
-        aside = places.set_aside if places is not None else [False] * len(drawn.places)
         return Update(
             account=account_of(round.public_key, registry),
             round=round_identity(round),
@@ -275,7 +274,7 @@ class Worker:
             residuals=[float(value) for value in found.errors],
             proof=drawn.source.digest.hex(),
             sample_seed=drawn.source.seed,
-            excluded={nonce: FAULTY for nonce, out in zip(drawn.nonces, aside, strict=True) if out},
+            excluded=aside_reasons(drawn.nonces, places) if places is not None else {},
             fault=places.pattern if places is not None and places.faulty else None,
             name=drawn.source.name,
         )

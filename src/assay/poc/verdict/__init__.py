@@ -23,10 +23,12 @@ from assay.poc.verdict._ledger_audit import Fault, LedgerAudit
 from assay.poc.verdict._ledger_entries import (
     FAULTY,
     RESPONSES,
+    SUSPECTED,
     Account,
     Entry,
     Standing,
     Update,
+    aside_reasons,
     response_identity,
     round_identity,
 )
@@ -70,6 +72,7 @@ __all__ = [
     "P_MISMATCH",
     "RESPONSES",
     "SCALED_SPREAD",
+    "SUSPECTED",
     "Account",
     "AnyNoise",
     "BuildNoise",
@@ -98,6 +101,7 @@ __all__ = [
     "Update",
     "VectorSet",
     "Verdict",
+    "aside_reasons",
     "audit_ledger",
     "calibrate",
     "calibrate_vectors",

@@ -14,7 +14,6 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.poc.verdict._judge import Verdict
 from assay.poc.verdict._ledger_audit import AT_ONCE, text_of
 from assay.poc.verdict._ledger_entries import (
-    FAULTY,
     NOTHING,
     REMEMBERED,
     Account,
@@ -23,6 +22,7 @@ from assay.poc.verdict._ledger_entries import (
     Progress,
     Standing,
     Update,
+    aside_reasons,
     excluded_places,
     lasting_fault,
     make_entry,
@@ -143,7 +143,8 @@ class Ledger:
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
-        Nonces at places of the batch that are faulty, or suspected to be, are recorded and do not count.
+        Nonces at places of the batch that are faulty are recorded and do not count. Those at places that are suspected
+        to be do not accuse, but the life is not honest against them.
 
         Args:
             verdict: Verdict on a sample of a proof.
@@ -173,7 +174,7 @@ class Ledger:
             residuals=verdict.residuals,
             proof=proof,
             sample_seed=verdict.sample_seed,
-            excluded={nonce: FAULTY for nonce, aside in zip(verdict.nonces, places.set_aside, strict=True) if aside},
+            excluded=aside_reasons(verdict.nonces, places),
             fault=places.pattern if places.faulty else None,
         )
         return self.append([update])[0]

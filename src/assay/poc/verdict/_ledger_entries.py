@@ -26,6 +26,9 @@ REPEATED = "repeated"
 FAULTY = "faulty place"
 """Why a nonce does not count that stands at a place of the batch where residuals are large."""
 
+SUSPECTED = "suspected place"
+"""Why a nonce counts for nothing but against honesty: too few were checked to show that its place is a faulty one."""
+
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
@@ -231,6 +234,18 @@ class Entry(_Model):
             return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
         return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
 
+    @property
+    def doubted(self) -> list[float]:
+        """Residuals at places that are only suspected, NaN for missing ones: they do not accuse, and speak for no one.
+
+        Otherwise a node that cheats at half of its places, and shows too few nonces at a time for a fault, would be
+        judged by the other half alone.
+        """
+        if self.of_response:
+            return []
+        chosen = (self.residuals[place] for place, reason in self.excluded if reason == SUSPECTED)
+        return [math.nan if x is None else x for x in chosen]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
@@ -296,9 +311,9 @@ class Progress:
 
     def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
         """Take the residuals of an entry that count, and return the outcome."""
-        counted = entry.counted
-        if len(counted):
-            self.life.update(noise, counted)
+        counted, doubted = entry.counted, entry.doubted
+        if len(counted) or doubted:
+            self.life.update(noise, counted, doubted=doubted)
         self.audits += 1
         self.recorded += len(entry.nonces)
         self.last = entry.seq
@@ -339,6 +354,17 @@ def excluded_places(nonces: Sequence[int], seen: Collection[int], given: Mapping
             found.append((place, reason))
         before.add(nonce)
     return found
+
+
+def aside_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
+    """Return the reasons why nonces that a place test sets aside do not count, by nonce.
+
+    Args:
+        nonces: Nonces of one audit, in the order of the test.
+        places: Test of whether their residuals depend on the place in the batch.
+    """
+    reason = FAULTY if places.faulty else SUSPECTED
+    return {nonce: reason for nonce, aside in zip(nonces, places.set_aside, strict=True) if aside}
 
 
 def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:

@@ -14,6 +14,7 @@ two tests, because what a node did long ago does not say that it is honest now.
 This is the arithmetic alone; `Ledger` keeps it on disk, and the simulated year runs it for many nodes.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,14 @@ class Life:
         self._epochs: dict[str, _Test] = {}
         self._n = 0
 
-    def update(self, noise: AnyNoise, residuals: Residuals) -> Self:
+    def update(self, noise: AnyNoise, residuals: Residuals, *, doubted: Sequence[float] = ()) -> Self:
         """Take the residuals of one audit, in the order in which they were checked; NaN for a missing value.
 
         Args:
             noise: Honest noise that they are judged under. It must not be chosen after a look at them.
             residuals: Residuals that count, of nonces that did not count before; or the evidence of one response.
+            doubted: Further residuals, of nonces at places that may be faulty. They do not accuse, but evidence for
+                honesty is only what all residuals give together.
         """
         law = dumps(noise.as_dict())
         newest = self._epochs.get(law) or self._first.get(law)
@@ -104,7 +107,7 @@ class Life:
             self._epochs[law] = self._begin(noise)
         for test in (self._first[law], self._epochs.get(law)):
             if test is not None:
-                test.update(residuals)
+                test.update(residuals, doubted)
         self._n += len(residuals)
         return self
 
@@ -155,8 +158,8 @@ class _Numbers:
     stopped_e: float = 0.0
     stopped_honest: float = 0.0
 
-    def take(self, result: stats.SequentialResult | ResponseResult) -> None:
-        numbers = (result.log_e_value, result.log_e_max, result.log_evidence_honest)
+    def take(self, result: stats.SequentialResult | ResponseResult, log_honest: float) -> None:
+        numbers = (result.log_e_value, result.log_e_max, log_honest)
         self.log_e, self.log_e_max, self.log_honest = (max(-_LARGEST, min(_LARGEST, number)) for number in numbers)
         if self.log_weight + self.stopped_e < self.level_e:
             self.stopped_e = self.log_e
@@ -169,18 +172,24 @@ class _Test:
 
     def __init__(self, test: stats.SequentialTest | ResponseTest, numbers: _Numbers) -> None:
         self._test, self._numbers = test, numbers
+        self._of_all: stats.SequentialTest | None = None  # sees what is doubted too, from the first such residual on
         self.n = 0
 
-    def update(self, residuals: Residuals) -> None:
+    def update(self, residuals: Residuals, doubted: Sequence[float]) -> None:
         if isinstance(self._test, ResponseTest) != isinstance(residuals, ResponseBlocks):
             raise DataError(
                 "residuals of another kind than the law that they are judged under",
                 wanted="responses under a law of responses, and nonces under one of nonces",
                 do="ask for the file again",
             )
+        if doubted and self._of_all is None and isinstance(self._test, stats.SequentialTest):
+            self._of_all = copy.deepcopy(self._test)
         result = self._test.update(residuals).result  # type: ignore[arg-type]  # of this kind, by the line above
         self.n = result.n
-        self._numbers.take(result)
+        honest = result.log_evidence_honest
+        if self._of_all is not None:
+            honest = self._of_all.update(residuals).update(doubted).result.log_evidence_honest  # type: ignore[arg-type]
+        self._numbers.take(result, honest)
 
 
 def share_of_test(number: int) -> float:
