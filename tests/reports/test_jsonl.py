@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import DataError, UsageError
-from assay.reports import dumps, loads, read_json, read_jsonl
+from assay.reports import dumps, is_deep, loads, read_json, read_jsonl
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -67,6 +67,8 @@ BAD_LINES = {
     "surrogate": '{"x":"\\ud800"}',
     "digits": '{"x":' + "9" * 5000 + "}",
     "deep": '{"x":' + "[" * 200_000 + "}",
+    "deeper than it can be shown": '{"x":' + "[" * 900 + "]" * 900 + "}",
+    "deeper than anything": '{"x":' + "[" * 64 + "1" + "]" * 64 + "}",
 }
 
 
@@ -78,6 +80,13 @@ def test_a_bad_line_is_named(tmp_path, line):
     assert next(read) == (1, {"ok": 1})
     with pytest.raises(DataError, match=r"records\.jsonl, line 2: "):
         next(read)
+
+
+def test_a_long_list_is_not_a_deep_one():
+    text = '{"x":' + "[" * 60 + ",".join(["[]"] * 1000) + "]" * 60 + "}"
+    assert loads(text, "text")["x"]
+    assert is_deep({"a": [1]}, 2)
+    assert not is_deep({"a": [1]}, 3)
 
 
 def test_bytes_that_are_not_text_are_named(tmp_path):

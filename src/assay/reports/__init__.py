@@ -12,7 +12,17 @@ from assay.reports._figures import (
     style_axes,
 )
 from assay.reports._html import Badge, BadgeKind, Cell, Report
-from assay.reports._jsonl import JsonObject, dumps, loads, read_json, read_jsonl, read_lines, read_whole, unique_keys
+from assay.reports._jsonl import (
+    JsonObject,
+    dumps,
+    is_deep,
+    loads,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_whole,
+    unique_keys,
+)
 from assay.reports._provenance import provenance
 from assay.reports._storage import PartialFile, check_new_file, storage_error, write_atomic, write_jsonl
 from assay.reports._toml import read_toml
@@ -33,6 +43,7 @@ __all__ = [
     "figure",
     "heatmap",
     "histogram_over_density",
+    "is_deep",
     "legend",
     "loads",
     "provenance",

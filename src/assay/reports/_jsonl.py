@@ -20,6 +20,9 @@ from assay.errors import DataError, UsageError
 LONGEST_LINE = 2**26
 """Bytes of the longest line that is read: 64 MiB."""
 
+DEEPEST = 64
+"""Levels of the deepest value that is read. Files of assay have ten, and a thousand end the Python that shows them."""
+
 JsonObject = dict[str, Any]
 """An object of JSON, as it was read."""
 
@@ -59,7 +62,7 @@ def loads(text: str | bytes, source: str) -> JsonObject:
         source: Name of its origin, for the error, such as ``proof.jsonl, line 3``.
 
     Raises:
-        DataError: Not UTF-8, not strict JSON, or not an object.
+        DataError: Not UTF-8, not strict JSON, nested too deeply, or not an object.
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
@@ -74,7 +77,22 @@ def loads(text: str | bytes, source: str) -> JsonObject:
         raise _bad(source, str(error)) from error
     if not isinstance(value, dict):
         raise _bad(source, f"a {type(value).__name__} where an object should be")
+    if decoded.count("[") + decoded.count("{") > DEEPEST and is_deep(value, DEEPEST):
+        raise _bad(source, f"nested more than {DEEPEST} levels deep")
     return value
+
+
+def is_deep(value: Any, levels: int) -> bool:
+    """Return whether anything stands below so many levels of objects and lists in a value that was read from JSON."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _bad(source: str, reason: str) -> DataError:

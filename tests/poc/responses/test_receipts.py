@@ -264,6 +264,15 @@ def test_a_broken_file_is_refused_with_its_line(name: str, lines: list[str], tmp
     assert len(str(error)) < 1500
 
 
+@pytest.mark.parametrize("levels", range(900, 1000, 2))
+def test_what_is_nested_too_deeply_to_be_shown_is_refused(levels: int, lines: list[str]):
+    """Python parses a few levels more than it shows in an error that is made further down."""
+    before, after = lines[GOOD].split('"user_seed":""')
+    text = f'{before}"user_seed":{"[" * levels}{"]" * levels}{after}'
+    with pytest.raises(ProofFormatError, match="line 2: "):
+        Receipts.parse("bad", f"{lines[0]}\n{text}\n".encode())
+
+
 @pytest.mark.parametrize("cut", [1, 100, 700, 2000])
 def test_a_torn_file_is_refused(cut: int, lines: list[str], tmp_path: Path):
     torn = tmp_path / "torn.jsonl"

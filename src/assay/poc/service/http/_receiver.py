@@ -7,7 +7,7 @@ secret has signed need no key.
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import sqlalchemy as sa
 import structlog
@@ -24,7 +24,7 @@ from assay.poc.service.http._route import Bodies, Keys, LocalOnly, Scope, guarde
 from assay.poc.service.http._server import listen, run_app
 from assay.poc.service.http._signatures import Signatures, message_id, unsigned
 from assay.poc.service.store import RECEIVED, Database
-from assay.reports import JsonObject, loads
+from assay.reports import JsonObject, is_deep, loads
 
 log = structlog.get_logger("assay.receiver")
 
@@ -195,7 +195,7 @@ def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signat
         raise unsigned(400, f"body: {error}") from None
     except DataError as error:
         raise unsigned(400, error.seen) from None
-    if _is_deep(values):
+    if is_deep(values, DEEPEST):
         raise unsigned(400, f"a body of more than {DEEPEST} levels")
     # The path is not signed. The body is, and tells the kinds apart.
     said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
@@ -204,21 +204,9 @@ def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signat
     return message_id(headers), body
 
 
-def _is_deep(value: Any) -> bool:
-    level: list[Any] = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
-
-
 def _read(text: str) -> JsonObject | None:
     try:
         values = loads(text, "callback")
     except DataError:  # an older version kept bodies that it had not read strictly
         return None
-    return None if _is_deep(values) else values
+    return None if is_deep(values, DEEPEST) else values
