@@ -250,15 +250,19 @@ def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model:
     """Of the answers that are shown each is honest; of those that are not shown nothing is known."""
     pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
     some = Receipts.build(responses.header, responses.receipts[:2], 1.0)
+    nothing = {"output": (), "sketches": np.zeros((0, 12), np.float16)}
+    unsaid = [replace(one, **nothing, finish="stop") for one in responses.receipts[2:]]
+    empty = Receipts.build(responses.header, [*some.receipts, *unsaid], 1.0)
     engine = HFPrefill(small_model)
     noise = noise_between(responses.header, engine.fingerprint, None)
     found = {
-        len(one.receipts): judge_responses(replay(one, small_model, engine=engine) * 40, one, noise, pins=pins)
-        for one in (responses, some)
+        name: judge_responses(replay(one, small_model, engine=engine) * 40, one, noise, pins=pins)
+        for name, one in {"all": responses, "some": some, "empty": empty}.items()
     }
-    assert [one.verdict for one in found.values()] == ["honest", "honest"]
-    codes = {count: (one.unanswered, one.exit_code) for count, one in found.items()}
-    assert codes == {len(REQUESTS): (0, 0), 2: (len(REQUESTS) - 2, 2)}
+    assert [one.verdict for one in found.values()] == ["honest"] * 3
+    codes = {name: (one.unanswered, one.exit_code) for name, one in found.items()}
+    rest = (len(REQUESTS) - 2, 2)
+    assert codes == {"all": (0, 0), "some": rest, "empty": rest}
 
 
 def test_a_sample_is_drawn_by_its_seed_and_must_fit(responses: Receipts):

@@ -11,6 +11,7 @@ from standardwebhooks import Webhook
 from starlette.requests import Request
 
 from assay.cli import run
+from assay.errors import StorageError
 from assay.poc.service._refusals import Refusal
 from assay.poc.service.http import Received, _receiver, create_receiver
 from assay.poc.service.http._route import Bodies
@@ -189,6 +190,17 @@ def test_a_poisoned_body_of_an_older_version_breaks_nothing(tmp_path, stored):
     assert poisoned["body"] is None
     assert sound["body"]["nonces"] == [1, 2, 3]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_database_of_another_program_is_left_alone(tmp_path):
+    path = tmp_path / "notes.sqlite3"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE notes (text)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match="a database of something else, with a table 'notes'"):
+        Received(path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("query", ["after=-1", f"after={10**22}", f"limit={10**22}", "limit=0", "after=x"])

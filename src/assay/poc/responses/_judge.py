@@ -59,7 +59,7 @@ class ResponseVerdict:
 
     @property
     def unanswered(self) -> int:
-        """Number of the requests that have no receipt, or one of an answer that was aborted."""
+        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token."""
         return self.pins.unanswered(self.receipts)
 
     @property

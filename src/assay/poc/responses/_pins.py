@@ -105,11 +105,12 @@ class ReceiptPins:
         return tuple(name for name, pinned in given.items() if not pinned)
 
     def unanswered(self, receipts: Receipts) -> int:
-        """Return how many of the requests have no receipt, or one of an answer that was aborted.
+        """Return how many of the requests have no receipt, or one of an answer that was aborted or has no token.
 
-        A node chooses which answers it shows: those that it would rather not have replayed may be among these.
+        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
+        whole answer has the token that ended it.
         """
-        whole = {_identity(receipt) for receipt in receipts.receipts if receipt.finish != "abort"}
+        whole = {_identity(one) for one in receipts.receipts if one.finish != "abort" and one.output}
         return len({_identity(request) for request in self.requests or ()} - whole)
 
     @property

@@ -25,6 +25,7 @@ from assay.poc.service.http._server import listen, run_app
 from assay.poc.service.http._signatures import Signatures, message_id, unsigned
 from assay.poc.service.store import RECEIVED, Database
 from assay.reports import JsonObject, is_deep, loads
+from assay.reports.database import damaged, tables
 
 log = structlog.get_logger("assay.receiver")
 
@@ -45,6 +46,9 @@ class Received:
     """
 
     def __init__(self, path: Path) -> None:
+        found = tables(path, flag="--output") if path.is_file() else set()
+        if found and "received" not in found:
+            raise damaged(path, f"a database of something else, with a table {min(found)!r:.60}", flag="--output")
         self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
         self._received = self._db["received"]
 
