@@ -61,6 +61,14 @@ def test_the_law_file_keeps_that_the_model_is_a_mixture(mixture: Model, tmp_path
         assert not mended.between(None, None).caution
 
 
+def test_distances_of_several_positions_are_distances(mixture: Model, tmp_path: Path) -> None:
+    (build,) = measured(proofs(mixture, tmp_path), mixture=True).builds
+    Calibration(builds=(replace(build, output="position distance"),)).save(tmp_path / "law.json")
+    (read,) = Calibration.load(tmp_path / "law.json").builds
+    assert read.is_too_few()
+    assert SAYS in read.between(None, None).caution
+
+
 @pytest.mark.parametrize("told", [True, None])
 def test_the_verdict_says_it_and_is_the_same(mixture: Model, tmp_path: Path, told: bool | None) -> None:
     paths = proofs(mixture, tmp_path)

@@ -31,6 +31,7 @@ measured before (benchmarks/mixture_wider.py).
 
 LAWS: dict[str, type[Law]] = {
     "distance": stats.ScaleNoise,
+    "position distance": stats.ScaleNoise,
     "vector": stats.LogNoise,
     "position vector": stats.LogNoise,
     "tokens": stats.LogNoise,
@@ -97,7 +98,8 @@ class BuildNoise:
         Args:
             mixture: Whether the model is a mixture, for a measurement that was not told.
         """
-        return bool(self.mixture or mixture) and self.output == "distance" and self.n < ENOUGH_OF_MIXTURE
+        of_distances = isinstance(self.noise.law, stats.ScaleNoise)  # of every family: `fit_noise` bounds their tail
+        return bool(self.mixture or mixture) and of_distances and self.n < ENOUGH_OF_MIXTURE
 
     @property
     def caution(self) -> str:
