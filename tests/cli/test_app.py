@@ -328,6 +328,20 @@ def test_an_interrupt_during_the_imports_is_no_traceback(monkeypatch):
     assert stop.value.code == 130
 
 
+def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(monkeypatch, capsys):
+    """As pydantic does where a signal meets it while it builds a schema."""
+
+    def wraps() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("a schema that cannot be built") from error
+
+    monkeypatch.setattr("assay.cli._app._user_config", wraps)
+    assert run(["models", "list"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_a_fault_of_assay_is_no_verdict(capsys, monkeypatch):
     from assay.__main__ import main
 

@@ -1,12 +1,15 @@
 """``assay poc ledger`` and ``verify --ledger``: the life of a node on the command line, and its exit codes."""
 
+import io
 import json
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from assay.cli import run
 from assay.poc import Proof
 from assay.poc.verdict import Ledger
 from assay.research import cheats
@@ -159,3 +162,14 @@ def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(assay, pr
     wrong = assay("poc", "verify", proofs["honest"], *model, *known, "--ledger", text)
     assert wrong.code == 2
     assert text.read_text() == "no ledger"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_another_encoding_is_no_traceback(tmp_path: Path, monkeypatch, encoding: str):
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        ledger.append([update(0, key="Ключ")])
+    taken = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(taken, encoding=encoding))
+    assert run(["poc", "ledger", "show", str(tmp_path / "l.sqlite3")]) == 0
+    sys.stdout.flush()
+    assert rb"\u041a\u043b\u044e\u0447" in taken.getvalue()

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,9 @@ def run(arguments: list[str] | None = None) -> int:
     reader of stdout left).
     """
     command = typer.main.get_command(app)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal of another encoding has no sign for is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _stoppable():
             command.main(args=arguments, prog_name="assay")
@@ -127,9 +131,11 @@ class _ReaderLeft(BaseException):
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turn the two signals into an exception, unless the shell said to ignore them."""
+    caught: list[Stopped] = []
 
     def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
+        caught.append(Stopped(number))
+        raise caught[-1]
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -137,6 +143,10 @@ def _stoppable() -> Iterator[None]:
             if handler is not signal.SIG_IGN:
                 signal.signal(number, stop)
         yield
+    except Exception as error:
+        if caught:  # a library may raise an error of its own where the signal met it
+            raise caught[-1] from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
