@@ -216,6 +216,22 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
     assert service.read_bytes() == before
 
 
+@pytest.mark.parametrize("table", ["updates", "accounts", "laws"])
+def test_a_view_without_an_end_in_the_place_of_a_table_is_refused(tmp_path, table):
+    """`show` and `export` look at the ledgers of others, and do not audit them."""
+    path = filled(tmp_path / "l.sqlite3")
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT kept.* FROM kept, n"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP VIEW evidence")
+        database.execute(f"CREATE TABLE kept AS SELECT * FROM {table}")
+        database.execute(f"DROP TABLE {table}")
+        database.execute(f"CREATE VIEW {table} AS {endless}")
+        database.commit()
+    for read_only in (True, False):
+        with pytest.raises(StorageError, match=f"the table {table} is missing"):
+            Ledger(path, read_only=read_only)
+
+
 def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp_path, monkeypatch):
     monkeypatch.setattr("assay.reports.database.BUSY_TIMEOUT_MS", 10)
     path = filled(tmp_path / "l.sqlite3", 3)

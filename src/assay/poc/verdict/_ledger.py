@@ -33,7 +33,7 @@ from assay.poc.verdict._ledger_files import export_ledger
 from assay.poc.verdict._ledger_schema import ACCOUNTS, LAWS, LEDGER, MIGRATIONS, UPDATES, number_of
 from assay.poc.verdict._response_noise import AnyNoise, noise_from_dict
 from assay.reports import dumps, loads
-from assay.reports.database import Database, tables
+from assay.reports.database import Database, damaged, tables
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
@@ -351,7 +351,7 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
 
     Raises:
         UsageError: The file is no ledger, or was begun at other error rates.
-        StorageError: It cannot be read, or is no SQLite file.
+        StorageError: It cannot be read, or is no SQLite file, or a table of the ledger is missing.
     """
     regular = path.is_file()  # SQLite waits without end for a pipe
     found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
@@ -361,6 +361,9 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
             wanted="a file that `assay poc verify --ledger` began",
             do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
         )
+    if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
+        # What stands in its place may be anything, such as a view without an end.
+        raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
     if LEDGER.name in found and (alpha, beta) != (None, None):
         Ledger(path, alpha=alpha, beta=beta).close()
 
