@@ -220,6 +220,14 @@ def test_a_configuration_that_says_nothing_known_is_refused(text: str, seen: str
     assert seen in result.err
 
 
+def test_a_number_in_a_configuration_that_nothing_can_show_is_refused(assay, tmp_path: Path):
+    config = tmp_path / "config.toml"
+    config.write_text(f"[poc.verify]\nmodel = 0x{'f' * 5000}\n")
+    result = assay("--config", config, "poc", "verify", "proof.jsonl")
+    assert result.code == 2
+    assert "a whole number of 20000 bits" in result.err
+
+
 def test_a_configuration_is_written_like_flags(assay, tmp_path: Path):
     (tmp_path / "assay.toml").write_text('[streams.signs]\nseed-text = "a"\nn = 3\njson = true\n')
     result = assay("--config", tmp_path / "assay.toml", "streams", "signs")

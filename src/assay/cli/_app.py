@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -156,8 +155,10 @@ def _load_config(path: Path | None, command: Any) -> dict[str, Any]:
     chosen = path or _user_config()
     if chosen is None:
         return {}
+    from assay.reports import parse_toml
+
     try:
-        return _defaults(tomllib.loads(_read_config(chosen)), command)
+        return _defaults(parse_toml(_read_config(chosen)), command)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"configuration file {chosen}: {error}",

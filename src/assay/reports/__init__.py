@@ -25,7 +25,7 @@ from assay.reports._jsonl import (
 )
 from assay.reports._provenance import provenance
 from assay.reports._storage import PartialFile, check_new_file, storage_error, write_atomic, write_jsonl
-from assay.reports._toml import read_toml
+from assay.reports._toml import parse_toml, read_toml
 
 __all__ = [
     "INK",
@@ -46,6 +46,7 @@ __all__ = [
     "is_deep",
     "legend",
     "loads",
+    "parse_toml",
     "provenance",
     "read_json",
     "read_jsonl",

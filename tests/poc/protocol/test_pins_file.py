@@ -94,6 +94,13 @@ def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: st
     assert "pins.toml" in caught.value.seen
 
 
+def test_a_number_beyond_those_of_toml_is_refused(written, proof: Proof):
+    """Python reads any number in hexadecimal digits, and cannot write one of more than 4300 decimal digits."""
+    with pytest.raises(DataError, match="a whole number of 20000 bits") as refused:
+        written(text_of(proof).replace("seq_len = 16", f"seq_len = 0x{'f' * 5000}"))
+    assert refused.value.wanted == "a TOML file"
+
+
 def test_models_are_told_apart_by_digest_or_name(written, proof: Proof):
     digest, other = proof.header.digest, "0" * 64
     text = text_of(proof)
