@@ -37,8 +37,11 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
+# A start of vLLM imports thousands of modules in every process of a server. Without their bytecode each compiles them
+# for itself, which is most of its start: it is kept, whatever the caller's environment says.
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest \
+	  -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
 $(VLLM)/.ready: pyproject.toml

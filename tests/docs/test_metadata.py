@@ -42,6 +42,12 @@ def test_targets_that_the_pages_name_exist():
     assert named - {"a"} <= targets
 
 
+def test_processes_of_vllm_keep_the_bytecode_of_what_they_import():
+    """Without it each compiles thousands of modules for itself, where the environment says that none is written."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ntest-vllm:")[2].partition("\n\n")[0]
+    assert re.search(r"^\tPYTHONDONTWRITEBYTECODE= .*pytest", recipe, flags=re.MULTILINE)
+
+
 def _lock() -> dict[str, tuple[str, int]]:
     """Return the version of every package of the lock, and how many hashes it has."""
     entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
