@@ -32,6 +32,8 @@ IMPORTED = (
     "assay.poc.serving",
     "assay.streams._numba",
 )
+CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
+"""What says where modules are found and which platform vLLM has, once they are imported."""
 
 
 class ForkedServer(Server):
@@ -45,12 +47,13 @@ class ForkedServer(Server):
         self._serves = serves
 
     def run(self, command, environment):
-        """Fork a server; the first one of this process waits until vLLM is imported."""
-        if self.python not in _parents:
+        """Fork a server; the first one of an interpreter and a choice waits until vLLM is imported."""
+        kind = self.python, *(environment.get(name, "") for name in CHOOSING)
+        if kind not in _parents:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with self.log.open("ab") as log:
-                _parents[self.python] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
-        parent, code = _parents[self.python], self.data_dir / "exit-code"
+                _parents[kind] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
+        parent, code = _parents[kind], self.data_dir / "exit-code"
         code.unlink(missing_ok=True)
         argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
         order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
@@ -58,8 +61,8 @@ class ForkedServer(Server):
         return _Process(int(parent.stdout.readline()), code)
 
 
-_parents: dict[str, subprocess.Popen] = {}
-"""The process that forks the servers of an interpreter. It ends with this one, which closes its input."""
+_parents: dict[tuple[str, ...], subprocess.Popen] = {}
+"""The process that forks the servers of an interpreter and a choice. It ends with this one, which closes its input."""
 
 
 @atexit.register

@@ -1,8 +1,8 @@
 """A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
 
 import pytest
-from _vllm import Server
 from _vllm_answers import SEEDED, begin, mixed
+from _vllm_forked import ForkedServer
 from _vllm_ray import OPTIONS, Nodes, installed, with_ray
 from _vllm_tokens import agreement
 
@@ -31,7 +31,7 @@ def nodes():
 def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
     options = OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
     environment = SEEDED | nodes.environment | {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
-    with Server(tmp_path_factory.mktemp("ray"), options=options, environment=environment) as running:
+    with ForkedServer(tmp_path_factory.mktemp("ray"), options=options, environment=environment) as running:
         yield running
 
 
@@ -81,7 +81,7 @@ def test_ray_is_refused_where_vllm_cannot_place_a_worker(nodes, tmp_path):
     stock = with_ray() | {"VLLM_PLUGINS": "assay"}
     older = nodes.environment | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}
     refused = {"Ray on cpu": stock, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older}
-    servers = [Server(tmp_path / seen, options=OPTIONS, environment=at) for seen, at in refused.items()]
+    servers = [ForkedServer(tmp_path / seen, options=OPTIONS, environment=at) for seen, at in refused.items()]
     try:
         for running in servers:
             running.launch()
