@@ -10,7 +10,7 @@ from torch import nn
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
-from assay.vhack.gradients import _batches, _division
+from assay.vhack.gradients import _batches, _blocks, _division
 from assay.vhack.gradients._batches import (
     WIDE_COPIES_IN_TURNS,
     Segments,
@@ -23,6 +23,7 @@ from assay.vhack.gradients._batches import (
     tokens_of,
 )
 from assay.vhack.gradients._division import Division
+from assay.vhack.gradients._fused import Norm
 from assay.vhack.gradients._in_place import PartTap
 from assay.vhack.gradients._per_sample import SampleGradients, _check_finite
 from assay.vhack.gradients._replica import Replica
@@ -96,6 +97,24 @@ def test_bfloat16_is_close_to_float32(small_checkpoint, byte_tokenizer, samples,
         assert rows.dtype == torch.float32
         # Singular vectors of rounded weights differ a little, and so do the coordinates.
         assert cosine.min() > 0.9, name
+
+
+def test_bfloat16_on_a_cpu_has_the_attention_and_the_norms_of_float32(
+    monkeypatch, small_checkpoint, byte_tokenizer, samples
+):
+    model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    svd = weight_svd(model, dtype="bfloat16")
+    written_out = {_blocks._InBlocks: 0, Norm: 0}
+    for kind in written_out:
+
+        def counted(*given, kind=kind, real=kind.apply):
+            written_out[kind] += 1
+            return real(*given)
+
+        monkeypatch.setattr(kind, "apply", counted)
+    per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=svd, max_tokens=4096)
+    assert written_out[_blocks._InBlocks] == model.num_layers
+    assert written_out[Norm] > 2 * model.num_layers
 
 
 @pytest.mark.parametrize("family", ["Granite", "Qwen2", "Gemma2"])

@@ -100,9 +100,9 @@ class Norm(torch.autograd.Function):
         if use is not None:
             y_MH, scale = use.normalise(x_MH, weight_H, eps)
         else:
-            size_M1 = torch.linalg.vector_norm(x_MH, dim=1, keepdim=True)
+            size_M1 = torch.linalg.vector_norm(x_MH, dim=1, keepdim=True, dtype=torch.float32)
             scale = size_M1.square_().div_(x_MH.shape[1]).add_(eps).rsqrt_()
-            y_MH = (x_MH * scale).mul_(weight_H)
+            y_MH = (x_MH * scale).to(x.dtype).mul_(weight_H)
         ctx.save_for_backward(x_MH, weight_H, scale)
         ctx.use = use
         result: Tensor = y_MH.view(x.shape)
@@ -115,9 +115,10 @@ class Norm(torch.autograd.Function):
         dy_MH = dy.reshape(x_MH.shape)
         if ctx.use is not None:
             return ctx.use.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape), None, None, None
-        dx_MH = dy_MH * weight_H
+        x_MH = x_MH.float()
+        dx_MH = dy_MH.float() * weight_H
         along_M1 = torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1).mul_(scale.square()).div_(x_MH.shape[1])
-        return dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).view(dy.shape), None, None, None
+        return dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).to(dy.dtype).view(dy.shape), None, None, None
 
 
 class Gate(torch.autograd.Function):

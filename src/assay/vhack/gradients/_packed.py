@@ -5,7 +5,7 @@ Embeddings, rotary tables, the final norm and the head stay with transformers. T
 that what replaces their forward functions, and hooks on them, take part.
 
 On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU each sample has its
-own product, in float32 the one that :mod:`assay.vhack.gradients._blocks` writes out.
+own product, the one that :mod:`assay.vhack.gradients._blocks` writes out.
 
 Padded, as transformers has it, the gradients of the bundled Qwen3 take 1.23 times as long on one CPU thread, and with
 the last layer for every token 1.08 times; frozen bases have the bits of that layer. On an H200 packing alone takes
@@ -47,7 +47,7 @@ class PackedLayers:
         current: Called in every forward pass for the batch.
         use: Kernels of a GPU for the gated activation, or None.
         together: Whether attention is one product for all samples.
-        in_blocks: Whether attention is written out in blocks, for a CPU in float32.
+        in_blocks: Whether attention is written out in blocks, for a CPU.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PackedLayers:
             scale: Scale of the scores.
         """
         if self._turned is not rotation:
-            cos_NE, sin_NE = rotation[0][0], rotation[1][0]
+            cos_NE, sin_NE = rotation[0][0].float(), rotation[1][0].float()
             self._turned = rotation
             self._turns = Turn.of(cos_NE, sin_NE, heads, scale), Turn.of(cos_NE, sin_NE, 1, 1.0)
         return self._turns

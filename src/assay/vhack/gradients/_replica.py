@@ -205,7 +205,7 @@ class Replica:
 
     @property
     def _on_cpu(self) -> bool:
-        return self.module.device.type == "cpu" and self.module.dtype == torch.float32
+        return self.module.device.type == "cpu" and self.module.dtype in (torch.float32, torch.bfloat16)
 
     def _head_sees_completions_only(self) -> None:
         """Let the head see only the hidden states that predict a completion token, [1, M, hidden].
