@@ -26,6 +26,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path
     for phase in ("honest nodes: ", "hack directions: "):
         assert phase in result.err, "a pipe sees progress"
     assert "chord law" in page
+    assert "weight matrix, in torch.bfloat16" in page, "factors have the dtype of the weights"
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 64
 

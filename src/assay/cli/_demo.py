@@ -73,11 +73,15 @@ def _run(chosen: "DemoSettings", as_json: bool) -> None:
 
 def _run_checks(model: "Model", progress: _demo_poc.Progress | None) -> "CheckReport":
     """Extract gradients of generated pairs and run the checks, whole task groups held out."""
-    from assay.vhack import pair_gradients
+    from assay.streams import dtype_name
+    from assay.vhack import pair_gradients, weight_svd
     from assay.vhack.checks import CheckSettings, check_gradients
     from assay.vhack.pairs import generate_pairs
 
-    gradients = pair_gradients(generate_pairs(PAIRS), model, progress=progress)
+    # As on a GPU: factors in bfloat16 where the weights are, from the quicker decomposition, which measures its error.
+    factors = "bfloat16" if dtype_name(model.dtype) == "bfloat16" else None
+    svd = weight_svd(model, dtype=factors, method="gram")
+    gradients = pair_gradients(generate_pairs(PAIRS), model, svd=svd, progress=progress)
     return check_gradients(gradients, settings=CheckSettings(method="lda"))
 
 
@@ -96,8 +100,8 @@ def _draw_checks(report: "Report", model: "Model", checked: "CheckReport") -> No
     report.section("v_hack: do the hack directions hold on tasks they were not made from?")
     report.paragraph(
         f"{PAIRS} generated pairs, same prompt and same correct solution; one side cheats its test, the other does "
-        f"not. Gradients of {model.reference} were taken in the singular basis of every weight matrix. Directions come "
-        "from some task groups and are scored on the others."
+        f"not. Gradients of {model.reference} were taken in the singular basis of every weight matrix, in "
+        f"{model.dtype}. Directions come from some task groups and are scored on the others."
     )
     columns, rows = check_table(checked)
     cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], row[-1])] for row in rows]  # type: ignore[arg-type]
