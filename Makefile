@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
+# Images of containers forbid bytecode. Without it every process of every command and of every server of vLLM compiles
+# for itself what it imports, which for vLLM is most of a start: 16 of 27 s of CPU.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo test test-vllm check lock docs man site format soak gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
@@ -37,11 +41,8 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
-# A start of vLLM imports thousands of modules in every process of a server. Without their bytecode each compiles them
-# for itself, which is most of its start: it is kept, whatever the caller's environment says.
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest \
-	  -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --timeout-method=thread -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
 $(VLLM)/.ready: pyproject.toml

@@ -1,5 +1,6 @@
 """What the package says of itself agrees with itself, and is written once."""
 
+import os
 import re
 import subprocess
 import tomllib
@@ -42,10 +43,14 @@ def test_targets_that_the_pages_name_exist():
     assert named - {"a"} <= targets
 
 
-def test_processes_of_vllm_keep_the_bytecode_of_what_they_import():
+def test_processes_of_make_keep_the_bytecode_of_what_they_import():
     """Without it each compiles thousands of modules for itself, where the environment says that none is written."""
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ntest-vllm:")[2].partition("\n\n")[0]
-    assert re.search(r"^\tPYTHONDONTWRITEBYTECODE= .*pytest", recipe, flags=re.MULTILINE)
+    recipe = "-include Makefile\nshow:\n\t@printenv PYTHONDONTWRITEBYTECODE || echo none\n"
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    shown = subprocess.run(
+        ["make", "-f", "-", "show"], cwd=ROOT, input=recipe, env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == ""
 
 
 def _lock() -> dict[str, tuple[str, int]]:
