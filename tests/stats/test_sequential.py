@@ -303,16 +303,26 @@ def test_refuses_noise_that_hides_invented_values():
         SequentialTest(LogNoise(math.log(0.5), 0.3), effect=4.0)
 
 
-def test_simulated_accusations_are_those_of_single_nodes():
-    law = ScaleNoise(1e-4)
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn from a pool", "all different"])
+def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, monkeypatch):
+    monkeypatch.setattr("assay.stats._sequential._TOGETHER", 16)  # so that there are several groups of nodes
+    monkeypatch.setattr("assay.stats._sequential._SIMULATED", 900)
     rng = np.random.default_rng(5)
-    values = 1e-4 * rng.standard_t(6, (40, 30)) * rng.choice([1, 3, 10], (40, 1))
-    test = SequentialTest(law, effect=4.0)
-    accused = test.accusations(values)
-    for row, expected in zip(values, accused, strict=True):
-        single = SequentialTest(law, effect=4.0)
-        found = [single.update([value]).verdict == "fraud" for value in row]
-        assert found == expected.tolist()
+    pool = 1e-4 * rng.standard_t(6, 1200)
+    values = rng.choice(pool[:20], (40, 30)) if drawn else pool.reshape(40, 30)
+    values = values * rng.choice([1, 3, 10], (40, 1))
+    arguments = {"spread": Spread(spread), "effect": 4.0, "named": {"another": ScaleNoise(3e-4)}}
+    test = SequentialTest(ScaleNoise(1e-4), **arguments)
+    at = (7, 30)
+    accused, honest = test.simulated(values, at=at)
+    for row, row_accused, row_honest in zip(values, accused, honest, strict=True):
+        single = SequentialTest(ScaleNoise(1e-4), **arguments)
+        found = [single.update([value]).verdict for value in row]
+        assert [verdict == "fraud" for verdict in found] == row_accused.tolist()
+        assert [found[count - 1] == "honest" for count in at] == row_honest.tolist()
     assert 0 < accused[:, -1].mean() < 1
+    assert 0 < honest[:, -1].mean() < 1
     assert test.result.n == 0, "the object keeps its state"
+    assert np.array_equal(test.accusations(values), accused)
     assert test.accusations(np.zeros((0, 5))).shape == (0, 5)

@@ -52,6 +52,8 @@ excluded only where that sum is the second number times the evidence that is nee
 
 _CHUNK = 256
 _SIMULATED = 20_000  # values simulated at a time, to bound memory
+_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
+_ROUNDING = 1e-6  # of logarithms of e-values
 _LARGEST_RATIO = 500.0  # of logarithms of densities: beyond it only that it is large matters
 
 
@@ -189,19 +191,40 @@ class SequentialTest:
         size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
         accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
         honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
-        prior = self._prior()
-        rows = max(1, _SIMULATED // max(1, checked))
+        # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
+        rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
         for start in range(0, nodes if checked else 0, rows):
-            # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
             value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
-            steps_U = self._steps(value_U)
-            for row, chosen_C in enumerate(where.reshape(-1, checked), start):
-                path = prior + steps_U[chosen_C].cumsum(axis=0)
-                accused_RC[row] = np.maximum.accumulate(self._log_e(path)) >= -math.log(self.alpha)
-                for column, count in enumerate(at):
-                    clear = min(self._evidence(path[count - 1], count).values()) >= -math.log(self.beta)
-                    honest_RA[row, column] = clear and not accused_RC[row, count - 1]
+            some = slice(start, start + rows)
+            self._follow(where.reshape(-1, checked), self._steps(value_U), at, accused_RC[some], honest_RA[some])
         return accused_RC, honest_RA
+
+    def _follow(
+        self,
+        which_RC: npt.NDArray[np.intp],
+        steps_U: FloatArray,
+        at: Sequence[int],
+        accused_RC: npt.NDArray[np.bool_],
+        honest_RA: npt.NDArray[np.bool_],
+    ) -> None:
+        """Write what becomes of nodes whose residuals stand in a table, each until it is accused."""
+        first, needed = self._columns[0], -math.log(self.alpha)
+        left_R = np.arange(len(which_RC))
+        path = np.tile(self._prior(), (left_R.size, 1))
+        for column in range(which_RC.shape[1]):
+            path += steps_U[which_RC[left_R, column]]
+            # A sum is at most its largest term times their number, so most e-values need not be computed.
+            most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
+            near = np.flatnonzero(most_R > needed - _ROUNDING)
+            over = near[self._log_e(path[near]) >= needed]
+            if over.size:
+                accused_RC[left_R[over], column:] = True
+                left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0)
+                if not left_R.size:
+                    return
+            for asked in (index for index, count in enumerate(at) if count == column + 1):
+                clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
+                honest_RA[left_R, asked] = clear
 
     def paths(self, values: npt.ArrayLike) -> Paths:
         """Return what residuals add to the sums of the e-value, for simulations of many nodes at a time."""

@@ -32,7 +32,6 @@ ALPHA = 1e-3
 CHECKED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 """Numbers of nonces of an audit at which attacks are counted."""
 TRIALS = 2000
-SOON = 20
 POWER = 0.99
 MOST = 100_000  # checked nonces beyond which a rule counts as blind
 HONEST_QUANTILE = 0.95  # of honest L2 distances, the threshold of the calibrated count test
@@ -106,11 +105,7 @@ class Judge:
     def sequential(self, pool: Pool) -> FloatArray:
         """Return the share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
         drawn_RC = pool.draw(np.random.default_rng(0), TRIALS, CHECKED[-1])
-        crossed_RC = np.ones(drawn_RC.shape, dtype=np.bool_)
-        crossed_RC[:, :SOON] = self._test.accusations(drawn_RC[:, :SOON])
-        # Most are caught soon: only the others are followed to the end.
-        late = ~crossed_RC[:, SOON - 1]
-        crossed_RC[late] = self._test.accusations(drawn_RC[late])
+        crossed_RC = self._test.accusations(drawn_RC)
         return np.asarray(crossed_RC.mean(axis=0)[np.array(CHECKED) - 1], dtype=np.float64)
 
     def accused(self, drawn_RC: FloatArray) -> float:
