@@ -1,6 +1,7 @@
-"""Blocks of the pages of measurements run on a CPU, with small numbers behind the same flags, on the bundled models.
+"""Blocks of the pages of measurements run on a CPU, with small numbers behind the same flags.
 
-Programs of benchmarks lie in a folder of their own, so what they write is not what is committed.
+They use the bundled models. Red teams have smaller ones, for they fine-tune and run dozens of variants. Programs of
+benchmarks lie in a folder of their own, so what they write is not what is committed.
 """
 
 from pathlib import Path
@@ -21,6 +22,27 @@ for name, block, dtype, nonces in PROOFS:
     prove(made, round, range(nonces), output=f"{name}.jsonl")
 END
 """
+MODELS = """\
+python - <<'END'
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from assay.models import load_tokenizer
+
+shape = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 4096, "max_position_embeddings": 512,
+    "tie_word_embeddings": False, "initializer_range": 0.15,
+}
+for name, config, model in (("qwen3", Qwen3Config, Qwen3ForCausalLM), ("llama", LlamaConfig, LlamaForCausalLM)):
+    torch.manual_seed(0)
+    made = model(config(**shape))
+    made.lm_head.weight.data *= 2  # as sure of the next token as a trained model
+    made.save_pretrained(f"small-{name}")
+    load_tokenizer(f"reference:{name}").save_pretrained(f"small-{name}")
+END
+"""
+"""Lines that make models of few random weights that read the text of the bundled ones."""
 
 
 def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, nonces: int = 128, **dtypes: str) -> str:
@@ -69,11 +91,13 @@ def test_experiments(folder: Path):
 def test_red_teams(folder: Path):
     simulated = "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 --validators 10"
     small = {
-        "assay poc experiment redteam": "--device cpu --nonces 8 --honest 64 --searched 0 --seq-len 16 --batch-size 16",
-        "assay poc experiment responses": "--device cpu --honest 16 --responses 2 --seq-len 96",
+        "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 --honest 64 --searched 0 "
+        "--seq-len 16 --batch-size 16",
+        "assay poc experiment responses": "--models ./small-qwen3 --device cpu --honest 12 --responses 2 "
+        "--prompt-tokens 16 --seq-len 96 --batch-size 12",
         "assay poc experiment simulate": simulated,
     }
-    assert "| attack |" in held(script("redteam", small=small), folder)
+    assert "| attack |" in held(script("redteam", before=MODELS, small=small), folder)
     held(script("redteam-responses", small=small), folder)
     runs = {"redteam-llama-float16", "simulate", "simulate-life", "responses-qwen3"}
     assert {path.name for path in (folder / "experiments").iterdir()} == runs

@@ -73,9 +73,11 @@ def _chunks(sizes: Sequence[int], most: int, rng: np.random.Generator) -> IntArr
     starts = np.cumsum([0, *sizes])
     chosen = int(rng.integers(len(sizes)))
     parts = [np.arange(starts[chosen] + int(rng.integers(sizes[chosen])), starts[chosen + 1])]
-    while sum(part.size for part in parts) < most:
+    drawn = parts[0].size
+    while drawn < most:
         chosen = int(rng.integers(len(sizes)))
         parts.append(np.arange(starts[chosen], starts[chosen + 1]))
+        drawn += sizes[chosen]
     return np.concatenate(parts)[:most]
 
 
