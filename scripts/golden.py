@@ -104,7 +104,7 @@ def main() -> None:
     @contextmanager
     def server(folder: Path, model: str, dtype: str):
         folder.mkdir()
-        started = Server(folder, "--dtype", dtype, "--seq-len", "24", model=model, fork=False)
+        started = Server(folder, "--dtype", dtype, "--seq-len", "24", model=model)
         started.start()
         try:
             started.wait_for()

@@ -1,6 +1,7 @@
 """Fixtures that every floor uses: small real checkpoints, made on the spot."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ SMALL = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[tuple[str, ...]]:
+    """Words ahead of ``python`` or ``assay`` that have it run as a fork (tests/docs/warm.py), not as a new process."""
+    from tests.docs import shell
+
+    with shell.fork_server() as words:
+        yield words
 
 
 @pytest.fixture(scope="session")

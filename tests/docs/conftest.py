@@ -1,5 +1,6 @@
-"""A server that forks the programs of pages, for the test modules that ask for it."""
+"""Whether the programs of pages are forked, for the test modules that ask for it."""
 
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +9,8 @@ from tests.docs import shell
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[None]:
-    """Have `held` run programs of Python as forks (warm.py); the README and the tutorial stay without."""
-    with shell.warm():
-        yield
+def warm(fork_server: tuple[str, ...]) -> Iterator[None]:
+    """Have `held` run programs of Python as forks (warm.py); the README stays without."""
+    shell.ahead = shlex.join(fork_server)
+    yield
+    shell.ahead = ""

@@ -55,7 +55,7 @@ pip() { :; }
 """Commands with further flags after their own, which make their work small. A server that a page starts in the
 foreground is ended once it is ready, and must end with 0. What pages install is what the tests run with."""
 ahead = ""
-"""Words ahead of a program of Python: none for a fresh interpreter, or those of `warm`."""
+"""Words ahead of a program of Python: none for a fresh interpreter, or those of `fork_server`."""
 
 
 @cache
@@ -76,11 +76,14 @@ def run(text: str, place: Path, **variables: str) -> "subprocess.CompletedProces
 
 
 @contextmanager
-def warm() -> Iterator[None]:
-    """Have scripts of `held` run programs of Python as forks of a server, which warm.py describes."""
-    global ahead
+def fork_server() -> Iterator[tuple[str, ...]]:
+    """Run a server that forks programs of Python, which warm.py describes.
+
+    Yields the words that stand ahead of ``python`` or ``assay`` to have it fork one: none where there are no forks.
+    They do so with the variables of `ENVIRONMENT`.
+    """
     if not hasattr(os, "pidfd_open"):
-        yield
+        yield ()
         return
     with tempfile.TemporaryDirectory() as place, socket.socket(socket.AF_UNIX) as listener:
         path = f"{place}/socket"
@@ -95,10 +98,8 @@ def warm() -> Iterator[None]:
             start_new_session=True,
         )  # fmt: skip
         try:
-            ahead = f"python -I -S {shlex.quote(program)} {shlex.quote(path)}"
-            yield
+            yield ("python", "-I", "-S", program, path)
         finally:
-            ahead = ""
             os.killpg(server.pid, signal.SIGKILL)  # and with it what a script left behind
             server.communicate()
 

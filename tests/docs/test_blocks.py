@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.shell import ROOT, ROW, not_run, page, page_blocks, run
+from tests.docs.shell import ROOT, ROW, held, not_run, page, page_blocks, run, script
 from tests.end_to_end.server import free_port
 
 FENCED = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -39,7 +39,7 @@ RUN = {
     ),
 }
 """Pages whose blocks run, by the test that runs all of them but the lines of docs/blocks.md."""
-OWN_WAY = ("tutorial", "vhack-quickstart", "calibration")
+OWN_WAY = ("vhack-quickstart", "calibration")
 """Pages that a test runs in its own way: the whole page, or as many blocks as it names."""
 INSTALLS = ("make ", "pip ", "python3 -m venv")  # in a checkout of symbolic links they would change the real one
 
@@ -60,8 +60,8 @@ def checkout(tmp_path: Path) -> Path:
 def test_the_readme(checkout: Path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     port = free_port()
-    script = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    done = run(script, checkout, ASSAY_PORT=str(port))
+    text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    done = run(text, checkout, ASSAY_PORT=str(port))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says
     assert '"status":"OK"' in done.stdout  # of the request to the service
@@ -71,10 +71,9 @@ def test_the_readme(checkout: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("warm")
 def test_the_tutorial(tmp_path: Path):
-    done = run(page_blocks.script((ROOT / "docs/tutorial.md").read_text(encoding="utf-8")), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "honest" in done.stdout
+    assert "honest" in held(script("tutorial"), tmp_path)
 
 
 def test_every_page_with_blocks_is_run():

@@ -3,10 +3,10 @@
 import importlib.util
 import io
 import json
+import shlex
 import shutil
 import sqlite3
 import subprocess
-import sys
 import urllib.request
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from assay.poc.responses import Receipts
 from assay.poc.verdict import Ledger
+from tests.docs.shell import ENVIRONMENT
 from tests.poc.validator.conftest import BLOCK, Running, TestClient, nodes_text, pins_text, proof_of, secret_of
 from tests.poc.verdict.ledgers import update
 from tests.waiting import until
@@ -52,17 +53,17 @@ def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.slow
-def test_own_trainer(tmp_path: Path):
+def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
     pytest.importorskip("trl")
-    command = [sys.executable, str(EXAMPLES / "own_trainer.py"), "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [*fork_server, "python", str(EXAMPLES / "own_trainer.py"), "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert kinds.count("step") == 2
     trained = load_file(tmp_path / "run" / "delta.safetensors")
     assert any(delta.any() for delta in trained.values())
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert "step " not in again.stdout  # it was finished
     loaded = load_file(tmp_path / "run" / "delta.safetensors")
     assert all((loaded[name] == trained[name]).all() for name in trained)
@@ -121,21 +122,19 @@ def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path):
+def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, fork_server: tuple[str, ...]):
     inbox, tools = tmp_path / "inbox", tmp_path / "bin"
     inbox.mkdir()
     tools.mkdir()
-    (tools / "assay").write_text(f'#!/bin/sh\nexec {sys.executable} -m assay "$@"\n')
+    path = shlex.quote(ENVIRONMENT["PATH"])
+    (tools / "assay").write_text(f'#!/bin/sh\nPATH={path} exec {shlex.join(fork_server)} assay "$@"\n')
     (tools / "assay").chmod(0o755)
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     proof_of(small_model, "node_A").save(inbox / "first.jsonl")
     proof_of(small_model, "node_B").save(inbox / "other.jsonl")  # of another key than the chain says
     expected = [("first", BLOCK, "node_A"), ("other", BLOCK, "node_C"), ("late", BLOCK, "node_B")]
     (inbox / "expected.tsv").write_text("".join("\t".join(line) + "\n" for line in expected))
-    environment = {
-        "PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "ASSAY_MODEL": str(small_checkpoint),
-        "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    environment = ENVIRONMENT | {"PATH": f"{tools}:/usr/bin:/bin", "ASSAY_MODEL": str(small_checkpoint)}
     command = [
         "sh",
         str(EXAMPLES / "validator_cron.sh"),

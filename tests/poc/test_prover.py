@@ -1,10 +1,8 @@
 """The prover: batch invariance, resuming, and what it refuses."""
 
 import itertools
-import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
 from assay.poc import HFEngine, Proof, Round, prove
 from assay.poc.protocol import FORWARD
+from tests.docs.shell import ENVIRONMENT
 
 
 def distances(proof: Proof) -> dict[int, object]:
@@ -133,7 +132,7 @@ def test_an_edited_partial_file_is_refused(small_model, round_, tmp_path: Path):
 
 def killable(checkpoint: Path, output: Path) -> list[str]:
     """A proof that takes a few seconds, as a command."""
-    command = [sys.executable, "-m", "assay", "poc", "prove", "--model", str(checkpoint), "--device", "cpu"]
+    command = ["assay", "poc", "prove", "--model", str(checkpoint), "--device", "cpu"]
     command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:800", "--seq-len", "64", "--batch-size", "16"]
     return [*command, "-o", str(output)]
 
@@ -142,20 +141,22 @@ def hear_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(
+    small_checkpoint: Path, fork_server: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("uninterrupted") / "whole.jsonl"
-    subprocess.run(killable(small_checkpoint, path), env=ENVIRONMENT, capture_output=True, check=True)
+    command = [*fork_server, *killable(small_checkpoint, path)]
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
     return path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_command_leaves_a_file_to_resume(number, small_checkpoint: Path, uninterrupted: Path, tmp_path: Path):
+def test_a_killed_command_leaves_a_file_to_resume(
+    number, small_checkpoint: Path, fork_server: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+):
     path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
-    command = killable(small_checkpoint, path)
+    command = [*fork_server, *killable(small_checkpoint, path)]
     # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint)
     while not partial.exists() or len(partial.read_bytes().splitlines()) < 100:
