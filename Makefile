@@ -29,9 +29,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## prove and verify real compute on a bundled model, catch four cheaters, write a report
 	$(BIN)/assay demo
 
-# A test that hangs in its own cleanup ends its worker with a dump of every thread, and not the whole run.
+# A test that hangs in its own cleanup ends its worker with a dump of every thread, and not the whole run. Files come in
+# the order of tests/conftest.py, not by their number of tests.
 test: $(READY)  ## run the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timeout-method=thread
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
 
 # vLLM pins versions of its own, so it has a virtual environment of its own, and one more for the older of the two
 # versions that are tested. Its wheels for machines without a GPU ask for torchvision and others that do not go with

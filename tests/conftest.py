@@ -23,6 +23,16 @@ SMALL = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files of long tests first: a worker that met one at the end would work alone."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        limit, slow = item.get_closest_marker("timeout"), item.get_closest_marker("slow")
+        seconds = float(limit.args[0]) if limit else 60.0 if slow else 0.0
+        longest[item.path] = max(seconds, longest.get(item.path, 0.0))
+    items.sort(key=lambda item: -longest[item.path])
+
+
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[tuple[str, ...]]:
     """Words ahead of ``python`` or ``assay`` that have it run as a fork (tests/docs/warm.py), not as a new process."""
