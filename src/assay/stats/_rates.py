@@ -119,7 +119,7 @@ def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
 def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     """Return the probability that a positive scores above a negative, a tie counting one half.
 
-    Equals the area under the ROC curve, computed from mid-ranks (Mann and Whitney 1947).
+    Equals the area under the ROC curve, computed from the negatives below each positive (Mann and Whitney 1947).
 
     Args:
         positive: Scores of the positive class, [P].
@@ -129,9 +129,9 @@ def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
         UsageError: A side is empty or holds a non-finite score.
     """
     positive_P, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
-    ranks = stats.rankdata(np.concatenate([positive_P, negative_N]))
-    p, n = positive_P.size, negative_N.size
-    return float((ranks[:p].sum() - p * (p + 1) / 2) / (p * n))
+    ordered_N = np.sort(negative_N)
+    below, up_to = (ordered_N.searchsorted(positive_P, side).sum() for side in ("left", "right"))
+    return float((below + up_to) / 2 / (positive_P.size * negative_N.size))
 
 
 def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
