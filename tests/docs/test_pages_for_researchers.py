@@ -73,9 +73,10 @@ def test_training(tmp_path: Path):
         trainer: f"{made}{trainer}",
         "max_steps=100": f"max_steps=1, {of_two}",
     }
-    of_few = "--max-new-tokens 8 --per-task 1"
+    of_few, of_one = "--max-new-tokens 8 --per-task 1", "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
     small = {
-        "assay vhack train": "--steps 1 --prompts 2 --group 2 --max-new-tokens 8",
+        "assay vhack train --model reference:organism --steps": f"{of_one} --pairs exploits:12",
+        "assay vhack train": of_one,
         "assay vhack sample": f"{of_few} --tasks 4",
         "assay vhack evaluate --model": of_few,
         "assay vhack fuzz": "--count 20 --output fuzz.json",
