@@ -42,8 +42,11 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
+# Its numba is older than that of the tests. Both would keep compiled kernels in one place, and numba writes which file
+# holds a kernel before it writes the file: another process could read the kernel of the other version there.
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	NUMBA_CACHE_DIR=$(CURDIR)/$(VLLM)/numba OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest \
+	  -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  --timeout-method=thread -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
