@@ -14,6 +14,7 @@ server, such as OMP_NUM_THREADS, unless only shells and assay read it.
 
 import gc
 import importlib
+import io
 import json
 import os
 import select
@@ -131,6 +132,18 @@ def prepare(request: dict[str, Any], before: dict[str, str]) -> tuple[CodeType, 
     for number in SIGNALS:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
+    at_once = bool(variables.get("PYTHONUNBUFFERED"))
+    for number, name in ((1, "stdout"), (2, "stderr")):  # those of the server remember what kind of file they had
+        old = getattr(sys, name)
+        new = io.TextIOWrapper(
+            open(number, "wb", buffering=0 if at_once else -1, closefd=False),  # noqa: SIM115  # as long as the process
+            encoding=old.encoding,
+            errors=old.errors,
+            line_buffering=not at_once and (number == 2 or os.isatty(number)),
+            write_through=at_once,
+        )
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
     sys.modules["numpy"].random.seed()  # Python does so for its own numbers
     main = sys.modules["__main__"] = ModuleType("__main__")
     sys.argv = request["arguments"] or [""]
