@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.end_to_end.server import PRELOAD
-
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
 BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
 
@@ -25,9 +23,7 @@ def together(work, folder, backend, *arguments):
     """
     threads = torch.get_num_threads()
     shared = (work, folder, backend, *arguments)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    other = context.Process(target=_join, args=(1, *shared))
+    other = multiprocessing.get_context("spawn").Process(target=_join, args=(1, *shared))
     other.start()
     try:
         _join(0, *shared)

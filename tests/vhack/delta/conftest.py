@@ -11,8 +11,8 @@ from assay.vhack.delta import DeltaS, ProjectedOptimizer
 
 @pytest.fixture
 def module(small_model):
-    """A copy of the small model, float32."""
-    return copy.deepcopy(small_model.module)
+    """A copy of the small model, float32, with weights that can be trained, whatever another test has frozen."""
+    return copy.deepcopy(small_model.module).requires_grad_(True)
 
 
 @pytest.fixture(scope="session")
