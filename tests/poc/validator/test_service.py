@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,6 +123,27 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
         gate.set()
         until(lambda: running.verdict("node_A") == "honest")
         assert running.client.get("/ready").status_code == 200
+
+
+def test_an_end_while_the_thread_begins_waits_for_it(small_model, tmp_path, monkeypatch):
+    begins = threading.Event()
+
+    class Slow(threading.Thread):
+        def start(self):
+            if self.name == "assay-worker":
+                begins.set()
+                time.sleep(0.5)
+            super().start()
+
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+    monkeypatch.setattr(threading, "Thread", Slow)
+    controller = Controller(lambda: Deployment.of(small_model, compiled=False), settings, service)
+    controller.start()
+    assert begins.wait(30)
+    controller.close()
+    controller.loaded.result(30)
+    assert controller.worker.close()
 
 
 def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):

@@ -126,7 +126,7 @@ class Worker:
         self._inbox, self._ledger, self._registry, self._noise = inbox, ledger, registry, noise
         self._settings, self._metrics = settings, metrics
         self._budget = Budget(settings.nonces_per_hour)
-        self._closing = threading.Event()
+        self._closing, self._beginning = threading.Event(), threading.Lock()
         self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
         self._recording = threading.Lock()
         self.standings: Mapping[str, Standing] = {}
@@ -157,17 +157,19 @@ class Worker:
         """Start the thread once the model is loaded."""
 
         def begin(future: "Future[Deployment]") -> None:
-            if not future.exception() and not self._closing.is_set():
-                self._thread = threading.Thread(
-                    target=self._run, args=(future.result(),), name="assay-worker", daemon=True
-                )
-                self._thread.start()
+            with self._beginning:
+                if not future.exception() and not self._closing.is_set():
+                    self._thread = threading.Thread(
+                        target=self._run, args=(future.result(),), name="assay-worker", daemon=True
+                    )
+                    self._thread.start()
 
         loaded.add_done_callback(begin)
 
     def close(self, timeout: float = 30.0) -> bool:
         """End the thread after its batch; return whether it has ended."""
-        self._closing.set()
+        with self._beginning:  # the thread runs by now, or never will
+            self._closing.set()
         if self._thread is None:
             return True
         self._thread.join(timeout)
