@@ -177,6 +177,14 @@ def test_a_layer_that_may_compute_something_else_is_not_packed(small_model, chan
     assert recipe_for(module) == replace(PLAIN, factored=True)
 
 
+def test_hooks_that_transformers_leaves_behind_cost_nothing(two_threads, small_model):
+    module = copy.deepcopy(small_model.module)
+    module(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert all(layer._forward_hooks for layer in module.model.layers)
+    assert recipe_for(module) == EVERYTHING
+    assert _gradients._at_once(module) == 2
+
+
 @pytest.fixture
 def two_threads():
     threads = torch.get_num_threads()

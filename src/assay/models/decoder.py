@@ -26,6 +26,7 @@ __all__ = [
     "backbone",
     "causal_attention",
     "decoder_layers",
+    "has_hooks",
     "head_of",
     "rotate",
 ]
@@ -34,6 +35,7 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the angles of positions, each pair's in both of its places; they broadcast with the heads."""
 
 _LISTS_OF_LAYERS = ("layers", "h", "blocks")
+_RECORDERS = "transformers.utils.output_capturing"
 
 
 def backbone(module: nn.Module) -> nn.Module:
@@ -67,6 +69,16 @@ def head_of(module: nn.Module) -> nn.Module:
         wanted="a decoder with a head",
         do="use another architecture, such as Llama, Qwen3 or Mistral",
     )
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Return whether something runs before or after the forward pass of a module, apart from those inside it.
+
+    The hooks that transformers leaves behind after one call with ``output_hidden_states`` do nothing in a call without,
+    so they do not count.
+    """
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks)
 
 
 def decoder_layers(module: nn.Module) -> nn.ModuleList:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models import Model
+from assay.models.decoder import has_hooks
 from assay.models.device import free_bytes, one_thread
 from assay.vhack.gradients._batches import (
     Encoded,
@@ -144,7 +145,7 @@ def per_sample_gradients(
 
 def _at_once(module: "PreTrainedModel") -> int:
     """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    hooked = any(has_hooks(part) for part in module.modules())
     return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.errors import ModelError
 from assay.models import decoder_layers
+from assay.models.decoder import has_hooks
 from assay.models.device import current
 from assay.models.families import attention_window, family_of
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
@@ -91,7 +92,7 @@ def _is_listed(module: "PreTrainedModel") -> bool:
     if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
         return False
     replaced = [part for layer in layers for part in (layer.self_attn, layer.mlp)]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in replaced)
+    hooked = any(has_hooks(part) for part in replaced)
     return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))
 
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.models import Model, backbone, decoder_layers
-from assay.models.decoder import DecoderLayer, Rotation, causal_attention
+from assay.models.decoder import DecoderLayer, Rotation, causal_attention, has_hooks
 from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
 from assay.models.families import MIXTURES, Family, attention_window, family_of
 from assay.models.float8 import Rounded
 
 Run = Callable[..., Any]
-RECORDERS = "transformers.utils.output_capturing"  # module of the hooks that record hidden states on request
 
 
 class Steps(NamedTuple):
@@ -146,12 +145,10 @@ def mixture_of(model: Model) -> Family | None:
 def is_plain(module: nn.Module) -> bool:
     """Return whether a module and all inside it compute what their classes say, on whole tensors.
 
-    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise. The
-    hooks that transformers leaves behind after one call with ``output_hidden_states`` do nothing in a call without.
+    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise.
     """
     for part in module.modules():
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", "") != RECORDERS for hook in hooks) or "forward" in vars(part):
+        if has_hooks(part) or "forward" in vars(part):
             return False
         if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
             return False
