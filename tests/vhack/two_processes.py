@@ -1,19 +1,19 @@
 """Two processes that do the same work: over gloo they compute on the CPU, over NCCL each on a GPU of its own."""
 
-import multiprocessing
 import os
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
 BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
 
 
 def together(work, folder, backend, *arguments):
-    """Return what each of two processes finds; the first is this one.
+    """Return what each of two fresh processes finds. If one fails, the other is ended, and its traceback raised.
 
     Args:
         work: Function of a module, which is given its rank, its device and the arguments.
@@ -21,16 +21,7 @@ def together(work, folder, backend, *arguments):
         backend: ``"gloo"`` or ``"nccl"``.
         arguments: What both are given.
     """
-    threads = torch.get_num_threads()
-    shared = (work, folder, backend, *arguments)
-    other = multiprocessing.get_context("spawn").Process(target=_join, args=(1, *shared))
-    other.start()
-    try:
-        _join(0, *shared)
-        other.join(60)
-    finally:
-        other.kill()
-        torch.set_num_threads(threads)
+    torch.multiprocessing.spawn(_join, (work, folder, backend, *arguments), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
