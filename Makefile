@@ -31,8 +31,10 @@ demo: $(READY)  ## prove and verify real compute on a bundled model, catch four 
 
 # A test that hangs in its own cleanup ends its worker with a dump of every thread, and not the whole run. Files come in
 # the order of tests/conftest.py, not by their number of tests.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
+
 test: $(READY)  ## run the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
+	$(BIN)/python -m pytest $(SPREAD)
 
 # vLLM pins versions of its own, so it has a virtual environment of its own, and one more for the older of the two
 # versions that are tested. Its wheels for machines without a GPU ask for torchvision and others that do not go with
@@ -45,9 +47,7 @@ VLLM_PINS := torch==2.13.0 -e '.[serve]'
 # Its numba is older than that of the tests. Both would keep compiled kernels in one place, and numba writes which file
 # holds a kernel before it writes the file: another process could read the kernel of the other version there.
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	NUMBA_CACHE_DIR=$(CURDIR)/$(VLLM)/numba OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest \
-	  -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --timeout-method=thread -W default \
+	NUMBA_CACHE_DIR=$(CURDIR)/$(VLLM)/numba OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
 $(VLLM)/.ready: pyproject.toml

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,13 +86,15 @@ def is_deep(value: Any, levels: int) -> bool:
     """Return whether anything stands below so many levels of objects and lists in a value that was read from JSON."""
     level: list[Any] = [value]
     for _ in range(levels):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = [part for whole in level for part in parts(whole)]
     return bool(level)
+
+
+def parts(value: Any) -> Iterable[Any]:
+    """Return what stands in an object or a list that was read, and nothing of other values."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _bad(source: str, reason: str) -> DataError:

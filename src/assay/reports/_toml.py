@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError
-from assay.reports._jsonl import JsonObject, read_whole
+from assay.reports._jsonl import JsonObject, parts, read_whole
 
 LONGEST_FILE = 2**22
 """Bytes of the longest file that is read: 4 MiB."""
@@ -36,9 +36,8 @@ def parse_toml(text: str) -> JsonObject:
     waiting: list[Any] = [tables]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        waiting += parts(value)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
     return tables
 

@@ -311,9 +311,7 @@ class Progress:
 
     def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
         """Take the residuals of an entry that count, and return the outcome."""
-        counted, doubted = entry.counted, entry.doubted
-        if len(counted) or doubted:
-            self.life.update(noise, counted, doubted=doubted)
+        self.life.update(noise, entry.counted, doubted=entry.doubted)
         self.audits += 1
         self.recorded += len(entry.nonces)
         self.last = entry.seq

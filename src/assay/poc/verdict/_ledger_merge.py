@@ -171,9 +171,7 @@ def _stopped(
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), _owner):
             life = Life(**rates, ledgers=ledgers)
             for entry in entries:
-                counted, doubted = entry.counted, entry.doubted
-                if len(counted) or doubted:
-                    life.update(noises[entry.law], counted, doubted=doubted)
+                life.update(noises[entry.law], entry.counted, doubted=entry.doubted)
             log_e, log_honest = life.stopped
             share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
             yield account, share

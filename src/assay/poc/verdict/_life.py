@@ -97,8 +97,10 @@ class Life:
             noise: Honest noise that they are judged under. It must not be chosen after a look at them.
             residuals: Residuals that count, of nonces that did not count before; or the evidence of one response.
             doubted: Further residuals, of nonces at places that may be faulty. They do not accuse, but evidence for
-                honesty is only what all residuals give together.
+                honesty is only what all residuals give together. Without any residual nothing changes.
         """
+        if not (len(residuals) or doubted):
+            return self
         law = dumps(noise.as_dict())
         newest = self._epochs.get(law) or self._first.get(law)
         if newest is None:
