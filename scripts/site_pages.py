@@ -2,9 +2,10 @@
 
 Pages are written for a reader of the repository. On the site the README is the front page, a link to a file that is no
 page leads to the repository, a formula is MathML, and what makes a table is left out. A link to nothing is an error.
-llms.txt lists the pages with their first sentences.
+llms.txt and docs/README.md list the pages with their first sentences.
 """
 
+import os
 import re
 import shutil
 import sys
@@ -24,8 +25,9 @@ ELSEWHERE = {
     "MIGRATION.md": "migration.md",
     "SECURITY.md": "security.md",
     "benchmarks/results/LEADERBOARD.md": "leaderboard.md",
+    "docs/README.md": "pages.md",
 }
-"""Pages outside docs, and their names on the site."""
+"""Pages whose names on the site are not those that they have in docs."""
 
 LINK = re.compile(r"""(\]\(|\b(?:src|srcset)=")([^)\s"]+)([)"])""")
 MAKES_TABLE = re.compile(r"^<!-- \[\[\[.*?\]\]\] -->\n", re.MULTILINE)
@@ -65,25 +67,6 @@ def staged(page: Path, names: dict[Path, str], repository: str, missing: list[st
     return "".join(parts)
 
 
-def overview(config: dict[str, Any], folder: Path) -> Iterator[str]:
-    """Yield the lines of llms.txt: every page by section, with its first sentence."""
-    yield f"# {config['site_name']}\n"
-    yield f"> {config['site_description']}\n"
-    for section in config["nav"]:
-        for part, entries in section.items():
-            yield f"## {part}\n"
-            for name in entries:
-                lines = (folder / name).read_text(encoding="utf-8").split("\n\n")
-                heading, *rest = lines
-                prose = next((" ".join(part.split()) for part in rest if re.match(r"[\w*`]", part)), "")
-                prose = re.sub(r"\*|\[(.*?)\]\(.*?\)", r"\1", prose)
-                sentence = re.match(r".+?[.:](?= [A-Z(`]|$)", prose)
-                address = name.removesuffix(".md").removesuffix("index")
-                title = heading.removeprefix("# ").strip()
-                yield f"- [{title}]({address and address + '/'}): {sentence[0] if sentence else prose}"
-            yield ""
-
-
 class _Loader(yaml.SafeLoader):
     """Reads the settings without making the objects that tags name."""
 
@@ -91,8 +74,54 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
+def settings() -> dict[str, Any]:
+    """Return the settings of the site."""
+    return yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)
+
+
+def sections() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Yield every section of the site, with the name, title and first sentence of each of its pages."""
+    paths = {name: path for path, name in pages().items()}
+    for section in settings()["nav"]:
+        for part, names in section.items():
+            yield part, [(name, *_opening(paths[name].read_text(encoding="utf-8"))) for name in names]
+
+
+def _opening(page: str) -> tuple[str, str]:
+    heading, *rest = MAKES_TABLE.sub("", page).split("\n\n")
+    prose = next((" ".join(part.split()) for part in rest if re.match(r"[\w*`]", part)), "")
+    prose = re.sub(r"\*|\[(.*?)\]\(.*?\)", r"\1", prose)
+    sentence = re.match(r".+?\.(?= [A-Z(`]| [\w-]+\.md|$)", prose)
+    return heading.removeprefix("# ").strip(), sentence[0] if sentence else ""
+
+
+def _entry(title: str, address: str, sentence: str) -> str:
+    return f"- [{title}]({address})" + (f": {sentence}" if sentence else "")
+
+
+def overview(name: str, description: str) -> Iterator[str]:
+    """Yield the lines of llms.txt: every page by section, with its first sentence."""
+    yield f"# {name}\n\n> {description}\n"
+    for part, entries in sections():
+        yield f"## {part}\n"
+        for page, title, sentence in entries:
+            address = page.removesuffix(".md").removesuffix("index")
+            yield _entry(title, address and f"{address}/", sentence)
+        yield ""
+
+
+def listed() -> None:
+    """Write the lists of docs/README.md, for cog: the pages of every section, linked from that folder."""
+    paths = {name: path for path, name in pages().items()}
+    for part, entries in sections():
+        print(f"\n## {part}\n")
+        for name, title, sentence in entries:
+            if name not in ("index.md", "pages.md"):
+                print(_entry(title, os.path.relpath(paths[name], ROOT / "docs"), sentence))
+
+
 def main() -> int:
-    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)
+    config = settings()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = ROOT / config["docs_dir"]
     shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +131,8 @@ def main() -> int:
         (folder / name).write_text(staged(page, names, project["urls"]["Repository"], missing), encoding="utf-8")
     shutil.copytree(ROOT / "docs/images", folder / "images")
     shutil.copy(ROOT / "docs/site.css", folder)
-    (folder / "llms.txt").write_text("\n".join(overview(config, folder)), encoding="utf-8")
+    lines = overview(config["site_name"], config["site_description"])
+    (folder / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
     for link in missing:
         print(f"{link}: no such file", file=sys.stderr)
     return 1 if missing else 0
