@@ -2,8 +2,10 @@
 
 Every case proves the same nonces as transformers does with the same checkpoint in the same dtype. On one round the
 noise between the two is calibrated; that law is pinned, and with it each judges the other on another round. A cheat
-under the honest name is judged likewise: four bits on transformers in every case, and in the cases `…-int4` and
-`…-stale` an engine that serves four bits, or the checkpoint before it was fine-tuned. Along both ways through vLLM,
+under the honest name is judged likewise. On transformers that is four bits, three where four are the honest format, or
+half of the experts of a mixture; in the cases `…-int4` and `…-stale` it is an engine that serves four bits, or the
+checkpoint before it was fine-tuned. The cases `…, FORMAT` serve the checkpoint in one of the formats of
+`tests/models/storing.py`. Along both ways through vLLM,
 whole batches and requests, the values are compared with each other. At the end one validator with one `pins.toml`, in
 which every build has its law, judges all proofs of the dense model again.
 
@@ -11,7 +13,12 @@ A case runs in processes of its own, and ends at `--limit` seconds; what it has 
 written at once. A second run with the same folder measures only what has no row; `--again` measures anew.
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
-    python3 benchmarks/vllm_parallel.py -o benchmarks/results/vllm_parallel_h200x2.json
+    python3 benchmarks/vllm_parallel.py --cases dense -o benchmarks/results/vllm_parallel_h200x2.json
+
+Several runs, each with a folder of its own, may share the devices if they say how much memory a cache takes:
+
+    python3 benchmarks/vllm_parallel.py --cases formats-tp2 --folder build/formats \
+        --options '{"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2147483648}' -o OUT
 
 A run that shows on a CPU with two cores that everything works:
 
@@ -40,7 +47,7 @@ import numpy as np
 import psutil
 from _common import note, parser, publish
 from _vllm_ray import Nodes
-from vllm_support import published, verdict
+from vllm_support import allow, published, verdict
 
 from assay import poc
 from assay.errors import AssayError, UsageError
@@ -49,12 +56,15 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.verdict import pinned_calibration
 from assay.reports import read_json, write_atomic
 from assay.research.cheats import adapted, rounded, with_fewer_experts
-from tests.models.storing import make_mixture
+from tests.models.storing import FOUR_BITS, make_mixture, store
 
 PRESETS = ("poc-2.0", "hardened")
 PATHS = {"direct": "auto", "requests": "requests"}
 SPARE = 64  # positions of an engine and of the mixture beyond those of a nonce
 FALSE_WEIGHTS = {"int4": rounded, "stale": adapted}
+STORED = ("tensor", "channel-tensors", "block", "int8", *FOUR_BITS)
+STORED_EXPERTS = ("tensor", "block", "int8", "packed")
+GROUP = 128  # rows and columns, or columns of four bits, that share a scale, as in most published checkpoints
 STAGES, TENSOR = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
 
 
@@ -68,6 +78,7 @@ class Case:
         weights: What the engine serves: the checkpoint, or a cheaper one under its name.
         law: Case whose pinned law judges this one; its own where empty.
         mixture: Whether the checkpoint is a small mixture of experts.
+        stored: Format in which the checkpoint is stored, of ``tests.models.storing``; not quantised where empty.
         compiled: Whether layers are compiled, as in a server with default settings.
         validator: Whether the case judges the proofs of the others, without an engine of vLLM.
         ray: Whether the workers are on two nodes of Ray, on a CPU.
@@ -78,11 +89,19 @@ class Case:
     weights: str = "honest"
     law: str = ""
     mixture: bool = False
+    stored: str = ""
     compiled: bool = False
     validator: bool = False
     ray: bool = False
 
+    @property
+    def checkpoint(self) -> str:
+        """Name of the folder of the honest checkpoint."""
+        kind = "mixture" if self.mixture else "honest"
+        return f"{kind}-{self.stored}" if self.stored else kind
 
+
+SHARED = TENSOR | {"enable_expert_parallel": True}
 CASES = {
     "one": Case(),
     "tp2": Case(TENSOR),
@@ -97,16 +116,30 @@ CASES = {
     "dp2 inside one engine": Case({"data_parallel_size": 2}, law="one"),
     "mixture": Case(mixture=True),
     "mixture-tp2": Case(TENSOR, mixture=True),
-    "mixture-ep2": Case(TENSOR | {"enable_expert_parallel": True}, mixture=True),
+    "mixture-ep2": Case(SHARED, mixture=True),
     "tp2-compiled": Case(TENSOR, compiled=True),
     "tp2-ray": Case(TENSOR | {"distributed_executor_backend": "ray"}, ray=True),
 }
+OF_FORMATS = {
+    "formats-tp2": {f"tp2, {form}": Case(TENSOR, stored=form) for form in STORED},
+    "formats-pp2": {f"pp2, {form}": Case(STAGES, stored=form) for form in STORED},
+    "experts-tp2": {f"mixture-tp2, {form}": Case(TENSOR, mixture=True, stored=form) for form in STORED_EXPERTS},
+    "experts-ep2": {f"mixture-ep2, {form}": Case(SHARED, mixture=True, stored=form) for form in STORED_EXPERTS},
+}
+GROUPS = {"dense": [name for name, case in CASES.items() if not case.mixture and not case.ray]}
+GROUPS |= {"experts": [name for name, case in CASES.items() if case.mixture]}
+GROUPS |= {group: list(cases) for group, cases in OF_FORMATS.items()}
+CASES |= {name: case for cases in OF_FORMATS.values() for name, case in cases.items()}
 
 
 def main():
     made = parser(__doc__)
-    usual = [name for name, case in CASES.items() if not case.ray]
-    made.add_argument("--cases", nargs="+", choices=CASES, default=usual, metavar="CASE")
+    usual = [name for names in GROUPS.values() for name in names]
+    known = [*CASES, *GROUPS]
+    made.add_argument(
+        "--cases", nargs="+", choices=known, default=usual, metavar="CASE", help="cases or groups of them"
+    )
+    made.add_argument("--unproven", action="store_true", help="run what is refused because it was not run there")
     made.add_argument("--again", action="store_true", help="measure cases that have a row, too")
     made.add_argument("--model", default="shape:qwen3-0.6b")
     made.add_argument("--dtype", default="bfloat16")
@@ -119,6 +152,7 @@ def main():
     made.add_argument("--folder", type=Path, default=Path("build/vllm_parallel"), help="checkpoints, laws, rows, logs")
     made.add_argument("--child", help="name of the case that this process measures, and its rank")
     arguments = made.parse_args()
+    arguments.cases = [name for word in arguments.cases for name in GROUPS.get(word, [word])]
     if arguments.child:
         measure_here(arguments)
         return
@@ -142,17 +176,22 @@ def main():
 
 def row_path(arguments, name):
     """Return the file of the row of a case."""
-    return arguments.folder / f"{name.replace(' ', '-')}.row.json"
+    return arguments.folder / f"{filed(name)}.row.json"
+
+
+def filed(name):
+    """Return the name of a case as files have it."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 def law_path(arguments, name, preset):
     """Return the file of the pinned law of a case."""
-    return arguments.folder / f"{name}-{preset}.law.json"
+    return arguments.folder / f"{filed(name)}-{preset}.law.json"
 
 
 def proof_path(arguments, name, preset):
     """Return the file of the proof of a case."""
-    return arguments.folder / f"{name}-{preset}.jsonl"
+    return arguments.folder / f"{filed(name)}-{preset}.jsonl"
 
 
 def write(path, row):
@@ -161,21 +200,27 @@ def write(path, row):
 
 
 def make_checkpoints(arguments):
-    """Make every checkpoint that is not there yet."""
+    """Make every checkpoint that the cases need and that is not there yet."""
     began, source = time.monotonic(), arguments.folder / "honest"
+    cases = [CASES[name] for name in arguments.cases]
     if not source.exists():
         if arguments.model.startswith("shape:"):
             save_random(arguments.model, source, weights="random-all", dtype=arguments.dtype)
         else:
             source.symlink_to(checkpoint_directory(arguments.model))
     for name, change in FALSE_WEIGHTS.items():
-        if not (arguments.folder / name).exists():
+        if any(case.weights == name for case in cases) and not (arguments.folder / name).exists():
             model = load_model(source, dtype=arguments.dtype, device="cpu")
             change(model).module.save_pretrained(arguments.folder / name)
-    if not (arguments.folder / "mixture").exists():
-        # GPUs have no kernels for heads of 32.
-        sizes = {"head_dim": 64, "max_position_embeddings": arguments.seq_len + SPARE}
+    if any(case.mixture for case in cases) and not (arguments.folder / "mixture").exists():
+        # GPUs have no kernels for heads of 32, and half of an expert is to have whole groups.
+        sizes = {"head_dim": GROUP, "moe_intermediate_size": 2 * GROUP, "num_key_value_heads": 4}
+        sizes |= {"hidden_size": 2 * GROUP, "max_position_embeddings": arguments.seq_len + SPARE}
         make_mixture("qwen3-moe", arguments.folder / "mixture", **sizes)
+    for case in cases:
+        if case.stored and not (arguments.folder / case.checkpoint).exists():
+            whole = arguments.folder / replace(case, stored="").checkpoint
+            store(whole, arguments.folder / case.checkpoint, case.stored, block=GROUP)
     note(f"checkpoints after {time.monotonic() - began:.0f} s")
 
 
@@ -214,7 +259,7 @@ def start(child, arguments, needed):
 
 def log_path(arguments, child):
     """Return the log of a process."""
-    return arguments.folder / f"{child.replace(' ', '-')}.log"
+    return arguments.folder / f"{filed(child)}.log"
 
 
 def finished(child, process, arguments):
@@ -252,6 +297,8 @@ def measure_here(arguments):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     name, _, rank = arguments.child.rpartition(":")
     row = {}
+    if arguments.unproven:
+        allow(arguments.device)
     try:
         for figures in judged(arguments) if CASES[name].validator else measure(name, int(rank), arguments):
             row |= figures
@@ -270,13 +317,14 @@ def measure(name, rank, arguments):
     options = {"enforce_eager": not case.compiled, "max_model_len": arguments.seq_len + SPARE} | case.options
     options |= {"gpu_memory_utilization": 0.3} if arguments.device == "cuda" else {"max_num_seqs": 16}
     options |= arguments.options
-    own = arguments.folder / ("mixture" if case.mixture else "honest")
+    own = arguments.folder / case.checkpoint
     served = own if case.weights == "honest" else arguments.folder / case.weights
-    shape = {"batch_size": 32, "seq_len": arguments.seq_len, "dtype": arguments.dtype}
+    dtype = "float16" if case.stored == "awq" else arguments.dtype
+    shape = {"batch_size": 32, "seq_len": arguments.seq_len, "dtype": dtype}
     nonces = range(rank, arguments.nonces * case.engines, case.engines)
     with VLLMEngine(str(served), **shape, **options) as engine:
         yield {"start_seconds": round(time.monotonic() - began, 1), "fingerprint": engine.fingerprint.as_dict()}
-        model = load_model(own, dtype=arguments.dtype, device=arguments.device)
+        model = load_model(own, dtype=dtype, device=arguments.device)
         presets = {}
         for preset in PRESETS:
             compared = Comparison(name, preset, nonces, engine, model, arguments)
@@ -287,8 +335,9 @@ def measure(name, rank, arguments):
 
 def judged(arguments):
     """Yield the verdicts of one validator whose pins have a law for every build of the dense model."""
-    honest = [name for name, case in CASES.items() if not (case.law or case.mixture or case.validator)]
-    false = [name for name, case in CASES.items() if case.weights != "honest" and case.engines == 1]
+    whole = {name: case for name, case in CASES.items() if case.checkpoint == "honest" and not case.validator}
+    honest = [name for name, case in whole.items() if not case.law]
+    false = [name for name, case in whole.items() if case.weights != "honest" and case.engines == 1]
     model = load_model(arguments.folder / "honest", dtype=arguments.dtype, device=arguments.device)
     found = {}
     for preset in PRESETS:
@@ -330,6 +379,8 @@ class Comparison:
         if not self.case.law:
             ways["direct"].save(proof_path(self.arguments, self.name, self.preset), overwrite=True)
         other, false = self.beside(self.model, "fresh"), self.beside(self.cheat(), "fresh")
+        stated = replace(false.header, digest=other.header.digest, fingerprint=other.header.fingerprint)
+        false = poc.Proof.build(stated, false.records, false.footer.seconds)
         row |= apart("residual", ways["direct"], other) | apart("cheat", false, other)
         row |= apart("direct_from_requests", *ways.values())
         for way, proof in ways.items():
@@ -352,6 +403,12 @@ class Comparison:
         """Return the cheaper model on transformers."""
         if self.case.mixture:
             return with_fewer_experts(self.model, self.model.module.config.num_experts_per_tok // 2)
+        if self.case.stored in FOUR_BITS:
+            return rounded(self.model, 3)
+        if self.case.stored:  # what is in eight bits is not rounded again
+            source, device = self.arguments.folder / "honest", str(self.model.device)
+            whole = load_model(source, dtype=self.arguments.dtype, device=device)
+            return replace(rounded(whole), digest=self.model.digest)
         return rounded(self.model)
 
     def judge(self):
