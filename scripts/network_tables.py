@@ -94,3 +94,35 @@ def gap() -> None:
             found.setdefault(key, {})[row["rule"]] = f"{100 * row['accused'][0]:.1f}"
     rows = [(*key, *(row[rule] for rule in rules)) for key, row in found.items()]
     print_table(("build", "cheat", *rules), rows)
+
+
+def bound() -> None:
+    """Print what the most powerful tests of 60 nonces catch of each cheat, beside our rule and the oracle."""
+    measured = read_json(RESULTS / "clusters_bound.json")
+    tests = ("pair known", "machine unknown", "cheat known", "extreme machines")
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in measured["rows"]:
+        key = _short(row["build"]), _short(row["cheat"]).removeprefix("real: ")
+        found.setdefault(key, {})[row["rule"], row["laws"]] = row
+    rows = []
+    for key, of in found.items():
+        kinds = [kind for kind in ("histogram", "fitted") if ("pair known", kind) in of]
+        each = [[of[name, ""]] for name in ("ours", "oracle")] + [[of[name, kind] for kind in kinds] for name in tests]
+        within = [" / ".join(f"{100 * row['caught'][row['nonces'].index(60)]:.1f}" for row in same) for same in each]
+        rows.append((*key, *within))
+    print_table(("build", "cheat", "ours", "oracle", *tests), rows)
+
+
+def bound_nonces() -> None:
+    """Print after how many nonces 99 % of the cheats in all nonces are caught, at best and by our rule."""
+    measured = read_json(RESULTS / "clusters_bound.json")
+    tests = ("ours", "oracle", "pair known", "machine unknown", "cheat known", "extreme machines")
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in measured["rows"]:
+        if row["cheat"].endswith("× 1.4"):
+            pairs = zip(row["nonces"], row["caught"], strict=True)
+            first = next((f"{count}" for count, caught in pairs if caught >= 0.99), f"over {row['nonces'][-1]}")
+            key = _short(row["build"]), _short(row["cheat"])
+            found.setdefault(key, {}).setdefault(row["rule"], []).append(first)
+    rows = [(*key, *(" / ".join(of[test]) for test in tests)) for key, of in found.items()]
+    print_table(("build", "cheat", *tests), rows)
