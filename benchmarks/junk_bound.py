@@ -1,8 +1,8 @@
 """How much junk can be seen in distances at all: the residual test beside the best test there is.
 
 A node invents 2 % of its distances (the constant √2, the best there is); its other residuals follow the honest law.
-The oracle is the e-value of the likelihood ratio that knows the share and both laws. What it misses, no choice of
-alternatives for the residual test finds.
+The oracle is the e-value of the likelihood ratio that knows the share and both laws. A test of exactly so many
+distances may find what it misses (known_cheats.py).
 
     python benchmarks/junk_bound.py -o benchmarks/results/junk_bound.json
 """
