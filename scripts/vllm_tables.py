@@ -130,6 +130,7 @@ def _said(honest: list[str], false: list[str]) -> str:
 
 
 def _all(verdicts: list[str]) -> str:
-    """Return a verdict that all share, or how many there are of each."""
+    """Return a verdict that all share, or how many there are of each; of a refusal its first line."""
+    verdicts = [verdict.splitlines()[0] for verdict in verdicts]
     kinds = sorted(set(verdicts))
     return kinds[0] if len(kinds) == 1 else ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)

@@ -67,7 +67,9 @@ def test_a_model_with_state_runs_only_where_it_was_run(
 def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
     """The settings of a server of a checkpoint that is stored so."""
     model = SimpleNamespace(quantization_config=described(form))
+    sizes = SimpleNamespace(hidden_size=256, moe_intermediate_size=256)
     changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
+    changes = {"model_config.hf_text_config": sizes, "parallel_config.tensor_parallel_size": 1} | changes
     return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
 
 
@@ -92,6 +94,34 @@ def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, mon
 def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
     _compatibility.check_config(stored(form, **{"device_config.device_type": "cuda", "model_config.is_moe": experts}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({}, {"moe_intermediate_size": 64}, None),
+        ({}, {"moe_intermediate_size": None, "intermediate_size": 64}, None),
+        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 128}, None),
+        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 64}, "32 of their columns in a worker"),
+        (
+            {"parallel_config.tensor_parallel_size": 2, "parallel_config.enable_expert_parallel": True},
+            {"moe_intermediate_size": 64},
+            None,
+        ),
+        ({}, {"moe_intermediate_size": 32}, "32 of their columns in a worker and one scale for 32"),
+        ({}, {"moe_intermediate_size": 32, "hidden_size": 32}, None),
+        ({}, {"hidden_size": 32}, "256 of their columns"),
+    ],
+)
+@pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
+def test_experts_whose_scales_vllm_would_mix_up_are_refused(
+    form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    of_gpu = {"device_config.device_type": "cuda", "model_config.is_moe": True}
+    config = stored(form, "float16" if form == "awq" else "bfloat16", **of_gpu | changes)
+    vars(config.model_config.hf_text_config).update(sizes)
+    check_config_says(config, words)
 
 
 @pytest.mark.parametrize(

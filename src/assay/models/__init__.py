@@ -1,6 +1,6 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
-from assay.models._formats import stored_format
+from assay.models._formats import StoredFormat, stored_format
 from assay.models._info import ModelInfo, list_models, model_info
 from assay.models._load import Model, check_loadable, identify, load_model
 from assay.models._quantise import NUMBER_FORMATS, STORED_FORMATS, in_format
@@ -14,6 +14,7 @@ __all__ = [
     "STORED_FORMATS",
     "Model",
     "ModelInfo",
+    "StoredFormat",
     "backbone",
     "check_loadable",
     "checkpoint_directory",

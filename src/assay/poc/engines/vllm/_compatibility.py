@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.models import stored_format
+from assay.models import StoredFormat, stored_format
 from assay.poc.engines.vllm._settings import (
     refusals,
     refusals_of_executor,
@@ -209,16 +209,21 @@ def stored_as(config: Any) -> str:
     Raises:
         ModelError: It is quantised in a way that is not read.
     """
-    model = config.model_config
-    form = stored_format(str(getattr(model, "model", "")), {"quantization_config": stated(model)})
+    form = _form(config)
     return form.name if form else ""
+
+
+def _form(config: Any) -> StoredFormat | None:
+    model = config.model_config
+    return stored_format(str(getattr(model, "model", "")), {"quantization_config": stated(model)})
 
 
 def _check_stored(config: Any) -> None:
     """Refuse a format that was not run on this kind of device, or not for this kind of model."""
-    name, device = stored_as(config), str(config.device_config.device_type)
-    if not name:
+    form, device = _form(config), str(config.device_config.device_type)
+    if form is None:
         return
+    name = form.name
     model, formats = config.model_config, STORED.get(device, {})
     dtype = dtype_name(model.dtype)
     _check_since(f"a checkpoint in {name}", "serve the checkpoint before quantisation")
@@ -239,6 +244,27 @@ def _check_stored(config: Any) -> None:
             f"vLLM with experts in {name} on {device}",
             wanted="a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
             do="serve the checkpoint before quantisation, or prove with --engine hf",
+        )
+    if model.is_moe and form.group:
+        _check_groups_of_experts(config, form.group)
+
+
+def _check_groups_of_experts(config: Any, group: int) -> None:
+    """Refuse experts in four bits whose scales vLLM would mix up.
+
+    Whether the scales of the first products of an expert are to be ordered for one group or for several, vLLM 0.32
+    decides by the columns of the last one, and its kernel by their own (``int_wna16.py``, ``marlin_moe_permute_scales``
+    with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the expert's outputs are wrong. vLLM's
+    pull request 50196 mends it.
+    """
+    text, parallel = config.model_config.hf_text_config, config.parallel_config
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    shares = 1 if getattr(parallel, "enable_expert_parallel", False) else parallel.tensor_parallel_size
+    if (inner // shares > group) != (text.hidden_size > group):
+        raise UsageError(
+            f"vLLM with experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
+            wanted=f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
+            do="prove with --engine hf" if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
         )
 
 
