@@ -75,12 +75,13 @@ def training() -> list[str]:
     for arms, regime in (
         (of("vhack_study2")["arms"], ""),
         (parts["unsampled-30m"]["arms"], ""),
+        (parts["unsampled-120m"]["arms"], ""),
         (parts["stored"]["arms"], "/stored-whole"),
         (parts["stored-30m"]["arms"], "/stored-whole"),
     ):
         (arm,) = (arm for arm in arms if arm["condition"] == name + regime)
         ends.append(f"{arm['rates']['hack']['value']:.3f}")
-    return ["[{}] at 7 M, [{}] at 30 M; stored {} and {}".format(*ends)]
+    return ["[{}] at 7 M, [{} and {}] at 30 and 120 M; stored {} and {}".format(*ends)]
 
 
 ROWS = {
