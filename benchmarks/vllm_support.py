@@ -128,14 +128,14 @@ def version():
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
     from assay.models import STORED_FORMATS
-    from assay.poc.engines.vllm import _compatibility
+    from assay.poc.engines.vllm import _checkpoints
 
     dtypes = ("bfloat16", "float16", "float32")
-    architectures = {name for known in _compatibility.WITH_STATE.values() for name in known}
-    _compatibility.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
-    _compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
-    _compatibility.EIGHT_BIT_CACHES = (device,)
-    _compatibility.EXPERTS_STORED = (device,)
+    architectures = {name for known in _checkpoints.WITH_STATE.values() for name in known}
+    _checkpoints.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
+    _checkpoints.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
+    _checkpoints.EIGHT_BIT_CACHES = (device,)
+    _checkpoints.EXPERTS_STORED = (device,)
 
 
 def checkpoint(kind, folder, device="cpu"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import ModelError, UsageError
-from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm import _checkpoints, _compatibility, _versions
 from assay.poc.engines.vllm._worker import products
 from tests.models.storing import described
 from tests.vllm.test_parts_gate import check_config_says, settings_of_vllm
@@ -59,7 +59,7 @@ HYBRID = {
 def test_a_model_with_state_runs_only_where_it_was_run(
     changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    monkeypatch.setattr(_versions, "installed_version", lambda: version)
     config = settings_of_vllm(**HYBRID | changes)
     check_config_says(config, words)
 
@@ -84,15 +84,15 @@ def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
     ],
 )
 def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     _compatibility.check_config(stored(form, dtype))
-    assert _compatibility.stored_as(stored(form, dtype)) == name
+    assert _checkpoints.stored_as(stored(form, dtype)) == name
 
 
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("form", ["tensor", "channel-tensors", "block", "int8", "packed", "gptq"])
 def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     _compatibility.check_config(stored(form, **{"device_config.device_type": "cuda", "model_config.is_moe": experts}))
 
 
@@ -117,7 +117,7 @@ def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: 
 def test_experts_whose_scales_vllm_would_mix_up_are_refused(
     form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     of_gpu = {"device_config.device_type": "cuda", "model_config.is_moe": True}
     config = stored(form, "float16" if form == "awq" else "bfloat16", **of_gpu | changes)
     vars(config.model_config.hf_text_config).update(sizes)
@@ -140,7 +140,7 @@ def test_experts_whose_scales_vllm_would_mix_up_are_refused(
     ],
 )
 def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     with pytest.raises(UsageError, match=words) as refusal:
         _compatibility.check_config(config)
     assert refusal.value.wanted
@@ -152,7 +152,7 @@ def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeyp
     config.model_config.hf_config.quantization_config["desc_act"] = True
     with pytest.raises(ModelError, match="desc_act True"):
         _compatibility.check_config(config)
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.28.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.28.0")
     with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
         _compatibility.check_config(stored("int8"))
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm import _versions
 from assay.poc.engines.vllm._direct_worker import DirectPasses, _zeros_like, why_requests
 from tests.vllm.direct import SPEC, FullAttentionSpec, MambaSpec, config, runner
 
 
 @pytest.fixture
 def newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
 
 
 def test_an_ordinary_engine_takes_calls(newest):
@@ -61,7 +61,7 @@ def test_models_whose_nonces_stay_requests_are_named(newest, changed, word: str)
 
 
 def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.2")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.2")
     assert "before 0.32" in why_requests(None, None, SPEC)
 
 

