@@ -57,6 +57,7 @@ CASES = {
     "mixture": Case(mixture=True),
     "mixture-tp2": Case(TENSOR, mixture=True),
     "mixture-ep2": Case(SHARED, mixture=True),
+    "mixture-dp2": Case({"data_parallel_size": 2}, mixture=True),
     "tp2-compiled": Case(TENSOR, compiled=True),
     "tp2-ray": Case(TENSOR | {"distributed_executor_backend": "ray"}, ray=True),
 }

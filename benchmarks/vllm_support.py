@@ -128,7 +128,7 @@ def version():
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
     from assay.models import STORED_FORMATS
-    from assay.poc.engines.vllm import _checkpoints
+    from assay.poc.engines.vllm import _checkpoints, _compatibility
 
     dtypes = ("bfloat16", "float16", "float32")
     architectures = {name for known in _checkpoints.WITH_STATE.values() for name in known}
@@ -136,6 +136,7 @@ def allow(device):
     _checkpoints.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
     _checkpoints.EIGHT_BIT_CACHES = (device,)
     _checkpoints.EXPERTS_STORED = (device,)
+    _compatibility.STEPPING_TOGETHER = (device,)
 
 
 def checkpoint(kind, folder, device="cpu"):

@@ -75,6 +75,10 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 """Names that are used where there are several data-parallel engines."""
 
 
+STEPPING_TOGETHER: tuple[str, ...] = ()
+"""Kinds of device on which data-parallel engines of a mixture were run: their steps wait for each other's experts."""
+
+
 def check_installed() -> str:
     """Return the version of vLLM.
 
@@ -168,7 +172,7 @@ def own_forward_refused(seen: str, wanted: str) -> UsageError:
 
 def _check_engines(config: Any) -> None:
     """Refuse data-parallel engines that do not run by themselves behind one API server."""
-    parallel = config.parallel_config
+    parallel, device = config.parallel_config, str(config.device_config.device_type)
     if parallel.data_parallel_size == 1:
         return
     missing = _missing(SEVERAL)
@@ -176,7 +180,7 @@ def _check_engines(config: Any) -> None:
     local = parallel.data_parallel_size_local == parallel.data_parallel_size and parallel.data_parallel_backend == "mp"
     for refused, seen in (
         (missing, f"and without {', '.join(missing)}"),
-        (config.model_config.is_moe, "of a mixture, which step together"),
+        (config.model_config.is_moe and device not in STEPPING_TOGETHER, "of a mixture, which step together"),
         (balanced, "behind another load balancer"),
         (not local, "that it does not start on this host by itself"),
     ):
