@@ -25,9 +25,18 @@ BLOCK = {"block_hash": "golden block", "block_height": 7, "public_key": "golden 
 
 def machine() -> str:
     """What the last bits of a product depend on: the processor and the version of torch."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", text)
+    model = re.search(r"model name\s*: (.*)", processor())
     return f"{model.group(1) if model else platform.processor()}, torch {torch.__version__}"
+
+
+def units() -> str:
+    """What the last bits of a product in bfloat16 depend on besides: virtual processors of one name differ in it."""
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in processor()), "")
+
+
+def processor() -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    return Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
 
 
 def sha256(content: bytes) -> str:
@@ -117,7 +126,7 @@ def main() -> None:
         folder = Path(name)
         digests = proofs(folder, run) | bases(folder, run) | jobs(folder, server)
     Path(sys.argv[1]).write_text(
-        json.dumps({"machine": machine(), "sha256": digests}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"machine": machine(), "units": units(), "sha256": digests}, indent=1) + "\n", encoding="utf-8"
     )
 
 

@@ -19,11 +19,15 @@ GOLDEN = json.loads((VECTORS / "golden_sha256.json").read_text(encoding="utf-8")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
-    """Every preset, both bundled models, two number formats; on another processor the last bits may differ."""
+    """Every preset, both bundled models, two number formats; on another processor the last bits may differ.
+
+    Those of bfloat16 differ where it is multiplied by other units, also in processors of one name.
+    """
     out = tmp_path / "sha256.json"
     root = VECTORS.parents[1]
     script = root / "scripts" / "golden.py"
-    machine = runpy.run_path(str(script))["machine"]()
+    golden = runpy.run_path(str(script))
+    machine = golden["machine"]()
     if machine != GOLDEN["machine"]:
         pytest.skip(f"golden bits are of {GOLDEN['machine']}, this is {machine}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")}
@@ -32,7 +36,11 @@ def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(out.read_text(encoding="utf-8"))["sha256"] == GOLDEN["sha256"]
+    found, same_units = json.loads(out.read_text(encoding="utf-8"))["sha256"], golden["units"]() == GOLDEN["units"]
+    wanted = {name: digest for name, digest in GOLDEN["sha256"].items() if same_units or "bfloat16" not in name}
+    assert len(wanted) >= 34
+    assert {name: found[name] for name in wanted} == wanted
+    assert found.keys() == GOLDEN["sha256"].keys()
 
 
 def test_a_database_of_the_first_version_opens(tmp_path):
