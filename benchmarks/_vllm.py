@@ -208,15 +208,21 @@ def entry_points(folder):
         yield {}
         return
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = Path(folder) / "assay-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: assay\nVersion: 0\n")
-    groups = project["entry-points"].items()
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items()) for group, named in groups
-    ]
-    (info / "entry_points.txt").write_text("\n".join(lines))
+    distribution(folder, "assay", project["entry-points"])
     yield {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def distribution(folder, name, entry_points):
+    """Write the description of an installed package with entry points, by group and name; return its folder."""
+    info = Path(folder) / f"{name}-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    groups = (
+        f"[{group}]\n" + "".join(f"{word} = {target}\n" for word, target in named.items())
+        for group, named in entry_points.items()
+    )
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    return info.parent
 
 
 def choose_forward(engine, forward):

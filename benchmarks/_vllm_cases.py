@@ -40,6 +40,11 @@ class Case:
         kind = "mixture" if self.mixture else "honest"
         return f"{kind}-{self.stored}" if self.stored else kind
 
+    @property
+    def steps_together(self) -> bool:
+        """Whether data-parallel engines wait for each other in every step."""
+        return self.mixture and self.options.get("data_parallel_size", 1) > 1
+
 
 SHARED = TENSOR | {"enable_expert_parallel": True}
 CASES = {

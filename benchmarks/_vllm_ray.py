@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 import psutil
-from _vllm import ROOT, end_processes, free_port
+from _vllm import ROOT, distribution, end_processes, free_port
 
 BESIDE = Path(sys.prefix) / "ray"
 """Where ``make test-vllm`` puts Ray, beside the environment."""
 
 ADDRESSES = "127.0.0.2", "127.0.0.3"  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
 OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray"}
+PLATFORM = {"vllm.platform_plugins": {"ray_cpu": "_ray_platform:name"}}
 STARTED = "Ray runtime started"
 
 
@@ -44,7 +45,7 @@ class Nodes:
         # The sockets of Ray are in its folder, and their paths may have 107 bytes.
         self.folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))
         port = free_port()
-        self.environment = with_ray(_platform(self.folder)) | {
+        self.environment = with_ray(distribution(self.folder / "platform", "ray_cpu", PLATFORM)) | {
             "RAY_ADDRESS": f"{ADDRESSES[0]}:{port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
@@ -111,12 +112,3 @@ def _name(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return " ".join(process.cmdline()).strip()
     return ""
-
-
-def _platform(folder):
-    """Return a folder that has the entry point of :mod:`_ray_platform`."""
-    info = folder / "entry/ray_cpu-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-cpu\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\nray_cpu = _ray_platform:name\n")
-    return info.parent

@@ -46,6 +46,7 @@ import numpy as np
 import psutil
 from _common import note, parser, publish
 from _vllm_cases import CASES, GROUPS
+from _vllm_gathers import with_gathers
 from _vllm_ray import Nodes
 from vllm_support import allow, published, verdict
 
@@ -163,8 +164,9 @@ def run(name, arguments, limit):
     names = [f"{name}:{rank}" for rank in range(case.engines)]
     for child in names:
         row_path(arguments, child).unlink(missing_ok=True)
+    needed = with_gathers(arguments.folder / "gathers") if arguments.device == "cpu" and case.steps_together else {}
     with Nodes() if case.ray else contextlib.nullcontext() as nodes:
-        processes = [start(child, arguments, nodes.environment if nodes else {}) for child in names]
+        processes = [start(child, arguments, nodes.environment if nodes else needed) for child in names]
         deadline = began + limit
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -169,7 +169,8 @@ def page(found: dict[str, Outcome]) -> str:
 
 def _cell(text: str) -> str:
     """Return a part of an error as a cell of a table, in which nothing is markup."""
-    text = " ".join(text.split())
+    # How many characters come first depends on the name of the processor in the header of a proof.
+    text = re.sub(r" \(char \d+\)", "", " ".join(text.split()))
     for sign in "\\`*_[]<|":
         text = text.replace(sign, f"\\{sign}")
     return text

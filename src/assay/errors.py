@@ -7,7 +7,8 @@
     │   ├── ModelNotFound            no such directory, bundled model or shape
     │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
     │   ├── BadWeights               tensors are missing, of another shape, or not finite
-    │   └── LayersNotFound           the decoder layers of a model could not be located
+    │   ├── LayersNotFound           the decoder layers of a model could not be located
+    │   └── EngineEnded              the engine that ran the model is no longer there
     ├── ProofError               a proof cannot be used
     │   ├── ProofFormatError         not a well-formed proof file; names the line
     │   ├── ProofMismatch            made for another model, round or pipeline
@@ -30,6 +31,7 @@ __all__ = [
     "BadWeights",
     "CalibrationError",
     "DataError",
+    "EngineEnded",
     "LayersNotFound",
     "ModelError",
     "ModelNotFound",
@@ -95,6 +97,10 @@ class BadWeights(ModelError):
 
 class LayersNotFound(ModelError):
     """The decoder layers of a model could not be located."""
+
+
+class EngineEnded(ModelError):
+    """The engine that ran a model is no longer there. What it did not compute can be computed by the next one."""
 
 
 class ProofError(AssayError):

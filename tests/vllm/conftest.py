@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from assay.poc import Round
+from assay.poc.engines.vllm import _checkpoints
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -49,6 +50,12 @@ def forked_engines(quiet_vllm: None) -> Iterator[None]:
         if not ON_GPU:
             fork_engines(patch)
         yield
+
+
+@pytest.fixture
+def with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with AVX-512 for the checks of checkpoints, whatever this machine has."""
+    monkeypatch.setattr(_checkpoints, "processor", lambda device: "x86_64 AVX512")
 
 
 @pytest.fixture(scope="session")

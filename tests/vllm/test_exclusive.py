@@ -9,6 +9,7 @@ import threading
 from contextlib import closing
 
 import httpx
+import psutil
 import pytest
 from _vllm import OPTIONS, POW, Server, chat_alone
 from _vllm_forked import ForkedServer
@@ -87,6 +88,22 @@ def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
         assert stored(server, "killed") == list(range(len(receiver.nonces("killed"))))
     finally:
         receiver.close()
+
+
+def test_a_round_goes_on_after_the_engine_was_killed_and_the_server_ended_by_itself(server):
+    server.begin("died")
+    before = server.wait_for(40)
+    engine = next(child for child in psutil.Process(server.process.pid).children() if child.children())  # has workers
+    engine.kill()
+    until(lambda: server.process.poll() is not None, 240)
+    server.stop()
+    server.start()
+    status = server.get("/status").json()
+    assert (status["state"], status["error"]) == ("GENERATING", None)
+    server.wait_for(before + 40)
+    server.post("/stop").raise_for_status()
+    done = stored(server, "died")
+    assert done == list(range(len(done)))
 
 
 def stored(server: Server, block: str) -> list[int]:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay.errors import AssayError
+from assay.models.device import processor
+from assay.poc.engines.vllm import _checkpoints
 from tests.models.storing import FOUR_BITS
 from tests.vllm.conftest import ON_GPU, ROOT
 
@@ -35,8 +38,11 @@ REFUSED = {
     "Qwen3-MoE, int8 W8A8, compressed-tensors": "experts in int8-rows on cpu",
 }
 
+WITHOUT_AVX512 = processor(torch.device("cpu")) in _checkpoints.WITHOUT_AVX512
+NEEDS_AVX512 = pytest.mark.skipif(WITHOUT_AVX512, reason="vLLM computes it on a CPU with AVX-512 alone")
 
-@pytest.mark.parametrize("case", RUN)
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if "MoE" in case else NEEDS_AVX512) for case in RUN])
 def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case: str, tmp_path: Path):
     kind, dtype = CASES[case]
     row = measure(checkpoint(kind, tmp_path), kind, dtype)
@@ -70,6 +76,7 @@ def test_a_format_that_was_not_run_is_refused_before_an_engine_is_loaded(case: s
     assert REFUSED[case] in str(refusal.value)
 
 
+@NEEDS_AVX512
 def test_single_layers_multiply_as_those_of_the_transformers_engine():
     command = [sys.executable, "-m", "tests.vllm.layers"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1000, check=False)

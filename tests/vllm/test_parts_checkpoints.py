@@ -10,6 +10,8 @@ from assay.poc.engines.vllm._worker import products
 from tests.models.storing import described
 from tests.vllm.test_parts_gate import check_config_says, settings_of_vllm
 
+pytestmark = pytest.mark.usefixtures("with_avx512")
+
 HYBRID = {
     "model_config.is_hybrid": True,
     "model_config.architecture": "FalconH1ForCausalLM",
@@ -89,6 +91,23 @@ def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, mon
     assert _checkpoints.stored_as(stored(form, dtype)) == name
 
 
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (stored("int8"), "a checkpoint in int8-rows"),
+        (stored("packed"), "a checkpoint in int4-groups"),
+        (settings_of_vllm(**{"cache_config.cache_dtype": "fp8"}), "--kv-cache-dtype fp8"),
+    ],
+)
+def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
+    _compatibility.check_config(config)
+    monkeypatch.setattr(_checkpoints, "processor", lambda device: "x86_64 AVX2")
+    check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
+    config.device_config.device_type = "cuda"
+    _compatibility.check_config(config)
+
+
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("form", ["tensor", "channel-tensors", "block", "int8", "packed", "gptq"])
 def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
@@ -122,6 +141,14 @@ def test_experts_whose_scales_vllm_would_mix_up_are_refused(
     config = stored(form, "float16" if form == "awq" else "bfloat16", **of_gpu | changes)
     vars(config.model_config.hf_text_config).update(sizes)
     check_config_says(config, words)
+
+
+def test_engines_that_step_together_cut_experts_among_the_workers_of_all():
+    config = stored("packed", **{"parallel_config.data_parallel_size": 2, "parallel_config.tensor_parallel_size": 4})
+    with pytest.raises(UsageError, match="32 of their columns in a worker"):
+        _checkpoints._check_groups_of_experts(config, 32)
+    config.parallel_config.enable_expert_parallel = True
+    _checkpoints._check_groups_of_experts(config, 32)
 
 
 @pytest.mark.parametrize(

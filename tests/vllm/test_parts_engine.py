@@ -10,7 +10,7 @@ import pytest
 
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, VLLMEngine, _client, _engine
+from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, VLLMEngine, _client, _engine, _worker
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._throttle import Throttle
 from assay.poc.serving import plugin
@@ -180,7 +180,7 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
     engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
     worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
     engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": "fp8_e4m3-cache"}
-    engine._client.description |= {"format": "", "dtype": "bfloat16", "products": []}
+    engine._client.description |= {"format": "", "dtype": "bfloat16", "products": [], "experts_over": []}
     fingerprint = engine.fingerprint
     assert fingerprint.dtype == "bfloat16+fp8_e4m3-cache"
     assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled")
@@ -194,3 +194,22 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
         "int8-rows",
         "CPUInt8ScaledMMLinearKernel onednn",
     )
+    del engine.fingerprint
+    engine._client.description["experts_over"] = ["dp 2"]
+    assert engine.fingerprint.kernels[:4] == ("runner v2", "tp 2", "pp 1", "dp 2")
+
+
+@pytest.mark.parametrize(
+    ("engines", "workers", "dealt", "said"),
+    [
+        (1, 1, False, []),
+        (1, 2, False, []),
+        (1, 1, True, []),
+        (1, 2, True, ["ep 2"]),
+        (2, 1, False, ["dp 2"]),
+        (2, 2, True, ["dp 2", "ep 4"]),
+    ],
+)
+def test_the_fingerprint_says_over_what_experts_are_spread(engines: int, workers: int, dealt: bool, said: list[str]):
+    parallel = SimpleNamespace(data_parallel_size=engines, tensor_parallel_size=workers, enable_expert_parallel=dealt)
+    assert _worker.experts_over(parallel) == said

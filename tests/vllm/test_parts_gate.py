@@ -200,6 +200,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
         ({"cache_config.kv_cache_dtype_skip_layers": ["0"]}, "0.32.0", "(skipped layers)"),
     ],
 )
+@pytest.mark.usefixtures("with_avx512")
 def test_a_cache_in_eight_bits_is_taken_where_it_was_run(
     changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):

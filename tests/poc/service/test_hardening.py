@@ -12,7 +12,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from assay.errors import AssayError, ProofMismatch, StorageError, UsageError
+from assay.errors import AssayError, EngineEnded, ProofMismatch, StorageError, UsageError
 from assay.poc.service import Settings
 from assay.poc.service._refusals import Refusal
 from assay.poc.service.runtime import Controller, _callback_guard, _checks, _delivery
@@ -47,6 +47,31 @@ def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
     until(lambda: service.checked() > before)
     service.post("/stop")
     assert nonces_on_disk(service) == list(range(service.checked()))
+
+
+def test_a_round_whose_engine_died_continues_after_the_next_start(service):
+    service.post("/init/generate", ROUND)
+    until(lambda: service.checked() >= 8)
+    service.rig.fail = EngineEnded("the engine died", wanted="an engine that runs", do="see the log")
+    until(lambda: service.status()["error"])
+    assert service.status()["state"] == "GENERATING"
+    service.close()
+    service.rig.fail = None
+    service._start()
+    service.wait_ready()
+    status, before = service.status(), service.checked()
+    assert (status["state"], status["error"]) == ("GENERATING", None)
+    until(lambda: service.checked() > before)
+    service.post("/stop")
+    assert nonces_on_disk(service) == list(range(service.checked()))
+
+
+def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
+    """A round that kills engines would end every start, and the chat that they serve as well."""
+    service.rig.fail = EngineEnded("the engine died", wanted="an engine that runs", do="see the log")
+    service.post("/init/generate", ROUND)
+    until(lambda: service.status()["error"])
+    assert service.status()["state"] == "STOPPED"
 
 
 def test_the_controller_is_whole_when_it_is_made(rig, tmp_path):

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from assay.errors import UsageError
 from assay.models import StoredFormat, stored_format
+from assay.models.device import processor
 from assay.poc.engines.vllm._settings import rounded_cache, stated
 from assay.poc.engines.vllm._versions import check_since
 from assay.streams import dtype_name
@@ -51,6 +54,10 @@ EXPERTS_STORED: tuple[str, ...] = ("cuda",)
 
 EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu", "cuda")
 """Kinds of device on which a cache in eight bits was run."""
+
+WITHOUT_AVX512 = ("x86_64 AVX2", "x86_64 DEFAULT")
+"""Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its products of int8
+are so slow there that a batch of eight short nonces did not end in two minutes."""
 
 ROTATION = "rotary_embedding"
 """What vLLM calls its kernel for rotary embeddings."""
@@ -115,6 +122,7 @@ def _check_stored(config: Any) -> None:
         )
     if model.is_moe and form.group:
         _check_groups_of_experts(config, form.group)
+    _check_processor(device, f"a checkpoint in {name}", "serve the checkpoint before quantisation")
 
 
 def _check_groups_of_experts(config: Any, group: int) -> None:
@@ -127,7 +135,9 @@ def _check_groups_of_experts(config: Any, group: int) -> None:
     """
     text, parallel = config.model_config.hf_text_config, config.parallel_config
     inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    shares = 1 if getattr(parallel, "enable_expert_parallel", False) else parallel.tensor_parallel_size
+    # Engines that step together cut experts among the workers of all, unless experts are dealt out.
+    dealt = getattr(parallel, "enable_expert_parallel", False)
+    shares = 1 if dealt else parallel.tensor_parallel_size * parallel.data_parallel_size
     if (inner // shares > group) != (text.hidden_size > group):
         raise UsageError(
             f"vLLM with experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
@@ -187,3 +197,10 @@ def _check_cache(config: Any) -> None:
             wanted=f"such a cache where it was run: of attention alone, on {', '.join(EIGHT_BIT_CACHES)}",
             do="leave --kv-cache-dtype out",
         )
+    _check_processor(device, "--kv-cache-dtype fp8", "leave it out")
+
+
+def _check_processor(device: str, what: str, do: str) -> None:
+    """Refuse on a CPU what vLLM computes with AVX-512 alone, or too slowly without it."""
+    if device == "cpu" and (name := processor(torch.device("cpu"))) in WITHOUT_AVX512:
+        raise UsageError(f"vLLM with {what} on {name}", wanted="a CPU with AVX-512, or a GPU", do=do)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.errors import BadWeights, ModelError, UsageError, reason_of
+from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, reason_of
 from assay.poc.engines.vllm._compatibility import own_forward_refused, refuse_missing
 from assay.poc.engines.vllm._direct import DirectPath
 from assay.poc.engines.vllm._rows import Spec, new_key, request_id, unpacked
@@ -48,6 +48,9 @@ Prompt = Callable[[int], Tensor | Asked] | int
 
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
 """Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
+
+DEAD = "EngineDeadError"
+"""Error of vLLM for everything that is asked of an engine whose process has died. The server ends then."""
 
 
 class Client:
@@ -153,7 +156,8 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their replies.
 
     Raises:
-        ModelError: They did not answer in time, or the engine has died.
+        EngineEnded: The engine has died.
+        ModelError: They did not answer in time.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -169,11 +173,16 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             do="see the log of vLLM",
         ) from None
     except Exception as error:  # of vLLM, and of any kind
-        raise ModelError(
+        raise _failure(error)(
             f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
             wanted="an engine that runs",
             do="see the log of vLLM",
         ) from error
+
+
+def _failure(error: Exception) -> type[ModelError]:
+    """Return the error that one of vLLM stands for."""
+    return EngineEnded if type(error).__name__ == DEAD else ModelError
 
 
 class RequestStream:
@@ -278,7 +287,7 @@ class RequestStream:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
-                    raise ModelError(
+                    raise _failure(outcome)(
                         f"vLLM refused a nonce: {reason_of(outcome)}"[:400],
                         wanted="an engine that takes requests of this length",
                         do="see the log of vLLM",

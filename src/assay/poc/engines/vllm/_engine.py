@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import ModelError, UsageError
+from assay.errors import EngineEnded, UsageError
 from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
 from assay.poc.engines._decoding import Decoded, Replayed
@@ -153,7 +153,7 @@ class RequestEngine:
                 self._wait(stream.close())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the engine's loop; an engine that ends meanwhile is a ModelError."""
+        """Run a coroutine in the engine's loop; an engine that ends meanwhile is an EngineEnded."""
         if self._client.ended.done() or self._loop.is_closed():
             work.close()
         else:
@@ -163,7 +163,7 @@ class RequestEngine:
             if running.done() and not running.cancelled():
                 return running.result()
             running.cancel()
-        raise ModelError("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+        raise EngineEnded("the engine of vLLM has ended", wanted="a running engine", do="start it again")
 
 
 def runs(pipeline: Pipeline) -> bool:
@@ -207,6 +207,7 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
         library=f"vllm {version}",
         kernels=(
             *kernels,
+            *worker["experts_over"],
             "eager" if worker["eager"] else "compiled",
             *worker["products"],
             *worker.get("forward", ()),

@@ -158,11 +158,24 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
         "num_layers": int(model.hf_text_config.num_hidden_layers),
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
+        "experts_over": experts_over(parallel),
         "eager": bool(model.enforce_eager),
         "cache": rounded_cache(config),
         "format": stored_as(config),
         "products": products(runner.model),
     }
+
+
+def experts_over(parallel: Any) -> list[str]:
+    """Return how engines or workers share the experts of a mixture, where tensor parallelism does not say it.
+
+    Args:
+        parallel: vLLM's parallel configuration as a worker has it: an engine of a dense model, which steps by itself,
+            has one data-parallel engine there.
+    """
+    engines = int(parallel.data_parallel_size)
+    dealt = engines * int(parallel.tensor_parallel_size) if parallel.enable_expert_parallel else 1
+    return [f"{word} {count}" for word, count in (("dp", engines), ("ep", dealt)) if count > 1]
 
 
 def products(model: Any) -> list[str]:

@@ -8,6 +8,7 @@ from assay.poc.protocol import check_distinct_seeds, get_pipeline
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
+from assay.poc.service._states import State
 from assay.poc.service.runtime._agreed import check_batch, check_prover, check_round
 from assay.poc.service.runtime._callback_guard import check_url
 from assay.poc.service.runtime._deployment import Deployment
@@ -63,6 +64,22 @@ def round_values(
     check_round(asked.round, settings, share=needs_share)  # an error says which field is out of range
     check_batch(request.batch_size, deployment, settings)
     return asked
+
+
+def check_same_model(stored: StoredRound, deployment: Deployment, state: State) -> None:
+    """Refuse to work on a round of another model than the deployed one.
+
+    Raises:
+        Refusal: 409; names both models, and the state of the service.
+    """
+    if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
+        raise Refusal(
+            409,
+            f"a round of {stored.reference} ({stored.digest[:12]})",
+            wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
+            do="start the service with that model, or begin another round",
+            fields={"state": str(state)},
+        )
 
 
 def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from assay.errors import AssayError, StorageError, reason_of
+from assay.errors import AssayError, EngineEnded, StorageError, reason_of
 from assay.poc.engines import check_supported
 from assay.poc.protocol import DistanceRecord, get_pipeline, is_distance
 from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
@@ -25,7 +25,7 @@ from assay.poc.service._refusals import Refusal
 from assay.poc.service._settings import Settings
 from assay.poc.service._states import State, after
 from assay.poc.service.runtime._agreed import check_build, check_deployed, check_round
-from assay.poc.service.runtime._checks import check_job, check_validation, round_values
+from assay.poc.service.runtime._checks import check_job, check_same_model, check_validation, round_values
 from assay.poc.service.runtime._deployment import Deployment
 from assay.poc.service.runtime._jobs import Jobs
 from assay.poc.service.runtime._metrics import Metrics
@@ -72,7 +72,7 @@ class Controller:
         self.deployment: Deployment | None = None
         self.error: str | None = None
         self.ended = True
-        self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
+        self._lock, self._epoch, self._unsaved, self._computed = threading.RLock(), 0, False, False
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
@@ -317,15 +317,8 @@ class Controller:
     def _check_same_model(self, state: State) -> StoredRound:
         """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
         assert self.progress is not None
-        deployment, stored = self.ready(), self.progress.stored
-        if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
-            raise Refusal(
-                409,
-                f"a round of {stored.reference} ({stored.digest[:12]})",
-                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
-                do="start the service with that model, or begin another round",
-                fields={"state": str(self.state)},
-            )
+        stored = self.progress.stored
+        check_same_model(stored, self.ready(), self.state)
         check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
@@ -335,13 +328,17 @@ class Controller:
                 # An engine that is torn down beneath its batch fails. The round must continue after the next start.
                 log.info("a batch ended with the service and will be computed again", error=reason_of(error))
                 return
-            state = self._after("engine failure")
+            # A server whose engine died ends, and its next start continues, as after SIGKILL. Not if the engine died
+            # before its first batch: a round that kills engines would end every start, and what else they serve.
+            continues = isinstance(error, EngineEnded) and self._computed
+            state = self.state if continues else self._after("engine failure")
             if not isinstance(error, ShareDone):
                 self.metrics.failures.inc()
             self._epoch += 1
             self._worker.generate(None, self._epoch)
             self.state, self.error = state, reason_of(error)
-            log.error("the round ended", error=self.error, state=str(state))
+            said = "the engine ended, and the next start continues the round" if continues else "the round ended"
+            log.error(said, error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
                 self._worker.wake()
@@ -362,7 +359,7 @@ class Controller:
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)
-        progress = self.progress
+        progress, self._computed = self.progress, True
         for batch in batches:
             self.metrics.batch_seconds.observe(batch.seconds)
             self.metrics.nonces.inc(len(batch.records))
