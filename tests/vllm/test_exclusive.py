@@ -91,6 +91,7 @@ def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
 
 
 def test_a_round_goes_on_after_the_engine_was_killed_and_the_server_ended_by_itself(server):
+    server.post("/engine", {"path": "requests"}).raise_for_status()  # each fails at once, before the server ends
     server.begin("died")
     before = server.wait_for(40)
     engine = next(child for child in psutil.Process(server.process.pid).children() if child.children())  # has workers

@@ -72,7 +72,8 @@ class Controller:
         self.deployment: Deployment | None = None
         self.error: str | None = None
         self.ended = True
-        self._lock, self._epoch, self._unsaved, self._computed = threading.RLock(), 0, False, False
+        self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
+        self._computed = False  # whether a batch was written since the start
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
@@ -359,7 +360,8 @@ class Controller:
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)
-        progress, self._computed = self.progress, True
+        progress = self.progress
+        self._computed = True
         for batch in batches:
             self.metrics.batch_seconds.observe(batch.seconds)
             self.metrics.nonces.inc(len(batch.records))
