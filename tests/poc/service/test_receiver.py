@@ -13,7 +13,7 @@ from starlette.requests import Request
 from assay.cli import run
 from assay.errors import StorageError
 from assay.poc.service._refusals import Refusal
-from assay.poc.service.http import Received, _receiver, create_receiver
+from assay.poc.service.http import Received, _receiver, _route, create_receiver
 from assay.poc.service.http._route import Bodies
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import BLOCK, ROUND, TestClient
@@ -245,6 +245,33 @@ def test_bodies_have_one_bound_together(store):
         return [*await asyncio.gather(*tasks), await take(100)]
 
     assert asyncio.run(send()) == [90, -413, -503, 60, 100]
+
+
+@pytest.mark.parametrize("announced", ["1000", None])
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announced, ends, monkeypatch):
+    """Without an end as well: one that comes for ever is refused, and so is one that stops to come."""
+    monkeypatch.setattr(_route, "BODY_SECONDS", 0.2)
+    taken = []
+
+    async def receive() -> dict:
+        if len(taken) == 3 and ends:
+            await asyncio.sleep(10)
+        taken.append(100)
+        return {"type": "http.request", "body": b"x" * 100, "more_body": True}
+
+    async def send() -> int:
+        headers = [(b"content-length", announced.encode())] if announced else []
+        bodies = Bodies(100, 150)
+        try:
+            async with bodies.read(Request({"type": "http", "method": "POST", "headers": headers}, receive)):
+                return 200
+        except Refusal as refusal:
+            assert bodies._room == 150
+            return refusal.status
+
+    assert asyncio.run(send()) == 413
+    assert sum(taken) <= (_route.DISCARDED + 1) * 100
 
 
 def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):

@@ -252,9 +252,9 @@ class Bodies:
                         elif come > DISCARDED * self._most:
                             break
             except TimeoutError:
-                raise Refusal(
-                    408, "a body that does not come to its end", wanted=f"all of it in {BODY_SECONDS:g} s", do="resend"
-                ) from None
+                if size <= self._most:
+                    wanted = f"all of it in {BODY_SECONDS:g} s"
+                    raise Refusal(408, "a body that does not come to its end", wanted=wanted, do="resend") from None
             if size > self._most:
                 raise Refusal(
                     413, "a body that is too large", wanted=f"at most {self._most} bytes", do="split the request"
