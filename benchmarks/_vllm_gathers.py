@@ -1,7 +1,7 @@
 """What the CPU build of vLLM 0.32 lacks for data-parallel engines of a mixture: gathers of unequal numbers of rows.
 
-Its communicator for CPUs has neither the gather nor the sum that goes back. With them, engines that step together run on
-a CPU, so that what assay does around them can be tried without GPUs. Values are those of other devices; speed is not.
+Its communicator for CPUs has neither the gather nor the sum that goes back. With them, engines that step together run
+on a CPU, so that what assay does around them can be tried without GPUs. They are not fast.
 """
 
 import os
