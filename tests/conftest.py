@@ -69,3 +69,11 @@ def reference_model(request: pytest.FixtureRequest):
     from assay.models import load_model
 
     return load_model(request.param, device="cpu")
+
+
+@pytest.fixture
+def without_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without fast products of 16-bit numbers, whatever this machine has."""
+    from assay.models import wide
+
+    monkeypatch.setattr(wide, "_is_fast", lambda dtype: False)

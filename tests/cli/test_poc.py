@@ -232,7 +232,7 @@ def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Pa
     made = assay("poc", "calibrate", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "-o", path, "--json")
     assert made.code == 0, made.err
     said = json.loads(made.out)
-    assert said["engines_differ_in"] == "dtype float32 / bfloat16"
+    assert said["engines_differ_in"].startswith("dtype float32 / bfloat16")  # and in products, on some CPUs
     assert (said["n"], said["machines"]) == (32, 2)
     assert said["typical_residual"] > 0
     result = assay(

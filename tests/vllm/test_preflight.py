@@ -94,6 +94,7 @@ def test_experts_that_are_dealt_out_are_refused_on_the_cpu(start, tmp_path: Path
 
 
 @pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
+@pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
     ("form", "words", "refusal"),
     [

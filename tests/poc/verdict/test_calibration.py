@@ -44,10 +44,10 @@ def test_equal_engines_give_the_resolution(proof: Proof):
 
 
 def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model):
-    with pytest.raises(CalibrationError, match="another dtype than the prover's: float32") as refused:
+    with pytest.raises(CalibrationError, match=r"another dtype.* than the prover's: float32") as refused:
         verify(narrow, small_model, calibration=calibrate(proof, proof))
-    assert refused.value.wanted == "dtype bfloat16"
-    with pytest.raises(CalibrationError, match="another dtype than this validator's: bfloat16"):
+    assert refused.value.wanted.startswith("dtype bfloat16")
+    with pytest.raises(CalibrationError, match=r"another dtype.* than this validator's: bfloat16"):
         verify(proof, small_model, calibration=calibrate(proof, narrow))
     vectors = changed(calibrate(proof, proof), output="vector")
     with pytest.raises(CalibrationError, match="another output than the proof's: vector"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models import Model, head_of
+from assay.models.wide import wide_products
 
 
 class CachedForward:
@@ -48,12 +49,13 @@ class CachedForward:
         states: list[Tensor] = []
         hook = self._head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
         try:
-            output = self.model.module(
-                input_ids=torch.tensor([list(ids)], device=self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=last,
-            )
+            with wide_products(self.model):
+                output = self.model.module(
+                    input_ids=torch.tensor([list(ids)], device=self.model.device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=last,
+                )
             self._cache = output.past_key_values
         except Exception as error:  # every architecture fails in its own way
             raise explained(self.model, error, on=f"a prompt of {len(ids)} tokens", cached=True) from error

@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from assay.models import Model, head_of
+from assay.models.wide import wide_products
 from assay.poc.engines.hf import HFEngine
 from assay.poc.protocol import SKETCH_EVERY, Fingerprint
 from assay.poc.responses._adapters import Lora
@@ -136,7 +137,8 @@ class HFPrefill:
 
         hook = self._head.register_forward_pre_hook(only_outputs)
         try:
-            output = self.model.module(input_ids=ids_BT.to(self.model.device), use_cache=False)
+            with wide_products(self.model):
+                output = self.model.module(input_ids=ids_BT.to(self.model.device), use_cache=False)
             logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
         except Exception as error:  # every architecture fails in its own way
             raise explained(self.model, error, on=f"{ids_BT.numel()} positions", cached=False) from error

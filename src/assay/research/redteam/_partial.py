@@ -21,6 +21,7 @@ from assay.models import Model, backbone, decoder_layers
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
 from assay.models.eight_bits import EightBitLinear
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
+from assay.models.wide import wide_products
 from assay.poc.protocol import unit
 from assay.research.cheats import weight_of
 
@@ -133,7 +134,8 @@ class PartialForward:
             if len(active_A):
                 seen_BVD = x_BTD[:, visible_V]
                 partial = _PartialLayer(layer, self, index, rotary, (active_A, visible_V))
-                x_BTD[:, active_A] = partial(seen_BVD, layer.input_layernorm(seen_BVD))
+                with wide_products(x_BTD):
+                    x_BTD[:, active_A] = partial(seen_BVD, layer.input_layernorm(seen_BVD))
         return self._ends(x_BTD, depth_T)
 
     def _ends(self, x_BTD: Tensor, depth_T: Tensor) -> Tensor:
@@ -262,7 +264,7 @@ def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tu
     body: Any = backbone(model.module)
     handles.append(body.norm.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), wide_products(model):
             body(inputs_embeds=inputs_BTD, use_cache=False)
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from assay.models import Model, backbone, head_of
+from assay.models.wide import wide_products
 from assay.poc.responses import ResponseSeed, Sampler, Sampling
 
 REPORTED = 5
@@ -100,6 +101,7 @@ class Runner:
     """
 
     def __init__(self, model: Model, cache: DynamicCache | None = None) -> None:
+        self._model = model
         self._body: Any = backbone(model.module)
         self._head = head_of(model.module)
         self._cache = DynamicCache() if cache is None else cache
@@ -107,9 +109,10 @@ class Runner:
     @torch.inference_mode()
     def feed(self, ids_BT: Tensor) -> Step:
         """Read tokens and return what the model says after the last of them."""
-        output = self._body(input_ids=ids_BT, past_key_values=self._cache, use_cache=True)
-        state_BD = output.last_hidden_state[:, -1]
-        return Step(self._head(state_BD).float(), state_BD.float())
+        with wide_products(self._model):
+            output = self._body(input_ids=ids_BT, past_key_values=self._cache, use_cache=True)
+            state_BD = output.last_hidden_state[:, -1]
+            return Step(self._head(state_BD).float(), state_BD.float())
 
 
 class Float8Cache(DynamicCache):
@@ -198,9 +201,10 @@ def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8)
     steps = tokens_BN.shape[1]
     ids_BX = torch.cat([prompts_BT, tokens_BN[:, :-1]], 1)
     for start in range(0, len(ids_BX), batch):
-        states_BND = body(input_ids=ids_BX[start : start + batch], use_cache=False).last_hidden_state[:, -steps:]
-        for state_ND in states_BND:
-            yield Step(head(state_ND).float(), state_ND.float())
+        with wide_products(model):
+            states_BND = body(input_ids=ids_BX[start : start + batch], use_cache=False).last_hidden_state[:, -steps:]
+            made = [Step(head(state_ND).float(), state_ND.float()) for state_ND in states_BND]
+        yield from made
 
 
 def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Served:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.models import backbone, decoder_layers
+from assay.models.wide import wide_products
 from assay.vhack.gradients import Encoded, context_of, encode, module_of, plan
 from assay.vhack.pairs import Pair
 
@@ -120,7 +121,8 @@ def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: i
             longest = max(len(one.ids) for one in batch)
             ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
             # Padding is to the right of everything that is looked at.
-            backbone(module)(input_ids=ids, use_cache=False)
+            with wide_products(module):
+                backbone(module)(input_ids=ids, use_cache=False)
             states_BTH = kept.pop()
             for row, one in enumerate(batch):
                 start, end = one.completion

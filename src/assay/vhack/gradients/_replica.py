@@ -21,6 +21,7 @@ from assay.models import decoder_layers
 from assay.models.decoder import has_hooks
 from assay.models.device import current
 from assay.models.families import attention_window, family_of
+from assay.models.wide import wide_products
 from assay.vhack.gradients._batches import Batch, Encoded, Segments
 from assay.vhack.gradients._experts import ExpertsPass, is_fused
 from assay.vhack.gradients._factors import Factors
@@ -155,7 +156,8 @@ class Replica:
             RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
         """
         # In the dtype of the weights, also in a training loop that computes in another one.
-        with current(self.module.device), torch.autocast(self.module.device.type, enabled=False):
+        device = self.module.device
+        with current(device), torch.autocast(device.type, enabled=False), wide_products(self.module):
             return self._computed(encoded)
 
     def _computed(self, encoded: list[Encoded]) -> Computed:

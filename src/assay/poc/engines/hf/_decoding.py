@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from assay.errors import not_finite
 from assay.models import Model, backbone
+from assay.models.wide import wide_products
 from assay.poc.engines._decoding import Decoded, Draws, Replayed, margins
 from assay.poc.engines.hf._memory import check_fits, check_shape
 from assay.poc.protocol import ROWS_OF_A_PRODUCT, Pipeline, Round
@@ -41,7 +42,8 @@ def decoded(engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[
     for start in range(0, len(nonces), engine.batch_size):
         wanted = list(nonces[start : start + engine.batch_size])
         draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
-        tokens_BN, states_BSD = _decode(engine, draws)
+        with wide_products(engine.model):
+            tokens_BN, states_BSD = _decode(engine, draws)
         count = len(wanted)
         sketches_BSK = draws.sketches(states_BSD)[:count]
         _check_finite(engine.model, sketches_BSK)
@@ -59,10 +61,11 @@ def replayed(
         given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
         draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
         tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
-        states_BND = _prefill(engine, draws, tokens_BN)
         count = len(wanted)
+        with wide_products(engine.model):
+            states_BND = _prefill(engine, draws, tokens_BN)
+            found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
         sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
-        found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
         margins_BN = torch.stack(found).cpu().numpy()
         _check_finite(engine.model, sketches_BSK, margins_BN)
         yield Replayed(margins_BN, sketches_BSK)

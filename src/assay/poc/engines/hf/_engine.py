@@ -18,6 +18,7 @@ from assay import streams
 from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
 from assay.models import Model, backbone
 from assay.models.device import processor
+from assay.models.wide import WIDE, is_wide, wide_products
 from assay.poc.engines._base import MAX_BATCH, noise_inputs
 from assay.poc.engines._decoding import Decoded, Draws, Replayed
 from assay.poc.engines._outputs import overlapped_outputs, plain_outputs
@@ -94,6 +95,8 @@ class HFEngine:
                 yield FUSED
         if self.model.quantised == "int8":
             yield f"torchao {version('torchao')}"
+        if is_wide(self.device, self.model.dtype):
+            yield WIDE
         if self.model.devices > 1:
             yield f"tp {self.model.devices}"
         if torch.are_deterministic_algorithms_enabled():
@@ -198,12 +201,13 @@ class HFEngine:
                 do="pad the batch with throw-away nonces",
             )
         try:
-            if self._compiled is not None and not self._hooked:
-                run = self._compiled
-                if weights_BT is None:
-                    return run.last_hidden(inputs_BTD)
-                return weighted_sum(run.hidden(inputs_BTD), weights_BT)
-            output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
+            with wide_products(self.model):
+                if self._compiled is not None and not self._hooked:
+                    run = self._compiled
+                    if weights_BT is None:
+                        return run.last_hidden(inputs_BTD)
+                    return weighted_sum(run.hidden(inputs_BTD), weights_BT)
+                output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
         except Exception as error:  # every architecture fails in its own way
             raise self._failed(error) from error
         hidden_BTD: Tensor = output.last_hidden_state

@@ -7,6 +7,7 @@ import torch
 from assay.errors import OutOfMemory, UsageError
 from assay.models import Model, ModelInfo
 from assay.models.device import free_bytes
+from assay.models.wide import is_wide
 from assay.poc.engines._base import check_batch_size
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
@@ -51,7 +52,16 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
 
 def fitting_batch(model: Model, seq_len: int) -> int:
     """Return the largest batch that fits into what is free now, by the estimate; 0 where not even one row does."""
-    return _free(model.device) // max(1, peak_bytes(model, 1, seq_len))
+    return _room(model) // max(1, peak_bytes(model, 1, seq_len))
+
+
+def _room(model: Model) -> int:
+    """Return the bytes that the activations of a batch may take."""
+    if not is_wide(model.device, model.dtype):
+        return _free(model.device)
+    # Each weight in its turn is there in float32 as well.
+    largest = max(part.numel() for part in model.module.parameters())
+    return max(0, _free(model.device) - torch.float32.itemsize * largest)
 
 
 def _free(device: torch.device) -> int:
@@ -78,7 +88,7 @@ def auto_batch(model: Model, seq_len: int) -> int:
 
 def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
     """Refuse a batch that would not fit, and name the largest one that would."""
-    free = _free(model.device)
+    free = _room(model)
     need = peak_bytes(model, batch_size, seq_len)
     if need <= free:
         return
