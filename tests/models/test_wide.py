@@ -17,6 +17,7 @@ BOTH = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w, b: functional.linear(x, w, b),
     "linear, bias by name": lambda x, w, b: functional.linear(x, weight=w, bias=b),
+    "linear, all by name": lambda x, w, b: functional.linear(input=x, weight=w, bias=b),
     "linear without bias": lambda x, w, b: functional.linear(x, w, None),
     "@": lambda x, w, b: x @ w.T,
     "matmul": lambda x, w, b: torch.matmul(x, w.T),
@@ -60,11 +61,14 @@ def test_other_numbers_multiply_as_before():
         """Weights of a library, which knows how to multiply them."""
 
     x, weight, _ = factors(torch.bfloat16)
+    plain, into = x @ weight.T, torch.empty(48, 64, dtype=torch.bfloat16)
     with Products() as products, wide_products(x):
         functional.linear(x, weight.as_subclass(Stored))
         assert len(products.narrow) == 1
         assert (x.float() @ weight.float().T).dtype == torch.float32
         assert torch.mm(torch.ones(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64)).sum() == 12
+        torch.mm(x, weight.T, out=into)
+        assert torch.equal(into, plain)
         with pytest.raises(RuntimeError, match="same dtype"):
             functional.linear(x, weight.float())
 

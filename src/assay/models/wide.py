@@ -81,10 +81,11 @@ class _InFloat32(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if function not in _PRODUCTS or not all(_is_narrow(factor) for factor in args[:2]):
+        factors = (*args, *named.values())[:2]
+        if function not in _PRODUCTS or "out" in named or not all(map(_is_narrow, factors)):
             return function(*args, **named)
         product: Tensor = function(*map(_wide, args), **{name: _wide(value) for name, value in named.items()})
-        return product.to(args[0].dtype)
+        return product.to(factors[0].dtype)
 
 
 def _is_narrow(value: Any) -> bool:

@@ -203,8 +203,10 @@ def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8)
     for start in range(0, len(ids_BX), batch):
         with wide_products(model):
             states_BND = body(input_ids=ids_BX[start : start + batch], use_cache=False).last_hidden_state[:, -steps:]
-            made = [Step(head(state_ND).float(), state_ND.float()) for state_ND in states_BND]
-        yield from made
+        for state_ND in states_BND:
+            with wide_products(model):
+                said = Step(head(state_ND).float(), state_ND.float())
+            yield said
 
 
 def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Served:
