@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from assay.models import decoder_layers, wide
+from assay.models import backbone, decoder_layers, wide
 from assay.models.wide import WIDE
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.engines.hf import _memory
+from assay.poc.engines.hf import LeanForward, LeanParts, _memory, rotation_of
+from assay.poc.engines.hf._lean import layer_shape, layer_weights
 from tests.models.narrow import Products, narrow_model
 
 
@@ -65,6 +66,23 @@ def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, rou
     assert kinds == {"float"}
     assert functional.cosine_similarity(states, eager.read(inputs)).min() > 0.999
     assert WIDE in compiled.fingerprint.kernels
+
+
+@pytest.mark.usefixtures("without_fast_products")
+def test_layers_without_a_model_around_them_multiply_in_float32_too(small_checkpoint: Path, round_: Round):
+    """As they run inside vLLM."""
+    model = narrow_model(small_checkpoint)
+    eager = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16)
+    inputs, body = eager.inputs(round_, range(16)), backbone(model.module)
+    rotation = rotation_of(body.rotary_emb, 16, model.dtype, model.device)
+    weights = [layer_weights(layer) for layer in body.layers]
+    forward = LeanForward(LeanParts(layer_shape(body.layers[0]), weights, body.norm.weight.data, rotation))
+    with torch.inference_mode(), Products() as products:
+        states = forward.last_hidden(inputs)
+    assert products.narrow == []
+    assert products.wide
+    assert functional.cosine_similarity(states, eager.read(inputs)).min() > 0.999
+    assert WIDE in forward.kernels
 
 
 @pytest.mark.usefixtures("without_fast_products")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import Model, backbone, decoder_layers
+from assay.models.wide import WIDE, is_wide, wide_products
 from assay.poc.engines.hf._fused import FUSED, fused_steps, fusible, runs_on
 from assay.poc.engines.hf._lean import (
     LeanDecoder,
@@ -138,12 +139,12 @@ class CompiledForward:
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
-        with _settings():
+        with _settings(inputs_BTD):
             return self._last_hidden(inputs_BTD)
 
     def hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        with _settings():
+        with _settings(inputs_BTD):
             return self._hidden(inputs_BTD)
 
 
@@ -167,7 +168,9 @@ class LeanForward:
     def kernels(self) -> tuple[str, ...]:
         """What computes, as a fingerprint names it: the kernel that attends, and those between the products."""
         attention = _attention_name(self._shape, self._dtype, self._device)
-        return (attention, f"triton {version('triton')}", FUSED) if self._fused else (attention,)
+        if self._fused:
+            return attention, f"triton {version('triton')}", FUSED
+        return (attention, WIDE) if is_wide(self._device, self._dtype) else (attention,)
 
     def places(self) -> tuple[int, ...]:
         """Return where everything lies that a pass reads besides its inputs: weights, and cosines and sines."""
@@ -178,12 +181,12 @@ class LeanForward:
         """Return the last position's state after the final norm, [B, D] in float32."""
         if not _last_alone(self._device, len(inputs_BTD)):
             return self.hidden(inputs_BTD)[:, -1].float()
-        with _settings():
+        with _settings(inputs_BTD):
             return self._layers.last_hidden(inputs_BTD)
 
     def hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        with _settings():
+        with _settings(inputs_BTD):
             return self._layers.hidden(inputs_BTD)
 
 
@@ -300,13 +303,14 @@ def _compiled(function: Any, *, fullgraph: bool = True) -> Any:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def _settings(inputs_BTD: Tensor) -> Iterator[None]:
     """Hold what decides about kernels, beside Inductor's settings, while they are compiled and while they run."""
     from torch._dynamo import config as dynamo
 
     with (
         dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
         sdpa_kernel(_ATTENTION, set_priority=True),
+        wide_products(inputs_BTD),
     ):
         yield
 

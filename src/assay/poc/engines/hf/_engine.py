@@ -201,12 +201,12 @@ class HFEngine:
                 do="pad the batch with throw-away nonces",
             )
         try:
+            if self._compiled is not None and not self._hooked:
+                run = self._compiled
+                if weights_BT is None:
+                    return run.last_hidden(inputs_BTD)
+                return weighted_sum(run.hidden(inputs_BTD), weights_BT)
             with wide_products(self.model):
-                if self._compiled is not None and not self._hooked:
-                    run = self._compiled
-                    if weights_BT is None:
-                        return run.last_hidden(inputs_BTD)
-                    return weighted_sum(run.hidden(inputs_BTD), weights_BT)
                 output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
         except Exception as error:  # every architecture fails in its own way
             raise self._failed(error) from error
