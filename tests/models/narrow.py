@@ -6,23 +6,25 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay.models import Model, load_model
+from assay.models import Model, load_model, wide
 
 _NARROW = (torch.bfloat16, torch.float16)
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear)
 
 
 class Products(TorchDispatchMode):
-    """Collects the matrix products that reach the kernels of torch: those of 16-bit numbers, and the others."""
+    """Collects the matrix products that reach the kernels of torch: narrow ones, apart if of few rows, and others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.narrow: list[str] = []
+        self.few: list[str] = []
         self.wide: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket in _PRODUCTS:
-            found = self.narrow if args[0].dtype in _NARROW else self.wide
+            few = args[0].shape[:-1].numel() < wide._ROWS
+            found = (self.few if few else self.narrow) if args[0].dtype in _NARROW else self.wide
             found.append(f"{function} of {[tuple(each.shape) for each in args[:2]]}")
         return function(*args, **(kwargs or {}))
 

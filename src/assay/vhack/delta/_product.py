@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import ModelError
+from assay.models.wide import wide_products
 from assay.vhack.gradients import delta_gradient, sample_products
 
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
@@ -116,7 +117,7 @@ class _Adapted(torch.autograd.Function):
         inputs, *rest = ctx.saved_tensors
         plan: Plan = ctx.plan
         of_output, of_inputs, of_delta, _ = ctx.needs_input_grad
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
             to_inputs = _of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
             to_delta = _of_delta(gradient, inputs, plan) if of_delta else None
         return gradient if of_output else None, to_inputs, to_delta, None

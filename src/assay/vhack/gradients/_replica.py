@@ -9,6 +9,7 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -145,7 +146,7 @@ class Replica:
         if recipe.packed:
             self._pack_layers()
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
-            self._replace(layer, _recomputed(layer.forward))
+            self._replace(layer, _recomputed(layer.forward, self.module))
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -327,9 +328,11 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def _recomputed(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
+    # The backward pass is outside of the contexts of the forward pass, and must compute the same.
+    contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
     # The first layer's input requires no gradient, which only the newer kind of checkpointing allows.
-    return lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=False, **kwargs)
+    return lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.models import load_tokenizer, model_info
+from assay.models.wide import wide_products
 from assay.reports import read_jsonl, write_jsonl
 from assay.streams import seed32
 from assay.vhack.gradients import context_of
@@ -277,7 +278,8 @@ def _completed(
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), finite_sampling("take weights that compute finite numbers"):
+    finite = finite_sampling("take weights that compute finite numbers")
+    with torch.random.fork_rng(devices=devices), finite, wide_products(model):
         torch.manual_seed(seed)
         made = module.generate(
             ids_BT,

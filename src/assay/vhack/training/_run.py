@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
 from assay.models import Model, load_model
+from assay.models.wide import wide_products
 from assay.reports import JsonObject, provenance, storage_error
 from assay.vhack.basis import Basis, extract, pair_gradients, select_pairs
 from assay.vhack.delta import Arm, DeltaS, ProjectedOptimizer, Shortcut, basis_of_kind, check_attachable
@@ -270,7 +272,9 @@ def train(
             about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
             log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
         trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
-        with finite_sampling("lower the learning rate; the last checkpoint is from before"):
+        # Layers that are computed again in the backward pass would be computed in another way there.
+        products = nullcontext() if settings.checkpointing else wide_products(loaded)
+        with finite_sampling("lower the learning rate; the last checkpoint is from before"), products:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if log is not None:
             run.adapter.save(folder / DELTA)
