@@ -1,4 +1,4 @@
-"""Time of 16-bit numbers on a CPU with and without products in float32 (assay/models/wide.py), and of float32 itself.
+"""Time of 16-bit numbers on a CPU with and without products in float32 (assay/models/wide.py).
 
 Ways take turns, so that whatever else the machine does strikes all alike; the best round of each counts. The share of a
 batch's states that have other bits, and their distance, are those of honest nodes on two kinds of CPU.
@@ -69,14 +69,13 @@ def main():
     options.add_argument("--threads", type=int, default=2)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    batches, passes = [], []
+    batches = []
     for dtype in DTYPES:
         for reference in MODELS:
             batches.append({"model": reference, "dtype": dtype, **forward(reference, dtype, chosen.rounds)})
             note(str(batches[-1]))
-    for dtype in DTYPES[:1]:
-        passes.append({"model": "reference:organism", "dtype": dtype, "pairs": 4, **gradients(dtype, chosen.rounds)})
-        note(str(passes[-1]))
+    passes = [{"model": "reference:organism", "dtype": "bfloat16", "pairs": 4, **gradients("bfloat16", chosen.rounds)}]
+    note(str(passes[0]))
     shape = {"threads": chosen.threads, "batch_size": BATCH, "seq_len": SEQ_LEN}
     cpu = torch.device("cpu")
     here = {"processor": processor(cpu), "own_are_fast": {dtype: FAST(getattr(torch, dtype)) for dtype in DTYPES}}

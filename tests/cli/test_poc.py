@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from assay.models import wide
 from assay.poc import Proof
 from assay.research import cheats
 
@@ -225,14 +226,17 @@ def test_calibrate_measures_the_r_target_of_a_proof(prove, assay, tmp_path: Path
         assert assay("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl", *wrong).code == 2
 
 
-def test_calibrate_from_two_proofs_and_use_it(prove, assay, small_checkpoint: Path, tmp_path: Path):
+def test_calibrate_from_two_proofs_and_use_it(
+    prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)  # else some CPUs differ in their products as well
     assert prove("a.jsonl", nonces="0:32").code == 0
     assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0
     path = tmp_path / "calibration.json"
     made = assay("poc", "calibrate", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "-o", path, "--json")
     assert made.code == 0, made.err
     said = json.loads(made.out)
-    assert said["engines_differ_in"].startswith("dtype float32 / bfloat16")  # and in products, on some CPUs
+    assert said["engines_differ_in"] == "dtype float32 / bfloat16"
     assert (said["n"], said["machines"]) == (32, 2)
     assert said["typical_residual"] > 0
     result = assay(
