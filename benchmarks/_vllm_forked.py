@@ -1,5 +1,7 @@
 """vLLM servers on a CPU, forked from one process that has imported vLLM: imports are most of a start.
 
+On a GPU they start as vLLM has it.
+
 The process reads one JSON object a line, forks, and answers with the process id. Each server is the same program as one
 that the command line starts, with the same processes; its engine and its worker are forked as well.
 """
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 from _vllm import Server
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -48,6 +51,9 @@ class ForkedServer(Server):
 
     def run(self, command, environment):
         """Fork a server; the first one of an interpreter and a choice waits until vLLM is imported."""
+        argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
+        if torch.cuda.is_available():
+            return super().run([self.python, "-m", *argv], environment)
         kind = self.python, *(environment.get(name, "") for name in CHOOSING)
         if kind not in _parents:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -55,7 +61,6 @@ class ForkedServer(Server):
                 _parents[kind] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
         parent, code = _parents[kind], self.data_dir / "exit-code"
         code.unlink(missing_ok=True)
-        argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
         order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
         print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
         return _Process(int(parent.stdout.readline()), code)

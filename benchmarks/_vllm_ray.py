@@ -1,7 +1,7 @@
-"""Two nodes of Ray on one host, for vLLM on a CPU: a worker of tensor parallel on each.
+"""Two nodes of Ray on one host, for vLLM on a CPU or on two GPUs: a worker of tensor parallel on each.
 
-Both listen with a token that only their children know, as Ray listens on every address of the host. vLLM's workers run
-under :mod:`_ray_platform`.
+Both listen with a token that only their children know, as Ray listens on every address of the host. On a CPU vLLM's
+workers run under :mod:`_ray_platform`; of two GPUs each node sees one.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 from _vllm import ROOT, distribution, end_processes, free_port
 
 BESIDE = Path(sys.prefix) / "ray"
@@ -45,14 +46,18 @@ class Nodes:
         # The sockets of Ray are in its folder, and their paths may have 107 bytes.
         self.folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))
         port = free_port()
-        self.environment = with_ray(distribution(self.folder / "platform", "ray_cpu", PLATFORM)) | {
+        on_cpu = not torch.cuda.is_available()
+        platform = [distribution(self.folder / "platform", "ray_cpu", PLATFORM)] if on_cpu else []
+        self.environment = with_ray(*platform) | {
             "RAY_ADDRESS": f"{ADDRESSES[0]}:{port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_USAGE_STATS_ENABLED": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_HOST_IP": ADDRESSES[0],
-            "VLLM_PLUGINS": "assay,ray_cpu",
+            "VLLM_PLUGINS": "assay,ray_cpu" if on_cpu else "assay",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
         }
         self._places = (
             ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(self.folder)],
@@ -64,8 +69,8 @@ class Nodes:
     def __enter__(self):
         with contextlib.ExitStack() as ends:
             ends.push(self.__exit__)
-            for address, place in zip(ADDRESSES, self._places, strict=True):
-                self._start(address, place)
+            for device, (address, place) in enumerate(zip(ADDRESSES, self._places, strict=True)):
+                self._start(address, place, device)
             ends.pop_all()
         return self
 
@@ -85,12 +90,12 @@ class Nodes:
             found.append([name for name in names if "RayWorkerProc" in name])
         return found
 
-    def _start(self, address, place, timeout=120.0):
-        """Start a node, and wait until it runs."""
+    def _start(self, address, place, device, timeout=120.0):
+        """Start a node that sees one GPU, if there is one, and wait until it runs."""
         words = ["--block", "--num-gpus", "1", "--num-cpus", "1", "--object-store-memory", "80000000"]
         words += ["--node-ip-address", address, "--disable-usage-stats"]
         log = self.folder / f"{address}.log"
-        environment = os.environ | self.environment | {"VLLM_HOST_IP": address}
+        environment = os.environ | self.environment | {"VLLM_HOST_IP": address, "CUDA_VISIBLE_DEVICES": str(device)}
         with log.open("wb") as file:
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *words]
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

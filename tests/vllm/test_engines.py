@@ -6,19 +6,23 @@ import numpy as np
 import pytest
 from _vllm_forked import ForkedServer
 
-from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
 from tests.vllm.test_nodes import check_chat
 from tests.vllm.test_server import make, proved
 from tests.waiting import until
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="two engines need two GPUs")
+pytestmark = pytest.mark.skipif(ONE_GPU, reason="two engines need two GPUs")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    options = {"--data-parallel-size": "2", "--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "256"}
+    options = SMALL | {
+        "--data-parallel-size": "2",
+        "--kv-cache-memory-bytes": str(2**26),
+        "--max-num-batched-tokens": "256",
+    }
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
     with ForkedServer(tmp_path_factory.mktemp("engines"), options=options, environment=environment) as running:
         yield running

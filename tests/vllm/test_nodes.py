@@ -7,22 +7,23 @@ import pytest
 from _vllm import Server, free_port, talk
 from _vllm_forked import ForkedServer
 
-from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.test_server import make
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="two workers need two GPUs")
+pytestmark = pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    options = {"--tensor-parallel-size": "2", "--nnodes": "2", "--master-addr": "127.0.0.1"}
+    options = SMALL | {"--tensor-parallel-size": "2", "--nnodes": "2", "--master-addr": "127.0.0.1"}
     options |= {"--master-port": str(free_port()), "--kv-cache-memory-bytes": str(2**26)}
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"NCCL_SOCKET_IFNAME": "lo"}
     first, second = (
         ForkedServer(
             tmp_path_factory.mktemp(f"node-{rank}"),
             options=options | {"--node-rank": str(rank)} | ({"--headless": None} if rank else {}),
-            environment=environment,
+            environment=environment | {"CUDA_VISIBLE_DEVICES": str(rank)},
             serves=True,
         )
         for rank in range(2)

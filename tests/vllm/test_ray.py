@@ -7,7 +7,7 @@ from _vllm_ray import OPTIONS, Nodes, installed, with_ray
 from _vllm_tokens import agreement
 
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, SEQ_LEN
+from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
 from tests.vllm.test_nodes import check_chat, check_round
@@ -16,7 +16,7 @@ from tests.waiting import until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(ON_GPU, reason="the nodes of this test have no GPUs"),
+    pytest.mark.skipif(ONE_GPU, reason="two nodes need two GPUs"),
     pytest.mark.skipif(not installed(), reason="Ray is not installed: run make test-vllm"),
 ]
 
@@ -29,7 +29,7 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
-    options = OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
+    options = SMALL | OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
     environment = SEEDED | nodes.environment | {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
     with ForkedServer(tmp_path_factory.mktemp("ray"), options=options, environment=environment) as running:
         yield running
@@ -80,7 +80,7 @@ def test_ray_is_refused_where_vllm_cannot_place_a_worker(nodes, tmp_path):
     """The build for CPUs as it is, and the executor that runs steps beside calls."""
     stock = with_ray() | {"VLLM_PLUGINS": "assay"}
     older = nodes.environment | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}
-    refused = {"Ray on cpu": stock, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older}
+    refused = {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older} | ({} if ON_GPU else {"Ray on cpu": stock})
     servers = [ForkedServer(tmp_path / seen, options=OPTIONS, environment=at) for seen, at in refused.items()]
     try:
         for running in servers:

@@ -11,7 +11,7 @@ from _vllm import KEY, POW, talk
 from _vllm_forked import ForkedServer
 
 from assay.poc.serving import _servers
-from tests.vllm.conftest import SEQ_LEN
+from tests.vllm.conftest import SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
 from tests.vllm.test_server import make, proved
@@ -24,7 +24,7 @@ MANY = 20  # connections, of which each process takes some
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
-    options = {"--api-server-count": "2"}
+    options = SMALL | {"--api-server-count": "2"}
     folder = tmp_path_factory.mktemp("servers")
     with ForkedServer(folder, options=options, environment=environment, serves=True) as running:
         yield running
