@@ -125,6 +125,14 @@ def over_time(logs):
     }
 
 
+def cut_off(log):
+    """How far a run came that did not reach its last step, and its last evaluation."""
+    last = log.evaluations[-1] if log.evaluations else {}
+    seen = {"at": last.get("step"), "hack": last.get("hack"), "solve": last.get("solve")}
+    named = {name: log.header[name] for name in ("condition", "seed")}
+    return named | {"steps": log.steps[-1]["step"] + 1} | seen
+
+
 def figures(part, logs, first=()):
     """What is known of one part; one without a reference of its own is compared with that of the first part."""
     planned = PARTS[part]
@@ -144,7 +152,7 @@ def figures(part, logs, first=()):
         "state": "complete" if whole else "in part",
         "ran": ran,
         "complete_runs": len(done),
-        "cut_off": {log.header["run"]: log.steps[-1]["step"] + 1 for log in logs if not complete(log)},
+        "cut_off": [cut_off(log) for log in logs if not complete(log)],
         "arms": [result.as_dict() for result in summarise([*done, *borrowed]) if result.condition in own],
         "rivals": {} if part == "cpu" else rivals(part, done),
         "evaluations": over_time(done),

@@ -75,6 +75,20 @@ def arms(name: str, *, judged: bool = True) -> None:
     print_table((*header, *("" for _ in range(judged))), rows)
 
 
+def cut_off(name: str) -> None:
+    """Print how far the runs of a part came that did not reach their last step.
+
+    Args:
+        name: Name of the part.
+    """
+    rows = [
+        (run["condition"], run["seed"], run["steps"], run["at"], f"{run['hack']:.3f}", f"{run['solve']:.3f}")
+        for run in _figures()["parts"][name]["cut_off"]
+        if run["at"] is not None
+    ]
+    print_table(("arm", "seed", "steps", "last evaluation at step", "hack", "solve"), rows)
+
+
 def first_and_last(name: str) -> None:
     """Print rates and log-probabilities of a part before the first and after the last step.
 

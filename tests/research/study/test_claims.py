@@ -68,6 +68,13 @@ def test_runs_that_were_cut_off_enter_no_verdict():
     assert lasts("it", (PLAIN, runs(0.0)), (PLAIN, runs(0.0)), [], fewest=3).verdict == "not run yet"
 
 
+def test_an_effect_that_is_not_there_cannot_fade_whatever_was_run_of_the_large_model():
+    for large in ([], PLAIN[:1], PLAIN):
+        claim = lasts("it", (PLAIN, runs(0.93)), (large, large), REFERENCE, fewest=3)
+        assert (claim.verdict, "no effect in the small model" in claim.why) == ("not tested", True)
+        assert set(claim.measured) == {"e_small"} | ({"e_large", "lost"} if large is PLAIN else set())
+
+
 @pytest.mark.parametrize(
     ("large", "verdict"),
     [(runs(0.05), "holds"), (runs(0.6), "does not hold"), (runs(0.1, spread=0.05), "undecided")],

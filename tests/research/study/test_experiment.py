@@ -80,6 +80,7 @@ def test_claims_are_decided_by_the_runs_of_their_part(tmp_path, monkeypatch, cap
     part = _vhack_plan3.PARTS["stored"]
     logs = [log_of("stored", run) for seed in range(300, 306) for run in part.cell(seed)]
     cut = log_of("stored", part.cell(306)[0], steps=50)
+    cut.add_evaluation(40, "training", {"hack": 0.75, "solve": 0.125})
     write(tmp_path, "stored", [*logs, cut])
     read = results.read_parts(tmp_path)
     found = [claim["verdict"] for claim in results.claims(read)]
@@ -87,16 +88,20 @@ def test_claims_are_decided_by_the_runs_of_their_part(tmp_path, monkeypatch, cap
     made = {name: results.figures(name, read.get(name, [])) for name in _vhack_plan3.PARTS if name != "check"}
     assert made["stored"]["state"] == "in part"
     assert [arm["verdict"] for arm in made["stored"]["arms"]][:4] == ["fails", "reference", "fails", "succeeds"]
-    assert made["stored"]["cut_off"] == {cut.header["run"]: 50}
+    seen = {"steps": 50, "at": 40, "hack": 0.75, "solve": 0.125}
+    assert made["stored"]["cut_off"] == [{"condition": cut.header["condition"], "seed": 306} | seen]
     assert made["stored"]["rivals"]["from-dpo less " + _vhack_plan3.HELD]["equal"] == "yes"
     assert made["stored"]["rivals"]["from-dpo less " + _vhack_plan3.DISPLACED]["equal"] == "no"
     (tmp_path / "vhack_study3.json").write_text(dumps({"claims": results.claims(read), "parts": made}))
     monkeypatch.setattr(vhack_tables, "RESULTS", tmp_path)
-    for table in (vhack_tables.claims, vhack_tables.parts, vhack_tables.rivals, lambda: vhack_tables.arms("stored")):
+    for table in (vhack_tables.claims, vhack_tables.parts, vhack_tables.rivals):
         table()
+    for table in (vhack_tables.arms, vhack_tables.cut_off):
+        table("stored")
     said = capsys.readouterr().out
     assert "| `stored` | 7 M | 250 | 78 of 104 | in part | d |" in said
     assert "adam/none/axes-whole/stored-whole" in said
+    assert "| 306 | 50 | 40 | 0.750 | 0.125 |" in said
 
 
 def test_a_part_without_a_reference_of_its_own_is_compared_with_that_of_the_first():

@@ -109,19 +109,21 @@ def lasts(
         reference: Runs that are only paid for correct work, in the large one.
         fewest: Smallest number of complete seeds in the large model.
     """
-    first, second = effects(*small), effects(*large)
-    if len(first) < fewest or len(second) < fewest:
-        return Claim(says, "not run yet", f"{len(first)} and {len(second)} of {fewest} seeds at least", {})
-    lost = welch(first, second)
-    measured = {"e_small": mean_of(first, CONFIDENCE), "e_large": mean_of(second, CONFIDENCE), "lost": lost}
-    if len(rates(reference)) < fewest:
-        return Claim(says, "not run yet", f"{len(rates(reference))} of {fewest} seeds of the reference", measured)
-    untested = manipulated(large[0], reference)
-    if not untested and measured["e_small"].value < FADING:
+    first, second, referred = effects(*small), effects(*large), len(rates(reference))
+    if len(first) < fewest:
+        return Claim(says, "not run yet", f"{len(first)} of {fewest} seeds at least of the small model", {})
+    measured, untested = {"e_small": mean_of(first, CONFIDENCE)}, ""
+    if len(second) >= fewest:
+        measured |= {"e_large": mean_of(second, CONFIDENCE), "lost": welch(first, second)}
+        untested = manipulated(large[0], reference) if referred >= fewest else ""
+    if not untested and measured["e_small"].value < FADING:  # whatever the large model does
         untested = "there is no effect in the small model that could fade"
     if untested:
         return Claim(says, "not tested", untested, measured)
-    low, high = lost.interval
+    if min(len(second), referred) < fewest:
+        seen = f"{len(second)} seeds of the large model and {referred} of its reference"
+        return Claim(says, "not run yet", f"{seen}, {fewest} at least", measured)
+    low, high = measured["lost"].interval
     verdict = "holds" if high <= FADING else "does not hold" if low > FADING else "undecided"
     return Claim(says, verdict, f"{len(first)} and {len(second)} seeds", measured)
 
