@@ -1,17 +1,18 @@
 """Is an honest mixture accused by a law of 1024 distances where the audit has as many nonces?
 
 `calibrate` calls 1024 distances of a mixture enough for a law, which was shown for audits of 256 nonces
-(`mixture_wider.py`). On two H200 an honest vLLM with a Qwen3-MoE in four bits then came out a fraud in an audit of 1024
-(`vllm_parallel_h200x2_dealt.json`). Fixed before anything was measured here:
+(`mixture_wider.py`). On two H200 an honest vLLM with a Qwen3-MoE in four bits then came out a fraud in an audit of
+1024 (`vllm_parallel_h200x2_dealt.json`). Fixed before anything was measured here:
 
 - today: the law as it is fitted.
 - 2.5 and 2: the law with at most so many degrees of freedom. 2.5 is what laws of fewer distances of a mixture get.
 
-Six mixtures: a Qwen3-MoE, a Mixtral, and a Qwen3-MoE with six layers and sixteen experts of which two are asked, whole and
-in four bits. A law of 1024 distances of one block judges all 1024 of every other block, twice in another order. Wanted of
-a candidate over all six: at most .1 % of honest audits accused and .5 % by the worst law of a mixture; 10 % of nonces at 5
-times the noise caught within 150 nonces at most 10 points less than by the laws of today; no cheat that falls from
-.99 caught to less. The first candidate that passes is adopted for all laws of distances of a mixture; otherwise none is.
+Six mixtures: a Qwen3-MoE, a Mixtral, and a Qwen3-MoE with six layers and sixteen experts of which two are asked,
+whole and in four bits. A law of 1024 distances of one block judges all 1024 of every other block, twice in another
+order. Wanted of a candidate over all six: at most .1 % of honest audits accused and .5 % by the worst law of a
+mixture; 10 % of nonces at 5 times the noise caught within 150 nonces at most 10 points less than by the laws of
+today; no cheat that falls from .99 caught to less. The first candidate that passes is adopted for all laws of
+distances of a mixture; otherwise none is.
 
     OMP_NUM_THREADS=1 python benchmarks/mixture_audits.py -o benchmarks/results/mixture_audits.json
 """

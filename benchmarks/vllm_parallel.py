@@ -306,7 +306,8 @@ class Comparison:
         row = {}
         if not self.case.law:
             ours, theirs = self.inside("calibrated"), self.beside(self.model, "calibrated")
-            calibration = poc.calibrate(ours, theirs)
+            told = {"hidden_size": self.model.hidden_size, "mixture": self.case.mixture}
+            calibration = poc.calibrate(ours, theirs, **told)  # as `assay poc calibrate --model` is told
             calibration.save(law_path(self.arguments, self.name, self.preset))
             row["law"] = str(calibration.builds[0].noise.law)
         ways = {way: self.inside("fresh", way) for way in reversed(PATHS)}
