@@ -19,7 +19,9 @@ distances of a mixture; otherwise none is.
 
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ from assay.poc.verdict._noise import Noise
 from tests.models.storing import make_mixture, store
 
 MIXTURES = {"qwen3-moe": ("qwen3-moe", {}), "mixtral": ("mixtral", {}), "fresh": ("qwen3-moe", FRESH)}
-BLOCKS, NONCES, ORDERS, CHEATED = 12, 1024, 2, 4
+BLOCKS, NONCES, ORDERS, CHEATED = 8, 1024, 2, 4
 MOST_DOF = {"today": np.inf, "2.5": 2.5, "2": 2.0}
 
 
@@ -94,18 +96,24 @@ def passes(rule, rows):
     return bool(enough and honest and max(row["worst_law"] for row in mine) <= WANTED["worst_law"])
 
 
+def shown_by(checkpoint):
+    """The rows of one mixture."""
+    blocks = measured(checkpoint)
+    sizes_BN = np.abs(blocks) / np.median(np.abs(blocks), axis=1, keepdims=True)
+    far = (sizes_BN > FAR).sum(axis=1)
+    counts = {"far_nonces_of_a_block": [int(far.min()), float(far.mean()), int(far.max())]}
+    return [{"model": checkpoint.name, **counts, **judged(rule, blocks)} for rule in MOST_DOF]
+
+
 def main():
-    arguments, rows = parser(__doc__).parse_args(), []
+    arguments = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        checkpoints = []
         for name, (kind, sizes) in MIXTURES.items():
             whole = make_mixture(kind, Path(folder) / name, **({"head_dim": 64} | sizes))
-            for checkpoint in (whole, store(whole, Path(folder) / f"{name}-packed", "packed")):
-                blocks = measured(checkpoint)
-                sizes_BN = np.abs(blocks) / np.median(np.abs(blocks), axis=1, keepdims=True)
-                far = (sizes_BN > FAR).sum(axis=1)
-                shown = {"far_nonces_of_a_block": [int(far.min()), float(far.mean()), int(far.max())]}
-                rows += [{"model": checkpoint.name, **shown, **judged(rule, blocks)} for rule in MOST_DOF]
-                note(f"{checkpoint.name} judged")
+            checkpoints += [whole, store(whole, Path(folder) / f"{name}-packed", "packed")]
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            rows = [row for found in pool.map(shown_by, checkpoints) for row in found]
     found = {rule: passes(rule, rows) for rule in MOST_DOF}
     fixed = {"seq_len": SEQ_LEN, "nonces": NONCES, "blocks": BLOCKS, "wanted": WANTED}
     publish("mixture_audits", {**fixed, "passes": found, "rows": rows}, arguments.output)
