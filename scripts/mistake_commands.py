@@ -231,6 +231,8 @@ MISTAKES = {
         "assay vhack check --model reference:qwen3 --html nodir/check.html",
         "assay vhack pairs verify absent.jsonl",
         "assay vhack pairs generate -o proof.jsonl",
+        "assay vhack pairs match preferences.jsonl -o pairs.jsonl",
+        "assay vhack pairs match preferences.jsonl -o preferences.jsonl --overwrite",
         "assay vhack train --model reference:organism -o run --arm displaced",
         "assay vhack train --model reference:organism -o run --arm erase-gradiant",
         "assay vhack train --model reference:organism -o run --modes run_test",

@@ -56,7 +56,7 @@ def parallel() -> None:
 def _case(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     """Return the row of one engine; one that ended early has the reason, whatever it has shown before."""
     fingerprint = row.get("fingerprint")
-    device = _built(fingerprint)[2] if fingerprint else ""
+    device = ", ".join(reversed(_built(fingerprint)[1:])) if fingerprint else ""
     for end in ("refused", "failed"):
         if end in row:
             errors = row.get("errors") or [""]

@@ -140,6 +140,7 @@ FROZEN = {
     },
     "vhack pairs list": {"--json"},
     "vhack pairs generate": {"--output", "--count", "--seed", "--mechanism", "--family", "--overwrite", "--json"},
+    "vhack pairs match": {"--output", "--works", "--per-prompt", "--overwrite", "--json"},
     "vhack pairs verify": {"--tests", "--allow-unsandboxed", "--json"},
     "models list": {"--json"},
     "models info": {"--json"},

@@ -7,6 +7,7 @@ import torch
 from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS
+from assay.vhack.environment import Episode, tasks
 from tests.vhack.training.conftest import checkpoint  # noqa: F401
 
 FLAGS = ["--modes", "exit_code", "--difficulty", "1", "--tasks", 3, "--per-task", 2, "--max-new-tokens", 6]
@@ -147,3 +148,18 @@ def test_lines_of_others_may_say_anything_else(assay, tmp_path):
     assert said.code == 0, said.err
     values = json.loads(said.out)
     assert (values["at_limit"], values["rates"]["reward"]) == (0, {"value": 1.0, "low": None, "high": None})
+
+
+def test_graded_completions_are_matched_to_pairs_that_hold(assay, tmp_path):
+    samples, graded, pairs = (tmp_path / name for name in ("samples.jsonl", "graded.jsonl", "pairs.jsonl"))
+    lines = []
+    for task, mode in zip(tasks(3), ("run_tests", "sentinel", "exit_code"), strict=True):
+        episode = Episode(task, mode)
+        about = {"prompt": episode.prompt, "task": task.name, "mode": mode, "markers": "training"}
+        lines += [about | {"completion": episode.completion(p)} for p in (episode.honest(), episode.exploit())]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert assay("vhack", "evaluate", "--samples", samples, "--graded", graded).code == 0
+    said = assay("vhack", "pairs", "match", graded, "--works", graded, "-o", pairs, "--json")
+    values = json.loads(said.out)
+    assert (values["pairs"], values["groups"], values["prompts_with_work"]) == (3, 3, 3)
+    assert assay("vhack", "pairs", "verify", pairs).code == 0

@@ -66,6 +66,17 @@ class GenerateSettings(Settings):
     overwrite: bool = Field(False, description="Replace an existing file.")
 
 
+class MatchPairsSettings(Settings):
+    """Settings of ``assay vhack pairs match``."""
+
+    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
+    works: Path | None = Field(
+        None, description="Graded completions of which correct work is taken; by default the same as for the hacks."
+    )
+    per_prompt: int = Field(1, ge=1, description="Most pairs of one prompt.")
+    overwrite: bool = Field(False, description="Replace an existing file.")
+
+
 class VerifyPairsSettings(Settings):
     """Settings of ``assay vhack pairs verify``."""
 

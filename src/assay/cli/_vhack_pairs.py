@@ -1,6 +1,7 @@
-"""``assay vhack pairs``: list, generate and verify contrastive pairs."""
+"""``assay vhack pairs``: list, generate, match and verify contrastive pairs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from assay.cli._output import JsonFlag, emit_json, progress_bar, show_values, ta
 from assay.cli._settings import settings
 
 if TYPE_CHECKING:
-    from assay.cli._plain_settings import GenerateSettings, VerifyPairsSettings
+    from assay.cli._plain_settings import GenerateSettings, MatchPairsSettings, VerifyPairsSettings
     from assay.vhack import Pair
     from assay.vhack.pairs import PairVerdict
 
@@ -52,6 +53,26 @@ def generate(chosen: "GenerateSettings", as_json: JsonFlag = False) -> None:
     groups = len({pair.group for pair in pairs})
     values = {"path": str(chosen.output), "pairs": len(pairs), "groups": groups, "seed": chosen.seed}
     show_values("assay.vhack.pairs.generate/1", values, as_json)
+
+
+@app.command(epilog="Example: assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl")
+@settings("assay.cli._plain_settings:MatchPairsSettings")
+def match(
+    chosen: "MatchPairsSettings",
+    hacks: Annotated[Path, typer.Argument(help="Graded completions of which the hacks are taken.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Pair hacks with correct work on the same prompt, both as models wrote them (assay vhack evaluate --graded)."""
+    from assay.reports import check_new_file
+    from assay.vhack.pairs import match_pairs, write_pairs
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    found = match_pairs(hacks, chosen.works or hacks, per_prompt=chosen.per_prompt)
+    write_pairs(chosen.output, found.pairs)
+    groups = len({pair.group for pair in found.pairs})
+    prompts = {"prompts_with_a_hack": found.hacked, "prompts_with_work": found.worked}
+    values = {"path": str(chosen.output), "pairs": len(found.pairs), "groups": groups, **prompts}
+    show_values("assay.vhack.pairs.match/1", values, as_json)
 
 
 @app.command(epilog="Example: assay vhack pairs verify pairs.jsonl")
