@@ -151,11 +151,12 @@ def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
             "named": ", ".join(build.named) or "nothing",
             "engines_differ_in": ", ".join(other) or "nothing",
         }
-        if build.is_too_few():
-            values["warning"] = build.caution
-        elif build.mixture is None and build.is_too_few(mixture=True):
+        if caution := build.caution():
+            values["warning"] = caution
+        elif build.mixture is None and build.caution(mixture=True):
             values["advice"] = (
-                f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more: a law of fewer may accuse it"
+                f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model: another law may "
+                "accuse it"
             )
         left_out = build.left_out
         if left_out is not None:

@@ -11,6 +11,7 @@ from assay.cli import run
 from assay.models import Model, load_model, model_info
 from assay.poc import Calibration, Proof, Round, calibrate, prove, verify
 from assay.poc.verdict import ENOUGH_OF_MIXTURE
+from assay.poc.verdict._build_noise import MIXTURE_DOF
 from tests.models.storing import make_mixture
 
 SAYS = "the law rests on 32 distances of a mixture of experts"
@@ -51,13 +52,14 @@ def test_the_law_file_keeps_that_the_model_is_a_mixture(mixture: Model, tmp_path
     made.save(tmp_path / "law.json")
     (build,) = Calibration.load(tmp_path / "law.json").builds
     assert build.mixture
-    assert build.is_too_few()
+    assert build.is_few
+    assert build.noise.law.dof <= MIXTURE_DOF
     noise = build.between(None, None)
     assert SAYS in noise.caution
     assert noise.source == f"calibration on 32 nonces of a mixture, fewer than {ENOUGH_OF_MIXTURE}"
     assert noise.scaled(2.0).caution == noise.caution
     for mended in (replace(build, n=ENOUGH_OF_MIXTURE), replace(build, mixture=None)):
-        assert not mended.is_too_few()
+        assert not mended.caution()
         assert not mended.between(None, None).caution
 
 
@@ -65,7 +67,7 @@ def test_distances_of_several_positions_are_distances(mixture: Model, tmp_path: 
     (build,) = measured(proofs(mixture, tmp_path), mixture=True).builds
     Calibration(builds=(replace(build, output="position distance"),)).save(tmp_path / "law.json")
     (read,) = Calibration.load(tmp_path / "law.json").builds
-    assert read.is_too_few()
+    assert read.caution()
     assert SAYS in read.between(None, None).caution
 
 
@@ -75,13 +77,18 @@ def test_the_verdict_says_it_and_is_the_same(mixture: Model, tmp_path: Path, tol
     doubtful, proof = measured(paths, mixture=told), Proof.load(paths[0])
     enough = Calibration(builds=tuple(replace(build, n=ENOUGH_OF_MIXTURE) for build in doubtful.builds))
     said, unsaid = (verify(proof, mixture, calibration=one, seed=1) for one in (doubtful, enough))
-    assert said.reason == f"{unsaid.reason}; {SAYS} and may accuse an honest node: calibrate on 1024 or more"
+    of_its_tail = "; the law of a mixture of experts has a tail of 6 degrees of freedom"
+    assert (of_its_tail in unsaid.reason) == (told is None)
+    reason, _, _ = unsaid.reason.partition(of_its_tail)
+    assert said.reason == f"{reason}; {SAYS} and may accuse an honest node: calibrate on 1024 or more"
     assert said.noise.law == unsaid.noise.law
     assert (said.verdict, said.exit_code, said.sequential) == (unsaid.verdict, unsaid.exit_code, unsaid.sequential)
 
 
-@pytest.mark.parametrize(("count", "mixture", "dof"), [(64, True, 2.5), (64, False, 6), (64, None, 6), (1024, True, 6)])
-def test_few_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, count, mixture, dof) -> None:
+@pytest.mark.parametrize(
+    ("count", "mixture", "dof"), [(64, True, 2.5), (64, False, 6), (64, None, 6), (1024, True, 2.5)]
+)
+def test_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, count, mixture, dof) -> None:
     """Nonces that ask other experts are few: a block without one looks as if it had a light tail."""
     round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
     proof = prove(small_model, round, range(count), batch_size=64)
@@ -89,6 +96,10 @@ def test_few_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, co
     moved = [replace(record, distance=record.distance + x) for record, x in zip(proof.records, noise, strict=True)]
     (build,) = calibrate(proof, replace(proof, records=tuple(moved)), mixture=mixture).builds
     assert build.noise.law.dof == dof
+    light = "the law of a mixture of experts has a tail of 6 degrees of freedom and may accuse an honest node"
+    said = replace(build, n=ENOUGH_OF_MIXTURE).between(None, None, mixture=True)
+    assert said.caution == ("" if mixture else f"{light}: calibrate again with --model")
+    assert said.source == "calibration on 1024 nonces" + ("" if mixture else " of a mixture")
 
 
 def test_nothing_is_said_of_vectors_nor_of_dense_models(mixture: Model, small_model: Model, tmp_path: Path) -> None:
@@ -123,5 +134,5 @@ def test_the_command_says_it_plainly(checkpoint: Path, mixture: Model, tmp_path:
     assert SAYS in json.loads(capsys.readouterr().out)["reason"]
     assert run(made) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["advice"].startswith("for a mixture of experts, take 1024 nonces or more")
+    assert said["advice"].startswith("for a mixture of experts, take 1024 nonces or more, and --model")
     assert "warning" not in said

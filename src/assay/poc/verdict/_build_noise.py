@@ -23,10 +23,10 @@ ENOUGH_OF_MIXTURE = 1024
 
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 MIXTURE_DOF = 2.5
-"""Most degrees of freedom of a law of fewer distances of a mixture, which its block may show too light a tail for.
+"""Most degrees of freedom of a law of distances of a mixture, for which its block may show too light a tail.
 
 It is what the distances of many blocks of a small Qwen3-MoE choose, judged on Mixtral and on a mixture that was not
-measured before (benchmarks/mixture_wider.py).
+measured before (benchmarks/mixture_wider.py), and where the audit has as many nonces as the law (mixture_audits.py).
 """
 
 LAWS: dict[str, type[Law]] = {
@@ -92,22 +92,27 @@ class BuildNoise:
     named: Mapping[str, Law] = field(default_factory=dict)
     mixture: bool | None = None
 
-    def is_too_few(self, *, mixture: bool = False) -> bool:
-        """Return whether the law is of fewer distances of a mixture than it should rest on.
+    def caution(self, *, mixture: bool = False) -> str:
+        """Return what to say of a law of distances of a mixture that may accuse an honest node; of others nothing.
 
         Args:
             mixture: Whether the model is a mixture, for a measurement that was not told.
         """
-        of_distances = isinstance(self.noise.law, stats.ScaleNoise)  # of every family: `fit_noise` bounds their tail
-        return bool(self.mixture or mixture) and of_distances and self.n < ENOUGH_OF_MIXTURE
+        law = self.noise.law
+        if not (self.mixture or mixture) or not isinstance(law, stats.ScaleNoise):
+            return ""
+        if self.is_few:
+            seen, todo = f"rests on {self.n} distances of a mixture of experts", f"on {ENOUGH_OF_MIXTURE} or more"
+        elif law.dof > MIXTURE_DOF:
+            seen, todo = f"of a mixture of experts has a tail of {law.dof:g} degrees of freedom", "again with --model"
+        else:
+            return ""
+        return f"the law {seen} and may accuse an honest node: calibrate {todo}"
 
     @property
-    def caution(self) -> str:
-        """What to say of a law that rests on too few distances of a mixture."""
-        return (
-            f"the law rests on {self.n} distances of a mixture of experts and may accuse an honest node: calibrate on "
-            f"{ENOUGH_OF_MIXTURE} or more"
-        )
+    def is_few(self) -> bool:
+        """Whether these are fewer nonces than a law of distances of a mixture should rest on."""
+        return self.n < ENOUGH_OF_MIXTURE
 
     @property
     def known(self) -> list[Fingerprint]:
@@ -170,9 +175,9 @@ class BuildNoise:
         kind = _kind(prover) if prover is not None else ""
         law = self.noise.law_of(kind, row)
         measured = row is not None and mine is not None and len(self.machines) < FEWEST_MACHINES
-        spread, source, caution = self.noise.known if measured else self.noise.spread, self.source, ""
-        if self.is_too_few(mixture=mixture):
-            source, caution = f"{source} of a mixture, fewer than {ENOUGH_OF_MIXTURE}", self.caution
+        spread, source = self.noise.known if measured else self.noise.spread, self.source
+        if caution := self.caution(mixture=mixture):
+            source += f" of a mixture, fewer than {ENOUGH_OF_MIXTURE}" if self.is_few else " of a mixture"
         noise = Noise(law, source, spread, self.effect, self.named, caution)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol import Pipeline, Proof, block_scale, get_pipeline
 from assay.poc.verdict._build_noise import (
-    ENOUGH_OF_MIXTURE,
     MIN_NONCES,
     MIXTURE_DOF,
     BuildNoise,
@@ -57,9 +56,9 @@ def calibrate(
         proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
-        mixture: Whether the model is a mixture of experts. A law of fewer than 1024 of its distances has at most 2.5
-            degrees of freedom, as a block may have no nonce that asks other experts, and the law and every verdict by
-            it say so.
+        mixture: Whether the model is a mixture of experts. A law of its distances has at most 2.5 degrees of freedom,
+            as a block has few nonces that ask other experts, or none. Of a law of fewer than 1024 the file and every
+            verdict say so.
         against: Proofs of known cheats by name, of a round that an honest proof is of, such as another quantisation.
             An honest verdict must exclude each.
         progress: Function that is called with (machines left out, machines in all).
@@ -217,8 +216,8 @@ def _build(
     mixture: bool = False,
 ) -> BuildNoise:
     n = min(errors.size for errors in measured.values())
-    most_dof = MIXTURE_DOF if mixture and n < ENOUGH_OF_MIXTURE else math.inf
-    kinds, fit = [machine.kind for machine in machines], partial(fit_noise, pipeline, most_dof=most_dof)
+    fit = partial(fit_noise, pipeline, most_dof=MIXTURE_DOF if mixture else math.inf)
+    kinds = [machine.kind for machine in machines]
     effect, left_out = effect_from_power(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
     return BuildNoise(
         output=pipeline.noise,
