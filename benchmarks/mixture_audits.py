@@ -33,16 +33,14 @@ from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from mixture_laws import ATTENTION, BATCH, FAR, SEQ_LEN
+from mixture_laws import FAR, SEQ_LEN, measured
 from mixture_wider import ALPHA, FRESH, PRESET, WANTED
 from shares import CHEATS, WITHIN, cheating
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assay.models import load_model
-from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.protocol import block_scale
-from assay.poc.verdict import fit_machines, fit_noise, residuals, sequential_test
+from assay.poc import get_pipeline
+from assay.poc.verdict import fit_machines, fit_noise, sequential_test
 from assay.poc.verdict._calibrate import SCALED_SPREAD
 from assay.poc.verdict._noise import Noise
 from tests.models.storing import make_mixture, store
@@ -51,21 +49,6 @@ MIXTURES = {"qwen3-moe": ("qwen3-moe", {}), "mixtral": ("mixtral", {}), "fresh":
 BLOCKS, NONCES, ORDERS, CHEATED = 8, 1024, 2, 4
 MOST_DOF = {"today": np.inf, "2.5": 2.5, "2": 2.0}
 AGAIN = {"accused": 0.01, "worst_law": 1.0, "fewer_cheats": WANTED["fewer_cheats"]}
-
-
-def measured(checkpoint, named):
-    """Residuals of two ways of attention by block, over the scale of the block, [N] each."""
-    proofs = {}
-    for attention in ATTENTION:
-        model = load_model(checkpoint, dtype="bfloat16", device="cpu")
-        model.module.set_attn_implementation(attention)
-        engine = HFEngine(model, batch_size=BATCH, seq_len=SEQ_LEN)
-        for block in range(BLOCKS):
-            round = Round(block_hash=f"{named} {block}", public_key="k", preset=PRESET, seq_len=SEQ_LEN, model="m")
-            proofs[attention, block] = prove(model, round, range(NONCES), engine=engine)
-        note(f"{checkpoint.name} by {attention} measured")
-    pairs = [[proofs[attention, block] for attention in ATTENTION] for block in range(BLOCKS)]
-    return [residuals(one.records, other.records) / block_scale(one.round, model.hidden_size) for one, other in pairs]
 
 
 def judged(rule, blocks):
@@ -106,7 +89,7 @@ def passes(rule, rows, wanted):
 
 def shown_by(named, checkpoint):
     """The rows of one mixture, on blocks of a name."""
-    blocks = measured(checkpoint, named)
+    blocks = measured(checkpoint, PRESET, named, [NONCES] * BLOCKS)
     sizes_BN = np.abs(blocks) / np.median(np.abs(blocks), axis=1, keepdims=True)
     far = (sizes_BN > FAR).sum(axis=1)
     counts = {"far_nonces_of_a_block": [int(far.min()), float(far.mean()), int(far.max())]}

@@ -26,22 +26,22 @@ from tests.models.storing import make_mixture
 PRESETS, ATTENTION = ("poc-2.0", "hardened"), ("sdpa", "eager")
 LAWS = {256: 24, 1024: 6}  # nonces of a law, and how many laws of that size
 BLOCKS, AUDITED, AUDITS, BATCH, SEQ_LEN = 24, 256, 40, 128, 64
+COUNTS = [max(LAWS) if block < LAWS[max(LAWS)] else AUDITED for block in range(BLOCKS)]
 FAR = 8.0  # times the median, beyond which a nonce counts as one with other experts
 
 
-def measured(checkpoint, preset):
-    """Residuals by block, over the scale of the block, [N] each."""
+def measured(checkpoint, preset, named="mixture", counts=COUNTS):
+    """Residuals by block, over the scale of the block, [N] each: so many nonces of each block of a name."""
     proofs = {}
     for attention in ATTENTION:
         model = load_model(checkpoint, dtype="bfloat16", device="cpu")
         model.module.set_attn_implementation(attention)
         engine = HFEngine(model, batch_size=BATCH, seq_len=SEQ_LEN)
-        for block in range(BLOCKS):
-            round = Round(block_hash=f"mixture {block}", public_key="k", preset=preset, seq_len=SEQ_LEN, model="m")
-            count = max(LAWS) if block < LAWS[max(LAWS)] else AUDITED
+        for block, count in enumerate(counts):
+            round = Round(block_hash=f"{named} {block}", public_key="k", preset=preset, seq_len=SEQ_LEN, model="m")
             proofs[attention, block] = prove(model, round, range(count), engine=engine)
-        note(f"{preset} by {attention} measured")
-    pairs = [[proofs[attention, block] for attention in ATTENTION] for block in range(BLOCKS)]
+        note(f"{checkpoint.name} {preset} by {attention} measured")
+    pairs = [[proofs[attention, block] for attention in ATTENTION] for block in range(len(counts))]
     return [residuals(one.records, other.records) / block_scale(one.round, model.hidden_size) for one, other in pairs]
 
 
