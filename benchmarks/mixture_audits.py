@@ -32,7 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from _common import note, parser, publish
+from _common import parser, publish
 from mixture_laws import FAR, SEQ_LEN, measured
 from mixture_wider import ALPHA, FRESH, PRESET, WANTED
 from shares import CHEATS, WITHIN, cheating
