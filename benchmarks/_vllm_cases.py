@@ -6,6 +6,7 @@ from typing import Any
 STORED = ("tensor", "channel-tensors", "block", "int8", "packed", "packed-zeros", "awq", "gptq")
 STORED_EXPERTS = ("tensor", "block", "int8", "packed")
 STAGES, TENSOR = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
+ON_NODES = TENSOR | {"distributed_executor_backend": "ray", "disable_custom_all_reduce": True}
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Case:
         stored: Format in which the checkpoint is stored, of ``tests.models.storing``; not quantised where empty.
         compiled: Whether layers are compiled, as in a server with default settings.
         validator: Whether the case judges the proofs of the others, without an engine of vLLM.
-        ray: Whether the workers are on two nodes of Ray, on a CPU.
+        ray: Whether the workers are on two nodes of Ray.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +65,7 @@ CASES = {
     "mixture-ep2": Case(SHARED, mixture=True),
     "mixture-dp2": Case({"data_parallel_size": 2}, mixture=True),
     "tp2-compiled": Case(TENSOR, compiled=True),
-    "tp2-ray": Case(TENSOR | {"distributed_executor_backend": "ray"}, ray=True),
+    "tp2-ray": Case(ON_NODES, ray=True),
 }
 OF_FORMATS = {
     "formats-tp2": {f"tp2, {form}": Case(TENSOR, stored=form) for form in STORED},

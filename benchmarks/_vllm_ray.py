@@ -22,7 +22,7 @@ BESIDE = Path(sys.prefix) / "ray"
 """Where ``make test-vllm`` puts Ray, beside the environment."""
 
 ADDRESSES = "127.0.0.2", "127.0.0.3"  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
-OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray"}
+OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray", "--disable-custom-all-reduce": None}
 PLATFORM = {"vllm.platform_plugins": {"ray_cpu": "_ray_platform:name"}}
 STARTED = "Ray runtime started"
 
