@@ -117,7 +117,7 @@ def _on_gpu() -> Iterator[tuple[str, ...]]:
 def _built(fingerprint: dict[str, Any]) -> tuple[str, str, str]:
     """Return version, runner and device of an engine."""
     library, runner, *_ = fingerprint["library"].split(", ")
-    device = fingerprint["device"].removeprefix("NVIDIA ").replace("x86_64", "x86-64")
+    device = fingerprint["device"].removeprefix("NVIDIA ").removesuffix(" 80GB HBM3").replace("x86_64", "x86-64")
     return library.removeprefix("vllm "), runner.removeprefix("runner ").upper(), device
 
 

@@ -224,14 +224,15 @@ ENGINES = {
     [
         ({}, [], None),
         ({}, ["AsyncMPClient.call_utility_all_async"], "without AsyncMPClient"),
-        ({"model_config.is_moe": True}, [], "of a mixture"),
+        ({"model_config.is_moe": True}, [], "of a mixture on cpu"),
+        ({"model_config.is_moe": True, "device_config.device_type": "cuda"}, [], None),
         ({"parallel_config.data_parallel_external_lb": True}, [], "another load balancer"),
         ({"parallel_config.data_parallel_hybrid_lb": True}, [], "another load balancer"),
         ({"parallel_config.data_parallel_size_local": 1}, [], "on this host"),
         ({"parallel_config.data_parallel_backend": "ray"}, [], "on this host"),
     ],
 )
-def test_engines_that_share_a_round_are_dense_and_behind_one_server(
+def test_engines_share_a_round_behind_one_server_and_engines_of_a_mixture_on_a_gpu(
     changes: dict, missing: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_compatibility, "_missing", lambda names: missing)

@@ -75,7 +75,7 @@ SEVERAL: Mapping[str, tuple[str, ...]] = {
 """Names that are used where there are several data-parallel engines."""
 
 
-STEPPING_TOGETHER: tuple[str, ...] = ()
+STEPPING_TOGETHER: tuple[str, ...] = ("cuda",)
 """Kinds of device on which data-parallel engines of a mixture were run: their steps wait for each other's experts."""
 
 
@@ -180,14 +180,17 @@ def _check_engines(config: Any) -> None:
     local = parallel.data_parallel_size_local == parallel.data_parallel_size and parallel.data_parallel_backend == "mp"
     for refused, seen in (
         (missing, f"and without {', '.join(missing)}"),
-        (config.model_config.is_moe and device not in STEPPING_TOGETHER, "of a mixture, which step together"),
+        (
+            config.model_config.is_moe and device not in STEPPING_TOGETHER,
+            f"of a mixture on {device}, which step together",
+        ),
         (balanced, "behind another load balancer"),
         (not local, "that it does not start on this host by itself"),
     ):
         if refused:
             raise UsageError(
                 f"vLLM with {parallel.data_parallel_size} data-parallel engines {seen}",
-                wanted="engines of a dense model on one host behind one server, with vLLM 0.32",
+                wanted="engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32",
                 do="start one server per engine, each with its own node_id and data directory",
             )
 
