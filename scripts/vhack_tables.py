@@ -1,6 +1,7 @@
 """Tables of the third experiment for docs/vhack-results.md; cog runs them.
 
-All are of benchmarks/results/vhack_study3.json, which says of parts without runs that they are not run yet.
+All are of benchmarks/results/vhack_study3.json, unless another file is named. It says of parts without runs that they
+are not run yet.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ _WORDS = {
 _ABSENT = "not run yet"
 
 
-def _figures() -> dict[str, Any]:
-    found: dict[str, Any] = read_json(RESULTS / "vhack_study3.json")
+def _figures(of: str = "vhack_study3") -> dict[str, Any]:
+    found: dict[str, Any] = read_json(RESULTS / f"{of}.json")
     return found
 
 
@@ -51,14 +52,15 @@ def parts() -> None:
     print_table(("part", "organism", "steps", "complete runs", "state", "on"), rows)
 
 
-def arms(name: str, *, judged: bool = True) -> None:
+def arms(name: str, *, judged: bool = True, of: str = "vhack_study3") -> None:
     """Print the result of a part, or that it is not run yet.
 
     Args:
         name: Name of the part.
         judged: Whether to print what the success rule says of each arm.
+        of: Name of the file of results.
     """
-    part = _figures()["parts"][name]
+    part = _figures(of)["parts"][name]
     if not part.get("arms"):
         print(f"*{_ABSENT.capitalize()}.*" if part["state"] == _ABSENT else "*No run of it is complete yet.*")
         return
@@ -75,15 +77,16 @@ def arms(name: str, *, judged: bool = True) -> None:
     print_table((*header, *("" for _ in range(judged))), rows)
 
 
-def cut_off(name: str) -> None:
+def cut_off(name: str, *, of: str = "vhack_study3") -> None:
     """Print how far the runs of a part came that did not reach their last step.
 
     Args:
         name: Name of the part.
+        of: Name of the file of results.
     """
     rows = [
         (run["condition"], run["seed"], run["steps"], run["at"], f"{run['hack']:.3f}", f"{run['solve']:.3f}")
-        for run in _figures()["parts"][name]["cut_off"]
+        for run in _figures(of)["parts"][name]["cut_off"]
         if run["at"] is not None
     ]
     print_table(("arm", "seed", "steps", "last evaluation at step", "hack", "solve"), rows)

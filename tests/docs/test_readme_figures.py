@@ -78,10 +78,15 @@ def training() -> list[str]:
         (parts["unsampled-120m"]["arms"], ""),
         (parts["stored"]["arms"], "/stored-whole"),
         (parts["stored-30m"]["arms"], "/stored-whole"),
+        (of("vhack_study3_first_organism")["parts"]["stored-120m"]["arms"], "/stored-whole"),
+        (parts["stored-120m"]["arms"], "/stored-whole"),
     ):
         (arm,) = (arm for arm in arms if arm["condition"] == name + regime)
         ends.append(f"{arm['rates']['hack']['value']:.3f}")
-    return ["[{}] at 7 M, [{} and {}] at 30 and 120 M; stored {} and {}".format(*ends)]
+    return [
+        "[{}] at 7 M, [{} and {}] at 30 and 120 M; stored {} and {}".format(*ends[:5]),
+        "at 120 M [{}] on one organism and {}, rising, on another".format(*ends[5:]),
+    ]
 
 
 ROWS = {
