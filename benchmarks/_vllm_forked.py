@@ -32,7 +32,7 @@ IMPORTED = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
-    "assay.poc.serving",
+    "assay.poc.serving._plugin",
     "assay.streams._numba",
 )
 CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"

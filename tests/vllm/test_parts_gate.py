@@ -358,7 +358,7 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 ):
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    monkeypatch.setattr(_preflight.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
     monkeypatch.setattr(_preflight, "check_installed", refuse)
     with pytest.raises(SystemExit, match="wanted: another") if checked else nullcontext():
         before_start()

@@ -1,6 +1,8 @@
 """What a server refuses in its first seconds, with the command line read by the parser of the installed vLLM."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,17 @@ library = "vllm 0.*"
         path.write_text(text.replace(old, new))
         said = start(*SERVE, *NEEDED, "--max-model-len", "256")
         assert (seen in said and "\n  to do:  " in said) if seen else said is None
+
+
+def test_a_server_without_a_package_of_the_service_does_not_start(tmp_path: Path):
+    """vLLM only logs a plugin that cannot be imported, and would serve chat without proofs."""
+    program = (
+        "import sys; sys.modules['structlog'] = None; sys.argv = sys.argv[1:];"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    )
+    environment = os.environ | {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program, *SERVE, *NEEDED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 1, ended.stderr
+    assert "assay refuses to start: the package structlog is not installed" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,21 +1,15 @@
-"""The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes.
+"""The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
 
-:func:`before_start` is an entry point of ``vllm.general_plugins``: vLLM calls it in each of its processes, in the first
-one while it builds the parser of its command line (``AsyncEngineArgs.add_cli_args``).
-"""
-
-import multiprocessing
 import os
 import sys
 from argparse import Namespace
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from assay.errors import AssayError, UsageError
+from assay.errors import UsageError
 from assay.models import identify
 from assay.poc.engines.vllm import (
     EXTENSION,
@@ -41,8 +35,6 @@ from assay.poc.serving._servers import check_folder
 from assay.streams import dtype_name
 
 DEFAULT = ThrottleSettings()
-MODULES = ("api_server.py", "entry.py")
-"""Files that ``python -m`` runs as a server: the second one since 0.32, where the first is deprecated."""
 
 
 class PluginSettings(Settings):
@@ -108,38 +100,29 @@ class PluginSettings(Settings):
         return ThrottleSettings(**{field.name: getattr(self, f"vllm_{field.name}") for field in fields(DEFAULT)})
 
 
-def before_start() -> None:
-    """Refuse a server that could not prove, in the first seconds, and set what float32 and responses need.
-
-    It reads the command line and a ``--config`` file with vLLM's own parser, and the settings of the model with vLLM's
-    own configuration. Only the first process of a server with the plugin is checked; all others are left alone.
+def check_server() -> None:
+    """Refuse the server of this command line if it could not prove, and set what float32 and responses need.
 
     Raises:
-        SystemExit: Exit code 1 with the refusal, or whatever vLLM's parser raises for arguments that it refuses itself.
+        AssayError: It could not.
+        SystemExit: vLLM's parser refuses the arguments itself.
     """
-    if "assay" not in os.environ.get("VLLM_PLUGINS", "").split(",") or multiprocessing.parent_process() is not None:
+    version = check_installed()
+    arguments, settings = _arguments(), PluginSettings()
+    _check_frontend(arguments)
+    check_arguments(arguments, settings)
+    if not getattr(arguments, "headless", False):  # else it has no port
+        check_key(arguments, settings)
+    multiply_exactly(arguments.dtype)
+    config = _config(arguments)
+    if config is None:
         return
-    if not (sys.argv[1:2] == ["serve"] or Path(sys.argv[0]).name in MODULES):
-        return
-    try:
-        version = check_installed()
-        arguments, settings = _arguments(), PluginSettings()
-        _check_frontend(arguments)
-        check_arguments(arguments, settings)
-        if not getattr(arguments, "headless", False):  # else it has no port
-            check_key(arguments, settings)
-        multiply_exactly(arguments.dtype)
-        config = _config(arguments)
-        if config is None:
-            return
-        check_config(config, forward=settings.vllm_forward)
-        check_responses(config, settings.responses, version)
-        if settings.pins is not None:
-            check_pins(settings.pins, arguments.model, config, version)
-        if settings.responses != "off":
-            sys.argv += response_arguments(arguments, config, settings.responses)
-    except AssayError as error:
-        raise SystemExit(f"assay refuses to start: {error}") from None
+    check_config(config, forward=settings.vllm_forward)
+    check_responses(config, settings.responses, version)
+    if settings.pins is not None:
+        check_pins(settings.pins, arguments.model, config, version)
+    if settings.responses != "off":
+        sys.argv += response_arguments(arguments, config, settings.responses)
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
