@@ -212,6 +212,14 @@ library = "vllm 0.*"
         assert (seen in said and "\n  to do:  " in said) if seen else said is None
 
 
+def test_the_worker_extension_without_the_plugin_is_refused(start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("VLLM_PLUGINS")
+    said = start(*SERVE, *NEEDED)
+    assert said is not None
+    assert said.startswith("assay refuses to start: vLLM with the worker extension of assay and without VLLM_PLUGINS")
+    assert start(*SERVE, "--dtype", "float32") is None  # a server that has nothing to do with assay
+
+
 def test_a_server_without_a_package_of_the_service_does_not_start(tmp_path: Path):
     """vLLM only logs a plugin that cannot be imported, and would serve chat without proofs."""
     program = (
