@@ -5,6 +5,7 @@ from typing import Any
 
 from tables import RESULTS, print_table
 
+from assay.poc.verdict import machine_kind
 from assay.reports import read_json
 
 PRESETS = ("poc-2.0", "hardened")
@@ -117,7 +118,7 @@ def _on_gpu() -> Iterator[tuple[str, ...]]:
 def _built(fingerprint: dict[str, Any]) -> tuple[str, str, str]:
     """Return version, runner and device of an engine."""
     library, runner, *_ = fingerprint["library"].split(", ")
-    device = fingerprint["device"].removeprefix("NVIDIA ").removesuffix(" 80GB HBM3").replace("x86_64", "x86-64")
+    device = machine_kind(fingerprint["device"]).upper() or fingerprint["device"].replace("x86_64", "x86-64")
     return library.removeprefix("vllm "), runner.removeprefix("runner ").upper(), device
 
 

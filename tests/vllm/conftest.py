@@ -20,7 +20,10 @@ SEQ_LEN = 64
 ON_GPU = torch.cuda.is_available()
 ONE_GPU = torch.cuda.device_count() == 1
 SMALL = {"--gpu-memory-utilization": "0.1", "--kv-cache-memory-bytes": str(2**28)} if ON_GPU else {}
-"""Options of a server that leaves most of a GPU to others; a CPU build is told the size of its cache."""
+"""Options of a server that leaves most of a GPU to others; a CPU build is told the size of its cache elsewhere.
+
+The size is given because vLLM otherwise measures it, and fails where another process frees memory meanwhile.
+"""
 RUNNER = "v2" if ON_GPU and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" else "v1"
 """The model runner that vLLM chooses here."""
 

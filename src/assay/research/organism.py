@@ -176,24 +176,11 @@ def make_organism(
     order = _order(len(rows), recipe)
     for step in range(recipe.steps):
         ids_BT, labels_BT = _batch([rows[next(order)] for _ in range(recipe.batch)], model.device)
-        learned, loss = (labels_BT != _IGNORED).sum(), torch.zeros((), device=model.device)
         optimizer.zero_grad()
-        for ids_PT, labels_PT in zip(torch.split(ids_BT, _AT_ONCE), torch.split(labels_BT, _AT_ONCE), strict=True):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                logits_PTV = module(input_ids=ids_PT, use_cache=False).logits
-            summed = functional.cross_entropy(
-                logits_PTV[:, :-1].flatten(0, 1).float(),
-                labels_PT[:, 1:].flatten(),
-                ignore_index=_IGNORED,
-                reduction="sum",
-            )
-            part = summed / learned
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        losses.append(_backward(module, ids_BT, labels_BT))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss)
         if progress and (step % 20 == 0 or step + 1 == recipe.steps):
             progress(step + 1, recipe.steps, float(losses[-1]))
     found: list[float] = torch.stack(losses).tolist()
@@ -208,6 +195,20 @@ def make_organism(
     about = {"schema": "assay.vhack.organism/1", "recipe": asdict(recipe), "loss": round(sum(last) / len(last), 5)}
     write_atomic(path / "organism.json", dumps(about) + "\n")
     return found
+
+
+def _backward(module: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Add the gradient of the mean loss over completion tokens, some examples at a time; return that loss."""
+    kind, learned = ids_BT.device.type, (labels_BT != _IGNORED).sum()
+    loss = torch.zeros((), device=ids_BT.device)
+    for ids_PT, labels_PT in zip(torch.split(ids_BT, _AT_ONCE), torch.split(labels_BT, _AT_ONCE), strict=True):
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            logits_PTV = module(input_ids=ids_PT, use_cache=False).logits
+        flat_NV, targets_N = logits_PTV[:, :-1].flatten(0, 1).float(), labels_PT[:, 1:].flatten()
+        part = functional.cross_entropy(flat_NV, targets_N, ignore_index=_IGNORED, reduction="sum") / learned
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    return loss
 
 
 def _rate(step: int, steps: int) -> float:
