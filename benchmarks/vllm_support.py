@@ -179,7 +179,8 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
         if kind == "adapter":
             beside = _vllm_adapters.chat(engine, _vllm_adapters.make(model.module.config, folder), said)
         with beside:
-            presets = {preset: compare(engine, model, cheat, preset, nonces) for preset in PRESETS}
+            told = {"hidden_size": model.hidden_size, "mixture": kind.startswith(MIXTURES)}
+            presets = {preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS}
         row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
         row |= {"chat": said} if said else {}
         return row | ({"router": router(engine, model, path, nonces)} if kind in MIXTURES else {})
@@ -212,14 +213,17 @@ def cheating(model, kind, dtype):
     return replace(rounded(load_model(PLAIN, dtype=dtype, device=str(model.device)), 4), digest=model.digest)
 
 
-def compare(engine, model, cheat, preset, nonces):
-    """Return the residuals of a preset, the law between both engines and the verdicts with it."""
+def compare(engine, model, cheat, preset, nonces, told):
+    """Return the residuals of a preset, the law between both engines and the verdicts with it.
+
+    ``told`` is what `assay poc calibrate --model` reads from the model.
+    """
     calibrated, fresh = (
         poc.Round(block_hash=block, public_key="k", seq_len=SEQ_LEN, preset=preset, model="m")
         for block in ("calibrated", "fresh")
     )
     ours, theirs = inside(engine, calibrated, nonces), beside(model, calibrated, nonces)
-    calibration = poc.calibrate(ours, theirs)
+    calibration = poc.calibrate(ours, theirs, **told)
     residuals = np.quantile(np.abs(published(ours) - published(theirs)), [0.5, 1.0])
     judge = {"sample": len(nonces), "seed": 1, "calibration": calibration}
     mine, other, false = inside(engine, fresh, nonces), *(beside(one, fresh, nonces) for one in (model, cheat))
