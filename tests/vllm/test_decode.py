@@ -17,7 +17,7 @@ from assay.models import load_model
 from assay.poc.engines import HFEngine
 from assay.poc.protocol import pack
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, make_round
+from tests.vllm.conftest import SMALL, SMALL_ENGINE, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
@@ -37,7 +37,7 @@ def engine(dtype: str):
 
     # A step takes one prompt and a half, so prompts come in chunks beside nonces that decode.
     options = {"enforce_eager": True, "max_model_len": 160, "max_num_batched_tokens": 48, "max_num_seqs": 16}
-    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+    options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype=dtype, batch_size=8, seq_len=PROMPT, in_flight=16, **options) as made:
         yield made
 
@@ -119,7 +119,7 @@ def test_drafts_are_refused_by_name():
 
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     options = {"enforce_eager": True, "max_model_len": 160, "speculative_config": drafts}
-    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+    options |= SMALL_ENGINE
     made = VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=PROMPT, **options)
     with made as engine, pytest.raises(UsageError, match="speculative"):
         proof_of(engine.model, engine, 4)
@@ -130,7 +130,7 @@ def test_drafts_are_refused_by_name():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    options = {"--max-num-batched-tokens": "96"}  # prompts come in chunks, beside one another and beside chat
+    options = SMALL | {"--max-num-batched-tokens": "96"}  # prompts come in chunks, beside one another and beside chat
     environment = {"ASSAY_SEQ_LEN": str(PROMPT)}
     with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
         yield running
@@ -191,7 +191,8 @@ def test_what_does_not_fit_the_server_is_refused_before_it_runs(server):
 
 
 def test_a_server_in_bfloat16_decodes_what_transformers_replay_and_judges_theirs(tmp_path):
-    with ForkedServer(tmp_path, options={"--dtype": "bfloat16"}, environment={"ASSAY_SEQ_LEN": str(PROMPT)}) as running:
+    options = SMALL | {"--dtype": "bfloat16"}
+    with ForkedServer(tmp_path, options=options, environment={"ASSAY_SEQ_LEN": str(PROMPT)}) as running:
         made = running.post("/generate", job_of(16)).json()["artifacts"]
         judged(running, "bfloat16")
     tokens = np.stack([np.frombuffer(one, "<u4") for one in tokens_of(made)])

@@ -19,7 +19,7 @@ from _vllm import Server, talk
 from assay import poc
 from assay.models import load_model
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, break_passes, make_round
+from tests.vllm.conftest import ON_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
@@ -35,7 +35,7 @@ def engine(request):
     from assay.poc.engines.vllm import VLLMEngine
 
     options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
-    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+    options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
         yield made
 
@@ -121,7 +121,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     """As docs say that servers are run: compiled, in the format of the checkpoint."""
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_VLLM_QUIET": "0.2"}
     folder = tmp_path_factory.mktemp("direct")
-    on_gpu = {"--enforce-eager": False, "--dtype": "bfloat16"}
+    on_gpu = SMALL | {"--enforce-eager": False, "--dtype": "bfloat16"}
     made = Server(folder, options=on_gpu, environment=environment) if ON_GPU else RecipeServer(folder, environment)
     with made as running:
         yield running

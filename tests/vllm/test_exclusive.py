@@ -14,6 +14,7 @@ import pytest
 from _vllm import OPTIONS, POW, Server, chat_alone
 from _vllm_forked import ForkedServer
 
+from tests.vllm.conftest import SMALL
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
 
@@ -22,7 +23,7 @@ from tests.waiting import until
 def server(tmp_path_factory: pytest.TempPathFactory):
     """Inputs are sent here, and chat is decoded with speculation: two more ways through the engine."""
     folder = tmp_path_factory.mktemp("exclusive")
-    in_file = {name: "true" if value is None else value for name, value in OPTIONS.items()}
+    in_file = {name: "true" if value is None else value for name, value in (OPTIONS | SMALL).items()}
     del in_file["--scheduling-policy"]
     config = folder / "server.yaml"
     config.write_text("".join(f"{name.removeprefix('--')}: {value}\n" for name, value in in_file.items()))
@@ -94,7 +95,8 @@ def test_a_round_goes_on_after_the_engine_was_killed_and_the_server_ended_by_its
     server.post("/engine", {"path": "requests"}).raise_for_status()  # each fails at once, before the server ends
     server.begin("died")
     before = server.wait_for(40)
-    engine = next(child for child in psutil.Process(server.process.pid).children() if child.children())  # has workers
+    children = psutil.Process(server.process.pid).children()
+    engine = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
     engine.kill()
     until(lambda: server.process.poll() is not None, 240)
     server.stop()

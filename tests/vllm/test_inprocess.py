@@ -18,7 +18,7 @@ from assay.poc.engines.hf import HFEngine
 from assay.poc.engines.vllm._client import RequestStream, _sampling
 from assay.poc.engines.vllm._rows import Spec, new_key, request_id
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, RUNNER, SEQ_LEN, make_round
+from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
@@ -34,7 +34,7 @@ def engine():
 
     # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
-    options |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+    options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, in_flight=16, **options) as made:
         yield made
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_without_a_tokenizer_is_proved(tmp_path: Path):
     source = checkpoint_directory("reference:llama")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(source / name)
-    options = {"enforce_eager": True, "max_model_len": 256} | ({"gpu_memory_utilization": 0.1} if ON_GPU else {})
+    options = {"enforce_eager": True, "max_model_len": 256} | SMALL_ENGINE
     with VLLMEngine(str(tmp_path), dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as engine:
         ours = poc.prove(engine.model, make_round(), range(16), engine=engine)
     theirs = poc.prove(load_model(tmp_path, dtype="float32", device="cpu"), make_round(), range(16), batch_size=8)

@@ -21,7 +21,7 @@ from assay.poc.engines.vllm import _engine
 from assay.poc.serving import before_start
 from assay.research.cheats import rounded
 from tests.poc.engines.test_lean import KINDS, SHAPE
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, break_passes, make_round
+from tests.vllm.conftest import ON_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 from tests.vllm.test_models import chat
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("forked_engines")
 
 UNPACKED = "_unpacked.Unpacked"
 OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
-OPTIONS |= {"gpu_memory_utilization": 0.1} if ON_GPU else {}
+OPTIONS |= SMALL_ENGINE
 PRESETS = ("poc-2.0", "artifact", "hardened")
 
 
@@ -216,7 +216,7 @@ def test_a_server_that_asks_for_what_cannot_run_does_not_start(monkeypatch: pyte
 
 def test_chat_beside_a_round_is_the_same_and_no_nonce_is_a_request(honest, tmp_path: Path):
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_VLLM_QUIET": "0.2", "ASSAY_VLLM_FORWARD": "assay"}
-    options = {"--worker-extension-cls": UNPACKED}
+    options = SMALL | {"--worker-extension-cls": UNPACKED}
     with ForkedServer(tmp_path, options=options, environment=environment) as server:
         alone = asyncio.run(talk(server.url, 24))
         server.begin("own-chat")

@@ -1,12 +1,13 @@
 """The start of a vLLM that replays, and what any start of vLLM shares, with a stand-in for the engine."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from assay.errors import BackendUnavailable, ModelError, UsageError
-from assay.poc.engines.vllm import _starting, explained_start, memory_on_cpu
+from assay.poc.engines.vllm import _starting, explained_start, fit_machine
 from assay.poc.responses import VLLMPrefill, _vllm_prefill
 
 
@@ -37,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(VLLMPrefill, "_started", start)
     monkeypatch.setattr(_vllm_prefill, "check_installed", lambda: "0.32.0")
-    monkeypatch.setattr(_vllm_prefill, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(_starting, "runs_on_cpu", lambda: True)
     return found
 
 
@@ -77,9 +78,27 @@ def test_an_engine_whose_workers_are_not_as_they_must_be_is_ended(
     assert started["engine"].ended == 1
 
 
-def test_a_share_of_the_memory_is_not_overruled_on_a_cpu():
-    assert memory_on_cpu({"max_num_seqs": 1}) == {"kv_cache_memory_bytes": _starting.CPU_KV_BYTES}
-    assert memory_on_cpu({"gpu_memory_utilization": 0.3}) == {}
+def test_a_share_of_the_memory_is_not_overruled_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_starting, "runs_on_cpu", lambda: True)
+    assert fit_machine("float32", {"max_num_seqs": 1}) == {"kv_cache_memory_bytes": _starting.CPU_KV_BYTES}
+    assert fit_machine("float32", {"gpu_memory_utilization": 0.3}) == {}
+
+
+@pytest.mark.parametrize("chosen", [None, "fork"])
+def test_a_replay_on_a_gpu_starts_its_processes_anew_unless_the_user_chose_another_way(
+    chosen: str | None, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "TRITON_F32_DEFAULT"):
+        monkeypatch.setenv(name, "")  # has what the start sets undone
+        monkeypatch.delenv(name)
+    if chosen:
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", chosen)
+    monkeypatch.setattr(_starting, "runs_on_cpu", lambda: False)
+    started["engine"] = Engine([[]])
+    with VLLMPrefill("reference:qwen3", dtype="float32", max_num_seqs=2):
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == (chosen or "spawn")
+    assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
+    assert started["options"] == {"max_num_seqs": 2}
 
 
 @pytest.mark.parametrize(

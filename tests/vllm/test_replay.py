@@ -19,6 +19,7 @@ from assay.poc.responses import (
     respond,
 )
 from tests.lora import write_adapter
+from tests.vllm.conftest import SMALL_ENGINE
 
 NARROW = 18
 """Columns of a profile up to differences of a quarter."""
@@ -29,7 +30,7 @@ WAYS = (
     Sampling(temperature=0),
     Sampling(temperature=0.8, top_k=20, min_p=0.01, frequency_penalty=0.3),
 )
-OPTIONS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+OPTIONS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True} | SMALL_ENGINE
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from assay.poc.responses import (
     respond,
     stop_tokens,
 )
+from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "
 
@@ -33,7 +34,8 @@ SENTENCE = "class Node:\n    def __init__(self, "
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     # Prompts are cut into chunks, beside one another and beside nonces.
-    options = {"--max-num-batched-tokens": "96", "--tool-call-parser": "hermes", "--enable-auto-tool-choice": None}
+    options = SMALL | {"--max-num-batched-tokens": "96"}
+    options |= {"--tool-call-parser": "hermes", "--enable-auto-tool-choice": None}
     with ForkedServer(tmp_path_factory.mktemp("server"), environment=SEEDED, options=options) as running:
         answer = running.client.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 1})
         assert (answer.status_code, answer.headers["x-assay-receipt"]) == (200, "none")  # there is no block yet

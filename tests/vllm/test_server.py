@@ -10,7 +10,7 @@ from _vllm_forked import ForkedServer
 
 from assay import poc
 from assay.research.cheats import rounded
-from tests.vllm.conftest import SEQ_LEN
+from tests.vllm.conftest import SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
 
@@ -21,7 +21,7 @@ BLOCK = {"block_height": 1, "seq_len": SEQ_LEN, "batch_size": 8, "node_id": 0, "
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     # Three nonces and a half fill a step, so that prompts of chat and nonces are cut into chunks.
-    options = {"--max-num-batched-tokens": "224"}
+    options = SMALL | {"--max-num-batched-tokens": "224"}
     environment = {
         "ASSAY_SEQ_LEN": str(SEQ_LEN),
         "ASSAY_CALLBACK_INTERVAL": "0.5",

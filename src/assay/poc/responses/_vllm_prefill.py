@@ -18,8 +18,7 @@ from assay.models.device import processor
 from assay.poc.engines.vllm import (
     check_installed,
     explained_start,
-    memory_on_cpu,
-    multiply_exactly,
+    fit_machine,
     refuse_missing,
     runs_on_cpu,
 )
@@ -70,11 +69,7 @@ class VLLMPrefill:
     ) -> None:
         self._version, self._dtype = check_installed(), dtype
         _check_options(options)
-        self._on_cpu = runs_on_cpu()
-        if self._on_cpu:
-            options = memory_on_cpu(options) | options
-        else:
-            multiply_exactly(dtype)
+        options = fit_machine(dtype, options) | options
         self.model = identify(reference, dtype=dtype)
         for header in receipts:
             check_model(header, self.model)
@@ -106,14 +101,15 @@ class VLLMPrefill:
     @property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
+        on_cpu = runs_on_cpu()
         return Fingerprint(
             engine="vllm",
-            device=processor(torch.device("cpu" if self._on_cpu else "cuda")),
+            device=processor(torch.device("cpu" if on_cpu else "cuda")),
             dtype=self._dtype,
             attention="vllm",
             batch_size=self.batch_size,
             seq_len=1,
-            threads=torch.get_num_threads() if self._on_cpu else 0,
+            threads=torch.get_num_threads() if on_cpu else 0,
             torch=torch.__version__,
             library=f"vllm {self._version}",
         )

@@ -9,7 +9,6 @@ from assay.poc.engines.vllm._compatibility import (
     check_installed,
     check_several_servers,
     missing_in_runner,
-    multiply_exactly,
     refuse_missing,
     runner_kind,
 )
@@ -24,7 +23,7 @@ from assay.poc.engines.vllm._engine import (
 )
 from assay.poc.engines.vllm._extension import WorkerExtension
 from assay.poc.engines.vllm._settings import EXTENSION, rounded_cache
-from assay.poc.engines.vllm._starting import explained_start, memory_on_cpu, runs_on_cpu
+from assay.poc.engines.vllm._starting import explained_start, fit_machine, multiply_exactly, runs_on_cpu
 from assay.poc.engines.vllm._throttle import Forward, Mode, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._worker import Spans, call_before, is_first_of_group, spans
 
@@ -49,8 +48,8 @@ __all__ = [
     "check_several_servers",
     "explained_start",
     "fingerprint_of",
+    "fit_machine",
     "is_first_of_group",
-    "memory_on_cpu",
     "missing_in_runner",
     "most_positions",
     "multiply_exactly",

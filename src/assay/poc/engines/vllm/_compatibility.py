@@ -5,7 +5,6 @@ failing in a request at night.
 """
 
 import importlib
-import os
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -193,21 +192,6 @@ def _check_engines(config: Any) -> None:
                 wanted="engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32",
                 do="start one server per engine, each with its own node_id and data directory",
             )
-
-
-def multiply_exactly(dtype: str | None) -> None:
-    """Have triton multiply float32 as float32, for this process and its children, unless told otherwise.
-
-    By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU vLLM's attention in
-    float32 is such a kernel: distances were up to 3e-5 from those of other engines, where honest noise is 3e-7, and an
-    honest node was found to be a fraud. Models in other formats are left alone: they do not need it, and some of their
-    kernels would be slower.
-
-    Args:
-        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
-    """
-    if dtype in ("float32", "float"):
-        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def _missing(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:

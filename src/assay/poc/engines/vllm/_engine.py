@@ -4,7 +4,6 @@ Legend of shapes: B nonces of a batch, T positions, D hidden size.
 """
 
 import asyncio
-import os
 import threading
 from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -23,11 +22,11 @@ from assay.models import checkpoint_directory, identify
 from assay.poc.engines._base import check_batch_size, check_supported, noise_inputs
 from assay.poc.engines._decoding import Decoded, Replayed
 from assay.poc.engines.vllm._client import Client, Prompt, RequestStream
-from assay.poc.engines.vllm._compatibility import check_config, check_installed, multiply_exactly
+from assay.poc.engines.vllm._compatibility import check_config, check_installed
 from assay.poc.engines.vllm._direct_stream import DirectStream, OwnStream
 from assay.poc.engines.vllm._rows import Spec
 from assay.poc.engines.vllm._settings import EXTENSION
-from assay.poc.engines.vllm._starting import explained_start, memory_on_cpu, runs_on_cpu
+from assay.poc.engines.vllm._starting import explained_start, fit_machine
 from assay.poc.engines.vllm._throttle import Forward, NoncePath, Throttle, ThrottleSettings
 from assay.poc.engines.vllm._token_requests import TokenStream, check_room
 from assay.poc.protocol import Fingerprint, Pipeline, Round, with_cache
@@ -320,16 +319,12 @@ def _configured(directory: str, dtype: str | None, options: dict[str, Any], forw
     """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
     from vllm import AsyncEngineArgs  # type: ignore[import-not-found]
 
-    on_cpu = runs_on_cpu()
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     own["language_model_only"] = True
-    own |= memory_on_cpu(options) if on_cpu else {}
+    own |= fit_machine(dtype, options)
     chosen = own | options | fixed
-    if not on_cpu:  # vLLM forks, and a forked process cannot use a GPU that its parent has used
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        multiply_exactly(chosen["dtype"])
     with explained_start():
         config = AsyncEngineArgs(**chosen).create_engine_config()
         check_config(config, forward=forward)
