@@ -1,4 +1,4 @@
-"""The cases of ``vllm_parallel.py``: what runs on two devices, alone and in groups that are named."""
+"""The cases of ``vllm_parallel.py``: what runs on two and four devices, alone and in groups that are named."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 STORED = ("tensor", "channel-tensors", "block", "int8", "packed", "packed-zeros", "awq", "gptq")
 STORED_EXPERTS = ("tensor", "block", "int8", "packed")
 STAGES, TENSOR = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
+FOUR_WORKERS = {"tensor_parallel_size": 4}
 ON_NODES = TENSOR | {"distributed_executor_backend": "ray", "disable_custom_all_reduce": True}
 
 
@@ -42,6 +43,11 @@ class Case:
         return f"{kind}-{self.stored}" if self.stored else kind
 
     @property
+    def devices(self) -> int:
+        """Number of devices of one engine."""
+        return self.options.get("tensor_parallel_size", 1) * self.options.get("pipeline_parallel_size", 1)
+
+    @property
     def steps_together(self) -> bool:
         """Whether data-parallel engines wait for each other in every step."""
         return self.mixture and self.options.get("data_parallel_size", 1) > 1
@@ -66,6 +72,9 @@ CASES = {
     "mixture-dp2": Case({"data_parallel_size": 2}, mixture=True),
     "tp2-compiled": Case(TENSOR, compiled=True),
     "tp2-ray": Case(ON_NODES, ray=True),
+    "tp4": Case(FOUR_WORKERS),
+    "tp4-int4": Case(FOUR_WORKERS, weights="int4", law="tp4"),
+    "tp2-pp2": Case(TENSOR | STAGES),
 }
 OF_FORMATS = {
     "formats-tp2": {f"tp2, {form}": Case(TENSOR, stored=form) for form in STORED},
@@ -73,7 +82,8 @@ OF_FORMATS = {
     "experts-tp2": {f"mixture-tp2, {form}": Case(TENSOR, mixture=True, stored=form) for form in STORED_EXPERTS},
     "experts-ep2": {f"mixture-ep2, {form}": Case(SHARED, mixture=True, stored=form) for form in STORED_EXPERTS},
 }
-GROUPS = {"dense": [name for name, case in CASES.items() if not case.mixture and not case.ray]}
+GROUPS = {"four": [name for name, case in CASES.items() if case.devices > 2]}
+GROUPS |= {"dense": [name for name, case in CASES.items() if not case.mixture and not case.ray and case.devices <= 2]}
 GROUPS |= {"experts": [name for name, case in CASES.items() if case.mixture]}
 GROUPS |= {group: list(cases) for group, cases in OF_FORMATS.items()}
 CASES |= {name: case for cases in OF_FORMATS.values() for name, case in cases.items()}

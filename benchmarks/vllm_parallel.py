@@ -1,4 +1,4 @@
-"""vLLM on two devices beside transformers: tensor and pipeline parallel, two engines, and experts that are dealt out.
+"""vLLM on two or four devices beside transformers: tensor and pipeline parallel, two engines, and experts that are dealt out.
 
 Every case proves the same nonces as transformers does with the same checkpoint in the same dtype. On one round the
 noise between the two is calibrated; that law is pinned, and with it each judges the other on another round. A cheat
@@ -29,6 +29,11 @@ The case of Ray, which runs if it is named, starts two nodes of it, and needs it
 
     .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 64 \
         --limit 600 --cases tp2-ray -o benchmarks/results/vllm_parallel_ray_cpu.json
+
+So do the cases for four devices, of which a CPU runs those without stages:
+
+    .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 256 \
+        --limit 800 --cases tp4 tp4-int4 -o benchmarks/results/vllm_parallel_four_cpu.json
 """
 
 import contextlib
@@ -68,7 +73,7 @@ GROUP = 128  # rows and columns, or columns of four bits, that share a scale, as
 
 def main():
     made = parser(__doc__)
-    usual = [name for names in GROUPS.values() for name in names]
+    usual = [name for group, names in GROUPS.items() if group != "four" for name in names]
     known = [*CASES, *GROUPS]
     made.add_argument(
         "--cases", nargs="+", choices=known, default=usual, metavar="CASE", help="cases or groups of them"
