@@ -1,4 +1,4 @@
-"""vLLM on two or four devices beside transformers: tensor and pipeline parallel, two engines, and experts that are dealt out.
+"""vLLM on two or four devices beside transformers: tensor and pipeline parallel, two engines, experts dealt out.
 
 Every case proves the same nonces as transformers does with the same checkpoint in the same dtype. On one round the
 noise between the two is calibrated; that law is pinned, and with it each judges the other on another round. A cheat

@@ -19,7 +19,7 @@ from _vllm import Server, talk
 from assay import poc
 from assay.models import load_model
 from assay.research.cheats import rounded
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
+from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
@@ -101,12 +101,14 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monke
     assert nothing_is_held(engine)
 
 
+@pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
     from assay.poc.engines.vllm import VLLMEngine
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}
+    options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as engine:
         for preset in ("poc-2.0", "hardened"):
             proof, beside = by_path(engine, "auto", preset)
