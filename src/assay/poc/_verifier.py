@@ -1,11 +1,12 @@
 """The verifier: recompute a sample of a proof, and judge the residuals."""
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from assay.errors import ProofMismatch, UsageError
+from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models import Model
 from assay.poc._prover import Progress, check_length, recompute
 from assay.poc.engines import Engine
@@ -153,7 +154,8 @@ def judging_setup(
     Args:
         header: Header of the proof.
         model: Same checkpoint on this machine.
-        engine: Engine that recomputes; when None, the one that :func:`verify` makes.
+        engine: Engine that recomputes; when None, one of this device, with the kernels of the prover or, where the
+            calibration was measured with the other kernels, with these.
         calibration: Measured honest noise; the stated default when None.
 
     Raises:
@@ -167,12 +169,29 @@ def judging_setup(
             wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
             do="verify with the checkpoint that the network agreed on (--model)",
         )
-    # The prover's kernels, where this device is of that kind: equal fingerprints give equal bits.
-    compiled = is_compiled(header.fingerprint) and worth_compiling(model)
+    refused: CalibrationError | None = None
+    for one in _recomputing(header, model, calibration) if engine is None else (engine,):
+        check_length(one, header.round)
+        try:
+            return one, noise_for(header, one.fingerprint, calibration, mixture=model.experts > 0)
+        except CalibrationError as error:
+            refused = refused or error
+    assert refused is not None, "at least one engine was tried"
+    raise refused
+
+
+def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:
+    """Yield the engines of this device that may recompute a proof, the one to be tried first before the other.
+
+    Equal fingerprints give equal bits, so the first has the prover's kernels. A calibration may have been measured with
+    the other kernels: those with which ``prove`` runs here, beside a node on vLLM.
+    """
+    fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
+    alike = fast and is_compiled(header.fingerprint)
     shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
-    engine = engine or HFEngine(model, **shape, compiled=compiled)
-    check_length(engine, header.round)
-    return engine, noise_for(header, engine.fingerprint, calibration, mixture=model.experts > 0)
+    yield HFEngine(model, **shape, compiled=alike)
+    if fast and calibration is not None:
+        yield HFEngine(model, **shape, compiled=not alike)
 
 
 def judging_batch(header: Header) -> int:

@@ -17,9 +17,9 @@ from functorch.compile import make_boxed_func
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from assay.errors import ModelError
+from assay.errors import CalibrationError, ModelError
 from assay.models import load_model
-from assay.poc import HFEngine, Round, prove, verify
+from assay.poc import HFEngine, Proof, Round, _verifier, calibrate, judging_setup, prove, verify
 from assay.poc.engines.hf import _compiled, be_deterministic, worth_compiling
 from assay.poc.engines.hf._engine import is_compiled
 
@@ -63,6 +63,33 @@ def test_odd_batches_keep_a_row_s_bits(batch_size: int, small_model, round_: Rou
 
 def test_prove_compiles_by_itself_only_where_it_pays(small_model):
     assert not worth_compiling(small_model)
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "eager"])
+@pytest.mark.parametrize("node", ["hf", "vllm"])
+def test_a_calibration_chooses_the_kernels_of_the_validator(
+    node: str, kernels: str, small_model, round_: Round, uncompiled, monkeypatch: pytest.MonkeyPatch
+):
+    """A proof of vLLM names none, and ``prove`` compiles beside it; one of transformers names those of the node."""
+    compiled, eager = (HFEngine(small_model, batch_size=8, seq_len=16, compiled=choice) for choice in (True, False))
+    far = prove(small_model, round_, range(64), engine=eager)
+    records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records]
+    fingerprint = replace(eager.fingerprint, engine=node, library="another", kernels=("compiled",))
+    theirs = Proof.build(replace(far.header, fingerprint=fingerprint), records, 1.0)
+    measured = compiled if kernels == "compiled" else eager
+    calibration = calibrate(theirs, prove(small_model, round_, range(64), engine=measured))
+    monkeypatch.setattr(_verifier, "worth_compiling", lambda model: True)
+    engine, _ = judging_setup(theirs.header, small_model, calibration=calibration)
+    assert engine.fingerprint == measured.fingerprint
+    assert verify(theirs, small_model, seed=1, calibration=calibration).verdict == "honest"
+    engine, _ = judging_setup(theirs.header, small_model)
+    assert is_compiled(engine.fingerprint) == (node == "hf")
+    for wrong in (None, measured):
+        other = replace(measured.fingerprint, device="another", engine="hf")
+        header = replace(far.header, fingerprint=replace(other, kernels=()))
+        law = calibrate(theirs, Proof.build(header, far.records, 1.0))
+        with pytest.raises(CalibrationError, match="than this validator's"):
+            judging_setup(theirs.header, small_model, calibration=law, engine=wrong)
 
 
 def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, round_: Round, monkeypatch):
