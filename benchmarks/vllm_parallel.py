@@ -188,7 +188,8 @@ def start(child, arguments, needed):
         environment["CUDA_VISIBLE_DEVICES"] = rank
     if arguments.device == "cpu":  # one core each, as the CPU build of vLLM wants to be told
         single = rank if case.engines > 1 else "nobind"
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if case.options.get("tensor_parallel_size") else single
+        bound = {1: single, 2: "0|1"}  # more workers than cores share them
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bound.get(case.devices, "nobind")
     # It uses NVLink multicast, and a program that is killed in it can spoil the devices for other users of a host.
     environment.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     words = [sys.executable, __file__, *sys.argv[1:], "--child", child]

@@ -25,7 +25,7 @@ SMALL = {"--gpu-memory-utilization": "0.1", "--kv-cache-memory-bytes": str(2**28
 The size is given because vLLM otherwise measures it, and fails where another process frees memory meanwhile.
 """
 SMALL_ENGINE: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28} if ON_GPU else {}
-"""The same for an engine of this process."""
+"""Options of an engine of this process that do so."""
 RUNNER = "v2" if ON_GPU and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" else "v1"
 """The model runner that vLLM chooses here."""
 
