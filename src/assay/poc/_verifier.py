@@ -53,7 +53,7 @@ def verify(
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
         calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
-            1024 rows and 2**18 positions.
+            1024 rows and 2**18 positions, or with the one that the calibration was measured with.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         progress: Function that is called with (nonces done, nonces in all) after every batch.
@@ -154,8 +154,8 @@ def judging_setup(
     Args:
         header: Header of the proof.
         model: Same checkpoint on this machine.
-        engine: Engine that recomputes; when None, one of this device, with the kernels of the prover or, where the
-            calibration was measured with the other kernels, with these.
+        engine: Engine that recomputes; when None, the transformers engine with the batch and the kernels of the prover
+            or, where the calibration was measured with others, with these.
         calibration: Measured honest noise; the stated default when None.
 
     Raises:
@@ -181,17 +181,18 @@ def judging_setup(
 
 
 def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:
-    """Yield the engines of this device that may recompute a proof, the one to be tried first before the other.
+    """Yield the engines of this device that may recompute a proof, in the order in which they are tried.
 
-    Equal fingerprints give equal bits, so the first has the prover's kernels. A calibration may have been measured with
-    the other kernels: those with which ``prove`` runs here, beside a node on vLLM.
+    Equal fingerprints give equal bits, so the first has the batch and the kernels of the prover. A calibration may have
+    been measured with others, for instance with those of ``prove`` on this device beside a node on vLLM.
     """
     fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
-    alike = fast and is_compiled(header.fingerprint)
-    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
-    yield HFEngine(model, **shape, compiled=alike)
-    if fast and calibration is not None:
-        yield HFEngine(model, **shape, compiled=not alike)
+    choices = [(judging_batch(header), is_compiled(header.fingerprint))]
+    if calibration is not None:
+        known = [one for one in calibration.build_of(header).known if one.engine == "hf"]
+        choices += [(one.batch_size, is_compiled(one)) for one in known]
+    for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in choices):
+        yield HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled)
 
 
 def judging_batch(header: Header) -> int:

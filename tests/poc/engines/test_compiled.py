@@ -67,14 +67,16 @@ def test_prove_compiles_by_itself_only_where_it_pays(small_model):
 
 @pytest.mark.parametrize("kernels", ["compiled", "eager"])
 @pytest.mark.parametrize("node", ["hf", "vllm"])
-def test_a_calibration_chooses_the_kernels_of_the_validator(
-    node: str, kernels: str, small_model, round_: Round, uncompiled, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
+    node: str, kernels: str, batch_size: int, small_model, round_: Round, uncompiled, monkeypatch: pytest.MonkeyPatch
 ):
-    """A proof of vLLM names none, and ``prove`` compiles beside it; one of transformers names those of the node."""
-    compiled, eager = (HFEngine(small_model, batch_size=8, seq_len=16, compiled=choice) for choice in (True, False))
+    """A proof of vLLM names no kernels, and ``prove`` compiles beside it; one of transformers names the node's."""
+    shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": 16}
+    compiled, eager = (HFEngine(small_model, **shape, compiled=choice) for choice in (True, False))
     far = prove(small_model, round_, range(64), engine=eager)
     records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records]
-    fingerprint = replace(eager.fingerprint, engine=node, library="another", kernels=("compiled",))
+    fingerprint = replace(eager.fingerprint, engine=node, batch_size=8, library="another", kernels=("compiled",))
     theirs = Proof.build(replace(far.header, fingerprint=fingerprint), records, 1.0)
     measured = compiled if kernels == "compiled" else eager
     calibration = calibrate(theirs, prove(small_model, round_, range(64), engine=measured))
@@ -83,7 +85,7 @@ def test_a_calibration_chooses_the_kernels_of_the_validator(
     assert engine.fingerprint == measured.fingerprint
     assert verify(theirs, small_model, seed=1, calibration=calibration).verdict == "honest"
     engine, _ = judging_setup(theirs.header, small_model)
-    assert is_compiled(engine.fingerprint) == (node == "hf")
+    assert (engine.batch_size, is_compiled(engine.fingerprint)) == (8, node == "hf")
     for wrong in (None, measured):
         other = replace(measured.fingerprint, device="another", engine="hf")
         header = replace(far.header, fingerprint=replace(other, kernels=()))
