@@ -33,7 +33,7 @@ The case of Ray, which runs if it is named, starts two nodes of it, and needs it
 So do the cases for four devices, of which a CPU runs those without stages:
 
     .venv-vllm/bin/python benchmarks/vllm_parallel.py --device cpu --model reference:qwen3 --seq-len 64 --nonces 256 \
-        --limit 800 --cases tp4 tp4-int4 -o benchmarks/results/vllm_parallel_four_cpu.json
+        --limit 1500 --cases tp4 -o benchmarks/results/vllm_parallel_four_cpu.json
 """
 
 import contextlib
