@@ -16,7 +16,8 @@ from assay.poc.verdict import Calibration, Noise, Verdict, judge, noise_for, seq
 
 DEFAULT_SAMPLE = 128
 
-# A header may claim any batch shape; a validator follows it so far, for equal bits, and no further.
+# A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
+# bits, and no further.
 LARGEST_BATCH = 1024
 LARGEST_SHAPE = 2**18  # positions of a batch, for the same reason
 
@@ -190,14 +191,18 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
     choices = [(judging_batch(header), is_compiled(header.fingerprint))]
     if calibration is not None:
         known = [one for one in calibration.build_of(header).known if one.engine == "hf"]
-        choices += [(one.batch_size, is_compiled(one)) for one in known]
+        choices += [(_bounded(one.batch_size, header), is_compiled(one)) for one in known]
     for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in choices):
         yield HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled)
 
 
 def judging_batch(header: Header) -> int:
     """Return the batch size that a validator takes over from a header, which may claim any."""
-    return max(1, min(header.fingerprint.batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
+    return _bounded(header.fingerprint.batch_size, header)
+
+
+def _bounded(batch_size: int, header: Header) -> int:
+    return max(1, min(batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
 
 
 def _sample_size(proof: Proof, sample: int | None) -> int:
