@@ -8,8 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.errors import ProofMismatch, UsageError
-from assay.poc import DistanceRecord, HFEngine, Pins, Proof, Round, VectorRecord, calibrate, prove, verify
+from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.poc import (
+    DistanceRecord,
+    Header,
+    HFEngine,
+    Pins,
+    Proof,
+    Round,
+    VectorRecord,
+    calibrate,
+    judging_batch,
+    prove,
+    verify,
+)
 from assay.poc.verdict import Noise, count_mismatches, default_noise, judge, published_rule, residuals
 from assay.reports import dumps
 from assay.research import cheats
@@ -70,6 +82,21 @@ def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model,
     monkeypatch.setattr(_verifier, "HFEngine", lambda *a, **k: shapes.append(k["batch_size"]) or real(*a, **k))
     assert verify(proof, small_model).honest
     assert shapes == [4]
+
+
+def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: Proof):
+    def by(engine: str, batch_size: int, header: Header = proof.header) -> Header:
+        return replace(header, fingerprint=replace(header.fingerprint, engine=engine, batch_size=batch_size))
+
+    far = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records]
+    node = by("hf", 8)
+    law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 32), proof.records, 1.0))
+    assert judging_batch(node, engine="vllm", calibration=law) == 32
+    assert judging_batch(node, engine="hf", calibration=law) == judging_batch(node, engine="vllm") == 8
+    law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 10**12), proof.records, 1.0))
+    assert judging_batch(node, engine="vllm", calibration=law) == 1024
+    with pytest.raises(CalibrationError, match="another device"):
+        judging_batch(replace(node, fingerprint=replace(node.fingerprint, device="another")), calibration=law)
 
 
 def test_an_engine_for_another_length_is_refused_and_no_fraud_is_found(proof: Proof, small_model):

@@ -54,16 +54,20 @@ def proving_engine(options: "ProveSettings", dtype: str | None) -> "Iterator[tup
 
 
 @contextmanager
-def judging_engine(options: "VerifySettings", header: "Header") -> "Iterator[tuple[Model, Engine | None]]":
+def judging_engine(
+    options: "VerifySettings", header: "Header", measured: "Calibration | None" = None
+) -> "Iterator[tuple[Model, Engine | None]]":
     """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
     Args:
         options: Settings that name the model and the engine.
         header: Header of the proof. The prover's dtype agrees best, and is used where the settings have none.
+        measured: Calibration that will judge the proof, for the batch that it was measured with.
 
     Raises:
         UsageError: The engine has no use for an option, or cannot run the preset of the proof.
         BackendUnavailable: vLLM is not installed, or not in a version that was tested.
+        CalibrationError: The calibration is of another model, preset or build than the proof.
         ModelError: The model cannot be loaded.
     """
     from assay.poc.protocol import of_weights
@@ -79,7 +83,8 @@ def judging_engine(options: "VerifySettings", header: "Header") -> "Iterator[tup
     stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
     if not stored:
         refuse_eight_bits(dtype)
-    shape = {"batch_size": judging_batch(header), "seq_len": header.round.seq_len}
+    size = judging_batch(header, engine="vllm", calibration=measured)
+    shape = {"batch_size": size, "seq_len": header.round.seq_len}
     with vllm_engine(options.model, dtype=None if stored else dtype, device=options.device, **shape) as made:
         _, engine = made
         if stored and of_weights(engine.fingerprint.dtype) != dtype:

@@ -81,7 +81,7 @@ def verify(
     _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header))
     check_judging(chosen, read.header, measured)
     with ExitStack() as held:
-        loaded, made = held.enter_context(judging_engine(chosen, read.header))
+        loaded, made = held.enter_context(judging_engine(chosen, read.header, measured))
         made, _ = poc.judging_setup(read.header, loaded, engine=made, calibration=measured)
         # Begun when nothing of the proof can be refused any more, and before anything is computed.
         ledger = held.enter_context(_ledger.recording(chosen.ledger, chosen.alpha))

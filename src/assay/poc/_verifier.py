@@ -11,7 +11,7 @@ from assay.models import Model
 from assay.poc._prover import Progress, check_length, recompute
 from assay.poc.engines import Engine
 from assay.poc.engines.hf import HFEngine, is_compiled, worth_compiling
-from assay.poc.protocol import FORMATS, Header, Pins, Proof, Record, Round, check_distinct_seeds
+from assay.poc.protocol import FORMATS, Fingerprint, Header, Pins, Proof, Record, Round, check_distinct_seeds
 from assay.poc.verdict import Calibration, Noise, Verdict, judge, noise_for, sequential_test
 
 DEFAULT_SAMPLE = 128
@@ -188,17 +188,32 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
     been measured with others, for instance with those of ``prove`` on this device beside a node on vLLM.
     """
     fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
-    choices = [(judging_batch(header), is_compiled(header.fingerprint))]
-    if calibration is not None:
-        known = [one for one in calibration.build_of(header).known if one.engine == "hf"]
-        choices += [(_bounded(one.batch_size, header), is_compiled(one)) for one in known]
-    for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in choices):
+    own = judging_batch(header), is_compiled(header.fingerprint)
+    measured = [(_bounded(one.batch_size, header), is_compiled(one)) for one in _measured(header, calibration, "hf")]
+    for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in (own, *measured)):
         yield HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled)
 
 
-def judging_batch(header: Header) -> int:
-    """Return the batch size that a validator takes over from a header, which may claim any."""
-    return _bounded(header.fingerprint.batch_size, header)
+def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibration | None = None) -> int:
+    """Return the batch size of a validator: that of the header, which may claim any, or one that was measured.
+
+    Args:
+        header: Header of the proof.
+        engine: Kind of the validator's engine, ``hf`` or ``vllm``.
+        calibration: Measured honest noise; if no engine of this kind was measured with the batch of the header, that of
+            the first one is taken.
+
+    Raises:
+        CalibrationError: The calibration is of another model, preset or build than the proof.
+    """
+    own = _bounded(header.fingerprint.batch_size, header)
+    measured = [_bounded(one.batch_size, header) for one in _measured(header, calibration, engine)]
+    return own if own in measured or not measured else measured[0]
+
+
+def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
+    known = [] if calibration is None else calibration.build_of(header).known
+    return [one for one in known if one.engine == engine]
 
 
 def _bounded(batch_size: int, header: Header) -> int:
