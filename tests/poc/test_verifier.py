@@ -85,8 +85,9 @@ def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model,
 
 
 def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: Proof):
-    def by(engine: str, batch_size: int, header: Header = proof.header) -> Header:
-        return replace(header, fingerprint=replace(header.fingerprint, engine=engine, batch_size=batch_size))
+    def by(engine: str, batch_size: int) -> Header:
+        fingerprint = replace(proof.header.fingerprint, engine=engine, batch_size=batch_size)
+        return replace(proof.header, fingerprint=fingerprint)
 
     far = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records]
     node = by("hf", 8)

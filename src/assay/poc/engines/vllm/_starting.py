@@ -1,4 +1,4 @@
-"""What all starts of vLLM share, for nonces and for replays: the memory on a CPU, and the words of a failure."""
+"""What all starts of vLLM share, for nonces and for replays: what the machine needs, and the words of a failure."""
 
 import os
 from collections.abc import Iterator, Mapping
