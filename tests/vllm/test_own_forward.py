@@ -21,7 +21,7 @@ from assay.poc.engines.vllm import _engine
 from assay.poc.serving import before_start
 from assay.research.cheats import rounded
 from tests.poc.engines.test_lean import KINDS, SHAPE
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
+from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 from tests.vllm.test_models import chat
 
@@ -186,6 +186,7 @@ def test_weights_that_are_packed_are_refused_by_name(monkeypatch: pytest.MonkeyP
         VLLMEngine("reference:qwen3", dtype="float32", seq_len=SEQ_LEN, forward="assay", **OPTIONS)
 
 
+@pytest.mark.skipif(ONE_GPU, reason="vLLM refuses two workers there by itself")
 def test_what_settings_say_is_refused_before_an_engine_is_loaded(monkeypatch: pytest.MonkeyPatch):
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -199,6 +200,7 @@ def test_what_settings_say_is_refused_before_an_engine_is_loaded(monkeypatch: py
         VLLMEngine("reference:qwen3", seq_len=SEQ_LEN, forward="assay", tensor_parallel_size=2, **OPTIONS)
 
 
+@pytest.mark.skipif(ONE_GPU, reason="vLLM refuses two workers there by itself")
 def test_a_server_that_asks_for_what_cannot_run_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     environment = {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}
     for name, value in (environment | {"ASSAY_VLLM_FORWARD": "assay", "TRITON_F32_DEFAULT": "ieee"}).items():

@@ -156,6 +156,12 @@ def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, 
     assert words in str(refusal.value)
 
 
+def test_adapters_in_float32_are_refused_where_kernels_for_gpus_assert_against_them():
+    changes = {"device_config.device_type": "cuda", "lora_config": SimpleNamespace(), "model_config.dtype": "float32"}
+    with pytest.raises(UsageError, match=r"--enable-lora in float32 on a GPU(.|\n)*--dtype bfloat16"):
+        _compatibility.check_config(settings_of_vllm(**changes))
+
+
 @pytest.mark.parametrize(
     ("executor", "key", "second", "version", "words"),
     [

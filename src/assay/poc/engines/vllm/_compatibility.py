@@ -13,9 +13,9 @@ from assay.errors import BackendUnavailable, UsageError
 from assay.poc.engines.vllm._checkpoints import check_checkpoint
 from assay.poc.engines.vllm._settings import (
     refusals,
+    refusals_of_device,
     refusals_of_executor,
     refusals_of_own_forward,
-    refusals_on_cpu,
 )
 from assay.poc.engines.vllm._versions import NEWER, check_since, older_version, tested_version
 
@@ -134,7 +134,7 @@ def check_config(config: Any, *, forward: str = "vllm") -> None:
         check_since("Ray", "leave --distributed-executor-backend out")
     if getattr(parallel, "nnodes", 1) > 1:
         check_since("workers on several hosts", "leave --nnodes out")
-    for refused, seen, wanted, do in (*refusals(config), *refusals_on_cpu(config), *refusals_of_executor(config)):
+    for refused, seen, wanted, do in (*refusals(config), *refusals_of_device(config), *refusals_of_executor(config)):
         if refused:
             raise UsageError(f"vLLM with {seen}", wanted=wanted, do=do)
     check_checkpoint(config)

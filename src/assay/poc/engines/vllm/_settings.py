@@ -85,11 +85,16 @@ def refusals(config: Any) -> tuple[Refusal, ...]:
     )
 
 
-def refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
-    """Return what goes wrong on the CPU build of vLLM; nothing elsewhere."""
-    parallel = config.parallel_config
+def refusals_of_device(config: Any) -> tuple[Refusal, ...]:
+    """Return what goes wrong on the CPU build of vLLM, or in its kernels for GPUs."""
+    parallel, adapters = config.parallel_config, getattr(config, "lora_config", None) is not None
     if config.device_config.device_type != "cpu":
-        return ()
+        # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
+        seen = "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it"
+        float32 = dtype_name(config.model_config.dtype) == "float32"
+        return (
+            (adapters and float32, seen, "a format of 16 bits", "set --dtype bfloat16, or leave --enable-lora out"),
+        )
     return (
         (
             parallel.pipeline_parallel_size > 1,
@@ -106,7 +111,7 @@ def refusals_on_cpu(config: Any) -> tuple[Refusal, ...]:
         # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request
         # with an adapter the nonces, and the chat without one, are computed with that adapter.
         (
-            getattr(config, "lora_config", None) is not None,
+            adapters,
             "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
             "an engine without adapters",
             "leave it out, or serve on a GPU",
