@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from assay.models import wide
-from assay.poc import Proof
+from assay.poc import Proof, calibrate
 from assay.research import cheats
 
 PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24")  # what `prove` proves
@@ -245,6 +246,29 @@ def test_calibrate_from_two_proofs_and_use_it(
     )  # fmt: skip
     assert result.code == 0, result.err
     assert json.loads(result.out)["noise"]["source"] == "calibration on 32 nonces"
+
+
+def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_loaded(
+    prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert prove("hf.jsonl", nonces="0:32").code == 0
+    proof, path = Proof.load(tmp_path / "hf.jsonl"), tmp_path / "calibration.json"
+    fingerprint = replace(proof.header.fingerprint, engine="vllm")
+    records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records]
+    beside = Proof.build(replace(proof.header, fingerprint=fingerprint), records, 1.0)
+    calibrate(proof, beside).save(path)
+    beside.save(tmp_path / "vllm.jsonl")
+
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("assay.models.load_model", loaded)
+    for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
+        options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
+        refused = assay("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
+        assert refused.code == 2
+        assert f"a calibration by which {judge} judges this prover" in refused.err
+        assert f"pass --engine {judge}, or measure" in refused.err
 
 
 def test_an_empty_expectation_is_refused(prove, assay, small_checkpoint: Path, tmp_path: Path):

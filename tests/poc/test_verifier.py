@@ -94,6 +94,9 @@ def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: P
     law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 32), proof.records, 1.0))
     assert judging_batch(node, engine="vllm", calibration=law) == 32
     assert judging_batch(node, engine="hf", calibration=law) == judging_batch(node, engine="vllm") == 8
+    judged = by("vllm", 32)  # a batch of its own kind and size was measured too, but as the prover's
+    law = calibrate(Proof.build(by("vllm", 8), far, 1.0), Proof.build(judged, proof.records, 1.0))
+    assert judging_batch(judged, engine="vllm", calibration=law) == 8
     law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 10**12), proof.records, 1.0))
     assert judging_batch(node, engine="vllm", calibration=law) == 1024
     with pytest.raises(CalibrationError, match="another device"):

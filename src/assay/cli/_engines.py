@@ -115,7 +115,8 @@ def check_judging(options: "VerifySettings", header: "Header", measured: "Calibr
 
     Raises:
         ProofMismatch: The model has fewer positions than the proof.
-        CalibrationError: There is no calibration, and no default for the number formats.
+        CalibrationError: There is no calibration, and no default for the number formats; or it was measured with
+            another kind of engine.
         AssayError: As of :func:`judging_engine`.
     """
     from assay.errors import ProofMismatch
@@ -127,6 +128,8 @@ def check_judging(options: "VerifySettings", header: "Header", measured: "Calibr
     dtype = options.dtype or of_weights(stated)
     if measured is None:
         default_noise(header.pipeline.noise, stated, dtype)
+    else:
+        measured.check_kind(header, options.engine)
     if options.engine == "hf":
         check_loadable(options.model, dtype, options.device)
     info, positions = model_info(options.model), header.round.seq_len + header.pipeline.steps

@@ -200,8 +200,8 @@ def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibratio
     Args:
         header: Header of the proof.
         engine: Kind of the validator's engine, ``hf`` or ``vllm``.
-        calibration: Measured honest noise; if no engine of this kind was measured with the batch of the header, that of
-            the first one is taken.
+        calibration: Measured honest noise; if no engine of this kind that may judge the prover was measured with the
+            batch of the header, that of the first one is taken.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build than the proof.
@@ -212,8 +212,8 @@ def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibratio
 
 
 def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
-    known = [] if calibration is None else calibration.build_of(header).known
-    return [one for one in known if one.engine == engine]
+    judges = [] if calibration is None else calibration.build_of(header).judges(header.fingerprint)
+    return [one for one in judges if one.engine == engine]
 
 
 def _bounded(batch_size: int, header: Header) -> int:

@@ -119,6 +119,13 @@ class BuildNoise:
         """The fingerprints of the measured machines."""
         return [machine.fingerprint for machine in self.machines if machine.fingerprint is not None]
 
+    def judges(self, prover: Fingerprint) -> list[Fingerprint]:
+        """Return the fingerprints of the measured machines that may judge a prover: of a pair, the other one."""
+        if not 0 < len(self.known) < FEWEST_MACHINES:
+            return self.known
+        one, two = self.known
+        return [two if prover == one else one]
+
     def check(self, header: Header) -> None:
         """Refuse a proof of another model or preset, or by another build, than this was measured with.
 

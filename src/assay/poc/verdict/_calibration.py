@@ -55,6 +55,25 @@ class Calibration:
         """
         self.build_of(header)
 
+    def check_kind(self, header: Header, engine: str) -> None:
+        """Refuse a validator on a kind of engine that was not measured beside the prover's, before one starts.
+
+        Args:
+            header: Header of the proof.
+            engine: Kind of the validator's engine, ``hf`` or ``vllm``.
+
+        Raises:
+            CalibrationError: Names the kind that was measured; or as of :meth:`build_of`.
+        """
+        kinds = {one.engine for one in self.build_of(header).judges(header.fingerprint)}
+        if kinds and engine not in kinds:
+            measured = " or ".join(sorted(kinds))
+            raise CalibrationError(
+                f"a calibration by which {measured} judges this prover",
+                wanted=f"one by which {engine} does",
+                do=f"pass --engine {measured}, or measure this pair with `assay poc calibrate A.jsonl B.jsonl`",
+            )
+
     def is_of_format(self, header: Header) -> bool:
         """Return whether every build of a proof's checkpoint and preset was measured in the format that it states.
 
@@ -130,8 +149,7 @@ def noise_for(
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
     build = calibration.build_of(header)
     build.check_engine(validator, "than this validator's")
-    if 0 < len(build.known) < FEWEST_MACHINES:  # of a pair, the validator is the other one
-        one, two = build.known
-        other = (two if header.fingerprint == one else one).as_dict()
-        refuse_difference(other, validator.as_dict(), "than this validator's")
+    if 0 < len(build.known) < FEWEST_MACHINES:
+        (other,) = build.judges(header.fingerprint)
+        refuse_difference(other.as_dict(), validator.as_dict(), "than this validator's")
     return build.between(header.fingerprint, validator, round=header.round, mixture=mixture)
