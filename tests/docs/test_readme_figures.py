@@ -48,8 +48,8 @@ def rates() -> list[str]:
     models = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b")
     ratios = [of(f"gpu_prove_{model}")["prove_over_compiled"] for model in models]
     inside = []
-    for model in ("", "_llama-3.2-1b", "_llama-3.1-8b"):
-        (row,) = of(f"vllm_direct_h200_queued{model}")["rows"]
+    for run in ("queued", "floor_llama-3.2-1b", "queued_llama-3.1-8b"):
+        (row,) = of(f"vllm_direct_h200_{run}")["rows"]
         inside.append(f"{row['ratios']['own_over_transformers']:.2f}")
     return [f"`prove` [{min(ratios):.2f}] to [{max(ratios):.2f}] ×", "in vLLM [{}], [{}] and [{}] ×".format(*inside)]
 
