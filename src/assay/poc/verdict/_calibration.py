@@ -12,7 +12,6 @@ from assay.errors import AssayError, CalibrationError
 from assay.poc.protocol import Fingerprint, Header
 from assay.poc.verdict._build_file import build_as_dict, build_from_dict, first_version
 from assay.poc.verdict._build_noise import BuildNoise, refuse_difference
-from assay.poc.verdict._machines import FEWEST_MACHINES
 from assay.poc.verdict._noise import Noise, default_noise
 from assay.reports import dumps, read_json, write_atomic
 
@@ -149,7 +148,7 @@ def noise_for(
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
     build = calibration.build_of(header)
     build.check_engine(validator, "than this validator's")
-    if 0 < len(build.known) < FEWEST_MACHINES:
-        (other,) = build.judges(header.fingerprint)
-        refuse_difference(other.as_dict(), validator.as_dict(), "than this validator's")
+    judges = build.judges(header.fingerprint)
+    if len(judges) == 1:  # the other one of a pair
+        refuse_difference(judges[0].as_dict(), validator.as_dict(), "than this validator's")
     return build.between(header.fingerprint, validator, round=header.round, mixture=mixture)
