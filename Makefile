@@ -87,7 +87,7 @@ lock: $(READY)  ## write requirements.lock: exact versions and hashes of all ext
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python scripts/mistakes.py
-	$(BIN)/python -m cogapp -P -I scripts -r $$(grep -rl "\[\[\[cog" docs)
+	$(BIN)/python -m cogapp -P -I scripts -I research/scripts -r $$(grep -rl "\[\[\[cog" docs)
 
 man: $(READY)  ## write a man page for every command to build/man
 	$(BIN)/python scripts/man_pages.py
@@ -101,12 +101,12 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a generating service, and of one that stores receipts
-	$(BIN)/python benchmarks/service_soak.py -o benchmarks/results/service_soak.json
-	$(BIN)/python benchmarks/receipts_soak.py -o benchmarks/results/receipts_soak.json
+	$(BIN)/python research/benchmarks/service_soak.py -o research/results/service_soak.json
+	$(BIN)/python research/benchmarks/receipts_soak.py -o research/results/receipts_soak.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
 GPU_PYTHON ?= PYTHONPATH=src python3
-OUT ?= benchmarks/results
+OUT ?= research/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
 	$(GPU_PYTHON) -m pytest -o addopts=-q -m gpu -p no:benchmark -p no:logging -rs --ignore tests/vhack/training \
@@ -115,22 +115,22 @@ gpu-test:  ## run the tests that need a CUDA device, with the python that has on
 GPU_SHAPES := qwen3-0.6b llama-3.2-1b qwen3-4b llama-3.1-8b
 
 gpu-bench:  ## measure on a CUDA device, and on two where there are two; result files go to OUT
-	$(GPU_PYTHON) benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
-	$(GPU_PYTHON) benchmarks/gumbel.py --device cuda -o $(OUT)/gumbel_cuda.json
+	$(GPU_PYTHON) research/benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
+	$(GPU_PYTHON) research/benchmarks/gumbel.py --device cuda -o $(OUT)/gumbel_cuda.json
 	for shape in $(GPU_SHAPES); do \
-	  $(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
-	$(GPU_PYTHON) benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
-	$(GPU_PYTHON) benchmarks/gpu_float8.py --proofs $(OUT)/float8
-	$(GPU_PYTHON) benchmarks/float8_laws.py $(OUT)/float8 -o $(OUT)/float8_laws.json
+	  $(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
+	$(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
+	$(GPU_PYTHON) research/benchmarks/gpu_float8.py --proofs $(OUT)/float8
+	$(GPU_PYTHON) research/benchmarks/float8_laws.py $(OUT)/float8 -o $(OUT)/float8_laws.json
 	for shape in $(GPU_SHAPES); do \
-	  $(GPU_PYTHON) benchmarks/gpu_eight_bits.py --model shape:$$shape -o $(OUT)/gpu_eight_bits_$$shape.json || exit; done
-	$(GPU_PYTHON) benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
-	$(GPU_PYTHON) benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
-	$(GPU_PYTHON) benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
+	  $(GPU_PYTHON) research/benchmarks/gpu_eight_bits.py --model shape:$$shape -o $(OUT)/gpu_eight_bits_$$shape.json || exit; done
+	$(GPU_PYTHON) research/benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
+	$(GPU_PYTHON) research/benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
+	$(GPU_PYTHON) research/benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
-	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json && \
-	  $(GPU_PYTHON) benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o $(OUT)/vhack_parts_one.json && \
-	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/vhack_parts.py --one $(OUT)/vhack_parts_one.json \
+	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json && \
+	  $(GPU_PYTHON) research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o $(OUT)/vhack_parts_one.json && \
+	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/vhack_parts.py --one $(OUT)/vhack_parts_one.json \
 	    -o $(OUT)/vhack_parts.json; fi
 
 release-check: $(READY)  ## build the wheel, install it into an empty environment, and use it as a stranger would

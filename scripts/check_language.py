@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "RELEASE.md", "MIGRATION.md")
-PLACES = ("src", "tests", "benchmarks", "scripts", "docs", "examples", *PAGES)
+PLACES = ("src", "tests", "research", "scripts", "docs", "examples", *PAGES)
 SKIPPED = {"check_language.py", "LOG.md"}  # this table, and the log: a log is not rewritten
 
 CODE, ANYWHERE = "code", "anywhere"

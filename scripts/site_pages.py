@@ -24,7 +24,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "MIGRATION.md": "migration.md",
     "SECURITY.md": "security.md",
-    "benchmarks/results/LEADERBOARD.md": "leaderboard.md",
+    "research/results/LEADERBOARD.md": "leaderboard.md",
     "docs/README.md": "pages.md",
 }
 """Pages whose names on the site are not those that they have in docs."""

@@ -93,7 +93,7 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_every_name_of_a_module_is_used():
     """By its own module, an import, an attribute or a text; `make check` compares names, wherever else they stand."""
-    folders = [ROOT.parent / name for name in ("benchmarks", "examples")]
+    folders = [ROOT.parent / name for name in ("research/benchmarks", "examples")]
     others = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
     nodes = [node for tree in [*TREES.values(), *others] for node in ast.walk(tree)]
     froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -114,7 +114,7 @@ def test_every_name_of_a_module_is_used():
 def test_benchmarks_and_examples_import_what_there_is():
     """Most of them run for minutes, or on machines with a GPU, so an import of a name that has moved shows late."""
     missing = []
-    for path in (path for name in ("benchmarks", "examples", "scripts") for path in (ROOT.parent / name).glob("*.py")):
+    for path in (path for name in ("research/benchmarks", "research/scripts", "examples", "scripts") for path in (ROOT.parent / name).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             if module.partition(".")[0] == "assay":

@@ -43,7 +43,7 @@ def shown(text: str) -> Iterator[list[str]]:
     for kind, block in FENCED.findall(text):
         for line in ("" if kind not in ("", "sh") else block).replace("\\\n", " ").splitlines():
             command = TORCHRUN.sub(lambda found: "" if found[1] else "python ", ENVIRONMENT.sub("", line.strip()))
-            if command.startswith(("assay ", "python benchmarks/", "python scripts/")):
+            if command.startswith(("assay ", "python research/", "python scripts/")):
                 words = [VARIABLES.get(word, word) for word in shlex.split(command, comments=True)]
                 ends = (place for place, word in enumerate(words) if word in ENDS)
                 yield words[: next(ends, None)]
@@ -105,7 +105,7 @@ def _parse(parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
 
 def main() -> None:
     """Read lines from stdin, and print those that are refused."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "research" / "benchmarks"))
     if find_spec("triton") is None:
         import_module("transformers.models.auto.modeling_auto")  # it asks whether there is triton
         sys.modules.update({name: mock.MagicMock() for name in TRITON})

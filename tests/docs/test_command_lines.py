@@ -24,7 +24,7 @@ PAGES = sorted(
     if path.name != "troubleshooting.md"  # mistakes
     and any(shown(path.read_text(encoding="utf-8")))
 )
-NO_PARSER = ("benchmarks/redteam_tables.py", "scripts/page_blocks.py")
+NO_PARSER = ("research/benchmarks/redteam_tables.py", "scripts/page_blocks.py")
 """Programs that read their arguments as they work."""
 
 
@@ -63,9 +63,9 @@ def test_lines_that_fail_are_found(folder: Path):
         "assay poc prove --model M --block-hash B -o p.jsonl",
         "assay poc experiment simulate --nodes many",
         "assay vhack train --model M -o run --steps 0",
-        "python benchmarks/vhack_study3.py PART -o OUT",
-        "python benchmarks/gpu_floor.py --modle shape:qwen3-0.6b",
-        "python benchmarks/vhack_study_many.py second -o OUT --seed 8",
+        "python research/benchmarks/vhack_study3.py PART -o OUT",
+        "python research/benchmarks/gpu_floor.py --modle shape:qwen3-0.6b",
+        "python research/benchmarks/vhack_study_many.py second -o OUT --seed 8",
     )
     said = refused([shlex.split(line) for line in lines], folder)
     assert said.keys() == set(lines)
@@ -74,8 +74,8 @@ def test_lines_that_fail_are_found(folder: Path):
 
 def test_lines_are_found_in_blocks():
     text = "```sh\nA=1 assay doctor \\\n  --json > x   # why\ncd x\n```\n```python\nassay = 1\n```\n```\n"
-    text += "torchrun --nproc-per-node 2 -m assay poc prove -o p\ntorchrun --nproc-per-node 2 benchmarks/b.py 1\n```\n"
-    found = [["assay", "doctor", "--json"], ["assay", "poc", "prove", "-o", "p"], ["python", "benchmarks/b.py", "1"]]
+    text += "torchrun --nproc-per-node 2 -m assay poc prove -o p\ntorchrun --nproc-per-node 2 research/benchmarks/b.py 1\n```\n"
+    found = [["assay", "doctor", "--json"], ["assay", "poc", "prove", "-o", "p"], ["python", "research/benchmarks/b.py", "1"]]
     assert list(shown(text)) == found
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.docs.shell import ROOT, held, script
 
 pytestmark = pytest.mark.usefixtures("warm")
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "research" / "results"
 PROOFS = """\
 python - <<'END'
 from assay import load_model
@@ -55,9 +55,9 @@ def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, nonces: i
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder in which the programs of a checkout lie, and no results but those of finished studies."""
-    programs = tmp_path / "benchmarks"
+    programs = tmp_path / "research" / "benchmarks"
     (programs / "results").mkdir(parents=True)
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "research" / "benchmarks").glob("*.py"):
         (programs / path.name).symlink_to(path)
     (programs / "results" / "vhack_study2").symlink_to(RESULTS / "vhack_study2")
     return tmp_path
@@ -73,16 +73,16 @@ def test_experiments(folder: Path):
         "assay poc experiment weights": f"{of_one} --nonces 16",
         "assay poc experiment matrix": f"{of_one} --modes sign-flips --duration 1 --public-keys node_A",
         "assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512",  # b.jsonl is of the other format
-        "python benchmarks/chord_law.py": f"{tiny} --nonces 32 --blocks 2",
-        "python benchmarks/block_scale.py": f"{tiny} --nonces 16 --blocks 2 --common 32",
-        "python benchmarks/r_target.py": f"{tiny} --nonces 32 --blocks 2 --dtype float32 --device cpu",
+        "python research/benchmarks/chord_law.py": f"{tiny} --nonces 32 --blocks 2",
+        "python research/benchmarks/block_scale.py": f"{tiny} --nonces 16 --blocks 2 --common 32",
+        "python research/benchmarks/r_target.py": f"{tiny} --nonces 32 --blocks 2 --dtype float32 --device cpu",
     }
     made = proofs(proof="bfloat16", a="bfloat16", b="float32", blocks=8, nonces=512)
     said = held(script("experiments", before=made, small=small), folder)
     assert "honest" in said
     assert {path.name for path in (folder / "experiments").iterdir()} >= {"NAME", "h200", "h200-shapes", "cpu"}
     assert (folder / "experiments" / "NAME" / "report.html").is_file()
-    made = {path.name for path in (folder / "benchmarks" / "results").glob("*.json")}
+    made = {path.name for path in (folder / "research" / "results").glob("*.json")}
     assert made == {"chord_law_blocks.json", "block_scale.json", "r_target_h200.json"}
 
 
@@ -131,7 +131,7 @@ def test_studies_of_training(folder: Path):
     held(script("vhack-results", instead=study, small={"assay vhack train": steps}), folder)
     assert "<svg" in (folder / "page.html").read_text()
     assert (folder / "RUN" / "delta.safetensors").is_file()
-    results = folder / "benchmarks" / "results" / "vhack_study3.json"
+    results = folder / "research" / "results" / "vhack_study3.json"
     assert results.is_file()
     results.unlink()
     held(script("vhack-experiment-3", instead=study), folder)

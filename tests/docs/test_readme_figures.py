@@ -10,7 +10,7 @@ from assay.research import redteam
 from assay.research.runs import read_run
 from tests.docs.shell import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "research" / "results"
 
 
 def of(name: str) -> dict[str, Any]:

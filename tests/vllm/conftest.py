@@ -14,7 +14,7 @@ from assay.poc import Round
 from assay.poc.engines.vllm import _checkpoints
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "research" / "benchmarks"))
 
 SEQ_LEN = 64
 ON_GPU = torch.cuda.is_available()
