@@ -115,6 +115,6 @@ def test_bytes_per_token_are_those_of_the_page():
         ids = (size(64_000, vocabulary) - size(32_000, vocabulary)) / 32_000 - 35 / 32
         assert f"{ids:.1f}" == stated
         assert stated in PAGE
-    assert "it takes 35, 1.09 a token" in PAGE
+    assert "1.09 bytes a token" in PAGE
     usual = {"request_id": f"chatcmpl-{'0' * 32}", "block_hash": "0" * 64, "sampling": Sampling(temperature=0.7)}
     assert len(replace(receipt, **usual, output=(), sketches=receipt.sketches[:0]).line()) == pytest.approx(420, abs=10)
