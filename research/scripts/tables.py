@@ -16,7 +16,7 @@ from assay.research.matrix import Configuration, configurations
 from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
 from assay.research.runs import read_run
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
 FORMATS = {"bfloat16": "", "float16": "-float16", "float8": "-float8"}
