@@ -86,7 +86,6 @@ lock: $(READY)  ## write requirements.lock: exact versions and hashes of all ext
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
-	$(BIN)/python scripts/mistakes.py
 	$(BIN)/python -m cogapp -P -I scripts -I research/scripts -r $$(grep -rl "\[\[\[cog" docs)
 
 man: $(READY)  ## write a man page for every command to build/man

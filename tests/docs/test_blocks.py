@@ -95,7 +95,7 @@ def test_blocks_say_what_they_are():
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for kind, body in FENCED.findall(path.read_text(encoding="utf-8")):
             assert kind in ("", "sh", "python", "toml", "json", "sql"), f"{path.name}: {kind}"
-            if not kind and path.name != "troubleshooting.md":  # mistakes
+            if not kind:
                 assert not COMMAND.search(body), f"{path.name}: {body}"
 
 

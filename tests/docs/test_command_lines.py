@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from assay.cli._app import app
+from assay.cli import app
 from tests.cli.test_app import FROZEN, commands
 from tests.docs.command_lines import VARIABLES, refused, shown
 from tests.docs.shell import ROOT, held, script
@@ -21,8 +21,7 @@ PAGES = sorted(
     path
     for folder in (".", "docs", "docs/decisions", "examples", "deploy")
     for path in (ROOT / folder).glob("*.md")
-    if path.name != "troubleshooting.md"  # mistakes
-    and any(shown(path.read_text(encoding="utf-8")))
+    if any(shown(path.read_text(encoding="utf-8")))
 )
 NO_PARSER = ("research/benchmarks/redteam_tables.py", "scripts/page_blocks.py")
 """Programs that read their arguments as they work."""
@@ -75,7 +74,11 @@ def test_lines_that_fail_are_found(folder: Path):
 def test_lines_are_found_in_blocks():
     text = "```sh\nA=1 assay doctor \\\n  --json > x   # why\ncd x\n```\n```python\nassay = 1\n```\n```\n"
     text += "torchrun --nproc-per-node 2 -m assay poc prove -o p\ntorchrun --nproc-per-node 2 research/benchmarks/b.py 1\n```\n"
-    found = [["assay", "doctor", "--json"], ["assay", "poc", "prove", "-o", "p"], ["python", "research/benchmarks/b.py", "1"]]
+    found = [
+        ["assay", "doctor", "--json"],
+        ["assay", "poc", "prove", "-o", "p"],
+        ["python", "research/benchmarks/b.py", "1"],
+    ]
     assert list(shown(text)) == found
 
 

@@ -1,0 +1,116 @@
+"""Commands that cannot work end with code 2 and an error in three parts, without a traceback and without a file."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from assay import poc
+
+ROUND = "--block-hash block_alpha --public-key node_A"
+PROVE = f"poc prove --model model {ROUND}"
+VERIFY = f"poc verify %s --model model {ROUND} --seq-len 8"
+RESPOND = f"poc respond --model model --prompts %s {ROUND} -o receipts.jsonl"
+EXTRACT = "vhack extract --model model --pairs %s -o basis.safetensors"
+MISTAKES = (
+    "pc",
+    "poc prov --model model",
+    "poc prove --modle model",
+    "poc prove --model model --block-hash block_alpha -o a.jsonl",
+    "poc prove --model",
+    "poc verify --model model",
+    "streams normal --seed-text a -n many",
+    "models info ./nope",
+    "models info empty",
+    "models info sizes",
+    "models info unknown",
+    f"poc prove --model pickle {ROUND} -o a.jsonl",
+    f"poc prove --model bare {ROUND} -o a.jsonl",
+    f"{PROVE} -o a.jsonl --dtype fp16",
+    f"{PROVE} -o a.jsonl --device gpu",
+    f"{PROVE} -o nodir/a.jsonl",
+    f"{PROVE} -o proof.jsonl",
+    f"{PROVE} -o a.jsonl --preset poc-2",
+    f"{PROVE} -o a.jsonl --nonces 5:1",
+    f"{PROVE} -o a.jsonl --seq-len 1000000",
+    f"{PROVE} -o a.jsonl --batch-size 0",
+    VERIFY % "absent.jsonl",
+    VERIFY % "empty.jsonl",
+    VERIFY % "picture.png",
+    VERIFY % "truncated.jsonl",
+    VERIFY % "unfinished.jsonl",
+    VERIFY % "crlf.jsonl",
+    VERIFY % "edited.jsonl",
+    VERIFY % "future.jsonl",
+    VERIFY % "nan.jsonl",
+    VERIFY % "proof.jsonl" + " --calibration absent.json",
+    VERIFY % "proof.jsonl" + " --pins typo.toml",
+    VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
+    VERIFY.replace("block_alpha", "block_beta") % "proof.jsonl",
+    "poc calibrate proof.jsonl proof.jsonl -o calibration.json",
+    "poc ledger show absent.jsonl",
+    RESPOND % "cold.jsonl",
+    "poc serve --model model --host 0.0.0.0 --data-dir new",
+    "poc serve --model model --port 99999 --data-dir new",
+    "poc serve --model model --data-dir proof.jsonl",
+    EXTRACT % "absent.jsonl",
+    EXTRACT % "fields.jsonl",
+    "vhack check --model model --basis proof.jsonl",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, small_model) -> Path:
+    """A folder with a checkpoint, a proof of it, and files that are broken in one way each."""
+    made = tmp_path_factory.mktemp("mistakes")
+    (made / "model").symlink_to(small_checkpoint)
+    poc.prove(
+        small_model,
+        poc.Round(block_hash="block_alpha", public_key="node_A", seq_len=8),
+        range(8),
+        output=made / "proof.jsonl",
+    )
+    text = (made / "proof.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    pair = {"prompt": "p", "hack": "h", "group": "g"}
+    files = {
+        "empty.jsonl": "",
+        "truncated.jsonl": "".join(lines[:4])[: -len(lines[3]) + 10],
+        "unfinished.jsonl": "".join(lines[:-1]),
+        "crlf.jsonl": text.replace("\n", "\r\n"),
+        "edited.jsonl": re.sub(r'"distance":.*?,"valid":\w+', '"distance":1.25,"valid":false', text, count=1),
+        "future.jsonl": text.replace('"schema":1', '"schema":99', 1),
+        "nan.jsonl": re.sub(r'"distance":[^,]+', '"distance":NaN', text, count=1),
+        "cold.jsonl": json.dumps({"prompt": [1, 2, 3], "temperature": -1}) + "\n",
+        "fields.jsonl": json.dumps(pair) + "\n",
+        "typo.toml": '[poc.prove]\nmodle = "model"\n',
+    }
+    for name, content in files.items():
+        (made / name).write_text(content, newline="")
+    (made / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff" * 9)
+    config = json.loads((small_checkpoint / "config.json").read_text())
+    for name, content in {
+        "empty": None,
+        "bare": config,
+        "pickle": {"model_type": "llama"},
+        "sizes": config | {"hidden_size": -256},
+        "unknown": {"model_type": "mine"},
+    }.items():
+        (made / name).mkdir()
+        if content is not None:
+            (made / name / "config.json").write_text(json.dumps(content))
+    (made / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    return made
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_answered_in_three_parts(command: str, folder: Path, assay, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = set(folder.rglob("*"))
+    found = assay(*shlex.split(command))
+    assert found.code == 2
+    assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), found.err
+    assert "Traceback" not in found.err
+    assert set(folder.rglob("*")) == before, "a mistake leaves no file"
