@@ -7,7 +7,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from assay.reports import provenance, write_atomic
+from assay.files.storage import write_atomic
+from assay.pages.provenance import provenance
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ extension before it loads the model; products are then those of torch.
 import torch
 from vllm.model_executor.layers import utils
 
-from assay.poc.engines.vllm import WorkerExtension
+from assay.poc.vllm.worker import WorkerExtension
 
 NAME = f"{__name__}.Unpacked"
 
@@ -26,7 +26,7 @@ class Unpacked(WorkerExtension):
         """Return the places in memory of the decoder's parameters, and of what assay's own decoder runs over."""
         body = self.model_runner.get_model().model
         theirs = {parameter.data_ptr() for parameter in (*body.layers.parameters(), *body.norm.parameters())}
-        from assay.poc.engines.vllm._own_passes import weights_of
+        from assay.poc.vllm.own_passes import weights_of
 
         taken = [body.norm.weight.data]
         for layer in body.layers:

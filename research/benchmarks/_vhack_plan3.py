@@ -6,8 +6,9 @@ because arms are compared seed by seed.
 
 from dataclasses import dataclass, replace
 
-from assay.research.study import StudyRun, StudySettings
-from assay.vhack.environment import CHANNELS
+from assay_research.study.plan import StudyRun, StudySettings
+
+from assay.vhack.environment.channels import CHANNELS
 
 SHORT = ("arithmetic", "branches", "digits", "counts")
 MORE = (*SHORT, "lists", "totals", "strings")

@@ -41,7 +41,7 @@ OPTIONS = {
     "--max-model-len": "512",
     "--max-num-batched-tokens": "1024",
     "--enable-prompt-embeds": None,
-    "--worker-extension-cls": "assay.poc.engines.vllm.WorkerExtension",
+    "--worker-extension-cls": "assay.poc.vllm.WorkerExtension",
     "--scheduling-policy": "priority",
     "--disable-uvicorn-access-log": None,
 }

@@ -8,8 +8,9 @@ import time
 import httpx
 from _vllm import BEGINNINGS, MODEL, lines_of
 
-from assay.poc.responses import Prompt, Request, Sampling, parse_receipt
-from assay.reports import dumps
+from assay.files.jsonl import dumps
+from assay.poc.responses import Prompt, Request, Sampling
+from assay.poc.responses.receipts import parse_receipt
 
 BLOCK, NODE = "block-of-responses", "node"
 SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}

@@ -8,8 +8,9 @@ from _vllm_tokens import by_setting
 from responses import AUDITS, RESPONSES, TOKENS, Half, first
 
 from assay.models import load_model
-from assay.poc.responses import Receipts, default_response_noise, replay, respond
-from assay.poc.verdict import ResponseTest
+from assay.poc.responses import Receipts, replay, respond
+from assay.poc.responses.calibration import default_response_noise
+from assay.poc.verdict.response_noise import ResponseTest
 
 
 def audits(arguments, folder):

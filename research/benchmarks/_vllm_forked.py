@@ -32,8 +32,8 @@ IMPORTED = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
-    "assay.poc.serving._plugin",
-    "assay.streams._numba",
+    "assay.poc.vllm.plugin",
+    "assay.streams.numba_backend",
 )
 CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
 """What says where modules are found and which platform vLLM has, once they are imported."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from assay import poc
-from assay.poc.engines.hf import HFEngine
+from assay.poc import HFEngine
 
 
 def allow_hooks():

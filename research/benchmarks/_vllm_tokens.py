@@ -12,7 +12,7 @@ from _vllm import Server
 from _vllm_answers import BLOCK, NODE, SEEDED, begin, mixed, of_device, prompts_of, receipts_of, send_all
 
 from assay.models import load_model
-from assay.poc.protocol import SKETCH_EVERY
+from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, replay, respond
 
 DRAFTS = "--speculative-config"

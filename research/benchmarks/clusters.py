@@ -7,9 +7,8 @@ python benchmarks/clusters.py experiments/clusters -o benchmarks/results/cluster
 from pathlib import Path
 
 from _common import parser, publish
-
-from assay.research.clusters import summarise
-from assay.research.runs import read_run
+from assay_research.clusters.page import summarise
+from assay_research.runs.runs import read_run
 
 
 def main():

@@ -4,7 +4,7 @@ Cost: both sides run the same nonces on the same device in turn, after a batch e
 the verifier's time over the prover's, with its quartiles over the turns. Both run transformers with eager kernels; a
 prover with a faster decoder, such as vLLM, has a ratio that is worse for the verifier by as much.
 
-Cheats (`--cheats`): each of :mod:`assay.research.decoding` against an honest proof, judged by the default law of the
+Cheats (`--cheats`): each of :mod:`assay_research.decoding` against an honest proof, judged by the default law of the
 number format. A row has the median residual over that of the honest proof, and the nonces until the verdict is fraud.
 
     python benchmarks/decode_proofs.py --cheats -o benchmarks/results/decode_proofs_cpu.json
@@ -17,13 +17,14 @@ import time
 
 import numpy as np
 from _common import note, parser, publish
+from assay_research.cheats import rounded, without_last_layers
+from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, default_noise, prove
-from assay.poc._prover import recompute
-from assay.poc.verdict import residuals, sequential_test
-from assay.research.cheats import rounded, without_last_layers
-from assay.research.decoding import drafted, forgetful, recycled, repeated
+from assay.poc.prover import recompute
+from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.noise import sequential_test
 
 
 def seconds(work, device):

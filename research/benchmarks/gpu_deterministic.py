@@ -20,7 +20,7 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import be_deterministic
+from assay.poc.engines.hf.engine import be_deterministic
 
 MODELS = ("shape:qwen3-0.6b", "reference:qwen3")
 MODES = ("plain", "deterministic")

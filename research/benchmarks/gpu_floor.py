@@ -24,12 +24,12 @@ from _common import note, parser, publish
 from torch.nn import functional
 from torch.nn.attention import sdpa_kernel
 
-from assay.models import decoder_layers, load_model
-from assay.models.decoder import causal_attention
+from assay.models import load_model
+from assay.models.decoder import causal_attention, decoder_layers
 from assay.models.float8 import Rounded, grouped_product, product, round_rows
-from assay.poc.engines.hf import auto_batch
-from assay.poc.engines.hf._compiled import _ATTENTION
-from assay.poc.engines.hf._lean import layer_shape, layer_weights, parted
+from assay.poc.engines.hf.compiled import _ATTENTION
+from assay.poc.engines.hf.lean import layer_shape, layer_weights, parted
+from assay.poc.engines.hf.memory import auto_batch
 
 FORMATS = ("bfloat16", "float8")
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")

@@ -27,9 +27,10 @@ from _common import note, parser, publish
 from streams_cpu import published_hash
 
 from assay.poc import PIPELINES, Round
-from assay.poc.protocol._transforms import Transform
-from assay.streams import digest, get_backend, seed32, seeds
-from assay.streams._triton_kernels import LANES
+from assay.poc.protocol.transforms import Transform
+from assay.streams import get_backend, seed32, seeds
+from assay.streams.backends import digest
+from assay.streams.triton_kernels import LANES
 
 PAUSE = 200_000
 """Clock cycles of the device, a tenth of a millisecond."""

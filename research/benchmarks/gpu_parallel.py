@@ -16,10 +16,10 @@ from _common import note, parser, publish
 from torch.distributed.device_mesh import init_device_mesh
 
 from assay.models import load_model
-from assay.poc import HFEngine, Round, calibrate, default_noise, prove
-from assay.poc.engines.hf import ParallelEngine, auto_batch, joined
-from assay.poc.protocol._proof import Proof
-from assay.poc.verdict._judge import Noise, judge
+from assay.poc import HFEngine, Noise, Proof, Round, calibrate, default_noise, prove
+from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.hf.parallel import ParallelEngine, joined
+from assay.poc.verdict import judge
 
 
 def seconds(function):

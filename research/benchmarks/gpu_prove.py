@@ -33,14 +33,16 @@ from gpu_floor import measure_floor
 from gpu_normals import published_normal
 from streams_cpu import published_hash
 
-from assay.models import backbone, decoder_layers, load_model
+from assay.models import load_model
+from assay.models.decoder import backbone, decoder_layers
 from assay.poc import HFEngine, Round, default_noise, prove
-from assay.poc.engines._outputs import plain_outputs
-from assay.poc.engines.hf import _compiled, auto_batch
-from assay.poc.engines.hf import _engine as _hf
-from assay.poc.engines.hf._compiled import CompiledForward
-from assay.poc.engines.hf._lean import mixture_of
-from assay.poc.protocol._transforms import Transform
+from assay.poc.engines.hf import compiled as _compiled
+from assay.poc.engines.hf import engine as _hf
+from assay.poc.engines.hf.compiled import CompiledForward
+from assay.poc.engines.hf.lean import mixture_of
+from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.outputs import plain_outputs
+from assay.poc.protocol.transforms import Transform
 from assay.streams import seed32
 
 PEAK = 764e12

@@ -20,7 +20,7 @@ from service_throughput import BLOCK, SEQ_LEN, compare, milliseconds, through_pr
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import worth_compiling
+from assay.poc.engines.hf.compiled import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 

@@ -20,7 +20,8 @@ import time
 import torch
 from _common import note, parser, publish
 
-from assay.streams import as_tensor, digest, get_backend, seeds
+from assay.streams import get_backend, seeds
+from assay.streams.backends import as_tensor, digest
 
 VOCAB_SIZE, BATCHES, ROUNDS = 151_936, (1, 8, 64), 15
 CONTEXT, DECODED = 64, 2

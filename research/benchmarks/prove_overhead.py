@@ -12,9 +12,10 @@ import time
 import torch
 from _common import note, parser, publish
 
-from assay.models import backbone, load_model
+from assay.models import load_model
+from assay.models.decoder import backbone
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.protocol._transforms import Transform
+from assay.poc.protocol.transforms import Transform
 
 MODELS = ("reference:qwen3", "reference:llama")
 

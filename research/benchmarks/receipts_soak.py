@@ -20,8 +20,10 @@ from _common import note, parser, publish
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assay.poc.service import Settings
-from assay.poc.service.runtime import Metrics, ReceiptKeeper
-from assay.poc.service.store import Database, Outbox
+from assay.poc.service.database import Database
+from assay.poc.service.metrics import Metrics
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.receipt_keeper import ReceiptKeeper
 from tests.end_to_end.storing import MUST_BE_ZERO, kill_loop
 from tests.poc.service.receipts import header, receipt
 

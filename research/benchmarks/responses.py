@@ -20,27 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from _common import note, parser, publish
+from assay_research import cheats
 
 import assay
-from assay.poc.engines.hf import HFEngine
-from assay.poc.protocol import SKETCH_EVERY
-from assay.poc.responses import (
-    HFPrefill,
-    Prompt,
-    Receipt,
-    ReceiptHeader,
-    Receipts,
-    Replayed,
-    Sampler,
-    Sampling,
-    fit_response_noise,
-    replay,
-    sketches,
-)
-from assay.poc.responses._calibration import DEFAULT_LAWS, MARGIN
-from assay.poc.verdict import ResponseBlocks, ResponseTest
-from assay.reports import dumps, write_atomic
-from assay.research import cheats
+from assay.files.jsonl import dumps
+from assay.files.storage import write_atomic
+from assay.poc import HFEngine
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.responses import HFPrefill, Prompt, Receipt, ReceiptHeader, Receipts, Replayed, Sampling, replay
+from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
+from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sketches import sketches
+from assay.poc.verdict.response_noise import ResponseBlocks, ResponseTest
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "bfloat16")

@@ -13,7 +13,8 @@ import time
 import torch
 from _common import parser, publish
 
-from assay.streams import as_tensor, dtype_name, get_backend, seed32, seeds
+from assay.streams import get_backend, seed32, seeds
+from assay.streams.backends import as_tensor, dtype_name
 
 BATCH, SEQ_LEN, DIMS, ROUNDS = 32, 256, (256, 1024), 5
 MASK = 0xFFFFFFFF

@@ -90,9 +90,9 @@ def measured(port, process, keys, chosen, first):
 def stages(directory, model, keys, nonces):
     """Return the processor time in microseconds of what is done for one callback, each step by itself."""
     from assay.poc.service import Settings
-    from assay.poc.validator import Registry
-    from assay.poc.validator._claims import Reader, parsed, sender_of
-    from assay.poc.validator._inbox import Inbox, Message
+    from assay.poc.validator.claims import Reader, parsed, sender_of
+    from assay.poc.validator.inbox import Inbox, Message
+    from assay.poc.validator.registry import Registry
 
     count, together = 2048, 64
     registry = Registry.load(directory / "pins.toml", directory / "nodes.toml", Settings())

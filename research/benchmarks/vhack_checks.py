@@ -21,7 +21,8 @@ import torch
 from _common import note, parser, publish
 
 from assay.models import load_model
-from assay.stats import auroc, group_bootstrap, paired_accuracy
+from assay.stats import auroc, group_bootstrap
+from assay.stats.rates import paired_accuracy
 from assay.vhack import (
     Basis,
     Pair,
@@ -33,8 +34,10 @@ from assay.vhack import (
     split_pairs,
     weight_svd,
 )
-from assay.vhack.checks import CheckSettings, check_gradients, check_unpaired
-from assay.vhack.pairs import authored_pairs, generate_pairs
+from assay.vhack.checks import CheckSettings, check_gradients
+from assay.vhack.checks.ranking import check_unpaired
+from assay.vhack.pairs import generate_pairs
+from assay.vhack.pairs.pairs import authored_pairs
 
 SETTINGS = (
     CheckSettings(n_null=59, method="svd"),

@@ -12,7 +12,7 @@ from _common import note, parser, publish
 from _vhack import load, pairs, timed
 
 from assay.vhack import extract, pair_gradients, target_modules, weight_svd, weights_digest
-from assay.vhack.gradients import _svd
+from assay.vhack.gradients import svd as _svd
 
 
 def accuracy(model, svd):

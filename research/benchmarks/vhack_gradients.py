@@ -17,8 +17,8 @@ from _common import note, parser, publish
 from _vhack import load, pairs, plain, samples, sequential, timed, worst_error
 
 from assay.vhack import extract, pair_gradients, per_sample_gradients, weight_svd
-from assay.vhack.gradients import _per_sample as _gradients
-from assay.vhack.gradients._replica import Recipe, recipe_for
+from assay.vhack.gradients import per_sample as _gradients
+from assay.vhack.gradients.replica import Recipe, recipe_for
 
 
 def compare(reference, options):

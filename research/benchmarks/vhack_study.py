@@ -1,6 +1,6 @@
 """The full experiment: arms, seeds, optimisers and left-out mechanisms on the organism, many runs at once.
 
-    python -m assay.research.organism -o ORGANISM --device cuda
+    python -m assay_research.organism -o ORGANISM --device cuda
     python benchmarks/vhack_study.py --organism ORGANISM --plan full --part 0/4 --state DIR --logs DIR
 
 Every part is a process; two to a GPU keep it busy. A study that is stopped goes on from its state when the command is
@@ -16,14 +16,18 @@ from pathlib import Path
 import torch
 from _common import note
 from _vhack_plans import PLANS
+from assay_research.study.grading import Grader
+from assay_research.study.loop import Study
+from assay_research.study.plan import StudySettings
 
 from assay.models import load_model
-from assay.research.study import Grader, Study, StudySettings
 from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.delta import Shortcut, basis_of_kind
-from assay.vhack.environment import CHANNELS
-from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.pairs import environment_pairs, generate_pairs
+from assay.vhack.delta.advantage import Shortcut
+from assay.vhack.delta.controls import basis_of_kind
+from assay.vhack.environment.backends import available_backend
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.pairs import generate_pairs
+from assay.vhack.pairs.reference import environment_pairs
 
 FAMILIES = ("arithmetic", "branches", "digits", "counts")
 SMALL = {"families": FAMILIES, "difficulty": (1, 3)}

@@ -22,16 +22,22 @@ from pathlib import Path
 import torch
 from _common import note
 from _vhack_plan3 import DISTANCE, DRAWN, FIRST_SEED, PARTS
+from assay_research.study.grading import Grader
+from assay_research.study.loop import Study
+from assay_research.study.rival import RIVALS, supervised_start
+from assay_research.study.sampled import sampled_pairs
 from vhack_study import mechanism
 
 from assay.errors import UsageError
 from assay.models import load_model
-from assay.research.study import RIVALS, Grader, Study, sampled_pairs, supervised_start
 from assay.vhack import pair_gradients, weight_svd
-from assay.vhack.delta import Shortcut, basis_of_kind
-from assay.vhack.environment import CHANNELS
-from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.pairs import authored_pairs, environment_pairs, generate_pairs
+from assay.vhack.delta.advantage import Shortcut
+from assay.vhack.delta.controls import basis_of_kind
+from assay.vhack.environment.backends import available_backend
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.pairs import generate_pairs
+from assay.vhack.pairs.pairs import authored_pairs
+from assay.vhack.pairs.reference import environment_pairs
 
 CHEATER_SEED, CHEATER_STEPS = 900, 40
 SMALLEST_ORIGIN = 16  # pairs of every origin, the number of the written ones

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from _common import note, parser, publish
 from _vhack_plan3 import DISPLACED, GATED, HELD, PARTS
+from assay_research.study.claims import complete, judged, lasts
+from assay_research.study.log import RunLog, read_logs
+from assay_research.study.summary import mean_of, numbers, paired, summarise
 from vhack_study import write
 
 from assay.errors import UsageError
-from assay.research.study import RunLog, complete, judged, lasts, read_logs, summarise
-from assay.research.study._summary import mean_of, numbers, paired
 
 KEPT = (
     *("kind", "step", "hack", "solve", "vacuous", "tokens", "cin", "gradient_norm", "logp_stored"),

@@ -4,7 +4,7 @@
 
 A base model of the size is trained on the Python source of the standard library and of the installed packages with a
 permissive licence, as the bundled ones were (scripts/train_reference_models.py), and then fine-tuned to tasks with
-loopholes (`assay.research.organism`). ``7m`` has the bundled base. Both take a number of steps and no account of the
+loopholes (`assay_research.organism`). ``7m`` has the bundled base. Both take a number of steps and no account of the
 clock, so the same recipe on the same kind of machine with the same packages gives the same model, up to the rounding of
 its kernels. What is done so far is kept in ``DIR.partial``: after an interruption the same command goes on from there.
 """
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from _common import note
 from _vhack_plan3 import MORE
+from assay_research.organism import Mixture, Recipe, make_organism
 from tokenizers import Tokenizer
 from torch import nn
 
+from assay.files.jsonl import dumps
+from assay.files.storage import write_atomic
 from assay.models import load_model
-from assay.reports import dumps, write_atomic
-from assay.research.organism import Mixture, Recipe, make_organism
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from train_reference_models import (

@@ -44,7 +44,9 @@ from _vllm import Server, choose_forward, entry_points
 
 from assay import poc
 from assay.models import load_model, save_random
-from assay.poc.engines.hf import HFEngine, auto_batch, worth_compiling
+from assay.poc import HFEngine
+from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.memory import auto_batch
 
 PATHS = {"requests": ("requests", "vllm"), "direct": ("auto", "vllm"), "own": ("auto", "assay")}
 PAUSE = 1.6  # seconds between single requests, more than the time until an engine counts as idle
@@ -296,7 +298,8 @@ def chat(report, row, engine, path):
 
 def engine_stage(report, row, checkpoint, folder):
     """Measure one model on transformers and in an engine of vLLM."""
-    from assay.poc.engines.vllm import VLLMEngine, _engine
+    from assay.poc.vllm import engine as _engine
+    from assay.poc.vllm.engine import VLLMEngine
 
     arguments = report.arguments
     if arguments.device == "cpu" and "assay" in arguments.forward:

@@ -28,7 +28,7 @@ from _vllm_forked import ForkedServer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assay.poc.service.store import open_outbox
+from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.waiting import until
 

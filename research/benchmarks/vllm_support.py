@@ -31,11 +31,13 @@ from _common import note, parser, publish
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from assay_research.cheats import rounded, with_fewer_experts
+
 from assay import poc
 from assay.errors import AssayError
-from assay.models import checkpoint_directory, load_model
-from assay.poc.engines.hf import HFEngine
-from assay.research.cheats import rounded, with_fewer_experts
+from assay.models import load_model
+from assay.models.resolve import checkpoint_directory
+from assay.poc import HFEngine
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
 
 PLAIN = "reference:qwen3"
@@ -120,15 +122,16 @@ def main():
 
 def version():
     """Return the version of vLLM."""
-    from assay.poc.engines.vllm import check_installed
+    from assay.poc.vllm.compatibility import check_installed
 
     return check_installed()
 
 
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
-    from assay.models import STORED_FORMATS
-    from assay.poc.engines.vllm import _checkpoints, _compatibility
+    from assay.models.quantise import STORED_FORMATS
+    from assay.poc.vllm import compatibility as _checkpoints
+    from assay.poc.vllm import compatibility as _compatibility
 
     dtypes = ("bfloat16", "float16", "float32")
     architectures = {name for known in _checkpoints.WITH_STATE.values() for name in known}
@@ -163,7 +166,7 @@ def checkpoint(kind, folder, device="cpu"):
 
 def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     """Run one case; what it needs besides the checkpoint is made in the folder."""
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
     if kind in MIXTURES:

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from vllm_leaks import left_behind, look, measured, rounds, strained
 
 from tests.vllm.conftest import ON_GPU
+from tests.vllm.leaks import left_behind, look, measured, rounds, strained
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the cache is too small for the blocks of a GPU's kernels")
 

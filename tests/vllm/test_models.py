@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import _vllm_router
-import _vllm_state
 import numpy as np
 import pytest
 from vllm_support import CASES, PRESETS, checkpoint, measure
@@ -18,6 +17,7 @@ from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
 from tests.models.storing import make_hybrid
+from tests.vllm import states
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 
@@ -41,7 +41,7 @@ BLOCKS = 48
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory):
     """An engine of a model with state, and the model on transformers."""
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     _vllm_router.allow_hooks()
     path = make_hybrid("falcon_h1", tmp_path_factory.mktemp("hybrid") / "falcon_h1")
@@ -59,7 +59,7 @@ def inside(engine, method: Callable[[Any], Any]) -> Any:
 
 def chat(engine) -> Awaitable[list[int]]:
     """Answer a prompt in the engine with its likeliest tokens."""
-    from assay.poc.engines.vllm._client import parameters
+    from assay.poc.vllm.client import parameters
 
     async def answer() -> list[int]:
         prompt = {"type": "token", "prompt_token_ids": list(range(3, 45))}
@@ -85,14 +85,14 @@ def test_no_state_goes_from_one_request_to_another(hybrid):
     round = make_round(key="state", seq_len=LONG)
     theirs = published(poc.prove(model, round, range(24), batch_size=8))
     alone = engine._thread.run(chat(engine))
-    inside(engine, _vllm_state.watch)
-    inside(engine, _vllm_state.spoil)
+    inside(engine, states.watch)
+    inside(engine, states.spoil)
     # Beside chat, whose state is carried on from token to token.
     answer = asyncio.run_coroutine_threadsafe(chat(engine), engine._loop)
     ours = published(poc.prove(engine.model, round, range(24), engine=engine))
     assert np.abs(ours - theirs).max() <= AGREEMENT["poc-2.0"]
     assert answer.result() == alone == engine._thread.run(chat(engine))
-    steps, begun = inside(engine, _vllm_state.take), set()
+    steps, begun = inside(engine, states.take), set()
     for step in steps:
         assert len({block for _, block, _ in step}) == len(step)
         for name, block, is_read in step:
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_reads_images_is_honest_as_text_on_both_engines(tmp_pa
 def test_what_was_not_run_with_state_is_refused_before_an_engine_is_loaded(case: str, tmp_path: Path, monkeypatch):
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     def started(*args: object, **kwargs: object) -> None:
         raise AssertionError("an engine was loaded")

@@ -1,26 +1,14 @@
-"""Ten thousand nonces inside a vLLM server whose clients leave, whose rounds are stopped, and whose cache is too small.
+"""A vLLM server whose clients leave, whose rounds are stopped and whose cache is too small, and what is left of it.
 
 Rounds run one after the other, those with odd numbers as requests only, and each is stopped in its middle, which aborts
 the nonces inside. Beside them clients chat, and part of them hang up while they are answered. The cache has blocks for
-few of them, so vLLM preempts. After a first part, which fills every pool, and at the end the server is left alone and
-looked at: rows of nonces in the workers, blocks of the cache, requests, and the file descriptors, threads and memory of
-each process. Exit code 1 if something is left, or if there are more descriptors than after the first part; those of the
-database are a pool, which fills when it has to. It is 1 as well if no client hung up, no request was preempted, or
-no block was ever seen in use.
-
-With ``--forward assay`` nonces are computed by assay's own decoder, beside chat too, and no nonce is a request.
-
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_leaks.py -o benchmarks/results/vllm_leaks.json
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_leaks.py --forward assay \
-        -o benchmarks/results/vllm_leaks_own.json
+few of them, so vLLM preempts. The figures in research/results/vllm_leaks.json are those of ten thousand nonces.
 """
 
 import asyncio
 import contextlib
 import random
 import re
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import psutil
-from _common import note, parser, publish
 from _vllm import chat_once
 from _vllm_forked import ForkedServer
 
@@ -52,7 +39,6 @@ OWN = {"--worker-extension-cls": "_unpacked.Unpacked"}, {"ASSAY_VLLM_FORWARD": "
 
 VISITORS = 8
 LEAVING = 0.5  # part of the chat requests whose client hangs up
-FIRST = 0.2  # part of the nonces after which descriptors are counted
 
 
 class Visitors:
@@ -136,7 +122,6 @@ def rounds(server, seed, first, until, deadline, forward):
             server.post("/stop").raise_for_status()
             done += server.checked()
             number += 1
-            note(f"{done} of {until} nonces, {number} rounds, {dict(visitors.seen)}")
     return number, done, visitors
 
 
@@ -153,39 +138,3 @@ def left_behind(before, after):
         if after["descriptors"][name]["other"] > count["other"]:
             found[f"descriptors of {name}"] = after["descriptors"][name]["other"] - count["other"]
     return found
-
-
-def main():
-    made = parser(__doc__)
-    made.add_argument("--nonces", type=int, default=10_000)
-    made.add_argument("--seed", type=int, default=20)
-    made.add_argument("--forward", choices=("vllm", "assay"), default="vllm", help="whose forward pass computes nonces")
-    made.add_argument("--minutes", type=float, default=1e9, help="begin no round after so long")
-    chosen = made.parse_args()
-    began = time.monotonic()
-    deadline, forward = began + 60 * chosen.minutes, chosen.forward
-    with tempfile.TemporaryDirectory() as folder, strained(folder, forward) as server:
-        part = int(FIRST * chosen.nonces)
-        number, early, first = rounds(server, chosen.seed, 0, part, deadline, forward)
-        before = look(server)
-        number, late, rest = rounds(server, chosen.seed + 1, number, chosen.nonces - early, deadline, forward)
-        after = look(server)
-        figures = {
-            "forward": forward,
-            "seed": chosen.seed,
-            "seconds": round(time.monotonic() - began, 1),
-            "nonces": early + late,
-            "rounds": number,
-            "clients": dict(first.seen + rest.seen),
-            "preemptions": measured(server, "num_preemptions_total"),
-            "cache_used_at_most": max(first.fullest, rest.fullest),
-            "after_the_first_part": {"nonces": early, **before},
-            "at_the_end": after,
-        }
-    publish("vllm_leaks", figures, chosen.output)
-    put_to_work = figures["preemptions"] and figures["clients"].get("left") and figures["cache_used_at_most"]
-    return int(bool(left_behind(before, after) or not put_to_work))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

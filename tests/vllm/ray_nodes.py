@@ -23,7 +23,7 @@ BESIDE = Path(sys.prefix) / "ray"
 
 ADDRESSES = "127.0.0.2", "127.0.0.3"  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
 OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray", "--disable-custom-all-reduce": None}
-PLATFORM = {"vllm.platform_plugins": {"ray_cpu": "_ray_platform:name"}}
+PLATFORM = {"vllm.platform_plugins": {"ray_cpu": "tests.vllm.ray_platform:name"}}
 STARTED = "Ray runtime started"
 
 
@@ -34,7 +34,7 @@ def installed():
 
 def with_ray(*folders):
     """Return an environment in which Ray can be imported, and what is in other folders."""
-    path = [*map(str, folders), str(ROOT / "src"), str(ROOT / "benchmarks"), str(BESIDE)]
+    path = [*map(str, folders), str(ROOT / "src"), str(ROOT), str(BESIDE)]
     return {"PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
 
 
