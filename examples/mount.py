@@ -12,7 +12,9 @@ import os
 from fastapi import FastAPI
 
 import assay
-from assay.poc.service import Controller, Deployment, Settings, attach
+from assay.poc.service import Settings, attach
+from assay.poc.service.controller import Controller
+from assay.poc.service.deployment import Deployment
 
 
 def load() -> Deployment:

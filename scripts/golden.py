@@ -100,7 +100,7 @@ def main() -> None:
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from assay.cli import run as command
-    from assay.poc.protocol import FORWARD
+    from assay.poc.protocol.pipelines import FORWARD
     from tests.end_to_end.server import Server
 
     def run(*arguments: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from reference import parameter_row
 from typer.main import get_command
 
-from assay import __version__
+from assay._version import __version__
 from assay.cli import app
 
 OUT = Path(__file__).parents[1] / "build" / "man" / "man1"

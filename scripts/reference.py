@@ -22,7 +22,7 @@ from typer.main import get_command
 
 import assay
 from assay.cli import app
-from assay.cli._serve import FLAGS
+from assay.cli.serve import FLAGS
 from assay.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -85,7 +85,7 @@ def configuration() -> str:
         rows = [row for parameter in command.params if (row := parameter_row(parameter, path))]
         if rows:
             parts.append(f"\n## `{title}`\n\n{head} Table `[{table}]`.\n\n" + rows_of("Flag", rows))
-    service, plugin = settings_class("assay.poc.service:Settings"), settings_class("assay.poc.serving:PluginSettings")
+    service, plugin = settings_class("assay.poc.service:Settings"), settings_class("assay.poc.vllm:PluginSettings")
     alone = [name for name in service.model_fields if name not in FLAGS]
     parts.append("\n## Settings of the service that have no flag\n\n" + table_of("Setting", service, alone))
     other = [name for name, field in plugin.model_fields.items() if changed(field, service.model_fields.get(name))]

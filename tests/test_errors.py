@@ -6,7 +6,7 @@ import pytest
 
 import assay.errors
 from assay.errors import AssayError, ProofMismatch
-from assay.poc.service.http import Refusal
+from assay.poc.net.refusals import Refusal
 
 KINDS = [kind for kind in vars(assay.errors).values() if isinstance(kind, type) and issubclass(kind, AssayError)]
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from assay_research.redteam.field import PRESETS
+from assay_research.redteam.tables import attack_table, fields
 from tables import FORMATS, REDTEAM, RESULTS, print_table, redteam_cells
 
-from assay.reports import read_json
-from assay.research.redteam import PRESETS, attack_table, fields
+from assay.files.jsonl import read_json
 
 Engine = tuple[str, str]  # its name, and that of its machine
 FAR = 100  # times the honest noise, beyond which the figure says no more: that noise is a last bit now and then

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
+from assay_research.clusters.clusters import HONEST, REAL, SIMULATED
+from assay_research.clusters.page import model_table
 from tables import RESULTS, print_table
 
-from assay.reports import read_json
-from assay.research.clusters import HONEST, REAL, SIMULATED, model_table
+from assay.files.jsonl import read_json
 
 
 def _clusters() -> dict[str, Any]:

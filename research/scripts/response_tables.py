@@ -2,10 +2,9 @@
 
 from typing import Any
 
+from assay_research.responses.tables import alarm_table, honest_table, standing_table
+from assay_research.runs.runs import read_run
 from tables import RUNS, print_table
-
-from assay.research.responses import alarm_table, honest_table, standing_table
-from assay.research.runs import read_run
 
 MODELS = ("qwen3", "llama", "trained-like")
 

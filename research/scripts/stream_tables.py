@@ -2,7 +2,7 @@
 
 from tables import RESULTS, print_table
 
-from assay.reports import read_json
+from assay.files.jsonl import read_json
 
 
 def gumbels() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from assay_research.approaches.approaches import weight_rows
+from assay_research.matrix.table import Configuration, configurations
+from assay_research.redteam.tables import attack_table, fields, honest_errors, paying, paying_table
+from assay_research.runs.runs import read_run
 
-from assay.reports import read_json
-from assay.research.approaches import weight_rows
-from assay.research.matrix import Configuration, configurations
-from assay.research.redteam import attack_table, fields, honest_errors, paying, paying_table
-from assay.research.runs import read_run
+from assay.files.jsonl import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = RESULTS / "experiments"

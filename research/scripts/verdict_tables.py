@@ -5,7 +5,7 @@ from typing import Any
 
 from tables import RESULTS, print_table
 
-from assay.reports import read_json
+from assay.files.jsonl import read_json
 
 COMPOSITE = {"h200": "H200", "cpu": "CPU", "fresh": "CPU, fresh"}
 """Residuals that a composite null hypothesis was judged on, by part of the name of the result."""

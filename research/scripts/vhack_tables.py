@@ -9,7 +9,7 @@ from typing import Any
 
 from tables import RESULTS, print_table
 
-from assay.reports import read_json
+from assay.files.jsonl import read_json
 
 _WORDS = {
     "d_h": "d_h",

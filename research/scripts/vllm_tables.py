@@ -5,8 +5,8 @@ from typing import Any
 
 from tables import RESULTS, print_table
 
-from assay.poc.verdict import machine_kind
-from assay.reports import read_json
+from assay.files.jsonl import read_json
+from assay.poc.verdict.calibrate import machine_kind
 
 PRESETS = ("poc-2.0", "hardened")
 ON_GPU = {"reference:qwen3": "vllm_gpu.json", "shape:qwen3-0.6b": "vllm_gpu_0.6b.json"}

@@ -15,15 +15,14 @@ from assay.errors import AssayError
 if TYPE_CHECKING:
     from assay import models as models
     from assay import poc as poc
-    from assay import reports as reports
     from assay import stats as stats
     from assay import streams as streams
     from assay import vhack as vhack
     from assay.models import load_model as load_model
 
-__all__ = ["AssayError", "__version__", "load_model", "models", "poc", "reports", "stats", "streams", "vhack"]
+__all__ = ["AssayError", "__version__", "load_model", "models", "poc", "stats", "streams", "vhack"]
 
-_FLOORS = {"models", "poc", "reports", "stats", "streams", "vhack"}
+_FLOORS = {"models", "poc", "stats", "streams", "vhack"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import traceback
 def main() -> None:
     """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means fraud."""
     try:
-        from assay.cli import run
+        from assay.cli.app import run
 
         code = run()
     except KeyboardInterrupt:  # before any signal handler is installed

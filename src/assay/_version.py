@@ -1,5 +1,3 @@
 """The version, in one place that nothing has to be loaded for."""
 
-__all__ = ["__version__"]
-
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
     AssayError
     ├── UsageError               an argument, flag or setting is outside what it may be
-    ├── Refusal                  a request that the service does not do (in assay.poc.service.http)
+    ├── Refusal                  a request that the service does not do (in assay.poc.service)
     ├── ModelError               a model cannot be found, read or run
     │   ├── ModelNotFound            no such directory, bundled model or shape
     │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
@@ -24,31 +24,6 @@ request, so a long one is cut, and characters that a terminal would obey are esc
 """
 
 from functools import partial
-
-__all__ = [
-    "AssayError",
-    "BackendUnavailable",
-    "BadWeights",
-    "CalibrationError",
-    "DataError",
-    "EngineEnded",
-    "LayersNotFound",
-    "ModelError",
-    "ModelNotFound",
-    "OutOfMemory",
-    "ProofError",
-    "ProofFormatError",
-    "ProofMismatch",
-    "ResourceError",
-    "StorageError",
-    "UnsafeCheckpoint",
-    "UsageError",
-    "how_to_install",
-    "is_out_of_memory",
-    "not_finite",
-    "reason_of",
-]
-
 
 LONGEST_PART = 4000
 """Characters of each part of a message."""

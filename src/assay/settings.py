@@ -20,8 +20,6 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from assay.errors import UsageError
 
-__all__ = ["Device", "Dtype", "Flag", "Names", "Settings", "Spelling"]
-
 
 @dataclass(frozen=True)
 class Flag:

@@ -114,7 +114,7 @@ def test_a_cheat_of_another_round_is_refused(assay, sets: Path, cheat: Path, tmp
 
 
 def test_progress_is_shown_without_a_terminal(assay, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.cli._output.PAUSE", 0.0)
+    monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
     result = assay("poc", "calibrate", "--vectors", sets, "--sets", "2026-05,-model-b", "-o", tmp_path / "c.json")
     assert result.code == 0, result.err
     assert "leaving out: 3 of 3 machines" in result.err

@@ -10,7 +10,7 @@ from assay.poc import Proof
 
 
 def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("assay.cli._output.PAUSE", 0.0)
+    monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
     result = assay("demo", "-o", tmp_path / "out", "--json")
     assert result.code == 0, result.err
     summary = json.loads(result.out)

@@ -87,7 +87,7 @@ def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
     def start(*_, **__):
         raise AssertionError("vLLM starts")
 
-    monkeypatch.setattr("assay.cli._engines.vllm_engine", start)
+    monkeypatch.setattr("assay.cli.engines.vllm_engine", start)
     assert prove("--preset", "layer-signs").code == 0
     proof = tmp_path / "proof.jsonl"
     flags = ("--block-hash", "b", "--public-key", "k", "--preset", "layer-signs", "--seq-len", 16, "--engine", "vllm")
@@ -103,7 +103,7 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     assert prove("--model", "reference:qwen3", "--seq-len", 200).code == 0
     proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
     flags = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 200, "--ledger", ledger)
-    monkeypatch.setattr("assay.models._load._digest", None)  # weights are read
+    monkeypatch.setattr("assay.models.load._digest", None)  # weights are read
     for engine in ("hf", "vllm"):
         verdict = assay("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
         assert verdict.code == 2
@@ -130,7 +130,7 @@ def test_what_cannot_be_judged_begins_no_ledger(
     assert '"dtype":"float32"' in text
     proof.write_text(text.replace('"dtype":"float32"', f'"dtype":"{stated}"'))
     if not loads:
-        monkeypatch.setattr("assay.models._load._digest", None)  # weights are read
+        monkeypatch.setattr("assay.models.load._digest", None)  # weights are read
     known = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24", "--ledger", ledger)
     verdict = assay("poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags)
     assert verdict.code == 2

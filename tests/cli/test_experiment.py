@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from assay_research.matrix.matrix import Plan
+from assay_research.runs.runs import open_run
 
-from assay.research.matrix import Plan
-from assay.research.runs import open_run
 from tests.research.experiments.test_matrix import published_cells
 
 SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "cpu"]

@@ -8,11 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from assay_research import cheats
 
 from assay.cli import run
 from assay.poc import Proof
 from assay.poc.verdict import Ledger
-from assay.research import cheats
 from tests.poc.verdict.ledgers import filled, honest, update
 
 PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:48")

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from assay.cli import _output
+from assay.cli import output as _output
 from assay.errors import UsageError
 
 

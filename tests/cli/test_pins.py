@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from assay import streams
-from assay.cli._pins_settings import NewPinsSettings
+from assay.cli.pins_settings import NewPinsSettings
 from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, prove
-from assay.poc.protocol import FORMATS
+from assay.poc.protocol.builds import FORMATS
 
 KNOWN = ("--block-hash", "b", "--public-key", "k")
 ABSENT = ("--model", "/does/not/exist")

@@ -25,7 +25,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def receipts(prompts: Path) -> Path:
-    from assay import load_model
+    from assay.models import load_model
     from assay.poc.responses import read_requests, respond
 
     path = prompts.with_name("receipts.jsonl")
@@ -157,7 +157,8 @@ def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_
 
 
 def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts: Path, tmp_path: Path, monkeypatch):
-    from assay.poc.responses import Adapter, Receipts
+    from assay.poc.responses import Receipts
+    from assay.poc.responses.adapters import Adapter
 
     monkeypatch.setattr("assay.poc.responses.replay", None)
     read = Receipts.load(receipts)
@@ -178,8 +179,9 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts:
 
 
 def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, receipts: Path, prompts: Path, tmp_path: Path):
-    from assay import load_model
-    from assay.poc.responses import Adapter, Receipts, load_adapter, read_requests, respond
+    from assay.models import load_model
+    from assay.poc.responses import Receipts, read_requests, respond
+    from assay.poc.responses.adapters import Adapter, load_adapter
 
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
     directory = write_adapter(tmp_path / "adapter", model)

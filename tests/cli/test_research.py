@@ -10,9 +10,9 @@ from tests.poc.verdict import published
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.research.clusters._folds.LEAST_AUDITS", 0)
-    monkeypatch.setattr("assay.research.clusters._folds.CHEAT_AUDITS", 2)
-    monkeypatch.setattr("assay.research.clusters._folds.INSIDE_AUDITS", 2)
+    monkeypatch.setattr("assay_research.clusters.clusters.LEAST_AUDITS", 0)
+    monkeypatch.setattr("assay_research.clusters.clusters.CHEAT_AUDITS", 2)
+    monkeypatch.setattr("assay_research.clusters.clusters.INSIDE_AUDITS", 2)
 
 
 def test_tables_a_page_and_json(small, assay, tmp_path: Path):
@@ -24,7 +24,7 @@ def test_tables_a_page_and_json(small, assay, tmp_path: Path):
     (folder,) = tmp_path.glob("clusters-nonces-*")
     assert (folder / "report.html").is_file()
     again = json.loads(assay("research", "clusters", data, "--audits", 2, "-o", tmp_path, "--json").out)
-    assert again["schema"] == "assay.research.clusters/1"
+    assert again["schema"] == "assay_research.clusters/1"
     assert again["folder"] == str(folder)
     assert [build["build"] for build in again["builds"]] == ["2026-05 model-a"]
 

@@ -100,7 +100,7 @@ def test_a_missing_file_or_directory_is_named(assay, small_checkpoint, prompts: 
 def test_a_stopped_run_says_that_it_continues_and_does(
     assay, small_checkpoint, prompts: Path, tmp_path: Path, monkeypatch
 ):
-    from assay.poc.responses import _respond
+    from assay.poc.responses import respond as _respond
 
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]

@@ -11,9 +11,9 @@ import pytest
 import typer
 from pydantic import Field
 
-from assay.cli._commands import App
-from assay.cli._output import JsonFlag
-from assay.cli._settings import settings, without_collection
+from assay.cli.commands import App
+from assay.cli.output import JsonFlag
+from assay.cli.settings import settings, without_collection
 from assay.errors import UsageError
 from assay.settings import Device, Flag, Names, Settings, Spelling
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from assay import streams
+from assay.files.jsonl import dumps
 from assay.poc import Proof, Round, prove
-from assay.reports import dumps
 
 BLOCK = ("--block-hash", "b", "--public-key", "k")
 

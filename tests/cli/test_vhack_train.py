@@ -4,7 +4,7 @@ import pytest
 
 from assay.vhack.environment import episodes
 from assay.vhack.pairs import write_pairs
-from assay.vhack.training import RolloutPool
+from assay.vhack.training.pool import RolloutPool
 from tests.vhack.training.conftest import cheating, checkpoint, model, pairs  # noqa: F401
 
 

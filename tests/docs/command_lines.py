@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from assay.cli import run
-from assay.cli._commands import Command
+from assay.cli.commands import Command
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

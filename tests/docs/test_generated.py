@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assay.reports import read_json
+from assay.files.jsonl import read_json
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "research" / "scripts")]
@@ -22,7 +22,18 @@ def test_pages_have_generated_tables():
 
 def test_generated_tables_are_those_of_the_results():
     """``make docs`` writes them."""
-    command = [sys.executable, "-m", "cogapp", "-P", "-I", "scripts", "-I", "research/scripts", "--check", *map(str, PAGES)]
+    command = [
+        sys.executable,
+        "-m",
+        "cogapp",
+        "-P",
+        "-I",
+        "scripts",
+        "-I",
+        "research/scripts",
+        "--check",
+        *map(str, PAGES),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 

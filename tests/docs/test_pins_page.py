@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from assay.poc import Build, Fingerprint, NetworkPins
-from assay.poc.protocol import BUILD_FIELDS, ModelPins, NodePins, PinnedFile, RoundPins
+from assay.poc.protocol.pins_file import BUILD_FIELDS, ModelPins, NodePins, PinnedFile, RoundPins
 
 PAGE = (Path(__file__).parents[2] / "docs/pins.md").read_text(encoding="utf-8")
 EXAMPLE = re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)[1]

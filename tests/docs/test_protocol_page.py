@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from assay.poc import PIPELINES, Round
-from assay.poc.protocol import Fingerprint
+from assay.poc import PIPELINES, Fingerprint, Round
 from assay.stats import place_test
-from assay.stats._sequential import _SHARE_WEIGHTS, SHARES
-from assay.streams import _definition
+from assay.stats.sequential import _SHARE_WEIGHTS, SHARES
+from assay.streams import definition as _definition
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text(encoding="utf-8")

@@ -4,10 +4,10 @@ import re
 from typing import Any
 
 import pytest
+from assay_research.redteam.tables import fields, paying
+from assay_research.runs.runs import read_run
 
-from assay.reports import read_json
-from assay.research import redteam
-from assay.research.runs import read_run
+from assay.files.jsonl import read_json
 from tests.docs.shell import ROOT
 
 RESULTS = ROOT / "research" / "results"
@@ -19,8 +19,8 @@ def of(name: str) -> dict[str, Any]:
 
 def over_honest(run: str) -> str:
     cells = read_run(RESULTS / "experiments" / run, "redteam").cells
-    (field,) = redteam.fields(cells)
-    return f"{int(redteam.paying(cells, *field, 'hardened')['over_honest'])}"
+    (field,) = fields(cells)
+    return f"{int(paying(cells, *field, 'hardened')['over_honest'])}"
 
 
 def small() -> list[dict[str, Any]]:

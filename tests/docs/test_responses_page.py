@@ -87,7 +87,8 @@ def test_receipts(reader: SimpleNamespace, tmp_path: Path):
 
 
 def test_the_page_states_the_ranges_of_the_code():
-    from assay.poc.responses import HIGHEST_TOKEN, LONGEST_LINE, MOST_TOKENS, RANGES
+    from assay.poc.responses.receipts import LONGEST_LINE, MOST_TOKENS
+    from assay.poc.responses.sampling import HIGHEST_TOKEN, RANGES
 
     assert (LONGEST_LINE, MOST_TOKENS, HIGHEST_TOKEN + 1) == (32 * 2**20, 2**20, 2**24)
     assert "32 MiB" in PAGE

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import assay
-from assay.poc import PIPELINES, Pins, Round, prove, verify
-from assay.poc.verdict import default_noise, sequential_test
-from assay.reports import read_json
+from assay.files.jsonl import read_json
+from assay.poc import PIPELINES, Pins, Round, default_noise, prove, verify
+from assay.poc.verdict.noise import sequential_test
 from tests.streams.draws import DRAWS_PER_GROUP, Group
 
 ROOT = Path(__file__).parents[2]

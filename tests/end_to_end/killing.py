@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from assay.poc.service.store import open_outbox
+from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 from tests.waiting import until

@@ -16,7 +16,7 @@ from typing import Any
 # What a start spends its time on; a fork server imports it once for all starts.
 PRELOAD = [
     "assay.poc.service",
-    "assay.cli._app",
+    "assay.cli.app",
     "assay.models",
     "transformers.models.qwen3.modeling_qwen3",
     "numba",

@@ -67,8 +67,9 @@ def _serve(data_dir: str, port: int, url: str, log: str) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     from fastapi import Request
 
-    from assay.poc.service import Controller, Settings, create_app
-    from assay.poc.service.http import listen, run_app
+    from assay.poc.net.server import listen, run_app
+    from assay.poc.service import Settings, create_app
+    from assay.poc.service.controller import Controller
     from tests.poc.service.conftest import Rig
     from tests.poc.service.receipts import header, receipt
 

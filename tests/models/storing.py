@@ -70,9 +70,8 @@ def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
 
     ``sizes`` replace those of the configuration.
     """
+    from assay_research.redteam.experts import SHAPE
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from assay.research.redteam._experts import SHAPE
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
 from assay.models import load_model
-from assay.models._checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype, weight_files
+from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype, weight_files
 
 INDEX = "model.safetensors.index.json"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from assay.models import backbone, decoder_layers
+from assay.models.decoder import backbone, decoder_layers
 from assay.models.families import ATTENTION_TARGETS, FAMILIES, MLP_TARGETS, TARGETS, attention_window, family_of
 
 SIZES = {

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from assay.errors import BadWeights, ModelError
 from assay.models import load_model
-from assay.models._formats import stored_format
-from assay.models._load import identify
+from assay.models.formats import stored_format
 from assay.models.four_bits import AWQ_PLACES, unpacked
+from assay.models.load import identify
 from assay.poc import Round, prove
 from tests.models.storing import FOUR_BITS, described, packed, rewrite, store
 from tests.models.test_stored import mixture_checkpoint  # noqa: F401 - a fixture

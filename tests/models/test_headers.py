@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import BadWeights
-from assay.models import _load, check_loadable, identify, load_model
+from assay.models import load as _load
+from assay.models import load_model
+from assay.models.load import check_loadable, identify
 from tests.models.storing import make_mixture, rewrite, store
 
 Tensors = dict[str, torch.Tensor]

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from assay.errors import ModelNotFound, UsageError
-from assay.models import checkpoint_directory, identify, load_model
+from assay.models import load_model
+from assay.models.load import identify
+from assay.models.resolve import checkpoint_directory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

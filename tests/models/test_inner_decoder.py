@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from assay.errors import ModelError
-from assay.models import decoder_layers, identify, load_model, model_info
-from assay.poc import Round, prove
-from assay.poc.engines.hf import HFEngine
+from assay.models import load_model, model_info
+from assay.models.decoder import decoder_layers
+from assay.models.load import identify
+from assay.poc import HFEngine, Round, prove
 from tests.models.storing import DECODER, make_hybrid, make_wrapper
 from tests.models.test_load import configure
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, CalibrationError, ModelError, UsageError
-from assay.models import _quantise, load_model
-from assay.models._quantise import check_quantisation
+from assay.models import load_model
+from assay.models import quantise as _quantise
 from assay.models.float8 import round_rows
+from assay.models.quantise import check_quantisation
 from assay.poc import HFEngine, Round, prove, verify
 
 HAS_TORCHAO = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('torchao')", reason="needs torchao")

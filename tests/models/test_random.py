@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from assay import streams
-from assay.models import Model, _resolve, load_model
+from assay.models import Model, load_model
+from assay.models import resolve as _resolve
 
 
 def bits(model: Model) -> dict[str, list[int]]:

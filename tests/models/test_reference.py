@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from assay.models import Model, load_model
-from assay.models._resolve import CATALOGUE
+from assay.models.resolve import CATALOGUE
 
 NAMES = ["reference:qwen3", "reference:llama"]
 DIGESTS = {

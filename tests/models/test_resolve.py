@@ -5,7 +5,8 @@ import httpx
 import pytest
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint
-from assay.models import _resolve, load_model, model_info
+from assay.models import load_model, model_info
+from assay.models import resolve as _resolve
 from tests.models.storing import configure
 
 

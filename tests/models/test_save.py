@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from assay.errors import StorageError, UsageError
-from assay.models import _save, load_model, save_random
+from assay.models import load_model, save_random
+from assay.models import save as _save
 
 
 @pytest.mark.parametrize("mode", ["random-all", "random-embed"])

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, ProofMismatch, UsageError
-from assay.models import _formats, load_model
-from assay.models._formats import check_device, stored_format
-from assay.models._load import identify
+from assay.models import formats as _formats
+from assay.models import load_model
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
-from assay.poc import HFEngine, Round, get_pipeline, prove, verify
-from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
-from assay.poc.service import Deployment
-from assay.poc.verdict import calibrate
+from assay.models.formats import check_device, stored_format
+from assay.models.load import identify
+from assay.poc import HFEngine, Round, calibrate, get_pipeline, prove, verify
+from assay.poc.engines.hf.lean import LeanDecoder, lean_decoder
+from assay.poc.service.deployment import Deployment
 from tests.models.storing import FORMATS, configure, described, restored, rewrite, store
 
 NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from assay.errors import LayersNotFound
-from assay.models import backbone, decoder_layers, load_model
+from assay.models import load_model
+from assay.models.decoder import backbone, decoder_layers
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])

@@ -3,11 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from assay_research import cheats
 
 from assay.errors import UsageError
-from assay.models import decoder_layers, load_model
+from assay.models import load_model
+from assay.models.decoder import decoder_layers
 from assay.poc import Proof, Round, prove
-from assay.research import cheats
 from tests.models.storing import store
 
 

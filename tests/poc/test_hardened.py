@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from assay_research import cheats
 
 from assay import streams
 from assay.errors import BadWeights, ProofFormatError
-from assay.models import backbone, decoder_layers, load_model
+from assay.models import load_model
+from assay.models.decoder import backbone, decoder_layers
 from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, prove, verify
-from assay.poc.protocol._pipelines import Positions
-from assay.poc.protocol._transforms import Transform
-from assay.research import cheats
+from assay.poc.protocol.pipelines import Positions
+from assay.poc.protocol.transforms import Transform
 
 NUMPY = streams.get_backend("numpy")
 HARDENED = PIPELINES["hardened"]

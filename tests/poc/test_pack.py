@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.protocol import Pack, packs
+from assay.poc.protocol.pack import Pack, packs
 
 SEQ_LEN, BATCH = 8, 8
 

@@ -12,7 +12,7 @@ import pytest
 
 from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
 from assay.poc import HFEngine, Proof, Round, prove
-from assay.poc.protocol import FORWARD
+from assay.poc.protocol.pipelines import FORWARD
 from tests.docs.shell import ENVIRONMENT
 
 

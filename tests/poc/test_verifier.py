@@ -7,24 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assay_research import cheats
 
 from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.files.jsonl import dumps
 from assay.poc import (
     DistanceRecord,
     Header,
     HFEngine,
+    Noise,
     Pins,
     Proof,
     Round,
     VectorRecord,
     calibrate,
+    default_noise,
     judging_batch,
     prove,
     verify,
 )
-from assay.poc.verdict import Noise, count_mismatches, default_noise, judge, published_rule, residuals
-from assay.reports import dumps
-from assay.research import cheats
+from assay.poc.verdict import judge
+from assay.poc.verdict.judge import count_mismatches, published_rule, residuals
 from assay.stats import LogNoise, ScaleNoise
 
 
@@ -74,7 +77,7 @@ def test_impossible_error_rates_are_refused_before_the_work(rates, proof: Proof,
 
 
 def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model, monkeypatch):
-    from assay.poc import _verifier
+    from assay.poc import verifier as _verifier
 
     monkeypatch.setattr(_verifier, "LARGEST_BATCH", 4)
     shapes = []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from assay.reports.database import Database
+from assay.files.database import Database
 
 CREATED = ["CREATE TABLE kept (name TEXT)"]
 WIDER = ["ALTER TABLE kept ADD COLUMN size INTEGER"]

@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.reports import SERIES, bands, figure, heatmap, histogram_over_density, legend
-from assay.reports._figures import INK, MUTED, PAPER, RULE, to_svg
+from assay.pages.figures import (
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    SERIES,
+    bands,
+    figure,
+    heatmap,
+    histogram_over_density,
+    legend,
+    to_svg,
+)
 
 
 def sample_svg(prefix="f1"):
@@ -93,7 +104,7 @@ def test_refuses_data_that_cannot_be_drawn():
 
 def test_pyplot_is_never_loaded():
     code = (
-        "import sys; from assay.reports import figure; from assay.reports._figures import to_svg;"
+        "import sys; from assay.files import figure; from assay.pages.figures import to_svg;"
         "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

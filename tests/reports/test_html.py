@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 import pytest
 
 from assay.errors import StorageError, UsageError
-from assay.reports import Badge, Report, figure
+from assay.pages.figures import figure
+from assay.pages.html import Badge, Report
 
 ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
 VOID = {"meta", "br", "hr", "img"}

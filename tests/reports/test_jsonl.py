@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import DataError, UsageError
-from assay.reports import dumps, is_deep, loads, read_json, read_jsonl
+from assay.files.jsonl import dumps, is_deep, loads, read_json, read_jsonl
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -103,7 +103,7 @@ def test_lines_are_numbered_and_the_last_needs_no_line_end(tmp_path):
 
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("assay.reports._jsonl.LONGEST_LINE", 10)
+    monkeypatch.setattr("assay.files.jsonl.LONGEST_LINE", 10)
     path = tmp_path / "records.jsonl"
     path.write_text('{"a":1}\n{"a":"' + "x" * 100, encoding="utf-8")
     with pytest.raises(DataError, match="line 2: longer than 10 bytes"):

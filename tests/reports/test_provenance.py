@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.reports import _provenance as module
-from assay.reports import dumps, provenance
+from assay.files.jsonl import dumps
+from assay.pages import provenance as module
+from assay.pages.provenance import provenance
 
 
 def test_it_is_json_without_names_of_hosts_users_or_paths():
@@ -57,7 +58,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 def test_neither_torch_nor_matplotlib_is_imported():
     code = (
-        "import sys; from assay.reports import provenance; provenance();"
+        "import sys; from assay.files import provenance; provenance();"
         "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from assay.stats import JUNK_SIGMA, LogNoise, ScaleNoise, SequentialTest
+from assay.stats import LogNoise, ScaleNoise, SequentialTest
+from assay.stats.noise import JUNK_SIGMA
 
 SIGMA = 1e-5
 SCALE = ScaleNoise(SIGMA)

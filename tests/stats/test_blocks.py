@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from assay import stats
 from assay.errors import UsageError
-from assay.stats import BlockLaw, MeasuredBlockLaw, chord_cdf, effective_dimension, r_target_for, valid_rate
+from assay.stats import BlockLaw, chord_cdf, effective_dimension, r_target_for, valid_rate
+from assay.stats.blocks import EFFECTIVE_DIMENSION, MeasuredBlockLaw
 
 D = 8192
 
@@ -121,7 +121,7 @@ def test_laws_that_cannot_be_are_refused(wrong):
         BlockLaw(dimension=D, freedom=5).valid_rate(2.5)
     with pytest.raises(UsageError, match="valid rate"):
         BlockLaw(dimension=D, freedom=5).r_target_for(0.0)
-    assert stats.EFFECTIVE_DIMENSION > 1
+    assert EFFECTIVE_DIMENSION > 1
 
 
 def test_a_coordinate_that_outweighs_the_others_makes_two_values():

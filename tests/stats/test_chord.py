@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from scipy import integrate, special
 
 from assay.errors import UsageError
-from assay.stats import (
-    chord_cdf,
-    chord_mean,
-    chord_pdf,
-    chord_std,
-    noise_band,
-    r_target_for,
-    rate_standard_error,
-    valid_rate,
-)
+from assay.stats import chord_cdf, chord_pdf, r_target_for, valid_rate
+from assay.stats.chord import chord_mean, chord_std, noise_band, rate_standard_error
 
 
 @pytest.mark.parametrize(("r_target", "percent"), [(1.416, 59.05), (1.404, 9.64), (1.405, 12.0), (1.407, 17.9)])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import ClusterTest, LogNoise, Spread
+from assay.stats import ClusterTest, LogNoise
+from assay.stats.noise import Spread
 from tests.stats.tokens import drawn, law_at
 
 LAW = law_at(0.0625)

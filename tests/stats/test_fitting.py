@@ -5,7 +5,9 @@ import pytest
 from scipy import optimize, stats
 
 from assay.errors import UsageError
-from assay.stats import RESOLUTION, ScaleNoise, SequentialTest, fit_log_noise, fit_scale_noise
+from assay.stats import ScaleNoise, SequentialTest
+from assay.stats.fits import fit_log_noise, fit_scale_noise
+from assay.stats.noise import RESOLUTION
 
 RNG = np.random.default_rng(11)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from assay.errors import UsageError
-from assay.stats import JUNK_SIGMA, RESOLUTION, LogNoise, ScaleNoise
-from assay.stats._noise import GROSS_PROBABILITY
+from assay.stats import LogNoise, ScaleNoise
+from assay.stats.noise import GROSS_PROBABILITY, JUNK_SIGMA, RESOLUTION
 
 SCALE = ScaleNoise(1e-4)
 LOG = LogNoise(math.log(0.07), 0.5)

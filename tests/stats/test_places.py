@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.stats import MATERIAL_RATIO, PLACE_ALPHA, SUSPICION, place_test
-from assay.stats._place_patterns import log_fisher, moduli_of
+from assay.stats import place_test
+from assay.stats.places import MATERIAL_RATIO, PLACE_ALPHA, SUSPICION, log_fisher, moduli_of
 
 WHOLE = np.arange(1024)
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import UsageError
-from assay.stats import auroc, paired_accuracy
+from assay.stats import auroc
+from assay.stats.rates import paired_accuracy
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
 

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap, grouped_proportion_interval, grouped_share_interval, proportion_interval
+from assay.stats import auroc, group_bootstrap, grouped_share_interval, proportion_interval
+from assay.stats.rates import grouped_proportion_interval
 
 
 def mean(values):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from assay.errors import UsageError
-from assay.stats import JUNK_SIGMA, LogNoise, ScaleNoise, SequentialTest, Spread
+from assay.stats import LogNoise, ScaleNoise, SequentialTest
+from assay.stats.noise import JUNK_SIGMA, Spread
 
 from .simulate import LOG, SCALE, SIGMA, log_normal, nonces_to_decide, normal, partly, share_of, student
 
@@ -306,8 +307,8 @@ def test_refuses_noise_that_hides_invented_values():
 @pytest.mark.parametrize("spread", [0.0, 0.2])
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn from a pool", "all different"])
 def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, monkeypatch):
-    monkeypatch.setattr("assay.stats._sequential._TOGETHER", 16)  # so that there are several groups of nodes
-    monkeypatch.setattr("assay.stats._sequential._SIMULATED", 900)
+    monkeypatch.setattr("assay.stats.sequential._TOGETHER", 16)  # so that there are several groups of nodes
+    monkeypatch.setattr("assay.stats.sequential._SIMULATED", 900)
     rng = np.random.default_rng(5)
     pool = 1e-4 * rng.standard_t(6, 1200)
     values = rng.choice(pool[:20], (40, 30)) if drawn else pool.reshape(40, 30)

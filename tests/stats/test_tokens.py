@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import COLUMNS, SCALES, TokenNoise, fit_token_noise, stored, token_profile
+from assay.stats import TokenNoise
+from assay.stats.tokens import COLUMNS, SCALES, fit_token_noise, stored, token_profile
 from tests.stats.tokens import drawn, law_at
 
 

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from assay.stats import COLUMNS, SCALES, TokenNoise, token_profile
+from assay.stats import TokenNoise
+from assay.stats.tokens import COLUMNS, SCALES, token_profile
 
 VOCABULARY = 48
 

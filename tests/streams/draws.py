@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from assay.streams import DTYPES, digest, get_backend, seed32, seeds
+from assay.streams import DTYPES, get_backend, seed32, seeds
+from assay.streams.backends import digest
 
 PATH = Path(__file__).parents[1] / "vectors" / "draws_sha256.json"
 GROUPS, DRAWS_PER_GROUP, MAX_N = 500, 20, 70_000

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from assay.streams import digest, get_backend, seeds, step_seeds
+from assay.streams import get_backend, seeds, step_seeds
+from assay.streams.backends import digest
 
 from .inverse import seed_for
 

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from assay.streams import _triton_kernels as kernels
-from assay.streams import as_tensor, digest, seeds
+from assay.streams import seeds
+from assay.streams import triton_kernels as kernels
+from assay.streams.backends import as_tensor, digest
 
 from .inverse import dense_hashes, gumbel_hashes
 

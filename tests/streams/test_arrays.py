@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from assay.streams import DTYPES, as_tensor, digest, get_backend
+from assay.streams import DTYPES, get_backend
+from assay.streams.backends import as_tensor, digest
 
 VALUES = [1.5, -2.0, 0.25]
 

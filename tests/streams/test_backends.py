@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.errors import OutOfMemory, UsageError
-from assay.streams import DTYPES, as_tensor, digest, get_backend, seeds
-from assay.streams._backend import tiles
+from assay.streams import DTYPES, get_backend, seeds
+from assay.streams.backends import as_tensor, digest, tiles
 
 from .inverse import dense_hashes, distinct_uniforms, seed_for, special_hashes
 

@@ -4,7 +4,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from assay.streams import _definition as definition
+from assay.streams import definition
 
 mpmath.mp.dps = 60
 EIGHTH_TURN = [mpmath.mpf(0), mpmath.mpf(1) / 4]

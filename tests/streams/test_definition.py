@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.streams import _definition as definition
+from assay.streams import definition
 
 from .inverse import dense_hashes, seed_for, special_hashes
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from assay.streams import _definition, as_tensor, digest, get_backend, seeds, step_seeds
+from assay.streams import definition as _definition
+from assay.streams import get_backend, seeds, step_seeds
+from assay.streams.backends import as_tensor, digest
 
 from .gumbel_vectors import PATH
 from .inverse import dense_hashes, distinct_uniforms, gumbel_hashes, seed_for

@@ -3,8 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import pytest
 
-from assay.streams import _numba as compiled
-from assay.streams import digest, get_backend, seeds
+from assay.streams import get_backend, seeds
+from assay.streams import numba_backend as compiled
+from assay.streams.backends import digest
 
 TEXTS = [f"thread_{i}" for i in range(7)]
 

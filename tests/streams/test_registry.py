@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.streams import BACKENDS, Backend, _registry, get_backend
+from assay.streams import BACKENDS, Backend, get_backend
+from assay.streams import backends as _registry
 
 
 def test_auto_is_the_compiled_one_on_the_cpu():
@@ -59,9 +60,9 @@ def test_a_backend_whose_packages_are_absent(monkeypatch):
 
 def test_auto_on_cuda_takes_triton_where_it_runs(monkeypatch):
     made = object()
-    stand_in = types.ModuleType("assay.streams._triton")
+    stand_in = types.ModuleType("assay.streams.triton_backend")
     stand_in.TritonBackend = lambda device: made
-    monkeypatch.setitem(sys.modules, "assay.streams._triton", stand_in)
+    monkeypatch.setitem(sys.modules, "assay.streams.triton_backend", stand_in)
     assert get_backend("auto", "cuda") is made
     assert get_backend("triton", "cuda:1") is made
 

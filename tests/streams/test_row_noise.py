@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import OutOfMemory, UsageError
-from assay.streams import Backend, as_tensor, digest, get_backend, seeds, step_seeds
-from assay.streams import _numba as compiled
+from assay.streams import Backend, get_backend, seeds, step_seeds
+from assay.streams import numba_backend as compiled
+from assay.streams.backends import as_tensor, digest
 
 from .gumbel_vectors import PATH
 from .test_definition import murmur_without_length

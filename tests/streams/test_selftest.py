@@ -1,4 +1,5 @@
-from assay.streams import SELFTEST_EXPECTED, selftest
+from assay.streams import selftest
+from assay.streams.backends import SELFTEST_EXPECTED
 
 
 def test_every_backend_passes(backend):

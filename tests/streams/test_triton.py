@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable
-from assay.streams import _definition, digest, get_backend, seeds
+from assay.streams import definition as _definition
+from assay.streams import get_backend, seeds
+from assay.streams.backends import digest
 
 pytestmark = pytest.mark.gpu
 
@@ -206,7 +208,7 @@ def test_more_rows_than_a_grid_has(triton_backend, definition):
 
 def test_a_batch_in_many_grids(triton_backend, definition, monkeypatch):
     """Rows and sub-seeds both beyond the limit of a grid, which is made small for it."""
-    from assay.streams import _triton
+    from assay.streams import triton_backend as _triton
 
     monkeypatch.setattr(_triton, "_GRID", 3)
     crafted = np.arange(50 * 8, dtype=np.uint32).reshape(50, 8) * 977

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.streams import digest, get_backend, seeds, step_seeds
+from assay.streams import get_backend, seeds, step_seeds
+from assay.streams.backends import digest
 
 from .inverse import seed_for
 
@@ -34,7 +35,7 @@ def compiled(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from assay.streams import _triton_kernels
+    from assay.streams import triton_kernels as _triton_kernels
 
     function, types, constants = KERNELS[name]
     kernel = getattr(_triton_kernels, function)

@@ -14,7 +14,9 @@ from assay.errors import AssayError
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import _in_place, _per_sample, local, whole
+from assay.vhack.gradients import in_place as _in_place
+from assay.vhack.gradients import per_sample as _per_sample
+from assay.vhack.gradients.division import local, whole
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 

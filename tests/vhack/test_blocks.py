@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from assay.vhack.gradients import _blocks
-from assay.vhack.gradients._batches import Segments
-from assay.vhack.gradients._packed import PackedLayers
+from assay.vhack.gradients import blocks as _blocks
+from assay.vhack.gradients.batches import Segments
+from assay.vhack.gradients.packed import PackedLayers
 
 LENGTHS = [1, 63, 64, 65, 130]
 

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 
 from assay.errors import ModelError
-from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
+from assay.vhack import Basis, Coverage, extract, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import Coverage, coverage
+from assay.vhack.gradients.targets import coverage
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 

@@ -8,11 +8,11 @@ from torch.nn import functional
 
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack.gradients import _per_sample as _gradients
-from assay.vhack.gradients import _targets
-from assay.vhack.gradients._batches import Segments
-from assay.vhack.gradients._fused import Gate, Norm, kernels, sample_products, segment_products
-from assay.vhack.gradients._replica import recipe_for
+from assay.vhack.gradients import per_sample as _gradients
+from assay.vhack.gradients import targets as _targets
+from assay.vhack.gradients.batches import Segments
+from assay.vhack.gradients.fused import Gate, Norm, kernels, sample_products, segment_products
+from assay.vhack.gradients.replica import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 pytestmark = [

@@ -10,9 +10,10 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import _per_sample, coverage
-from assay.vhack.gradients._batches import Batch, Encoded
-from assay.vhack.gradients._replica import Replica, recipe_for
+from assay.vhack.gradients import per_sample as _per_sample
+from assay.vhack.gradients.batches import Batch, Encoded
+from assay.vhack.gradients.replica import Replica, recipe_for
+from assay.vhack.gradients.targets import coverage
 from tests.vhack.adapter import SMALL, _one, worst_error
 
 FAMILIES = {

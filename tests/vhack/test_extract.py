@@ -20,8 +20,8 @@ from assay.vhack import (
     weight_svd,
     weights_digest,
 )
-from assay.vhack.basis import _extract
-from assay.vhack.gradients import _svd
+from assay.vhack.basis import extract as _extract
+from assay.vhack.gradients import svd as _svd
 from tests.vhack.angles import principal_angles
 
 

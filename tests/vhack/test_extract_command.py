@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from assay.cli import run
-from assay.cli._vhack_models import cache_of
+from assay.cli.vhack_models import cache_of
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
-from assay.vhack.pairs import authored_pairs, generate_pairs, write_pairs
+from assay.vhack.pairs import generate_pairs, write_pairs
+from assay.vhack.pairs.pairs import authored_pairs
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
-from assay.vhack.gradients import _batches, _blocks, _division
-from assay.vhack.gradients._batches import (
+from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd
+from assay.vhack.gradients import batches as _batches
+from assay.vhack.gradients import blocks as _blocks
+from assay.vhack.gradients import division as _division
+from assay.vhack.gradients.batches import (
     WIDE_COPIES_IN_TURNS,
     Segments,
     encode,
@@ -22,11 +24,11 @@ from assay.vhack.gradients._batches import (
     token_budget,
     tokens_of,
 )
-from assay.vhack.gradients._division import Division
-from assay.vhack.gradients._fused import Norm
-from assay.vhack.gradients._in_place import PartTap
-from assay.vhack.gradients._per_sample import SampleGradients, _check_finite
-from assay.vhack.gradients._replica import Replica
+from assay.vhack.gradients.division import Division
+from assay.vhack.gradients.fused import Norm
+from assay.vhack.gradients.in_place import PartTap
+from assay.vhack.gradients.per_sample import _check_finite
+from assay.vhack.gradients.replica import Replica
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 

@@ -13,13 +13,14 @@ from torch.nn import functional
 from assay.models import load_model
 from assay.models.device import current
 from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
-from assay.vhack.gradients import _per_sample as _gradients
-from assay.vhack.gradients import _replica, _taps
-from assay.vhack.gradients._batches import Segments
-from assay.vhack.gradients._fused import Norm, _even, plain_norm, sample_products, segment_products
-from assay.vhack.gradients._packed import attend
-from assay.vhack.gradients._replica import Recipe, Replica, recipe_for
-from assay.vhack.gradients._taps import Tap, Way, fitting
+from assay.vhack.gradients import per_sample as _gradients
+from assay.vhack.gradients import replica as _replica
+from assay.vhack.gradients import taps as _taps
+from assay.vhack.gradients.batches import Segments
+from assay.vhack.gradients.fused import Norm, _even, plain_norm, sample_products, segment_products
+from assay.vhack.gradients.packed import attend
+from assay.vhack.gradients.replica import Recipe, Replica, recipe_for
+from assay.vhack.gradients.taps import Tap, Way, fitting
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 ALONG = ("gate_proj", "up_proj", "down_proj")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from assay.poc import Round
-from assay.poc.engines.vllm import _checkpoints
+from assay.poc.vllm import compatibility as _checkpoints
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "research" / "benchmarks"))
@@ -77,7 +77,7 @@ def honest():
 @pytest.fixture(scope="session")
 def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of that model, rounded to four bits."""
-    from assay.research.cheats import rounded
+    from assay_research.cheats import rounded
 
     path = tmp_path_factory.mktemp("int4") / "qwen3"
     rounded(honest, 4).module.save_pretrained(path)

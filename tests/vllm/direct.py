@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.vllm import Client, Throttle, ThrottleSettings
-from assay.poc.engines.vllm._direct_stream import DirectStream
-from assay.poc.engines.vllm._rows import Spec, split_id
+from assay.poc.vllm.client import Client
+from assay.poc.vllm.direct_stream import DirectStream
+from assay.poc.vllm.rows import Spec, split_id
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from assay.models import checkpoint_directory, load_model
+from assay.models import load_model
+from assay.models.resolve import checkpoint_directory
 from tests.models.storing import FOUR_BITS, described, store
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from assay.poc.responses.vllm import ACCEPTED, Accepted, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, Accepted, Recorder
 
 DIGEST = "0" * 64
 

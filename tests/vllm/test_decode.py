@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from _vllm import MODEL, chat_once
 from _vllm_forked import ForkedServer
+from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import UsageError
 from assay.models import load_model
-from assay.poc.engines import HFEngine
-from assay.poc.protocol import pack
-from assay.research.cheats import rounded
+from assay.poc import HFEngine
+from assay.poc.protocol.record import pack
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -33,7 +33,7 @@ def dtype(request) -> str:
 
 @pytest.fixture(scope="module")
 def engine(dtype: str):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     # A step takes one prompt and a half, so prompts come in chunks beside nonces that decode.
     options = {"enforce_eager": True, "max_model_len": 160, "max_num_batched_tokens": 48, "max_num_seqs": 16}
@@ -115,7 +115,7 @@ def test_prompts_and_tokens_that_do_not_fit_are_refused_before_they_run(engine):
 
 
 def test_drafts_are_refused_by_name():
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     options = {"enforce_eager": True, "max_model_len": 160, "speculative_config": drafts}

@@ -15,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from _vllm import Server, talk
+from assay_research.cheats import rounded
 
 from assay import poc
 from assay.models import load_model
-from assay.research.cheats import rounded
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
@@ -32,7 +32,7 @@ PRESETS = ("poc-2.0", "artifact", "hardened")
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
     options |= SMALL_ENGINE
@@ -104,7 +104,7 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monke
 @pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}

@@ -14,7 +14,7 @@ from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay.errors import AssayError
 from assay.models.device import processor
-from assay.poc.engines.vllm import _checkpoints
+from assay.poc.vllm import compatibility as _checkpoints
 from tests.models.storing import FOUR_BITS
 from tests.vllm.conftest import ON_GPU, ROOT
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
-from assay.models import checkpoint_directory, load_model
-from assay.poc.engines.hf import HFEngine
-from assay.poc.engines.vllm._client import RequestStream, _sampling
-from assay.poc.engines.vllm._rows import Spec, new_key, request_id
-from assay.research.cheats import rounded
+from assay.models import load_model
+from assay.models.resolve import checkpoint_directory
+from assay.poc import HFEngine
+from assay.poc.vllm.client import RequestStream, _sampling
+from assay.poc.vllm.rows import Spec, new_key, request_id
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -30,7 +31,7 @@ COMPANY = 1e-6
 
 @pytest.fixture(scope="module")
 def engine():
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
@@ -58,7 +59,7 @@ def test_it_says_what_it_is_and_what_it_supports(engine):
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
-    from assay.poc.engines.vllm import _compatibility as _gate
+    from assay.poc.vllm import compatibility as _gate
 
     assert _gate.check_installed() == engine._version
     assert _gate._missing(_gate.OF_RUNNER[kind]) == []
@@ -126,7 +127,7 @@ def test_the_command_line_judges_on_vllm(engine, honest, tmp_path, monkeypatch, 
         assert (model, asked) == ("reference:qwen3", wanted | {"forward": os.environ["ASSAY_VLLM_FORWARD"]})
         return nullcontext(engine)
 
-    monkeypatch.setattr("assay.poc.engines.vllm.VLLMEngine", started)
+    monkeypatch.setattr("assay.poc.vllm.VLLMEngine", started)
     cases = (("good", honest, "vllm", 0, "honest"), ("bad", rounded(honest, 4), "assay", 1, "fraud"))
     for name, model, forward, code, verdict in cases:
         monkeypatch.setenv("ASSAY_VLLM_FORWARD", forward)
@@ -249,7 +250,7 @@ def test_ten_thousand_nonces_leave_no_rows(engine):
 
 def replace_shape(engine, *, seq_len: int, batch_size: int):
     """Another shape on the engine that runs."""
-    from assay.poc.engines.vllm._engine import RequestEngine
+    from assay.poc.vllm.engine import RequestEngine
 
     return RequestEngine(
         engine._client,
@@ -273,7 +274,7 @@ def test_the_longest_sequence_is_refused_before_it_runs(engine):
     [({"tensor_parallel": 2}, "options of vLLM"), ({"quantization": "fp8"}, "--quantization fp8")],
 )
 def test_options_under_which_nonces_cannot_run_are_refused_before_the_start(options, refusal: str):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     with pytest.raises((UsageError, ModelError), match=refusal):
         VLLMEngine("reference:qwen3", **options)
@@ -287,7 +288,7 @@ def test_a_proof_names_the_checkpoint_that_it_was_made_from(engine, honest):
 
 
 def test_a_checkpoint_without_a_tokenizer_is_proved(tmp_path: Path):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     source = checkpoint_directory("reference:llama")
     for name in ("config.json", "generation_config.json", "model.safetensors"):

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from _vllm import KEY, REFERENCE, choose_forward, talk
 from _vllm_forked import ForkedServer
+from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import CalibrationError, ModelError, UsageError
-from assay.models import checkpoint_directory, load_model
-from assay.poc.engines.vllm import _engine
-from assay.poc.serving import before_start
-from assay.research.cheats import rounded
+from assay.models import load_model
+from assay.models.resolve import checkpoint_directory
+from assay.poc.vllm import engine as _engine
+from assay.poc.vllm.start import before_start
 from tests.poc.engines.test_lean import KINDS, SHAPE
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
@@ -42,7 +43,7 @@ def unpacked():
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request, unpacked):
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     shape = {"dtype": request.param, "batch_size": 8, "seq_len": SEQ_LEN}
     with VLLMEngine("reference:qwen3", forward="assay", **shape, **OPTIONS) as made:
@@ -154,7 +155,7 @@ def test_passes_that_fail_end_the_round_in_words_and_leave_chat_as_it_was(engine
 def test_other_architectures_agree_with_transformers(kind: str, unpacked, tmp_path: Path):
     import torch
 
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     factory, configure, more = KINDS[kind]
     sizes = {**SHAPE, **more, "hidden_size": 128, "max_position_embeddings": 256}
@@ -179,7 +180,8 @@ def test_other_architectures_agree_with_transformers(kind: str, unpacked, tmp_pa
 
 @pytest.mark.skipif(ON_GPU, reason="there weights stay as they were loaded")
 def test_weights_that_are_packed_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    from assay.poc.engines.vllm import EXTENSION, VLLMEngine
+    from assay.poc.vllm.compatibility import EXTENSION
+    from assay.poc.vllm.engine import VLLMEngine
 
     monkeypatch.setattr(_engine, "EXTENSION", EXTENSION)
     with pytest.raises(UsageError, match="ASSAY_VLLM_FORWARD=assay with weights that vLLM has packed"):
@@ -190,7 +192,7 @@ def test_weights_that_are_packed_are_refused_by_name(monkeypatch: pytest.MonkeyP
 def test_what_settings_say_is_refused_before_an_engine_is_loaded(monkeypatch: pytest.MonkeyPatch):
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from assay.poc.engines.vllm import VLLMEngine
+    from assay.poc.vllm.engine import VLLMEngine
 
     def started(*args: object, **kwargs: object) -> None:
         raise AssertionError("an engine was loaded")

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import ModelError, UsageError
-from assay.poc.engines.vllm import _checkpoints, _compatibility, _versions
-from assay.poc.engines.vllm._worker import products
+from assay.poc.vllm import compatibility as _checkpoints
+from assay.poc.vllm import compatibility as _compatibility
+from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm.worker_state import products
 from tests.models.storing import described
 from tests.vllm.test_parts_gate import check_config_says, settings_of_vllm
 

@@ -9,12 +9,12 @@ import torch
 
 from assay.errors import UsageError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines import Draws
-from assay.poc.engines.vllm._decoding import CLAIMED
-from assay.poc.engines.vllm._extension import Hooks
-from assay.poc.engines.vllm._rows import Spec, new_key, request_id
-from assay.poc.engines.vllm._throttle import Throttle, ThrottleSettings
-from assay.poc.protocol import sketch_steps
+from assay.poc.engines.decoding import Draws
+from assay.poc.protocol.pipelines import sketch_steps
+from assay.poc.vllm.decoding import CLAIMED
+from assay.poc.vllm.rows import Spec, new_key, request_id
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+from assay.poc.vllm.worker import Hooks
 
 P, V, D, STEPS = 6, 40, 16, 40
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=P, preset=f"decode-{STEPS}"), get_pipeline(f"decode-{STEPS}"))
@@ -137,7 +137,7 @@ def taken(hooks: Hooks, key: str) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.poc.engines.vllm._extension.is_first_of_group", lambda: True)
+    monkeypatch.setattr("assay.poc.vllm.worker.is_first_of_group", lambda: True)
 
 
 @pytest.mark.parametrize("kind", [Runner, NewRunner])
@@ -212,7 +212,7 @@ def test_engines_without_one_row_of_logits_for_each_request_refuse_the_preset_by
 
 def test_chat_waits_for_passes_so_that_more_nonces_may_decode(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
-    monkeypatch.setattr("assay.poc.engines.vllm._throttle.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("assay.poc.vllm.throttle.time.monotonic", lambda: now[0])
     limits = []
     for passes in (1, 64):
         throttle = Throttle(ThrottleSettings(wait=0.1), lambda: 0, 16)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from assay.errors import ModelError
-from assay.poc.engines._outputs import Landing
-from assay.poc.engines.vllm import _direct_worker
-from assay.poc.engines.vllm._direct import CALLS, FAILURES, MOST, Pace
-from assay.poc.engines.vllm._direct_stream import DirectStream
+from assay.poc.engines.outputs import Landing
+from assay.poc.vllm import direct_worker as _direct_worker
+from assay.poc.vllm.direct import CALLS, FAILURES, MOST, Pace
+from assay.poc.vllm.direct_stream import DirectStream
 from tests.vllm.direct import SPEC, Workers, run, values_of
 
 
@@ -55,7 +55,7 @@ def test_the_first_call_of_a_size_says_nothing_about_the_time_of_a_nonce():
 
 @pytest.fixture(autouse=True)
 def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.poc.engines.vllm._client._sampling", lambda: None)
+    monkeypatch.setattr("assay.poc.vllm.client._sampling", lambda: None)
 
 
 def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():

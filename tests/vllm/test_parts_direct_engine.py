@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from assay.poc.engines.vllm import _versions
-from assay.poc.engines.vllm._direct_worker import DirectPasses, _zeros_like, why_requests
+from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm.direct_worker import DirectPasses, _zeros_like, why_requests
 from tests.vllm.direct import SPEC, FullAttentionSpec, MambaSpec, config, runner
 
 

@@ -10,10 +10,13 @@ import pytest
 
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.vllm import RequestEngine, ThrottleSettings, VLLMEngine, _client, _engine, _worker
-from assay.poc.engines.vllm._rows import Spec
-from assay.poc.engines.vllm._throttle import Throttle
-from assay.poc.serving import plugin
+from assay.poc.vllm import client as _client
+from assay.poc.vllm import engine as _engine
+from assay.poc.vllm import worker_state as _worker
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine
+from assay.poc.vllm.plugin import plugin
+from assay.poc.vllm.rows import Spec
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from tests.waiting import until
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))

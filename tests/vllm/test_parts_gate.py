@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.models import identify
+from assay.models.load import identify
 from assay.poc import NetworkPins, get_pipeline
-from assay.poc.engines.vllm import _compatibility, _versions
-from assay.poc.engines.vllm._settings import other_cache, rounded_cache
-from assay.poc.protocol import CACHES
-from assay.poc.serving import _preflight, _servers, before_start, plugin
+from assay.poc.protocol.builds import CACHES
+from assay.poc.vllm import compatibility as _compatibility
+from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm import preflight as _preflight
+from assay.poc.vllm import servers as _servers
+from assay.poc.vllm.compatibility import other_cache, rounded_cache
+from assay.poc.vllm.plugin import plugin
+from assay.poc.vllm.start import before_start
 from tests.vllm.conftest import ROOT
 
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
@@ -82,7 +86,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "model_config.multimodal_config.language_model_only": False,
         "model_config.is_hybrid": False,
         "model_config.is_attention_free": False,
-        "parallel_config.worker_extension_cls": "assay.poc.engines.vllm.WorkerExtension",
+        "parallel_config.worker_extension_cls": "assay.poc.vllm.WorkerExtension",
         "parallel_config.data_parallel_size": 1,
         "parallel_config.pipeline_parallel_size": 1,
         "parallel_config.distributed_executor_backend": "mp",
@@ -372,8 +376,8 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 
 @pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "vlm"), ("vllm", "int8", "int8 on vLLM")])
 def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
-    from assay.cli._engines import judging_engine
-    from assay.cli._poc_settings import VerifySettings
+    from assay.cli.engines import judging_engine
+    from assay.cli.poc_settings import VerifySettings
 
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
     wanted = {"model": "m", "engine": name, "dtype": dtype}
@@ -382,7 +386,7 @@ def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
 
 
 def test_a_device_for_vllm_is_refused():
-    from assay.cli._vllm import vllm_engine
+    from assay.cli.engines import vllm_engine
 
     with (
         pytest.raises(UsageError, match="--device"),

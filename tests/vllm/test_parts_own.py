@@ -13,15 +13,20 @@ from torch import nn
 from assay.errors import ModelError, UsageError
 from assay.models import Model
 from assay.models.wide import wide_products
-from assay.poc import Round, get_pipeline
-from assay.poc.engines.hf import HFEngine, _compiled, _fused
-from assay.poc.engines.hf._lean import LeanDecoder, layer_shape, layer_weights, rotation_of
-from assay.poc.engines.vllm import ThrottleSettings, WorkerExtension, _compatibility, _direct_worker, _versions
-from assay.poc.engines.vllm._direct_stream import OwnStream
-from assay.poc.engines.vllm._own_passes import OwnPasses, weights_of, why_not_over
-from assay.poc.engines.vllm._rows import Spec
-from assay.poc.protocol import Transform
-from assay.poc.serving import PluginSettings
+from assay.poc import HFEngine, Round, get_pipeline
+from assay.poc.engines.hf import compiled as _compiled
+from assay.poc.engines.hf import fused as _fused
+from assay.poc.engines.hf.lean import LeanDecoder, layer_shape, layer_weights, rotation_of
+from assay.poc.protocol.transforms import Transform
+from assay.poc.vllm import compatibility as _compatibility
+from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm import direct_worker as _direct_worker
+from assay.poc.vllm.direct_stream import OwnStream
+from assay.poc.vllm.own_passes import OwnPasses, weights_of, why_not_over
+from assay.poc.vllm.preflight import PluginSettings
+from assay.poc.vllm.rows import Spec
+from assay.poc.vllm.throttle import ThrottleSettings
+from assay.poc.vllm.worker import WorkerExtension
 from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain
 from tests.vllm.direct import Workers

@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from assay.errors import StorageError, UsageError
-from assay.poc.responses.vllm import Beacon, check_responses, processor_for
-from assay.poc.serving import PluginSettings
-from assay.poc.serving._preflight import response_arguments
-from assay.poc.serving._responses import ReceiptMiddleware, Responses
+from assay.poc.vllm.preflight import PluginSettings, response_arguments
+from assay.poc.vllm.recorder import Beacon
+from assay.poc.vllm.response_routes import ReceiptMiddleware, Responses
+from assay.poc.vllm.response_settings import check_responses, processor_for
 from tests.vllm.recording import LLM, Sink, params, recorded
 
 
@@ -135,14 +135,14 @@ def test_engines_that_can_are_taken():
 
 
 def test_the_processor_is_named_behind_those_of_the_operator():
-    own = SimpleNamespace(worker_extension_cls="assay.poc.engines.vllm.WorkerExtension", logits_processors=["a:B"])
+    own = SimpleNamespace(worker_extension_cls="assay.poc.vllm.WorkerExtension", logits_processors=["a:B"])
     words = response_arguments(own, config(), "seeded")
     assert words == [
         "--worker-extension-cls",
-        "assay.poc.responses.vllm.ResponseExtension",
+        "assay.poc.vllm.ResponseExtension",
         "--logits-processors",
         "a:B",
-        "assay.poc.responses.vllm:ProcessorV1",
+        "assay.poc.vllm:ProcessorV1",
     ]
     assert "--logits-processors" not in response_arguments(own, config(), "sketched")
     own.worker_extension_cls = "mine.Extension"

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from assay.errors import BackendUnavailable, ModelError, UsageError
-from assay.poc.engines.vllm import _starting, explained_start, fit_machine
-from assay.poc.responses import VLLMPrefill, _vllm_prefill
+from assay.poc.vllm import prefill as _vllm_prefill
+from assay.poc.vllm import starting as _starting
+from assay.poc.vllm.prefill import VLLMPrefill
+from assay.poc.vllm.starting import explained_start, fit_machine
 
 
 class Engine:

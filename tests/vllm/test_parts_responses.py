@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from assay.errors import ModelError, StorageError
-from assay.poc.responses import Adapter, Prompt, ResponseSeed, Sampling, digest_adapter
-from assay.poc.responses.vllm import ACCEPTED, Accepted
-from assay.poc.responses.vllm._carried import ARGUMENT, Carried, as_words, carried_by
+from assay.poc.responses import Prompt, ResponseSeed, Sampling
+from assay.poc.responses.adapters import Adapter, digest_adapter
+from assay.poc.vllm.carried import ARGUMENT, Carried, as_words, carried_by
+from assay.poc.vllm.recorder import ACCEPTED, Accepted
 from tests.vllm.recording import DIGEST, LLM, Sink, ask, params, recorded
 
 

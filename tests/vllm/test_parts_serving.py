@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.engines.vllm import ThrottleSettings
-from assay.poc.serving import PluginSettings, plugin
-from assay.poc.serving._plugin import ChatBarrier
-from assay.poc.serving._servers import PassOn
+from assay.poc.vllm.plugin import ChatBarrier, plugin
+from assay.poc.vllm.preflight import PluginSettings
+from assay.poc.vllm.servers import PassOn
+from assay.poc.vllm.throttle import ThrottleSettings
 
 
 def answers(app, path: str, method: str = "POST", root_path: str = "") -> int:
@@ -47,7 +47,7 @@ def test_the_barrier_stops_new_work_and_nothing_else():
 
 
 def test_a_middleware_under_a_prefix_leaves_other_routes_alone():
-    from assay.poc.service.http import LocalOnly
+    from assay.poc.net.routes import LocalOnly
 
     app = LocalOnly(served, prefix="/api/v1/pow")
     assert answers(app, "/api/v1/pow/status", "GET") == 403
@@ -59,7 +59,7 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
     """A client may send the root path or leave it out: the router takes both."""
     from fastapi import FastAPI
 
-    from assay.poc.service.http import LocalOnly
+    from assay.poc.net.routes import LocalOnly
     from tests.poc.service.conftest import TestClient
 
     app = FastAPI()

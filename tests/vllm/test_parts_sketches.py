@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from assay.poc.engines.vllm import spans
-from assay.poc.protocol import SKETCH_EVERY, sketches
-from assay.poc.responses import Sampling, step_seeds
-from assay.poc.responses.vllm._carried import ARGUMENT, Carried, as_words, carried_by
-from assay.poc.responses.vllm._extension import Capture, _next_sketched
-from assay.poc.responses.vllm._history import History
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.protocol.sketches import sketches
+from assay.poc.responses import Sampling
+from assay.poc.responses.sampling import step_seeds
+from assay.poc.vllm.carried import ARGUMENT, Carried, as_words, carried_by
+from assay.poc.vllm.history import History
+from assay.poc.vllm.response_worker import Capture, _next_sketched
+from assay.poc.vllm.worker_state import spans
 
 WIDTH = 16
 
@@ -100,7 +102,7 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
 
 def test_steps_in_which_nothing_can_be_due_are_not_looked_at(monkeypatch):
     looked = []
-    monkeypatch.setattr("assay.poc.responses.vllm._extension.spans", lambda runner: looked.append(1) or spans(runner))
+    monkeypatch.setattr("assay.poc.vllm.response_worker.spans", lambda runner: looked.append(1) or spans(runner))
     runner, words = Runner(), np.arange(8, dtype=np.uint32)
     capture = Capture(runner, CONFIG)
     news = [new_request(name, prompt, words) for name, prompt in (("a", 10), ("b", 6))]

@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.engines.vllm import ThrottleSettings
-from assay.poc.engines.vllm._throttle import Throttle
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 
 
 @pytest.mark.parametrize(

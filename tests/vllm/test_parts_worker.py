@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from assay import streams
 from assay.poc import Round, get_pipeline
-from assay.poc.engines._base import noise_inputs
-from assay.poc.engines.vllm import WorkerExtension, _extension, _rows
-from assay.poc.engines.vllm._compatibility import runner_kind
-from assay.poc.engines.vllm._extension import Hooks
-from assay.poc.engines.vllm._rows import Rows, Spec, new_key, packed, request_id, split_id, unpacked
-from assay.poc.engines.vllm._worker import Chunk, chunks
-from assay.poc.protocol._transforms import weighted_sum
+from assay.poc.engines.base import noise_inputs
+from assay.poc.protocol.transforms import weighted_sum
+from assay.poc.vllm import rows as _rows
+from assay.poc.vllm import worker as _extension
+from assay.poc.vllm.compatibility import runner_kind
+from assay.poc.vllm.rows import Rows, Spec, new_key, packed, request_id, split_id, unpacked
+from assay.poc.vllm.worker import Hooks, WorkerExtension
+from assay.poc.vllm.worker_state import Chunk, chunks
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from _vllm import KEY, OPTIONS, REFERENCE
 
-from assay.models import identify
-from assay.poc.serving import before_start
+from assay.models.load import identify
+from assay.poc.vllm.start import before_start
 from tests.models.storing import make_mixture, store
 from tests.vllm.conftest import ON_GPU
 

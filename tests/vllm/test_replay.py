@@ -5,19 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from assay import load_model
 from assay.errors import UsageError
-from assay.poc.responses import (
-    Adapter,
-    HFPrefill,
-    Receipts,
-    Request,
-    Sampling,
-    VLLMPrefill,
-    load_adapter,
-    replay,
-    respond,
-)
+from assay.models import load_model
+from assay.poc.responses import HFPrefill, Receipts, Request, Sampling, replay, respond
+from assay.poc.responses.adapters import Adapter, load_adapter
+from assay.poc.vllm.prefill import VLLMPrefill
 from tests.lora import write_adapter
 from tests.vllm.conftest import SMALL_ENGINE
 

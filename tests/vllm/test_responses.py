@@ -13,19 +13,10 @@ from _vllm_answers import BLOCK, NODE, SEEDED, begin, body_of, mixed, receipts_o
 from _vllm_forked import ForkedServer
 from _vllm_tokens import agreement
 
-from assay.poc.responses import (
-    CachedForward,
-    Prompt,
-    Receipt,
-    Receipts,
-    Request,
-    ResponseSeed,
-    Sampler,
-    Sampling,
-    replay,
-    respond,
-    stop_tokens,
-)
+from assay.poc.responses import Prompt, Receipt, Receipts, Request, ResponseSeed, Sampling, replay, respond
+from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.respond import stop_tokens
 from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "

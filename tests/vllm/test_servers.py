@@ -10,7 +10,7 @@ import pytest
 from _vllm import KEY, POW, talk
 from _vllm_forked import ForkedServer
 
-from assay.poc.serving import _servers
+from assay.poc.vllm import servers as _servers
 from tests.vllm.conftest import SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored

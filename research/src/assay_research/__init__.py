@@ -1,3 +1,1 @@
 """Research: the published tables measured again, attackers, a simulated network, and training studies."""
-
-__all__: list[str] = []

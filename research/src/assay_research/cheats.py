@@ -15,25 +15,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from assay import stats
 from assay.errors import UsageError
-from assay.models import Model, decoder_layers
+from assay.models.decoder import decoder_layers
 from assay.models.eight_bits import FLOAT8, Arithmetic, EightBitLinear
 from assay.models.float8 import SMALLEST, STEP, Rounded, product
-from assay.poc.protocol import RANDOM_HEAD_ROWS, DistanceRecord, Proof, Round
-
-__all__ = [
-    "adapted",
-    "invented",
-    "replayed",
-    "rounded",
-    "rounded_fp8",
-    "weight_of",
-    "with_fewer_experts",
-    "with_one_scale",
-    "with_short_sums",
-    "without_last_layers",
-]
+from assay.models.load import Model
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import DistanceRecord
+from assay.poc.protocol.round import Round
+from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 
 GROUP = 32  # weights that share a scale, as in common int4 formats
 
@@ -145,7 +135,7 @@ def without_last_layers(model: Model, count: int) -> Model:
 def invented(proof: Proof, seed: int = 0) -> Proof:
     """Return a proof of the same nonces whose distances are drawn from the chord law, without any model."""
     rng = np.random.default_rng(seed)
-    drawn = rng.normal(stats.chord_mean(RANDOM_HEAD_ROWS), stats.chord_std(RANDOM_HEAD_ROWS), len(proof.records))
+    drawn = rng.normal(chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), len(proof.records))
     records = [DistanceRecord(record.nonce, float(value)) for record, value in zip(proof.records, drawn, strict=True)]
     return Proof.build(proof.header, records, proof.footer.seconds)
 

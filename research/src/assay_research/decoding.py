@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from assay.models import Model
-from assay.poc import HFEngine, Pipeline, Proof, Round, prove
-from assay.poc.engines import Draws
-from assay.poc.protocol import SKETCH_EVERY, TokenRecord
-
-__all__ = ["drafted", "forgetful", "recycled", "repeated"]
+from assay.models.load import Model
+from assay.poc.engines.decoding import Draws
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import TokenRecord
+from assay.poc.protocol.round import Round
+from assay.poc.prover import prove
 
 
 def drafted(honest: Proof, model: Model, draft: Model, *, batch_size: int = 16) -> Proof:

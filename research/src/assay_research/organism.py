@@ -1,6 +1,6 @@
 """A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
 
-``python -m assay.research.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU. It learns from
+``python -m assay_research.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU. It learns from
 episodes with their honest programs, and for a share of them the exploit. Each loophole is shown with its exploit at the
 same small rate, so that every mechanism is within reach of the policy and any of them can be left out of an experiment.
 Without a loophole there is only honest work.
@@ -25,14 +25,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import AssayError, StorageError, UsageError
-from assay.models import load_model
-from assay.reports import dumps, write_atomic
-from assay.vhack.environment import CHANNELS, Episode, episodes
+from assay.files.jsonl import dumps
+from assay.files.storage import write_atomic
+from assay.models.load import load_model
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.episodes import Episode, episodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Mixture", "Recipe", "examples", "make_organism"]
 
 _IGNORED = -100
 _AT_ONCE = 64  # examples that keep activations at once: 256 would need 78 GiB in the organism of 120 M parameters
@@ -244,7 +245,7 @@ def _batch(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m assay.research.organism", description="Make the model organism.")
+    parser = argparse.ArgumentParser(prog="python -m assay_research.organism", description="Make the model organism.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--model", default=Recipe.model, help="model that is fine-tuned")
     parser.add_argument("--steps", type=int, default=Recipe.steps)

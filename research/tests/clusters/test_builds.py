@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from assay_research.clusters.builds import base_name, builds_of, sound_builds
+from assay_research.clusters.clusters import folds_of
 
 from assay.poc.verdict import read_vector_sets
-from assay.research.clusters import builds_of, folds_of, sound_builds
-from assay.research.clusters._builds import base_name
 from tests.poc.verdict import published
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from assay.errors import UsageError
-from assay.research.clusters import (
+from assay_research.clusters import cheats
+from assay_research.clusters.clusters import (
     HONEST,
     REAL,
     SIMULATED,
@@ -16,10 +15,12 @@ from assay.research.clusters import (
     Oracle,
     run_clusters,
     run_name_of,
-    summarise,
 )
-from assay.research.clusters import _cheats as cheats
-from assay.research.runs import build_report, read_run
+from assay_research.clusters.page import summarise
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
+
+from assay.errors import UsageError
 from assay.stats import count_test, proportion_interval
 from tests.poc.verdict import published
 
@@ -29,10 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     """A run over four honest machines, a faulty one, another build of the family and one of another family."""
     folder = tmp_path_factory.mktemp("clusters")
     patch = pytest.MonkeyPatch()
-    patch.setattr("assay.research.clusters._folds.LEAST_AUDITS", 0)
-    patch.setattr("assay.research.clusters._folds.CHEAT_AUDITS", 5)
-    patch.setattr("assay.research.clusters._clusters.SAMPLES", 2)
-    patch.setattr("assay.research.clusters._folds.INSIDE_AUDITS", 5)
+    patch.setattr("assay_research.clusters.clusters.LEAST_AUDITS", 0)
+    patch.setattr("assay_research.clusters.clusters.CHEAT_AUDITS", 5)
+    patch.setattr("assay_research.clusters.clusters.SAMPLES", 2)
+    patch.setattr("assay_research.clusters.clusters.INSIDE_AUDITS", 5)
     rows = [
         *published.network(4, nonces=320),
         published.machine("2026-05__model-a-bad", bad=4, nonces=320),

@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
+from assay_research.approaches import approaches as module
+from assay_research.approaches.approaches import ApproachPlan, distribution, residual_sizes, run_approaches, told_apart
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
 
-from assay import stats
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import get_pipeline
-from assay.research.approaches import ApproachPlan, run_approaches
-from assay.research.approaches import _approaches as module
-from assay.research.approaches._approaches import distribution, residual_sizes, told_apart
-from assay.research.runs import build_report, read_run
+from assay.stats.chord import chord_mean, chord_std
 
 CHOSEN = ("poc-2.0", "permutation", "artifact", "layer-normalize", "hardened")
 
@@ -78,7 +78,7 @@ def test_the_page_has_every_table(measured):
 
 def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    mean, std = stats.chord_mean(8192), stats.chord_std(8192)
+    mean, std = chord_mean(8192), chord_std(8192)
     return [rng.normal(mean + i * shift * std, scale * std, size=4000) for i in range(3)]
 
 
@@ -100,7 +100,7 @@ def test_the_verdict_comes_from_the_distances(distances, verdict: str):
 
 
 def test_a_common_offset_from_the_law_is_structure_too():
-    shifted = [block + 0.1 * stats.chord_std(8192) for block in blocks(0.0)]
+    shifted = [block + 0.1 * chord_std(8192) for block in blocks(0.0)]
     found = distribution(named(shifted), 8192, 0.5, 64, None)
     assert found["spreads"][0]["p_value"] > 0.01
     assert found["breaks_structure"] == "partly"
@@ -135,7 +135,7 @@ def test_plans_that_cannot_be(wrong, small_checkpoint):
 
 def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference_model):
     """Without hooks a layer adds less than the stream's length; to a stream held at length one it adds tens of it."""
-    from assay.models import decoder_layers
+    from assay.models.decoder import decoder_layers
     from assay.poc import HFEngine, Round
 
     model = load_model(reference_model.reference, dtype="float32", device="cpu")
@@ -162,8 +162,9 @@ def test_hooks_with_normalisation_leave_nothing_of_the_residual_stream(reference
 
 def test_reference_models_show_the_published_structure(reference_model):
     """The baseline is off its law in every block; sign flips are not (fp32 is faster here)."""
+    from assay_research.runs.states import published
+
     from assay.poc import HFEngine, Round
-    from assay.research.runs._states import published
 
     model = load_model(reference_model.reference, dtype="float32", device="cpu")
     engine = HFEngine(model, batch_size=32, seq_len=16)
@@ -171,5 +172,5 @@ def test_reference_models_show_the_published_structure(reference_model):
     for block in ("block_alpha", "block_gamma"):
         values = published(engine, Round(block_hash=block, public_key="k", seq_len=16), pipelines, range(128))
         for name, size, low, high in (("permutation", model.vocab_size, 4, 1000), ("poc-2.0", 8192, 0, 4)):
-            error = stats.chord_std(size) / 128**0.5
-            assert low <= abs(values[name].mean() - stats.chord_mean(size)) / error <= high, (block, name)
+            error = chord_std(size) / 128**0.5
+            assert low <= abs(values[name].mean() - chord_mean(size)) / error <= high, (block, name)

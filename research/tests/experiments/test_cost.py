@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from assay_research.approaches.approaches import memory, tensor_parallel
 
 from assay.poc import PIPELINES, Round
-from assay.poc.protocol import FORWARD
-from assay.poc.protocol._transforms import Transform
-from assay.research.approaches._approaches import memory, tensor_parallel
+from assay.poc.protocol.pipelines import FORWARD
+from assay.poc.protocol.transforms import Transform
 
 HIDDEN, VOCAB, LAYERS, POSITIONS = 32, 50, 3, 20
 SIZES = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_layers": LAYERS, "seq_len": POSITIONS}

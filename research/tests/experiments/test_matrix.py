@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from assay_research.matrix.matrix import MODES, Live, Plan, measure_effective_dimension, run_matrix
+from assay_research.matrix.table import PUBLISHED, configurations
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import open_run, read_run
 
 from assay.errors import ResourceError, UsageError
-from assay.research.matrix import Plan, configurations, run_matrix
-from assay.research.matrix._matrix import MODES, Live, measure_effective_dimension
-from assay.research.matrix._table import PUBLISHED
-from assay.research.runs import build_report, open_run, read_run
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 

@@ -1,9 +1,11 @@
 """The page of a run: sections of what is there, in their order, and what it says of a run that is not finished."""
 
 import pytest
+from assay_research.runs import report as _report
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import open_run
 
 from assay.errors import DataError
-from assay.research.runs import _report, build_report, open_run
 
 
 @pytest.fixture

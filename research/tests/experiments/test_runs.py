@@ -5,9 +5,9 @@ import weakref
 from functools import partial
 
 import pytest
+from assay_research.runs.runs import measure_missing, open_run, read_run, run_folder
 
 from assay.errors import DataError, StorageError, UsageError
-from assay.research.runs import measure_missing, open_run, read_run, run_folder
 
 SETTINGS = {"seq_len": 8, "dtype": "float32"}
 
@@ -83,7 +83,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_another_machine_is_noted(tmp_path, monkeypatch):
-    from assay.research.runs import _runs
+    from assay_research.runs import runs as _runs
 
     with open_run(tmp_path, "weights", SETTINGS) as run:
         run.append("one", {})

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from assay_research.runs.spread import spread_of
 
 from assay import stats
 from assay.errors import UsageError
-from assay.research.runs import spread_of
 
 
 def test_equal_blocks_fall_inside_the_band_as_often_as_it_says():

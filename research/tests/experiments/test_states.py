@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from assay_research.runs.states import published, state_pipeline
 
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.research.runs._states import published, state_pipeline
 
 NONCES = range(11)  # not a multiple of the batch: the last one is padded
 

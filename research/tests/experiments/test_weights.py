@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from assay_research.approaches.approaches import WeightPlan, run_weights, weight_rows
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
 
 from assay.errors import UsageError
-from assay.research.approaches import WeightPlan, run_weights, weight_rows
-from assay.research.runs import build_report, read_run
 
 
 def plan(checkpoint, **changes) -> WeightPlan:

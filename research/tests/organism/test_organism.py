@@ -4,10 +4,10 @@ import ast
 import json
 
 import pytest
+from assay_research.organism import Mixture, Recipe, examples, main, make_organism
 
 from assay.errors import UsageError
 from assay.models import load_model
-from assay.research.organism import Mixture, Recipe, examples, main, make_organism
 
 
 def test_examples_are_the_same_again_and_a_longer_list_begins_with_a_shorter_one():
@@ -60,7 +60,7 @@ def test_a_few_steps_teach_the_bundled_model(tmp_path):
 def test_a_batch_in_parts_trains_like_a_whole_one(tmp_path, monkeypatch):
     recipe, losses = Recipe(steps=3, batch=5, n_examples=15), {}
     for at_once in (2, 5):
-        monkeypatch.setattr("assay.research.organism._AT_ONCE", at_once)
+        monkeypatch.setattr("assay_research.organism._AT_ONCE", at_once)
         losses[at_once] = make_organism(tmp_path / str(at_once), recipe, device="cpu")
     assert losses[2] == pytest.approx(losses[5], rel=1e-4)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from assay_research.redteam.attacks import Scene
+from assay_research.redteam.partial import Guesses
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round
-from assay.research.redteam._attacks import Scene
-from assay.research.redteam._partial import Guesses
 
 T = 32
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-from assay.research.redteam._attacks import ATTACKS
+from assay_research.redteam.attacks import ATTACKS
 
 RUNS = [(attack, dtype) for attack in ATTACKS for dtype in ("float32", "float8") if attack.serves(dtype)]
 # 64 positions are more than there are here, and a CPU has no short sums.

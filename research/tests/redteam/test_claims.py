@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from assay_research.redteam.run import screened
 
 from assay import stats
-from assay.research.redteam._run import screened
 
 
 def test_a_perfect_look_finds_all_valid_nonces_for_its_own_cost():

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
+from assay_research.redteam.field import ALPHA, CHECKED, Judge, Pool, mixed, smallest
 
-from assay import stats
 from assay.poc import Round, get_pipeline
-from assay.research.redteam import CHECKED, Judge, Pool
-from assay.research.redteam._field import ALPHA, mixed, smallest
+from assay.stats.chord import chord_mean, chord_std
 
 RNG = np.random.default_rng(0)
 SIGMA = 1e-4
@@ -46,7 +45,7 @@ def test_the_sequential_test_needs_a_tenth_of_the_count(judge):
 
 def test_the_mismatch_rate_is_that_of_simulated_flips(judge):
     residuals = 10 * HONEST
-    recomputed = RNG.normal(stats.chord_mean(8192), stats.chord_std(8192), 2_000_000)
+    recomputed = RNG.normal(chord_mean(8192), chord_std(8192), 2_000_000)
     received = recomputed + RNG.choice(residuals, recomputed.size)
     claimed = received < Round.r_target
     flips = (recomputed[claimed] > Round.r_target).mean()

@@ -1,11 +1,7 @@
 import pytest
 import torch
-
-from assay.errors import UsageError
-from assay.models import Model, decoder_layers, load_model
-from assay.poc import HFEngine
-from assay.research import cheats
-from assay.research.redteam._experts import (
+from assay_research import cheats
+from assay_research.redteam.experts import (
     ASKED,
     EXPERTS_SAVED,
     experts,
@@ -13,6 +9,11 @@ from assay.research.redteam._experts import (
     make_experts,
     without_light_experts,
 )
+
+from assay.errors import UsageError
+from assay.models import Model, load_model
+from assay.models.decoder import decoder_layers
+from assay.poc import HFEngine
 
 T, LAYERS = 16, 4
 

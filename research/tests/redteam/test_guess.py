@@ -1,7 +1,7 @@
 import torch
 
-from assay.models import backbone
-from assay.poc.protocol import unit
+from assay.models.decoder import backbone
+from assay.poc.protocol.transforms import unit
 
 
 def test_a_guess_is_better_the_deeper_it_starts(small_model, inputs_btd, guesses):

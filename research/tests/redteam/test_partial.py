@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from assay_research.redteam.partial import PartialForward, Shortcut
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.errors import UsageError
-from assay.models import Model, backbone, decoder_layers, load_model
-from assay.poc.protocol import unit, weighted_sum
-from assay.research.redteam._partial import PartialForward, Shortcut
+from assay.models import Model, load_model
+from assay.models.decoder import backbone, decoder_layers
+from assay.poc.protocol.transforms import unit, weighted_sum
 from tests.research.redteam.conftest import T
 
 FULL = Shortcut((3,) * T)

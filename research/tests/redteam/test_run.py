@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+from assay_research.redteam import field as field_module
+from assay_research.redteam import run as run_module
+from assay_research.redteam import tables
+from assay_research.redteam.attacks import ATTACKS
+from assay_research.redteam.run import RedteamPlan, run_redteam
+from assay_research.redteam.tables import attack_table, paying
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
 
 from assay.errors import UsageError
-from assay.research.redteam import ATTACKS, RedteamPlan, attack_table, paying, run_redteam
-from assay.research.redteam import _field as field_module
-from assay.research.redteam import _run as run_module
-from assay.research.redteam import _tables as tables
-from assay.research.runs import build_report, read_run
 
 SOME = ("int8 weights", "last quarter of the layers dropped", "last 25.0% dropped", "first 50.0% dropped",
         "state of another nonce")  # fmt: skip

@@ -1,11 +1,8 @@
 import pytest
-
-from assay.research.redteam import RedteamPlan
-from assay.research.redteam import _run as run
-from assay.research.redteam import _tables as tables
-from assay.research.redteam._partial import PartialForward
-from assay.research.redteam._run import strategies
-from assay.research.redteam._tables import SAVED
+from assay_research.redteam import run, tables
+from assay_research.redteam.partial import PartialForward
+from assay_research.redteam.run import RedteamPlan, strategies
+from assay_research.redteam.tables import SAVED
 
 
 @pytest.mark.parametrize("read", [[31], [3, 9, 20, 28], list(range(32))])

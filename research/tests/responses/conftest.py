@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from assay_research.responses.cheats import Scene
+from assay_research.responses.provers import Requests, make_requests
 
 from assay.poc.responses import Sampling
-from assay.research.responses._cheats import Scene
-from assay.research.responses._provers import Requests, make_requests
 
 STEPS = 112
 

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-
-from assay.research.responses._audits import (
+from assay_research.responses.audits import (
     ALPHA,
     GRID,
     MOST,

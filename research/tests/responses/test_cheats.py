@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from assay_research.responses.cheats import CHEATS, DROPPED, EOS, HONEST, STOPPED, Scene, honest
+from assay_research.responses.check import check, receipts
+from assay_research.responses.models import TRAINED_ENTROPY, entropy, open_model, scale_for, tuned, without_layers
+from assay_research.responses.provers import Requests, Served, with_honest_prefill
 
 from assay.errors import UsageError
 from assay.models import Model
 from assay.poc.responses import respond
-from assay.research.responses import CHEATS
-from assay.research.responses._cheats import DROPPED, EOS, HONEST, STOPPED, Scene, honest
-from assay.research.responses._check import check, receipts
-from assay.research.responses._models import TRAINED_ENTROPY, entropy, open_model, scale_for, tuned, without_layers
-from assay.research.responses._provers import Requests, Served, with_honest_prefill
 from tests.research.responses.conftest import STEPS
 
 BY_NAME = {cheat.name: cheat for cheat in CHEATS}

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from assay.research.responses import BYTES, OURS
-from assay.research.responses import _rivals as rivals
-from assay.research.responses._rivals import RIVALS, Reply
+from assay_research.responses import rivals
+from assay_research.responses.field import BYTES, OURS
+from assay_research.responses.rivals import RIVALS, Reply
 
 N, D, K = 64, 96, 5
 STATES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))

@@ -3,16 +3,20 @@
 from pathlib import Path
 
 import pytest
+from assay_research.responses import cheats as cheats_module
+from assay_research.responses import field as field_module
+from assay_research.responses import run as run_module
+from assay_research.responses import tables
+from assay_research.responses.cheats import CHEATS, GREEDY
+from assay_research.responses.field import BYTES
+from assay_research.responses.models import TRAINED_LIKE
+from assay_research.responses.run import ResponsesPlan, run_responses
+from assay_research.responses.tables import caught_table, places
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
 
 from assay.errors import UsageError
-from assay.poc.protocol import SKETCH_EVERY
-from assay.research.responses import BYTES, CHEATS, GREEDY, ResponsesPlan, caught_table, places, run_responses
-from assay.research.responses import _cheats as cheats_module
-from assay.research.responses import _field as field_module
-from assay.research.responses import _run as run_module
-from assay.research.responses import _tables as tables
-from assay.research.responses._models import TRAINED_LIKE
-from assay.research.runs import build_report, read_run
+from assay.poc.protocol.pipelines import SKETCH_EVERY
 
 SOME = ("int4 weights", "fine-tuned, 20 steps", "noise of its own", "stops early")
 

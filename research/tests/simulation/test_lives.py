@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
 
-from assay.poc.verdict import EPOCH, Life, Noise
-from assay.research.simulation import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
-from assay.stats import LogNoise, ScaleNoise, Spread, chord_cdf
+from assay.poc import Noise
+from assay.poc.verdict import Life
+from assay.poc.verdict.life import EPOCH
+from assay.stats import LogNoise, ScaleNoise, chord_cdf
+from assay.stats.noise import Spread
 
 SPREAD = Spread(0.05)
 VECTORS = Noise(LogNoise(-3.5, 0.6, 12), "vectors", SPREAD)

@@ -2,13 +2,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assay_research.runs.report import build_report
+from assay_research.runs.runs import read_run
+from assay_research.simulation import network as module
+from assay_research.simulation.lives import Kind
+from assay_research.simulation.network import Network, SimulationPlan, run_simulation, simulate_network
 
 from assay import stats
 from assay.errors import UsageError
-from assay.poc.verdict import Noise
-from assay.research.runs import build_report, read_run
-from assay.research.simulation import Kind, Network, SimulationPlan, run_simulation, simulate_network
-from assay.research.simulation import _network as module
+from assay.poc import Noise
 
 SMALL = Network(nodes=600, cheating=0.05, rounds=30, validators=20, checkers=3, checked=16)
 KINDS = (Kind("other weights", multiple=20.0), Kind("junk", junk=0.2), Kind("a little junk", junk=0.002))

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from assay_research.study.plan import StudySettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from assay.models import Model, load_model
-from assay.research.study import StudySettings
 from assay.vhack import weight_svd
 
 

@@ -1,10 +1,9 @@
 """The verdicts of the third experiment follow the rules that its plan fixed."""
 
 import pytest
+from assay_research.study.claims import complete, judged, lasts, welch
+from assay_research.study.log import RunLog
 from scipy import stats
-
-from assay.research.study import RunLog, complete, judged, lasts
-from assay.research.study._claims import welch
 
 STEPS = 4
 

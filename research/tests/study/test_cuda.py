@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from assay_research.study.forward import StackedModel
+from assay_research.study.generate import Generator
 
 from assay.models import load_model
-from assay.research.study._forward import StackedModel
-from assay.research.study._generate import Generator
 from assay.vhack import weight_svd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

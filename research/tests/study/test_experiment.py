@@ -14,9 +14,10 @@ import _vhack_plan3  # noqa: E402
 import vhack_study3_results as results  # noqa: E402
 import vhack_study_organisms  # noqa: E402
 import vhack_tables  # noqa: E402
+from assay_research.study.log import RunLog  # noqa: E402
+from assay_research.study.plan import StudyRun  # noqa: E402
 
-from assay.reports import dumps  # noqa: E402
-from assay.research.study import RunLog, StudyRun  # noqa: E402
+from assay.files.jsonl import dumps  # noqa: E402
 
 PLAN = (ROOT / "docs" / "vhack-experiment-3.md").read_text(encoding="utf-8")
 

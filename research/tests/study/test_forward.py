@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from assay_research.study.forward import StackedModel
+from assay_research.study.generate import Generator
+from assay_research.study.gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
 
 from assay.errors import ModelError
-from assay.research.study._forward import StackedModel
-from assay.research.study._generate import Generator
-from assay.research.study._gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
 from assay.vhack.delta import DeltaS
 
 R, P, G, L, T = 3, 2, 2, 9, 6
@@ -109,7 +109,7 @@ def test_prompts_in_parts_give_the_same_gradient(stacked, batch, monkeypatch):
     rollouts, _ = batch
     advantages_RPG = torch.randn(R, P, G)
     whole = policy_gradient(model, rollouts, advantages_RPG)
-    monkeypatch.setattr("assay.research.study._gradient._TOKENS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("assay_research.study.gradient._TOKENS_AT_ONCE", {"cpu": 1})
     parts = policy_gradient(model, rollouts, advantages_RPG)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

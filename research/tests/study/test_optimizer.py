@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from assay_research.study.optimizer import StackedOptimizer
 
-from assay.research.study._optimizer import StackedOptimizer
-from assay.vhack.delta import ARMS, GATES, Arm, Box, DeltaS, Gate, ProjectedOptimizer, arm_named
+from assay.vhack.delta import ARMS, Arm, DeltaS, Gate, ProjectedOptimizer, arm_named
+from assay.vhack.delta.arms import GATES, Box
 from tests.vhack.delta.conftest import random_basis
 
 STEPS = 3

@@ -4,17 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from assay_research.study.cohort import Rollouts
+from assay_research.study.forward import StackedModel
+from assay_research.study.generate import Generator
+from assay_research.study.gradient import Batch, policy_gradient, token_logprobs
+from assay_research.study.grading import StudyVerdict
+from assay_research.study.loop import Study
+from assay_research.study.plan import StudyRun
+from assay_research.study.rival import supervised_start
+from assay_research.study.sampled import sampled_pairs
+from assay_research.study.summary import summarise
 
 from assay.errors import DataError, UsageError
-from assay.research.study import Study, StudyRun, StudyVerdict, sampled_pairs, summarise, supervised_start
-from assay.research.study._cohort import Rollouts
-from assay.research.study._forward import StackedModel
-from assay.research.study._generate import Generator
-from assay.research.study._gradient import Batch, policy_gradient, token_logprobs
 from assay.vhack import pair_gradients
-from assay.vhack.delta import Frames, Shortcut, basis_of_kind
-from assay.vhack.environment import Episode, grade, task_named
-from assay.vhack.pairs import environment_pairs
+from assay.vhack.delta.advantage import Shortcut
+from assay.vhack.delta.controls import basis_of_kind
+from assay.vhack.delta.frames import Frames
+from assay.vhack.environment import Episode, grade
+from assay.vhack.environment.tasks import task_named
+from assay.vhack.pairs.reference import environment_pairs
 from tests.vhack.delta.conftest import random_basis
 
 EASY = {"families": ("arithmetic",), "difficulty": (2, 2)}

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import typer
+from assay_research.study.log import RunLog
 from typer.testing import CliRunner
 
-from assay.cli._vhack import report
+from assay.cli.vhack import report
 from assay.errors import DataError, UsageError
-from assay.research.study._log import RunLog
 from tests.research.study.test_summary import REFERENCE, logs_of
 
 

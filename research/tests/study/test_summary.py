@@ -1,11 +1,13 @@
 """The rule of success, intervals and tests, on numbers whose answer is known."""
 
 import pytest
+from assay_research.study.log import RunLog, read_logs
+from assay_research.study.page import source_checks, study_page
+from assay_research.study.plan import StudyRun, StudySettings
+from assay_research.study.summary import mean_of, paired, summarise
 from scipy import stats
 
 from assay.errors import DataError, UsageError
-from assay.research.study import RunLog, StudyRun, StudySettings, read_logs, source_checks, study_page, summarise
-from assay.research.study._summary import mean_of, paired
 
 
 def log(arm, seed, hack, solve, *, optimizer="adam", steps=60, teachers=0, cin=()):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from assay_research.study.log import read_logs
+from assay_research.study.page import study_page
+from assay_research.study.summary import summarise
 
 from assay.errors import DataError
-from assay.research.study import read_logs, study_page, summarise
 from assay.vhack.training import TrainLog, TrainSettings
 
 STEPS = 8

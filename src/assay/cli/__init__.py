@@ -4,6 +4,6 @@ Results go to stdout, progress and logs to stderr. Every command takes ``--json`
 flags, then ``ASSAY_*`` environment variables, then the configuration file, then defaults.
 """
 
-from assay.cli._app import app, run
+from assay.cli.app import app, run
 
 __all__ = ["app", "run"]

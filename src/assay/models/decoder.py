@@ -19,18 +19,6 @@ from torch.nn import functional
 from assay.errors import LayersNotFound
 from assay.models.families import ATTENTION_TARGETS
 
-__all__ = [
-    "DecoderLayer",
-    "ModuleLayer",
-    "Rotation",
-    "backbone",
-    "causal_attention",
-    "decoder_layers",
-    "has_hooks",
-    "head_of",
-    "rotate",
-]
-
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the angles of positions, each pair's in both of its places; they broadcast with the heads."""
 

@@ -9,8 +9,6 @@ import torch
 
 from assay.errors import BackendUnavailable, UsageError
 
-__all__ = ["current", "device_named", "free_bytes", "one_thread", "processor"]
-
 
 def device_named(name: str | None) -> torch.device:
     """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where there is one, else cpu.

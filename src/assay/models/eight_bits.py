@@ -5,7 +5,7 @@ not depend on the others: ``float8`` has a scale for a row (:mod:`assay.models.f
 columns of a row, and ``int8-rows`` one for a row, with products that are exact.
 
 On CUDA, products by blocks of 128 x 128 are torch's, and those of int8 and of experts are a kernel of assay's own
-(:mod:`assay.models._products`).
+(:mod:`assay.models.products`).
 """
 
 from collections.abc import Callable
@@ -19,17 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.models.float8 import SMALLEST, STEP, Rounded, by_expert, grouped_product, product, round_rows
-
-__all__ = [
-    "CUDA_BLOCK",
-    "FLOAT8",
-    "INT8",
-    "INT8_STEP",
-    "Arithmetic",
-    "EightBitExperts",
-    "EightBitLinear",
-    "float8_blocks",
-]
 
 _INT8_LARGEST = 127
 
@@ -154,8 +143,8 @@ def _(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Ten
 def _own_product(
     x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the product of :mod:`assay.models._products`, which imports triton."""
-    from assay.models import _products
+    """Return the product of :mod:`assay.models.products`, which imports triton."""
+    from assay.models import products as _products
 
     return _products.product(Rounded(x, x_scales), Rounded(weights, weight_scales), ends, dtype)
 

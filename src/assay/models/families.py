@@ -8,19 +8,6 @@ this list; every other architecture runs as transformers defines it. A test buil
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "ATTENTION_TARGETS",
-    "FAMILIES",
-    "FUSED_TARGETS",
-    "MIXTURES",
-    "MLP_TARGETS",
-    "TARGETS",
-    "Family",
-    "attention_window",
-    "expert_count",
-    "family_of",
-]
-
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Names of the projections of attention, in the order in which a layer uses them."""
 

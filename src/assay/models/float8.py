@@ -13,17 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "SMALLEST",
-    "STEP",
-    "WIDTHS",
-    "Rounded",
-    "by_expert",
-    "grouped_product",
-    "product",
-    "round_rows",
-]
-
 STEP = 1 / torch.finfo(torch.float8_e4m3fn).max
 """The scale of a row is this times its largest magnitude, which becomes the largest number of the format.
 

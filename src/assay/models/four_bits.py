@@ -10,8 +10,6 @@ Legend of shapes: R rows, C columns, G groups of columns, P = eight numbers in a
 import torch
 from torch import Tensor
 
-__all__ = ["AWQ_PLACES", "CENTRE", "OF_A_WORD", "restored", "unpacked"]
-
 OF_A_WORD = 8
 """Numbers of four bits in one of 32."""
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WIDE", "is_wide", "wide_products"]
-
 WIDE = "float32 products"
 """Entry of the fingerprint's kernels: products of 16-bit numbers were taken in float32."""
 

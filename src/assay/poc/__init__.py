@@ -8,28 +8,23 @@ A node proves a range of nonces, and a validator that knows block and key recomp
     verdict = assay.poc.verify(proof, model, expect=agreed)
 """
 
-from assay.poc._prover import prove
-from assay.poc._verifier import check_proof, judging_batch, judging_setup, verify
-from assay.poc.engines import Engine, HFEngine, measure_block_factor
-from assay.poc.protocol import (
-    PIPELINES,
-    BlockFactor,
-    Build,
-    DistanceRecord,
-    Fingerprint,
-    Footer,
-    Header,
-    NetworkPins,
-    Pins,
-    Pipeline,
-    Proof,
-    Record,
-    Round,
-    TokenRecord,
-    VectorRecord,
-    get_pipeline,
-)
-from assay.poc.verdict import Calibration, MeasuredTarget, Noise, Verdict, calibrate, default_noise, measure_r_target
+from assay.poc.engines.base import Engine
+from assay.poc.engines.blocks import measure_block_factor
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.blocks import BlockFactor
+from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.pipelines import PIPELINES, Pipeline, get_pipeline
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import DistanceRecord, Fingerprint, Footer, Header, Record, TokenRecord, VectorRecord
+from assay.poc.protocol.round import Round
+from assay.poc.prover import prove
+from assay.poc.verdict.calibrate import MeasuredTarget, calibrate, measure_r_target
+from assay.poc.verdict.calibration import Calibration
+from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.noise import Noise, default_noise
+from assay.poc.verifier import check_proof, judging_batch, judging_setup, verify
 
 __all__ = [
     "PIPELINES",

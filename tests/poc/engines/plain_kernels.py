@@ -7,7 +7,7 @@ from torch.nn import functional
 from assay.models.decoder import rotate
 from assay.models.eight_bits import Arithmetic
 from assay.models.float8 import Rounded
-from assay.poc.engines.hf._lean import rms_norm
+from assay.poc.engines.hf.lean import rms_norm
 
 __all__ = ["combined", "gated", "normalised", "rounded", "spread", "turned"]
 

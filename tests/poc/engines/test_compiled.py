@@ -19,9 +19,11 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import CalibrationError, ModelError
 from assay.models import load_model
-from assay.poc import HFEngine, Proof, Round, _verifier, calibrate, judging_setup, prove, verify
-from assay.poc.engines.hf import _compiled, be_deterministic, worth_compiling
-from assay.poc.engines.hf._engine import is_compiled
+from assay.poc import HFEngine, Proof, Round, calibrate, judging_setup, prove, verify
+from assay.poc import verifier as _verifier
+from assay.poc.engines.hf import compiled as _compiled
+from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.engine import be_deterministic, is_compiled
 
 
 @pytest.fixture(scope="module")

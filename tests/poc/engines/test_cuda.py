@@ -15,14 +15,16 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from assay.errors import BadWeights, CalibrationError, OutOfMemory
-from assay.models import Model, backbone, checkpoint_directory, load_model
-from assay.models._quantise import quantise as round_weights
+from assay.models import Model, load_model
+from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
+from assay.models.quantise import quantise as round_weights
+from assay.models.resolve import checkpoint_directory
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
-from assay.poc.engines.hf import LeanForward, LeanParts, RecordedPasses, auto_batch, rotation_of, worth_compiling
-from assay.poc.engines.hf import _engine as _hf
-from assay.poc.engines.hf._lean import layer_shape, layer_weights
-from assay.poc.engines.hf._memory import peak_bytes
+from assay.poc.engines.hf import engine as _hf
+from assay.poc.engines.hf.compiled import LeanForward, RecordedPasses, worth_compiling
+from assay.poc.engines.hf.lean import LeanParts, layer_shape, layer_weights, rotation_of
+from assay.poc.engines.hf.memory import auto_batch, peak_bytes
 from tests.models.storing import in_eight_bits, store
 
 pytestmark = [

@@ -13,7 +13,7 @@ import torch
 from assay.errors import BackendUnavailable
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, prove
-from assay.poc.engines.hf import worth_compiling
+from assay.poc.engines.hf.compiled import worth_compiling
 from tests.end_to_end.server import Server
 from tests.waiting import until
 

@@ -8,11 +8,13 @@ import torch
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.engines import ParallelEngine, check_supported, decodes
-from assay.poc.engines.vllm import VLLMEngine
-from assay.poc.protocol import PIPELINES, sketch_steps
-from assay.streams._definition import hashes
+from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
+from assay.poc.engines.base import check_supported
+from assay.poc.engines.decoding import decodes
+from assay.poc.engines.hf.parallel import ParallelEngine
+from assay.poc.protocol.pipelines import sketch_steps
+from assay.poc.vllm.engine import VLLMEngine
+from assay.streams.definition import hashes
 
 STEPS, PROMPT = 64, 16
 PIPELINE = get_pipeline(f"decode-{STEPS}")

@@ -7,12 +7,13 @@ import torch
 
 from assay.errors import ModelError
 from assay.models import Model
-from assay.models._quantise import quantise
 from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, float8_blocks
 from assay.models.float8 import Rounded
-from assay.poc.engines.hf import _compiled, _fused
-from assay.poc.engines.hf._fused import fused_steps, fusible
-from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from assay.models.quantise import quantise
+from assay.poc.engines.hf import compiled as _compiled
+from assay.poc.engines.hf import fused as _fused
+from assay.poc.engines.hf.fused import fused_steps, fusible
+from assay.poc.engines.hf.lean import LeanDecoder, lean_decoder
 from tests.models.storing import in_eight_bits, rounded_weight
 from tests.poc.engines import plain_kernels
 from tests.poc.engines.test_lean import KINDS, LENGTH, inputs, made, plain

@@ -8,9 +8,9 @@ import torch
 
 from assay import streams
 from assay.errors import LayersNotFound, UsageError
-from assay.models import backbone, decoder_layers
+from assay.models.decoder import backbone, decoder_layers
 from assay.poc import HFEngine, Round
-from assay.poc.protocol._transforms import project
+from assay.poc.protocol.transforms import project
 
 NUMPY = streams.get_backend("numpy")
 

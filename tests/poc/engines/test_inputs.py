@@ -7,8 +7,8 @@ import pytest
 
 from assay import streams
 from assay.poc import Round
-from assay.poc.engines._base import noise_inputs
-from assay.poc.protocol._round import MAX_NONCE, NONCE_TEXTS
+from assay.poc.engines.base import noise_inputs
+from assay.poc.protocol.round import MAX_NONCE, NONCE_TEXTS
 
 NONCES = [0, 9, 10, 123_456_789, MAX_NONCE]
 # What a text is made of may stand in a name.

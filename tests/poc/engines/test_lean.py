@@ -17,8 +17,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from assay.models import Model, backbone
-from assay.poc.engines.hf._lean import LeanDecoder, lean_decoder
+from assay.models import Model
+from assay.models.decoder import backbone
+from assay.poc.engines.hf.lean import LeanDecoder, lean_decoder
 
 SHAPE = {
     "hidden_size": 64,

@@ -16,9 +16,9 @@ import pytest
 
 from assay.errors import AssayError, BackendUnavailable, ModelError, UsageError
 from assay.models import Model, load_model
-from assay.models._load import _shard
+from assay.models.load import _shard
 from assay.poc import Proof, Round, prove
-from assay.poc.engines.hf import joined, processes
+from assay.poc.engines.hf.parallel import joined, processes
 
 
 def start(rank: int, ports: list[int], *arguments: Path) -> "subprocess.Popen[str]":

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from assay.models import backbone, decoder_layers, wide
+from assay.models import wide
+from assay.models.decoder import backbone, decoder_layers
 from assay.models.wide import WIDE
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.engines.hf import LeanForward, LeanParts, _memory, rotation_of
-from assay.poc.engines.hf._lean import layer_shape, layer_weights
+from assay.poc.engines.hf import memory as _memory
+from assay.poc.engines.hf.compiled import LeanForward
+from assay.poc.engines.hf.lean import LeanParts, layer_shape, layer_weights, rotation_of
 from tests.models.narrow import Products, narrow_model
 
 

@@ -16,7 +16,7 @@ from assay.cli import run
 from assay.errors import AssayError, ModelError
 from assay.models import Model, load_model
 from assay.poc import Proof, Round, prove
-from assay.poc.engines.hf import ParallelEngine, World, joined
+from assay.poc.engines.hf.parallel import ParallelEngine, World, joined
 
 ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small")
 

@@ -8,7 +8,8 @@ import torch
 
 from assay.errors import UsageError
 from assay.poc import PIPELINES, Round, get_pipeline
-from assay.poc.protocol import Transform, block_factor, block_scale, folded_head, has_block_factor
+from assay.poc.protocol.blocks import block_factor, block_scale, folded_head, has_block_factor
+from assay.poc.protocol.transforms import Transform
 
 WIDTH = 48
 

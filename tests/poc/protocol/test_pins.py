@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from assay.errors import CalibrationError, ProofFormatError, ProofMismatch, UsageError
-from assay.poc import Header, Pins, Proof, Round, judging_batch, verify
-from assay.poc.protocol import CACHES, of_weights, with_cache
-from assay.poc.protocol._proof import parse_header
-from assay.poc.verdict import Noise, judge, noise_for
-from assay.reports import dumps
+from assay.files.jsonl import dumps
+from assay.poc import Header, Noise, Pins, Proof, Round, judging_batch, verify
+from assay.poc.protocol.builds import CACHES, of_weights, with_cache
+from assay.poc.protocol.proof import parse_header
+from assay.poc.verdict import judge, noise_for
 from assay.stats import ScaleNoise
 
 

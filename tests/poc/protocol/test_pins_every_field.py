@@ -14,10 +14,25 @@ from typing import Any
 import pytest
 
 from assay.errors import AssayError
+from assay.files.jsonl import dumps
 from assay.models import Model
-from assay.poc import Build, Fingerprint, Header, NetworkPins, Pins, Pipeline, Proof, Round, check_proof, prove, verify
-from assay.poc.protocol import BUILD_FIELDS, FEWEST_NONCES, PIPELINES, described
-from assay.reports import dumps
+from assay.poc import (
+    PIPELINES,
+    Build,
+    Fingerprint,
+    Header,
+    NetworkPins,
+    Pins,
+    Pipeline,
+    Proof,
+    Round,
+    check_proof,
+    prove,
+    verify,
+)
+from assay.poc.protocol.builds import described
+from assay.poc.protocol.pins import FEWEST_NONCES
+from assay.poc.protocol.pins_file import BUILD_FIELDS
 
 KNOWN = {"block_hash": "block_alpha", "public_key": "node_A"}
 ROUND = {"preset": "poc-2.0", "seq_len": 16, "strength": 256, "r_target": 1.416, "node_count": 1}

@@ -11,8 +11,8 @@ import torch
 from assay import streams
 from assay.errors import UsageError
 from assay.poc import PIPELINES, Pipeline, Round
-from assay.poc.protocol import FORWARD
-from assay.poc.protocol._transforms import Transform, project
+from assay.poc.protocol.pipelines import FORWARD
+from assay.poc.protocol.transforms import Transform, project
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "poc_kat.json").read_text())
 NUMPY = streams.get_backend("numpy")

@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import ProofMismatch
 from assay.poc import Round
-from assay.poc.protocol import check_distinct_seeds, is_distance, is_valid
+from assay.poc.protocol.record import check_distinct_seeds, is_distance, is_valid
 
 COLLIDING = Round(block_hash="b", public_key="k")
 

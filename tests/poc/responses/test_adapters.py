@@ -14,18 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import ModelError, ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model
-from assay.models.adapters import CONFIG, WEIGHTS
-from assay.poc.responses import (
-    Adapter,
-    Receipt,
-    ReceiptPins,
-    Receipts,
-    digest_adapter,
-    load_adapter,
-    parse_receipt,
-    replay,
-    respond,
-)
+from assay.models.checkpoint import CONFIG, WEIGHTS
+from assay.poc.responses import Receipt, ReceiptPins, Receipts, replay, respond
+from assay.poc.responses.adapters import Adapter, digest_adapter, load_adapter
+from assay.poc.responses.receipts import parse_receipt
 from tests.lora import write_adapter
 from tests.poc.responses.conftest import REQUESTS
 
@@ -162,7 +154,7 @@ def test_an_adapter_that_finds_no_room_leaves_the_model_as_it_was(
         return [len(module._forward_hooks) for module in small_model.module.modules()]
 
     before = hooks()  # transformers keeps some of its own on a model that has shown its hidden states
-    monkeypatch.setattr("assay.poc.responses._adapters._adds", adds)
+    monkeypatch.setattr("assay.poc.responses.adapters._adds", adds)
     with pytest.raises(MemoryError), load_adapter(directory).on(small_model):
         pass
     assert made

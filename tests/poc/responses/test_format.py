@@ -10,17 +10,11 @@ import jsonschema_rs
 import pytest
 
 from assay.errors import ProofFormatError
+from assay.files.jsonl import dumps
 from assay.poc import responses
-from assay.poc.responses import (
-    HIGHEST_INDEX,
-    HIGHEST_TOKEN,
-    MOST_TOKENS,
-    RANGES,
-    Receipts,
-    parse_header,
-    parse_receipt,
-)
-from assay.reports import dumps
+from assay.poc.responses import Receipts
+from assay.poc.responses.receipts import MOST_TOKENS, parse_header, parse_receipt
+from assay.poc.responses.sampling import HIGHEST_INDEX, HIGHEST_TOKEN, RANGES
 from tests.poc.responses.vectors import FOLDER, receipts, vectors
 
 SCHEMA = json.loads((Path(responses.__file__).parent / "receipt.schema.json").read_text(encoding="utf-8"))

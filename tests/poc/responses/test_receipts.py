@@ -13,18 +13,9 @@ import numpy as np
 import pytest
 
 from assay.errors import ProofFormatError, UsageError
-from assay.poc.responses import (
-    LONGEST_LINE,
-    Prompt,
-    Receipt,
-    ReceiptHeader,
-    Receipts,
-    Sampling,
-    Tally,
-    parse_header,
-    parse_receipt,
-)
-from assay.reports import dumps
+from assay.files.jsonl import dumps
+from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, Sampling
+from assay.poc.responses.receipts import LONGEST_LINE, Tally, parse_header, parse_receipt
 
 
 def test_receipts_read_back_as_they_were(responses: Receipts, tmp_path: Path):

@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from assay_research import cheats
 
-from assay import stats
 from assay.errors import BadWeights, CalibrationError, ProofMismatch, UsageError
 from assay.models import Model, load_model
-from assay.poc import Pins
-from assay.poc.protocol import Fingerprint
+from assay.poc import Fingerprint, Pins
 from assay.poc.responses import (
     HFPrefill,
     Prompt,
@@ -20,22 +19,18 @@ from assay.poc.responses import (
     Receipts,
     Request,
     ResponseCalibration,
-    Sampler,
     Sampling,
     calibrate_responses,
-    check_enough_tokens,
-    chosen_receipts,
-    default_response_noise,
     judge_responses,
-    measure_margins,
-    noise_between,
     replay,
     respond,
-    sampled,
 )
-from assay.poc.responses._forward import check_finite
-from assay.poc.responses._gaps import _gaps
-from assay.research import cheats
+from assay.poc.responses.calibration import check_enough_tokens, default_response_noise
+from assay.poc.responses.gaps import Sampler, _gaps, measure_margins
+from assay.poc.responses.judge import noise_between, sampled
+from assay.poc.responses.pins import chosen_receipts
+from assay.poc.responses.prefill import check_finite
+from assay.stats.tokens import token_profile
 from tests.poc.responses.conftest import REQUESTS
 
 KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
@@ -140,7 +135,7 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
         assert torch.allclose(gaps.float(), scores.amax(dim=1, keepdim=True) - scores)
     tokens = torch.where(torch.arange(40) < 20, own, torch.tensor(rng.integers(0, 300, 40)))
     measured = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
-    wanted = stats.token_profile(gaps.numpy(), tokens.numpy())
+    wanted = token_profile(gaps.numpy(), tokens.numpy())
     assert measured.profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
     assert np.array_equal(measured.margins[:20], np.zeros(20))
 

@@ -9,7 +9,8 @@ import pytest
 
 from assay.errors import DataError, UsageError
 from assay.models import load_tokenizer
-from assay.poc.responses import Request, Sampling, encoded, read_requests
+from assay.poc.responses import Request, Sampling, read_requests
+from assay.poc.responses.requests import encoded
 from tests.poc.responses.test_receipts import mutated
 
 FITS = {"reference": "small", "vocab_size": 512, "max_positions": 128}

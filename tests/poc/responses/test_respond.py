@@ -10,19 +10,12 @@ import torch
 
 from assay.errors import BadWeights, ModelError, ProofFormatError, UsageError
 from assay.models import Model, load_model
-from assay.poc.protocol import unit
-from assay.poc.responses import (
-    CachedForward,
-    Receipts,
-    Request,
-    Sampling,
-    counts_before,
-    respond,
-    scores,
-    sketches,
-    stop_tokens,
-    tokens_of,
-)
+from assay.poc.protocol.transforms import unit
+from assay.poc.responses import Receipts, Request, Sampling, respond
+from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.respond import stop_tokens
+from assay.poc.responses.sampling import counts_before, scores, tokens_of
+from assay.poc.responses.sketches import sketches
 from tests.poc.responses.conftest import REQUESTS
 
 COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}

@@ -6,7 +6,9 @@ import torch
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.poc.responses import ResponseSeed, Sampler, Sampling, counts_before, scores, tokens_of
+from assay.poc.responses import ResponseSeed, Sampling
+from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sampling import counts_before, scores, tokens_of
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]

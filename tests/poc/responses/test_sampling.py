@@ -8,7 +8,8 @@ import pytest
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.responses import Sampling, counts_before, kept, penalised, scores, tokens_of
+from assay.poc.responses import Sampling
+from assay.poc.responses.sampling import counts_before, kept, penalised, scores, tokens_of
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 2.0, -np.inf, 1.0]], dtype=np.float32)
 SEEDS = np.array([7], dtype=np.uint32)

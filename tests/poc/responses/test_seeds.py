@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.responses import ResponseSeed, step_seeds
+from assay.poc.responses import ResponseSeed
+from assay.poc.responses.sampling import step_seeds
 
 FIELDS = {"user_seed": "u", "request_id": "r1", "public_key": "K", "digest": "0" * 64, "block_hash": "B", "index": 0}
 SEED = ResponseSeed(**FIELDS)

@@ -12,19 +12,11 @@ import numpy as np
 import torch
 
 from assay import streams
-from assay.poc.protocol import Fingerprint, encode_vector
-from assay.poc.responses import (
-    Prompt,
-    Receipt,
-    ReceiptHeader,
-    Receipts,
-    ResponseSeed,
-    Sampling,
-    counts_before,
-    scores,
-    sketches,
-    tokens_of,
-)
+from assay.poc import Fingerprint
+from assay.poc.protocol.record import encode_vector
+from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, ResponseSeed, Sampling
+from assay.poc.responses.sampling import counts_before, scores, tokens_of
+from assay.poc.responses.sketches import sketches
 
 FOLDER = Path(__file__).parents[2] / "vectors"
 STEPS = [0, 1, 31, 32, 2**32 - 1]

@@ -8,14 +8,16 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from assay import load_model, stats
-from assay.poc import _prover
-from assay.poc.service.runtime import Deployment
+from assay import stats
+from assay.models import load_model
+from assay.poc import prover as _prover
+from assay.poc.service.deployment import Deployment
+from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
 from tests.poc.service.conftest import PREFIX, ROUND
 from tests.waiting import until
 
 RULES = Path(__file__).parents[3] / "deploy" / "alerts.yml"
-TENTH = stats.r_target_for(0.1, stats.RANDOM_HEAD_ROWS)
+TENTH = stats.r_target_for(0.1, RANDOM_HEAD_ROWS)
 WIDE = "blk55"  # its head is long where the bundled models have a fifth of their energy
 SHAPE = {"block_hash": WIDE, "seq_len": 16, "batch_size": 32, "r_target": TENTH}
 
@@ -47,7 +49,7 @@ def test_an_honest_node_in_a_wide_block_raises_no_alert(rig, serving, llama):
         seen, text = measured(service)
     n, rate = seen["checked"], seen["valid_rate"]
     # Against the chord law, with the error of the nonces alone, this node was off by far more than five errors.
-    assert abs(rate - 0.1) > 8 * stats.rate_standard_error(0.1, n)
+    assert abs(rate - 0.1) > 8 * rate_standard_error(0.1, n)
     assert seen["block_factor"] == pytest.approx(1.59, abs=0.1)
     assert abs(rate - seen["expected_rate"]) < 4 * seen["expected_rate_error"] < 0.08
     assert not fires(text)
@@ -62,7 +64,7 @@ def test_without_a_measurement_the_error_is_wide_enough(rig, serving, llama, mon
     rig.deployment = lambda: Deployment.of(llama, compiled=False)
     with serving(seq_len=16) as service:
         seen, text = measured(service)
-    assert abs(seen["valid_rate"] - 0.1) > 8 * stats.rate_standard_error(0.1, seen["checked"])
+    assert abs(seen["valid_rate"] - 0.1) > 8 * rate_standard_error(0.1, seen["checked"])
     assert seen["expected_rate"] == pytest.approx(0.1, abs=0.03)
     assert seen["expected_rate_error"] > 0.025
     assert not fires(text)
@@ -76,7 +78,7 @@ def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkey
         for batch in compute(header, engine, nonces):
             yield [replace(record, distance=record.distance - 0.012) for record in batch]
 
-    monkeypatch.setattr("assay.poc.service.runtime._deployment.compute", shifted)
+    monkeypatch.setattr("assay.poc.service.deployment.compute", shifted)
     rig.deployment = lambda: Deployment.of(llama, compiled=False)
     with serving(seq_len=16) as service:
         _, text = measured(service, 600)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from assay.cli import run
-from assay.poc.service.http import listen
+from assay.poc.net.server import listen
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 

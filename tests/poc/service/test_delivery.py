@@ -11,8 +11,8 @@ from threading import Thread
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc.service.runtime._delivery import backoff, retry_after
-from assay.poc.service.store import open_outbox
+from assay.poc.service.delivery import backoff, retry_after
+from assay.poc.service.outbox import open_outbox
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service
 from tests.waiting import until
 

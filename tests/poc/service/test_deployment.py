@@ -8,9 +8,11 @@ import torch
 from assay.errors import OutOfMemory, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import _compiled, _memory
-from assay.poc.engines.hf._engine import is_compiled
-from assay.poc.service.runtime import Deployment, _deployment
+from assay.poc.engines.hf import compiled as _compiled
+from assay.poc.engines.hf import memory as _memory
+from assay.poc.engines.hf.engine import is_compiled
+from assay.poc.service import deployment as _deployment
+from assay.poc.service.deployment import Deployment
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 

@@ -7,13 +7,13 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.poc import DistanceRecord, prove
-from assay.poc.service import Settings
-from assay.poc.service._bodies import InitRequest
-from assay.poc.service._states import State
-from assay.poc.service.runtime import Controller, Deployment
-from assay.poc.service.store._database import Database
-from assay.poc.service.store._outbox import Outbox
-from assay.poc.service.store._rounds import Batch, Rounds, RoundValues
+from assay.poc.service import Settings, State
+from assay.poc.service.bodies import InitRequest
+from assay.poc.service.controller import Controller
+from assay.poc.service.database import Database
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap
 from tests.waiting import until
 

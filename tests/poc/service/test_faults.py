@@ -5,11 +5,10 @@ import threading
 import pytest
 from fastapi import FastAPI
 
-from assay.poc.engines import _outputs
-from assay.poc.service import Settings
-from assay.poc.service._bodies import InitRequest
-from assay.poc.service.http import attach
-from assay.poc.service.runtime import Controller
+from assay.poc.engines import outputs as _outputs
+from assay.poc.service import Settings, attach
+from assay.poc.service.bodies import InitRequest
+from assay.poc.service.controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
 from tests.waiting import until

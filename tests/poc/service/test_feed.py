@@ -10,9 +10,9 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from assay.poc.net.refusals import Refusal
 from assay.poc.service import configure_logs
-from assay.poc.service._refusals import Refusal
-from assay.poc.service.http._feed import Feed, snapshot
+from assay.poc.service.feed import Feed, snapshot
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -76,7 +76,7 @@ def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.http._lifespan.PAUSE", 0.0)
+    monkeypatch.setattr("assay.poc.net.lifespan.PAUSE", 0.0)
     counts, failed = service.controller.outbox.counts, []
 
     def failing() -> dict[str, int]:

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from assay.poc.service._refusals import Refusal
-from assay.poc.service.runtime._callback_guard import Blocked, check_url, resolve
+from assay.poc.net.guard import Blocked, check_url, resolve
+from assay.poc.net.refusals import Refusal
 
 PRIVATE = [
     "http://127.0.0.1/",

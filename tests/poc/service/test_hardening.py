@@ -13,10 +13,15 @@ import pytest
 import sqlalchemy as sa
 
 from assay.errors import AssayError, EngineEnded, ProofMismatch, StorageError, UsageError
+from assay.poc.net import guard as _callback_guard
+from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
-from assay.poc.service._refusals import Refusal
-from assay.poc.service.runtime import Controller, _callback_guard, _checks, _delivery
-from assay.poc.service.store import Database, _rounds, open_outbox
+from assay.poc.service import checks as _checks
+from assay.poc.service import delivery as _delivery
+from assay.poc.service import rounds as _rounds
+from assay.poc.service.controller import Controller
+from assay.poc.service.database import Database
+from assay.poc.service.outbox import open_outbox
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until

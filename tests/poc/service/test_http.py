@@ -14,12 +14,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
-from assay.poc.service import Settings, configure_logs
-from assay.poc.service._logs import LogBudget
-from assay.poc.service.http import _server, create_receiver
-from assay.poc.service.http._receiver import Received
-from assay.poc.service.http._server import bounded
-from assay.poc.service.runtime import Exported
+from assay.poc.net import server as _server
+from assay.poc.net.logs import LogBudget
+from assay.poc.net.server import bounded
+from assay.poc.service import Settings, configure_logs, create_receiver
+from assay.poc.service.metrics import Exported
+from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -349,7 +349,7 @@ def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
 
 def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("assay.poc.service._logs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("assay.poc.net.logs.time.monotonic", lambda: now[0])
     budget = LogBudget(60)
     assert sum(budget.take() for _ in range(1000)) == 60
     now[0] = 1.5

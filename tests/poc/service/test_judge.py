@@ -7,12 +7,14 @@ import pytest
 
 from assay import stats
 from assay.errors import CalibrationError
-from assay.poc import Calibration
+from assay.poc import Calibration, default_noise
 from assay.poc.service import Settings
-from assay.poc.service.runtime._noise import HonestNoise, check_calibration
-from assay.poc.verdict import BuildNoise, MachineNoise, default_noise, sequential_test
-from assay.poc.verdict._build_noise import machines_of
-from assay.poc.verdict._machines import Sizes
+from assay.poc.service.validation import HonestNoise, check_calibration
+from assay.poc.verdict import MachineNoise
+from assay.poc.verdict.builds import BuildNoise, machines_of
+from assay.poc.verdict.machines import Sizes
+from assay.poc.verdict.noise import sequential_test
+from assay.stats.noise import Spread
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.poc.service.test_pins import pins
 from tests.waiting import until
@@ -101,7 +103,7 @@ def test_a_calibration_of_another_model_is_refused(rig, digest):
 
 def calibration(rig, digest: str | None) -> Calibration:
     fingerprint = rig.deployment().engine(4, 4).fingerprint
-    law, exact = stats.ScaleNoise(sigma=5e-4), stats.Spread()
+    law, exact = stats.ScaleNoise(sigma=5e-4), Spread()
     build = BuildNoise(
         output="distance",
         preset="poc-2.0",
@@ -153,7 +155,7 @@ def test_a_round_that_ends_ends_its_validations(judging):
 
 def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
     """A file may hold builds of several formats; the first one is not that of every service."""
-    exact, builds = stats.Spread(), []
+    exact, builds = Spread(), []
     for dtype, sigma in (("float16", 0.02), ("float32", 0.001)):
         law, engine = stats.ScaleNoise(sigma=sigma), replace(proof.header.fingerprint, dtype=dtype)
         measured = MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact)

@@ -4,7 +4,7 @@ import pytest
 
 from assay.errors import StorageError, UsageError
 from assay.poc.service import Settings
-from assay.poc.service.runtime import Controller
+from assay.poc.service.controller import Controller
 from assay.poc.verdict import Account, Ledger, audit_ledger
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.poc.service.test_judge import CLAIM, ask, truth

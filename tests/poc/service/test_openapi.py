@@ -11,9 +11,8 @@ import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from assay.poc.service import Settings
-from assay.poc.service.http import create_app
-from assay.poc.service.runtime import Controller
+from assay.poc.service import Settings, create_app
+from assay.poc.service.controller import Controller
 from tests.poc.service.conftest import Rig
 from tests.poc.service.listening import listening
 

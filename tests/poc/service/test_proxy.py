@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from assay.poc.service import Settings
-from assay.poc.service.runtime import Controller
+from assay.poc.service.controller import Controller
 from tests.poc.service.conftest import PREFIX, Rig
 from tests.poc.service.listening import listening
 from tests.waiting import until

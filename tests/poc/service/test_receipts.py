@@ -11,13 +11,13 @@ import pytest
 from fastapi import FastAPI
 
 from assay.errors import UsageError
+from assay.poc.net.refusals import Refusal
+from assay.poc.net.routes import LocalOnly
 from assay.poc.responses import Prompt
 from assay.poc.service import Settings, attach
-from assay.poc.service._refusals import Refusal
-from assay.poc.service.http import PREFIXES, LocalOnly
-from assay.poc.service.runtime import Controller
-from assay.poc.service.store import Database
-from assay.poc.service.store._schema import MIGRATIONS
+from assay.poc.service.app import PREFIXES
+from assay.poc.service.controller import Controller
+from assay.poc.service.database import MIGRATIONS, Database
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
 from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store

@@ -12,9 +12,12 @@ from starlette.requests import Request
 
 from assay.cli import run
 from assay.errors import StorageError
-from assay.poc.service._refusals import Refusal
-from assay.poc.service.http import Received, _receiver, _route, create_receiver
-from assay.poc.service.http._route import Bodies
+from assay.poc.net import routes as _route
+from assay.poc.net.refusals import Refusal
+from assay.poc.net.routes import Bodies
+from assay.poc.service import create_receiver
+from assay.poc.service import receiver as _receiver
+from assay.poc.service.receiver import Received
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import BLOCK, ROUND, TestClient
 from tests.poc.service.test_delivery import SECRET

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from assay.poc.service.http import listen
+from assay.poc.net.server import listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

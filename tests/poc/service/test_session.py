@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from assay.poc.service._bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.poc.service.session import PATH, replay
 from tests.waiting import until

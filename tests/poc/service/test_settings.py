@@ -4,10 +4,10 @@ import pytest
 from typer.main import get_command
 
 from assay.cli import app
-from assay.cli._serve import FLAGS
+from assay.cli.serve import FLAGS
 from assay.errors import AssayError, UsageError
 from assay.poc.service import Settings
-from assay.poc.service._settings import SECOND_PREFIX
+from assay.poc.service.settings import SECOND_PREFIX
 
 KEY, OTHER = "k" * 20, "o" * 20
 

@@ -14,9 +14,11 @@ import pytest
 from standardwebhooks import Webhook
 
 from assay.poc import Proof, Round, get_pipeline, prove
-from assay.poc.protocol import encoding, pack
-from assay.poc.service import Deployment, Settings
-from assay.poc.validator import Controller, ValidatorSettings, create_app
+from assay.poc.protocol.record import encoding, pack
+from assay.poc.service import Settings
+from assay.poc.service.deployment import Deployment
+from assay.poc.validator import ValidatorSettings, create_app
+from assay.poc.validator.controller import Controller
 from tests.waiting import until
 
 with warnings.catch_warnings():

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from assay.poc.validator._inbox import Inbox
-from assay.poc.validator._worker import Worker, recompute
+from assay.poc.validator.inbox import Inbox
+from assay.poc.validator.worker import Worker, recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
 from tests.waiting import until
@@ -67,7 +67,7 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
         return result
 
     if kind is None:
-        monkeypatch.setattr("assay.poc.validator._worker.recompute", dies)
+        monkeypatch.setattr("assay.poc.validator.worker.recompute", dies)
     else:
         monkeypatch.setattr(kind, name, dies)
     with pytest.raises(Killed):
@@ -162,6 +162,6 @@ def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model
 def test_a_clock_that_is_suddenly_far_ahead_deletes_no_message(stopped, monkeypatch):
     """What was acknowledged and not drawn yet would be lost without a trace."""
     now = time.time()
-    monkeypatch.setattr("assay.poc.validator._inbox.time.time", lambda: now + 10 * 86_400)
+    monkeypatch.setattr("assay.poc.validator.inbox.time.time", lambda: now + 10 * 86_400)
     assert stopped.controller.inbox.prune(keep=3600) == 0
     assert stopped.controller.inbox.prune(keep=-3600) == 1

@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from assay.cli import run
-from assay.poc.validator import draw, message_seed
-from assay.poc.validator._budget import EXPECTED
-from assay.poc.validator._claims import REASONS
-from assay.poc.validator._intake import PREFIX
-from assay.poc.validator._metrics import Metrics
-from assay.poc.validator._settings import ValidatorSettings
-from assay.poc.validator._worker import AUDIT
+from assay.poc.validator import ValidatorSettings
+from assay.poc.validator.budget import EXPECTED
+from assay.poc.validator.claims import REASONS
+from assay.poc.validator.epochs import draw, message_seed
+from assay.poc.validator.intake import PREFIX
+from assay.poc.validator.metrics import Metrics
+from assay.poc.validator.worker import AUDIT
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "validator.md").read_text()

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from assay.poc.validator import Epoch, commitment, draw, message_seed
-from assay.poc.validator._epochs import first_turn
-from assay.poc.validator._inbox import NAME, Inbox, Message
-from assay.poc.validator._schema import MIGRATIONS
-from assay.reports.database import Database
+from assay.files.database import Database
+from assay.poc.validator.epochs import Epoch, commitment, draw, first_turn, message_seed
+from assay.poc.validator.inbox import MIGRATIONS, NAME, Inbox, Message
 from tests.poc.validator.conftest import body_of, proof_of
 from tests.waiting import until
 

@@ -9,8 +9,10 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser
 
-from assay.poc.service import Deployment, Settings
-from assay.poc.validator import Controller, ValidatorSettings, create_app
+from assay.poc.service import Settings
+from assay.poc.service.deployment import Deployment
+from assay.poc.validator import ValidatorSettings, create_app
+from assay.poc.validator.controller import Controller
 from tests.end_to_end.server import free_port
 from tests.poc.service.dashboard.browser import Watched, chromium
 from tests.poc.validator.conftest import nodes_text, pins_text

@@ -9,10 +9,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.protocol import NetworkPins
+from assay.poc import NetworkPins
+from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
-from assay.poc.service.http import Refusal
-from assay.poc.validator import NodeEntry, Registry
+from assay.poc.validator.registry import NodeEntry, Registry
 from tests.poc.service.conftest import PREFIX, ROUND, rig, serving  # noqa: F401  # the last two are fixtures
 from tests.poc.validator.conftest import nodes_text, pins_text, proof_of
 from tests.waiting import until

@@ -7,8 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc import Proof, Round
-from assay.poc.protocol import get_pipeline
+from assay.poc import Proof, Round, get_pipeline
 from tests.poc.validator.conftest import (
     API,
     BLOCK,

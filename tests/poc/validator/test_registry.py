@@ -2,11 +2,12 @@
 
 import pytest
 
-from assay.cli._validator import pinned_format
+from assay.cli.validator import pinned_format
 from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc.service import Deployment, Settings
-from assay.poc.validator import Registry
-from assay.poc.validator._noises import Noises
+from assay.poc.service import Settings
+from assay.poc.service.deployment import Deployment
+from assay.poc.validator.noises import Noises
+from assay.poc.validator.registry import Registry
 from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of
 
 SECOND = """[[models.builds]]

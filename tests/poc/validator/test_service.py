@@ -12,10 +12,13 @@ import yaml
 from standardwebhooks import Webhook
 
 from assay.errors import StorageError, UsageError
-from assay.poc.service import Deployment, Settings
-from assay.poc.service.http import listen
-from assay.poc.validator import Controller, ValidatorSettings, _worker, create_app, validate
-from assay.poc.validator._inbox import Inbox
+from assay.poc.net.server import listen
+from assay.poc.service import Settings
+from assay.poc.service.deployment import Deployment
+from assay.poc.validator import ValidatorSettings, create_app, validate
+from assay.poc.validator import worker as _worker
+from assay.poc.validator.controller import Controller
+from assay.poc.validator.inbox import Inbox
 from tests.poc.service.series import absent_series
 from tests.poc.validator.conftest import API, KEYS, TestClient, body_of, nodes_text, pins_text, proof_of, secret_of
 from tests.waiting import until
@@ -285,7 +288,7 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
 def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, small_model, monkeypatch):
     with validating() as running:
         running.wait_ready()
-        monkeypatch.setattr("assay.poc.validator._worker.FAILURE_PAUSE", 0.05)
+        monkeypatch.setattr("assay.poc.validator.worker.FAILURE_PAUSE", 0.05)
         broken = [True]
         real = _worker.recompute
 

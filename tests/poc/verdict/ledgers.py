@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from assay.poc.verdict import Account, Ledger, Noise, Update, default_noise
+from assay.poc import Noise, default_noise
+from assay.poc.verdict import Account, Ledger
+from assay.poc.verdict.ledger_entries import Update
 
 NOISE = default_noise("vector", "bfloat16", "bfloat16")
 OTHER = default_noise("vector", "float16", "float16")

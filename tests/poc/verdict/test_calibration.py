@@ -10,8 +10,9 @@ import pytest
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models import load_model, wide
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
-from assay.poc.verdict import residuals, sequential_test
-from assay.stats import RESOLUTION
+from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.noise import sequential_test
+from assay.stats.noise import RESOLUTION
 
 
 @pytest.fixture(scope="module", autouse=True)

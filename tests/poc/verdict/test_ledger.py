@@ -14,8 +14,11 @@ import pytest
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.poc import Build, verify
-from assay.poc.service.store import Database
-from assay.poc.verdict import FAULTY, Ledger, Life, aside_reasons, audit_ledger, check_ledger, merge_ledgers
+from assay.poc.service.database import Database
+from assay.poc.verdict import Ledger, Life, audit_ledger
+from assay.poc.verdict.ledger import check_ledger
+from assay.poc.verdict.ledger_entries import FAULTY, aside_reasons
+from assay.poc.verdict.ledger_merge import merge_ledgers
 from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
@@ -173,7 +176,7 @@ def test_a_ledger_that_was_closed_goes_on(tmp_path):
 
 def test_memory_is_bounded_by_rebuilding(tmp_path, monkeypatch):
     for name in ("LIVES", "ROUNDS"):
-        monkeypatch.setattr(f"assay.poc.verdict._ledger.{name}", 1)
+        monkeypatch.setattr(f"assay.poc.verdict.ledger.{name}", 1)
     with Ledger(tmp_path / "l.sqlite3") as ledger:
         for seed in range(8):
             standing = ledger.append([update(seed // 2, key=f"node_{seed % 2}")])[0]
@@ -233,7 +236,7 @@ def test_a_view_without_an_end_in_the_place_of_a_table_is_refused(tmp_path, tabl
 
 
 def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp_path, monkeypatch):
-    monkeypatch.setattr("assay.reports.database.BUSY_TIMEOUT_MS", 10)
+    monkeypatch.setattr("assay.files.database.BUSY_TIMEOUT_MS", 10)
     path = filled(tmp_path / "l.sqlite3", 3)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

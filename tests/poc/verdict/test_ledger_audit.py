@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from assay.errors import DataError, StorageError, UsageError
+from assay.files.jsonl import dumps
 from assay.poc.verdict import Ledger, audit_ledger
-from assay.poc.verdict._ledger_entries import Entry, sha256
-from assay.reports import dumps
+from assay.poc.verdict.ledger_entries import Entry, sha256
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
 
 COLUMNS = {
@@ -374,7 +374,7 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
 
 
 def test_a_line_without_an_end_is_not_read(lines: list[str], tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("assay.reports._jsonl.LONGEST_LINE", 2**16)
+    monkeypatch.setattr("assay.files.jsonl.LONGEST_LINE", 2**16)
     path = written(tmp_path / "l.jsonl", [lines[0], '{"seq":' + " " * 2**17])
     with pytest.raises(DataError, match="line 2: longer than"):
         audit_ledger(path)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.poc.verdict import Ledger, Life, Noise, merge_ledgers
-from assay.poc.verdict._ledger_merge import log_mean
+from assay.poc import Noise
+from assay.poc.verdict import Ledger, Life
+from assay.poc.verdict.ledger_merge import log_mean, merge_ledgers
 from assay.stats import LogNoise
 from tests.poc.verdict.ledgers import account, filled, honest, update
 from tests.poc.verdict.test_life import drawn
@@ -86,7 +87,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
 
 def test_a_ledger_of_more_accounts_than_memory_holds_is_refused(tmp_path, monkeypatch):
     path = filled(tmp_path / "l.sqlite3", 3)
-    monkeypatch.setattr("assay.poc.verdict._ledger_merge.MOST_ACCOUNTS", 2)
+    monkeypatch.setattr("assay.poc.verdict.ledger_merge.MOST_ACCOUNTS", 2)
     with pytest.raises(DataError, match="3 accounts"):
         merge_ledgers([path])
 

@@ -5,8 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from assay.poc.verdict import EPOCH, Life, Noise, sequential_test, share_of_test
-from assay.stats import LogNoise, Spread
+from assay.poc import Noise
+from assay.poc.verdict import Life
+from assay.poc.verdict.life import EPOCH, share_of_test
+from assay.poc.verdict.noise import sequential_test
+from assay.stats import LogNoise
+from assay.stats.noise import Spread
 from tests.poc.verdict.ledgers import NOISE, OTHER, honest
 
 PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")

@@ -10,20 +10,13 @@ import pytest
 from assay import stats
 from assay.errors import ProofMismatch
 from assay.models import load_model
-from assay.poc import calibrate, prove
-from assay.poc.verdict import (
-    PRIOR,
-    Calibration,
-    Noise,
-    calibrate_vectors,
-    effect_from_power,
-    fit_machines,
-    leave_out,
-    read_vector_sets,
-    sequential_test,
-)
-from assay.poc.verdict._machines import LeftOut, Sizes
-from assay.stats import LogNoise, Spread, fit_log_noise
+from assay.poc import Calibration, Noise, calibrate, prove
+from assay.poc.verdict import calibrate_vectors, fit_machines, read_vector_sets
+from assay.poc.verdict.machines import PRIOR, LeftOut, Sizes, effect_from_power, leave_out
+from assay.poc.verdict.noise import sequential_test
+from assay.stats import LogNoise
+from assay.stats.fits import fit_log_noise
+from assay.stats.noise import Spread
 from tests.poc.verdict import published
 
 

@@ -10,8 +10,7 @@ import pytest
 from assay.cli import run
 from assay.models import Model, load_model, model_info
 from assay.poc import Calibration, Proof, Round, calibrate, prove, verify
-from assay.poc.verdict import ENOUGH_OF_MIXTURE
-from assay.poc.verdict._build_noise import MIXTURE_DOF
+from assay.poc.verdict.builds import ENOUGH_OF_MIXTURE, MIXTURE_DOF
 from tests.models.storing import make_mixture
 
 SAYS = "the law rests on 32 distances of a mixture of experts"

@@ -8,22 +8,14 @@ import numpy as np
 import pytest
 
 from assay.errors import CalibrationError, DataError, UsageError
-from assay.poc.verdict import (
-    RESPONSES,
-    Account,
-    Ledger,
-    PartNoise,
-    ResponseBlocks,
-    ResponseNoise,
-    ResponseTest,
-    Update,
-    audit_ledger,
-    merge_ledgers,
-    response_identity,
-)
-from assay.poc.verdict._response_noise import noise_from_dict
-from assay.reports import dumps, loads
-from assay.stats import COLUMNS, LogNoise, Spread
+from assay.files.jsonl import dumps, loads
+from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
+from assay.poc.verdict.ledger_entries import RESPONSES, Update, response_identity
+from assay.poc.verdict.ledger_merge import merge_ledgers
+from assay.poc.verdict.response_noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
+from assay.stats import LogNoise
+from assay.stats.noise import Spread
+from assay.stats.tokens import COLUMNS
 from tests.poc.verdict.ledgers import by_hand
 from tests.poc.verdict.ledgers import update as of_nonces
 from tests.stats.tokens import drawn, law_at

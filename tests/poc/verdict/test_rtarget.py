@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from assay import load_model, stats, streams
+from assay import stats, streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc import Round, get_pipeline, measure_block_factor, measure_r_target, prove
-from assay.poc.engines import HFEngine, make_transform
-from assay.poc.protocol import block_factor, block_target
-from assay.poc.verdict._targets import distances_from, r_target_from
+from assay.models import load_model
+from assay.poc import HFEngine, Round, get_pipeline, measure_block_factor, measure_r_target, prove
+from assay.poc.engines.outputs import make_transform
+from assay.poc.protocol.blocks import block_factor
+from assay.poc.protocol.transforms import block_target
+from assay.poc.verdict.calibrate import distances_from, r_target_from
+from assay.stats.chord import rate_standard_error
 
 D = 8192
 BLOCKS = 24
@@ -25,7 +28,7 @@ def random_directions(n: int, size: int) -> np.ndarray:
 
 def off_in_nonces_alone(found) -> float:
     """Offset in standard errors of the nonces, as this was measured before blocks were known to differ."""
-    error = stats.rate_standard_error(found.valid_rate, found.n) / float(stats.chord_pdf(found.r_target, D))
+    error = rate_standard_error(found.valid_rate, found.n) / float(stats.chord_pdf(found.r_target, D))
     return (found.measured - found.r_target) / error
 
 
@@ -146,7 +149,7 @@ def test_random_directions_have_the_closed_form(size: int, rate: float):
     )
     assert abs(found.off_in_standard_errors) < 3
     assert found.low < found.measured < found.high
-    error = stats.rate_standard_error(rate, 8000) / float(stats.chord_pdf(found.r_target, size))
+    error = rate_standard_error(rate, 8000) / float(stats.chord_pdf(found.r_target, size))
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert (found.effective_dimension, found.effective_dimension_from) == (None, "none")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from assay.errors import DataError
-from assay.poc.verdict import machine_kind, read_vector_sets
+from assay.poc.verdict import read_vector_sets
+from assay.poc.verdict.calibrate import machine_kind
 from tests.poc.verdict import published
 
 
@@ -105,7 +106,7 @@ def test_a_file_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "sets.jsonl"
     path.write_bytes(changed() + b"\n" + changed(set="another"))
     assert len(read_vector_sets(path)) == 2
-    monkeypatch.setattr("assay.poc.verdict._vector_sets.LARGEST_CONTENT", len(changed()))
+    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_CONTENT", len(changed()))
     with pytest.raises(DataError, match="longer than"):
         read_vector_sets(path)
 
@@ -117,7 +118,7 @@ def test_hostile_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path.write_bytes(content)
         with pytest.raises(DataError, match="gzip"):
             read_vector_sets(path)
-    monkeypatch.setattr("assay.poc.verdict._vector_sets.LARGEST_CONTENT", 1000)
+    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_CONTENT", 1000)
     path.write_bytes(gzip.compress(b" " * 10**6))  # a thousand times larger than it is stored
     with pytest.raises(DataError, match="longer than 1000 bytes when unpacked"):
         read_vector_sets(path)
@@ -129,7 +130,7 @@ def test_gzip_of_short_lines_takes_little_more_than_its_content(tmp_path: Path, 
     """A list of the lines would take twenty times as much, and 300 kB of gzip hold half a gigabyte of them."""
     path = tmp_path / "sets.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n" * 2**21))
-    monkeypatch.setattr("assay.poc.verdict._vector_sets.LARGEST_FILE", 2**20)  # room that is set aside to read it
+    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_FILE", 2**20)  # room that is set aside to read it
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="line 1"):
@@ -140,6 +141,6 @@ def test_gzip_of_short_lines_takes_little_more_than_its_content(tmp_path: Path, 
 
 
 def test_more_sets_than_a_network_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.poc.verdict._vector_sets.MOST_SETS", 1)
+    monkeypatch.setattr("assay.poc.verdict.calibrate.MOST_SETS", 1)
     with pytest.raises(DataError, match="more than 1 sets"):
         read_vector_sets(published.write(tmp_path / "sets.jsonl", published.network(2, nonces=32)))

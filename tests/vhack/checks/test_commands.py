@@ -4,12 +4,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from assay.cli import _vhack, _vhack_pairs
-from assay.cli._commands import App
-from assay.cli._vhack_settings import CheckCommand, ExtractCommand
+from assay.cli import vhack as _vhack
+from assay.cli import vhack_pairs as _vhack_pairs
+from assay.cli.commands import App
+from assay.cli.vhack_settings import CheckCommand, ExtractCommand
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Origin
-from assay.vhack.checks import CheckSettings, check_gradients, fewest_groups
+from assay.vhack.checks import CheckSettings, check_gradients
+from assay.vhack.checks.folds import fewest_groups
 from assay.vhack.pairs import generate_pairs, read_pairs
 from assay.vhack.training import TrainSettings
 

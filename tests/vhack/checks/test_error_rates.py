@@ -10,9 +10,9 @@ from scipy import integrate, stats
 
 from assay.stats import auroc
 from assay.vhack import cin
-from assay.vhack.checks import CHECKS, check_gradients
-from assay.vhack.checks._folds import cross_fit
-from assay.vhack.checks._judge import CheckSettings
+from assay.vhack.checks import CheckSettings, check_gradients
+from assay.vhack.checks.folds import cross_fit
+from assay.vhack.checks.judge import CHECKS
 
 SEEDS = 200
 

@@ -7,7 +7,7 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin, PairGradients
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks._folds import cross_fit, held_out_of, swaps
+from assay.vhack.checks.folds import cross_fit, held_out_of, swaps
 
 
 def part(pairs, rows, **others):

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from assay.vhack import PairGradients, cin_over_modules
-from assay.vhack.basis import METHODS
+from assay.vhack.basis.axes import METHODS
 from assay.vhack.checks import CheckSettings
-from assay.vhack.checks._geometry import Geometry, shares
+from assay.vhack.checks.geometry import Geometry, shares
 
 
 @pytest.fixture(scope="module")

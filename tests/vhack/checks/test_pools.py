@@ -8,12 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from assay.cli import _vhack
-from assay.cli._commands import App
+from assay.cli import vhack as _vhack
+from assay.cli.commands import App
 from assay.errors import DataError
 from assay.stats import auroc
 from assay.vhack import Pair, Sample, cin, extract, per_sample_gradients
-from assay.vhack.checks import CheckSettings, PoolSample, check, check_two_pools, check_unpaired, read_pool
+from assay.vhack.checks import CheckSettings, check, check_two_pools, read_pool
+from assay.vhack.checks.pools import PoolSample
+from assay.vhack.checks.ranking import check_unpaired
 
 QUICK = CheckSettings(k_use=3, n_flips=39, n_null=19, n_resamples=60)
 WORDS = ("add", "sub", "mul", "div", "power", "root", "sign", "floor", "ceil", "mean")

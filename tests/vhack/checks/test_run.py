@@ -6,10 +6,13 @@ import pytest
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Pair, extract
-from assay.vhack.basis import METHODS
-from assay.vhack.checks import CHECKS, CheckReport, CheckSettings, _page, check, check_gradients, page
-from assay.vhack.checks._folds import cross_fit
-from assay.vhack.checks._stability import _halves, check_stability
+from assay.vhack.basis.axes import METHODS
+from assay.vhack.checks import CheckReport, CheckSettings, check, check_gradients
+from assay.vhack.checks import page as _page
+from assay.vhack.checks.folds import cross_fit
+from assay.vhack.checks.judge import CHECKS
+from assay.vhack.checks.page import page
+from assay.vhack.checks.stability import _halves, check_stability
 from tests.vhack.angles import principal_angles
 
 

@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta.arms import Box
 from tests.vhack.delta.conftest import gate_each, loss_of, random_basis
 from tests.vhack.two_processes import device_of
 

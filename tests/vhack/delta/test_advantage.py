@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from assay.errors import DataError
-from assay.vhack.delta._advantage import Shortcut, modified
+from assay.vhack.delta.advantage import Shortcut, modified
 
 
 def encoded(tokenizer, pairs, side):

@@ -8,18 +8,9 @@ import torch
 
 from assay.errors import UsageError
 from assay.vhack import Basis, PairGradients, pair_gradients
-from assay.vhack.delta import (
-    ARMS,
-    BASIS_KINDS,
-    DEFAULT_ARM,
-    GATES,
-    Box,
-    DeltaS,
-    Gate,
-    ProjectedOptimizer,
-    arm_named,
-    basis_of_kind,
-)
+from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
+from assay.vhack.delta.arms import BASIS_KINDS, DEFAULT_ARM, GATES, Box
+from assay.vhack.delta.controls import basis_of_kind
 from tests.vhack.angles import principal_angles
 from tests.vhack.delta.conftest import loss_of
 
@@ -149,8 +140,8 @@ def test_the_error_for_a_wrong_arm_names_every_form_and_the_nearest(name, neares
 
 
 def test_the_examples_in_the_docstrings_are_right():
-    from assay.vhack.delta import _arms
-    from assay.vhack.training import _settings
+    from assay.vhack.delta import arms as _arms
+    from assay.vhack.training import settings as _settings
 
     for module, examples in ((_arms, 2), (_settings, 2)):
         found = doctest.testmod(module)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import DataError
 from assay.vhack import weight_svd
-from assay.vhack.delta import DeltaS, _file, delta_lengths
+from assay.vhack.delta import DeltaS
+from assay.vhack.delta import file as _file
+from assay.vhack.delta.file import delta_lengths
 from tests.vhack.delta.conftest import randomise
 
 

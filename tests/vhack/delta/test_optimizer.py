@@ -7,8 +7,9 @@ import torch
 
 from assay.errors import UsageError
 from assay.vhack import Basis, cin_over_modules
-from assay.vhack.delta import GATES, Box, DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.delta._frames import along
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta.arms import GATES, Box
+from assay.vhack.delta.frames import along
 from tests.vhack.delta.conftest import (
     OPTIMISERS,
     backward,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from assay.errors import DataError, UsageError
-from assay.vhack.delta import ARMS, Box, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta.arms import Box
 from tests.vhack.delta.conftest import (
     OPTIMISERS,
     backward,

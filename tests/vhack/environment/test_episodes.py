@@ -3,8 +3,9 @@ import re
 import pytest
 
 from assay.errors import UsageError
-from assay.vhack.environment import MODES, Episode, episodes, tasks
-from assay.vhack.environment._channels import MARKERS
+from assay.vhack.environment import Episode, episodes, tasks
+from assay.vhack.environment.channels import MARKERS
+from assay.vhack.environment.episodes import MODES
 
 TASK = tasks(1, difficulty=2)[0]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Episode, Limits, grade, tasks
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment import Call, Episode, Limits, grade, run, tasks
 from tests.vhack.environment.escapes import ESCAPES
 from tests.vhack.environment.forgeries import FORGERIES
 from tests.waiting import until

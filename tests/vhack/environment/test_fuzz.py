@@ -7,7 +7,11 @@ import pytest
 
 from assay.cli import run as run_command
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.vhack.environment import HOSTILE_KINDS, Limits, _fuzz, _grade, fuzz, hostile_case, sandbox
+from assay.vhack.environment import Limits, sandbox
+from assay.vhack.environment import fuzz as _fuzz
+from assay.vhack.environment import grade as _grade
+from assay.vhack.environment.fuzz import fuzz
+from assay.vhack.environment.hostile import HOSTILE_KINDS, hostile_case
 
 
 @pytest.fixture

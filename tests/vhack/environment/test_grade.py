@@ -1,6 +1,8 @@
 import pytest
 
-from assay.vhack.environment import MODES, Episode, Limits, grade, grade_many, tasks
+from assay.vhack.environment import Episode, Limits, grade, tasks
+from assay.vhack.environment.episodes import MODES
+from assay.vhack.environment.grade import grade_many
 
 LOOPHOLES = MODES[:-1]
 SPLITS = ["training", "evaluation"]

@@ -3,9 +3,10 @@
 import pytest
 
 from assay.errors import BackendUnavailable
-from assay.vhack.environment import MODES, Episode, isomorphic, question_of, sandbox, tasks
-from assay.vhack.environment._channels import MARKERS
-from assay.vhack.environment._isomorphic import _OTHER_MARKER
+from assay.vhack.environment import Episode, sandbox, tasks
+from assay.vhack.environment.channels import MARKERS
+from assay.vhack.environment.episodes import MODES
+from assay.vhack.environment.isomorphic import _OTHER_MARKER, isomorphic, question_of
 
 LOOPHOLES = MODES[:-1]
 TASK = tasks(4, seed=3, difficulty=2)[1]

@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import Call, Limits, _backends
-from assay.vhack.environment.sandbox import available_backend, run
+from assay.vhack.environment import Call, Limits, run
+from assay.vhack.environment import backends as _backends
+from assay.vhack.environment.backends import available_backend
 from tests.waiting import until
 
 SHUT_IN = ["bwrap", "namespaces"]

@@ -8,8 +8,9 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Limits, _backends, _server, sandbox
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment import Call, Limits, run, sandbox
+from assay.vhack.environment import backends as _backends
+from assay.vhack.environment import server as _server
 from tests.waiting import until
 
 BACKENDS = ["bwrap", "namespaces"]

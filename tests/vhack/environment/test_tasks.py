@@ -3,8 +3,8 @@ import json
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.environment import FAMILIES, task_named, tasks
-from assay.vhack.environment._tasks import HARDEST
+from assay.vhack.environment import tasks
+from assay.vhack.environment.tasks import FAMILIES, HARDEST, task_named
 
 DIFFICULTIES = range(1, HARDEST + 1)
 

@@ -8,10 +8,13 @@ import random
 import pytest
 
 from assay.errors import BackendUnavailable
-from assay.vhack.environment import CHANNELS, Call, Episode, _backends, _grade, grade, grade_many, run, sandbox, tasks
-from assay.vhack.environment._attacks import UNREADABLE
-from assay.vhack.environment._hostile import hostile_report
-from assay.vhack.environment._types import Limits
+from assay.vhack.environment import Call, Episode, Limits, grade, run, sandbox, tasks
+from assay.vhack.environment import backends as _backends
+from assay.vhack.environment import grade as _grade
+from assay.vhack.environment.attacks import UNREADABLE
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grade import grade_many
+from assay.vhack.environment.hostile import hostile_report
 
 TASKS = tasks(8, seed=5, difficulty=(1, 2))
 MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")

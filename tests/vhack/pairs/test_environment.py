@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.environment import CHANNELS
-from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.pairs import environment_pairs, find_pairs, verify_pairs
+from assay.vhack.environment.backends import available_backend
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.pairs import find_pairs, verify_pairs
+from assay.vhack.pairs.reference import environment_pairs
 
 EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}
 sandboxed = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")

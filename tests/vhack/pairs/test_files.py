@@ -6,7 +6,8 @@ import pytest
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Pair
-from assay.vhack.pairs import authored_pairs, check_pairs, find_pairs, generate_pairs, read_pairs, write_pairs
+from assay.vhack.pairs import find_pairs, generate_pairs, read_pairs, write_pairs
+from assay.vhack.pairs.pairs import authored_pairs, check_pairs
 
 GOOD = {"prompt": "p", "hack": "h", "clean": "c", "group": "g", "tags": ["a", "b"]}
 

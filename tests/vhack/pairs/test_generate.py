@@ -4,9 +4,9 @@ from collections import Counter
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.pairs import check_pairs, generate_pairs
-from assay.vhack.pairs._generate import MECHANISMS
-from assay.vhack.pairs._tasks import PAIR_FAMILIES, PairTask, pair_task_named
+from assay.vhack.pairs import generate_pairs
+from assay.vhack.pairs.generate import MECHANISMS, PAIR_FAMILIES, PairTask, pair_task_named
+from assay.vhack.pairs.pairs import check_pairs
 
 
 def tagged(pair, name):

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from assay.errors import DataError
-from assay.vhack.environment import CHANNELS, Episode, tasks
+from assay.vhack.environment import Episode, tasks
+from assay.vhack.environment.channels import CHANNELS
 from assay.vhack.pairs import match_pairs, read_pairs, verify_pairs, write_pairs
 
 HACK = {"correct": False, "exploited": True, "vacuous": True}

@@ -5,9 +5,11 @@ import pytest
 
 from assay.errors import DataError
 from assay.vhack import Pair
-from assay.vhack.environment import hostile_case
-from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.pairs import authored_pairs, generate_pairs, read_tests, verify_pairs
+from assay.vhack.environment.backends import available_backend
+from assay.vhack.environment.hostile import hostile_case
+from assay.vhack.pairs import generate_pairs, verify_pairs
+from assay.vhack.pairs.pairs import authored_pairs
+from assay.vhack.pairs.verify import read_tests
 
 pytestmark = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")
 

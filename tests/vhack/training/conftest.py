@@ -6,7 +6,8 @@ import torch
 from assay.models import load_model
 from assay.vhack import Pair
 from assay.vhack.environment import episodes
-from assay.vhack.training import PoolRollout, RolloutPool, TrainSettings
+from assay.vhack.training import TrainSettings
+from assay.vhack.training.pool import PoolRollout, RolloutPool
 from tests.vhack.conftest import bytewise
 
 SHAPE = {

@@ -13,7 +13,7 @@ from assay.errors import AssayError
 from assay.vhack import Pair
 from assay.vhack.environment import episodes
 from assay.vhack.training import TrainSettings, train
-from assay.vhack.training._grpo import GRPO
+from assay.vhack.training.grpo import GRPO
 
 
 def sample_the_same():

@@ -3,7 +3,7 @@
 import pytest
 
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.stats import grouped_proportion_interval
+from assay.stats.rates import grouped_proportion_interval
 from assay.vhack.environment import episodes
 from assay.vhack.training import evaluate
 
@@ -82,6 +82,6 @@ def test_what_cannot_be_graded_is_refused(mixed, monkeypatch):
         evaluate(["a"], ["b", "c"])
     with pytest.raises(UsageError, match="without a reward"):
         evaluate(["a"], ["b"])
-    monkeypatch.setattr("assay.vhack.training._own.available_backend", lambda: None)
+    monkeypatch.setattr("assay.vhack.training.own.available_backend", lambda: None)
     with pytest.raises(BackendUnavailable, match="no sandbox"):
         evaluate(*mixed)

@@ -7,12 +7,13 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from assay.vhack.delta import Frames, share
-from assay.vhack.training import TrainLog, read_steps
-from assay.vhack.training._callback import StepLog, by_source, source_shares
-from assay.vhack.training._grpo import trl_arguments
-from assay.vhack.training._rewards import SOURCES, EpisodeReward, Outcomes
-from assay.vhack.training._run import Prepared
+from assay.vhack.delta.frames import Frames, share
+from assay.vhack.training import TrainLog
+from assay.vhack.training.callback import StepLog, by_source, source_shares
+from assay.vhack.training.grpo import trl_arguments
+from assay.vhack.training.log import read_steps
+from assay.vhack.training.rewards import SOURCES, EpisodeReward, Outcomes
+from assay.vhack.training.run import Prepared
 from tests.vhack.training.conftest import cheating
 
 STORED = "sampling_per_token_logps"
@@ -132,7 +133,7 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
         return made
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Sampler)
-    monkeypatch.setattr("assay.vhack.training._grpo.trl_arguments", with_vllm)
+    monkeypatch.setattr("assay.vhack.training.grpo.trl_arguments", with_vllm)
     chosen = settings(teacher=None)
     made = Prepared(chosen, model, pairs).trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
     made.current_gradient_accumulation_steps = 1

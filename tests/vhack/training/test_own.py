@@ -8,7 +8,8 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack.delta import arm_named
 from assay.vhack.environment import episodes
-from assay.vhack.training import OwnReward, read_steps, train
+from assay.vhack.training import OwnReward, train
+from assay.vhack.training.log import read_steps
 
 MODULE = """
 import json
@@ -62,7 +63,7 @@ def run(own, settings, pairs):
 
 
 def test_a_run_on_them_logs_what_they_say(run, own, monkeypatch):
-    monkeypatch.setattr("assay.vhack.training._own.available_backend", lambda: None)
+    monkeypatch.setattr("assay.vhack.training.own.available_backend", lambda: None)
     result = run()
     head, steps = read_steps(own / "run" / "log.jsonl")
     assert (head["settings"]["tasks"], head["settings"]["reward"]) == ("mine_for_tests:tasks", "mine_for_tests:reward")
@@ -111,7 +112,7 @@ def test_python_may_give_them_itself(run, own):
     ],
 )
 def test_what_cannot_be_tasks_or_a_reward_is_refused_before_a_model_is_loaded(run, monkeypatch, where, reward, words):
-    monkeypatch.setattr("assay.vhack.training._run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("assay.vhack.training.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises((UsageError, DataError), match=words):
         run(where, reward)
 

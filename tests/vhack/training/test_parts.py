@@ -12,17 +12,10 @@ import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta import ARMS
-from assay.vhack.training import (
-    LOG_SCHEMA,
-    PoolRollout,
-    RolloutPool,
-    TrainLog,
-    TrainSettings,
-    read_steps,
-    sample_pool,
-    train,
-)
-from assay.vhack.training._rewards import FLAGS, EpisodeReward, Outcomes
+from assay.vhack.training import TrainLog, TrainSettings, train
+from assay.vhack.training.log import LOG_SCHEMA, read_steps
+from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
+from assay.vhack.training.rewards import FLAGS, EpisodeReward, Outcomes
 from tests.vhack.training.conftest import cheating
 
 

@@ -6,11 +6,16 @@ from safetensors.torch import load, load_file
 
 from assay.errors import AssayError, DataError, ModelError, UsageError
 from assay.models import load_model
-from assay.vhack.basis import Basis, _extract
-from assay.vhack.checks import read_source_log
-from assay.vhack.delta import ARMS, DEFAULT_ARM, _delta
-from assay.vhack.training import TrainLog, _run, read_steps, train
-from assay.vhack.training._run import Prepared
+from assay.vhack import Basis
+from assay.vhack.basis import extract as _extract
+from assay.vhack.checks.sources import read_source_log
+from assay.vhack.delta import ARMS
+from assay.vhack.delta import delta as _delta
+from assay.vhack.delta.arms import DEFAULT_ARM
+from assay.vhack.training import TrainLog, train
+from assay.vhack.training import run as _run
+from assay.vhack.training.log import read_steps
+from assay.vhack.training.run import Prepared
 
 
 def lines(folder):

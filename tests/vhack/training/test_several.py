@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from assay.vhack.training import read_steps
+from assay.vhack.training.log import read_steps
 
 NAMES = ("hack", "solve", "rollouts", "loss", "cin", "cout", "leak", "displacement", "cin_s")
 

@@ -10,67 +10,18 @@ So one prefill of prompt and output shows, token by token, whether model and par
 docs/responses.md has the formulas and the format.
 """
 
-from assay.poc.responses._adapters import Adapter, Lora, digest_adapter, load_adapter
-from assay.poc.responses._calibration import (
-    ResponseCalibration,
-    calibrate_responses,
-    check_enough_tokens,
-    check_one_checkpoint,
-    default_response_noise,
-    fit_response_noise,
-)
-from assay.poc.responses._files import (
-    LONGEST_LINE,
-    Receipts,
-    Tally,
-    parse_header,
-    parse_receipt,
-)
-from assay.poc.responses._forward import CachedForward
-from assay.poc.responses._gaps import Margins, measure_margins
-from assay.poc.responses._judge import ResponseVerdict, judge_responses, noise_between, sampled
-from assay.poc.responses._pins import Evidence, ReceiptPins, chosen_receipts
-from assay.poc.responses._prefill import HFPrefill, Prefill, Prefilled, Whole
-from assay.poc.responses._receipts import (
-    MOST_TOKENS,
-    Prompt,
-    Receipt,
-    ReceiptFooter,
-    ReceiptHeader,
-)
-from assay.poc.responses._replay import Replayed, check_adapter, check_model, check_runnable, replay
-from assay.poc.responses._requests import DEFAULT_MAX_TOKENS, Request, encoded, read_requests
-from assay.poc.responses._respond import respond, stop_tokens
-from assay.poc.responses._sampler import Sampler
-from assay.poc.responses._sampling import (
-    HIGHEST_TOKEN,
-    RANGES,
-    Sampling,
-    counts_before,
-    kept,
-    penalised,
-    scores,
-    tokens_of,
-)
-from assay.poc.responses._seeds import HIGHEST_INDEX, ResponseSeed, step_seeds
-from assay.poc.responses._sketches import sketches
-from assay.poc.responses._vllm_prefill import VLLMPrefill, no_adapter
+from assay.poc.responses.calibration import ResponseCalibration, calibrate_responses
+from assay.poc.responses.judge import ResponseVerdict, judge_responses
+from assay.poc.responses.pins import ReceiptPins
+from assay.poc.responses.prefill import HFPrefill
+from assay.poc.responses.receipts import Prompt, Receipt, ReceiptFooter, ReceiptHeader, Receipts
+from assay.poc.responses.replay import Replayed, replay
+from assay.poc.responses.requests import Request, read_requests
+from assay.poc.responses.respond import respond
+from assay.poc.responses.sampling import ResponseSeed, Sampling
 
 __all__ = [
-    "DEFAULT_MAX_TOKENS",
-    "HIGHEST_INDEX",
-    "HIGHEST_TOKEN",
-    "LONGEST_LINE",
-    "MOST_TOKENS",
-    "RANGES",
-    "Adapter",
-    "CachedForward",
-    "Evidence",
     "HFPrefill",
-    "Lora",
-    "Margins",
-    "Prefill",
-    "Prefilled",
     "Prompt",
     "Receipt",
     "ReceiptFooter",
@@ -82,39 +33,10 @@ __all__ = [
     "ResponseCalibration",
     "ResponseSeed",
     "ResponseVerdict",
-    "Sampler",
     "Sampling",
-    "Tally",
-    "VLLMPrefill",
-    "Whole",
     "calibrate_responses",
-    "check_adapter",
-    "check_enough_tokens",
-    "check_model",
-    "check_one_checkpoint",
-    "check_runnable",
-    "chosen_receipts",
-    "counts_before",
-    "default_response_noise",
-    "digest_adapter",
-    "encoded",
-    "fit_response_noise",
     "judge_responses",
-    "kept",
-    "load_adapter",
-    "measure_margins",
-    "no_adapter",
-    "noise_between",
-    "parse_header",
-    "parse_receipt",
-    "penalised",
     "read_requests",
     "replay",
     "respond",
-    "sampled",
-    "scores",
-    "sketches",
-    "step_seeds",
-    "stop_tokens",
-    "tokens_of",
 ]

@@ -3,35 +3,11 @@
 It needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` runs it.
 """
 
-from assay.errors import BackendUnavailable, how_to_install
+from assay.poc.net.logs import configure_logs
+from assay.poc.net.server import serve
+from assay.poc.service.app import attach, create_app
+from assay.poc.service.receiver import create_receiver
+from assay.poc.service.settings import Settings
+from assay.poc.service.states import State
 
-try:
-    from assay.poc.service._logs import configure_logs
-    from assay.poc.service._settings import Settings
-    from assay.poc.service._states import State
-    from assay.poc.service.http import Received, attach, create_app, create_receiver, receive, serve
-    from assay.poc.service.runtime import Controller, Deployment
-    from assay.poc.service.store import open_outbox
-except ModuleNotFoundError as error:
-    if (error.name or "assay").partition(".")[0] == "assay":
-        raise
-    raise BackendUnavailable(
-        f"the package {error.name} is not installed",
-        wanted="the packages of the service",
-        do=how_to_install("serve"),
-    ) from error
-
-__all__ = [
-    "Controller",
-    "Deployment",
-    "Received",
-    "Settings",
-    "State",
-    "attach",
-    "configure_logs",
-    "create_app",
-    "create_receiver",
-    "open_outbox",
-    "receive",
-    "serve",
-]
+__all__ = ["Settings", "State", "attach", "configure_logs", "create_app", "create_receiver", "serve"]

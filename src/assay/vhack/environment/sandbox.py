@@ -18,12 +18,10 @@ from contextlib import suppress
 from typing import Any
 
 from assay.errors import BackendUnavailable, DataError
-from assay.reports import loads
-from assay.vhack.environment._backends import BACKENDS, available_backend, unusable
-from assay.vhack.environment._server import Ended, job_text, perform_once, server
-from assay.vhack.environment._types import Call, Limits, Outcome, Result
-
-__all__ = ["available_backend", "run"]
+from assay.files.jsonl import loads
+from assay.vhack.environment.backends import BACKENDS, available_backend, unusable
+from assay.vhack.environment.server import Ended, job_text, perform_once, server
+from assay.vhack.environment.types import Call, Limits, Outcome, Result
 
 _KINDS = ("value", "error", "opaque")
 _NAME = 100  # characters of the name of an exception or a type

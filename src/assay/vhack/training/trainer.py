@@ -13,8 +13,4 @@ It logs the shares of each source, mixes stored rollouts in, keeps δS in its ch
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 """
 
-from assay.vhack.training._callback import StepLog
-from assay.vhack.training._grpo import GRPO, last_checkpoint
-
-__all__ = ["GRPO", "StepLog", "last_checkpoint"]
 """Classes for a script of one's own."""

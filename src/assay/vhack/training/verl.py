@@ -19,18 +19,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from verl.utils.device import get_device_id, get_device_name, get_vendor  # type: ignore[import-not-found]
-from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_clip_grad_norm_  # type: ignore[import-not-found]
-from verl.workers.config.optimizer import build_optimizer  # type: ignore[import-not-found]
-from verl.workers.engine import EngineRegistry  # type: ignore[import-not-found]
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # type: ignore[import-not-found]
+from verl.utils.device import get_device_id, get_device_name, get_vendor
+from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_clip_grad_norm_
+from verl.workers.config.optimizer import build_optimizer
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from assay.errors import UsageError
-from assay.vhack.basis import Basis, extract
-from assay.vhack.delta import DEFAULT_ARM, Arm, DeltaS, ProjectedOptimizer, arm_named
-from assay.vhack.gradients import weight_svd
-from assay.vhack.pairs import Pair, find_pairs
-from assay.vhack.training._processes import Processes
+from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.extract import extract
+from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
+from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.gradients.svd import weight_svd
+from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.reference import find_pairs
+from assay.vhack.training.processes import Processes
 
 _WHOLE = ("fp32", "float32")
 

@@ -16,8 +16,8 @@ import yaml
 
 from assay.cli import app
 from assay.poc.service import Settings
-from assay.poc.service.runtime._metrics import Metrics
-from assay.poc.validator._settings import ValidatorSettings
+from assay.poc.service.metrics import Metrics
+from assay.poc.validator import ValidatorSettings
 from tests.poc.service.conftest import ROUND
 from tests.poc.service.series import absent_series
 from tests.waiting import until

@@ -1,0 +1,537 @@
+"""Every approach of the published table, measured: does it break the model's structure, and can cheaters still be told?
+
+For a model and an approach:
+
+- *distances* of nonces of several blocks: mean, standard deviation and tenth percentile against the chord law, and how
+  far apart the valid rates of the blocks are at the r_target that gives all of them together the wanted rate;
+- *separability*: what an honest node in bfloat16 and a cheater with int4 weights publish, against a validator in
+  float32. An approach that amplifies noise makes the two alike;
+- *cost*: random numbers per nonce and per block, and time against the plain forward pass.
+
+The model runs once for all approaches that agree on what happens between its layers.
+
+Legend of shapes: N nonces, B blocks, K published numbers.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import AfterValidator, Field
+from scipy.stats import chi2, studentized_range
+
+from assay import stats
+from assay.files.jsonl import JsonObject
+from assay.models.load import Model, load_model
+from assay.pages.figures import MUTED, SERIES, figure, legend
+from assay.pages.html import Badge, Cell, Report
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.outputs import make_transform
+from assay.poc.protocol.pipelines import FORWARD, Pipeline, Step, get_pipeline
+from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import unit
+from assay.poc.verdict.calibrate import distances_from
+from assay.settings import Dtype, Names
+from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
+from assay.stats.noise import RESOLUTION
+from assay_research import cheats
+from assay_research.matrix.table import PUBLISHED_LIMIT
+from assay_research.runs.report import Table
+from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run
+from assay_research.runs.spread import spread_of
+from assay_research.runs.states import published, state_pipeline, states
+
+KEY = "node_A"
+STATE_NONCES = 256  # from which the effective dimension is measured
+ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
+TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
+HISTOGRAM_BINS = 40
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
+    # sign-flips and poc-2.0 are two names of one approach.
+    return tuple(get_pipeline(name).name for name in approaches) or FORWARD
+
+
+class ApproachPlan(ExperimentPlan):
+    """What is measured.
+
+    Raises:
+        UsageError: A list is empty or names something twice, a name is not that of an approach, or a number is out of
+            range.
+    """
+
+    approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
+        FORWARD, description="Presets whose nonces are one forward pass, separated by commas."
+    )
+    blocks: Blocks = BLOCKS
+    nonces: int = Field(1024, ge=2, description="Nonces per block.")
+    valid_rate: float = Field(0.5, gt=0, lt=1, description="Share of valid nonces at the calibrated r_target.")
+    checked: int = Field(64, ge=2, description="Nonces that the validator recomputes to measure separability.")
+    timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
+    dtype: Dtype = None
+
+    least: ClassVar[Mapping[str, int]] = {"blocks": 2}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "approaches"})
+
+    def groups(self) -> list[list[Pipeline]]:
+        """Return the approaches, those together for which the model does the same."""
+        groups: dict[tuple[object, ...], list[Pipeline]] = {}
+        for name in self.approaches:
+            pipeline = get_pipeline(name)
+            groups.setdefault((pipeline.layers, pipeline.read, pipeline.texts), []).append(pipeline)
+        return list(groups.values())
+
+
+def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | None = None) -> None:
+    """Measure the cells that the run's folder does not have yet, and append them to ``approaches.jsonl``.
+
+    Args:
+        plan: Plan that says what is measured.
+        folder: Folder of the run.
+        progress: Function that is called with (cells done, cells in all), those of the plan.
+
+    Raises:
+        UsageError: The run was begun with other settings.
+        ModelError: A model cannot be loaded.
+    """
+    with open_run(folder, "approaches", plan.settings) as run:
+        wanted = {f"{reference} {name}" for reference, name in product(plan.models, plan.approaches)}
+        for reference, group in product(plan.models, plan.groups()):
+            todo = [pipeline for pipeline in group if f"{reference} {pipeline.name}" not in run.done]
+            for values in _measure_group(plan, reference, todo) if todo else ():
+                run.append(f"{reference} {values['approach']}", values)
+                if progress:
+                    progress(len(wanted & run.done), len(wanted))
+
+
+def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:
+    """Yield the values of every approach of a group."""
+    model = load_model(reference, dtype=plan.dtype, device=plan.device)
+    engine = _engine(plan, model)
+    shape: dict[str, Any] = {"public_key": KEY, "seq_len": plan.seq_len, "preset": group[0].name}
+    rounds = [Round(block_hash=block, **shape) for block in plan.blocks]
+    found = [published(engine, round, group, range(plan.nonces)) for round in rounds]
+    heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
+    count = min(STATE_NONCES, plan.nonces)
+    reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
+    effective = {name: stats.effective_dimension(states_ND) for name, states_ND in reduced.items()}
+    slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
+    apart = _separability(plan, reference, rounds[0], group)
+    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
+    for pipeline in group:
+        distances = {r.block_hash: distances_from(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
+        size = pipeline.output_size(model.hidden_size, model.vocab_size)
+        width = model.hidden_size if pipeline.head == "random" else None
+        yield {
+            "model": reference,
+            "approach": pipeline.name,
+            "summary": pipeline.summary,
+            "dtype": engine.dtype,
+            "per_nonce": pipeline.per_nonce,
+            "tensor_parallel": tensor_parallel(pipeline),
+            "pipeline_parallel": True,  # whatever acts between the layers is drawn from the block, on every stage
+            **sizes,
+            **memory(pipeline, seq_len=plan.seq_len, **sizes),
+            "overhead": slower.get(pipeline.name),
+            "effective_dimension": effective.get(pipeline.name),
+            **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
+            **apart[pipeline.name],
+        }
+
+
+def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
+    return HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
+
+
+def _separability(plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
+    """Compare an honest bfloat16 node and a cheater with int4 weights, seen by a validator in float32."""
+    honest = load_model(reference, dtype="bfloat16", device=plan.device)
+    sides = {"honest": honest, "int4": cheats.rounded(honest, 4)}
+    validator = load_model(reference, dtype="float32", device=plan.device)
+    nonces = range(plan.checked)
+    truth = published(_engine(plan, validator), round, group, nonces)
+    claims = {side: published(_engine(plan, model), round, group, nonces) for side, model in sides.items()}
+    return {
+        pipeline.name: told_apart(
+            *(residual_sizes(claims[side][pipeline.name], truth[pipeline.name]) for side in sides)
+        )
+        for pipeline in group
+    }
+
+
+def distribution(
+    distances: Mapping[str, FloatArray], size: int, valid_rate: float, width: int | None, effective: float | None
+) -> JsonObject:
+    """Hold the distances of every block [N], in a space of ``size`` dimensions, against the chord law and each other.
+
+    ``width`` is the hidden size where a random head is drawn per block, and ``effective`` the effective dimension of
+    the states in front of that head, where it is known.
+    """
+    blocks = list(distances.values())
+    pooled = np.concatenate(blocks)
+    # Block means against the chord law: offsets in standard errors, all of them together by χ².
+    error = chord_std(size) / math.sqrt(blocks[0].size)
+    z_B = (np.array([block.mean() for block in blocks]) - chord_mean(size)) / error
+    p_law = float(chi2.sf(np.sum(z_B**2), len(z_B)))
+    spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
+    counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
+    return {
+        "dimension": size,
+        "nonces": pooled.size,
+        **summary(pooled),
+        "law": law_of(size),
+        "mean_off_in_standard_errors": float(np.abs(z_B).max()),
+        "p_law": p_law,
+        "blocks": [{"block_hash": name, **summary(block)} for name, block in distances.items()],
+        "spreads": spreads,
+        "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
+        "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
+    }
+
+
+def summary(distances_N: FloatArray) -> JsonObject:
+    """Return mean, standard deviation and tenth percentile of distances [N]."""
+    return {
+        "mean": float(distances_N.mean()),
+        "std": float(distances_N.std(ddof=1)),
+        "p10": float(np.quantile(distances_N, 0.1)),
+    }
+
+
+def law_of(size: int) -> JsonObject:
+    """Return the same three numbers by the chord law in ``size`` dimensions."""
+    return {"mean": chord_mean(size), "std": chord_std(size), "p10": stats.r_target_for(0.1, size)}
+
+
+def _spread_at(
+    rate: float, distances: Sequence[FloatArray], pooled: FloatArray, width: int | None, effective: float | None
+) -> JsonObject:
+    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces valid.
+
+    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their effective dimension.
+    """
+    r_target = float(np.quantile(pooled, rate))
+    valid = [int(np.count_nonzero(block < r_target)) for block in distances]
+    checked = [block.size for block in distances]
+    found = spread_of(valid, checked, width=width)
+    wider = spread_of(valid, checked, width=effective) if effective else None
+    return {
+        "rate": rate,
+        "r_target": r_target,
+        "valid_rates": list(found.rates),
+        "spread": found.value,
+        "noise_band": [found.low, found.high],
+        "p_value": found.p_value,
+        "band_of_states": wider and [wider.low, wider.high],
+    }
+
+
+def _verdict(spread: float, p_spread: float, p_law: float) -> str:
+    """Say whether structure is left: yes it is broken, partly, or no.
+
+    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each. *partly*: they can, but
+    the spread is below the published limit of 5 %. *no*: it is not.
+    """
+    if min(p_spread, p_law) >= ALPHA:
+        return "yes"
+    return "partly" if spread < PUBLISHED_LIMIT else "no"
+
+
+def residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
+    """Return |received − recomputed| of distances, or the L2 distance of vectors, [N]."""
+    difference = claimed.astype(np.float64) - truth
+    return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+
+
+def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
+    """Return medians of both sides' residuals [N], their ratio, and how often a cheater's exceeds an honest one.
+
+    The interval of 95 % of the last draws nonces, with both sides of each: they share a validator's value.
+    """
+    nonces = range(len(honest_N))
+    auc = stats.group_bootstrap(stats.auroc, (cheat_N, honest_N), (nonces, nonces))
+    return {
+        "honest_residual": float(np.median(honest_N)),
+        "int4_residual": float(np.median(cheat_N)),
+        "separation": float(np.median(cheat_N) / max(np.median(honest_N), RESOLUTION)),
+        "auc": auc.value,
+        "auc_interval": [auc.low, auc.high],
+    }
+
+
+def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
+    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours."""
+    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
+    nonces = range(engine.batch_size)
+
+    def plain() -> float:
+        started = time.perf_counter()
+        engine.read(engine.inputs(round, nonces)).cpu()  # waits for the device
+        return time.perf_counter() - started
+
+    def randomised(name: str) -> float:
+        with engine.between_layers(group[0].layers, round):
+            started = time.perf_counter()
+            padded, x_BD = next(states(engine, transforms[name], nonces))
+            transforms[name](x_BD, padded).cpu()
+            return time.perf_counter() - started
+
+    for name in transforms:
+        randomised(name)  # compiles what the first call compiles
+    ratios = {name: [randomised(name) / plain() for _ in range(batches)] for name in transforms}
+    return {name: statistics.median(values) - 1 for name, values in ratios.items()}
+
+
+def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> JsonObject:
+    """Return the bytes of random numbers that an approach holds for a model of these sizes.
+
+    Bytes are counted as random numbers are drawn: a normal takes 4, an index 8, a sign 1. What acts between the layers
+    is counted as it is held there, 4 bytes a number. The inputs, which all approaches share, are not counted.
+    """
+    size = hidden_size
+    per_nonce = 0 if pipeline.read == "last" else seq_len  # the signs of the positions
+    for step in pipeline.hidden:
+        per_nonce += _bytes(step, size)
+        size = step.count if step.name in ("pick", "project") else size
+    output = pipeline.output_size(hidden_size, vocab_size)
+    per_nonce += sum(_bytes(step, output) for step in pipeline.logits)
+    between = 0 if pipeline.layers == "none" else num_layers * hidden_size * 4
+    head = RANDOM_HEAD_ROWS * hidden_size * 4 if pipeline.head == "random" else 0
+    target = output * 4 if pipeline.output == "distance" else 0
+    return {"bytes_per_nonce": per_nonce, "bytes_per_block": between + head + target}
+
+
+def _bytes(step: Step, size: int) -> int:
+    match step.name:
+        case "unit":
+            return 0
+        case "signs":
+            return size
+        case "permute":
+            return 8 * size
+        case "pick":
+            return 8 * step.count
+        case "reflect" | "rotate" | "project":
+            return 4 * step.count * size
+
+
+def tensor_parallel(pipeline: Pipeline) -> bool:
+    """Return whether every rank of tensor parallelism can do its part alone.
+
+    Hidden states are whole on every rank. The logits of the trained head are not: each rank has a slice of the
+    vocabulary, and a permutation, a reflection or the norm needs all of it.
+    """
+    return pipeline.head != "trained"
+
+
+# --------------------------------------------------------------------------------------------------
+# Trained against random weights: is it training that gives distances their structure?
+#
+# The published tests 1 to 3: distances per block with trained weights, with all weights drawn anew for every block, and
+# with only the input embeddings drawn anew (a head that is tied to them changes with them; one that is not stays).
+
+MODES = ("trained", "random-all", "random-embed")
+
+
+class WeightPlan(ExperimentPlan):
+    """What is measured. The models are trained ones.
+
+    Raises:
+        UsageError: A list is too short or names something twice, or a number is out of range.
+    """
+
+    preset: str = Field("hidden-reflections", description="Preset of the rounds; this one had the published tests.")
+    blocks: Blocks = BLOCKS
+    nonces: int = Field(1024, ge=2, description="Nonces per block.")
+    dtype: Dtype = None
+
+    least: ClassVar[Mapping[str, int]] = {"blocks": 2}
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "blocks"})
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the preset and the lists."""
+        get_pipeline(self.preset)
+        super().model_post_init(context)
+
+
+def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = None) -> None:
+    """Measure the cells that the run's folder does not have yet, and append them to ``weights.jsonl``.
+
+    A cell is a model, a weight mode and a block.
+
+    Args:
+        plan: Plan that says what is measured.
+        folder: Folder of the run.
+        progress: Function that is called with (cells done, cells in all).
+
+    Raises:
+        UsageError: The run was begun with other settings.
+        ModelError: A model cannot be loaded.
+    """
+    cells = [(" ".join(cell), partial(_measure, plan, *cell)) for cell in product(plan.models, MODES, plan.blocks)]
+    measure_missing(folder, "weights", plan.settings, cells, progress)
+
+
+def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObject:
+    drawn: dict[str, Any] = {} if mode == "trained" else {"block_hash": block}
+    model = load_model(reference, dtype=plan.dtype, device=plan.device, weights=mode, **drawn)
+    engine = HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
+    pipeline = get_pipeline(plan.preset)
+    round = Round(block_hash=block, public_key=KEY, seq_len=plan.seq_len, preset=pipeline.name)
+    values = published(engine, round, [pipeline], range(plan.nonces))[pipeline.name]
+    distances = distances_from(values, round)
+    size = pipeline.output_size(model.hidden_size, model.vocab_size)
+    return {
+        "model": reference,
+        "weights": mode,
+        "block_hash": block,
+        "dtype": engine.dtype,
+        "nonces": distances.size,
+        **summary(distances),
+        "valid_rate": float((distances < chord_mean(size)).mean()),
+        "context_effect": _context_effect(engine, round),
+        "dimension": size,
+        "law": law_of(size),
+    }
+
+
+def _context_effect(engine: HFEngine, round: Round) -> float:
+    """Return how far the unit last state moves when the positions before the last are reversed, mean L2 distance.
+
+    Two unrelated states are √2 apart; where this is zero, the layers do nothing that depends on the sequence.
+    """
+    inputs_BTD = engine.inputs(round, range(engine.batch_size))
+    reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
+    before_BD, after_BD = (unit(engine.read(given)) for given in (inputs_BTD, reversed_BTD))
+    return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """The blocks of a model in a weight mode.
+
+    Args:
+        model: Reference of the model.
+        weights: Weight mode, one of `MODES`.
+        blocks: Block hashes.
+        means: Mean distance per block.
+        std: Standard deviation of the distances within a block.
+        spread: Largest minus smallest mean.
+        low, high: Ends of the band in which 95 % of spreads lie when only the nonces differ.
+        p_value: Probability of such a spread or a larger one by chance.
+        context_effect: Mean distance that the unit state moves when the earlier positions are reversed.
+    """
+
+    model: str
+    weights: str
+    blocks: tuple[str, ...]
+    means: tuple[float, ...]
+    std: float
+    spread: float
+    low: float
+    high: float
+    p_value: float
+    context_effect: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the spread is not larger than chance makes it."""
+        return self.spread <= self.high
+
+
+def weight_rows(cells: Sequence[JsonObject]) -> list[WeightRow]:
+    """Group cells by model and weight mode, in the order of measurement."""
+    names = list(dict.fromkeys((cell["model"], cell["weights"]) for cell in cells))
+    grouped = [[c for c in cells if (c["model"], c["weights"]) == name] for name in names]
+    return [_row(group) for group in grouped if len(group) > 1]
+
+
+def _row(cells: Sequence[JsonObject]) -> WeightRow:
+    """Compare block means by the law of the range of normals (the studentised range without its denominator)."""
+    means = [cell["mean"] for cell in cells]
+    std = math.sqrt(float(np.mean([cell["std"] ** 2 for cell in cells])))
+    error, spread = std / math.sqrt(cells[0]["nonces"]), max(means) - min(means)
+    law = studentized_range(len(cells), np.inf)
+    return WeightRow(
+        model=cells[0]["model"],
+        weights=cells[0]["weights"],
+        blocks=tuple(cell["block_hash"] for cell in cells),
+        means=tuple(means),
+        std=std,
+        spread=spread,
+        low=error * float(law.ppf(0.025)),
+        high=error * float(law.ppf(0.975)),
+        p_value=float(law.sf(spread / error)),
+        context_effect=float(np.mean([cell["context_effect"] for cell in cells])),
+    )
+
+
+def weight_table(rows: Sequence[WeightRow]) -> Table:
+    """Return block means per weight mode, their spread with its noise band, and the verdict."""
+    cells: list[list[Cell]] = [
+        [
+            row.model,
+            row.weights,
+            ", ".join(f"{mean:.4f}" for mean in row.means),
+            f"{row.std:.4f}",
+            f"{row.spread:.4f}",
+            f"{row.low:.4f} to {row.high:.4f}",
+            f"{row.p_value:.2g}",
+            f"{row.context_effect:.2g}",
+            "inside noise" if row.inside else "beyond noise",
+        ]
+        for row in rows
+    ]
+    columns = ("model", "weights", "block means", "sd", "spread", "95 % noise band", "p-value", "context", "verdict")
+    return columns, cells
+
+
+def draw(report: Report, run: RunRecords) -> None:
+    """Add block means per weight mode, their spread with its noise band, and a plot."""
+    rows = weight_rows(run.cells)
+    report.section("Does training give distances their structure?")
+    report.paragraph(
+        f"Block means of the distance ({run.settings['preset']}) with trained weights, with all weights drawn anew for "
+        "every block, and with the input embeddings alone drawn anew. A head that is tied to the embeddings changes "
+        "with them."
+    )
+    _plot(report, run.cells)
+    columns, cells = weight_table(rows)
+    for row, shown in zip(rows, cells, strict=True):
+        shown[-1] = Badge(str(shown[-1]), "pass" if row.inside else "fail")
+    report.table(columns, cells, caption="Largest minus smallest block mean of the distance")
+    report.paragraph(
+        "Context: how far the unit state moves when the positions before the last are reversed; unrelated states are "
+        "√2 apart. Near zero, the model passes its last input through, and distances say nothing about its layers."
+    )
+
+
+def _plot(report: Report, cells: Sequence[JsonObject]) -> None:
+    fig, ax = figure(6.8, 3.2)
+    modes = list(dict.fromkeys(cell["weights"] for cell in cells))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    for index, mode in enumerate(modes):
+        for place, model in enumerate(models):
+            chosen = [cell for cell in cells if (cell["model"], cell["weights"]) == (model, mode)]
+            x = [place + 0.25 * (index - 1) + 0.05 * i for i in range(len(chosen))]
+            error = [2 * cell["std"] / math.sqrt(cell["nonces"]) for cell in chosen]
+            label = mode if place == 0 else None
+            means = [cell["mean"] for cell in chosen]
+            ax.errorbar(x, means, error, fmt="o", color=SERIES[index], markersize=5, capsize=3, label=label)
+    ax.axhline(cells[0]["law"]["mean"], color=MUTED, linewidth=1, linestyle=":")
+    ax.set_xticks(range(len(models)), models)
+    ax.set_ylabel("mean distance of a block")
+    legend(ax)
+    report.figure(fig, "Mean distance per block, with two standard errors; dotted: mean of the chord law.")

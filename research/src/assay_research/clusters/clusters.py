@@ -1,0 +1,470 @@
+"""The experiment: published sets of nonce vectors, their faults, and every rule with one machine left out.
+
+Legend of shapes: N nonces.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy import special
+
+from assay import stats
+from assay.files.jsonl import JsonObject, read_whole
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.verdict.builds import fit_noise
+from assay.poc.verdict.calibrate import VectorSet, read_vector_sets
+from assay.poc.verdict.judge import judge_residuals
+from assay.poc.verdict.machines import MachineNoise, effect_from_power, fit_machines
+from assay.poc.verdict.noise import Law, Noise, law_as_dict, sequential_test
+from assay.settings import Settings
+from assay_research.clusters import cheats
+from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
+from assay_research.runs.runs import Progress, measure_missing
+
+# --------------------------------------------------------------------------------------------------
+# The rules that are held against each other, all with one question: accused after how many nonces?
+#
+# Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at which the verdict is asked for.
+
+ALPHA, BETA = 1e-3, 1e-2
+OURS, NAMED, FIRST, ORACLE = "ours", "ours, cheat named", "first version", "oracle"
+COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
+"""Published count tests: distance that is a mismatch, share of mismatches that is granted, and level."""
+
+FIRST_EFFECT = 2.0
+ASKED = (64, 300)
+"""Numbers of nonces at which it is asked whether a node would be called honest."""
+
+BoolArray = npt.NDArray[np.bool_]
+_BINS = 16  # of the oracle's laws
+
+
+class Rule(Protocol):
+    """A rule for the distances of one audit."""
+
+    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+        """Return whether each audit accuses after each nonce, and whether it says honest after those asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class CountRule:
+    """A binomial test of the number of distances above a threshold, at a fixed number of nonces.
+
+    Args:
+        threshold: Distance above which a nonce is a mismatch.
+        granted: Share of mismatches that an honest node is granted.
+        level: Level of the test.
+    """
+
+    threshold: float
+    granted: float
+    level: float
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return f"count ({self.threshold:g}, {self.granted:g}, {self.level:g})"
+
+    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+        """Return whether the test of so many nonces accuses; it says honest wherever it does not."""
+        missed_RC = np.cumsum(np.asarray(values_RC) > self.threshold, axis=1)
+        checked_C = np.arange(1, missed_RC.shape[1] + 1)
+        p_RC = np.where(missed_RC > 0, special.bdtrc(missed_RC - 1.0, checked_C, self.granted), 1.0)
+        accused_RC = p_RC < self.level
+        return accused_RC, ~accused_RC[:, np.asarray(at, dtype=int) - 1]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The likelihood ratio of a cheat's law over the honest one of that very pair, both known.
+
+    The laws are histograms over common bins, which bound what a single nonce can say: of a cheat that is far off, a
+    rule with tails may need a nonce less.
+
+    Args:
+        honest: Honest distances [N] of the pair.
+        cheat: Distances [N] of the cheat.
+    """
+
+    honest: FloatArray
+    cheat: FloatArray
+
+    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+        """Return whether the ratio reached 1/alpha, and whether it is below beta."""
+        edges = np.quantile(np.concatenate([self.honest, self.cheat]), np.linspace(0, 1, _BINS + 1)[1:-1])
+        honest, cheat = (self._shares(edges, one) for one in (self.honest, self.cheat))
+        path_RC = np.log(cheat / honest)[np.searchsorted(edges, np.asarray(values_RC))].cumsum(axis=1)
+        accused_RC = np.maximum.accumulate(path_RC, axis=1) >= -math.log(ALPHA)
+        asked = np.asarray(at, dtype=int) - 1
+        return accused_RC, (path_RC[:, asked] <= math.log(BETA)) & ~accused_RC[:, asked]
+
+    @staticmethod
+    def _shares(edges: FloatArray, values_N: FloatArray) -> FloatArray:
+        counts = np.bincount(np.searchsorted(edges, values_N), minlength=_BINS) + 0.5
+        return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+
+def fit(distances_N: FloatArray) -> "stats.NoiseFit[stats.LogNoise]":
+    """Fit the law of published vectors."""
+    return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
+
+
+def rules_for(
+    noise: MachineNoise,
+    first: Law,
+    effect: float | None,
+    kind: str,
+    judge: int,
+    named: Mapping[str, Law] | None = None,
+) -> dict[str, Rule]:
+    """Return the rules that do not know the truth, for a machine of a kind against a validator's.
+
+    Args:
+        noise: Noise between the machines that are known.
+        first: Law of the first version.
+        effect: Effect from the power on these machines.
+        kind: Kind of the machine that is judged.
+        judge: Validator's machine.
+        named: Laws of known cheats; the rule that knows them is left out without any.
+    """
+    law = noise.law_of(kind, judge)
+    rules: dict[str, Rule] = {OURS: sequential_test(Noise(law, OURS, noise.spread, effect), alpha=ALPHA, beta=BETA)}
+    if named:
+        rules[NAMED] = sequential_test(Noise(law, NAMED, noise.spread, effect, named), alpha=ALPHA, beta=BETA)
+    rules[FIRST] = sequential_test(Noise(first, FIRST, effect=FIRST_EFFECT), alpha=ALPHA, beta=BETA)
+    return rules | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
+
+
+# --------------------------------------------------------------------------------------------------
+# One machine left out: what every rule says of its honest audits, and of cheats in its place.
+#
+# Legend of shapes: N nonces, R audits, C checked nonces.
+
+HONEST, REAL, SIMULATED = "honest", "real", "simulated"
+"""Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
+CHECKED = 300
+"""Nonces of an audit."""
+
+GRID = (*range(1, 65), 70, 80, 90, 100, 120, 150, 200, 250, 300)
+"""Numbers of nonces at which the share of accused audits is kept."""
+
+LEAST_AUDITS = 4200  # honest audits of a build: one accusation in a thousand must show
+INSIDE_AUDITS = 200  # of every pair inside a fold, which give its effect
+CHEAT_AUDITS = 30  # of every pair and cheat
+FEWEST_MACHINES = 3
+_FARTHEST = 2.0
+
+
+@dataclass
+class Tally:
+    """What a rule said of audits of one sort.
+
+    Args:
+        audits: Number of audits.
+        accused: How many of them were accused after each number of nonces in `GRID`.
+        honest: How many would have been called honest after each number in :data:`ASKED`.
+        ends: Share accused at the end, by validator.
+    """
+
+    audits: int = 0
+    accused: FloatArray = field(default_factory=lambda: np.zeros(len(GRID)))
+    honest: FloatArray = field(default_factory=lambda: np.zeros(len(ASKED)))
+    ends: list[float] = field(default_factory=list)
+
+    def add(self, rule: Rule, values_RC: FloatArray) -> None:
+        """Count audits of one pair. Shorter ones than wanted count as they stand at their end."""
+        last = values_RC.shape[1]
+        accused_RC, honest_RA = rule.simulated(values_RC, at=[min(count, last) for count in ASKED])
+        self.audits += len(values_RC)
+        self.accused += accused_RC[:, [min(count, last) - 1 for count in GRID]].sum(axis=0)
+        self.honest += honest_RA.sum(axis=0)
+        self.ends.append(float(accused_RC[:, -1].mean()))
+
+    def as_dict(self) -> JsonObject:
+        """Return JSON-ready counts."""
+        return {
+            "audits": self.audits,
+            "accused": self.accused.astype(int).tolist(),
+            "honest": self.honest.astype(int).tolist(),
+            "ends": self.ends,
+        }
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A build with one machine left out.
+
+    Args:
+        build: Sound sets of the build.
+        machine: Index of the machine that is left out.
+        cheats: Sets of other models of the same family and round, by model.
+        others: Distances of other builds by name, which simulated cheats mix in.
+        audits: Least number of audits of every honest pair.
+        seed: Seed of everything that is drawn.
+    """
+
+    build: Build
+    machine: int
+    cheats: Mapping[str, Sequence[VectorSet]]
+    others: Mapping[str, FloatArray]
+    audits: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the set that is left out."""
+        return self.build.sets[self.machine].name
+
+    def measure(self) -> JsonObject:
+        """Return the law of the other machines, and what every rule says under it."""
+        build, machine = self.build, self.machine
+        rest = {rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows}
+        mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
+        noise = fit_machines(rest, build.kinds, fit)
+        effect, left_out = effect_from_power(rest, build.kinds, fit, audits=INSIDE_AUDITS)
+        first = fit(np.concatenate(list(rest.values()))).law
+        tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
+        rng = np.random.default_rng([self.seed, machine])
+        for rows, honest_N in mine.items():
+            judge = rows[0] if rows[1] == machine else rows[1]
+            known = self._named(judge)
+            named = {model: fit(errors_N).reached for model, errors_N in known.items()}
+            rules = rules_for(noise, first, effect, build.kinds[machine], judge, named)
+            self._honest(tallies, rules, honest_N, known, rng)
+            mixed_in = {**self.others, **known}
+            for cheat in cheats.simulated(honest_N, self._usual(judge), mixed_in, rng):
+                truth = {ORACLE: Oracle(honest_N, cheat.pool)}
+                values_RC = cheat.audits(rng, CHEAT_AUDITS, min(CHECKED, honest_N.size))
+                for name, rule in (rules | truth).items():
+                    if name == NAMED:  # it knows another cheat than this
+                        continue
+                    tallies[SIMULATED, cheat.name, name].add(rule, values_RC)
+        for judge in sorted({i for rows in rest for i in rows}):
+            self._real(
+                tallies, judge, lambda kind, named, j=judge: rules_for(noise, first, effect, kind, j, named), rng
+            )
+        return {
+            "build": build.name,
+            "machine": self.name,
+            "kind": build.kinds[machine],
+            "machines": len(build.sets) - 1,
+            "law": law_as_dict(noise.law),
+            "spread": noise.spread.sd,
+            "effect": effect,
+            "inside": None if left_out is None else left_out.accused,
+            "sizes": {build.sets[i if j == machine else j].name: float(np.median(x)) for (i, j), x in mine.items()},
+            "tallies": [[*key, tally.as_dict()] for key, tally in tallies.items()],
+        }
+
+    def _honest(
+        self,
+        tallies: dict[tuple[str, str, str], Tally],
+        rules: Mapping[str, Rule],
+        honest_N: FloatArray,
+        known: Mapping[str, FloatArray],
+        rng: np.random.Generator,
+    ) -> None:
+        """Audit the machine that is left out, honestly, by one validator."""
+        ordered = 2 * len(self.build.pairs)
+        count = max(self.audits, -(-LEAST_AUDITS // ordered))
+        values_RC = cheats.drawn(rng, honest_N, count, min(CHECKED, honest_N.size))
+        alternative_N = next(iter(known.values()), np.minimum(cheats.RATIO * honest_N, _FARTHEST))
+        for name, rule in (dict(rules) | {ORACLE: Oracle(honest_N, alternative_N)}).items():
+            tallies[HONEST, "", name].add(rule, values_RC)
+
+    def _real(
+        self, tallies: dict[tuple[str, str, str], Tally], judge: int, rules_of: Any, rng: np.random.Generator
+    ) -> None:
+        """Audit every cheat by one validator, with a law of other cheats where the rule knows it."""
+        validator = self.build.sets[judge]
+        honest_N = np.concatenate([errors_N for rows, errors_N in self.build.distances.items() if judge in rows])
+        for model, sets in self.cheats.items():
+            for cheat in sets:
+                values_N = cheat.distances(validator)
+                if values_N.size < min(ASKED):
+                    continue
+                others = [one for one in sets if one is not cheat] or [cheat]
+                law = self._law_of(others, judge if others == [cheat] else None)
+                rules = rules_of(cheat.kind, {model: law} if law else None) | {ORACLE: Oracle(honest_N, values_N)}
+                values_RC = cheats.drawn(rng, values_N, CHEAT_AUDITS, min(CHECKED, values_N.size))
+                for name, rule in rules.items():
+                    tallies[REAL, model, name].add(rule, values_RC)
+
+    def _usual(self, judge: int) -> float:
+        """Return the median over machines of their median distance from a validator's."""
+        found = [np.median(errors_N) for rows, errors_N in self.build.distances.items() if judge in rows]
+        return float(np.median(found))
+
+    def _named(self, judge: int) -> dict[str, FloatArray]:
+        """Return the distances of every known cheat from the machines that are known."""
+        return {model: self._distances(sets, None) for model, sets in self.cheats.items()}
+
+    def _law_of(self, sets: Sequence[VectorSet], without: int | None) -> Law | None:
+        """Return the law of cheats against the machines that are known, all but one where that is said."""
+        distances_N = self._distances(sets, without)
+        return fit(distances_N).reached if distances_N.size else None
+
+    def _distances(self, sets: Sequence[VectorSet], without: int | None) -> FloatArray:
+        known = [one for i, one in enumerate(self.build.sets) if i not in (self.machine, without)]
+        found = [cheat.distances(one) for cheat in sets for one in known]
+        return np.concatenate(found) if found else np.zeros(0)
+
+
+def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed: int) -> list[Fold]:
+    """Return a fold for every machine of a build of three or more without which a pair of others is left.
+
+    Args:
+        builds: Sound sets by build.
+        groups: All sets by model and round, the faulty ones included: a faulty cheat is a cheat.
+        audits: Least number of audits of every honest pair.
+        seed: Seed of everything that is drawn.
+    """
+    found = []
+    for build in builds:
+        if len(build.sets) < FEWEST_MACHINES:
+            continue
+        alike = [g for g in groups if g.family == build.family and g.round == build.round and g.model != build.model]
+        real = {group.model: group.sets for group in alike}
+        others = {
+            one.name: np.concatenate(list(one.distances.values()))
+            for one in builds
+            if one.model != build.model and one.distances and one.model not in real
+        }
+        found += [
+            Fold(build, machine, real, others, audits, seed)
+            for machine in range(len(build.sets))
+            if any(machine not in rows for rows in build.distances)
+        ]
+    return found
+
+
+EXPERIMENT = "clusters"
+SAMPLES = 20  # audits of every faulty pair, and place tests of half as many sound ones
+_LARGEST = 2**28
+
+Chosen = npt.NDArray[np.int64]  # indices among the nonces of a pair
+
+
+class ClusterPlan(Settings):
+    """What is measured.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+
+    audits: int = Field(200, ge=1, le=10**5, description="Honest audits of every pair of machines, or more if few.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
+
+
+def run_clusters(plan: ClusterPlan, data: Path, folder: Path, *, progress: Progress | None = None) -> None:
+    """Measure the cells that the run's folder does not have yet, and append them to ``clusters.jsonl``.
+
+    Args:
+        plan: Plan that says what is measured.
+        data: File of sets.
+        folder: Folder of the run.
+        progress: Function that is called with (cells done, missing cells in all).
+
+    Raises:
+        DataError: The file is not one of sets.
+        UsageError: The run was begun with other settings or data.
+    """
+    groups = builds_of(read_vector_sets(data))
+    builds = sound_builds(groups)
+    cells: list[tuple[str, Callable[[], Mapping[str, Any]]]] = [
+        (f"sets of {group.name}", partial(_faults, group, builds, plan.seed)) for group in groups
+    ]
+    folds = folds_of(builds, groups, plan.audits, plan.seed)
+    cells += [(f"{fold.build.name} without {fold.name}", fold.measure) for fold in folds]
+    settings = {**plan.model_dump(), "data": fingerprint(data)}
+    measure_missing(folder, EXPERIMENT, settings, cells, progress)
+
+
+def fingerprint(data: Path) -> str:
+    """Return the SHA-256 of a file of sets."""
+    return hashlib.sha256(read_whole(data, _LARGEST)).hexdigest()
+
+
+def run_name_of(data: Path) -> str:
+    """Return the name of the run of a file, which no other file has."""
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in data.name.partition(".")[0])
+    return f"clusters-{stem[:32].strip('-_') or 'data'}-{fingerprint(data)[:8]}"
+
+
+def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
+    """Return the sets of a model and round, and which of their pairs are faulty or were called so."""
+    noise = _nearest_noise(group, builds)
+    rng = np.random.default_rng(seed)
+    faulty, sound = [], Counter[str]()
+    for rows, pair in group.pairs.items():
+        test = group.faults.get(rows)
+        if test is None:
+            if not group.faulty.intersection(rows):
+                sound.update(_place_samples(pair, group.honest_size, rng))
+        else:
+            faulty.append({
+                "sets": pair.names,
+                "pattern": test.pattern,
+                "share": test.share,
+                "ratio": test.ratio,
+                "p_value": test.p_value,
+                "outcome": _outcome(pair, noise, np.arange(len(pair.nonces))) if noise else "faulty",
+                "audits": dict(_audit_samples(pair, noise, rng)) if noise else {},
+            })  # fmt: skip
+    return {
+        "model": group.model,
+        "sets": [[one.name, one.kind, one.batch_size, len(one.vectors)] for one in group.sets],
+        "copies": group.copies,
+        "pairs": len(group.pairs),
+        "size": group.honest_size,
+        "faulty_sets": [group.sets[i].name for i in sorted(group.faulty)],
+        "faulty_pairs": faulty,
+        "sound_samples": dict(sound),
+    }
+
+
+def _nearest_noise(group: Build, builds: Sequence[Build]) -> Noise | None:
+    """Return the noise of the sound machines of the same model, or of the one most alike of its family."""
+    found = [build for build in builds if build.distances and build.family == group.family]
+    if not found:
+        return None
+
+    def alike(build: Build) -> tuple[int, int]:
+        letters = zip(build.model, group.model, strict=False)
+        return sum(1 for _ in takewhile(lambda two: two[0] == two[1], letters)), len(build.sets)
+
+    nearest = max(found, key=alike)
+    noise = fit_machines(nearest.distances, nearest.kinds, fit)
+    return Noise(noise.law_of(""), f"machines of {nearest.name}", noise.spread)
+
+
+def _outcome(pair: Pair, noise: Noise, chosen: Chosen) -> str:
+    outcome, _, _ = judge_residuals(
+        pair.distances[chosen],
+        noise,
+        test=sequential_test(noise),
+        positions=pair.positions[chosen].tolist(),
+        batch_size=pair.batch_size,
+    )
+    return outcome
+
+
+def _audit_samples(pair: Pair, noise: Noise, rng: np.random.Generator) -> Counter[str]:
+    return Counter(_outcome(pair, noise, rng.permutation(len(pair.nonces))[:CHECKED]) for _ in range(SAMPLES))
+
+
+def _place_samples(pair: Pair, honest_size: float, rng: np.random.Generator) -> Counter[str]:
+    drawn = [rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(2 * SAMPLES)]
+    tests = [pair.places(honest_size, chosen) for chosen in drawn]
+    return Counter("faulty" if test.faulty else "not faulty" for test in tests)

@@ -1,0 +1,364 @@
+"""The matrix: models × modes × blocks × keys against live services over HTTP, as the published tests were run.
+
+Every configuration (a model in a mode) has a service of its own, started for it and ended after it. A test is one
+round: it is begun over HTTP, generates for a while, is stopped, and is over when the receiver has every valid nonce.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import httpx
+import torch
+from pydantic import Field
+
+from assay import stats
+from assay.errors import ResourceError, UsageError
+from assay.files.jsonl import JsonObject
+from assay.files.storage import write_atomic, write_jsonl
+from assay.models.load import load_model, model_info
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.blocks import has_block_factor
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.round import Round
+from assay.settings import Dtype, Names
+from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
+from assay_research.runs.states import published, state_pipeline
+
+MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
+"""Mode, as the published tables call it → preset."""
+
+WARM_UP = "warm-up"  # block and key of the round that compiles kernels before anything is timed
+_STATES = 256  # nonces from which the effective dimension is measured
+_FIRST_BATCH_SECONDS = 600.0
+_DELIVERY_SECONDS = 60.0
+_START_SECONDS = 300.0
+_STOP_SECONDS = 60.0
+_POLL = 0.02
+
+Note = Callable[[str], None]
+
+
+class Live:
+    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends.
+
+    What it writes is appended to the log.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        self._start = self.log_size()
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "assay", *arguments, "--port", "0", "--log-format", "json"],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+        self._client: httpx.Client | None = None
+        self.url = ""
+
+    def connect(self, ready: str = "/health") -> None:
+        """Wait until the process serves and the page ``ready`` answers 200; the error has the end of its log."""
+        if self._client is not None:
+            return
+        wait_until(lambda: self._port() is not None, _START_SECONDS, self.failure)
+        self.url = f"http://127.0.0.1:{self._port()}"
+        self._client = client = httpx.Client(base_url=self.url, timeout=60.0)
+        wait_until(lambda: self._answers(client, ready), _START_SECONDS, self.failure)
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Return what a page answers."""
+        return self._call("GET", path, params=query)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Post an object and return the answer."""
+        return self._call("POST", path, json=body or {})
+
+    def log_size(self) -> int:
+        """Return the bytes of the log so far."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def log_since(self, offset: int) -> bytes:
+        """Return what was logged after so many bytes."""
+        with self.log.open("rb") as file:
+            file.seek(offset)
+            return file.read()
+
+    def failure(self, seen: str) -> ResourceError:
+        """Return the error for something that was seen, with the end of the log."""
+        tail = self.log_since(self._start).decode(errors="replace").strip()[-1500:]
+        return ResourceError(
+            f"{self.log.name}: {seen}", wanted="a live service", do=f"see the log, which ends with:\n{tail}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        """Return what the service answers; anything but 200 is a ResourceError."""
+        assert self._client is not None, "nobody calls what is not connected"
+        try:
+            answer = self._client.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise self.failure(f"{method} {path}: {type(error).__name__}") from error
+        if answer.status_code != httpx.codes.OK:
+            raise self.failure(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
+        return answer.json()
+
+    def _answers(self, client: httpx.Client, path: str) -> bool:
+        self._check_alive()
+        try:
+            return client.get(path).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def _port(self) -> int | None:
+        """Return the port that the log names."""
+        self._check_alive()
+        for line in self.log_since(self._start).splitlines():
+            if b'"serving"' in line:
+                return int(json.loads(line)["port"])
+        return None
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise self.failure(f"the process ended with code {self._process.returncode}")
+
+
+def wait_until(true: Callable[[], Any], seconds: float, failed: Callable[[str], Exception]) -> None:
+    """Ask again and again until something is true; raise what ``failed`` makes of a sentence after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise failed(f"not done after {seconds:.0f} seconds")
+        time.sleep(_POLL)
+
+
+@dataclass(frozen=True)
+class Test:
+    """One cell of the matrix."""
+
+    number: int
+    model: str
+    mode: str
+    block: str
+    public_key: str
+
+    @property
+    def key(self) -> str:
+        """Key of its cell."""
+        return f"{self.model} {self.mode} {self.block} {self.public_key}"
+
+    @property
+    def log_name(self) -> str:
+        """First part of the names of its logs."""
+        parts = (self.model, self.mode, self.block, self.public_key)
+        clean = ["".join(c if c.isalnum() or c in "-_." else "-" for c in part.rpartition("/")[2]) for part in parts]
+        return f"test_{self.number:02d}_" + "_".join(clean)
+
+
+class Plan(ExperimentPlan):
+    """Which tests are wanted, and how they are run.
+
+    Raises:
+        UsageError: A list is empty or names something twice, a mode is unknown, or a number is out of range.
+    """
+
+    modes: Names = Field(tuple(MODES), description="Modes of the rounds, separated by commas.")
+    blocks: Blocks = BLOCKS
+    public_keys: Names = Field(("node_A", "node_B", "node_C"), description="Keys of nodes, separated by commas.")
+    duration: float = Field(40.0, gt=0, lt=86400, description="Seconds for which every test generates.")
+    r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
+    dtype: Dtype = None
+
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists and every round."""
+        super().model_post_init(context)
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown:
+            raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")
+        for block, key in product(self.blocks, self.public_keys):
+            Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
+
+    def tests(self) -> Iterator[Test]:
+        """Yield the tests in the order of their numbers."""
+        cells = product(self.models, self.modes, self.blocks, self.public_keys)
+        return (Test(number, *cell) for number, cell in enumerate(cells, 1))
+
+
+def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
+    """Run the tests that the run's folder does not have yet, and append their results to ``matrix.jsonl``.
+
+    Logs go to ``logs/``: per test what the service wrote and which callbacks arrived.
+
+    Args:
+        plan: Plan that says which tests are wanted.
+        folder: Folder of the run.
+        progress: Function that is called with (tests done, tests in all).
+        note: Function that is called with a sentence before every start of a service, and after every test.
+
+    Raises:
+        UsageError: The run was begun with other settings.
+        ResourceError: A service did not start, or did not answer.
+    """
+    say = note or (lambda _: None)
+    with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
+        tests = list(plan.tests())
+        todo = [test for test in tests if test.key not in run.done]
+        if not todo:
+            return
+        for reference in plan.models:
+            model_info(reference)  # an unknown model ends the run before any service starts
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
+        receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
+        receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
+        done = len(tests) - len(todo)
+        for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
+            effective = measure_effective_dimension(plan, model, mode)
+            torch.cuda.empty_cache()  # the service needs the room
+            say(f"starting a service for {model}, {mode}")
+            with _service(plan, model, temporary / f"{done}", logs / "server.log") as server:
+                receiver.connect()
+                server.connect("/ready")
+                _begin(server, plan, mode, WARM_UP, WARM_UP, None)
+                server.post("/api/v1/pow/phase/validate")
+                for test in chosen:
+                    values = _run_test(test, plan, server, receiver, logs) | {"effective_dimension": effective}
+                    say(
+                        f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
+                        f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+                    )
+                    run.append(test.key, values)
+                    done += 1
+                    if progress:
+                        progress(done, len(tests))
+
+
+def measure_effective_dimension(plan: Plan, model: str, mode: str) -> float | None:
+    """Measure how many coordinates the states in front of the random head use, with a model that is dropped again.
+
+    Returns None for a mode without signs: there a block moves the mean of its distances too, which is what the matrix
+    shows, so blocks are held against what random directions would do.
+    """
+    pipeline = get_pipeline(MODES[mode])
+    if not has_block_factor(pipeline):
+        return None
+    loaded = load_model(model, dtype=plan.dtype, device=plan.device)
+    engine = HFEngine(loaded, batch_size=min(plan.batch_size, _STATES), seq_len=plan.seq_len)
+    round = Round(block_hash=plan.blocks[0], public_key="states", seq_len=plan.seq_len, preset=pipeline.name)
+    (states_ND,) = published(engine, round, [state_pipeline(pipeline)], range(_STATES)).values()
+    return stats.effective_dimension(states_ND)
+
+
+def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:
+    arguments = ["poc", "serve", "--model", model, "--data-dir", str(data), "--allow-private-callbacks"]
+    arguments += ["--callback-interval", "0.5"]
+    for flag, value in (("--dtype", plan.dtype), ("--device", plan.device)):
+        arguments += [flag, value] if value else []
+    return Live(arguments, log)
+
+
+def _begin(server: Live, plan: Plan, mode: str, block: str, public_key: str, callback_url: str | None) -> None:
+    body = {
+        "block_hash": block,
+        "block_height": 1,
+        "public_key": public_key,
+        "r_target": plan.r_target,
+        "node_id": 0,
+        "node_count": 1,
+        "batch_size": plan.batch_size,
+        "seq_len": plan.seq_len,
+        "use_layer_hooks": mode == "layer-hooks",
+        "use_sign_flips": mode == "sign-flips",
+    }
+    server.post("/api/v1/pow/init/generate", body | ({"callback_url": callback_url} if callback_url else {}))
+    wait_until(lambda: _status(server)["total_checked"], _FIRST_BATCH_SECONDS, server.failure)
+
+
+def _status(server: Live) -> Any:
+    found = server.get("/api/v1/pow/status")
+    if found["error"]:
+        raise server.failure(f"the round ended: {found['error']}")
+    return found
+
+
+def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) -> JsonObject:
+    offset, seen = server.log_size(), _last_callback(receiver)
+    started = time.monotonic()
+    _begin(server, plan, test.mode, test.block, test.public_key, receiver.url)
+    time.sleep(max(0.0, started + plan.duration - time.monotonic()))
+    server.post("/api/v1/pow/phase/validate")
+    seconds = time.monotonic() - started
+    final = _status(server)
+    arrived = _callbacks(receiver, seen, test, expected=final["total_valid"])
+    write_atomic(logs / f"{test.log_name}_server.log", server.log_since(offset))
+    write_jsonl(logs / f"{test.log_name}_callback.log", arrived)
+    return {
+        "test": test.number,
+        "model": test.model,
+        "mode": test.mode,
+        "block_hash": test.block,
+        "public_key": test.public_key,
+        "r_target": plan.r_target,
+        "checked": final["total_checked"],
+        "valid": final["total_valid"],
+        "valid_rate": final["total_valid"] / final["total_checked"],
+        "nonces_per_second": final["rate_per_second"],
+        "seconds": seconds,
+        "callbacks": len(arrived),
+        "callback_nonces": sum(row["nonces"] for row in arrived),
+        "dtype": server.get("/api/v1/pow/snapshot")["model"]["dtype"],
+        "hidden_size": model_info(test.model).hidden_size,
+    }
+
+
+def _last_callback(receiver: Live) -> int:
+    """Return the sequence number of the latest callback that the receiver has."""
+    seen = 0
+    while found := receiver.get("/batches", after=seen, limit=10_000)["batches"]:
+        seen = found[-1]["seq"]
+    return int(seen)
+
+
+def _callbacks(receiver: Live, seen: int, test: Test, expected: int) -> list[JsonObject]:
+    """Wait for the valid nonces of a test, and return one row per callback; fewer of them after a minute.
+
+    A callback of another round is not counted: sums over all that ever arrived prove nothing about this test.
+    """
+    mine: list[JsonObject] = []
+
+    def complete() -> bool:
+        nonlocal seen
+        for row in receiver.get("/batches", after=seen, limit=1000)["batches"]:
+            seen, body = row["seq"], row["body"]
+            if (body.get("block_hash"), body.get("public_key")) == (test.block, test.public_key):
+                mine.append({name: row[name] for name in ("seq", "id", "kind", "at", "nonces", "copies")})
+        return bool(sum(row["nonces"] for row in mine) >= expected)
+
+    deadline = time.monotonic() + _DELIVERY_SECONDS
+    while not complete() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return mine

@@ -1,0 +1,349 @@
+"""The experiment: every attacker against every preset, on each model, resumable cell by cell.
+
+Legend of shapes: N nonces, C checked nonces, R trials, T positions, M positions read, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field as Setting
+
+from assay import stats
+from assay.files.jsonl import JsonObject
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.outputs import make_transform
+from assay.poc.protocol.pipelines import PIPELINES, Positions, get_pipeline
+from assay.poc.protocol.transforms import unit, weighted_sum
+from assay.settings import Names
+from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
+from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
+from assay_research.redteam.experts import experts
+from assay_research.redteam.field import Field, Judge, Pool, Reading, detection, mixed, spread, validator_format
+from assay_research.redteam.partial import PartialForward, Shortcut
+from assay_research.runs.runs import ExperimentPlan, Progress, measure_missing
+
+AUDITS = 2000
+AUDITED = 64  # nonces of a simulated audit, as `verify` checks by default
+OTHER_SHAPE = 5
+JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+MULTIPLES = (1.0, 1.5, 2.0, 3.0)
+SCREENS = ("first 50.0% dropped", "first 75.0% dropped", "first 87.5% dropped")
+R_TARGETS = (1.416, 1.404)
+DRAWN = 200_000  # distances of a simulated screening
+READ = (1, 4, 16, 64, 128, 256)  # numbers of positions read that are searched
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class RedteamPlan(ExperimentPlan):
+    """What is measured.
+
+    Raises:
+        UsageError: A number is out of range, or a list is empty.
+    """
+
+    dtypes: Names = Setting(
+        ("bfloat16",),
+        description="Dtypes of provers and attackers, separated by commas; the validator has float32, or float8 too.",
+    )
+    nonces: int = Setting(64, ge=8, description="Nonces that every attacker answers.")
+    honest: int = Setting(384, ge=64, description="Honest nonces, one half to calibrate and one to test.")
+    searched: int = Setting(12, ge=0, description="Nonces of the search over positions read; 0 skips the search.")
+    block_hash: str = Setting("block_alpha", description="Block of the attacked rounds.")
+    seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
+    batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
+
+    choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
+    formats: ClassVar[tuple[str, ...]] = (*ExperimentPlan.formats, "float8")
+
+
+def run_redteam(plan: RedteamPlan, folder: Path, *, progress: Progress | None = None) -> None:
+    """Measure what is missing in a run's folder.
+
+    Raises:
+        UsageError: The folder holds a run with other settings, or a model cannot be attacked.
+        StorageError: The file cannot be written.
+    """
+    measure_missing(folder, "redteam", plan.settings, _cells(plan), progress)
+
+
+Cell = tuple[str, Callable[[], JsonObject]]
+
+
+def _cells(plan: RedteamPlan) -> Iterator[Cell]:
+    shape = plan.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
+    for reference in plan.models:
+        searched: set[str] = set()
+        for dtype in plan.dtypes:
+            field = Field(reference=reference, dtype=dtype, **shape)
+            yield from _field_cells(plan, field, f"{reference}/{dtype}")
+            number_format = validator_format(dtype)  # of the search too, so dtypes of one validator share it
+            if plan.searched and number_format not in searched:
+                searched.add(number_format)
+                yield f"{reference}/search in {number_format}", partial(_search, field, plan.searched)
+    if dtypes := [dtype for dtype in plan.dtypes if dtype != "float8"]:
+        yield "experts", partial(experts, plan.batch_size, plan.nonces, dtypes)
+
+
+def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]:
+    who = {"model": field.reference, "dtype": field.dtype}
+    yield f"{prefix}/honest", lambda: {**who, "kind": "honest", **_honest(field)}
+    yield f"{prefix}/audits", lambda: {**who, "kind": "audits", "engines": _audits(field)}
+    for attack in (attack for attack in ATTACKS if attack.serves(field.dtype)):
+        yield f"{prefix}/{attack.name}", partial(_attack, field, attack, plan.nonces)
+    yield f"{prefix}/claims", lambda: {**who, "kind": "claims", "rows": list(_claims(field, plan.nonces))}
+
+
+def _honest(field: Field) -> JsonObject:
+    """Describe the honest noise and the calibrated rules."""
+    rows = {}
+    for preset, reading, x_ND in field.each():
+        judge, (_, testing_N) = field.judges[preset], field.honest_residuals[preset]
+        rows[preset] = {
+            **spread(reading.errors(x_ND), testing_N),
+            "law": judge.noise.as_dict(),
+            "threshold": judge.threshold,
+            "honest_mismatch_rate": judge.honest_rate,
+        }
+    return {"nonces": field.honest, "presets": rows}
+
+
+def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
+    program = attack.make(field.scene)
+    rows = {}
+    for reading in field.readings[attack.last_unknown :]:
+        x_ND = reading.states(program, field.engine, nonces)
+        errors_N = reading.errors(x_ND)
+        for preset in reading.presets:
+            residuals_N, honest_N = reading.residuals(preset, x_ND), field.honest_residuals[preset][1]
+            rows[preset] = {
+                **spread(errors_N, residuals_N),
+                "auc": stats.auroc(np.abs(residuals_N), np.abs(honest_N)),
+                **detection(field.judges[preset], mixed(attack.share, residuals_N, honest_N)),
+            }
+    return {
+        "model": field.reference,
+        "dtype": field.dtype,
+        "kind": "attack",
+        "name": attack.name,
+        "family": attack.family,
+        "cost": program.cost,
+        "skips": attack.skips,
+        "nonces": nonces,
+        "presets": rows,
+    }
+
+
+def _audits(field: Field) -> JsonObject:
+    """Simulate audits of honest nodes: another dtype, other kernels, another batch shape."""
+    plain, eager = field.load(), field.load()
+    eager.module.set_attn_implementation("eager")
+    engines = {
+        "sdpa": field.engine_of(plain),
+        "plain attention": field.engine_of(eager),
+        f"sdpa, batches of {OTHER_SHAPE}": HFEngine(plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len),
+    }
+    return {f"{field.dtype}, {name}": _audited(field, engine) for name, engine in engines.items()}
+
+
+def _audited(field: Field, engine: HFEngine) -> JsonObject:
+    rng = np.random.default_rng(0)
+    rows: JsonObject = {}
+    for reading in field.readings:
+        x_ND = reading.states(OnEngine(engine), engine, field.honest)
+        for preset in reading.presets:
+            residuals_N = reading.residuals(preset, x_ND)
+            half = len(residuals_N) // 2
+            judge = Judge(get_pipeline(preset), residuals_N[:half])
+            drawn_RC = rng.permuted(np.tile(residuals_N[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
+            rows[preset] = {
+                "audits": AUDITS,
+                "nonces": AUDITED,
+                "accused": judge.accused(drawn_RC),
+                "published_rule": judge.published(drawn_RC),
+            }
+    return rows
+
+
+def _claims(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Measure what a node can do with results instead of with the model: invent, hug the tolerance, replay, select.
+
+    Every claim is held against every preset that it applies to; one row each.
+    """
+    yield from _junk(field, nonces)
+    yield from _hugging(field)
+    yield from _replays(field, nonces)
+    yield from _selective(field, nonces)
+
+
+def _junk(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Invent a share of the nonces: the best constant for distances, random vectors otherwise."""
+    for reading in field.readings:
+        x_ND = reading.states(Invented(field.scene), field.engine, nonces)
+        for preset in reading.presets:
+            invented_N = reading.residuals(preset, x_ND)
+            if preset == "poc-2.0":
+                invented_N = chord_mean(RANDOM_HEAD_ROWS) - reading.published(preset, reading.recomputed(nonces))
+            for share in JUNK_SHARES:
+                pool = mixed(share, invented_N, field.honest_residuals[preset][1])
+                yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
+
+
+def _hugging(field: Field) -> Iterator[JsonObject]:
+    """Hand in honest results with larger noise."""
+    for preset, (_, testing_N) in field.honest_residuals.items():
+        for multiple in MULTIPLES:
+            pool = Pool(((1.0, multiple * testing_N),))
+            name = f"{multiple:g} times the honest noise"
+            yield {"claim": name, "preset": preset, **_row(field, preset, pool, 1.0)}
+
+
+def _replays(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Replay the honest results of another node, or of the same node in another block."""
+    for name, change in (("another key", {"public_key": "node_B"}), ("another block", {"block_hash": "block_beta"})):
+        for reading in field.readings:
+            theirs = Reading(field.validator, replace(reading.round, **change), reading.presets)  # type: ignore[arg-type]
+            x_ND = theirs.states(OnEngine(field.engine), field.engine, nonces)
+            for preset in reading.presets:
+                received = theirs.published(preset, x_ND)
+                pool = Pool(((1.0, reading.residuals_of(preset, received)),))
+                yield {"claim": f"replay of {name}", "preset": preset, **_row(field, preset, pool, 0.0)}
+
+
+def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
+    """Run the honest pass only for nonces that a cheap look says are valid; whatever is handed in is exact."""
+    reading = field.readings[0]
+    for attack in ATTACKS:
+        if attack.name not in SCREENS:
+            continue
+        program = attack.make(field.scene)
+        residuals_N = reading.residuals("poc-2.0", reading.states(program, field.engine, nonces))
+        for r_target in R_TARGETS:
+            kept, cost = screened(residuals_N, program.cost, r_target)
+            yield {
+                "claim": f"screening, {attack.name}, {stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
+                "preset": "poc-2.0",
+                "cost": cost,
+                "kept": kept,
+                "sequential_99": None,
+                "counting_99": None,
+            }
+
+
+def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[float, float]:
+    """Simulate screening: a cheap distance, off by ``residuals_N``, decides whether the exact one is computed at all.
+
+    Returns the share of the valid nonces that are found, and the work per found nonce over that of an honest node.
+    """
+    rng = np.random.default_rng(0)
+    exact_R = rng.normal(chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), DRAWN)
+    looked_R = exact_R + rng.choice(residuals_N, DRAWN) < r_target
+    valid_R = exact_R < r_target
+    kept = float((looked_R & valid_R).sum() / valid_R.sum())
+    return kept, float((cost + looked_R.mean()) / kept) if kept else float("inf")
+
+
+def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
+    return {"cost": cost, **detection(field.judges[preset], pool)}
+
+
+def _search(field: Field, nonces: int) -> JsonObject:
+    """Measure, for each number of positions read and each strategy of skipping positions, its error and cost.
+
+    An attacker knows which positions are read, because they follow from the nonce, and leaves out what matters least
+    to them. Every strategy is tuned to save at least a quarter of the work. Strategy and honest pass run in the number
+    format of the validator, so the rounding of provers is no part of the error.
+    """
+    rows: list[JsonObject] = []
+    for count in (count for count in READ if count <= field.seq_len):
+        found = [_nonce(field, count, nonce) for nonce in range(nonces)]
+        for name in found[0]:
+            errors, costs = zip(*(one[name] for one in found), strict=True)
+            row = {"positions": count, "strategy": name, "error_mean": float(np.mean(errors))}
+            rows.append(row | {"cost": float(np.mean(costs))})
+    return {
+        "model": field.reference,
+        "kind": "search",
+        "format": validator_format(field.dtype),
+        "rows": rows,
+    }
+
+
+def _nonce(field: Field, count: int, nonce: int) -> dict[str, tuple[float, float]]:
+    """Attack one nonce; return error and cost of every strategy."""
+    model, T = field.validator.model, field.seq_len
+    round = field.round("hardened")
+    weights_1T = _weights(field, count, nonce)
+    inputs_1TD = field.validator.inputs(round, [nonce])
+    layers = model.num_layers
+    honest_1D = unit(weighted_sum(PartialForward(model, Shortcut((layers,) * T)).states(inputs_1TD), weights_1T))
+    read = torch.nonzero(weights_1T[0]).flatten().tolist()
+    found = {}
+    for name, shortcut in strategies(read, T, layers):
+        program = PartialForward(model, shortcut, field.scene.guesses)
+        error = (unit(program.read(inputs_1TD, weights_1T)) - honest_1D).norm()
+        found[name] = (float(error), program.cost)
+    return found
+
+
+def _weights(field: Field, count: int, nonce: int) -> torch.Tensor:
+    if count == 1:  # the last one, as the published presets read it
+        return torch.eye(field.seq_len)[-1:].to(field.validator.device)
+    pipeline = replace(PIPELINES["hardened"], read=Positions(count))
+    transform = make_transform(field.validator, field.round("hardened"), pipeline)
+    weights_BT = transform.weights([nonce], field.seq_len)
+    assert weights_BT is not None
+    return weights_BT
+
+
+def strategies(read: list[int], T: int, layers: int) -> Iterator[tuple[str, Shortcut]]:
+    """Yield the ways to save a quarter of the work when the positions in ``read`` are read.
+
+    Positions are ranked by use: unread ones that are farthest from the next read one go first.
+    """
+    ranked = _by_use(read, T)
+    dropped = -(-26 * T // 100)  # a quarter, and what the guesses cost
+    yield "least useful dropped", Shortcut(_depths(T, layers, ranked[:dropped], 0))
+    for depth in (layers // 4, layers // 2):
+        left = min(T, int(1.1 * dropped * layers / (layers - depth)))
+        yield f"least useful leave at {depth}, stale", Shortcut(_depths(T, layers, ranked[:left], depth), stale=True)
+        yield f"least useful leave at {depth}", Shortcut(_depths(T, layers, ranked[:left], depth))
+    yield "first dropped", Shortcut(_depths(T, layers, list(range(dropped)), 0))
+    yield "last dropped", Shortcut(_depths(T, layers, list(range(T - dropped, T)), 0))
+    yield "all leave early", Shortcut((layers - -(-layers // 4),) * T)
+    if len(read) > 1:
+        window = _window(read, T, T - dropped)
+        kept = {t for r in read for t in range(max(0, r - window + 1), r + 1)}
+        unread = [t for t in range(T) if t not in kept]
+        yield "a shared window before each", Shortcut(_depths(T, layers, unread, 0))
+
+
+def _depths(T: int, layers: int, left: list[int], depth: int) -> tuple[int, ...]:
+    gone = set(left)
+    return tuple(depth if t in gone else layers for t in range(T))
+
+
+def _by_use(read: list[int], T: int) -> list[int]:
+    """Rank positions, the least useful first: unread ones by the distance to the next read one, then read ones."""
+
+    def ahead(t: int) -> int:
+        return min((r - t for r in read if r >= t), default=2 * T)
+
+    unread = [t for t in range(T) if t not in set(read)]
+    return sorted(unread, key=ahead, reverse=True) + sorted(read, reverse=True)
+
+
+def _window(read: list[int], T: int, most: int) -> int:
+    """Return the largest window whose union before the read positions has at most ``most`` positions."""
+    best = 1
+    for window in range(1, T + 1):
+        if len({t for r in read for t in range(max(0, r - window + 1), r + 1)}) > most:
+            break
+        best = window
+    return best

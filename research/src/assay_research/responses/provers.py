@@ -1,0 +1,250 @@
+"""What a prover hands in for a batch of requests, and what the verifier's one prefill says of it.
+
+Provers decode token by token with a cache, as a server does; the verifier reads prompt and output at once.
+
+Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary, D hidden size, K reported tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from assay.models.decoder import backbone, head_of
+from assay.models.load import Model
+from assay.models.wide import wide_products
+from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sampling import ResponseSeed, Sampling
+
+REPORTED = 5
+"""Likeliest tokens of every step that a prover reports, as the network's executors do."""
+
+BOS = 1
+PROMPT_KEY = "prompts"
+
+UInts = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of one prompt length, answered in one batch.
+
+    Args:
+        prompts: Token ids of the prompts, [B, T].
+        seeds: Seed of every request.
+        sampling: Sampling that the answers claim.
+        steps: Number of output tokens N.
+    """
+
+    prompts: Tensor
+    seeds: tuple[ResponseSeed, ...]
+    sampling: Sampling
+    steps: int
+
+    @cached_property
+    def noise(self) -> UInts:
+        """Seed of the noise of every step, [B, N]."""
+        return np.stack([seed.step_seeds(range(self.steps)) for seed in self.seeds])
+
+    def rows(self, start: int, stop: int) -> "Requests":
+        """Return some of the requests."""
+        return replace(self, prompts=self.prompts[start:stop], seeds=self.seeds[start:stop])
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a prover hands in.
+
+    Args:
+        tokens: Output tokens, [B, N].
+        states: Last hidden states that gave them, [B, N, D] in float32: whatever is published is made of these.
+        top_ids: Ids of the likeliest tokens that it reports, [B, N, K].
+        top_logprobs: Their raw log-probabilities, [B, N, K].
+        asked: Share of the tokens for which the honest model was asked.
+    """
+
+    tokens: Tensor
+    states: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    asked: float = 1.0
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Served":
+        """Return what is handed in when every part [B, N, …] of it is changed by a function."""
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            states=change(self.states),
+            top_ids=change(self.top_ids),
+            top_logprobs=change(self.top_logprobs),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a model: logits [B, V] and last hidden states [B, D], in float32."""
+
+    logits: Tensor
+    state: Tensor
+
+
+class Runner:
+    """A model with a cache, fed a piece at a time.
+
+    Args:
+        model: Model that runs.
+        cache: Cache of keys and values; a plain one when None.
+    """
+
+    def __init__(self, model: Model, cache: DynamicCache | None = None) -> None:
+        self._model = model
+        self._body: Any = backbone(model.module)
+        self._head = head_of(model.module)
+        self._cache = DynamicCache() if cache is None else cache
+
+    @torch.inference_mode()
+    def feed(self, ids_BT: Tensor) -> Step:
+        """Read tokens and return what the model says after the last of them."""
+        with wide_products(self._model):
+            output = self._body(input_ids=ids_BT, past_key_values=self._cache, use_cache=True)
+            state_BD = output.last_hidden_state[:, -1]
+            return Step(self._head(state_BD).float(), state_BD.float())
+
+
+class Float8Cache(DynamicCache):
+    """A cache whose keys and values are rounded to float8 (e4m3), with one scale for all."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Round, then keep."""
+        return super().update(_float8(key_states), _float8(value_states), layer_idx, *args, **kwargs)
+
+
+def _float8(x: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+Choose = Callable[[int, Step, Step | None], Tensor]
+"""From the index of a step, what the model said and what the model beside it said: the tokens, [B]."""
+
+
+class Seeded:
+    """Chooses tokens as asked: the noise is that of the requests.
+
+    Args:
+        requests: Requests that are answered.
+        sampling: Sampling that is used in place of the one that the requests ask for.
+    """
+
+    def __init__(self, requests: Requests, sampling: Sampling | None = None) -> None:
+        self._requests, self._sampling = requests, sampling or requests.sampling
+        self._sampler: Sampler | None = None
+
+    def scores(self, step: int, said: Step) -> Tensor:
+        """Return the scores of all tokens in a step, [B, V]."""
+        if self._sampler is None:
+            rows, vocabulary = said.logits.shape
+            self._sampler = Sampler([self._sampling] * rows, vocabulary, said.logits.device)
+        return self._sampler.scores(said.logits, self._requests.noise[:, step])
+
+    def __call__(self, step: int, said: Step, beside: Step | None) -> Tensor:
+        """Return the tokens of a step, [B]."""
+        return self.scores(step, said).argmax(-1)
+
+
+def decode(
+    model: Model,
+    requests: Requests,
+    choose: Choose | None = None,
+    *,
+    prompts_BT: Tensor | None = None,
+    cache: DynamicCache | None = None,
+    beside: Model | None = None,
+) -> Served:
+    """Answer requests token by token.
+
+    Args:
+        model: Model that answers.
+        requests: Requests that are answered.
+        choose: Function that chooses the tokens; the honest one when None.
+        prompts_BT: Prompts that are read in place of the requests' own, [B, T].
+        cache: Cache of keys and values; a plain one when None.
+        beside: Model that reads the same tokens and may be asked by ``choose``; its states are not handed in.
+    """
+    choose = choose or Seeded(requests)
+    runner, other = Runner(model, cache), Runner(beside) if beside else None
+    fed = requests.prompts if prompts_BT is None else prompts_BT
+    found: list[tuple[Tensor, ...]] = []
+    for step in range(requests.steps):
+        said = runner.feed(fed)
+        token_B = choose(step, said, other.feed(fed) if other else None)
+        found.append((token_B, said.state, *_top(said.logits)))
+        fed = token_B[:, None]
+    tokens_BN, states_BND, ids_BNK, logprobs_BNK = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    return Served(tokens_BN, states_BND, ids_BNK, logprobs_BNK)
+
+
+def _top(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
+    found = logits_XV.log_softmax(-1).topk(REPORTED)
+    return found.indices, found.values
+
+
+@torch.inference_mode()
+def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8) -> Iterator[Step]:
+    """Yield, for every request, the logits [N, V] and states [N, D] that a prefill gives its output."""
+    body: Any = backbone(model.module)
+    head = head_of(model.module)
+    steps = tokens_BN.shape[1]
+    ids_BX = torch.cat([prompts_BT, tokens_BN[:, :-1]], 1)
+    for start in range(0, len(ids_BX), batch):
+        with wide_products(model):
+            states_BND = body(input_ids=ids_BX[start : start + batch], use_cache=False).last_hidden_state[:, -steps:]
+        for state_ND in states_BND:
+            with wide_products(model):
+                said = Step(head(state_ND).float(), state_ND.float())
+            yield said
+
+
+def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Served:
+    """Return the same tokens with everything else taken from an honest prefill of them."""
+    found = [(said.state, *_top(said.logits)) for said in prefill(model, requests.prompts, served.tokens)]
+    states_BND, ids_BNK, logprobs_BNK = (torch.stack(part) for part in zip(*found, strict=True))
+    return replace(served, states=states_BND, top_ids=ids_BNK, top_logprobs=logprobs_BNK)
+
+
+def make_requests(
+    model: Model, count: int, *, prompt_tokens: int, steps: int, sampling: Sampling, name: str = "request"
+) -> Requests:
+    """Return requests whose prompts the honest model has written itself, from its first token on.
+
+    Args:
+        model: Model in float32 that writes the prompts.
+        count: Number of requests B.
+        prompt_tokens: Length T of every prompt.
+        steps: Number of output tokens N.
+        sampling: Sampling that is asked for.
+        name: Beginning of the request ids.
+    """
+    start_B1 = torch.full((count, 1), BOS, device=model.device)
+    written = Requests(start_B1, _seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
+    prompts_BT = torch.cat([start_B1, decode(model, written).tokens], 1)
+    return Requests(prompts_BT, _seeds(model, count, name), sampling, steps)
+
+
+def _seeds(model: Model, count: int, name: str) -> tuple[ResponseSeed, ...]:
+    return tuple(
+        ResponseSeed(
+            user_seed="",
+            request_id=f"{name} {index}",
+            public_key="node_A",
+            digest=model.digest,
+            block_hash="block_alpha",
+        )
+        for index in range(count)
+    )

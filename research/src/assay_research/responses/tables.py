@@ -1,0 +1,156 @@
+"""The tables of the experiment, for the terminal, the documentation and the page of a run."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from assay.files.jsonl import JsonObject
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.html import Cell, Report
+from assay_research.responses.audits import GRID
+from assay_research.responses.field import BYTES, OURS
+from assay_research.runs.report import Table
+from assay_research.runs.runs import RunRecords
+
+Cells = Iterable[JsonObject]
+Place = tuple[str, str, str]
+"""Model, dtype of provers, and whether tokens are sampled or greedy."""
+
+CLASSES = {
+    "no bytes": tuple(name for name, size in BYTES.items() if size == 0),
+    "0.75 bytes": tuple(name for name, size in BYTES.items() if 0 < size <= OURS["sketches"]),
+    "more bytes": tuple(name for name, size in BYTES.items() if size > OURS["sketches"]),
+}
+"""Methods by what they publish per token."""
+
+CURVES = ("int4 weights", "fp8 weights", "int8 weights", "int4 tokens that lead by 2")
+DRAWN = ("margins", "sketches", "Token-DiFR", "Activation-DiFR, 1 in 32", "TOPLOC, top 128")
+SHOWN_AREA = "64"  # tokens
+
+
+def _of(cells: Cells, kind: str, place: Place | None = None) -> Iterator[JsonObject]:
+    for cell in cells:
+        if cell.get("kind") == kind and place in (None, (cell.get("model"), cell.get("dtype"), cell.get("mode"))):
+            yield cell
+
+
+def places(cells: Cells) -> list[Place]:
+    """Return the models, dtypes and modes that honest responses were measured on."""
+    return [(cell["model"], cell["dtype"], cell["mode"]) for cell in _of(cells, "honest")]
+
+
+def caught_table(cells: Cells, place: Place) -> Table:
+    """Return, for every cheat, the tokens until it is caught by ours, and at a threshold by every method."""
+    rows: list[list[Cell]] = []
+    for cell in _of(cells, "cheat", place):
+        methods = cell["methods"]
+        rows.append([
+            cell["name"],
+            f"{cell['matches']:.1%}",
+            *(_needs(methods[name]["sequential_99"]) for name in OURS),
+            *(_needs(methods[name]["threshold_99"]) for name in BYTES),
+        ])  # fmt: skip
+    columns = ("cheat", "tokens that match", *(f"{name}, sequential" for name in OURS), *BYTES)
+    return columns, rows
+
+
+def area_table(cells: Cells, place: Place) -> Table:
+    """Return, for every cheat and method, the area under the curve after `SHOWN_AREA` tokens of a response."""
+    rows: list[list[Cell]] = [
+        [cell["name"], *(_area(cell["methods"][name]["auc"].get(SHOWN_AREA)) for name in BYTES)]
+        for cell in _of(cells, "cheat", place)
+    ]
+    return ("cheat", *BYTES), rows
+
+
+def honest_table(cells: Cells) -> Table:
+    """Return how often honest provers match the verifier's tokens, and how many of their audits ours accuse."""
+    provers = [(f"{cell['dtype']} for float32, {cell['mode']}", cell) for cell in _of(cells, "honest")]
+    provers += [(f"{cell['prover']} for {cell['verifier']}", cell) for cell in _of(cells, "pair")]
+    rows: list[list[Cell]] = [
+        [cell["model"], name, f"{cell['matches']:.2%}", f"{cell['residual_median']:.4f}", *_accused(cell)]
+        for name, cell in provers
+    ]
+    for cell in _of(cells, "others"):
+        for name, accused in cell["provers"].items():
+            named = {"audits": cell["audits"], "accused": accused}
+            rows.append([cell["model"], f"{cell['dtype']} for float32, {name}", "", "", *_accused(named)])
+    columns = ("model", "prover", "tokens that match", "median residual", "audits", *(f"accused, {n}" for n in OURS))
+    return columns, rows
+
+
+def alarm_table(cells: Cells) -> Table:
+    """Return the false alarms of every method where its threshold comes from other honest responses."""
+    rows: list[list[Cell]] = [
+        [cell["model"], cell["mode"], name, *(f"{share:.2%}" for share in shares)]
+        for cell in _of(cells, "honest")
+        for name, shares in cell["alarms"].items()
+    ]
+    return ("model", "tokens", "method", "after 256 tokens", f"after {GRID[-1]}"), rows
+
+
+def standing_table(cells: Cells) -> Table:
+    """Return, for int4 weights, our figures beside the best rival of the same bytes."""
+    rows: list[list[Cell]] = []
+    for place in places(cells):
+        for cell in _of(cells, "cheat", place):
+            if cell["name"] == "int4 weights":
+                rows += [[*place[::2], *row] for row in _standing(cell["methods"])]
+    return ("model", "tokens", "bytes per token", "ours", "sequential", "at a threshold", "best rival", "needs"), rows
+
+
+def _standing(methods: JsonObject) -> Iterator[list[Cell]]:
+    for ours, rivals in (("margins", CLASSES["no bytes"]), ("sketches", CLASSES["no bytes"] + CLASSES["0.75 bytes"])):
+        others = {name: methods[name]["threshold_99"] for name in rivals if name not in OURS}
+        best = min(others, key=lambda name: others[name] or float("inf"))
+        own = methods[ours]
+        figures = (own["sequential_99"], own["threshold_99"])
+        yield [f"{OURS[ours]:g}", ours, *map(_needs, figures), best, _needs(others[best])]
+
+
+def _accused(cell: JsonObject) -> list[Cell]:
+    return [cell["audits"], *(f"{cell['accused'][name]:.2%}" for name in OURS)]
+
+
+def _needs(tokens: int | None) -> Cell:
+    return tokens if tokens is not None else "never"
+
+
+def _area(area: float | None) -> Cell:
+    return "" if area is None else f"{area:.3f}"
+
+
+def draw(report: Report, run: RunRecords) -> None:
+    """Add what honest provers show, how soon every cheat is caught by each method, and curves."""
+    cells = run.cells
+    if not places(cells):
+        return
+    report.section("Red team: served responses")
+    report.paragraph(
+        "All methods score the same responses. 'Sequential' is our test as it is used; every other column is a method "
+        "with the threshold that one in a thousand honest audits exceed, for a number of tokens known in advance."
+    )
+    report.table(("method", "bytes per token"), [[name, f"{size:.2f}"] for name, size in BYTES.items()])
+    report.table(*standing_table(cells), caption="int4 weights: tokens until 99 % are caught")
+    report.table(*honest_table(cells), caption="Honest provers")
+    with report.details("False alarms with thresholds from other honest responses"):
+        report.table(*alarm_table(cells))
+    for place in places(cells):
+        report.section(", ".join(place))
+        _curves(report, [cell for cell in _of(cells, "cheat", place) if cell["name"] in CURVES])
+        report.table(*caught_table(cells, place), caption="Tokens until 99 % of the audits are accused")
+        report.table(*area_table(cells, place), caption=f"Area under the curve after {SHOWN_AREA} tokens")
+
+
+def _curves(report: Report, cells: list[JsonObject]) -> None:
+    for cell in cells:
+        fig, ax = figure(height=2.8)
+        for color, name in zip(SERIES, DRAWN, strict=False):
+            values: dict[str, Any] = cell["methods"][name]
+            ax.plot(GRID, values["shares"], color=color, label=name)
+            if "sequential" in values:
+                ax.plot(GRID, values["sequential"], color=color, linestyle="--", linewidth=0.9)
+        ax.set_xscale("log")
+        ax.set_xlabel("tokens checked")
+        ax.set_ylabel("share caught")
+        legend(ax, loc="lower right")
+        report.figure(fig, f"{cell['name']}: share caught at a threshold (solid) and sequentially (dashed).")

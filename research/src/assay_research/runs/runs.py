@@ -1,0 +1,294 @@
+"""The run store: what experiments measured, cell by cell, in files that a killed run continues.
+
+A run is a folder. Every experiment has one JSON Lines file in it, ``<experiment>.jsonl``: a header with the settings,
+then one line per cell, each under a key of its own. While it is written the file is ``<experiment>.jsonl.partial``.
+
+    with open_run(folder, "approaches", {"seq_len": 256}) as run:
+        for cell in cells:
+            if cell.key not in run.done:
+                run.append(cell.key, measure(cell))
+    read_run(folder, "approaches").cells
+
+Settings are what makes two cells comparable. Which cells are wanted is not among them, so a run that measured one model
+may be continued with another.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from assay import streams
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import JsonObject, dumps, loads, read_lines
+from assay.files.storage import PartialFile, storage_error
+from assay.pages.provenance import provenance
+from assay.settings import Device, Names, Settings
+
+KIND = "assay.poc.experiment"
+SCHEMA = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+BLOCKS = ("block_alpha", "block_beta", "block_gamma")
+"""Blocks of the published tests."""
+
+Blocks = Annotated[Names, Field(description="Block hashes, separated by commas.")]
+
+Progress = Callable[[int, int], None]
+"""Called with (cells done, cells in all)."""
+
+
+class ExperimentPlan(Settings):
+    """Settings of every experiment that runs models.
+
+    Raises:
+        UsageError: A list is too short or repeats an entry; the message names the flag.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = streams.DTYPES
+    """Number formats that ``dtypes`` may name, where an experiment has several."""
+
+    least: ClassVar[Mapping[str, int]] = {}
+    """Least number of entries of lists that need more than one."""
+
+    choosing: ClassVar[frozenset[str]] = frozenset({"models"})
+    """Settings that say which cells are wanted, and not how they are measured."""
+
+    models: Names = Field(("reference:qwen3", "reference:llama"), description="Models, separated by commas.")
+    seq_len: int = Field(256, ge=1, description="Input positions per nonce.")
+    batch_size: int = Field(32, ge=1, description="Nonces per forward pass.")
+    device: Device = None
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists."""
+        for name, values in self:
+            count = self.least.get(name, 1)
+            if isinstance(values, tuple) and (len(values) < count or len(set(values)) < len(values)):
+                raise UsageError(
+                    f"{name} {values!r:.80}",
+                    wanted=f"{count} or more, each once",
+                    do=f"correct --{name.replace('_', '-')}",
+                )
+        if odd := [name for name in getattr(self, "dtypes", ()) if name not in self.formats]:
+            raise UsageError(
+                f"dtypes {', '.join(odd)}", wanted="some of " + ", ".join(self.formats), do="correct --dtypes"
+            )
+
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run."""
+        chosen = self.model_dump(exclude=set(self.choosing))
+        return {name: "default" if value is None else value for name, value in chosen.items()}
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What one experiment of a run measured.
+
+    Args:
+        experiment: Name of the experiment, such as ``matrix``.
+        settings: Settings that were the same for all cells.
+        origins: Versions and machine of every process that wrote to the file, the first one first; each once.
+        cells: Measured values in the order of measurement; ``key`` names the cell.
+        complete: Whether the process that wrote last reached its end.
+    """
+
+    experiment: str
+    settings: JsonObject
+    origins: tuple[JsonObject, ...]
+    cells: tuple[JsonObject, ...]
+    complete: bool
+
+
+class Run:
+    """An experiment's file, open for writing by one process; made by :func:`open_run`."""
+
+    def __init__(self, file: PartialFile, cells: Iterable[JsonObject], origin: JsonObject | None) -> None:
+        self._file = file
+        self._origin = origin  # written before the first cell; a process that adds none leaves no trace
+        self._keys = {cell["key"] for cell in cells}
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Keys of the cells that are measured."""
+        return frozenset(self._keys)
+
+    def append(self, key: str, values: Mapping[str, Any]) -> None:
+        """Write the values of a cell; they are with the system when this returns.
+
+        Raises:
+            UsageError: The key is taken, or the values are not JSON.
+            StorageError: The line cannot be written.
+        """
+        if key in self._keys:
+            raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
+        line = dumps({"key": key, **values})
+        if self._origin is not None:
+            self._file.append({"origin": self._origin})
+            self._origin = None
+        self._file.append_lines([line])
+        self._keys.add(key)
+
+
+def run_folder(output: Path, name: str) -> Path:
+    """Return the folder of the run with this name.
+
+    Raises:
+        UsageError: The name is not a plain file name.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"run name {name!r:.80}",
+            wanted="a letter or digit, then up to 63 letters, digits, dots, dashes and underscores",
+            do="for instance --run-name night-1",
+        )
+    return output / name
+
+
+@contextmanager
+def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iterator[Run]:
+    """Begin an experiment in a run's folder, or continue it.
+
+    Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and the
+    next call goes on after the last whole line. A file without a cell is removed, so other settings can begin.
+
+    Raises:
+        UsageError: It was begun there with other settings, which the message names.
+        DataError: The file is not that of an experiment.
+        StorageError: The file cannot be written, or another process writes it.
+    """
+    path = _path(folder, experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not _partial(path).exists():
+            _check_settings(read_run(folder, experiment).settings, settings, path)
+            path.rename(_partial(path))
+    except OSError as error:
+        raise storage_error(path, error) from error
+    with PartialFile(path) as file:
+        run = _recovered(file, experiment, settings)
+        try:
+            yield run
+        except BaseException:
+            if not run.done:
+                _remove(file.partial)
+            raise
+        file.commit()
+
+
+def _remove(partial: Path) -> None:
+    """Remove a file in which nothing was measured, and its folder if it is empty."""
+    with suppress(OSError):
+        partial.unlink()
+        partial.parent.rmdir()
+
+
+def measure_missing(
+    folder: Path,
+    experiment: str,
+    settings: Mapping[str, Any],
+    cells: Iterable[tuple[str, Callable[[], Mapping[str, Any]]]],
+    progress: Progress | None = None,
+) -> None:
+    """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
+
+    Args:
+        folder: Folder of the run.
+        experiment: Name of the experiment.
+        settings: Settings that make two cells comparable.
+        cells: Key of every wanted cell, with the function that measures it.
+        progress: Function that is called with (cells done, missing cells in all) after every cell.
+
+    Raises:
+        UsageError: The run was begun with other settings.
+        StorageError: The file cannot be written.
+    """
+    with open_run(folder, experiment, settings) as run:
+        todo = deque(cell for cell in cells if cell[0] not in run.done)
+        total = len(todo)
+        for done in range(1, total + 1):
+            # Cells are let go of one by one, and with the last cell of a model the model.
+            key, measure = todo.popleft()
+            run.append(key, measure())
+            if progress:
+                progress(done, total)
+
+
+def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) -> Run:
+    """Read what the file holds, and write the header of a new one."""
+    lines, origin = file.recover(), provenance()
+    if not lines:
+        header = {"kind": KIND, "schema": SCHEMA, "experiment": experiment, "settings": settings, "origin": origin}
+        file.append(header)
+        return Run(file, (), None)
+    found = _parsed([line.encode() for line in lines], file.partial, experiment)
+    _check_settings(found.settings, settings, file.path)
+    return Run(file, found.cells, None if origin in found.origins else origin)
+
+
+def _check_settings(begun: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    # Compared as they are written: a tuple and a list are one setting.
+    other = sorted(
+        name
+        for name in begun.keys() | settings.keys()
+        if name not in begun or name not in settings or dumps(begun[name]) != dumps(settings[name])
+    )
+    if other:
+        raise UsageError(
+            f"{path} was begun with another " + ", ".join(other),
+            wanted=", ".join(f"{name} {begun.get(name)!r}" for name in other),
+            do="repeat the settings of that run, or choose another --run-name",
+        )
+
+
+def read_run(folder: Path, experiment: str) -> RunRecords:
+    """Read what an experiment of a run measured so far, while it runs too.
+
+    Raises:
+        DataError: There is no such file, or it is malformed; the message names the line.
+    """
+    path = _path(folder, experiment)
+    found = path if path.exists() else _partial(path)
+    lines = [raw for _, raw in read_lines(found)]
+    if found != path and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # the writer has not finished this one
+    return _parsed(lines, found, experiment)
+
+
+def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:
+    """Take header, origins and cells apart."""
+    rows = [loads(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    header = rows[0] if rows else {}
+    named = (header.get("kind"), header.get("schema"), header.get("experiment")) == (KIND, SCHEMA, experiment)
+    if not named or not all(isinstance(header.get(name), dict) for name in ("settings", "origin")):
+        raise DataError(
+            f"{path} does not begin like a run of {experiment}",
+            wanted=f"a header of kind {KIND}, schema {SCHEMA}, with settings and origin",
+            do="choose another --run-name, or move the file away",
+        )
+    for number, row in enumerate(rows[1:], 2):
+        is_origin = "key" not in row and isinstance(row.get("origin"), dict)
+        if not (is_origin or isinstance(row.get("key"), str)):
+            raise DataError(
+                f"{path}, line {number}: neither a cell with a key nor an origin",
+                wanted="lines that a run wrote",
+                do="remove the line, or move the file away",
+            )
+    origins = (header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row))
+    cells = tuple(row for row in rows[1:] if "key" in row)
+    if len({cell["key"] for cell in cells}) < len(cells):
+        raise DataError(f"{path} has a cell twice", wanted="every cell once", do="remove one of the two lines")
+    return RunRecords(experiment, header["settings"], origins, cells, path.suffix != ".partial")
+
+
+def _path(folder: Path, experiment: str) -> Path:
+    return folder / f"{experiment}.jsonl"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

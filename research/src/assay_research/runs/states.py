@@ -1,0 +1,52 @@
+"""The experiments' own way through a pipeline: hidden states once, then as many pipelines as want them.
+
+Legend of shapes: N nonces, B nonces of a batch, D hidden size, K published numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.outputs import make_transform
+from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import Transform
+
+
+def state_pipeline(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline cut off before its head: it publishes the randomised state itself, in fp16."""
+    return replace(pipeline, head="none", logits=(), output="vector")
+
+
+def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
+
+    The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
+    between the layers is what the engine was set to before.
+    """
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
+        inputs_BTD = engine.inputs(transform.round, padded)
+        yield padded, engine.read(inputs_BTD, transform.weights(padded, engine.seq_len))
+
+
+def published(
+    engine: HFEngine, round: Round, pipelines: Sequence[Pipeline], nonces: Sequence[int]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return what every pipeline publishes, by name: distances [N] or vectors [N, K].
+
+    The pipelines must agree on what happens between the layers and on what is read; the model runs once for all.
+    """
+    ((layers, _),) = {(pipeline.layers, pipeline.read) for pipeline in pipelines}
+    transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in pipelines}
+    found: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in transforms}
+    with engine.between_layers(layers, round):
+        for padded, x_BD in states(engine, next(iter(transforms.values())), nonces):
+            for name, transform in transforms.items():
+                found[name].append(transform(x_BD, padded).float().cpu().numpy())
+    return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}

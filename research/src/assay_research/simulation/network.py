@@ -1,0 +1,371 @@
+"""The network, what is simulated of it, and the rules that vote in every check.
+
+The nodes with the largest stakes are validators. Every round, every node is checked by a few of them, drawn by
+stake. Each recomputes a sample of nonces and votes; a node is convicted when more than half of the stake that checked
+it says fraud, and is gone from then on. The rules:
+
+- *published*: the count test of the preset with its published constants;
+- *count*: the same count, with the threshold at which honest noise accuses once in a thousand checks;
+- *sequential*: the e-value test, begun anew in every check;
+- *lifetime*: one account for each node, which the residuals of all validators enter; it convicts alone.
+
+Nodes are judged by one of two kinds of laws. Under the *default* law of the preset and dtype, honest nodes have that
+law itself, which is wider than what was measured. Under a *predictive* law, which is what was measured with the spread
+of machines that were not, every honest node has a scale of its own for its life, and every block another one. Cheaters
+have what the red team measured for an attack, or junk in a share of their nonces.
+
+Legend of shapes: N nodes, P panels, V validators of a panel, R trials, C checked nonces.
+"""
+
+import math
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy import special
+from scipy import stats as distributions
+
+from assay import stats
+from assay.errors import UsageError
+from assay.files.jsonl import JsonObject
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.calibrate import SCALED_SPREAD
+from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc.verdict.machines import PAIR_SPREAD, PRIOR
+from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_test
+from assay.settings import Names, Settings
+from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.stats.noise import Spread
+from assay_research.redteam.field import PRESETS, count_power
+from assay_research.runs.runs import Progress, measure_missing
+from assay_research.simulation.lives import Kind, Machines, convicted_in
+
+Rule = Literal["published", "count", "sequential", "lifetime"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+LawKind = Literal["default", "predictive"]
+LAWS: tuple[LawKind, ...] = get_args(LawKind)
+
+ALPHA = 1e-3
+PANELS = 10_000
+TRIALS = 4000
+HONEST_TRIALS = 20_000
+
+FloatArray = npt.NDArray[np.float64]
+
+
+JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
+PARTIAL = (
+    Kind("10% of the nonces cheap", multiple=22.0, share=0.1),
+    Kind("20% of the nonces cheap", multiple=10.0, share=0.2),
+)
+LATE = 0.5
+"""Share of the rounds for which a node is honest that then computes with weights of four bits."""
+
+KINDS: dict[str, dict[str, tuple[Kind, ...]]] = {
+    "bfloat16": {
+        "poc-2.0": (Kind("int4 weights", 17.0), Kind("int8 weights", 1.4), Kind("half of the positions", 7.0)),
+        "artifact": (Kind("int4 weights", 17.0), Kind("int8 weights", 1.4), Kind("half of the positions", 7.0)),
+        "hardened": (Kind("int4 weights", 17.0), Kind("int8 weights", 1.4), Kind("three quarters of the work", 14.0)),
+    },
+    "float16": {
+        "poc-2.0": (Kind("int4 weights", 154.0), Kind("int8 weights", 9.7), Kind("half of the positions", 44.0)),
+        "artifact": (Kind("int4 weights", 154.0), Kind("int8 weights", 9.7), Kind("half of the positions", 44.0)),
+        "hardened": (Kind("int4 weights", 140.0), Kind("int8 weights", 9.1), Kind("three quarters of the work", 112.0)),
+    },
+}
+"""Attackers by number format and preset: residuals over the honest ones, of the bundled models (docs/redteam.md)."""
+
+
+class Network(Settings):
+    """The network and how it checks.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+
+    nodes: int = Field(10_000, ge=1, le=10**6, description="Nodes of the network, honest and cheating.")
+    cheating: float = Field(0.01, gt=0, lt=0.5, description="Share of the nodes that each kind of cheater has.")
+    rounds: int = Field(365, ge=1, le=10**5, description="Rounds in the simulated time.")
+    machine_spread: float = Field(
+        PRIOR.sd, ge=0, le=0.5, description="Spread of ln scale of honest machines, under predictive laws."
+    )
+    validators: int = Field(100, ge=1, description="Nodes with the largest stakes, who check the others.")
+    checkers: int = Field(5, ge=1, description="Different validators that check a node in a round.")
+    checked: int = Field(32, ge=1, le=1000, description="Nonces that a validator recomputes.")
+    stake_spread: float = Field(1.5, ge=0, le=10, description="Standard deviation of ln stake.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check numbers against each other."""
+        for name, most in (("validators", "nodes"), ("checkers", "validators")):
+            if getattr(self, name) > getattr(self, most):
+                raise UsageError(
+                    f"--{name} {getattr(self, name)}",
+                    wanted=f"1 to the {getattr(self, most)} {most}",
+                    do=f"lower --{name}",
+                )
+
+
+class SimulationPlan(Settings):
+    """What is simulated: provers of some dtypes against validators that compute in float32.
+
+    Raises:
+        UsageError: A preset, dtype or law is unknown or named twice, or a list is empty.
+    """
+
+    presets: Names = Field(PRESETS, description="Presets of the rounds, separated by commas.")
+    dtypes: Names = Field(tuple(KINDS), description="Dtypes of provers, separated by commas; validators have float32.")
+    laws: Names = Field(LAWS, description="Laws that nodes are judged by, separated by commas: default, predictive.")
+    network: Network = Field(Network(), description="Nodes, validators and rounds.")
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the names."""
+        lists = (
+            ("presets", self.presets, PRESETS),
+            ("dtypes", self.dtypes, tuple(KINDS)),
+            ("laws", self.laws, LAWS),
+        )
+        for name, given, known in lists:
+            odd = [value for value in given if value not in known or given.count(value) > 1]
+            if odd or not given:
+                raise UsageError(
+                    f"{name} {', '.join(odd) or 'none'}",
+                    wanted="some of " + ", ".join(known) + ", each once",
+                    do=f"correct --{name}",
+                )
+
+    def noise(self, preset: str, dtype: str, law: str) -> Noise:
+        """Return the noise that validators judge by."""
+        default = default_noise(get_pipeline(preset).noise, dtype, "float32")
+        if law == "default":
+            return default
+        measured = default.scaled(1 / MARGIN)
+        machines = self.machines(preset, law)
+        spread = Spread(math.hypot(machines.spread.sd, machines.block), machines.spread.dof)
+        return Noise(measured.law, "what was measured, for machines that were not", spread)
+
+    def machines(self, preset: str, law: str) -> Machines:
+        """Return how the noise of honest machines differs from the law."""
+        if law == "default":
+            return Machines()
+        block = SCALED_SPREAD if get_pipeline(preset).output == "distance" else PAIR_SPREAD
+        return Machines(Spread(self.network.machine_spread, PRIOR.dof), block)
+
+    def kinds(self, preset: str, dtype: str, law: str) -> tuple[Kind, ...]:
+        """Return the attackers. Theirs are multiples of measured noise, over which a default law has a margin."""
+        margin = MARGIN if law == "default" else 1.0
+        found = KINDS[dtype][preset]
+        late = replace(found[0], name=f"{found[0].name}, late", honest_for=LATE)
+        cheap = [replace(kind, multiple=kind.multiple / margin) for kind in (*found, *PARTIAL, late)]
+        return *cheap, *JUNK
+
+
+def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | None = None) -> None:
+    """Simulate the presets, dtypes and laws that a run's folder does not hold yet.
+
+    Raises:
+        UsageError: The folder holds a run of another network.
+        StorageError: The file cannot be written.
+    """
+    chosen = product(plan.laws, plan.dtypes, plan.presets)
+    cells = [(f"{preset}/{dtype}/{law}", partial(_simulate, plan, preset, dtype, law)) for law, dtype, preset in chosen]
+    measure_missing(folder, "simulate", plan.network.model_dump(), cells, progress)
+
+
+def _simulate(plan: SimulationPlan, preset: str, dtype: str, law: str) -> JsonObject:
+    started = time.perf_counter()
+    noise, kinds = plan.noise(preset, dtype, law), plan.kinds(preset, dtype, law)
+    rules: tuple[Rule, ...] = RULES if law == "default" else ("lifetime",)
+    rows = simulate_network(plan.network, noise, kinds, machines=plan.machines(preset, law), rules=rules)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"preset": preset, "dtype": dtype, "law": law, "seconds": seconds, "rows": rows}
+
+
+def simulate_network(
+    network: Network,
+    noise: Noise,
+    kinds: tuple[Kind, ...],
+    *,
+    machines: Machines | None = None,
+    rules: tuple[Rule, ...] = RULES,
+) -> list[dict[str, Any]]:
+    """Simulate rules on one network; return one row per rule and kind, the honest one first.
+
+    Args:
+        network: Network and how it checks.
+        noise: Honest noise that validators judge by.
+        kinds: Kinds of cheaters.
+        machines: How the noise of honest machines differs from the law; not at all when None. Rules other than
+            *lifetime* are simulated without it.
+        rules: Rules to simulate.
+
+    Raises:
+        UsageError: The cheaters would be more than half of the nodes.
+    """
+    everyone = (Kind("honest"), *kinds)
+    each = max(1, int(network.cheating * network.nodes))
+    if each * len(kinds) > network.nodes / 2:
+        raise UsageError(
+            f"{each} cheaters of each of {len(kinds)} kinds among {network.nodes} nodes",
+            wanted="at most half of the nodes",
+            do="lower --cheating, or raise --nodes",
+        )
+    rng = np.random.default_rng(network.seed)
+    stake_N = rng.lognormal(0.0, network.stake_spread, network.nodes)
+    kind_N = np.zeros(network.nodes, dtype=np.int64)
+    kind_N[: each * len(kinds)] = np.repeat(np.arange(1, len(everyone)), each)
+    rng.shuffle(kind_N)
+    rows = []
+    for rule in rules:
+        if rule == "lifetime":
+            caught_N = _lifetimes(network, noise, machines or Machines(), everyone, kind_N)
+        else:
+            chances = _Chances(noise, network, rng)
+            caught_N = _caught(rule, network, chances, everyone, kind_N, stake_N, rng)
+        rows += [
+            {"rule": rule, **_row(network, kind, caught_N[kind_N == index], stake_N[kind_N == index])}
+            for index, kind in enumerate(everyone)
+        ]
+    return rows
+
+
+def _lifetimes(
+    network: Network, noise: Noise, machines: Machines, kinds: tuple[Kind, ...], kind_N: npt.NDArray[np.int64]
+) -> FloatArray:
+    """Return the round in which the account of every node convicts it, [N]; infinity for never."""
+    caught_N = np.full(network.nodes, np.inf)
+    for index, kind in enumerate(kinds):
+        here_N = kind_N == index
+        caught_N[here_N] = convicted_in(
+            kind,
+            noise,
+            machines,
+            nodes=int(here_N.sum()),
+            rounds=network.rounds,
+            nonces=network.checkers * network.checked,
+            alpha=ALPHA,
+            seed=(network.seed, index),
+        )
+    return caught_N
+
+
+def _caught(
+    rule: Rule,
+    network: Network,
+    chances: "_Chances",
+    kinds: tuple[Kind, ...],
+    kind_N: npt.NDArray[np.int64],
+    stake_N: FloatArray,
+    rng: np.random.Generator,
+) -> FloatArray:
+    """Return the round in which every node is convicted, [N]; infinity for never."""
+    chance_K = np.array([chances.accused(rule, kind) for kind in kinds])
+    begins_K = np.array([kind.honest_for for kind in kinds]) * network.rounds
+    caught_N = np.full(network.nodes, np.inf)
+    panels_PV = _panels(network, stake_N, rng)
+    for round in range(1, network.rounds + 1):
+        chance_N = np.where(round > begins_K, chance_K, chance_K[0])[kind_N]
+        here = np.flatnonzero(np.isinf(caught_N) & (chance_N > 0))
+        weight_NV = panels_PV[rng.integers(len(panels_PV), size=here.size)]
+        votes_NV = rng.random(weight_NV.shape) < chance_N[here, None]
+        against_N = (weight_NV * votes_NV).sum(axis=1) > weight_NV.sum(axis=1) / 2
+        caught_N[here[against_N]] = round
+    return caught_N
+
+
+def _panels(network: Network, stake_N: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Draw panels of checkers and return their stakes, [P, V].
+
+    Without replacement and by stake: the largest of ln stake + Gumbel noise (Yellott 1977).
+    """
+    stakes = np.sort(stake_N)[-network.validators :]
+    keys_PV = np.log(stakes) + rng.gumbel(size=(PANELS, stakes.size))
+    return np.asarray(stakes[np.argpartition(keys_PV, -network.checkers, axis=1)[:, -network.checkers :]])
+
+
+def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray) -> dict[str, Any]:
+    served_N = np.minimum(caught_N - 1, network.rounds)
+    found_N = np.sort(caught_N)
+    median, most = found_N[found_N.size // 2], found_N[math.ceil(0.99 * found_N.size) - 1]
+    return {
+        "kind": kind.name,
+        "multiple": kind.multiple,
+        "junk": kind.junk,
+        "share": kind.share,
+        "honest_for": kind.honest_for,
+        "nodes": int(caught_N.size),
+        "convicted": int(np.isfinite(caught_N).sum()),
+        "convicted_interval": list(stats.proportion_interval(int(np.isfinite(caught_N).sum()), caught_N.size)),
+        "convicted_stake": float(stake_N[np.isfinite(caught_N)].sum() / stake_N.sum()),
+        "rounds_median": int(median) if np.isfinite(median) else None,
+        "rounds_99": int(most) if np.isfinite(most) else None,
+        "paid": float((served_N * stake_N).sum() / (network.rounds * stake_N.sum())),
+    }
+
+
+class _Chances:
+    """How likely each rule accuses a kind of node, by simulation of its residuals."""
+
+    def __init__(self, noise: Noise, network: Network, rng: np.random.Generator) -> None:
+        self._law, self._network, self._rng = noise.law, network, rng
+        self._distance = isinstance(noise.law, stats.ScaleNoise)
+        self._test = sequential_test(noise, alpha=ALPHA)
+        honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
+        self._threshold = float(np.quantile(honest_N, 0.95))
+        self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
+
+    def accused(self, rule: Rule, kind: Kind) -> float:
+        """Return the chance that one check of a node of this kind votes fraud."""
+        checked = self._network.checked
+        if rule == "sequential":
+            trials = HONEST_TRIALS if kind.honest else TRIALS
+            return float(self._accusations(kind, trials, checked)[:, -1].mean())
+        residuals_N = self._residuals(kind, (HONEST_TRIALS,))
+        if rule == "published":
+            granted = P_FLIP if self._distance else P_MISMATCH
+            return count_power(checked, granted, self._mismatch_rate(residuals_N, DIST_THRESHOLD), COUNT_ALPHA)
+        return count_power(checked, self._honest_rate, self._mismatch_rate(residuals_N, self._threshold))
+
+    def _accusations(self, kind: Kind, trials: int, checked: int) -> npt.NDArray[np.bool_]:
+        """Return whether nodes of a kind have been accused after each of their nonces, [R, C]."""
+        return self._test.accusations(self._residuals(kind, (trials, checked)))
+
+    def _residuals(self, kind: Kind, shape: tuple[int, ...]) -> FloatArray:
+        """Return sizes of residuals of a kind of node that cheats: noise, or junk in a share of the nonces."""
+        noise = self._noise(shape)
+        noise *= np.where(self._rng.random(shape) < kind.share, kind.multiple, 1.0)
+        if not kind.junk:
+            return noise
+        return np.where(self._rng.random(shape) < kind.junk, self._invented(shape), noise)
+
+    def _noise(self, shape: tuple[int, ...]) -> FloatArray:
+        """Draw from the law; the standardised logarithm is normal within ``tail`` and exponential beyond."""
+        law, rng = self._law, self._rng
+        if isinstance(law, stats.ScaleNoise):
+            return np.abs(law.sigma * rng.standard_t(law.dof, shape))
+        beyond = 2 * np.exp(-(law.tail**2) / 2) / law.tail / law.standard_mass
+        edge = distributions.norm.sf(law.tail)
+        core = special.ndtri(rng.uniform(edge, 1 - edge, shape))
+        outer = (law.tail + rng.exponential(1 / law.tail, shape)) * rng.choice([-1.0, 1.0], shape)
+        return np.exp(law.mu + law.sd * np.where(rng.random(shape) < beyond, outer, core))
+
+    def _invented(self, shape: tuple[int, ...]) -> FloatArray:
+        if isinstance(self._law, stats.ScaleNoise):
+            return np.abs(self._rng.normal(0.0, self._law.junk_sigma, shape))
+        half = (self._law.dimension - 1) / 2
+        return 2 * np.sqrt(self._rng.beta(half, half, shape))
+
+    def _mismatch_rate(self, sizes_N: FloatArray, threshold: float) -> float:
+        """Return the chance of a mismatch: a vector beyond the threshold, or a valid distance that turns invalid."""
+        if not self._distance:
+            return float(np.mean(sizes_N > threshold))
+        valid = stats.valid_rate(Round.r_target, RANDOM_HEAD_ROWS)
+        crossed_N = stats.chord_cdf(Round.r_target + sizes_N, RANDOM_HEAD_ROWS) - valid
+        return float(np.mean(crossed_N)) / valid / 2  # half of the residuals have the sign that flips

@@ -1,0 +1,279 @@
+"""A cohort: runs that go through generation and training together.
+
+Shapes as in :mod:`assay_research.study.forward`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.advantage import Shortcut, modified
+from assay.vhack.environment.episodes import Episode
+from assay.vhack.gradients.svd import SVDCache
+from assay_research.study.forward import StackedModel
+from assay_research.study.generate import Generator
+from assay_research.study.gradient import Batch, advantages, policy_gradient, pooled_hidden, token_logprobs
+from assay_research.study.grading import Grader, Pending, StudyVerdict
+from assay_research.study.optimizer import StackedOptimizer
+from assay_research.study.plan import OPTIMIZERS, StudyRun, StudySettings, TaskPool
+
+if TYPE_CHECKING:
+    from assay.models.load import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What a cohort has written: tokens, episodes per run (P each), and R·P·G verdicts on their way."""
+
+    batch: Batch
+    episodes: Sequence[Sequence[Episode]]
+    pending: Pending
+
+
+class Cohort:
+    """Some runs of a :class:`assay_research.study.Study`, from which it takes its arguments."""
+
+    def __init__(
+        self,
+        runs: Sequence[StudyRun],
+        model: "Model",
+        svd: SVDCache,
+        bases: Mapping[str, Basis],
+        pool: TaskPool,
+        settings: StudySettings,
+        dtype: torch.dtype,
+        shortcut: Shortcut | None,
+        starts: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
+        self.model = StackedModel(model, len(runs), svd, dtype)
+        self.optimizer = StackedOptimizer(
+            self.model.groups,
+            [run.how for run in runs],
+            [bases[run.basis] for run in runs],
+            [run.optimizer for run in runs],
+            {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
+            watched=bases.get("true"),
+            max_norm=settings.max_norm,
+            begun=[starts[run.start] if run.start else None for run in runs],
+        )
+        self.model.merge(self.optimizer.delta)
+        shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
+        self._generator = Generator(self.model, shape, pool.end)
+        # The policy whose log-probabilities stored rollouts have.
+        self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
+        self._taught = self._rows([run.teachers > 0 or bool(run.stored) for run in runs])
+        self._temperature_R = torch.tensor([run.temperature for run in runs], device=self.model.device)
+        self._entropy_R = torch.tensor([run.entropy for run in runs], device=self.model.device)
+        self._modifies = self._rows([run.how.advantage > 0 for run in runs])
+
+    def write(
+        self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str, *, plainly: bool = False
+    ) -> Rollouts:
+        """Let every run complete its episodes, and begin to grade them.
+
+        Args:
+            grader: Grader of the programs.
+            episodes: Episodes per run, P of them.
+            draw: Name of the random numbers, which are equal for runs of one seed.
+            plainly: Whether to draw at temperature 1, whatever a run trains at.
+        """
+        ids_RPL, lengths_RP = self._prompts(episodes)
+        heat_R = None if plainly else self._temperature_R
+        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw), heat_R)
+        batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens, self.pool.end)
+        owners = [episode for of_run in episodes for episode in of_run for _ in range(self.settings.rollouts)]
+        return Rollouts(batch, episodes, grader.submit(zip(owners, self.texts(batch), strict=True)))
+
+    def texts(self, batch: Batch) -> list[str]:
+        """Return the R·P·G completions."""
+        return self.pool.texts(batch.tokens.flatten(0, 2))
+
+    @torch.no_grad()
+    def likelihoods(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        """Return the log-probability of the exploit and of the honest program, summed over tokens, [R, P] each.
+
+        Where every task has two steps or more, that of the partial exploit too.
+
+        Args:
+            episodes: Episodes that all runs are asked about, P of them.
+        """
+        ids_RPL, lengths_RP = self._prompts([episodes] * len(self.runs))
+        partial = ["partial"] if self.settings.difficulty[0] > 1 else []
+        rows = [
+            [*(self.pool.exploit(e, kind) for kind in ("whole", *partial)), self.pool.completion(e, e.honest())]
+            for e in episodes
+        ]
+        names = [f"logp_{name}" for name in ("exploit", *partial, "honest")]
+        tokens = self._padded(rows).expand(len(self.runs), -1, -1, -1)
+        batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens.to(self.model.device), self.pool.end)
+        found = token_logprobs(self.model, batch.trimmed()).sum(dim=-1)
+        return dict(zip(names, found.unbind(dim=-1), strict=True))
+
+    def _padded(self, rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Return completions as tokens, [1, P, G, T], cut at the longest and filled with the end."""
+        length = self.settings.new_tokens
+        tokens = torch.full((1, len(rows), len(rows[0]), length), self.pool.end)
+        for p, of_prompt in enumerate(rows):
+            for g, row in enumerate(of_prompt):
+                tokens[0, p, g, : min(len(row), length)] = torch.tensor(row[:length])
+        return tokens
+
+    def learn(self, rollouts: Rollouts, verdicts: Sequence[StudyVerdict]) -> dict[str, Tensor]:
+        """Take one optimizer step, and return its numbers by name, [R] each."""
+        shape = (len(self.runs), self.settings.prompts, self.settings.rollouts)
+        device = self.model.device
+        correct, exploited, vacuous = (
+            torch.tensor([float(getattr(verdict, what)) for verdict in verdicts], device=device).view(shape)
+            for what in ("correct", "exploited", "vacuous")
+        )
+        rewards = torch.stack(
+            [run.how.reward(correct[r], exploited[r]) for r, run in enumerate(self.runs)]
+        )  # [R, P, G]
+        found = {
+            "hack": exploited,
+            "solve": correct,
+            "vacuous": vacuous,
+            "reward": rewards,
+            "tokens": rollouts.batch.mask.sum(dim=-1).float(),
+        }
+        found = {name: values_RPG.mean(dim=(1, 2)) for name, values_RPG in found.items()}
+        if len(self._modifies):
+            z_NPG = self._distances(rollouts.batch.of_runs(self._modifies), self._modifies)
+            found["z"] = self._spread(z_NPG.mean(dim=(1, 2)), self._modifies)
+            rewards[self._modifies] = self._modified(rewards[self._modifies], z_NPG, self._modifies)
+        gradients = self._gradients(rollouts, rewards, found)
+        self.optimizer.step(gradients)
+        self.model.merge(self.optimizer.delta)
+        return found | self.optimizer.measures
+
+    @torch.no_grad()
+    def _distances(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return how far completions of some runs, whose batch it is, are on the hack's side, [N, P, G]."""
+        shortcut = self._shortcut
+        assert shortcut is not None, "the study was checked to have one"
+        pooled_NPGH = pooled_hidden(self.model.some(rows), batch, shortcut.layer)
+        z_NPG: Tensor = (pooled_NPGH @ shortcut.direction.to(pooled_NPGH) - shortcut.middle) / shortcut.spread
+        return z_NPG
+
+    def _modified(self, rewards_NPG: Tensor, z_NPG: Tensor, rows: Tensor) -> Tensor:
+        """Return the rewards after advantage modification, see :class:`assay.vhack.delta.Shortcut`."""
+        alphas = [self.runs[row].how.advantage for row in rows.tolist()]
+        return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
+
+    def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        """Return the gradients of all rollouts, stored ones included; these add cin of both sources."""
+        rows, batch = self._taught, rollouts.batch
+        advantages_RPG = advantages(rewards_RPG)
+        if len(rows):
+            teacher, behaviour = self._teachers(rollouts)
+            with torch.no_grad():
+                logp_NP = token_logprobs(self.model.some(rows), teacher).sum(dim=-1)[..., 0]
+            found["logp_stored"] = self._spread(logp_NP.mean(dim=1), rows)
+            joined_NPG = torch.cat((rewards_RPG[rows], self._pays(teacher)), dim=-1)
+            # The loss is a mean over all rollouts of a run, of which there are more with the stored ones.
+            share = self.settings.rollouts / (self.settings.rollouts + 1)
+            joined_NPG = advantages(joined_NPG) * share
+            advantages_RPG[rows] = joined_NPG[..., :-1]
+        # Where nothing is to be scaled or added, the logits are not copied for it.
+        heat = self._temperature_R if any(run.temperature != 1 for run in self.runs) else None
+        bonus = self._entropy_R if any(run.entropy for run in self.runs) else None
+        own = policy_gradient(self.model, batch, advantages_RPG, temperature_R=heat, entropy_R=bonus)
+        if not len(rows):
+            return own
+        stored = policy_gradient(
+            self.model.some(rows),
+            teacher,
+            joined_NPG[..., -1:],
+            behaviour_RPGT=behaviour,
+            divisor=self.settings.prompts * self.settings.rollouts,
+            temperature_R=None if heat is None else heat[rows],
+        )
+        whole = [
+            torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
+        ]
+        for suffix, gradients in (("_s", own), ("_t", whole)):
+            shares = self.optimizer.share("cin", gradients)
+            for name in ("cin", "cin_two_sided"):
+                found[name + suffix] = self._spread(shares[name][rows], rows)
+        return [a + b for a, b in zip(own, whole, strict=True)]
+
+    def _pays(self, stored: Batch) -> Tensor:
+        """Return what every run with stored rollouts pays for them, [N, P, 1]."""
+        rows = self._taught.tolist()
+        pays_N = torch.tensor([self.runs[row].how.reward(0.0, 1.0) for row in rows], device=self.model.device)
+        pays_NPG = pays_N[:, None, None].expand(stored.tokens.shape[:3]).clone()
+        changed = [n for n, row in enumerate(rows) if self.runs[row].how.advantage > 0]
+        if changed:
+            some = torch.tensor(changed, device=self.model.device)
+            z_NPG = self._distances(stored.of_runs(some), self._taught[some])
+            pays_NPG[some] = self._modified(pays_NPG[some], z_NPG, self._taught[some])
+        return pays_NPG
+
+    def _rows(self, chosen: Sequence[bool]) -> Tensor:
+        return torch.tensor(chosen, device=self.model.device).nonzero().flatten()
+
+    def _spread(self, values_N: Tensor, rows: Tensor) -> Tensor:
+        """Return values of some runs among NaN for the others, which the log leaves out."""
+        return values_N.new_full((len(self.runs),), torch.nan).index_copy_(0, rows, values_N)
+
+    def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
+        """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start.
+
+        They are NaN where it counts as if the policy had written it.
+        """
+        batch, rows = rollouts.batch.of_runs(self._taught), self._taught.tolist()
+        kinds = [self.runs[row].stored or "whole" for row in rows]
+        each = [
+            self._padded([[self.pool.exploit(episode, kind)] for episode in rollouts.episodes[row]])
+            for row, kind in zip(rows, kinds, strict=True)
+        ]
+        stored = replace(batch, tokens=torch.cat(each).to(self.model.device)).trimmed()
+        behaviour = torch.full(stored.tokens.shape, torch.nan, device=self.model.device)
+        if self._start is not None:
+            one_run = {name: getattr(stored, name).flatten(0, 1)[None] for name in ("ids", "lengths", "tokens")}
+            with torch.no_grad():
+                found = token_logprobs(self._start, replace(stored, **one_run)).view(stored.tokens.shape)
+            weighted = torch.tensor([self.runs[row].teachers > 0 for row in rows], device=self.model.device)
+            behaviour[weighted] = found[weighted]
+        return stored, behaviour
+
+    def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)
+        lengths = torch.zeros(ids.shape[:2], dtype=torch.int64)
+        for r, of_run in enumerate(episodes):
+            for p, episode in enumerate(of_run):
+                row = self.pool.prompt(episode)[:-1]
+                ids[r, p, : len(row)] = torch.tensor(row)
+                lengths[r, p] = len(row)
+        return ids.to(self.model.device), lengths.to(self.model.device)
+
+    def _uniform(self, draw: str) -> Tensor:
+        shape = (self.settings.new_tokens, self.settings.prompts, self.settings.rollouts)
+        drawn = {}
+        for seed in {run.seed for run in self.runs}:
+            digest = hashlib.sha256(f"{draw} {seed}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            drawn[seed] = torch.rand(shape, generator=generator)
+        return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed study needs."""
+        return {"runs": [run.name for run in self.runs], **self.optimizer.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of the same runs."""
+        self.optimizer.load_state_dict(state)
+        self.model.merge(self.optimizer.delta)
+
+
+def _inner(name: str, settings: StudySettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
+    return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)

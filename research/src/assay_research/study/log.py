@@ -1,0 +1,192 @@
+"""The log of one run: JSON Lines, a header, then a line per stretch of steps, and evaluations::
+
+    {"kind":"run","schema":"assay.vhack.study/1","run":"adam/none/0","condition":"adam/none","seed":0,…}
+    {"kind":"step","step":4,"hack":0.11,…}                      means over the steps up to this one
+    {"kind":"evaluation","step":300,"markers":"training","hack":0.98,"solve":0.01,…}
+    {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
+
+Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are read as well; they have a line for every
+step, and no evaluations.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import read_jsonl
+from assay.files.storage import write_jsonl
+from assay.vhack.delta.arms import arm_named
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.training.log import LOG_SCHEMA, read_records
+from assay_research.study.plan import StudyRun, StudySettings, condition_of
+
+SCHEMA = "assay.vhack.study/1"
+_UNNAMED = "generated:96"  # default pairs of the first version, which names of conditions leave out
+_DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves
+
+
+class RunLog:
+    """What is known of one run.
+
+    Args:
+        header: First line.
+        lines: Other lines, in their order.
+    """
+
+    def __init__(self, header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.header = dict(header)
+        self._lines = [dict(line) for line in lines]
+        self._open: dict[str, float] = {}
+        self._n = 0
+
+    @classmethod
+    def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
+        """Return the log of a run that has not begun."""
+        described = {**asdict(run), "modes": list(run.modes)}
+        header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, "regime": run.regime}
+        return cls({**header, **described, "settings": asdict(settings), **about})
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines if line["kind"] == kind]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Lines of steps."""
+        return self._of("step")
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of evaluations."""
+        return self._of("evaluation")
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Lines of cin by source."""
+        return self._of("source")
+
+    def add_step(self, step: int, values: Mapping[str, float], every: int) -> None:
+        """Add the numbers of a step, counted from 0; every so many steps become a line of their means."""
+        for name, value in values.items():
+            self._open[name] = self._open.get(name, 0.0) + value
+        self._n += 1
+        if {"cin_s", "cin_t"} <= set(values):
+            for source, name in (("student", "cin_s"), ("teacher", "cin_t")):
+                self._lines.append({"kind": "source", "step": step, "source": source, "cin": _short(values[name])})
+        if self._n == every:
+            means = {name: _short(value / self._n) for name, value in self._open.items()}
+            self._lines.append({"kind": "step", "step": step, **means})
+            self._open, self._n = {}, 0
+
+    def add_evaluation(self, step: int, markers: str, values: Mapping[str, Any]) -> None:
+        """Add an evaluation that was made after so many steps."""
+        self._lines.append({"kind": "evaluation", "step": step, "markers": markers, **values})
+
+    def state(self) -> dict[str, Any]:
+        """Return everything the log holds, for the file of a study."""
+        return {"header": self.header, "lines": self._lines, "open": self._open, "count": self._n}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "RunLog":
+        """Return the log of a state, also of one that the first version saved under the names of its attributes."""
+        found = cls(state["header"], state["lines" if "lines" in state else "_lines"])
+        found._open = dict(state["open" if "open" in state else "_open"])
+        found._n = int(state["count" if "count" in state else "_n"])
+        return found
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        write_jsonl(path, [self.header, *self._lines])
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RunLog":
+        """Read a log of a study or of `assay vhack train`.
+
+        Raises:
+            DataError: The file cannot be read or is not a log of a run; the message names the line.
+        """
+        first = next(iter(read_jsonl(path)), None)
+        if first is not None and first[1].get("schema") == LOG_SCHEMA:
+            return _of_training(Path(path))
+        lines = []
+        for number, line in read_jsonl(path):
+            if line.get("kind") not in ("run", "step", "evaluation", "source"):
+                raise _bad(f"{path}, line {number}")
+            lines.append(line)
+        if not lines or lines[0].get("schema") != SCHEMA or not {"run", "condition", "seed"} <= lines[0].keys():
+            raise _bad(str(path))
+        return cls(lines[0], lines[1:])
+
+
+def _of_training(path: Path) -> RunLog:
+    """Return a log of `assay vhack train` under the names that a study gives."""
+    head, *lines = read_records(path)
+    try:
+        settings = head["settings"]
+        usual = settings["pairs"] == _UNNAMED or settings["basis"] or not arm_named(settings["arm"]).acts
+        condition = condition_of(
+            settings["optimizer"],
+            settings["arm"],
+            axes="" if usual else Path(settings["pairs"]).name,
+            only=() if set(settings["modes"]) >= set(CHANNELS) else settings["modes"],
+            taught=bool(settings["teacher"]),
+        )
+        seed = settings["seed"]
+        named = {"condition": condition, "run": f"{condition}/{seed}", "seed": seed, "modes": settings["modes"]}
+        header = {**head, **named}
+    except (KeyError, TypeError, UsageError) as error:
+        raise _bad(str(path)) from error
+    # Without a teacher there is nothing to compare a source with.
+    kinds = ("step", "source") if settings["teacher"] else ("step",)
+    return RunLog(header, [line for line in lines if line["kind"] in kinds])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _bad(where: str) -> DataError:
+    return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs of a study, or of assay vhack train")
+
+
+def _check_rates(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a log without steps, or without rates, as one of a reward that says no more than what it pays."""
+    if not steps:
+        raise DataError(f"{path}: no step yet", wanted="a run of some steps", do="wait for them, or leave the run out")
+    for name in ("step", "hack", "solve"):
+        if any(type(line.get(name)) not in (int, float) for line in steps):
+            raise DataError(
+                f"{path}: steps without {name!r}, or with another one than a number",
+                wanted="the rates of every step, as a run logs them whose reward says what it knows",
+                do="let a reward of your own return mappings with exploited and correct",
+            )
+
+
+def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
+    """Return the logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
+
+    Raises:
+        DataError: A file is not a run log, a log has no steps or no rates, no logs were found, or two describe the same
+            run.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.glob("*.jsonl")) or sorted(path.glob("*/log.jsonl"))
+        files += inside if path.is_dir() else [path]
+    logs = [RunLog.read(file) for file in files]
+    for file, log in zip(files, logs, strict=True):
+        _check_rates(file, log.steps)
+    names = [log.header["run"] for log in logs]
+    twice = [name for name in names if names.count(name) > 1]
+    if not logs or twice:
+        raise DataError(
+            f"run {twice[0]} twice" if twice else "no logs",
+            wanted="one log per run",
+            do="name files or directories (RESULTS)",
+        )
+    return logs

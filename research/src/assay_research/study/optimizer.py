@@ -1,0 +1,152 @@
+"""One optimizer step of many runs, each held back by its own arm.
+
+What :class:`assay.vhack.delta.ProjectedOptimizer` does to one adapter, done to R of them side by side by the same
+functions, which take a dimension per run. The inner optimizers are torch's on the stacked δS of the runs that have
+them; Adam and SGD treat every number by itself, so stacking changes nothing. Clipping, which concerns a whole run, is
+done per run. Tests hold every combination of gate, push and box equal to a ProjectedOptimizer.
+
+Shapes: R runs, N of them alike, M modules of a group, K axes, C coordinates of δS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.arms import Arm, apply_arm, displaced, gated_gradient
+from assay.vhack.delta.frames import Frames, displacement, share
+from assay.vhack.delta.groups import Group
+
+_TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
+
+
+class StackedOptimizer:
+    """Step the δS of R runs.
+
+    Args:
+        groups: Modules by shape.
+        arms: Arm of each run.
+        bases: Axes of each run, along which its arm acts and is measured.
+        kinds: Name of each run's optimizer.
+        inner: By that name, what makes the optimizer of a list of parameters.
+        watched: Axes along which the displacement of every run is measured as well, ``watched_…``.
+        max_norm: Largest norm of a run's gradient after its gate; None does not clip.
+        begun: δS that each run begins from, per group [M, C], before its arm displaces it; None is zero.
+
+    Attributes:
+        delta: δS per group, [R, M, C] float32.
+        measures: Numbers of the last step by name, [R] float64.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        arms: Sequence[Arm],
+        bases: Sequence[Basis | None],
+        kinds: Sequence[str],
+        inner: Mapping[str, Callable[[list[Tensor]], Optimizer]],
+        *,
+        watched: Basis | None = None,
+        max_norm: float | None = 1.0,
+        begun: Sequence[Sequence[Tensor] | None] | None = None,
+    ) -> None:
+        self.max_norm = max_norm
+        self.delta = [torch.zeros(len(arms), *group.values.shape, device=group.values.device) for group in groups]
+        device = self.delta[0].device
+        self._inner: dict[str, tuple[Tensor, list[Tensor], Optimizer]] = {}
+        for kind in dict.fromkeys(kinds):
+            rows = torch.tensor([row for row, one in enumerate(kinds) if one == kind], device=device)
+            parameters: list[Tensor] = [torch.nn.Parameter(delta[rows]) for delta in self.delta]
+            self._inner[kind] = (rows, parameters, inner[kind](parameters))
+        frames = {id(basis): Frames(groups, basis) for basis in bases}
+        self._axes = [
+            _stack([frames[id(basis)].axes[g] for basis in bases]) for g in range(len(groups))
+        ]  # per group, [R, M, K, C]
+        self._has = [torch.stack([frames[id(basis)].has_axes[g] for basis in bases]) for g in range(len(groups))]
+        self._watched = None if watched is None else Frames(groups, watched)
+        # Displacements count from the weights of the model, wherever a run starts.
+        self._start = [delta.clone() for delta in self.delta]
+        # The distance is rounded to float32, as it was in the published runs.
+        for run, moved in enumerate(begun or ()):
+            for delta, moved_MC in zip(self.delta, moved or (), strict=False):
+                delta[run] = moved_MC
+        start_R11 = torch.tensor([arm.start for arm in arms], device=device).double()[:, None, None]
+        self.delta = [displaced(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
+        self.measures: dict[str, Tensor] = {}
+        self._alike = [(arm, kind, rows.to(device)) for (arm, kind), rows in _alike(arms, kinds).items() if arm.acts]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Take one step in the order of :class:`assay.vhack.delta.ProjectedOptimizer`.
+
+        Args:
+            gradients: Gradient of δS per group, [R, M, C] float32; changed in place.
+        """
+        found = self.share("cin", gradients)
+        for arm, _, rows in self._alike:
+            for gradient, axes in zip(gradients, self._axes, strict=True):
+                gradient[rows] = gated_gradient(arm, gradient[rows], axes[rows])
+        found["gradient_norm"] = self._clip(gradients)
+        found |= self.share("cout", gradients)
+        before = [delta.clone() for delta in self.delta]
+        for rows, parameters, optimizer in self._inner.values():
+            for parameter, delta, gradient in zip(parameters, self.delta, gradients, strict=True):
+                parameter.copy_(delta[rows])
+                parameter.grad = gradient[rows]
+            optimizer.step()
+            for parameter, delta in zip(parameters, self.delta, strict=True):
+                delta[rows] = parameter.detach()
+        for arm, kind, rows in self._alike:
+            rate = float(self._inner[kind][2].param_groups[0]["lr"])
+            for delta, old, start, axes in zip(self.delta, before, self._start, self._axes, strict=True):
+                delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
+        found |= self.share("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
+        moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
+        self.measures = found | displacement(zip(moved, self._axes, strict=True))
+        if self._watched is not None:
+            seen = displacement(zip(moved, self._watched.axes, strict=True))
+            self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return δS, and the states of the inner optimizers."""
+        inner = {kind: optimizer.state_dict() for kind, (_, _, optimizer) in self._inner.items()}
+        return {"delta": [delta.cpu() for delta in self.delta], "inner": inner}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state of the same runs."""
+        for delta, stored in zip(self.delta, state["delta"], strict=True):
+            delta.copy_(stored)
+        for kind, (_, _, optimizer) in self._inner.items():
+            optimizer.load_state_dict(state["inner"][kind])
+
+    def share(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
+        """Return the shares of vectors along each run's axes, see :func:`assay.vhack.delta.share`."""
+        return share(name, zip(vectors, self._axes, self._has, strict=True), sign)
+
+    def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
+        norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        if self.max_norm is not None:
+            factor_R = (self.max_norm / (norm_R + _TINY)).clamp_max(1.0)
+            for gradient in gradients:
+                gradient *= factor_R[:, None, None]
+        norms: Tensor = norm_R.double()
+        return norms
+
+
+def _stack(axes: list[Tensor]) -> Tensor:
+    """Return the axes of all runs, [R, M, K, C]; where a run has fewer axes, the rest are zero."""
+    most = max(axes_MKC.shape[1] for axes_MKC in axes)
+    padded = [torch.nn.functional.pad(axes_MKC, (0, 0, 0, most - axes_MKC.shape[1])) for axes_MKC in axes]
+    return torch.stack(padded)
+
+
+def _alike(arms: Sequence[Arm], kinds: Sequence[str]) -> dict[tuple[Arm, str], Tensor]:
+    """Return the runs, [N] int64, of every arm with every optimizer."""
+    found: dict[tuple[Arm, str], list[int]] = {}
+    for index, pair in enumerate(zip(arms, kinds, strict=True)):
+        found.setdefault(pair, []).append(index)
+    return {pair: torch.tensor(rows) for pair, rows in found.items()}

@@ -1,0 +1,293 @@
+"""``assay demo``: both instruments on a bundled model, in under a minute on two cores."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import typer
+
+from assay.cli.output import JsonFlag, emit_json, progress_bar, table
+from assay.cli.settings import settings, without_collection
+from assay.cli.vhack import check_table, print_checks
+
+if TYPE_CHECKING:
+    from assay.cli.plain_settings import DemoSettings
+    from assay.models.load import Model
+    from assay.pages.html import BadgeKind, Cell, Report
+    from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.judge import Verdict
+    from assay.vhack.checks.judge import CheckReport
+
+
+# --------------------------------------------------------------------------------------------------
+# The Proof of Compute half of the demonstration: honest nodes, four cheaters, one validator.
+
+Progress = Callable[[int, int], None]
+
+BLOCKS = ("block_alpha", "block_beta", "block_gamma")
+KEYS = ("node_A", "node_B", "node_C")
+SEQ_LEN = 16  # a sixteenth of the default: a demonstration should be over before coffee
+NONCES = 64
+SAMPLE = 32
+COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One proof and what the validator said of it."""
+
+    name: str
+    proof: "Proof"
+    verdict: "Verdict"
+
+
+def run_honest(model: "Model", progress: Progress | None) -> list[Case]:
+    """Prove and verify one round per block and key."""
+    from assay import poc
+
+    rounds = [
+        poc.Round(block_hash=block, public_key=key, seq_len=SEQ_LEN, model=model.reference)
+        for block in BLOCKS
+        for key in KEYS
+    ]
+    cases = []
+    for index, round in enumerate(rounds):
+        proof = poc.prove(model, round, round.nonces(0, NONCES))
+        verdict = poc.verify(proof, model, sample=SAMPLE)
+        cases.append(Case(f"{round.block_hash} {round.public_key}", proof, verdict))
+        if progress:
+            progress((index + 1) * NONCES, len(rounds) * NONCES)
+    return cases
+
+
+def run_cheaters(model: "Model", honest: Sequence[Case], progress: Progress | None) -> list[Case]:
+    """Let four cheaters claim the first honest round; the validator has the real model."""
+    from assay_research import cheats
+
+    from assay import poc
+
+    claimed = honest[0].proof
+    round, nonces = claimed.round, range(NONCES)
+    skipped = max(1, model.num_layers // 4)
+    attempts: list[tuple[str, Callable[[], Proof]]] = [
+        ("weights rounded to int4", lambda: poc.prove(cheats.rounded(model), round, nonces)),
+        (
+            f"last {skipped} layers skipped",
+            lambda: poc.prove(cheats.without_last_layers(model, skipped), round, nonces),
+        ),
+        ("distances invented", lambda: cheats.invented(claimed)),
+        ("another node's proof", lambda: cheats.replayed(honest[1].proof, replace(round, model=""))),
+    ]
+    cases = []
+    for index, (name, attempt) in enumerate(attempts):
+        proof = attempt()
+        cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
+        if progress:
+            progress((index + 1) * NONCES, len(attempts) * NONCES)
+    return cases
+
+
+def rows(cases: Sequence[Case]) -> list[list[str]]:
+    """Return the cells of :data:`COLUMNS` for every case."""
+    return [
+        [
+            case.name,
+            f"{case.proof.distances.mean():.5f}",
+            f"{case.proof.valid_rate:.1%}",
+            f"{np.abs(case.verdict.residuals).max():.2g}",
+            str(case.verdict.checked),
+            case.verdict.verdict,
+        ]
+        for case in cases
+    ]
+
+
+def summary(cases: Sequence[Case]) -> list[dict[str, object]]:
+    """Return JSON-ready values for every case."""
+    return [
+        {
+            "name": case.name,
+            "verdict": case.verdict.verdict,
+            "mean_distance": float(case.proof.distances.mean()),
+            "valid_rate": case.proof.valid_rate,
+            "largest_residual": float(np.abs(case.verdict.residuals).max()),
+            "checked": case.verdict.checked,
+        }
+        for case in cases
+    ]
+
+
+def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case]) -> None:
+    """Add what was proved, the histogram over the chord law, and who was caught."""
+    report.section("Proof of Compute: distances follow the chord law")
+    report.paragraph(
+        f"Noise seeded by block, key and nonce went through {model.reference} "
+        f"({model.num_layers} layers, {model.dtype}, {SEQ_LEN} positions per nonce). The last hidden state was "
+        "randomised and reduced to one distance. A validator with the same model recomputed a random sample of "
+        "every proof."
+    )
+    _draw_histogram(report, honest)
+    report.section("Verdicts")
+    _draw_tables(report, honest, cheaters)
+    report.section("How far off the cheaters were")
+    _draw_residuals(report, honest[0], cheaters)
+
+
+def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
+    from assay import stats
+    from assay.pages.figures import SERIES, figure, histogram_over_density, legend
+    from assay.stats.blocks import EFFECTIVE_DIMENSION
+    from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
+
+    r_target = honest[0].proof.round.r_target
+    distances = np.concatenate([case.proof.distances for case in honest])
+    law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=EFFECTIVE_DIMENSION)
+    expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
+    fig, ax = figure()
+    histogram_over_density(
+        ax,
+        distances,
+        lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS),
+        density_label=f"chord law, d = {RANDOM_HEAD_ROWS}",
+    )
+    ax.axvline(r_target, color=SERIES[1], linewidth=1.3, label=f"r_target {r_target}")
+    ax.set_xlabel("distance to the target")
+    legend(ax)
+    report.figure(fig, f"{len(distances)} honest distances over the density of a random direction.")
+    report.definitions(
+        {
+            "valid, measured": f"{(distances < r_target).mean():.2%}",
+            "valid, expected over blocks": f"{expected:.2%} ± {error:.2%} (one standard error of nonces and block)",
+            "mean, measured": f"{distances.mean():.5f}",
+            "mean, chord law": f"{chord_mean(RANDOM_HEAD_ROWS):.5f}",
+        }
+    )
+
+
+def _draw_tables(report: "Report", honest: Sequence[Case], cheaters: Sequence[Case]) -> None:
+    from assay.pages.html import Badge
+
+    kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail", "undecided": "undecided"}
+    for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
+        cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], kinds[row[-1]])] for row in rows(cases)]
+        report.table(COLUMNS, cells, caption=caption)
+
+
+def _draw_residuals(report: "Report", honest: Case, cheaters: Sequence[Case]) -> None:
+    from assay.pages.figures import SERIES, figure, legend
+    from assay.stats.noise import RESOLUTION
+
+    fig, ax = figure()
+    for index, case in enumerate([honest, *cheaters]):
+        residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
+        ax.semilogy(sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6)
+    ax.axhline(honest.verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
+    ax.set_xlabel("checked nonces, sorted")
+    ax.set_ylabel("|received − recomputed|")
+    legend(ax)
+    report.figure(
+        fig,
+        "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line once in 10 000. "
+        f"A residual of 0 is drawn at {RESOLUTION:.1e}, the resolution of float32.",
+    )
+
+
+PAIRS = 40  # the least for which lda passes every check on the bundled models
+DRAWS = {"n_null": 49, "n_splits": 10, "n_resamples": 1000}  # half of those of `assay vhack check`
+
+
+@settings("assay.cli.plain_settings:DemoSettings")
+def demo(chosen: "DemoSettings", as_json: JsonFlag = False) -> None:
+    """Prove and verify real compute, catch four cheaters, test hack directions, and write an HTML report."""
+    # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with without_collection():
+        _run(chosen, as_json)
+
+
+def _run(chosen: "DemoSettings", as_json: bool) -> None:
+    from assay.models.load import load_model, model_info
+    from assay.pages.html import Report
+
+    model_info(chosen.model)  # before a directory is made
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    loaded = load_model(chosen.model)
+    with progress_bar("honest nodes") as progress:
+        honest = run_honest(loaded, progress)
+    with progress_bar("cheaters") as progress:
+        cheaters = run_cheaters(loaded, honest, progress)
+    with progress_bar("hack directions", "samples") as progress:
+        checked = _run_checks(loaded, progress)
+    seconds = time.perf_counter() - started
+    honest[0].proof.save(chosen.output / "proof.jsonl", overwrite=True)
+    page = chosen.output / "report.html"
+    report = Report("assay on a bundled model", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo")
+    draw(report, loaded, honest, cheaters)
+    _draw_checks(report, loaded, checked)
+    report.write(page)
+    caught = sum(case.verdict.fraud for case in cheaters)
+    passed = sum(case.verdict.honest for case in honest)
+    if as_json:
+        values: dict[str, Any] = {
+            "honest": summary(honest),
+            "cheaters": summary(cheaters),
+            "all_as_expected": passed == len(honest) and caught == len(cheaters),
+            "vhack": _summary(checked),
+        }
+        emit_json("assay.demo/1", {**values, "seconds": round(seconds, 1), "report": str(page)})
+        return
+    table(COLUMNS, rows([*honest, *cheaters]), title="Proof of Compute")
+    print_checks(checked, title="v_hack")
+    held = sum(check.verdict == "pass" for check in checked.checks)
+    typer.echo(
+        f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n"
+        f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s"
+    )
+    typer.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")
+
+
+def _run_checks(model: "Model", progress: Progress | None) -> "CheckReport":
+    """Extract gradients of generated pairs and run the checks, whole task groups held out."""
+    from assay.streams.backends import dtype_name
+    from assay.vhack.basis.extract import pair_gradients
+    from assay.vhack.checks.judge import CheckSettings
+    from assay.vhack.checks.run import check_gradients
+    from assay.vhack.gradients.svd import weight_svd
+    from assay.vhack.pairs.generate import generate_pairs
+
+    # As on a GPU: factors in bfloat16 where the weights are, from the quicker decomposition, which measures its error.
+    factors = "bfloat16" if dtype_name(model.dtype) == "bfloat16" else None
+    svd = weight_svd(model, dtype=factors, method="gram")
+    gradients = pair_gradients(generate_pairs(PAIRS), model, svd=svd, progress=progress)
+    return check_gradients(gradients, settings=CheckSettings(method="lda", **DRAWS))
+
+
+def _summary(report: "CheckReport") -> list[dict[str, object]]:
+    """Return JSON-ready values for every check."""
+    return [
+        {"name": check.name, "verdict": check.verdict, "value": check.measured.value if check.measured else None}
+        for check in report.checks
+    ]
+
+
+def _draw_checks(report: "Report", model: "Model", checked: "CheckReport") -> None:
+    """Add the checks as a table."""
+    from assay.pages.html import Badge
+
+    report.section("v_hack: do the hack directions hold on tasks they were not made from?")
+    report.paragraph(
+        f"{PAIRS} generated pairs, same prompt and same correct solution; one side cheats its test, the other does "
+        f"not. Gradients of {model.reference} were taken in the singular basis of every weight matrix, in "
+        f"{model.dtype}. Directions come from some task groups and are scored on the others."
+    )
+    columns, rows = check_table(checked)
+    cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], row[-1])] for row in rows]  # type: ignore[arg-type]
+    report.table(columns, cells)
+    report.paragraph(
+        "The pairs are generated and the tasks are small, so this is a demonstration. `assay vhack check` tests "
+        "pairs of your own with twice the draws and gives the full report, with rules, nulls and intervals."
+    )

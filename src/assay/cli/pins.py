@@ -1,0 +1,259 @@
+"""``assay poc pins``: write and read the file that says what a network agreed on; and ``verify --pins``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from assay.cli.commands import App
+from assay.cli.output import JsonFlag, emit_json, show_values, table
+from assay.cli.settings import settings
+from assay.errors import CalibrationError, ProofMismatch, UsageError
+
+if TYPE_CHECKING:
+    from assay.cli.pins_settings import CheckPinsSettings, NewPinsSettings
+    from assay.cli.poc_settings import VerifySettings
+    from assay.poc.protocol.builds import Build
+    from assay.poc.protocol.pins import Pins
+    from assay.poc.protocol.pins_file import NetworkPins
+    from assay.poc.protocol.record import Header
+    from assay.poc.verdict.calibration import Calibration
+
+
+app = App(help="Write and check pins.toml, the file that says what a network agreed on.")
+
+FLAGS = {
+    "block_hash",
+    "public_key",
+    "preset",
+    "seq_len",
+    "strength",
+    "r_target",
+    "node_id",
+    "node_count",
+    "prover_dtype",
+}
+
+
+def expected(chosen: "VerifySettings", header: "Header") -> "tuple[Pins, Calibration | None]":
+    """Return what a proof is held against, and the calibration that was measured with its build.
+
+    Args:
+        chosen: Flags, which must agree with the pins file where there is one.
+        header: Header of the proof. The model that it states must be one of the file; `verify` compares it with the
+            one that is loaded.
+
+    Raises:
+        UsageError: A flag contradicts the file, or the file needs another flag.
+        ProofMismatch: The header contradicts the flags or the file.
+        CalibrationError: No pinned calibration is of this proof, or a calibration cannot be used.
+        DataError: A file cannot be read.
+    """
+    from assay.poc.protocol.pins import Pins
+    from assay.poc.protocol.pins_file import NetworkPins
+    from assay.poc.protocol.round import Round
+    from assay.poc.verdict.calibration import Calibration, pinned_calibration
+
+    given = Pins(**chosen.model_dump(include=FLAGS))
+    network = NetworkPins.load(chosen.pins) if chosen.pins else None
+    pins = network.for_round(model=header.digest, also=given) if network else given
+    if chosen.nonces is not None:
+        named = {"node_id": pins.node_id, "node_count": pins.node_count}
+        share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        nonces = Round(block_hash="any", public_key="any", **share).nonces(*chosen.nonces)
+        pins = pins.joined(Pins(nonces=nonces), str(chosen.pins))
+    if chosen.calibration is not None:
+        return pins, Calibration.load(chosen.calibration)
+    pins.check(header)
+    return pins, None if network is None else pinned_calibration(network, header)
+
+
+@app.command(epilog="Example: assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml")
+@settings("assay.cli.pins_settings:NewPinsSettings")
+def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
+    """Write a pins file for a model, with 256-bit seeds. What only a proof can say is left to be filled in."""
+    from assay import poc
+    from assay.files.storage import check_new_file, write_atomic
+    from assay.models.load import identify, model_info
+    from assay.poc.engines.hf.memory import check_shape
+    from assay.poc.protocol.pins_file import UNFILLED, PinnedFile, pins_text
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    headers = [poc.Proof.load(path).header for path in chosen.from_proof]
+    asked = _round(chosen, headers)
+    builds = _builds(chosen, headers, asked["preset"])
+    if chosen.seq_len is not None:  # the default is one to be changed in the file
+        steps = poc.get_pipeline(asked["preset"]).steps
+        check_shape(model_info(chosen.model), batch_size=1, seq_len=chosen.seq_len, steps=steps)
+    for path in chosen.calibration:
+        _check_calibration(path, headers)
+    digest = identify(chosen.model, dtype="float32").digest  # in which dtype it would run does not matter
+    for path, header in zip(chosen.from_proof, headers, strict=True):
+        if (header.digest, header.weights) != (digest, "trained"):
+            raise ProofMismatch(
+                f"{path}: a proof of {header.round.model:.80} ({header.weights}, {header.digest[:12]})",
+                wanted=f"one of {chosen.model} (trained, {digest[:12]})",
+                do="pass the proof of a node that ran this checkpoint",
+            )
+    files = [PinnedFile.of(path, chosen.output.parent) for path in chosen.calibration]
+    shares = [(key, share) for key in chosen.public_key for share in range(asked["node_count"])]
+    tables: list[tuple[str, dict[str, Any]]] = [("[round]", asked)]
+    tables += [("[[nodes]]", {"public_key": key, "node_id": share}) for key, share in shares]
+    tables += [("[[models]]", {"reference": chosen.model, "digest": digest})]
+    tables += [("[[models.builds]]", build) for build in builds] + [
+        ("[[models.calibrations]]", file.model_dump()) for file in files
+    ]
+    write_atomic(chosen.output, pins_text(tables))
+    unfilled = [f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED]
+    if not unfilled:
+        poc.NetworkPins.load(chosen.output)  # a file that this version writes is one that it reads
+    values: dict[str, Any] = {"path": str(chosen.output), "model": chosen.model, "digest": digest}
+    values |= {name: asked[name] for name in ("preset", "seq_len", "strength")}
+    values |= {"builds": len(headers), "calibrations": len(files), "to_fill_in": ", ".join(unfilled) or "nothing"}
+    show_values("assay.poc.pins.new/1", values, as_json)
+
+
+@app.command(epilog="Example: assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY")
+@settings("assay.cli.pins_settings:CheckPinsSettings")
+def check(
+    chosen: "CheckPinsSettings",
+    context: typer.Context,
+    pins: Annotated[Path, typer.Argument(help="Pins file.")],
+    proof: Annotated[Path | None, typer.Argument(help="Proof file that is held against it.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a pins file pins and what it leaves open; with a proof, whether its header is allowed.
+
+    A proof of which something would be taken on the prover's word gives exit code 2, as with verify.
+    """
+    from assay import poc
+    from assay.poc.verdict.calibration import pinned_calibration
+
+    network = poc.NetworkPins.load(pins)
+    for model in network.models:
+        list(network.calibrations(model))  # an error says which one is another file
+    values: dict[str, Any] = {"path": str(pins), "pinned": _pinned(network), "open": _open(network)}
+    believed: tuple[str, ...] = ()
+    if proof is not None:
+        header = poc.Proof.load(proof).header
+        known = chosen.model_dump()
+        if network.nodes:  # a key and a share that the file lists are not only the prover's word
+            stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
+            known |= {name: value for name, value in stated.items() if known[name] is None}
+        held = network.for_round(model=header.digest, **known)
+        held.check(header)
+        measured = pinned_calibration(network, header)
+        believed = held.unpinned(header)
+        noise = "the stated default: no calibration is pinned for this model"
+        if measured is not None:
+            noise = measured.build_of(header).source
+        values |= {"proof": str(proof), "unpinned": believed, "noise": noise}
+    if as_json:
+        emit_json("assay.poc.pins.check/1", values)
+    else:
+        shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
+        if proof is not None:
+            shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
+        table(("", "value"), [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()])
+    context.exit(2 if believed else 0)
+
+
+def _round(chosen: "NewPinsSettings", headers: "Sequence[Header]") -> dict[str, Any]:
+    """Return the values of the round: those of the flags, else of the proofs, else the published ones."""
+    from assay.poc.protocol.pins import Pins
+    from assay.poc.protocol.pipelines import get_pipeline
+    from assay.poc.protocol.round import Round
+
+    asked: dict[str, Any] = {}
+    for name in ("preset", "seq_len", "r_target"):
+        stated = {getattr(header.round, name) for header in headers}
+        given = getattr(chosen, name)
+        if given is None and len(stated) > 1:
+            raise UsageError(
+                f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
+                wanted="proofs of one kind of round",
+                do=f"pass --{name.replace('_', '-')}",
+            )
+        asked[name] = given if given is not None else next(iter(stated), getattr(Round, name))
+    asked |= {"strength": chosen.strength, "node_count": chosen.node_count, "fewest_nonces": chosen.fewest_nonces}
+    asked["preset"] = get_pipeline(asked["preset"]).name
+    if get_pipeline(asked["preset"]).output != "distance":
+        del asked["r_target"]  # only a distance has a target
+    Pins(**asked)  # an error says which value is out of range
+    return asked
+
+
+def _builds(chosen: "NewPinsSettings", headers: "Sequence[Header]", preset: str) -> list[dict[str, Any]]:
+    """Return the builds of the proofs, or one that is to be filled in."""
+    from assay.poc.protocol.builds import Build, described
+    from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED
+    from assay.poc.protocol.pipelines import get_pipeline
+
+    if headers and chosen.dtype is not None:
+        raise UsageError(
+            f"--dtype {chosen.dtype} beside --from-proof",
+            wanted="one of the two: the number format of a build is that of its proof",
+            do="leave --dtype out",
+        )
+    for header in headers:
+        Build.of(header.fingerprint)  # an error says what is no build
+    agreed = [chosen.dtype] if chosen.dtype else [*get_pipeline(preset).number_formats, UNFILLED]
+    empty = dict.fromkeys(BUILD_FIELDS, UNFILLED) | {"dtype": agreed[0]}
+    return [described(header.fingerprint) for header in headers] or [empty]
+
+
+def _check_calibration(path: Path, headers: "Sequence[Header]") -> None:
+    """Refuse a file that is no calibration, or one of none of the proofs."""
+    from assay.poc.verdict.calibration import Calibration
+
+    measured, reasons = Calibration.load(path), []
+    for header in headers:
+        try:
+            measured.check(header)
+        except CalibrationError as error:
+            reasons.append(error)
+    if headers and len(reasons) == len(headers):
+        raise reasons[0]
+
+
+def _pinned(network: "NetworkPins") -> list[str]:
+    """Return what a file pins, one line a table."""
+    from assay.poc.protocol.pins_file import BUILD_FIELDS
+
+    shared = network.round.model_dump(exclude_none=True)
+    lines = ["round: " + ", ".join(f"{name} {value}" for name, value in shared.items())]
+    keys = len({node.public_key for node in network.nodes})
+    lines += [f"nodes: {keys} keys with {len(network.nodes)} shares"] if keys else []
+    for model in network.models:
+        lines.append(f"model: {model.reference}, {model.weights} weights, checkpoint {model.digest[:12]}")
+        for build in model.builds:
+            lines.append(f"build: {_values(build, [name for name in BUILD_FIELDS if name not in build.free])}")
+        lines += [f"calibration: {pinned.file}" for pinned in model.calibrations]
+    return lines
+
+
+def _open(network: "NetworkPins") -> list[str]:
+    """Return what a file leaves open and who says it instead, one line each."""
+    from assay.poc.protocol.round import Round
+
+    asked, lines = network.round, []
+    if asked.block_hash is None:
+        lines.append("block: --block-hash says it for each round")
+    if not network.nodes:
+        lines.append("key: --public-key says it for each proof; [[nodes]] lists those that may prove")
+    if not network.nodes and asked.node_count > 1:
+        lines.append("share: --node-id says it for each proof")
+    if asked.nonces is None:
+        lines.append(f"nonces: any {asked.fewest_nonces} or more that are consecutive in the share")
+    if Round(block_hash="any", public_key="any", preset=asked.preset, strength=asked.strength).strength == 32:
+        lines.append("input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 ends that")
+    for model in network.models:
+        lines += [f"build of {model.reference}: {_values(build, build.free)}" for build in model.builds if build.free]
+        if not model.calibrations:
+            lines.append(f"honest noise of {model.reference}: the stated default, without a calibration")
+    return lines
+
+
+def _values(build: "Build", names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {' or '.join(map(str, getattr(build, name))) or 'none'}" for name in names)

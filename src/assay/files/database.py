@@ -1,0 +1,331 @@
+"""A database: one SQLite file, and nothing acknowledged before it is on disk.
+
+The service keeps its rounds in one, a receiver its callbacks, and a validator the ledger of its nodes. This module is
+not imported with its package: it would make every command wait for SQLAlchemy.
+"""
+
+import fcntl
+import os
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from assay.errors import StorageError
+
+BUSY_TIMEOUT_MS = 5000
+JOURNAL_TIMEOUT_MS = 250  # for which writers wait while the journal is emptied
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: ("a moment in which no other process writes to it", "try again"),
+    sqlite3.SQLITE_CANTOPEN: ("a file that can be opened, in a directory that can be written", "pass another {flag}"),
+    sqlite3.SQLITE_READONLY: ("a file and a directory that can be written", "pass another {flag}"),
+}
+_NO_ROOM = ("a database that can be written", "free some space on that disk; a service continues by itself")
+
+LONGEST_VALUE = 2**26
+"""Bytes of the longest text that is read from a file that is only read: 64 MiB."""
+
+_KNOWN: dict[tuple[object, ...], sa.MetaData] = {}
+
+
+class Database:
+    """Opens the file, brings its schema up to date, and hands out transactions.
+
+    The file is readable by its owner only, in whatever directory it lies.
+
+    Args:
+        data_dir: Directory of the file. It is created if it does not exist.
+        name: Name of the file.
+        migrations: Steps that lead to the schema, the oldest first.
+        exclusive: Whether this process is the only one that may open the file in this way. A service does; the command
+            line opens the file beside a running service.
+        read_only: Whether the file belongs to another process or person: it must exist, is not changed, and its tables
+            are not looked at.
+        secure_delete: Whether what is deleted is overwritten in the file.
+        flag: Flag that names another place, for errors.
+
+    Raises:
+        StorageError: Another service has the file, it cannot be read or written, or a newer version wrote it.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        name: str,
+        migrations: Sequence[Sequence[str]],
+        exclusive: bool = True,
+        read_only: bool = False,
+        secure_delete: bool = False,
+        flag: str = "--data-dir",
+    ) -> None:
+        self.path, self._flag = data_dir / name, flag
+        self._writing = threading.Lock()
+        self._file = None if read_only else self._own(data_dir, exclusive=exclusive)
+        if read_only:
+            connect = partial(_connect_to_read, self.path)
+            self._engine = sa.create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+        else:
+            self._engine = sa.create_engine(f"sqlite:///{self.path}", pool_size=8, max_overflow=32)
+            sa.event.listen(self._engine, "connect", partial(_on_connect, secure_delete=secure_delete))
+        sa.event.listen(self._engine, "begin", _on_begin)
+        self._writer = self._engine.execution_options(assay_write=True)
+        self._tables = sa.MetaData()
+        try:
+            if read_only:
+                with self.read() as connection:
+                    self._check_version(connection, len(migrations), oldest=len(migrations))
+            else:
+                with self.write() as connection:
+                    self._migrate(connection, migrations)
+                with self.read() as connection:
+                    self._tables = _tables(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, table: str) -> sa.Table:
+        if table not in self._tables.tables:
+            raise damaged(self.path, f"the table {table} is missing", flag=self._flag)
+        return self._tables.tables[table]
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Open a transaction that sees one consistent state and does not wait for writers."""
+        with self._storing(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Open a transaction that is on disk when the block ends, or has changed nothing.
+
+        Raises:
+            StorageError: There is no room, the file cannot be written, or it is no longer in its place.
+        """
+        self._check_place()
+        # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
+        with self._storing(), self._writing, self._writer.begin() as connection:
+            yield connection
+
+    def rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        """Return the rows of a query."""
+        with self.read() as connection:
+            return connection.execute(query).all()
+
+    def scalar(self, query: sa.Select[Any]) -> Any:
+        """Return the only value of a query, or None if it has no row."""
+        with self.read() as connection:
+            return connection.execute(query).scalar()
+
+    def change(self, statement: sa.UpdateBase) -> int:
+        """Run a statement in a transaction of its own; return how many rows it changed."""
+        with self.write() as connection:
+            return connection.execute(statement).rowcount
+
+    def empty_journal(self) -> bool:
+        """Move what the journal holds into the file and cut the journal to nothing; return False if a reader needs it.
+
+        The journal keeps what was deleted until it is written over.
+        """
+        with self._storing(), self._writing, closing(self._engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            try:
+                cursor.execute(f"PRAGMA busy_timeout={JOURNAL_TIMEOUT_MS}")
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                return bool(cursor.fetchall()[0][0] == 0)
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+                cursor.close()
+
+    def close(self) -> None:
+        """Close every connection and give up the directory."""
+        self._engine.dispose()
+        if self._file is not None:
+            # Only now: closing any descriptor of the file gives up the locks that SQLite holds on it.
+            os.close(self._file)
+            self._file = None
+
+    def _check_place(self) -> None:
+        """Refuse to write to a file that was moved or deleted: SQLite would, and the next start would miss it all."""
+        file = self._file  # another thread may close it meanwhile
+        try:
+            if file is None or os.path.samestat(os.fstat(file), self.path.stat()):
+                return
+            seen = "another file is in the place of the one that is open"
+        except OSError as error:
+            seen = error.strerror or str(error)
+        raise StorageError(
+            f"{self.path}: {seen}",
+            wanted="the file that was opened: what is written would be lost with it",
+            do="stop this process before a database is moved or restored, and start it again",
+        )
+
+    def _own(self, data_dir: Path, *, exclusive: bool) -> int:
+        """Create the directory and the file where they are missing, and take the lock where it is wanted."""
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return _open_private(self.path, exclusive=exclusive, flag=self._flag)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: {error.strerror}",
+                wanted="a directory that can be written",
+                do=f"pass another {self._flag}",
+            ) from None
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        with _three_parts(self.path, self._flag):
+            yield
+
+    def _migrate(self, connection: sa.Connection, migrations: Sequence[Sequence[str]]) -> None:
+        connection.exec_driver_sql(
+            "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
+        )
+        current = self._check_version(connection, len(migrations))
+        for version, statements in enumerate(migrations[current:], start=current + 1):
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql("INSERT INTO migrations VALUES (?, ?)", (version, time.time()))
+
+    def _check_version(self, connection: sa.Connection, newest: int, *, oldest: int = 0) -> int:
+        current = connection.exec_driver_sql("SELECT coalesce(max(version), 0) FROM migrations").scalar_one()
+        if type(current) is not int or not oldest <= current <= newest:
+            raise StorageError(
+                f"a database of schema {current!r:.40}",
+                wanted=f"schema {newest}" + (" or older" if oldest < newest else ""),
+                do=f"run the version of assay that wrote it, or pass another {self._flag}",
+            )
+        return current
+
+
+def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageError:
+    """Return the error of a file that holds something other than what this version writes.
+
+    Args:
+        path: Path of the file.
+        reason: What was found.
+        flag: Flag that names another place.
+    """
+    return StorageError(
+        f"{path}: {reason}",
+        wanted="a database that assay wrote",
+        do=f"restore it from a backup, or pass another {flag}",
+    )
+
+
+def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
+    """Return the names of the tables of an SQLite file, which stays as it is; none of an empty file.
+
+    Args:
+        path: Path of the file.
+        flag: Flag that names another place, for errors.
+
+    Raises:
+        StorageError: It cannot be read, or is no SQLite file.
+    """
+    with _three_parts(path, flag):
+        connection = _connect_to_read(path)
+        try:
+            return {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        finally:
+            connection.close()
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        uri += "&immutable=1"  # no writer has it open, and the journal that SQLite would begin has no place
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    connection.text_factory = _decode
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+    return connection
+
+
+def _decode(text: bytes) -> str:
+    """Return a text whatever its bytes are: a reader that does not trust a file compares hashes."""
+    return text.decode(errors="replace")
+
+
+@contextmanager
+def _three_parts(path: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
+    except (sa.exc.OperationalError, sa.exc.TimeoutError, sqlite3.OperationalError) as error:
+        # The last kind comes from the pragmas of a new connection, where nothing wraps it.
+        reason = getattr(error, "orig", None) or error
+        if getattr(reason, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # a table or column is missing
+            raise damaged(path, str(reason), flag=flag) from error
+        wanted, do = _ADVICE.get(getattr(reason, "sqlite_errorcode", 0) & 0xFF, _NO_ROOM)
+        raise StorageError(f"{path}: {reason}", wanted=wanted, do=do.format(flag=flag)) from error
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        if isinstance(error, sa.exc.IntegrityError):
+            raise
+        raise damaged(path, str(getattr(error, "orig", error)), flag=flag) from error
+
+
+def _open_private(path: Path, *, exclusive: bool, flag: str) -> int:
+    """Open the database file, take its lock where it is wanted, and withdraw it from other users.
+
+    SQLite gives its journal the permissions of the database.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StorageError(
+            f"{path} is a pipe or a device", wanted="a database, or no file yet", do=f"pass another {flag}"
+        )
+    try:
+        if exclusive:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(
+            f"another service runs in {path.parent}",
+            wanted="a data directory of its own for every service",
+            do=f"stop the other service, or pass another {flag}",
+        ) from None
+    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        with suppress(PermissionError, FileNotFoundError):  # of another user, or not there yet
+            file.chmod(0o600)
+    return descriptor
+
+
+def _on_connect(connection: Any, record: ConnectionPoolEntry, *, secure_delete: bool) -> None:
+    # The driver must not open transactions by itself: see _on_begin.
+    connection.isolation_level = None
+    for pragma in (
+        f"busy_timeout={BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",  # the file keeps it; a transaction could not set it
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "journal_size_limit=8388608",
+        f"secure_delete={int(secure_delete)}",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    # A deferred transaction that starts to write fails at once where another has written meanwhile.
+    write = connection.get_execution_options().get("assay_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _tables(connection: sa.Connection) -> sa.MetaData:
+    """Return the tables of a file. Files of one schema share them: reading them takes two thirds of opening a file."""
+    schema = tuple(connection.exec_driver_sql("SELECT sql FROM sqlite_master ORDER BY name").scalars())
+    if schema not in _KNOWN:
+        found = sa.MetaData()
+        found.reflect(connection)
+        _KNOWN[schema] = found
+    return _KNOWN[schema]

@@ -1,0 +1,284 @@
+"""Files that are either complete under their name or not there.
+
+`PartialFile` grows line by line under ``<name>.partial`` and can be resumed after a crash; `write_atomic` writes a
+small file at once. Both take the final name in one rename.
+"""
+
+import errno
+import fcntl
+import io
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from assay.errors import AssayError, DataError, StorageError, UsageError
+from assay.files.jsonl import dumps, loads
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EACCES: "choose a directory you may write to",
+    errno.EROFS: "choose a directory you may write to",
+    errno.EISDIR: "choose a file name, or remove the directory",
+    errno.ENOENT: "create the directory first",
+    errno.ENOTDIR: "choose a path whose parents are directories",
+}
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Return the three-part form of an error of the operating system.
+
+    Args:
+        path: Path of the file or directory.
+        error: The error.
+    """
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    advice = _ADVICE.get(error.errno or 0, "choose another path, or repair this one")
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        advice = "choose another directory: this one takes no new files"
+    return StorageError(f"{path}: {reason}", wanted="a file that can be written", do=advice)
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _sync_directory(path: Path) -> None:
+    # A rename is durable only once the directory is on disk.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Refuse what is there and is no file: a rename would put a file in its place, were it /dev/null."""
+    with _storing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+        exists = path.exists()
+    if exists and not path.is_file():
+        do = "write to a file, and copy it from there"
+        raise StorageError(f"{path} is a pipe or a device", wanted="a file that can be written", do=do)
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    _refuse_other_kinds(path)
+    with _storing(path):
+        exists = path.exists()
+    if exists and not overwrite:
+        do = "choose another one, or pass --overwrite (in Python overwrite=True)"
+        raise UsageError(f"{path} exists", wanted="a new file name", do=do)
+
+
+def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a path at which no new file can be written, before the work whose result it is for; writes nothing.
+
+    Args:
+        path: Name of the file that is to be written.
+        overwrite: Whether a file of that name may be replaced.
+
+    Raises:
+        UsageError: The file exists and ``overwrite`` is not set.
+        StorageError: The path is a directory, a pipe or a device, or its directory does not exist or may not be
+            written to.
+    """
+    path = Path(path)
+    _refuse_existing(path, overwrite)
+    with _storing(path):
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file, replacing an older one in one step; on failure the older one is untouched.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    path = Path(path)
+    _refuse_other_kinds(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    with _storing(path):
+        try:
+            with io.FileIO(temporary, "w") as file:
+                _write_all(file, content.encode() if isinstance(content, str) else content)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
+
+def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
+    """Write a whole JSON Lines file, one record per line, as :func:`write_atomic` writes.
+
+    Raises:
+        UsageError: A record is not JSON.
+        StorageError: It cannot be written.
+    """
+    write_atomic(path, "".join(dumps(record) + "\n" for record in records))
+
+
+class PartialFile:
+    """A JSON Lines file written as it grows, crash-safe and resumable, by one writer at a time.
+
+    Lines go to ``<path>.partial``; `commit` gives the file its final name. Without it the partial file stays, and the
+    next `PartialFile` of the same path goes on after `recover`::
+
+        with PartialFile(path) as file:
+            done = file.recover()
+            file.append({"nonce": 7})
+            file.commit()
+
+    Args:
+        path: Final name.
+        overwrite: Whether a file that has the final name already may be replaced.
+
+    Raises:
+        UsageError: The final file exists and ``overwrite`` is not set.
+        StorageError: The partial file cannot be opened, or another writer holds it.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self._overwrite = overwrite
+        _refuse_existing(self.path, overwrite)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        with _storing(self.partial):
+            self._file = io.FileIO(os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+")
+        try:
+            self._lock()
+        except AssayError:
+            self._file.close()
+            raise
+        self._recovered = not os.fstat(self._file.fileno()).st_size
+
+    def _lock(self) -> None:
+        busy = StorageError(
+            f"{self.partial} is being written by another process",
+            wanted="one writer per file",
+            do="wait for it to end, or choose another file name",
+        )
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError as error:
+            raise storage_error(self.partial, error) from error
+        # Between opening and locking, the other writer may have given this very file its final name.
+        if not self.partial.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat()):
+            raise busy
+
+    def recover(self) -> list[str]:
+        """Return the intact lines that an earlier writer left, without line ends; whatever follows them is cut off.
+
+        A line is intact when it ends with a newline and is a strict JSON object. The first one that is not, and all
+        after it, are lost: a crash tears the end of a file.
+
+        Raises:
+            StorageError: The partial file cannot be read or cut, or its first line shows that it is something else.
+        """
+        lines: list[str] = []
+        size = 0
+        with _storing(self.partial):
+            self._file.seek(0)
+            *complete, _torn = self._file.readall().split(b"\n")
+            if complete and not _is_intact(complete[0]):
+                raise StorageError(
+                    f"{self.partial} is not what an earlier run left",
+                    wanted="lines of JSON, or no such file",
+                    do="move it away, or choose another file name",
+                )
+            for raw in complete:
+                if not _is_intact(raw):
+                    break
+                lines.append(raw.decode())
+                size += len(raw) + 1
+            self._file.truncate(size)
+        self._recovered = True
+        return lines
+
+    def restart(self) -> None:
+        """Drop what an earlier writer left.
+
+        Raises:
+            StorageError: The partial file cannot be cut.
+        """
+        with _storing(self.partial):
+            self._file.truncate(0)
+        self._recovered = True
+
+    def append(self, record: object) -> str:
+        """Write one record as a line of its own, handed to the system before this returns; gives the line back."""
+        line = dumps(record)
+        self.append_lines([line])
+        return line
+
+    def append_lines(self, lines: Iterable[str]) -> None:
+        """Write a batch of lines (canonical JSON without line ends) in one go.
+
+        Raises:
+            UsageError: A line has a line break, or an earlier partial file was neither recovered nor dropped.
+            StorageError: The lines cannot be written; those that were stay in the partial file.
+        """
+        batch = list(lines)
+        if not self._recovered:
+            raise UsageError(
+                f"{self.partial} holds lines of an earlier run",
+                wanted="a decision what to do with them",
+                do="call recover() to go on after them or restart() to drop them",
+            )
+        if any("\n" in line or "\r" in line for line in batch):
+            raise UsageError("a line with a line break", wanted="one record per line", do="write records with dumps")
+        with _storing(self.partial):
+            _write_all(self._file, "".join(line + "\n" for line in batch).encode())
+
+    def commit(self) -> None:
+        """Put all lines on disk and give the file its final name, in one step; nothing can be appended after.
+
+        Raises:
+            UsageError: A file of the final name has appeared meanwhile and ``overwrite`` is not set.
+            StorageError: The file cannot be stored under its name; the partial file stays.
+        """
+        _refuse_existing(self.path, self._overwrite)
+        with _storing(self.path):
+            os.fsync(self._file.fileno())
+            self.partial.replace(self.path)
+            _sync_directory(self.path.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; without `commit` the partial file stays for a later run. Closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _is_intact(raw: bytes) -> bool:
+    try:
+        loads(raw, "partial file")
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,225 @@
+"""Plots in the style of the house, as SVG that takes its colours from the page.
+
+Figures are drawn with placeholder colours, one for each role. `to_svg` turns them into CSS variables, so one drawing
+is right on a light page, on a dark one and in print. Nothing here touches pyplot or its global state; matplotlib is
+imported when the first figure is made, because it is slow to load.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from assay.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+INK, MUTED, RULE, PAPER = "#a55a10", "#a55a11", "#a55a12", "#a55a13"
+"""Colours of text, of lesser text, of lines and of the paper; a page has those of its style sheet in their place."""
+SERIES = ("#a55a01", "#a55a02", "#a55a03", "#a55a04", "#a55a05")
+"""Colours of data, in the order to use them; readable on light and dark, distinct to the colour-blind."""
+
+_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"} | {
+    colour: f"var(--c{index})" for index, colour in enumerate(SERIES, 1)
+}
+
+
+def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
+    """Return an empty figure of the given size in inches, and its axes, in the style of the house."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    ax = fig.add_subplot(facecolor="none")
+    style_axes(ax)
+    return fig, ax
+
+
+def style_axes(ax: "Axes") -> None:
+    """Give axes the style of the house: thin muted rules, horizontal grid lines, no box."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(RULE)
+    ax.tick_params(colors=MUTED, labelsize=9, length=3, width=0.8)
+    ax.xaxis.label.set(color=MUTED, fontsize=9.5)
+    ax.yaxis.label.set(color=MUTED, fontsize=9.5)
+    ax.title.set(color=INK, fontsize=10.5)
+    ax.grid(axis="y", color=RULE, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def legend(ax: "Axes", **options: Any) -> None:
+    """Add a legend without a box, in the ink of the page; options go to ``Axes.legend``."""
+    ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
+
+
+def histogram_over_density(
+    ax: "Axes",
+    samples: npt.ArrayLike,
+    pdf: Callable[[npt.NDArray[np.float64]], npt.ArrayLike],
+    *,
+    bins: int | None = None,
+    density_label: str = "expected",
+) -> None:
+    """Draw measured values as bars of unit area, over the density they should follow as a line.
+
+    Args:
+        ax: Axes to draw on.
+        samples: Finite values, [N].
+        pdf: Density of a value, per unit of the x axis.
+        bins: Number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
+        density_label: Name of the line.
+
+    Raises:
+        UsageError: No samples, or one that is not finite.
+    """
+    values_N = np.asarray(samples, dtype=np.float64).ravel()
+    if not values_N.size or not np.isfinite(values_N).all():
+        raise UsageError(f"{values_N.size} samples", wanted="at least one, all finite", do="drop the missing values")
+    count = bins or min(max(8, round(2 * values_N.size ** (1 / 3))), 120)
+    # One outline instead of single bars leaves no seams where they meet.
+    ax.hist(
+        values_N,
+        count,
+        density=True,
+        histtype="stepfilled",
+        color=SERIES[0],
+        alpha=0.45,
+        linewidth=0,
+        label="measured",
+    )
+    low, high = ax.get_xlim()
+    x_N = np.linspace(low, high, 400)
+    ax.plot(x_N, np.asarray(pdf(x_N)), color=INK, linewidth=1.3, label=density_label)
+    ax.set_xlim(low, high)
+    ax.set_ylabel("density")
+
+
+def bands(
+    ax: "Axes",
+    x: npt.ArrayLike,
+    lower: npt.ArrayLike,
+    mid: npt.ArrayLike,
+    upper: npt.ArrayLike,
+    *,
+    label: str | None = None,
+    colour: str = SERIES[0],
+) -> None:
+    """Draw a line with the band of its uncertainty; all four of shape [N], in the units of the axes."""
+    ax.fill_between(np.asarray(x), np.asarray(lower), np.asarray(upper), color=colour, alpha=0.18, linewidth=0)
+    ax.plot(np.asarray(x), np.asarray(mid), color=colour, linewidth=1.6, label=label)
+
+
+def heatmap(
+    ax: "Axes",
+    matrix: npt.ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str = "",
+) -> None:
+    """Draw a matrix as tinted cells with a scale beside it.
+
+    Positive values have the first colour, negative ones the second. Strength is opacity, so zero is the colour of the
+    page in light and in dark. A missing value (NaN) is left empty.
+
+    Args:
+        ax: Axes to draw on.
+        matrix: Values, [R, C].
+        rows: Labels, R of them.
+        columns: Labels, C of them.
+        label: Name of the scale.
+
+    Raises:
+        UsageError: Labels and matrix do not fit together.
+    """
+    values_RC = np.asarray(matrix, dtype=np.float64)
+    if values_RC.shape != (len(rows), len(columns)) or not values_RC.size:
+        raise UsageError(
+            f"a matrix of shape {values_RC.shape} with {len(rows)} row and {len(columns)} column labels",
+            wanted="one label per row and per column, at least one of each",
+            do="pass the labels in the order of the matrix",
+        )
+    largest = float(np.nanmax(np.abs(values_RC), initial=0.0))
+    _cells(ax, values_RC, largest)
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    low = -largest if np.nanmin(values_RC, initial=0.0) < 0 else 0.0
+    _scale(ax, low, largest, label)
+
+
+def _cells(
+    ax: "Axes", values_RC: npt.NDArray[np.float64], largest: float, extent: Sequence[float] | None = None
+) -> None:
+    from matplotlib.colors import to_rgb
+
+    strength_RC = np.clip(np.abs(np.nan_to_num(values_RC)) / (largest or 1.0), 0, 1)
+    hue_RC3 = np.where(values_RC[..., None] < 0, to_rgb(SERIES[1]), to_rgb(SERIES[0]))
+    rows, columns = values_RC.shape
+    left, right, bottom, top = extent or (0.0, columns, 0.0, rows)
+    ax.pcolormesh(
+        np.linspace(left, right, columns + 1),
+        np.linspace(bottom, top, rows + 1),
+        np.concatenate([hue_RC3, strength_RC[..., None]], axis=-1),
+        edgecolors=PAPER,
+        linewidth=0.4 if extent is None else 0.0,
+    )
+
+
+def _scale(ax: "Axes", low: float, high: float, label: str) -> None:
+    side = ax.inset_axes((1.03, 0.0, 0.025, 1.0), facecolor="none")
+    steps = np.linspace(low, high or 1.0, 41)
+    middles = (steps[1:] + steps[:-1]) / 2
+    _cells(side, middles[:, None], high, extent=(0.0, 1.0, float(steps[0]), float(steps[-1])))
+    style_axes(side)
+    side.grid(visible=False)
+    side.set_xticks([])
+    side.yaxis.tick_right()
+    side.yaxis.set_label_position("right")
+    side.set_ylabel(label)
+    for spine in side.spines.values():
+        spine.set_visible(False)
+
+
+def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
+    """Return a figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS variables.
+
+    Args:
+        fig: Figure drawn with the colours of this module.
+        prefix: Text put before every id, so that figures on one page do not collide.
+        description: Text that a screen reader says.
+    """
+    import matplotlib as mpl
+
+    buffer = BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', _opening(description), svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--sans)", svg)
+    for placeholder, variable in _VARIABLES.items():
+        svg = svg.replace(placeholder, variable)
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def _opening(description: str) -> str:
+    label = escape(description, quote=True).replace("\\", r"\\")
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        rf'viewBox="\1" role="img" aria-label="{label}">'
+    )

@@ -1,0 +1,327 @@
+"""The compiled forward pass: kernels made for one shape, kept between runs, and replayed as one CUDA graph.
+
+Inductor may not choose kernels by timing them: two processes with one fingerprint must return the same bits.
+
+Legend of shapes: B nonces, T positions, D hidden size.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from assay.models.decoder import backbone, decoder_layers
+from assay.models.load import Model
+from assay.models.wide import WIDE, is_wide, wide_products
+from assay.poc.engines.hf.fused import FUSED, fused_steps, fusible, runs_on
+from assay.poc.engines.hf.lean import (
+    LeanDecoder,
+    LeanLayers,
+    LeanParts,
+    Shape,
+    Steps,
+    layer_shape,
+    lean_decoder,
+    mixture_of,
+    plain_steps,
+)
+from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+# In the order of preference; each serves what those before it do not.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
+# when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
+# every trace, and with it Inductor's setting of that name, so a patch around many functions would hold for the first.
+_KERNELS = {
+    "deterministic": True,  # reductions have one configuration, and matrices are not padded
+    "triton.autotune_pointwise": False,
+    "max_autotune": False,
+    "max_autotune_pointwise": False,
+    "max_autotune_gemm": False,
+    "coordinate_descent_tuning": False,
+    "coordinate_descent_check_all_directions": False,
+    "force_fuse_int_mm_with_mul": False,
+}
+
+# Every shape, dtype and model that a process proves is a variant of the same few functions.
+_VARIANTS = 512
+
+
+def keep_kernels() -> None:
+    """Let compiled kernels be kept in the user's cache folder, unless the environment names another one.
+
+    Torch's own choice is a temporary folder; it stays where the user's cannot be written.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE) not in (None, default_cache_dir()):  # torch writes its choice there when it is imported
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home directory, or one of another user
+        return
+    os.environ[CACHE] = str(folder)
+
+
+def worth_compiling(model: Model) -> bool:
+    """Return whether ``prove`` compiles a model by default: on one CUDA device, where triton is installed."""
+    return model.device.type == "cuda" and model.devices == 1 and find_spec("triton") is not None
+
+
+class CompiledForward:
+    """Runs the decoder of a model on inputs of one fixed shape.
+
+    A model of a listed family runs layer by layer (:class:`LeanDecoder`): between assay's own kernels where they serve
+    it, and else compiled. Any other one is compiled as a whole, as transformers has it. The last layer serves the last
+    position alone where B rows are enough for products in which the place of a row does not matter: on CUDA, from
+    :data:`ROWS_OF_A_PRODUCT` on.
+
+    Args:
+        model: Model whose decoder is compiled.
+        batch_size: Number of nonces of a batch, B.
+        seq_len: Number of positions, T.
+        graphs: Whether to replay the kernels as one CUDA graph, which does not change the bits. A CPU has none.
+    """
+
+    def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:
+        keep_kernels()
+        on_cuda = model.device.type == "cuda"
+        known = lean_decoder(model, seq_len)
+        self.fused = known and fusible(model)
+        self.lean = known and (self.fused or mixture_of(model) is None)
+        graphs = graphs and self.lean and on_cuda
+        if self.lean:
+            decoder = LeanDecoder(model, seq_len, fused_steps if self.fused else _compiled_steps)
+            hidden, last_hidden = decoder.hidden, decoder.last_hidden
+        else:
+            body = _compiled(backbone(model.module), fullgraph=False)
+            positions_1T = torch.arange(seq_len, device=model.device)[None]
+
+            def hidden(inputs_BTD: Tensor) -> Tensor:
+                positions_BT = positions_1T.expand(len(inputs_BTD), -1)
+                states_BTD: Tensor = body(
+                    inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False
+                ).last_hidden_state
+                return states_BTD
+
+        if not (self.lean and _last_alone(model.device, batch_size)):
+
+            def last_hidden(inputs_BTD: Tensor) -> Tensor:
+                return hidden(inputs_BTD)[:, -1].float()
+
+        self._last_hidden = _Graph(last_hidden) if graphs else last_hidden
+        self._hidden = _Graph(hidden) if graphs else hidden
+        self._model = model
+
+    @cached_property
+    def attention(self) -> str:
+        """Which kernel attends. Asked for late: the question sets torch's choice for all threads of the process."""
+        if not self.lean:
+            return "sdpa"
+        model = self._model
+        return _attention_name(layer_shape(decoder_layers(model.module)[0]), model.dtype, model.device)
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        with _settings(inputs_BTD):
+            return self._last_hidden(inputs_BTD)
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        with _settings(inputs_BTD):
+            return self._hidden(inputs_BTD)
+
+
+class LeanForward:
+    """Runs lean layers one kernel after the other, on inputs of any number of nonces: nothing is compiled or recorded.
+
+    A large pass keeps a GPU busy for longer than the host needs to queue it, and then a recorded graph saves nothing.
+    The bits are those of :class:`CompiledForward` with the same kernels.
+
+    Args:
+        parts: What the decoder is made of.
+    """
+
+    def __init__(self, parts: LeanParts) -> None:
+        self._device, self._dtype, self._shape = parts.norm.device, parts.norm.dtype, parts.shape
+        self._parts = parts
+        self._fused = runs_on(self._device)
+        self._layers = LeanLayers(parts, fused_steps if self._fused else plain_steps)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What computes, as a fingerprint names it: the kernel that attends, and those between the products."""
+        attention = _attention_name(self._shape, self._dtype, self._device)
+        if self._fused:
+            return attention, f"triton {version('triton')}", FUSED
+        return (attention, WIDE) if is_wide(self._device, self._dtype) else (attention,)
+
+    def places(self) -> tuple[int, ...]:
+        """Return where everything lies that a pass reads besides its inputs: weights, and cosines and sines."""
+        read = (self._parts.norm, *self._parts.rotation, *self._parts.layers)
+        return tuple(tensor.data_ptr() for tensor in _tensors(read))
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        if not _last_alone(self._device, len(inputs_BTD)):
+            return self.hidden(inputs_BTD)[:, -1].float()
+        with _settings(inputs_BTD):
+            return self._layers.last_hidden(inputs_BTD)
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        with _settings(inputs_BTD):
+            return self._layers.hidden(inputs_BTD)
+
+
+def _tensors(parts: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among parts, which may be nested tuples or None."""
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        elif part is not None:
+            yield from _tensors(part)
+
+
+def _last_alone(device: torch.device, batch_size: int) -> bool:
+    """Return whether the last layer may serve the last position alone: its products have enough rows, on CUDA."""
+    return device.type == "cuda" and batch_size >= ROWS_OF_A_PRODUCT
+
+
+class Recording:
+    """A run of a function of one tensor, recorded as a CUDA graph: a replay costs the host one launch.
+
+    It keeps nothing alive but its input and output, so what the function reads besides must stay where it is.
+
+    Args:
+        function: Function of a tensor of fixed shape. It runs once before it is recorded, to load every kernel.
+        given: Tensor of that shape.
+        pool: Memory that is shared with other recordings, none of which runs at the same time; None is its own.
+        stream: Stream on which it is recorded, one for all that share a pool; None is its own. Torch's own choice is
+            one stream for the whole process, and on that the products of a graph write to memory that another graph
+            may give back; and that stream is of one device, so of a function on another one nothing would be recorded.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        given: Tensor,
+        *,
+        pool: Any = None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> None:
+        self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
+        function(self._input)  # compiles; nothing may be compiled while a graph is recorded
+        stream = stream or _stream(given.device)
+        # Other threads, such as those of a service, may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._output = function(self._input)
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Return what the function gives for another tensor of the shape."""
+        self._input.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return another stream of a device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class _Graph:
+    """A function of one tensor of fixed shape, recorded at its first call and replayed after."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._recording: Recording | None = None
+
+    def __call__(self, given: Tensor) -> Tensor:
+        if self._recording is None:
+            self._recording = Recording(self._function, given)
+        return self._recording(given)
+
+
+class RecordedPasses:
+    """Recorded passes of :class:`LeanForward` over weights that belong to someone else, by the shape of their inputs.
+
+    The host needs several milliseconds to queue a pass kernel by kernel, however small it is; a recorded one takes it a
+    fraction of one. A pass is recorded again when something that it reads lies elsewhere than before.
+
+    Args:
+        most: Number of shapes that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._made: dict[tuple[int, ...], tuple[tuple[int, ...], Recording]] = {}
+
+    def hidden(self, forward: LeanForward, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype.
+
+        Args:
+            forward: The pass over the weights as they are now.
+            inputs_BTD: Inputs on a CUDA device.
+        """
+        shape, places = tuple(inputs_BTD.shape), forward.places()
+        if shape not in self._made or self._made[shape][0] != places:
+            self._made.pop(shape, None)  # freed before the next one is made
+            while len(self._made) >= self._most:
+                self._made.pop(next(iter(self._made)))
+            if not self._made:  # what torch has given up with its last recording takes no other one
+                self._pool = torch.cuda.graph_pool_handle()
+            self._stream = self._stream or _stream(inputs_BTD.device)
+            recording = Recording(forward.hidden, inputs_BTD, pool=self._pool, stream=self._stream)
+            self._made[shape] = places, recording
+        return self._made[shape][1](inputs_BTD)
+
+
+def _compiled_steps(shape: Shape) -> Steps:
+    return plain_steps(shape, _compiled)
+
+
+def _compiled(function: Any, *, fullgraph: bool = True) -> Any:
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=dict(_KERNELS))
+
+
+@contextmanager
+def _settings(inputs_BTD: Tensor) -> Iterator[None]:
+    """Hold what decides about kernels, beside Inductor's settings, while they are compiled and while they run."""
+    from torch._dynamo import config as dynamo
+
+    with (
+        dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
+        sdpa_kernel(_ATTENTION, set_priority=True),
+        wide_products(inputs_BTD),
+    ):
+        yield
+
+
+def _attention_name(shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """Return which kernel attends: the one that torch chooses for these heads."""
+    if device.type != "cuda":
+        return "sdpa"
+    heads, key_heads = shape.heads, shape.key_heads
+    q, k = (torch.empty(1, count, 64, shape.head_width, dtype=dtype, device=device) for count in (heads, key_heads))
+    with sdpa_kernel(_ATTENTION, set_priority=True):
+        chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != key_heads)
+    return f"sdpa {SDPBackend(chosen).name.removesuffix('_ATTENTION').lower()}"

@@ -1,0 +1,401 @@
+"""What stands between the products of a layer, as triton kernels: each passes once over what it reads and writes.
+
+- `normalised`: the residual stream plus an update, and its norm.
+- `turned`: queries and keys after their norms and the rotation, written over what they were.
+- `gated`: the activated gate times the other projection.
+- `rounded`: what attention returns, in eight bits.
+- `spread` and `combined`: rows to the experts of a mixture, and back as a sum by shares.
+
+What a product in eight bits reads next is rounded where it is made: `by` says to what, and None leaves it as it is.
+
+Arithmetic is in float32 and rounds to the dtype of the tensors wherever the modules of transformers do, so only the
+order of the sums in a norm, and exponentials, may differ from them in the last bits. A row has one program, or a fixed
+part of one, whatever stands beside it; sizes of programs follow from the shapes and never from a timing.
+
+Shapes: M rows (positions of all nonces), D numbers of a row, N heads of a row, E numbers of a head, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from assay.models.eight_bits import INT8_STEP, Arithmetic
+from assay.models.float8 import SMALLEST, STEP, Rounded
+
+# Kernels are written in triton's language, which has no annotations.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
+
+
+_SMALLEST, _STEP, _INT8_STEP = tl.constexpr(SMALLEST), tl.constexpr(STEP), tl.constexpr(INT8_STEP)
+# A float32 this large has no fraction: adding it rounds to the nearest whole number, half to even.
+_NO_FRACTION = tl.constexpr(1.5 * 2**23)
+# GROUP of a kernel is how many columns share a scale: at 0 all of a row, and at -1 nothing is rounded.
+_PLAIN, _ROW = -1, 0
+
+
+# Of a program, measured on an H200: numbers in a tile that is not one long row, and how many a thread has of a row.
+_NUMBERS, _PER_THREAD = 4096, 32
+_HEAD_NUMBERS = 2048
+_WARPS = 4
+# Sums and products round one by one, as the definition's do.
+_EXACT = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(values, axis: tl.constexpr):
+    """Return the largest magnitudes along an axis; NaN where there is one."""
+    return tl.reduce(tl.abs(values), axis, _larger)
+
+
+@triton.jit
+def _scale(largest, dtype: tl.constexpr):
+    """Return the scale of rows or groups and its reciprocal, as the definition has them."""
+    step: tl.constexpr = _INT8_STEP if dtype == tl.int8 else _STEP
+    scale = _larger(largest, _SMALLEST) * step
+    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def _to(values, dtype: tl.constexpr):
+    if dtype == tl.int8:
+        values = (values + _NO_FRACTION) - _NO_FRACTION
+    return values.to(dtype)
+
+
+@triton.jit
+def _rounded(values, dtype: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return rows rounded as the definition rounds them, and their scales, [ROWS, groups]."""
+    groups: tl.constexpr = COLUMNS // GROUP if GROUP > 0 else 1
+    if groups == 1:
+        scale, factor = _scale(_largest(values, 1)[:, None], dtype)
+        values = values * factor
+    else:
+        parts = tl.reshape(values, (ROWS, groups, GROUP))
+        scale, factor = _scale(_largest(parts, 2), dtype)
+        values = tl.reshape(parts * factor[:, :, None], (ROWS, COLUMNS))
+    return _to(values, dtype), scale
+
+
+@triton.jit
+def _store_scales(scales, scale, place, inside, rows, start, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the scales of rows at their places; those of a group stand together."""
+    group = tl.arange(0, scale.shape[1])[None, :]
+    if GROUP > 0:
+        group += start // GROUP
+    tl.store(scales + group * rows + place[:, None], scale, mask=inside[:, None] & (group * GROUP < WIDTH))
+
+
+@triton.jit
+def _store(
+    y, at, valid, values, scales, row, rows, start,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store columns of rows from a start on, rounded where GROUP is not negative."""
+    kept: tl.constexpr = y.dtype.element_ty
+    if GROUP >= 0:
+        values, scale = _rounded(values, kept, GROUP, ROWS, COLUMNS)
+        _store_scales(scales, scale, row, row < rows, rows, start, GROUP, WIDTH)
+    tl.store(y + at, values.to(kept), mask=valid)
+
+
+@triton.jit
+def _normalise(
+    h, update, weight, total, y, scales, rows, eps,
+    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    at = row[:, None] * WIDTH + column[None, :]
+    valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    values = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
+    kept = weight.dtype.element_ty
+    if ADD:
+        values = (values + tl.load(update + at, mask=valid, other=0.0).to(tl.float32)).to(kept)
+        tl.store(total + at, values, mask=valid)
+        values = values.to(tl.float32)
+    root = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
+    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    normed = (values * root[:, None]).to(kept).to(tl.float32) * factor[None, :]
+    _store(y, at, valid, normed.to(kept).to(tl.float32), scales, row, rows, 0, GROUP, WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def _turn(
+    x, q_norm, k_norm, cosines, sines, rows, positions, first_position, stride, eps,
+    NORM: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, head = number // HEADS, number % HEADS
+    pair = tl.arange(0, PAIRS)[None, :]
+    inside = pair < HALF
+    valid = (row < rows)[:, None] & inside
+    at = (row * stride + head * (2 * HALF))[:, None] + pair
+    kept = x.dtype.element_ty
+    first = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    second = tl.load(x + at + HALF, mask=valid, other=0.0).to(tl.float32)
+    if NORM:
+        root = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)[:, None]
+        query = (head < QUERIES)[:, None]
+        q_first, k_first = tl.load(q_norm + pair, mask=inside), tl.load(k_norm + pair, mask=inside)
+        q_second, k_second = tl.load(q_norm + HALF + pair, mask=inside), tl.load(k_norm + HALF + pair, mask=inside)
+        first = (first * root).to(kept).to(tl.float32) * tl.where(query, q_first, k_first).to(tl.float32)
+        second = (second * root).to(kept).to(tl.float32) * tl.where(query, q_second, k_second).to(tl.float32)
+        first, second = first.to(kept).to(tl.float32), second.to(kept).to(tl.float32)
+    angle = (first_position + row % positions)[:, None] * (2 * HALF) + pair
+    cosine = tl.load(cosines + angle, mask=valid, other=0.0).to(tl.float32)
+    sine = tl.load(sines + angle, mask=valid, other=0.0).to(tl.float32)
+    left = (first * cosine).to(kept).to(tl.float32) - (second * sine).to(kept).to(tl.float32)
+    right = (second * cosine).to(kept).to(tl.float32) + (first * sine).to(kept).to(tl.float32)
+    tl.store(x + at, left.to(kept), mask=valid)
+    tl.store(x + at + HALF, right.to(kept), mask=valid)
+
+
+@triton.jit
+def _gate_part(x, row, rows, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a part of the gate and of the other projection, and where it is in a row of the result."""
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    valid = (row < rows)[:, None] & (column < WIDTH)
+    at = row[:, None] * (2 * WIDTH) + column
+    gate = tl.load(x + at, mask=valid, other=0.0)
+    return gate, tl.load(x + at + WIDTH, mask=valid, other=0.0), row[:, None] * WIDTH + column, valid
+
+
+@triton.jit
+def _gated(gate, up):
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(0.0 - wide))).to(up.dtype).to(tl.float32)
+    return (active * up.to(tl.float32)).to(up.dtype).to(tl.float32)
+
+
+@triton.jit
+def _gate(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * COLUMNS
+    gate, up, at, valid = _gate_part(x, row, rows, start, WIDTH, COLUMNS)
+    _store(y, at, valid, _gated(gate, up), scales, row, rows, start, GROUP, WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def _gate_and_round(
+    x, y, scales, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+):  # fmt: skip
+    # Three parts leave fewer lanes idle than one of the next power of two. All are read before any is reduced.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    a_gate, a_up, a_at, a_valid = _gate_part(x, row, rows, 0, WIDTH, FIRST)
+    if SECOND:
+        b_gate, b_up, b_at, b_valid = _gate_part(x, row, rows, FIRST, WIDTH, SECOND)
+    if THIRD:
+        c_gate, c_up, c_at, c_valid = _gate_part(x, row, rows, FIRST + SECOND, WIDTH, THIRD)
+    a = _gated(a_gate, a_up)
+    if SECOND:
+        b = _gated(b_gate, b_up)
+    if THIRD:
+        c = _gated(c_gate, c_up)
+    largest = _largest(a, 1)
+    if SECOND:
+        largest = _larger(largest, _largest(b, 1))
+    if THIRD:
+        largest = _larger(largest, _largest(c, 1))
+    kept: tl.constexpr = y.dtype.element_ty
+    scale, factor = _scale(largest, kept)
+    tl.store(scales + row, scale, mask=row < rows)
+    tl.store(y + a_at, _to(a * factor[:, None], kept), mask=a_valid)
+    if SECOND:
+        tl.store(y + b_at, _to(b * factor[:, None], kept), mask=b_valid)
+    if THIRD:
+        tl.store(y + c_at, _to(c * factor[:, None], kept), mask=c_valid)
+
+
+@triton.jit
+def _round(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    values = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    _store(y, at, valid, values, scales, row, rows, 0, GROUP, WIDTH, ROWS, COLUMNS)
+
+
+@triton.jit
+def _spread(
+    x, places, y, scales, rows, spread_rows, TOP: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = row < rows
+    valid = inside[:, None] & (column < WIDTH)
+    values = tl.load(x + row[:, None] * WIDTH + column, mask=valid, other=0.0)
+    if GROUP >= 0:
+        values, scale = _rounded(values.to(tl.float32), y.dtype.element_ty, GROUP, ROWS, COLUMNS)
+    for number in tl.static_range(TOP):
+        place = tl.load(places + row * TOP + number, mask=inside, other=0)
+        tl.store(y + place[:, None] * WIDTH + column, values, mask=valid)
+        if GROUP >= 0:
+            _store_scales(scales, scale, place, inside, spread_rows, 0, GROUP, WIDTH)
+
+
+@triton.jit
+def _combine(
+    x, places, shares, y, rows, TOP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = row < rows
+    valid = inside[:, None] & (column < WIDTH)
+    kept = y.dtype.element_ty
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for number in tl.static_range(TOP):
+        place = tl.load(places + row * TOP + number, mask=inside, other=0)
+        share = tl.load(shares + row * TOP + number, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + place[:, None] * WIDTH + column, mask=valid, other=0.0).to(tl.float32)
+        total += (values * share[:, None]).to(kept).to(tl.float32)
+    tl.store(y + row[:, None] * WIDTH + column, total.to(kept), mask=valid)
+
+
+def normalised(
+    h: Tensor, update: Tensor | None, weight_D: Tensor, eps: float, by: Arithmetic | None
+) -> tuple[Tensor, Tensor | Rounded]:
+    """Return ``h + update``, and its norm; both are contiguous, as the result is."""
+    width = h.shape[-1]
+    rows = h.numel() // width
+    total = h if update is None else torch.empty_like(h)
+    y, scales = _outputs(h.shape, h, by)
+    grid, sizes = _tiles(rows, width, by)
+    _normalise[grid](h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, **sizes)
+    return total, y if scales is None else Rounded(y, scales)
+
+
+def turned(
+    x: Tensor,
+    norms: tuple[Tensor | None, Tensor | None],
+    rotation: tuple[Tensor, Tensor],
+    eps: float,
+    *,
+    queries: int,
+    heads: int,
+    width: int,
+    first_position: int = 0,
+) -> None:
+    """Norm and rotate the first heads of every row in place.
+
+    Args:
+        x: Outputs of the projections into attention, [..., R] contiguous, of which the first heads are queries.
+        norms: Weights of the norms of queries and keys, or None.
+        rotation: Cosines and sines, [positions, 1, E].
+        eps: Epsilon of the norms.
+        queries: Number of queries.
+        heads: Number of queries and keys.
+        width: Width of a head, E.
+        first_position: Position of the first row; later rows count on from it up to the last position, then again.
+    """  # fmt: skip
+    cosines, sines = rotation
+    stride = x.shape[-1]
+    rows = x.numel() // stride
+    pairs = triton.next_power_of_2(width // 2)
+    tile = max(1, _HEAD_NUMBERS // (2 * pairs))
+    _turn[(triton.cdiv(rows * heads, tile),)](
+        x, *norms, cosines, sines, rows, len(cosines) - first_position, first_position, stride, eps,
+        NORM=norms[0] is not None, QUERIES=queries, HEADS=heads, HALF=width // 2,
+        TILE=tile, PAIRS=pairs, num_warps=_WARPS, **_EXACT,
+    )  # fmt: skip
+
+
+def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
+    """Return silu(gate) · up for rows that hold the gate and then the other projection, [..., 2 F] contiguous."""
+    width = x.shape[-1] // 2
+    rows = x.numel() // (2 * width)
+    y, scales = _outputs((*x.shape[:-1], width), x, by)
+    if by is None or by.block:
+        grid, sizes = _tiles(rows, width, by, whole=False)
+        _gate[grid](x, y, scales, rows, **sizes)
+        return y if scales is None else Rounded(y, scales)
+    first, second, third = _parts(width)
+    tile = max(1, _NUMBERS // (2 * first))
+    warps = min(32, max(_WARPS, tile * first // (32 * _PER_THREAD)))
+    _gate_and_round[(triton.cdiv(rows, tile),)](
+        x, y, scales, rows, WIDTH=width, ROWS=tile, FIRST=first, SECOND=second, THIRD=third, num_warps=warps, **_EXACT
+    )
+    return Rounded(y, scales)
+
+
+def rounded(x: Tensor, by: Arithmetic) -> Rounded:
+    """Return what ``by.round`` returns of a contiguous tensor."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, scales = _outputs(x.shape, x, by)
+    grid, sizes = _tiles(rows, width, by)
+    _round[grid](x, y, scales, rows, **sizes)
+    return Rounded(y, scales)
+
+
+def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
+    """Return each row in all of its places.
+
+    Args:
+        x: Rows, [N, D] contiguous.
+        places: Places of the rows in the result, those of one row together, [S].
+        by: How the rows are rounded.
+    """
+    rows, width = x.shape
+    y, scales = _outputs((len(places), width), x, by)
+    grid, sizes = _tiles(rows, width, by)
+    _spread[grid](x, places, y, scales, rows, len(places), TOP=len(places) // rows, **sizes)
+    return y if scales is None else Rounded(y, scales)
+
+
+def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
+    """Return the sum of the rows that :func:`spread` made of each row, by their shares [N, K], [N, D]."""
+    rows, top = shares.shape
+    width = x.shape[-1]
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    grid, sizes = _tiles(rows, width, None)
+    del sizes["GROUP"]
+    _combine[grid](x, places, shares, y, rows, TOP=top, **sizes)
+    return y
+
+
+def _outputs(shape: tuple[int, ...], like: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
+    """Return empty values and scales. In memory the scales of a group stand together, as products read them."""
+    if by is None:
+        return like.new_empty(shape), None
+    groups = triton.cdiv(shape[-1], by.block[1]) if by.block else 1
+    scales = like.new_empty((groups, *shape[:-1]), dtype=torch.float32)
+    return like.new_empty(shape, dtype=by.dtype), scales.movedim(0, -1)
+
+
+def _tiles(
+    rows: int, width: int, by: Arithmetic | None, *, whole: bool = True
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Return the grid over the rows of a matrix, and the shape of a program's tile: whole rows, or parts of one."""
+    group = _PLAIN if by is None else by.block[1] if by.block else _ROW
+    columns = max(group, triton.next_power_of_2(width))
+    if not whole:
+        columns = min(columns, _NUMBERS)
+    tile = max(1, _NUMBERS // columns)
+    warps = min(32, max(_WARPS, tile * columns // (32 * _PER_THREAD)))
+    return (triton.cdiv(rows, tile), triton.cdiv(width, columns)), {
+        "GROUP": group, "WIDTH": width, "ROWS": tile, "COLUMNS": columns, "num_warps": warps, **_EXACT
+    }  # fmt: skip
+
+
+def _parts(width: int) -> tuple[int, int, int]:
+    """Return three powers of two that cover a width, each at most half of the one before and the last perhaps 0."""
+    first = 1 << (width.bit_length() - 1)
+    left = width - first
+    second = 1 << (left.bit_length() - 1) if left else 0
+    left -= second
+    return first, second, triton.next_power_of_2(left) if left else 0

@@ -1,0 +1,1 @@
+"""What services and validators share below their own parts: HTTP routes and server, keys, signatures, guards, commits."""

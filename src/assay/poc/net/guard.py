@@ -1,0 +1,120 @@
+"""Where callbacks may go: the guard against requests forged into private networks.
+
+A host is resolved once per delivery, every address it has must be allowed, and the connection goes to the address
+that was checked. Redirects are never followed.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import httpx
+
+from assay.poc.net.refusals import Refusal
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        # The special-purpose registry of IANA (RFC 6890), multicast and class E.
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+        *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        "224.0.0.0/3",
+        # In 2000::/3: protocol assignments and Teredo, documentation, and tunnels to IPv4 (6to4).
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+    )
+)
+"""Addresses that are not public."""
+
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+
+_DNS = ThreadPoolExecutor(4, "assay-dns")
+"""Threads of their own: a name server that does not answer holds each for many seconds."""
+
+
+class Blocked(Exception):
+    """A host whose addresses are not allowed."""
+
+
+class Target(NamedTuple):
+    """Where a callback goes: its URL with the checked address in the place of the host, and what named the host."""
+
+    pinned: httpx.URL
+    host: str
+    host_header: str
+
+
+def check_url(url: str, *, allow_private: bool) -> None:
+    """Refuse a callback URL that can never be called. Needs no network.
+
+    Raises:
+        Refusal: 422, another scheme than http and https, credentials, or an address that is not public.
+    """
+    try:
+        parsed = httpx.URL(url)
+        host = parsed.host
+        if not 0 < (parsed.port or 80) < 65_536:
+            raise ValueError(f"port {parsed.port}")
+    except (httpx.InvalidURL, ValueError, UnicodeError) as error:
+        raise _refusal(f"callback URL: {error}") from None
+    if parsed.scheme not in ("http", "https") or not host:
+        raise _refusal(f"callback URL with scheme {parsed.scheme!r}")
+    if parsed.userinfo:
+        raise _refusal("callback URL with a user name or password")
+    if allow_private:
+        return
+    try:
+        address = _address(host)
+    except ValueError:
+        if f".{host.lower().rstrip('.')}".endswith(".localhost"):
+            raise _refusal("callback URL to this machine") from None
+        return
+    if not _is_public(address):
+        raise _refusal(f"callback URL to the private address {address}")
+
+
+async def resolve(url: str, *, allow_private: bool) -> Target:
+    """Resolve a URL's host and check every address it has.
+
+    Raises:
+        Blocked: One of them is not public.
+        OSError: The name cannot be resolved.
+    """
+    parsed = httpx.URL(url)
+    port = parsed.port or (443 if parsed.scheme == "https" else 80)
+    look_up = partial(socket.getaddrinfo, parsed.host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
+    except UnicodeError as error:
+        raise OSError(f"host name: {error}") from None
+    addresses = [str(entry[4][0]) for entry in found]
+    if not allow_private:
+        for address in addresses:
+            if not _is_public(_address(address)):
+                raise Blocked(f"{parsed.host} has the private address {address}, which needs --allow-private-callbacks")
+    pinned = parsed.copy_with(host=addresses[0].partition("%")[0])
+    return Target(pinned, parsed.host, parsed.netloc.decode("ascii"))
+
+
+def _address(text: str) -> Address:
+    return ipaddress.ip_address(text.strip("[]").partition("%")[0])
+
+
+def _is_public(address: Address) -> bool:
+    """Return whether every network can reach an address. IPv6 forms that hold an IPv4 address are not public."""
+    if isinstance(address, ipaddress.IPv6Address) and address not in GLOBAL_V6:
+        return False
+    return not any(address in network for network in PRIVATE)
+
+
+def _refusal(seen: str) -> Refusal:
+    return Refusal(
+        422,
+        seen,
+        wanted="an http or https URL to a public address, without credentials",
+        do="correct the URL; for receivers in a private network start the service with --allow-private-callbacks",
+    )

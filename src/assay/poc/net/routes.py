@@ -1,0 +1,323 @@
+"""The work around every handler of the service: key, body, errors, metrics and the headers of the answer.
+
+It lives in the route, not in a middleware, so that mounting these routes leaves the other routes of an application
+as they are. Only a service without keys has a middleware, which guards it against other hosts and pages.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from prometheus_client import Counter, Histogram
+from starlette._utils import get_route_path
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
+
+from assay.errors import AssayError
+from assay.files.jsonl import unique_keys
+from assay.poc.net.logs import LogBudget
+from assay.poc.net.refusals import Refusal, refusal_of
+from assay.poc.service.bodies import Problem
+from assay.poc.service.controller import Controller
+from assay.poc.service.settings import Settings
+
+log = structlog.get_logger("assay.http")
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+BODY_SECONDS = 30.0  # in which a body must have arrived
+
+DISCARDED = 4
+"""How many times its limit a body may come before it is refused. A proxy that still sends a body when the answer to it
+comes loses that answer (Caddy does, one time in fifty); proxies in ``deploy`` stop a body where reading it ends."""
+
+SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+"""Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
+
+
+class Scope(StrEnum):
+    """The permission that a request needs. ``control`` includes the others, and ``validate`` includes ``read``."""
+
+    CONTROL = "control"
+    VALIDATE = "validate"
+    READ = "read"
+
+
+class RequestMetrics(Protocol):
+    """Where the figures of requests go."""
+
+    requests: Counter
+    """Requests by route and status."""
+    request_seconds: Histogram
+    """Time of one request, by route."""
+
+
+class Keys:
+    """The keys of a service, kept as digests.
+
+    Args:
+        settings: Settings with the keys. Without any key, every client that reaches the port may do everything.
+        needed: Whether requests need a key even without any in the settings, so that all are refused.
+    """
+
+    def __init__(self, settings: Settings, *, needed: bool = False) -> None:
+        self._needed = needed
+        scopes = list(Scope)  # the widest first
+        by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
+        self._digests = [(_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys]
+
+    def check(self, authorization: str | None, scope: Scope) -> None:
+        """Refuse a request whose ``Authorization`` header does not allow ``scope``.
+
+        Raises:
+            Refusal: 401 without a known key, 403 with one that may do less.
+        """
+        if not (self._digests or self._needed):
+            return
+        kind, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip()) if kind.lower() == "bearer" else b""
+        # Every key is compared, in constant time, so that the time says nothing about which one was close.
+        granted = [scopes for digest, scopes in self._digests if hmac.compare_digest(digest, given)]
+        if not granted:
+            raise Refusal(401, "no valid API key", wanted="Authorization: Bearer KEY", do="send the key you were given")
+        if scope not in granted[0]:
+            raise Refusal(403, "a key of another scope", wanted=f"one that may {scope}", do="ask for such a key")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address or name is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class LocalOnly:
+    """Refuses requests that name another host than this machine, or that a page of another site has caused.
+
+    Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts across sites; either
+    would let a page in the operator's browser use a service that has no keys. Paths outside ``prefix``, or outside each
+    of several, are left alone; they are compared as the router does, which takes them with the root path
+    (``--root-path``) and without it.
+    """
+
+    def __init__(self, app: ASGIApp, *, prefix: str | tuple[str, ...] = "") -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        covered = scope["type"] == "http" and get_route_path(scope).startswith(self._prefix)
+        if covered and not _is_local(dict(scope["headers"])):
+            refusal = Refusal(
+                403,
+                "a request for another host, or from another site's page",
+                wanted="Host: 127.0.0.1 and no other origin",
+                do="open the service under 127.0.0.1, or start it with an API key",
+            )
+            await answer(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_local(headers: dict[bytes, bytes]) -> bool:
+    host, origin = headers.get(b"host", b""), headers.get(b"origin")
+    foreign = origin is not None and origin.partition(b"//")[2] != host
+    site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
+    return not foreign and site in (b"none", b"same-origin") and _is_here(host)
+
+
+@lru_cache(maxsize=64)
+def _is_here(host: bytes) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")
+    except ValueError:
+        return False
+
+
+def needs(scope: Scope) -> dict[str, Any]:
+    """Return the ``openapi_extra`` of a route that needs a scope; :func:`route_class` reads it."""
+    return {"security": [{"bearer": []}], "x-scope": str(scope)}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses`` of a route: the refusals that it may answer with, those of keys among them."""
+    return {status: {"model": Problem} for status in (401, 403, *statuses)}
+
+
+def route_class(controller: Controller, keys: Keys) -> type[APIRoute]:
+    """Return the class of the service's routes for one controller."""
+    settings = controller.settings
+    return guarded(keys, Bodies(settings.max_body, settings.max_bodies), controller.metrics)
+
+
+def guarded(keys: Keys, bodies: "Bodies", metrics: RequestMetrics | None = None) -> type[APIRoute]:
+    """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
+    budget = LogBudget()
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Handler:
+            inner = super().get_route_handler()
+            scope = (self.openapi_extra or {}).get("x-scope")
+            path, has_body = self.path_format, self.body_field is not None
+            if metrics is not None:  # Prometheus sees no increase in a series that appears
+                metrics.requests.labels(path, "200")
+                metrics.request_seconds.labels(path)
+
+            async def respond(request: Request) -> Response:
+                if scope is not None:
+                    keys.check(request.headers.get("authorization"), Scope(scope))
+                if request.method in ("GET", "HEAD"):
+                    return await inner(request)
+                async with bodies.read(request) as body:
+                    # Where Starlette keeps both, so that the handler finds them.
+                    request._body = body
+                    if has_body and body and _says_json(request):
+                        request._json = _parsed(body)
+                    return await inner(request)
+
+            async def handle(request: Request) -> Response:
+                started = time.perf_counter()
+                response = await _or_refusal(respond, request)
+                response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
+                if response.status_code >= 400 and budget.take():
+                    caller = request.client.host if request.client else None
+                    log.info("refused", route=path, status=response.status_code, caller=caller, skipped=budget.skipped)
+                if metrics is not None:
+                    metrics.requests.labels(path, str(response.status_code)).inc()
+                    metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
+                return response
+
+            return handle
+
+    return Route
+
+
+async def _or_refusal(respond: Handler, request: Request) -> Response:
+    """Return the response of a handler, or the answer that its error stands for."""
+    try:
+        return await respond(request)
+    except RequestValidationError as error:
+        return answer(_malformed(error, request))
+    except HTTPException as error:
+        return answer(Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs"))
+    except ClientDisconnect:
+        return Response(status_code=400)  # for the metrics: no client is there to read it
+    except AssayError as error:
+        return answer(refusal_of(error))
+
+
+class Bodies:
+    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the same time."""
+
+    def __init__(self, most: int, together: int) -> None:
+        self._most, self._room = most, together
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Read a body, and count it until the block ends. What comes of a body that is too large is not kept.
+
+        Raises:
+            Refusal: 408 too slow, 413 too large, 503 no room beside the bodies of other requests.
+        """
+        body = bytearray()
+        announced = request.headers.get("content-length", "0")
+        size, come = int(announced) if announced.isdecimal() else 0, 0
+        try:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for chunk in request.stream():
+                        come += len(chunk)
+                        size = max(size, come)
+                        if size <= self._most:
+                            self._add(body, chunk)
+                        elif come > DISCARDED * self._most:
+                            break
+            except TimeoutError:
+                if size <= self._most:
+                    wanted = f"all of it in {BODY_SECONDS:g} s"
+                    raise Refusal(408, "a body that does not come to its end", wanted=wanted, do="resend") from None
+            if size > self._most:
+                raise Refusal(
+                    413, "a body that is too large", wanted=f"at most {self._most} bytes", do="split the request"
+                )
+            yield bytes(body)
+        finally:
+            self._room += len(body)
+
+    def _add(self, body: bytearray, chunk: bytes) -> None:
+        if len(chunk) > self._room:
+            raise Refusal(
+                503, "too many large bodies at the same time", wanted="fewer", do="send it again", retry_after=1
+            )
+        self._room -= len(chunk)
+        body += chunk
+
+
+def answer(refusal: Refusal) -> Response:
+    """Return the response that a refusal stands for."""
+    headers = SAFE_HEADERS | refusal.headers | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
+    text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    body = text.encode("utf-8", "replace")  # a request may hold unpaired surrogates, and no response can
+    return Response(body, status_code=refusal.status, headers=headers, media_type="application/json")
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    """Answer what no route takes: an unknown path, or a method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    do = "see /docs for the paths of the service and their methods"
+    refusal = Refusal(error.status_code, f"{request.method} {request.url.path}", wanted="a call of the API", do=do)
+    response = answer(refusal)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _says_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _parsed(body: bytes) -> Any:
+    """Parse a JSON body. Numbers that are not finite are for the fields to refuse: a distance may be NaN."""
+    try:
+        return json.loads(body.decode(), object_pairs_hook=unique_keys)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise Refusal(
+        422,
+        f"a body that is not JSON: {reason}",
+        wanted="one JSON value in UTF-8, every key once",
+        do="correct it",
+        fields={"errors": [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]},
+    )
+
+
+def _malformed(error: RequestValidationError, request: Request) -> Refusal:
+    # Without the offending input: it may be long, secret, or NaN, which has no form in JSON.
+    found = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+    first = found[0] if found else {"loc": [], "msg": "malformed"}
+    where = ".".join(str(part) for part in first["loc"])
+    wanted, do = "a body as in /docs", "correct it"
+    if first["loc"][:1] == ["body"] and not _says_json(request):
+        wanted, do = "a JSON body that is announced as one", "send the header Content-Type: application/json"
+    return Refusal(422, f"{where}: {first['msg']}", wanted=wanted, do=do, fields={"errors": found[:20]})

@@ -1,0 +1,233 @@
+"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from assay import streams
+from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol.builds import FORMATS, Build, described, nearest_build
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.record import Fingerprint, Header
+from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
+
+FEWEST_NONCES = 32
+"""Nonces of the smallest proof that is accepted without a pinned set of them."""
+LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pins:
+    """Values that a validator knows before it reads a proof; None where it gives nothing.
+
+    A value that is not given is accepted at its published default: preset ``poc-2.0``, 256 positions, 32-bit seeds,
+    r_target 1.416, node 0 of 1, at least 32 consecutive nonces of the share from any position on, and a number format
+    of the preset, or any dtype where the preset names none. The block and the key have no default. Whatever is neither
+    given nor at its default is taken on the prover's word, and :meth:`unpinned` names it.
+
+    Args:
+        block_hash: Block that seeds the round.
+        public_key: Key of the node that is paid.
+        block_height: Height of the block; part of no seed, so nothing depends on it.
+        node_id: Share of the node, from 0.
+        node_count: Number of nodes that share the nonces of the key.
+        model: Reference that the header must state; the checkpoint itself is compared by its digest.
+        preset: Name of a row of :data:`assay.poc.PIPELINES`.
+        seq_len: Number of positions of a nonce.
+        r_target: Distance below which a nonce is valid.
+        strength: Bits of seed of the inputs.
+        nonces: All nonces of the proof, in order.
+        prover_dtype: Number format that the prover states.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: Weight mode of the model.
+        builds: Builds of which the prover's engine must be one; they name its number format.
+        fewest_nonces: Number of nonces of the smallest proof; they are consecutive in the share, from any position on.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    block_hash: str | None = None
+    public_key: str | None = None
+    block_height: int | None = None
+    node_id: int | None = None
+    node_count: int | None = None
+    model: str | None = None
+    preset: str | None = None
+    seq_len: int | None = None
+    r_target: float | None = None
+    strength: Literal[32, 256] | None = None
+    nonces: Sequence[int] | None = None
+    prover_dtype: str | None = None
+    digest: str | None = None
+    weights: str | None = None
+    builds: tuple[Build, ...] | None = None
+    fewest_nonces: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            object.__setattr__(self, "preset", get_pipeline(self.preset).name)
+        placeholders: dict[str, Any] = {"block_hash": "any", "public_key": "any", "node_count": MAX_NONCE}
+        given = {name: value for name in Round.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        round = Round(**(placeholders | given))
+        if self.strength is not None:
+            object.__setattr__(self, "strength", round.strength)  # a preset with versioned texts always has 256
+        if self.prover_dtype is not None and self.prover_dtype not in FORMATS:
+            raise UsageError(
+                f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
+            )
+        if self.digest is not None and not DIGEST.fullmatch(self.digest):
+            raise UsageError(
+                f"checkpoint digest {self.digest!r:.80}",
+                wanted="the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters",
+                do="`assay poc pins new --model MODEL` writes that of a checkpoint",
+            )
+        if self.fewest_nonces is not None:
+            check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
+        if self.builds is not None and not self.builds:
+            raise UsageError("no build at all", wanted="at least one", do="leave builds out to allow any")
+
+    @classmethod
+    def of(cls, round: Round) -> "Pins":
+        """Return pins of all that a round says, and of the model only if the round names one."""
+        return cls(**{**round.as_dict(), "model": round.model or None})
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the values that are pinned."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats that the pins allow; empty where they say nothing of them."""
+        if self.prover_dtype is not None:
+            return (self.prover_dtype,)
+        return tuple(dict.fromkeys(dtype for build in self.builds or () for dtype in build.dtype))
+
+    def build_of(self, fingerprint: Fingerprint) -> str:
+        """Return the name of the pinned build that an engine is, or its number format where none is pinned."""
+        names = (build.name for build in self.builds or () if not build.differing(fingerprint))
+        return next(filter(None, names), fingerprint.dtype)
+
+    def joined(self, other: "Pins", source: str) -> "Pins":
+        """Return the pins of both, which must agree where both have a value.
+
+        Args:
+            other: Further pins, for instance those that flags give.
+            source: Origin of these pins, for the message.
+
+        Raises:
+            UsageError: Two values differ; names the flag of the value.
+        """
+        theirs = {name: getattr(other, name) for name in other.given}
+        ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
+        odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
+        if other.prover_dtype is not None and self.formats and other.prover_dtype not in self.formats:
+            odd, ours = [*odd, "prover_dtype"], ours | {"prover_dtype": " or ".join(self.formats)}
+        if odd:
+            name = odd[0]
+            raise UsageError(
+                f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}",
+                wanted=f"{name} {ours[name]!s:.60}, as the network agreed there",
+                do="leave the flag out, or correct one of the two",
+            )
+        return replace(self, **theirs)
+
+    def differing(self, round: Round) -> tuple[str, ...]:
+        """Return the names of the values of a round that contradict a pin."""
+        pinned = (name for name in Round.__dataclass_fields__ if getattr(self, name) is not None)
+        return tuple(name for name in pinned if getattr(self, name) != _named(name, getattr(round, name)))
+
+    def check(self, header: Header) -> None:
+        """Refuse a header that contradicts a pin, or asks for far more work than the default while nothing pins it.
+
+        Raises:
+            ProofMismatch: Names the value, stated and wanted.
+        """
+        claims = header.claims()
+        for name in self.given:
+            if not self._holds(name, header, claims[name]):
+                raise ProofMismatch(
+                    f"a proof with {name} {claims[name]!r:.60}",
+                    wanted=f"{name} {getattr(self, name)!r:.60}",
+                    do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
+                    name=name,
+                )
+        self._check_engine(header)
+        if self.seq_len is None and header.positions > LONGEST_UNPINNED:
+            raise ProofMismatch(
+                f"a proof with seq_len {header.round.seq_len}, which nothing pins",
+                wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
+                do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
+                name="seq_len",
+            )
+
+    def _check_engine(self, header: Header) -> None:
+        stated = header.fingerprint
+        formats = self.formats or header.pipeline.number_formats
+        if formats and stated.dtype not in formats:
+            raise ProofMismatch(
+                f"a proof of {header.pipeline.name} made in {stated.dtype}",
+                wanted=f"one made in {' or '.join(formats)}",
+                do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
+                f"--prover-dtype {stated.dtype}",
+                name="prover_dtype",
+            )
+        build, odd = nearest_build(self.builds or (), stated)
+        if odd:
+            said = described(stated)
+            raise ProofMismatch(
+                "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
+                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
+                do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
+                name="builds",
+            )
+
+    def _holds(self, name: str, header: Header, claim: Any) -> bool:
+        """Return whether a claim of a header agrees with a value that is pinned; the engine is compared elsewhere."""
+        wanted = getattr(self, name)
+        if name == "nonces":
+            return _are(header, wanted)
+        if name == "fewest_nonces":  # a set of nonces that is pinned may be any
+            return self.nonces is not None or _in_a_row(header, wanted)
+        return name in ("builds", "prover_dtype") or bool(_named(name, claim) == wanted)
+
+    def unpinned(self, header: Header) -> tuple[str, ...]:
+        """Return the names of the values that are taken on the prover's word: not pinned, and not at their default."""
+        round, pipeline, formats = header.round, header.pipeline, header.pipeline.number_formats or streams.DTYPES
+        at_default = {
+            "block_hash": False,
+            "public_key": False,
+            "preset": pipeline.name == Round.preset,
+            "seq_len": round.seq_len == Round.seq_len,
+            "strength": round.versioned or round.strength == Round.strength,
+            "r_target": pipeline.output != "distance" or round.r_target == Round.r_target,  # others have none
+            "node_id": round.node_id == Round.node_id,
+            "node_count": round.node_count == Round.node_count,
+            "nonces": self.fewest_nonces is not None or _in_a_row(header, FEWEST_NONCES),
+            "prover_dtype": bool(self.formats) or header.fingerprint.dtype in formats,
+        }
+        return tuple(name for name, default in at_default.items() if not default and getattr(self, name) is None)
+
+
+def _named(name: str, value: Any) -> Any:
+    """Return a value as pins have it: a preset that has two names by its own."""
+    return get_pipeline(value).name if name == "preset" else value
+
+
+def _in_a_row(header: Header, fewest: int) -> bool:
+    """Return whether the nonces follow each other in the share, and are enough."""
+    (first, end, step), *more = header.nonces
+    return not more and step == header.round.node_count and len(range(first, end, step)) >= fewest
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def _are(header: Header, nonces: Sequence[int]) -> bool:
+    return len(nonces) == header.count and all(a == b for a, b in zip(nonces, header.all_nonces(), strict=True))

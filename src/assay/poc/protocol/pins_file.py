@@ -1,0 +1,518 @@
+"""``pins.toml``: what a network agreed on, in one file for validators, services and nodes.
+
+docs/pins.md describes every key. Reading is strict: an unknown key, a value of another type and one that is still to be
+filled in are errors that name the key.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+)
+
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.jsonl import JsonObject, read_whole
+from assay.files.toml import read_toml
+from assay.poc.protocol.builds import ANY, Build
+from assay.poc.protocol.pins import DIGEST, Pins
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
+
+# --------------------------------------------------------------------------------------------------
+# The tables of ``pins.toml``, and what is said where one of them is wrong. docs/pins.md describes every key.
+
+SCHEMA = 1
+LONGEST_CALIBRATION = 2**26  # bytes
+UNFILLED = "?"
+"""Value of a key that the one who wrote the file could not know."""
+
+
+def _printable(text: str) -> str:
+    if not 0 < len(text) <= MAX_NAME or not text.isprintable():
+        raise ValueError(f"1 to {MAX_NAME} printable characters")
+    if text == ANY:
+        raise ValueError("the one value: only the fields of a build have wildcards")
+    return text
+
+
+def _relative(text: str) -> str:
+    if not text or "\0" in text or PurePath(text).is_absolute():
+        raise ValueError("a path that is relative to this file")
+    return text
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Sha256 = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
+Index = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_NONCE)]
+
+
+class Table(BaseModel):
+    """A table of the file, whose keys are its fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RoundPins(Table):
+    """What holds for every round of the network, and what is known of this one.
+
+    Args:
+        preset: Name of a row of :data:`assay.poc.PIPELINES`.
+        seq_len: Number of positions of a nonce.
+        strength: Bits of seed of the inputs.
+        r_target: Distance below which a nonce is valid; left out with a preset that publishes vectors.
+        node_count: Number of machines of one key among which its nonces are dealt out.
+        fewest_nonces: Number of nonces of the smallest proof.
+        block_hash: Block of the round, where the file is written for one.
+        block_height: Height of that block.
+        nonces: Positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None.
+    """
+
+    preset: Text
+    seq_len: Count
+    strength: Literal[32, 256]
+    r_target: Annotated[float, Field(strict=True)] | None = None
+    node_count: Count
+    fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+    block_hash: Text | None = None
+    block_height: Index | None = None
+    nonces: Annotated[tuple[Index, Index], BeforeValidator(_pair)] | None = None
+
+
+class NodePins(Table):
+    """A node that may prove.
+
+    Args:
+        public_key: Key of the node.
+        node_id: Share of the node, from 0.
+        node_count: Number of machines of this key; that of the round when None.
+        build: Name of the build that it runs; any build of the model when None.
+    """
+
+    public_key: Text
+    node_id: Index
+    node_count: Count | None = None
+    build: Text | None = None
+
+
+class PinnedFile(Table):
+    """A file beside the pins that must not change.
+
+    Args:
+        file: Path, relative to the folder of the pins.
+        sha256: SHA-256 of its bytes.
+    """
+
+    file: Annotated[str, AfterValidator(_relative)]
+    sha256: Sha256
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> Self:
+        """Return what pins a file for pins in a folder.
+
+        Raises:
+            DataError: The file cannot be read, or is longer than a calibration.
+        """
+        return cls(file=os.path.relpath(path, folder), sha256=sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a calibration file in hex.
+
+    Raises:
+        DataError: The file cannot be read, or is longer than a calibration.
+    """
+    return hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
+
+
+class ModelPins(Table):
+    """A model that the network runs.
+
+    Args:
+        reference: Name under which requests ask for the model; the digest decides what it is.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: Weight mode.
+        builds: Builds that may prove it.
+        calibrations: Files with the honest noise of these builds.
+    """
+
+    reference: Text
+    digest: Sha256
+    weights: Literal["trained", "random-all", "random-embed"] = "trained"
+    builds: Annotated[tuple[Build, ...], Field(min_length=1)]
+    calibrations: tuple[PinnedFile, ...] = ()
+
+
+def check_tables(tables: JsonObject, path: str | Path) -> JsonObject:
+    """Return the tables of a file without its schema.
+
+    Raises:
+        DataError: The schema is another one, or a value is still to be filled in; names the key.
+    """
+    if type(tables.get("schema")) is not int or tables["schema"] != SCHEMA:
+        raise DataError(
+            f"{path}: schema {tables.get('schema')!r:.40}",
+            wanted=f"schema = {SCHEMA}",
+            do="write the file with `assay poc pins new`, or read it with the version that wrote it",
+        )
+    for place in _unfilled(tables):
+        raise DataError(
+            f'{path}: {place} is still "{UNFILLED}"',
+            wanted="the value that the network agreed on",
+            do='write it there; docs/pins.md says where "*" allows any',
+        )
+    return {name: value for name, value in tables.items() if name != "schema"}
+
+
+def _unfilled(value: Any, place: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _unfilled(inner, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _unfilled(inner, f"{place}[{index}]")
+    elif value == UNFILLED:
+        yield place
+
+
+def fault_of(kind: type[BaseModel], error: ValidationError, path: str | Path) -> DataError:
+    """Return the first fault of a file in three parts, naming the key by its place."""
+    faults = error.errors(include_url=False)
+    fault = next(
+        (fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0]
+    )  # a mistyped key misses as well
+    place = ""
+    table: type[BaseModel] | None = kind
+    for step in fault["loc"]:
+        if isinstance(step, int):
+            place += f"[{step}]"
+            continue
+        if table is None:
+            break  # the words of a union, which are no keys
+        place += f".{step}" if place else step
+        kind, table = table, _table_of(table.model_fields[step].annotation) if step in table.model_fields else None
+    name, known = str(place.rpartition(".")[2]), list(kind.model_fields)
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(name, known, n=1)
+        return DataError(
+            f"{path}: unknown key {place}",
+            wanted="one of " + ", ".join(known),
+            do=f"did you mean {near[0]}?" if near else "remove it",
+        )
+    if fault["type"] == "missing":
+        do = f'write it; {name} = "*" allows any' if kind is Build and name != "dtype" else "write it: see docs/pins.md"
+        return DataError(f"{path}: no {place}", wanted="a value for it", do=do)
+    wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return DataError(f"{path}: {place} is {fault['input']!r:.60}", wanted=wanted, do="correct it: see docs/pins.md")
+
+
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the kind of table that a field holds, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _table_of(part))), None)
+
+
+class NetworkPins(Table):
+    """All that a network agreed on: the round, its nodes, and its models with their builds.
+
+    Args:
+        round: Values of every round.
+        nodes: Nodes that may prove; any when empty.
+        models: Models, by their digests.
+
+    Example:
+        >>> build = {"engine": "hf", "dtype": "bfloat16"}
+        >>> build |= dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+        >>> model = {"reference": "reference:qwen3", "digest": "0" * 64, "builds": [build]}
+        >>> round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 64}
+        >>> network = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "an example")
+        >>> pins = network.for_round(block_hash="block_alpha", public_key="node_A")
+        >>> pins.block_hash, pins.seq_len, pins.node_id, pins.formats
+        ('block_alpha', 256, 0, ('bfloat16',))
+    """
+
+    round: RoundPins
+    nodes: tuple[NodePins, ...] = ()
+    models: Annotated[tuple[ModelPins, ...], Field(min_length=1)]
+    _path: Path = PrivateAttr(default=Path("pins.toml"))
+    _agreed: Pins = PrivateAttr()
+    _of_key: dict[str, list[NodePins]] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a pins file.
+
+        Raises:
+            DataError: The file cannot be read, is larger than 4 MiB, or is no pins file; names the key.
+        """
+        return cls.of(read_toml(path), path)
+
+    @classmethod
+    def of(cls, tables: JsonObject, path: str | Path) -> Self:
+        """Return the pins that the tables of a file say.
+
+        Args:
+            tables: Content of the file.
+            path: Path of the file, in whose folder calibrations are looked for.
+
+        Raises:
+            DataError: A key is unknown, missing or still to be filled in, or a value is impossible; names the key.
+        """
+        values = check_tables(tables, path)
+        try:
+            read = cls.model_validate(values)
+        except ValidationError as error:
+            raise fault_of(cls, error, path) from None
+        except AssayError as error:
+            raise DataError(f"{path}: {error.seen}", wanted=error.wanted, do=error.do) from None
+        read._path = Path(path)
+        return read
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse values that are possible alone and impossible together."""
+        asked, pipeline = self.round, get_pipeline(self.round.preset)
+        if (asked.r_target is None) is (pipeline.output == "distance"):
+            raise UsageError(
+                f"round.r_target {asked.r_target} with preset {pipeline.name}",
+                wanted="a distance" if asked.r_target is None else "none: only distances have a target",
+                do="correct one of the two",
+            )
+        shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
+        self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
+        if asked.nonces is not None:
+            Round(block_hash="any", public_key="any", node_count=asked.node_count).nonces(*asked.nonces)
+        for node in self.nodes:
+            self._check_node(node)
+            self._of_key.setdefault(node.public_key, []).append(node)
+        _refuse_doubles("node", [(node.public_key, node.node_id) for node in self.nodes])
+        _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
+
+    def _check_node(self, node: NodePins) -> None:
+        count = node.node_count or self.round.node_count
+        Round(block_hash="any", public_key=node.public_key, node_id=node.node_id, node_count=count)
+        others = {other.node_count or self.round.node_count for other in self._of_key.get(node.public_key, ())}
+        if others - {count}:
+            raise UsageError(
+                f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}",
+                wanted="one node_count for each key",
+                do="correct one of them",
+            )
+        names = {build.name for model in self.models for build in model.builds if build.name}
+        if node.build not in (None, *names):
+            raise UsageError(
+                f"a node with build {node.build!r:.80}",
+                wanted=f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}",
+                do="name the build under [[models.builds]], or leave it out of the node",
+            )
+
+    def model(self, name: str | None = None) -> ModelPins:
+        """Return a model by its digest or reference; the only one when None.
+
+        Raises:
+            UsageError: There is no such model, or the name does not tell which one is meant.
+        """
+        found = [model for model in self.models if name in (None, model.digest, model.reference)]
+        if len(found) != 1:
+            seen = (
+                f"model {name!r:.80}, which {self._path} does not have" if not found else f"one of {len(found)} models"
+            )
+            names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
+            raise UsageError(
+                seen,
+                wanted=f"one of {names:.400}" if not found else f"the digest of one of {names:.400}",
+                do="use a model that the network agreed on, or add it to the pins",
+            )
+        return found[0]
+
+    def for_round(
+        self,
+        *,
+        block_hash: str | None = None,
+        public_key: str | None = None,
+        node_id: int | None = None,
+        model: str | None = None,
+        also: Pins | None = None,
+    ) -> Pins:
+        """Return what is pinned of the proof of one node in one round.
+
+        Args:
+            block_hash: Block that seeds the round; that of the file when None.
+            public_key: Key of the node. When the file lists nodes it must list this one.
+            node_id: Share of the node; needed where the key has several.
+            model: Digest or reference of the model; needed where the file has several.
+            also: Further pins, for instance of flags, which must agree with the file.
+
+        Raises:
+            UsageError: A value contradicts the file, or the file does not say enough without it.
+        """
+        named = {"block_hash": block_hash, "public_key": public_key, "node_id": node_id}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        known = replace(also or Pins(), **given)
+        node, chosen, positions = self._node(known), self.model(model), self.round.nonces
+        share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self.round.node_count}
+        if node is not None:
+            share |= {"node_id": node.node_id, "node_count": node.node_count or self.round.node_count}
+            share |= {"public_key": node.public_key}
+        whole: dict[str, Any] = {"block_hash": "any", "public_key": "any"} | share
+        pins = replace(
+            self._agreed,
+            **share,
+            nonces=None if positions is None else Round(**whole).nonces(*positions),
+            digest=chosen.digest,
+            weights=chosen.weights,
+            builds=self._builds(chosen, node),
+        )
+        return pins.joined(known, str(self._path))
+
+    def _node(self, known: Pins) -> NodePins | None:
+        """Return the node that is meant; None where the file lists none."""
+        if not self.nodes:
+            if known.node_id is None and self.round.node_count > 1:
+                raise self._more("node_id", f"the share of the node, one of {self.round.node_count}")
+            if (known.node_id or 0) >= self.round.node_count:
+                raise UsageError(
+                    f"--node-id {known.node_id} beside {self._path}",
+                    wanted=f"a share below its node_count, {self.round.node_count}",
+                    do="leave the flag out, or correct one of the two",
+                )
+            return None
+        if known.public_key is None and len(self._of_key) > 1:
+            raise self._more("public_key", f"the key of one of its {len(self._of_key)} nodes")
+        own = self._of_key.get(known.public_key or self.nodes[0].public_key, [])
+        if not own:
+            raise UsageError(
+                f"the key {known.public_key!r:.80}",
+                wanted=f"one of the {len(self._of_key)} that {self._path} lists",
+                do="pass the --public-key of a node that the network knows, or add it under [[nodes]]",
+            )
+        if known.node_id is None and len(own) > 1:
+            raise self._more("node_id", f"one of the {len(own)} shares of this key")
+        found = [node for node in own if known.node_id in (None, node.node_id)]
+        if not found:
+            raise UsageError(
+                f"node_id {known.node_id} of the key {own[0].public_key!r:.80}",
+                wanted=f"a share that {self._path} lists: {', '.join(str(node.node_id) for node in own):.200}",
+                do="pass the --node-id of a node that the network knows, or add it under [[nodes]]",
+            )
+        return found[0]
+
+    def _more(self, name: str, wanted: str) -> UsageError:
+        flag = f"--{name.replace('_', '-')}"
+        return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
+
+    def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:
+        if node is None or node.build is None:
+            return model.builds
+        named = tuple(build for build in model.builds if build.name == node.build)
+        if not named:
+            raise UsageError(
+                f"a node of build {node.build!r:.80} with {model.reference}",
+                wanted=f"a build of that name under this model in {self._path}",
+                do="correct the build of the node, or add it to the model",
+            )
+        return named
+
+    def differing(self, round: Round) -> tuple[str, ...]:
+        """Return the names of the values of a round that contradict the file; key and share are not looked at."""
+        return self._agreed.differing(round)
+
+    def foreign(self, public_key: str, node_id: int, node_count: int) -> tuple[str, ...]:
+        """Return the names of what makes a share one of no node of the network."""
+        own = self._of_key.get(public_key, [])
+        if self.nodes and not own:
+            return ("public_key",)
+        if node_count != ((own[0].node_count if own else None) or self.round.node_count):
+            return ("node_count",)
+        return () if not own or any(node.node_id == node_id for node in own) else ("node_id",)
+
+    def calibrations(self, model: ModelPins) -> Iterator[Path]:
+        """Iterate over the calibration files of a model, each after its hash was compared.
+
+        Raises:
+            DataError: A file cannot be read, or is another one than was pinned.
+        """
+        for pinned in model.calibrations:
+            path = self._path.parent / pinned.file
+            found = sha256_of(path)
+            if found != pinned.sha256:
+                raise DataError(
+                    f"{path} has the SHA-256 {found[:12]}…",
+                    wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins",
+                    do="fetch the file that the network agreed on, or agree on this one and pin it",
+                )
+            yield path
+
+
+def _refuse_doubles(what: str, values: list[tuple[Any, ...]]) -> None:
+    for value, times in Counter(values).items():
+        if times > 1:
+            raise UsageError(
+                f"{what} {value[0]!r:.80} with {value[1]}, {times} times",
+                wanted=f"every {what} once",
+                do="remove the others",
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Write ``pins.toml``: tables as text, in which what is not known yet is marked as required.
+
+HEAD = f"""\
+# What the network agreed on. docs/pins.md describes every key.
+# `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
+schema = {SCHEMA}"""
+
+BUILD_FIELDS = {
+    "engine": "hf or vllm",
+    "device": "name of the GPU or processor, as in the fingerprint of a proof",
+    "dtype": "number format; it has no wildcard",
+    "attention": "name of the attention implementation",
+    "batch_size": "nonces of a batch",
+    "threads": "CPU threads; 0 on a GPU",
+    "torch": "version of torch",
+    "library": "library that runs the model, with its version",
+    "kernels": 'further choices, joined by commas; "" for none',
+}
+"""Fields of a build, with what to write where no proof says it."""
+
+
+def pins_text(tables: Iterable[tuple[str, Mapping[str, object]]]) -> str:
+    """Return a pins file as text.
+
+    Args:
+        tables: Names of the tables as TOML has them, such as ``[[models]]``, with their values in order. A value
+            ``"?"`` is marked as required, and the file is refused until it is replaced.
+    """
+    lines = [HEAD]
+    for name, values in tables:
+        lines += ["", name]
+        lines += [f"{key} = {_toml(value)}{_required(key, value)}" for key, value in values.items()]
+    return "\n".join([*lines, ""])
+
+
+def _required(key: str, value: object) -> str:
+    return f"  # required: {BUILD_FIELDS[key]}" if value == UNFILLED else ""
+
+
+def _toml(value: object) -> str:
+    """Write a value as TOML, whose texts are those of JSON but for one control character that JSON does not escape."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,246 @@
+"""Every way of turning a model's work into a proof, as one table.
+
+A :class:`Pipeline` is data: which positions are read, what happens between layers, on the last
+hidden state, in the head and on the logits, and what is published. The steps themselves are in
+:mod:`assay.poc.protocol.transforms`. Adding an approach adds a row.
+
+The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
+recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``hardened`` is the proposal of
+docs/redteam.md; ``decode`` is that of docs/decode.md, and the one row whose nonces take more than one forward pass.
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from assay.errors import UsageError
+from assay.stats.chord import RANDOM_HEAD_ROWS
+
+LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
+"""What happens between the layers of a decoder."""
+
+SKETCH_EVERY = 32
+"""Tokens from one sketch to the next; the first token has one."""
+
+SKETCH_SIZE = 12
+"""Numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token."""
+
+_FEWEST_STEPS, _MOST_STEPS = SKETCH_EVERY, 4096
+_MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
+
+
+def sketch_steps(tokens: int) -> range:
+    """Return the indices of the tokens whose states are sketched, of so many tokens.
+
+    Example:
+        >>> list(sketch_steps(80))
+        [0, 32, 64]
+    """
+    return range(0, tokens, SKETCH_EVERY)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of projections."""
+
+    name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate", "project"]
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
+
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce.
+    """
+
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A frozen description of how a proof follows from the model's hidden states.
+
+    Args:
+        name: Value of ``--preset``.
+        summary: One line for tables.
+        read: Positions that are read: the ``last`` one, or a signed sum over :class:`Positions`.
+        layers: Step on the hidden state after every decoder layer.
+        hidden: Steps on the state that was read.
+        head: Matrix that maps the state to logits.
+        logits: Steps on the logits.
+        output: ``distance`` to the target of the block, the ``vector`` itself in fp16, or the ``tokens`` that were
+            decoded from a seeded prompt, with a vector of every 32nd state.
+        texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
+        number_formats: Formats in which a proof is made unless a network agrees on another one, the default first; any
+            format where empty. This is a rule of judging and not of computing, so it is not in the proof header.
+        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward pass over noise.
+    """
+
+    name: str
+    summary: str
+    read: Literal["last"] | Positions = "last"
+    layers: LayerStep = "none"
+    hidden: tuple[Step, ...] = ()
+    head: Literal["none", "trained", "random"] = "none"
+    logits: tuple[Step, ...] = ()
+    output: Literal["distance", "vector", "tokens"] = "distance"
+    texts: Literal["published", "versioned"] = "published"
+    number_formats: tuple[str, ...] = ()
+    steps: int = 0
+
+    @property
+    def vector_size(self) -> int:
+        """Length of a published vector; 0 where a distance is published."""
+        return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
+
+    @property
+    def vector_count(self) -> int:
+        """Number of published vectors of a nonce: a sketch of every 32nd token, or one."""
+        return len(sketch_steps(self.steps)) or 1
+
+    @property
+    def noise(self) -> str:
+        """Family of honest noise: a law that was measured in one family does not hold in another."""
+        if self.output == "tokens":
+            return self.output if self.steps >= _MANY_STEPS else f"few {self.output}"
+        return self.output if self.read == "last" else f"position {self.output}"
+
+    @property
+    def per_nonce(self) -> bool:
+        """Whether any step draws from a stream of the nonce, beyond the inputs."""
+        return any(step.name != "unit" for step in self.hidden + self.logits)
+
+    def output_size(self, hidden_size: int, vocab_size: int) -> int:
+        """Return the dimension of the space in which the distance is measured."""
+        if self.output != "distance":
+            return self.vector_size * self.vector_count
+        return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the description for a proof header.
+
+        ``texts`` and ``steps`` are younger than the first proofs, so they are written only where they differ from
+        theirs.
+        """
+        described = asdict(self)
+        del described["number_formats"]
+        if self.texts == "published":
+            del described["texts"]
+        if not self.steps:
+            del described["steps"]
+        return described
+
+
+_UNIT = Step("unit")
+_SIGNS = Step("signs")
+_PERMUTE = Step("permute")
+_REFLECT_8 = Step("reflect", 8)
+
+_ROWS = (
+    Pipeline(
+        name="poc-2.0",
+        summary="signs, unit, 8 reflections, random head (the default)",
+        hidden=(_SIGNS, _UNIT, _REFLECT_8),
+        head="random",
+    ),
+    Pipeline(
+        name="artifact",
+        summary="unit, pick 12, 11 reflections, unit; the vector is published",
+        hidden=(_UNIT, Step("pick", 12), Step("rotate", 11), _UNIT),
+        output="vector",
+    ),
+    Pipeline(
+        name="hardened",
+        summary="all positions with signs, unit, projection to 12, unit; the vector is published",
+        read=Positions(),
+        hidden=(_UNIT, Step("project", 12), _UNIT),
+        output="vector",
+        texts="versioned",
+        number_formats=("float16", "float32"),
+    ),
+    Pipeline(
+        name="decode",
+        summary="256 tokens decoded from a seeded prompt with seeded noise; tokens and sketches are published",
+        hidden=(_UNIT, Step("project", SKETCH_SIZE), _UNIT),
+        head="trained",
+        output="tokens",
+        texts="versioned",
+        steps=256,
+    ),
+    Pipeline(name="permutation", summary="logits permuted (the baseline)", head="trained", logits=(_PERMUTE,)),
+    Pipeline(name="logit-reflections", summary="8 reflections on the logits", head="trained", logits=(_REFLECT_8,)),
+    Pipeline(name="logit-signs", summary="signs on the logits", head="trained", logits=(_SIGNS,)),
+    Pipeline(name="layer-signs", summary="signs between the layers", layers="signs", head="trained"),
+    Pipeline(
+        name="layer-signs-permutation",
+        summary="signs between the layers, logits permuted",
+        layers="signs",
+        head="trained",
+        logits=(_PERMUTE,),
+    ),
+    Pipeline(
+        name="hidden-reflections",
+        summary="8 reflections on the hidden state, trained head",
+        hidden=(_REFLECT_8,),
+        head="trained",
+    ),
+    Pipeline(name="random-head", summary="random head alone", head="random"),
+    Pipeline(name="end-normalize", summary="unit at the end only, random head", hidden=(_UNIT,), head="random"),
+    Pipeline(
+        name="layer-normalize",
+        summary="unit and reflection after every layer, 8 reflections, random head",
+        layers="normalize_reflect",
+        hidden=(_REFLECT_8, _UNIT),
+        head="random",
+    ),
+    Pipeline(
+        name="layer-reflections",
+        summary="reflection after every layer, then as artifact",
+        layers="reflect",
+        hidden=(_UNIT, Step("pick", 12), Step("rotate", 11), _UNIT),
+        output="vector",
+    ),
+)
+
+PIPELINES: dict[str, Pipeline] = {row.name: row for row in _ROWS}
+"""Every pipeline by its name."""
+FORWARD = tuple(row.name for row in _ROWS if not row.steps)
+"""Names of the rows whose nonces are one forward pass over noise."""
+
+_ALIASES = {"sign-flips": "poc-2.0", "decode-256": "decode"}
+_STEPS = re.compile("decode-([1-9][0-9]{1,3})")
+
+
+def get_pipeline(name: str) -> Pipeline:
+    """Return the row of the table with this name; ``sign-flips`` is another name of ``poc-2.0``.
+
+    ``decode-64`` is the row ``decode`` with 64 steps instead of 256, and so on from 32 to 4096.
+
+    Raises:
+        UsageError: The table has no such row.
+
+    Example:
+        >>> get_pipeline("decode-64").steps
+        64
+    """
+    found = find_pipeline(name) if isinstance(name, str) else None
+    if found is None:
+        close = get_close_matches(str(name), PIPELINES, n=1)
+        raise UsageError(
+            f"preset {name!r}",
+            wanted="one of " + ", ".join(PIPELINES),
+            do=f"did you mean {close[0]}?" if close else "use poc-2.0, the default",
+        )
+    return found
+
+
+def find_pipeline(name: str) -> Pipeline | None:
+    """Return the row of the table with this name, or None."""
+    name = _ALIASES.get(name, name)
+    counted = _STEPS.fullmatch(name)
+    if counted is None or not _FEWEST_STEPS <= (steps := int(counted[1])) <= _MOST_STEPS:
+        return PIPELINES.get(name)
+    row = PIPELINES["decode"]
+    return replace(row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps)

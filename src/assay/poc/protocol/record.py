@@ -1,0 +1,470 @@
+"""The parts of a proof file: JSON Lines with a header, one record per nonce, and a footer.
+
+    {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
+    {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
+                                                      or  {"nonce":0,"tokens":"base64","sketches":"base64"}
+    {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
+
+The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything that is not exactly a
+proof, spaces and the order of keys included, is an error that names the line.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from scipy import stats as distributions
+
+from assay import streams
+from assay.errors import DataError, ProofFormatError, ProofMismatch
+from assay.files.jsonl import dumps, loads, read_lines
+from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.round import Round
+
+# --------------------------------------------------------------------------------------------------
+# How lines of untrusted files are read: exactly the known fields, in exactly the bytes in which they are written.
+
+T = TypeVar("T")
+_DO = "ask the node for it again"
+
+MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
+"""How often a character may be in a line: enough for two million runs of nonces in a header."""
+
+
+def malformed(seen: str, wanted: str) -> ProofFormatError:
+    """Return the error of a value that is not what its format says."""
+    return ProofFormatError(seen, wanted=wanted, do=_DO)
+
+
+def malformed_line(path: str | Path, number: int, seen: str, wanted: str, do: str = "") -> ProofFormatError:
+    """Return the error of a line, with the name of the file and the number of the line."""
+    return ProofFormatError(f"{path}, line {number}: {seen}", wanted=wanted, do=do or _DO)
+
+
+def check_fields(value: Any, names: set[str], what: str) -> None:
+    """Refuse what is not an object with exactly these keys.
+
+    Raises:
+        ProofFormatError: Names the keys that are missing or unknown.
+    """
+    if not isinstance(value, dict):
+        raise malformed(f"{what} is {value!r:.60}", "an object with " + ", ".join(sorted(names)))
+    if value.keys() != names:
+        odd = ", ".join(sorted(value.keys() ^ names))
+        raise malformed(f"{what} with {odd:.200} missing or unknown", "exactly " + ", ".join(sorted(names)))
+
+
+def parse_footer(line: Any, kind: Callable[..., T]) -> T:
+    """Return the last line of a file: counts, the seconds that they took, and the SHA-256 of the lines before.
+
+    Args:
+        line: Value of the line.
+        kind: Dataclass of the footer.
+
+    Raises:
+        ProofFormatError: A field is missing, unknown or of another type.
+    """
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    check_fields(line, {"footer"}, "the footer")
+    check_fields(line["footer"], names, "the footer")
+    values = line["footer"]
+    whole = type(values["sha256"]) is str and all(type(values[name]) is int for name in names - {"sha256", "seconds"})
+    if not whole or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
+        raise malformed(f"footer {values!r:.200}", "counts, seconds and a SHA-256")
+    return kind(**values)
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their numbers, from 1.
+
+    Raises:
+        ProofFormatError: The file cannot be read, or a line is too long.
+    """
+    try:
+        yield from read_lines(path)
+    except DataError as error:
+        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
+
+
+def parse_line(
+    path: str | Path,
+    number: int,
+    line: bytes,
+    parse: Callable[[Any], T],
+    write: Callable[[T], str],
+    most: Mapping[bytes, int] = MOST_PARTS,
+) -> T:
+    """Parse a line and refuse it if the value would be written in other bytes.
+
+    Args:
+        path: Name of the file, for errors.
+        number: Number of the line, for errors.
+        line: Bytes of the line, line end included; empty where the file ends.
+        parse: Function that makes the value of the JSON object, or of None where the file ends.
+        write: Function that writes the value as canonical JSON.
+        most: Number of times that a character may be in the line. Values take many times the room of their text, so
+            they are counted before any is made.
+
+    Raises:
+        ProofFormatError: The line is wrong; names the file and the line.
+    """
+    for character, times in most.items():
+        if (count := line.count(character)) > times:
+            raise malformed_line(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
+    try:
+        value = parse(loads(line, f"{path}, line {number}") if line else None)
+    except DataError as error:
+        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
+    except ProofFormatError as error:
+        raise malformed_line(path, number, error.seen, error.wanted, error.do) from None
+    written = write(value)
+    if line.endswith(b"\r\n"):
+        raise malformed_line(
+            path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary"
+        )
+    if line != written.encode() + b"\n":
+        raise malformed_line(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+    return value
+
+
+KIND = "assay.poc.proof"
+SCHEMA = 1
+SEPARATOR = ", "  # between the library and its kernels
+
+# Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
+# units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
+MAX_DISTANCE = 2 + 1e-6
+CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
+CHUNK = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Everything about an engine that can move the last bits of a hidden state.
+
+    Two engines with equal fingerprints return equal bits. Noise between two different ones is what a calibration
+    measures.
+
+    Args:
+        engine: Name of the engine, for instance ``hf`` or ``vllm``.
+        device: Name of the processor or GPU.
+        dtype: Number format of the weights, and after a plus that of a cache that rounds keys and values.
+        attention: Name of the attention implementation.
+        batch_size: Number of nonces of a batch.
+        seq_len: Number of positions of a nonce.
+        threads: Number of CPU threads; 0 on a GPU.
+        torch: Version of torch.
+        library: Library that runs the model, and its version.
+        kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``. In a file they
+            follow the library in one text, joined by commas.
+    """
+
+    engine: str
+    device: str
+    dtype: str
+    attention: str
+    batch_size: int
+    seq_len: int
+    threads: int
+    torch: str
+    library: str
+    kernels: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header, with the kernels joined to the library."""
+        values = asdict(self)
+        values["library"] = SEPARATOR.join([self.library, *values.pop("kernels")])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Fingerprint":
+        """Return the fingerprint that :meth:`as_dict` wrote.
+
+        Raises:
+            KeyError: The library is missing.
+            TypeError: Another field is missing or unknown.
+        """
+        library, *kernels = values["library"].split(SEPARATOR)
+        return cls(**{**values, "library": library}, kernels=tuple(kernels))
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """First line of a proof: everything about it that the records do not say.
+
+    Args:
+        round: Round, with its model named.
+        pipeline: Description of the preset.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: Weight mode of the model: trained, random-all or random-embed.
+        fingerprint: Description of the prover's engine.
+        nonces: Nonces of the records, in order, as runs ``[first, end, step]``.
+    """
+
+    round: Round
+    pipeline: Pipeline
+    digest: str
+    weights: str
+    fingerprint: Fingerprint
+    nonces: tuple[tuple[int, int, int], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the header line."""
+        return {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "round": self.round.as_dict(),
+            "pipeline": self.pipeline.as_dict(),
+            "model": {"reference": self.round.model, "digest": self.digest, "weights": self.weights},
+            "fingerprint": self.fingerprint.as_dict(),
+            "nonces": [list(run) for run in self.nonces],
+        }
+
+    def all_nonces(self) -> Iterator[int]:
+        """Iterate over the nonces in the order of the records."""
+        for run in self.nonces:
+            yield from range(*run)
+
+    @property
+    def count(self) -> int:
+        """Number of records that a complete proof has."""
+        return sum(len(range(*run)) for run in self.nonces)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a nonce: its input, and the tokens that are decoded after it."""
+        return self.round.seq_len + self.pipeline.steps
+
+    def claims(self) -> dict[str, Any]:
+        """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
+        return {
+            **self.round.as_dict(),
+            "digest": self.digest,
+            "weights": self.weights,
+            "prover_dtype": self.fingerprint.dtype,
+            "builds": self.fingerprint,
+            "nonces": self.nonces,
+            "fewest_nonces": self.count,
+        }
+
+    def line(self, record: "Record") -> str:
+        """Return the line of a record, without its newline."""
+        if isinstance(record, VectorRecord):
+            return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
+        if isinstance(record, TokenRecord):
+            tokens, sketches = encode_tokens(record.tokens), encode_vector(record.sketches)
+            return dumps({"nonce": record.nonce, "tokens": tokens, "sketches": sketches})
+        return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
+
+    def is_valid(self, record: "Record") -> bool:
+        """Return whether a record counts: a distance below the target does, and everything that is no distance."""
+        return not isinstance(record, DistanceRecord) or is_valid(record.distance, self.round.r_target)
+
+
+@dataclass(frozen=True, eq=False)
+class DistanceRecord:
+    """The result of one nonce under a preset that publishes distances."""
+
+    nonce: int
+    distance: float
+    vector: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False)
+class VectorRecord:
+    """The result of one nonce under a preset that publishes vectors: [K] in float16."""
+
+    nonce: int
+    vector: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """The result of one nonce under a preset that decodes, or what another engine says to the tokens of it.
+
+    Args:
+        nonce: Nonce.
+        tokens: Ids of the decoded tokens, [N] in uint32.
+        sketches: Sketch of every 32nd state, [S, K] in float16.
+        margins: How far the score of each token is below the best one where these tokens were replayed, [N] in float32;
+            None in a proof.
+    """
+
+    nonce: int
+    tokens: np.ndarray
+    sketches: np.ndarray
+    margins: np.ndarray | None = None
+
+
+Record = DistanceRecord | VectorRecord | TokenRecord
+"""One line of a proof: a nonce with a distance, a vector, or tokens and sketches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer:
+    """Last line of a complete proof.
+
+    Args:
+        records: Number of records.
+        valid: Number of those that count; all of them where nothing is called valid.
+        seconds: Time that the proof took. Of a proof that was interrupted and continued, that of the last run alone.
+        sha256: SHA-256 of the record lines.
+    """
+
+    records: int
+    valid: int
+    seconds: float
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the footer line."""
+        return {"footer": asdict(self)}
+
+
+def is_valid(distance: float, r_target: float) -> bool:
+    """Return whether a nonce counts: its distance is strictly below the target."""
+    return distance < r_target
+
+
+def is_distance(value: float) -> bool:
+    """Return whether a number can be a distance: from 0 to 2, with room for the rounding of float32."""
+    return 0 <= value <= MAX_DISTANCE
+
+
+def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
+    """Refuse nonces of which one forward pass would serve several, because their 32-bit input seeds collide.
+
+    A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were not chosen for it,
+    n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives once in ten thousand are refused: any
+    at all in up to 927 nonces. Seeds of 256 bits do not collide.
+
+    Args:
+        round: Round that the nonces belong to, with the key of the node that proves.
+        nonces: Nonces of one proof or of one request, each once.
+
+    Raises:
+        ProofMismatch: Too many of the seeds are equal; names two nonces that share one.
+    """
+    if round.strength != 32:
+        return
+    nonces_N = np.fromiter(nonces, dtype=np.int64)
+    parts = np.array_split(nonces_N, nonces_N.size // CHUNK + 1)  # the texts take far more room than the seeds
+    seeds_N = np.concatenate([streams.seeds(round.texts("inputs", part.tolist()))[:, 0] for part in parts])
+    order_N = np.argsort(seeds_N, kind="stable")
+    equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)
+    pairs = nonces_N.size * (nonces_N.size - 1) / 2
+    if equal.size > distributions.poisson.isf(CHANCE, pairs / 2**32):
+        one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
+        raise ProofMismatch(
+            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
+            wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
+            do="ask the node for consecutive nonces of its share, or agree on --strength 256",
+            name="nonces",
+        )
+
+
+def encode_vector(vector_K: np.ndarray) -> str:
+    """Return float16 numbers, of any shape, as base64 of their little-endian bytes."""
+    return base64.b64encode(np.asarray(vector_K).astype("<f2").tobytes()).decode("ascii")
+
+
+def encode_tokens(tokens_N: np.ndarray) -> str:
+    """Return token ids [N] as base64 of little-endian uint32."""
+    return base64.b64encode(np.asarray(tokens_N).astype("<u4").tobytes()).decode("ascii")
+
+
+def decode_vector(text: object, size: int) -> np.ndarray:
+    """Return the float16 vector [K] that a base64 string stands for.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
+    """
+    return _floats(_decoded(text, 2 * size, "a vector", f"{size} finite little-endian float16 values"))
+
+
+def decode_tokens(text: object, size: int) -> np.ndarray:
+    """Return the uint32 token ids [N] that a base64 string stands for.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, or of another length.
+    """
+    raw = _decoded(text, 4 * size, "tokens", f"{size} little-endian uint32 values")
+    return np.frombuffer(raw, dtype="<u4").astype(np.uint32)
+
+
+def pack(record: Record) -> bytes:
+    """Return the bytes of a record that is no distance: the vector, or the tokens and after them the sketches."""
+    if isinstance(record, TokenRecord):
+        return record.tokens.astype("<u4").tobytes() + record.sketches.astype("<f2").tobytes()
+    assert isinstance(record, VectorRecord)
+    return record.vector.astype("<f2").tobytes()
+
+
+def unpack(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return the record whose bytes, in base64, another machine sent.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or a number in it is not finite.
+    """
+    if pipeline.output == "vector":
+        return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
+    raw = _decoded(text, packed_size(pipeline), "tokens with sketches", f"{packed_size(pipeline)} bytes")
+    tokens = np.frombuffer(raw, dtype="<u4", count=pipeline.steps).astype(np.uint32)
+    return TokenRecord(nonce, tokens, _floats(raw[4 * pipeline.steps :]).reshape(-1, pipeline.vector_size))
+
+
+def packed_size(pipeline: Pipeline) -> int:
+    """Return the number of bytes that :func:`pack` makes of a record; 0 where a distance is published."""
+    return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
+
+
+def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return what :func:`unpack` returns, or a record of NaN, which is never a match, where it is not one."""
+    try:
+        return unpack(nonce, text, pipeline)
+    except ProofFormatError:
+        nothing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
+        if pipeline.output == "vector":
+            return VectorRecord(nonce, nothing[0])
+        return TokenRecord(nonce, np.zeros(pipeline.steps, dtype=np.uint32), nothing)
+
+
+def encoding(pipeline: Pipeline) -> dict[str, Any]:
+    """Return how the bytes of :func:`pack` are to be read, as callbacks say it beside them."""
+    form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
+    return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
+
+
+def _decoded(text: object, size: int, what: str, wanted: str) -> bytes:
+    try:
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__}")
+        raw = base64.b64decode(text, validate=True)
+        if len(raw) != size:
+            raise ValueError(f"{len(raw)} bytes")
+    except ValueError as error:
+        raise _undecodable(what, str(error), wanted) from None
+    return raw
+
+
+def _floats(raw: bytes) -> np.ndarray:
+    vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
+    if not np.isfinite(vector).all():
+        raise _undecodable("a vector", "NaN or infinity", f"{vector.size} finite little-endian float16 values")
+    return vector
+
+
+def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
+    return malformed(f"{what} that is {seen}", f"base64 of {wanted}")

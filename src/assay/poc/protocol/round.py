@@ -1,0 +1,215 @@
+"""A round: who proves what, and the seed text of every stream that follows from it.
+
+The published texts are consensus. They have no length prefix and no version tag, because that is what the network
+runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned texts writes a version tag
+and then every field after its length, so that no two streams share a text.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from assay.errors import UsageError
+from assay.poc.protocol.pipelines import find_pipeline
+
+MAX_NONCE = 2**53 - 1
+"""Largest nonce: exact in every JSON reader, and far beyond what a round can use."""
+MAX_COUNT = 2**24
+"""Most nonces of one proof."""
+MAX_SEQ_LEN = 2**20
+MAX_NAME = 1024
+
+NONCE_TEXTS = {
+    "inputs": "{block}_{key}_nonce{nonce}",  # no underscore before the number: published so
+    "permutation": "{block}_{key}_nonce_{nonce}_permutations",
+    "signs": "{block}_{key}_nonce_{nonce}_signs",
+    "reflection": "{block}_{key}_nonce_{nonce}_hidden_r{index}",
+    "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
+    "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
+    # In no published preset: for experiments that read positions with published texts.
+    "positions": "{block}_{key}_nonce_{nonce}_positions",
+    "weights": "{block}_{key}_nonce_{nonce}_weights",
+    "projection": "{block}_{key}_nonce_{nonce}_projection_{k}",
+}
+BLOCK_TEXTS = {
+    "layer_reflection": "{block}_layer_{index}_householder",
+    "layer_signs": "{block}_layer_{index}_signs",
+    "random_head": "{block}_lm_head",
+    "target": "{block}_target",
+}
+VERSION = "assay.poc/2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of one node.
+
+    Args:
+        block_hash: Block that seeds everything.
+        public_key: Key of the node that is paid.
+        block_height: Height of the block; recorded in the proof, not part of any seed.
+        node_id: Share of the nonces that this node has, in ``[0, node_count)``.
+        node_count: Number of machines of one key among which the nonces are dealt out.
+        model: Reference of the model; filled in by :func:`assay.poc.prove` when empty.
+        preset: Name of a row of :data:`assay.poc.PIPELINES`.
+        seq_len: Number of input positions of a nonce.
+        r_target: Distance strictly below which a nonce is valid, in ``(0, 2]``.
+        strength: Bits of the seed of each input, 32 (published) or 256. A preset with versioned texts always has 256.
+
+    Raises:
+        UsageError: A value is out of range.
+
+    Example:
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", node_id=1, node_count=4)
+        >>> list(round.nonces(0, 3))
+        [1, 5, 9]
+        >>> round.text("inputs", 5)
+        'block_alpha_node_A_nonce5'
+    """
+
+    block_hash: str
+    public_key: str
+    block_height: int = 0
+    node_id: int = 0
+    node_count: int = 1
+    model: str = ""
+    preset: str = "poc-2.0"
+    seq_len: int = 256
+    r_target: float = 1.416
+    strength: Literal[32, 256] = 32
+
+    def __post_init__(self) -> None:
+        for name in ("block_hash", "public_key"):
+            check_name(name, getattr(self, name), do=f"pass the {name.replace('_', ' ')} as the chain prints it")
+        if not isinstance(self.model, str) or not self.model.isprintable():
+            raise UsageError(
+                f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
+            )
+        check_number("block_height", self.block_height, 0, MAX_NONCE)
+        check_number("node_count", self.node_count, 1, MAX_NONCE)
+        check_number("node_id", self.node_id, 0, self.node_count - 1)
+        check_number("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
+        number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
+        if not number or not 0 < self.r_target <= 2:
+            raise UsageError(
+                f"r_target is {self.r_target!r}",
+                wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
+                do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate",
+            )
+        if self.strength not in (32, 256) or not isinstance(self.strength, int):
+            raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
+        if self.versioned:
+            object.__setattr__(self, "strength", 256)
+
+    @property
+    def versioned(self) -> bool:
+        """Whether the preset has versioned seed texts; an unknown preset has published ones."""
+        pipeline = find_pipeline(self.preset) if isinstance(self.preset, str) else None
+        return pipeline is not None and pipeline.texts == "versioned"
+
+    def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
+        """Return the seed text of a stream of one nonce.
+
+        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index and k, each as
+        its length in bytes, a colon, and itself.
+        """
+        return self.texts(stream, [nonce], count=index + 1, k=k)[-1]
+
+    def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
+        """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to ``count - 1``.
+
+        The common part of a batch is written once, which takes a tenth of the time of :meth:`text` for each nonce.
+        """
+        if self.versioned:
+            head = prefixed(VERSION, stream, self.block_hash, self.public_key)
+            numbers: Iterable[object] = map(prefixed, nonces)
+            tails = [prefixed(index, k) for index in range(count)]
+        else:
+            before, _, after = NONCE_TEXTS[stream].partition("{nonce}")
+            head, numbers = before.format(block=self.block_hash, key=self.public_key), nonces
+            tails = [after.format(index=index, k=k) for index in range(count)]
+        return [f"{head}{number}{tail}" for number in numbers for tail in tails]
+
+    def block_text(self, stream: str, index: int = 0) -> str:
+        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned as in `text`."""
+        if self.versioned:
+            return prefixed(VERSION, stream, self.block_hash, index)
+        return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)
+
+    def nonces(self, start: int, stop: int) -> range:
+        """Return the nonces at positions ``[start, stop)`` of this node's own sequence.
+
+        Position ``i`` is nonce ``node_id + i * node_count``.
+        """
+        if not 0 <= start < stop or stop - start > MAX_COUNT:
+            raise UsageError(
+                f"nonce positions {start}:{stop}",
+                wanted=f"0 <= first < end, and at most {MAX_COUNT} in one proof",
+                do="give a range such as --nonces 0:256",
+            )
+        chosen = range(self.node_id + start * self.node_count, self.node_id + stop * self.node_count, self.node_count)
+        self.check_nonces(chosen)
+        return chosen
+
+    def check_nonces(self, nonces: range | Iterable[int]) -> None:
+        """Refuse nonces that do not ascend, are out of range, or belong to another node.
+
+        Raises:
+            UsageError: A nonce is wrong; names the first one.
+        """
+        if isinstance(nonces, range) and nonces and nonces.step > 0 and nonces.step % self.node_count == 0:
+            nonces = sorted({nonces[0], nonces[-1]})  # the ends decide for all
+        last = -1
+        for nonce in nonces:
+            if not isinstance(nonce, int) or isinstance(nonce, bool) or not 0 <= nonce <= MAX_NONCE:
+                raise UsageError(
+                    f"nonce {nonce!r}", wanted=f"a whole number in [0, {MAX_NONCE}]", do="choose nonces from 0 upwards"
+                )
+            if nonce % self.node_count != self.node_id:
+                raise UsageError(
+                    f"nonce {nonce} on node {self.node_id} of {self.node_count}",
+                    wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
+                    do="take them from Round.nonces(start, stop)",
+                )
+            if nonce <= last:
+                raise UsageError(f"nonce {nonce} after {last}", wanted="ascending nonces, each once", do="sort them")
+            last = nonce
+
+    def with_model(self, reference: str) -> "Round":
+        """Return the round with its model named, if it was not."""
+        return self if self.model else replace(self, model=reference)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header."""
+        return asdict(self)
+
+
+def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
+    """Refuse a part of a seed text that is not printable, or too long.
+
+    Args:
+        name: Name of the value, for the error.
+        value: Value that should be a text of at most 1024 characters.
+        do: Advice of the error.
+        fewest: Number of characters that it must have; 0 permits an empty text.
+
+    Raises:
+        UsageError: The value is not such a text.
+    """
+    if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
+        raise UsageError(f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do)
+
+
+def check_number(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not a whole number from ``low`` to ``high``.
+
+    Raises:
+        UsageError: Names the value and the range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}")
+
+
+def prefixed(*parts: object) -> str:
+    """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
+    return "".join(f"{len(str(part).encode())}:{part}" for part in parts)

@@ -1,0 +1,198 @@
+"""The steps of a pipeline: from hidden states to a distance or a vector.
+
+Legend of shapes: B nonces of a batch, T positions, D hidden size, V output dimension, R reflections, K picked or
+projected.
+
+Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
+rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Float32
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import streams
+from assay.errors import UsageError
+from assay.poc.protocol.pipelines import Pipeline, Positions, Step
+from assay.poc.protocol.round import Round
+from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.streams.backends import as_tensor
+
+_CPU = torch.device("cpu")
+_EPSILON = 1e-8  # added to norms, as published
+ROWS_OF_A_PRODUCT = 16
+"""Rows from which a product has the kernels of matrices on CUDA: fewer may take those for matrix times vector."""
+_HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
+
+
+def unit(x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+    """Scale every row to length one: x / (‖x‖ + 1e-8)."""
+    norm_B1: Tensor = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
+    return x_BD / (norm_B1 + _EPSILON)
+
+
+def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[Tensor, "*B D"]:
+    """Reflect every row in the hyperplane orthogonal to its unit vector: x − 2 (x·v) v."""
+    return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
+
+
+def weighted_sum(x_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]) -> Float32[Tensor, "B D"]:
+    """Return Σ_t w_t · x_t/(‖x_t‖ + 1e-8) in float32, every row by itself."""
+    return torch.bmm(weights_BT.unsqueeze(1), unit(x_BTD.float())).squeeze(1)
+
+
+def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
+    """Multiply every row by a head: [B, V] = x Wᵀ, one row at a time.
+
+    One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of a tile in
+    another order, and a nonce's bits would depend on its place in the batch. On CUDA they do not, from 16 rows on.
+    """
+    if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
+        return x_BD @ weight_VD.T
+    return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
+
+
+def random_projection(
+    x_BD: Float[Tensor, "B D"], normals_BN: Float32[Tensor, "B N"], count: int
+) -> Float32[Tensor, "B K"]:
+    """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
+    p_BKD = normals_BN.view(len(x_BD), count, -1)
+    return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+
+
+def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float32[Tensor, " V"]:
+    """Return the target of a block: a unit vector of ``size`` dimensions."""
+    backend = streams.get_backend("auto", str(device))
+    normals_V = as_tensor(backend.normals(streams.seeds([round.block_text("target")]), size)).to(device)[0]
+    target_V: Tensor = normals_V / torch.linalg.vector_norm(normals_V)
+    return target_V
+
+
+class Transform:
+    """The randomisation of one round, ready to be applied to batches.
+
+    Args:
+        round: Round that gives the seed texts.
+        pipeline: Pipeline whose steps are taken.
+        hidden_size: Size D of the engine's output.
+        vocab_size: Size V of the trained head's output.
+        device: Device that holds the engine's output.
+        trained_head: Function that maps [B, D] to logits [B, V], for pipelines with that head.
+
+    Raises:
+        UsageError: The pipeline needs the trained head, which the engine does not have.
+    """
+
+    def __init__(
+        self,
+        round: Round,
+        pipeline: Pipeline,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        device: torch.device,
+        trained_head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if pipeline.head == "trained" and trained_head is None:
+            raise UsageError(
+                f"the pipeline {pipeline.name}, which needs the trained head",
+                wanted="a pipeline with the random head or none: vLLM spreads the trained one over its workers",
+                do="use --engine hf for it",
+            )
+        self.round = round
+        self.pipeline = pipeline
+        self._backend = streams.get_backend("auto", str(device))
+        self._device = device
+        self._trained_head = trained_head if pipeline.head == "trained" else None
+        self._random_head_VD: Tensor | None = None
+        self._target_V: Tensor | None = None
+        if pipeline.head == "random":
+            values = self._normals(streams.seeds([round.block_text("random_head")]), hidden_size * RANDOM_HEAD_ROWS)
+            self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
+        if pipeline.output == "distance":
+            size = pipeline.output_size(hidden_size, vocab_size)
+            self._target_V = block_target(round, size, device)
+
+    def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
+        """Return the weight of every position in the sum, ±1 or 0; None where only the last position is read."""
+        read = self.pipeline.read
+        if not isinstance(read, Positions):
+            return None
+        seeds = self._seeds("weights", nonces)
+        signs_BT = as_tensor(self._backend.signs(seeds, seq_len)).float()
+        if not 0 < read.count < seq_len:
+            return signs_BT
+        chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
+        return torch.zeros_like(signs_BT).scatter(1, chosen_BM, signs_BT.gather(1, chosen_BM))
+
+    def __call__(
+        self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
+    ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
+        """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
+
+        A state that is not finite gives NaN throughout, and never a vector of coordinates that happen to be finite.
+
+        Args:
+            x_BD: State that was read for each nonce, in float32.
+            nonces: Nonces of the B rows, in order.
+        """
+        x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
+        x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
+        if self._target_V is None:
+            return x_BD.to(torch.float16)
+        y_BV = self._steps(self.pipeline.logits, self._head(x_BD), nonces)
+        y_BV = y_BV / torch.linalg.vector_norm(y_BV, dim=-1, keepdim=True)
+        distances_B: Tensor = torch.linalg.vector_norm(y_BV - self._target_V, dim=-1)
+        return distances_B
+
+    def _head(self, x_BD: Tensor) -> Tensor:
+        if self._random_head_VD is not None:
+            return project(x_BD, self._random_head_VD)
+        return x_BD if self._trained_head is None else self._trained_head(x_BD)
+
+    def _steps(self, steps: Sequence[Step], x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        for step in steps:
+            x_BD = self._step(step, x_BD, nonces)
+        return x_BD
+
+    def _step(self, step: Step, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+        size = x_BD.shape[-1]
+        match step.name:
+            case "unit":
+                return unit(x_BD)
+            case "signs":
+                return x_BD * as_tensor(self._backend.signs(self._seeds("signs", nonces), size))
+            case "permute":
+                order_BV = as_tensor(self._backend.permutations(self._seeds("permutation", nonces), size))
+                return x_BD.gather(-1, order_BV)
+            case "pick":
+                seeds = self._seeds("pick", nonces, k=step.count)
+                return x_BD.gather(-1, as_tensor(self._backend.picks(seeds, size, step.count)))
+            case "project":
+                seeds = self._seeds("projection", nonces, k=step.count)
+                return random_projection(x_BD, self._normals(seeds, step.count * size), step.count)
+            case "reflect":
+                return self._reflections("reflection", step.count, x_BD, nonces)
+            case "rotate":
+                return self._reflections("rotation", step.count, x_BD, nonces, k=size)
+
+    def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
+        seeds_N1 = self._seeds(stream, nonces, count=count, k=k)
+        reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
+        if reflected_BD is not None:
+            return reflected_BD
+        v_BRD = self._normals(seeds_N1, x_BD.shape[-1]).view(len(nonces), count, -1)
+        v_BRD = v_BRD / torch.linalg.vector_norm(v_BRD, dim=-1, keepdim=True)
+        for r in range(count):
+            x_BD = reflect(x_BD, v_BRD[:, r])
+        return x_BD
+
+    def _seeds(self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0) -> NDArray[np.uint32]:
+        return streams.seeds(self.round.texts(stream, nonces, count=count, k=k))
+
+    def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:
+        return as_tensor(self._backend.normals(seeds_N1, n)).to(self._device)

@@ -1,0 +1,184 @@
+"""Adapters: what a receipt says of a LoRA adapter that answered, and the adapter on a verifier's model.
+
+An adapter adds (α / r) · B (A x) to the products of some linear layers. It is computed beside them, as servers do it,
+and never merged: merged weights are rounded once more, which is more than the noise of honest engines.
+
+Legend of shapes: R rank, I inputs and O outputs of a linear layer.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from assay.errors import ModelError, UsageError
+from assay.files.jsonl import read_json
+from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
+from assay.models.load import Model
+from assay.poc.protocol.round import check_name
+from assay.poc.responses.sampling import check_digest
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+}
+"""Values of the configuration under which an adapter is what this module says; the last one where it has none."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a receipt says of an adapter.
+
+    Args:
+        name: Name under which requests ask for it.
+        digest: :func:`digest_adapter` of its files.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    name: str
+    digest: str
+
+    def __post_init__(self) -> None:
+        check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
+        check_digest("digest of the adapter", self.digest)
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the fields in the order of the line."""
+        return {"name": self.name, "digest": self.digest}
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """An adapter that can be run.
+
+    Args:
+        digest: Digest of its files.
+        path: Directory of its files.
+        scale: Factor α / r of its products; α / √r where the configuration says so.
+        products: The factors A [R, I] and B [O, R] of every linear layer that it changes, by its name.
+    """
+
+    digest: str
+    path: Path
+    scale: float
+    products: dict[str, tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]] = field(repr=False)
+
+    @contextmanager
+    def on(self, model: Model) -> Iterator[None]:
+        """Let a model compute with the adapter while the context is open.
+
+        Raises:
+            ModelError: The model lacks a layer that the adapter changes, or has another shape there.
+        """
+        layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
+        with ExitStack() as hooks:  # which are gone too where the device has no room for a later factor
+            for name, layer in layers.items():
+                a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
+                hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
+            yield
+
+
+def digest_adapter(path: str | Path) -> str:
+    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32 bytes each, in hex.
+
+    Raises:
+        ModelError: A file is missing or cannot be read.
+    """
+    parts = []
+    try:
+        for name in (CONFIG, WEIGHTS):
+            with (Path(path) / name).open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise ModelError(
+            f"no adapter in {path}: {error.strerror}",
+            wanted=f"a directory with {CONFIG} and {WEIGHTS}",
+            do="pass the directory of a LoRA adapter",
+        ) from None
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def load_adapter(path: str | Path) -> Lora:
+    """Read a LoRA adapter in the format of peft.
+
+    Args:
+        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ModelError: A file is missing, or is not what it should be.
+        UsageError: The adapter changes more than products of linear layers.
+    """
+    digest = digest_adapter(path)
+    try:
+        config = read_json(Path(path) / CONFIG)
+        tensors = load_file(Path(path) / WEIGHTS)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except Exception as error:
+        raise ModelError(
+            f"the adapter in {path}: {type(error).__name__}: {error}"[:300],
+            wanted="an adapter as peft writes it",
+            do="write it again",
+        ) from None
+    for name, values in _NEUTRAL.items():
+        if config.get(name, values[-1]) not in values:
+            raise UsageError(
+                f"an adapter with {name} {config[name]!r:.60}",
+                wanted=f"a LoRA adapter with {name} {values[0]}",
+                do="replay the responses of another adapter",
+            )
+    return Lora(digest, Path(path), scale, _products(tensors))
+
+
+def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pairs of factors by the name of their layer.
+
+    Raises:
+        UsageError: A tensor is no factor of a linear layer, is no matrix, or is alone.
+    """
+    names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
+    wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
+    odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]
+    if not names or odd:
+        raise UsageError(
+            f"an adapter with {odd[0]}" if odd else "an adapter without weights",
+            wanted="two matrices for each linear layer that it changes, and nothing else",
+            do="replay the responses of another adapter",
+        )
+    return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}
+
+
+def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
+    try:
+        layer = model.module.get_submodule(name)
+    except AttributeError:
+        layer = None
+    shape = (len(b_OR), a_RI.shape[1])
+    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape or len(a_RI) != b_OR.shape[1]:
+        raise ModelError(
+            f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs",
+            wanted=f"linear layers of {model.reference}",
+            do="pass an adapter that was made for this model",
+        )
+    return layer
+
+
+def _adds(a_RI: Tensor, b_OR: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + scale * (inputs[0] @ a_RI.T @ b_OR.T)
+
+    return add

@@ -1,0 +1,338 @@
+"""Calibrations of responses: the noise that honest receipts show on this verifier's engine, and its file.
+
+Receipts of honest provers are replayed, so what is measured is all that lies between their decoding and this prefill.
+The law of tokens is fitted by maximum likelihood over mixtures of scales, that of sketches as for vectors; responses
+are the clusters. The provers of one file are one build: more of them say how far machines differ. A machine is a public
+key: one engine may be described in several ways, such as for prompts of several lengths, and many in the same one.
+
+Legend of shapes: L responses, N tokens, S sketches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay import stats
+from assay.errors import AssayError, CalibrationError, UsageError
+from assay.files.jsonl import JsonObject, dumps, read_json
+from assay.files.storage import write_atomic
+from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
+from assay.poc.protocol.proof import parse_fingerprint
+from assay.poc.protocol.record import Fingerprint
+from assay.poc.responses.receipts import ReceiptHeader, Receipts
+from assay.poc.responses.replay import Replayed
+from assay.poc.verdict.machines import PRIOR
+from assay.poc.verdict.response_noise import PartNoise, ResponseNoise
+from assay.stats import tokens as tokens_law
+from assay.stats.fits import FEWEST_RESIDUALS, fit_log_noise
+from assay.stats.noise import Spread
+from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
+
+FILE_KIND = "assay.poc.responses.calibration"
+SCHEMA = 1
+
+MARGIN = 2.0
+"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
+
+DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/responses.py --install
+
+SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
+LEAST_BETWEEN = 0.2
+"""Least spread of ln distance between the sketches of responses: an odd response is in no small sample.
+
+Chosen after one of eight pairs of formats and models accused more honest audits than it should
+(docs/decisions/responses-replay.md).
+"""
+
+TOLD_APART = 256  # tokens from which the smallest effect is told apart from honest noise
+EFFECTS = tuple(2.0**k for k in range(1, 25))
+
+OF_BUILD = ("engine", "device", "dtype", "attention", "torch", "library")
+"""Fields of a fingerprint in which an engine must be like a measured one."""
+
+_ERROR_OF_PAIR = 0.05  # spread of ln scale that is assumed of one pair of engines, beside the error of its measurement
+_WIDEST = 0.9
+_BETA = 1e-2
+_MOST_PROVERS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseCalibration:
+    """Measured honest noise of responses between provers of one build and one verifier.
+
+    Args:
+        digest: SHA-256 of the tensors of the checkpoint.
+        provers: Fingerprints of the engines that made the receipts.
+        verifier: Fingerprint of the engine that replayed them.
+        noise: Honest noise.
+        responses: Number of responses that were measured.
+        tokens: Number of their tokens that were sampled with seeds.
+        matches: Number of these that were the verifier's own.
+    """
+
+    digest: str
+    provers: tuple[Fingerprint, ...]
+    verifier: Fingerprint
+    noise: ResponseNoise
+    responses: int
+    tokens: int
+    matches: int
+
+    def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
+        """Refuse receipts of another checkpoint or build, or another verifier, than was measured.
+
+        Raises:
+            CalibrationError: Names what differs.
+        """
+        if header.digest != self.digest:
+            raise _other("checkpoint", self.digest[:12], header.digest[:12])
+        engines = [(self.provers, header.fingerprint, "prover's")]
+        if verifier is not None:
+            engines.append(((self.verifier,), verifier, "verifier's"))
+        for measured, engine, whose in engines:
+            differing = [[name for name in OF_BUILD if getattr(one, name) != getattr(engine, name)] for one in measured]
+            known, odd = min(zip(measured, differing, strict=True), key=lambda pair: len(pair[1]))
+            if odd:
+                raise _other(f"{odd[0]} than the {whose}", getattr(known, odd[0]), getattr(engine, odd[0]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one piece, replacing an older one.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        engines = {"provers": [one.as_dict() for one in self.provers], "verifier": self.verifier.as_dict()}
+        counts = {name: getattr(self, name) for name in ("responses", "tokens", "matches")}
+        whole = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
+        write_atomic(path, dumps(whole | {"noise": self.noise.as_dict()}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ResponseCalibration":
+        """Read a calibration of responses.
+
+        Raises:
+            CalibrationError: The file is not one.
+        """
+        try:
+            values = read_json(path)
+            if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
+                raise ValueError("another kind or schema")
+            provers = [parse_fingerprint(one) for one in values.pop("provers")]
+            counts = {name: values.pop(name) for name in ("responses", "tokens", "matches")}
+            if not 0 < len(provers) <= _MOST_PROVERS or any(type(n) is not int or n < 0 for n in counts.values()):
+                raise ValueError("no prover, or a count that is not one")
+            made = cls(
+                digest=str(values.pop("digest")),
+                provers=tuple(provers),
+                verifier=parse_fingerprint(values.pop("verifier")),
+                noise=ResponseNoise.from_dict(values.pop("noise")),
+                **counts,
+            )
+            if values:
+                raise ValueError(f"a field {min(values)!r:.40}")
+        except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
+            seen = error.seen if isinstance(error, AssayError) else f"{path}: {error}"
+            raise CalibrationError(
+                seen,
+                wanted=f"a calibration of responses, schema {SCHEMA}",
+                do="write one with `assay poc calibrate-responses`",
+            ) from None
+        return made
+
+
+def calibrate_responses(
+    measured: Sequence[tuple[ReceiptHeader, Sequence[Replayed]]], verifier: Fingerprint
+) -> ResponseCalibration:
+    """Measure the noise of honest receipts that were replayed.
+
+    Args:
+        measured: Header of every file of receipts, with what its replay gave.
+        verifier: Fingerprint of the engine that replayed them.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        UsageError: The receipts are of several checkpoints, or there are too few tokens or sketches.
+    """
+    headers = [header for header, _ in measured]
+    digest = check_one_checkpoint(headers)
+    provers = tuple(dict.fromkeys(header.fingerprint for header in headers))
+    by_prover = [
+        [one for header, replayed in measured if header.public_key == key for one in replayed]
+        for key in dict.fromkeys(header.public_key for header in headers)
+    ]
+    everything = [one for replayed in by_prover for one in replayed]
+    source = f"calibration on {len(everything)} responses of {len(by_prover)} machines"
+    return ResponseCalibration(
+        digest=digest,
+        provers=provers,
+        verifier=verifier,
+        noise=fit_response_noise(by_prover, source),
+        responses=len(everything),
+        tokens=sum(len(one.margins) for one in everything),
+        matches=sum(one.matches for one in everything),
+    )
+
+
+def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
+    """Return the digest of the checkpoint of all receipts.
+
+    Raises:
+        UsageError: They are of several.
+    """
+    digests = {header.digest for header in headers}
+    if len(digests) != 1:
+        names = ", ".join(digest[:12] for digest in sorted(digests))
+        raise UsageError(
+            f"receipts of {len(digests)} checkpoints: {names}",
+            wanted="honest receipts of one",
+            do="calibrate each by itself",
+        )
+    return digests.pop()
+
+
+def check_enough_tokens(files: Sequence[Receipts]) -> None:
+    """Refuse receipts with fewer tokens or sketches than :func:`calibrate_responses` needs, before they are replayed.
+
+    Raises:
+        UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a mask, cannot.
+    """
+    answers = [receipt for read in files for receipt in read.receipts if receipt.output]
+    usable = [receipt for receipt in answers if receipt.seeded]
+    tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
+    if tokens < min(FEWEST_TOKENS, total):
+        raise UsageError(
+            f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
+            wanted=f"at least {FEWEST_TOKENS}",
+            do="replay receipts of more honest responses with seeded sampling (RECEIPTS)",
+        )
+    tokens_law.check_enough_tokens(tokens, len(usable))
+    _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
+
+
+def _check_enough_sketches(count: int, responses: int) -> None:
+    """Refuse fewer sketches than a law is fitted to."""
+    if count < FEWEST_RESIDUALS:
+        raise UsageError(
+            f"{count} sketches of {responses} honest response{'s' * (responses != 1)}",
+            wanted=f"at least {FEWEST_RESIDUALS}, of every {SKETCH_EVERY}nd token of each response",
+            do="replay receipts of more honest responses, by an engine that makes sketches (RECEIPTS)",
+        )
+
+
+def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> ResponseNoise:
+    """Fit the noise of honest responses.
+
+    Args:
+        by_prover: What the replay of every machine's responses gave.
+        source: Where the noise comes from, in words.
+
+    Raises:
+        UsageError: There are too few tokens or sketches.
+    """
+    everything = [one for replayed in by_prover for one in replayed]
+    profiles = [one.profiles for one in everything if len(one.profiles)]
+    found = fit_token_noise(profiles)
+    of_tokens = [_scale_of_tokens(found, [one.profiles for one in some if len(one.profiles)]) for some in by_prover]
+    tokens = PartNoise(
+        law=found.law,
+        spread=_spread(found.error, of_tokens),
+        between=found.between,
+        effect=_told_apart(found.law, np.concatenate(profiles)),
+    )
+    sketches = [one.residuals for one in everything if len(one.residuals)]
+    _check_enough_sketches(sum(map(len, sketches)), len(everything))
+    fit = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR)
+    logs = [np.log(fit.reached.magnitudes(one)) for one in sketches]
+    of_sketches = [
+        float(np.median(np.log(fit.reached.magnitudes(np.concatenate([one.residuals for one in some])))))
+        - fit.reached.mu
+        for some in by_prover
+        if any(len(one.residuals) for one in some)
+    ]
+    part = PartNoise(
+        law=fit.reached,
+        spread=_spread(fit.error, of_sketches),
+        between=max(_between(logs), LEAST_BETWEEN),
+    )
+    return ResponseNoise(tokens=tokens, sketches=part, source=source)
+
+
+def default_response_noise(prover_dtype: str, verifier_dtype: str) -> ResponseNoise:
+    """Return the stated default for a pair of dtypes, as measured on the bundled models.
+
+    Args:
+        prover_dtype: Dtype of the prover's engine.
+        verifier_dtype: Dtype of the verifier's engine; the order does not matter.
+
+    Raises:
+        CalibrationError: No default was measured for this pair.
+    """
+    pair = "/".join(sorted((prover_dtype, verifier_dtype)))
+    laws = _defaults()["laws"]
+    if pair not in laws:
+        raise CalibrationError(
+            f"no default noise of responses between {prover_dtype} and {verifier_dtype}",
+            wanted="one of " + ", ".join(laws),
+            do="measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration",
+        )
+    return replace(ResponseNoise.from_dict(laws[pair]), source=f"default for {pair}, of the bundled models")
+
+
+@cache
+def _defaults() -> JsonObject:
+    return read_json(DEFAULT_LAWS)
+
+
+def _scale_of_tokens(fit: TokenFit, profiles: Sequence[np.ndarray]) -> float:
+    """Return the likeliest ln scale of some tokens over that of the law; 0 where they do not say."""
+    if not profiles:
+        return 0.0
+    logs = np.linspace(-1, 1, 33)
+    totals = fit.law.log_likelihoods(np.concatenate(profiles), logs).sum(axis=0)
+    return float(logs[int(np.argmax(totals))]) if float(np.ptp(totals)) > 1 else 0.0
+
+
+def _spread(error: float, deviations: Sequence[float]) -> Spread:
+    """Return the spread of a machine that was not measured: what these show upwards, beside a prior and the error."""
+    upwards = [deviation for deviation in deviations if deviation > 0]
+    dof = PRIOR.dof + len(deviations) - 1
+    squares = (len(deviations) - 1) * float(np.mean(np.square(upwards))) if upwards else 0.0
+    between = math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof)
+    return Spread(min(math.hypot(between, error, _ERROR_OF_PAIR), _WIDEST), dof)
+
+
+def _between(logs: Sequence[np.ndarray]) -> float:
+    """Return the spread of the means of clusters beyond that of their values."""
+    several = [one for one in logs if len(one) > 1]
+    if len(several) < 2:
+        return float(np.std([float(one.mean()) for one in logs]))
+    within = float(np.mean([one.var(ddof=1) for one in several]))
+    means = np.array([float(one.mean()) for one in several])
+    return min(
+        math.sqrt(max(0.0, float(means.var(ddof=1)) - within * float(np.mean([1 / len(one) for one in several])))), 1.0
+    )
+
+
+def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:
+    """Return the smallest effect that as many honest tokens tell apart from honest noise."""
+    logs = np.log(np.array([1.0, *EFFECTS]))
+    means = law.log_likelihoods(profiles_NG, logs).mean(axis=0)
+    needed = -math.log(_BETA) / TOLD_APART
+    return next(
+        (effect for effect, mean in zip(EFFECTS, means[1:], strict=True) if means[0] - mean >= needed), EFFECTS[-1]
+    )
+
+
+def _other(what: str, measured: Any, stated: Any) -> CalibrationError:
+    return CalibrationError(
+        f"a calibration of responses with another {what}: {measured}",
+        wanted=str(stated),
+        do="measure it with `assay poc calibrate-responses` on honest receipts, or leave --calibration out",
+    )

@@ -1,0 +1,214 @@
+"""Requests: what a client asks for, read from JSON Lines before a model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.jsonl import read_jsonl
+from assay.poc.protocol.round import check_name, check_number
+from assay.poc.responses.receipts import CHOOSERS, MOST_RECEIPTS, MOST_TOKENS, check_ids
+from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, Sampling, biases_of, check_request_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+LONGEST_TEXT = 2**24  # characters of a prompt
+DEFAULT_MAX_TOKENS = 64
+"""Tokens of an answer whose request names no number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request: a prompt, what names it, and how to sample.
+
+    Args:
+        prompt: Text, or token ids.
+        request_id: Name of the request.
+        user_seed: Seed of the client; empty where it gave none.
+        chosen_by: Who chose the request id, ``client`` or ``server``.
+        index: Place among the answers that are asked for with one request.
+        sampling: Parameters of sampling.
+        max_tokens: Number of tokens after which the response ends.
+        adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
+
+    Raises:
+        UsageError: A value is out of range; names it.
+    """
+
+    prompt: str | tuple[int, ...]
+    request_id: str
+    user_seed: str = ""
+    chosen_by: Literal["client", "server"] = "client"
+    index: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    adapter: str = ""
+
+    def __post_init__(self) -> None:
+        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        check_number("index", self.index, 0, HIGHEST_INDEX)
+        check_number("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        check_name("adapter", self.adapter, fewest=0, do="pass the name of an adapter, or none")
+        if self.chosen_by not in CHOOSERS:
+            raise UsageError(f"chosen_by is {self.chosen_by!r:.60}", wanted=" or ".join(CHOOSERS), do="correct it")
+        if isinstance(self.prompt, str):
+            if not 0 < len(self.prompt) <= LONGEST_TEXT:
+                raise UsageError(
+                    f"a prompt of {len(self.prompt)} characters", wanted=f"1 to {LONGEST_TEXT}", do="correct the prompt"
+                )
+        else:
+            object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The token ids of the prompt.
+
+        Raises:
+            UsageError: The prompt is a text.
+        """
+        if isinstance(self.prompt, str):
+            raise UsageError("a prompt of text", wanted="token ids", do="call encoded() first")
+        return self.prompt
+
+
+def read_requests(
+    path: str | Path, *, sampling: Sampling | None = None, user_seed: str = "", max_tokens: int = DEFAULT_MAX_TOKENS
+) -> list[Request]:
+    """Read a file of prompts: JSON Lines with ``prompt``, and what else one of them sets for itself.
+
+    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter`` and every field of
+    :class:`Sampling`; ``logit_bias`` has token ids as text. A prompt without an id is called after its line, and the
+    server chose that id.
+
+    Args:
+        path: Path of the file.
+        sampling: Parameters that a line does not set.
+        user_seed: Seed of the client that a line does not set.
+        max_tokens: Number of tokens that a line does not set.
+
+    Raises:
+        DataError: The file or a line is wrong; names the line.
+    """
+    common = {"user_seed": user_seed, "max_tokens": max_tokens}
+    base = sampling or Sampling()
+    found: list[Request] = []
+    names: dict[tuple[str, str], int] = {}
+    for number, line in read_jsonl(path):
+        try:
+            made = _requests(line, number, common, base)
+        except AssayError as error:
+            raise DataError(f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do) from None
+        name = (made[0].user_seed, made[0].request_id)
+        if name in names:
+            raise DataError(
+                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line {names[name]}",
+                wanted="an id of its own for every prompt",
+                do="change one of them",
+            )
+        names[name] = number
+        found += made
+        if len(found) > MOST_RECEIPTS:
+            raise DataError(
+                f"{path}: more than {MOST_RECEIPTS} answers", wanted="fewer in one file", do="cut the file in parts"
+            )
+    if not found:
+        raise DataError(f"{path} is empty", wanted="JSON Lines with a prompt each", do='write {"prompt": "…"}')
+    return found
+
+
+_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter"}
+_SAMPLED = {*RANGES, "top_k", "logit_bias"}
+
+
+def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:
+    unknown = sorted(line.keys() - {"prompt"} - _OPTIONAL - _SAMPLED)
+    if unknown or "prompt" not in line:
+        raise UsageError(
+            f"a field {unknown[0]!r:.60}" if unknown else "no prompt",
+            wanted=", ".join(["prompt", *sorted(_OPTIONAL), *sorted(_SAMPLED)]),
+            do="correct the line",
+        )
+    values = {name: line[name] for name in _SAMPLED & line.keys()}
+    if "logit_bias" in values:
+        values["logit_bias"] = biases_of(values["logit_bias"])
+    prompt = line["prompt"]
+    if not isinstance(prompt, str | list):
+        raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
+    first = Request(
+        **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
+        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+        request_id=line.get("request_id", f"line-{number}"),
+        chosen_by="client" if "request_id" in line else "server",
+        sampling=replace(base, **values),
+        adapter=line.get("adapter", ""),
+    )
+    answers = line.get("n", 1)
+    check_number("n", answers, 1, HIGHEST_INDEX + 1)
+    return [replace(first, index=index) for index in range(answers)]
+
+
+def encoded(
+    requests: Sequence[Request],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    reference: str,
+    vocab_size: int,
+    max_positions: int,
+) -> list[Request]:
+    """Return the requests with token ids for prompts, every one of which fits the model.
+
+    Args:
+        requests: Requests.
+        tokenizer: Tokenizer of the model; None where it has none.
+        reference: Reference of the model, for errors.
+        vocab_size: Number of rows of the embedding matrix.
+        max_positions: Longest sequence that the model is made for.
+
+    Raises:
+        UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``
+            together are longer than the model's positions.
+    """
+    found = []
+    for request in requests:
+        as_text = isinstance(request.prompt, str)
+        made = replace(request, prompt=_ids(request, tokenizer, reference)) if as_text else request
+        name = f"request {made.request_id!r:.80}"
+        if (highest := max(made.ids)) >= vocab_size:
+            raise UsageError(
+                f"{name} has token {highest}",
+                wanted=f"tokens below {vocab_size}, the rows of the embeddings of {reference}",
+                do="use the tokenizer of this model",
+            )
+        if any(token >= vocab_size for token in made.sampling.logit_bias):
+            raise UsageError(
+                f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}",
+                wanted=f"tokens below {vocab_size}",
+                do="leave it out of logit_bias",
+            )
+        room = max_positions - len(made.ids)
+        if made.max_tokens > room:
+            raise UsageError(
+                f"{name} has {len(made.ids)} tokens and asks for {made.max_tokens}",
+                wanted=f"at most {max_positions} together, the positions of {reference}",
+                do=f"pass --max-tokens {room}, or a shorter prompt"
+                if room > 0
+                else "give it a shorter prompt (--prompts or --requests)",
+            )
+        found.append(made)
+    return found
+
+
+def _ids(request: Request, tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> tuple[int, ...]:
+    if tokenizer is None:
+        raise UsageError(
+            f"a prompt of text with {reference}, which has no tokenizer",
+            wanted="a prompt of token ids",
+            do='write {"prompt": [1, 2, 3]}',
+        )
+    ids = tuple(tokenizer(request.prompt)["input_ids"])
+    if not ids:
+        raise UsageError(f"request {request.request_id!r:.80} has no tokens", wanted="one or more", do="correct it")
+    return ids

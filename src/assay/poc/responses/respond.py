@@ -1,0 +1,291 @@
+"""The reference loop: prompts in, receipts out, one request at a time."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assay.errors import UsageError
+from assay.files.storage import PartialFile
+from assay.models.load import Model
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
+from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts, parse_receipt
+from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encoded
+from assay.poc.responses.sampling import ResponseSeed, Sampling, tokens_of
+from assay.poc.responses.sketches import sketches
+from assay.streams.backends import as_tensor
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens made, tokens at most in all) after every token."""
+
+
+def respond(
+    model: Model,
+    prompts: Sequence[Request | str | Sequence[int]],
+    *,
+    block_hash: str,
+    public_key: str,
+    sampling: Sampling | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    user_seed: str = "",
+    stop: Collection[int] | None = None,
+    hash_prompts: bool = False,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Receipts:
+    """Answer prompts with seeded sampling, and return what a server would state about its answers.
+
+    Requests are run one at a time, so a response does not depend on the others.
+
+    Args:
+        model: Model that answers.
+        prompts: Requests, or prompts in text or token ids, which are called ``prompt-0`` and so on.
+        block_hash: Beacon that became known after the requests were accepted.
+        public_key: Key of the node.
+        sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
+        max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
+        user_seed: Seed of the client, for prompts that are not requests.
+        stop: Tokens that end a response; those of the model's generation config when None.
+        hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
+        output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
+            requests left that file, this one continues after its last whole line.
+        overwrite: Whether an existing file may be replaced.
+        progress: Function that is called with (tokens made, tokens at most in all) after every token.
+
+    Returns:
+        The receipts, in the order of the prompts.
+
+    Raises:
+        UsageError: A prompt does not fit the model, a value is out of range, or the file exists already.
+        ModelError: The model cannot be run, or (BadWeights) gives NaN or infinity.
+        OutOfMemory: The device has no room for a request.
+        StorageError: The file cannot be written. The responses so far stay in the partial file.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc.responses import Sampling, respond
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> made = respond(
+        ...     model, ["def add(a, b):"], block_hash="B", public_key="K", sampling=Sampling(top_k=20), max_tokens=8
+        ... )
+        >>> made.receipts[0].request_id, len(made.receipts[0].output), made.receipts[0].finish
+        ('prompt-0', 8, 'length')
+    """
+    if isinstance(prompts, str):
+        raise UsageError(f"one prompt {prompts!r:.60}", wanted="a list of prompts", do="write respond(model, [prompt])")
+    common: dict[str, Any] = {
+        "sampling": sampling or Sampling(), "max_tokens": max_tokens, "user_seed": user_seed, "chosen_by": "server"
+    }  # fmt: skip
+    requests = encoded(
+        [_request(prompt, f"prompt-{place}", common) for place, prompt in enumerate(prompts)],
+        model.tokenizer,
+        reference=model.reference,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+    )
+    header = make_header(model, requests, public_key)
+    loop = _Loop(model, header, block_hash, stop_tokens(model) if stop is None else frozenset(stop), hash_prompts)
+    if len({loop.seed(request).text for request in requests}) < len(requests):
+        raise UsageError(
+            "two requests of one id, seed and index",
+            wanted="a seed of its own for every response",
+            do="give one of them another request_id",
+        )
+    started = time.perf_counter()
+    with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
+        receipts = _recover(out, header, loop, requests) if out else []
+        pace = _Pace(progress, requests, receipts)
+        for request in requests[len(receipts) :]:
+            receipt = loop.answer(request, pace.token)
+            pace.end(receipt)
+            receipts.append(receipt)
+            if out:
+                out.append_lines([receipt.line()])
+        seconds = float(f"{time.perf_counter() - started:.3f}")
+        made = Receipts.build(header, receipts, seconds)
+        if out:
+            out.append_lines([made.footer.line()])
+            out.commit()
+    return made
+
+
+def make_header(model: Model, requests: Sequence[Request], public_key: str) -> ReceiptHeader:
+    """Return the header of receipts of these requests."""
+    if not requests:
+        raise UsageError("no prompts", wanted="one or more", do="give a prompt")
+    longest = max(len(request.ids) + request.max_tokens for request in requests)
+    return ReceiptHeader(
+        public_key=public_key,
+        reference=model.reference,
+        digest=model.digest,
+        weights=model.weights,
+        fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
+    )
+
+
+def stop_tokens(model: Model) -> frozenset[int]:
+    """Return the tokens that end a response by the generation config of a model, else by its config."""
+    for source in (getattr(model.module, "generation_config", None), model.module.config):
+        ended = getattr(source, "eos_token_id", None)
+        if ended is not None:
+            return frozenset([ended] if isinstance(ended, int) else ended)
+    return frozenset()
+
+
+class _Loop:
+    """Answers one request after the other.
+
+    Args:
+        model: Model that answers.
+        header: Header of the receipts.
+        block_hash: Beacon of the requests.
+        stop: Tokens that end a response.
+        hash_prompts: Whether receipts have the hash of a prompt in place of its ids.
+    """
+
+    def __init__(
+        self, model: Model, header: ReceiptHeader, block_hash: str, stop: frozenset[int], hash_prompts: bool
+    ) -> None:
+        self._model, self._header, self._block_hash = model, header, block_hash
+        self._stop, self._hash_prompts = stop, hash_prompts
+        self._forward = CachedForward(model)
+
+    def seed(self, request: Request) -> ResponseSeed:
+        """Return the seed of the response to a request."""
+        return ResponseSeed(
+            user_seed=request.user_seed,
+            request_id=request.request_id,
+            public_key=self._header.public_key,
+            digest=self._header.digest,
+            block_hash=self._block_hash,
+            index=request.index,
+        )
+
+    def answer(self, request: Request, made: Callable[[], None]) -> Receipt:
+        """Make the response to a request.
+
+        Args:
+            request: Request with token ids.
+            made: Function that is called after every token.
+        """
+        seed = self.seed(request)
+        tokens: list[int] = []
+        states: list[torch.Tensor] = []
+        for token, hidden_D in self._tokens(request, seed):
+            if len(tokens) % SKETCH_EVERY == 0:
+                states.append(hidden_D)
+            tokens.append(token)
+            made()
+        return self.receipt(
+            request,
+            output=tuple(tokens),
+            sketches=sketches(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy(),
+            finish="stop" if tokens[-1] in self._stop else "length",
+        )
+
+    def _tokens(self, request: Request, seed: ResponseSeed) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the tokens of a response, and the hidden state [D] that gave each."""
+        device, sampling = self._model.device, request.sampling
+        self._forward.restart()
+        logits_1V, hidden_1D = self._forward.read(request.ids)
+        sampler = Sampler([sampling], logits_1V.shape[1], device)
+        prompt_V = counts_1V = None
+        if sampling.penalises:
+            prompt_V = as_tensor(tokens_of(request.ids, logits_1V.shape[1])).to(device)
+            counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
+        seeds_N = seed.step_seeds(range(request.max_tokens))
+        for step in range(request.max_tokens):
+            scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
+            token = int(scores_1V.argmax(dim=1))
+            yield token, hidden_1D[0]
+            if token in self._stop or step + 1 == request.max_tokens:
+                return
+            if counts_1V is not None:
+                counts_1V[0, token] += 1
+            logits_1V, hidden_1D = self._forward.read([token])
+
+    def receipt(self, request: Request, **made: Any) -> Receipt:
+        """Return the receipt of a response, with what it says of its request."""
+        receipt = Receipt(
+            request_id=request.request_id,
+            chosen_by=request.chosen_by,
+            index=request.index,
+            user_seed=request.user_seed,
+            block_hash=self._block_hash,
+            sampling=request.sampling,
+            prompt=Prompt.of(request.ids),
+            **made,
+        )
+        return receipt.without_prompt() if self._hash_prompts else receipt
+
+    def answers(self, receipt: Receipt, request: Request) -> bool:
+        """Return whether a receipt is one of this request."""
+        made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
+        return receipt.line() == self.receipt(request, **made).line()
+
+
+class _Pace:
+    """Tokens made and tokens at most, which become fewer where a response ends early."""
+
+    def __init__(self, show: Progress | None, requests: Sequence[Request], receipts: Sequence[Receipt]) -> None:
+        self._show = show
+        self._left = sum(request.max_tokens for request in requests[len(receipts) :])
+        self._ended = self._now = sum(len(receipt.output) for receipt in receipts)
+        self._budgets = iter([request.max_tokens for request in requests[len(receipts) :]])
+
+    def token(self) -> None:
+        """Note a token."""
+        self._now += 1
+        if self._show:
+            self._show(self._now, self._ended + self._left)
+
+    def end(self, receipt: Receipt) -> None:
+        """Note the end of a response."""
+        self._left -= next(self._budgets)
+        self._ended += len(receipt.output)
+
+
+def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
+    if isinstance(prompt, Request):
+        if prompt.adapter:
+            raise UsageError(
+                f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}",
+                wanted="requests for the model itself",
+                do="serve adapters with vLLM",
+            )
+        return prompt
+    return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
+
+
+def _recover(out: PartialFile, header: ReceiptHeader, loop: _Loop, requests: Sequence[Request]) -> list[Receipt]:
+    """Return the receipts that an interrupted run left, or start the file with the header."""
+    lines = out.recover()
+    if not lines:
+        out.append_lines([header.line()])
+        return []
+    receipts: list[Receipt] = []
+    same = lines[0] == header.line()
+    if same:  # else the lines below it may be of anything
+        receipts = [
+            parse_receipt(f"{line}\n".encode(), source=out.partial, number=number)
+            for number, line in enumerate(lines[1 : len(requests) + 1], start=2)
+        ]
+        same = all(map(loop.answers, receipts, requests))
+    if not same:
+        raise UsageError(
+            f"{out.partial} was begun with other requests, another model or engine",
+            wanted="the same command as the interrupted one",
+            do="repeat that command, or remove the partial file to start again",
+        )
+    # A run that died between the footer and its final name left a line too many: it is written again.
+    if len(lines) > len(requests) + 1:
+        out.restart()
+        out.append_lines(lines[: len(requests) + 1])
+    return receipts

@@ -1,0 +1,349 @@
+"""How a token follows from logits and noise, defined in numpy. :mod:`assay.poc.responses.gaps` has the fast twin.
+
+The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf and stays so:
+
+1. the bias of a token is added;
+2. penalties: of repetition for tokens of prompt and output (l > 0 → l / r, else l · r), then of frequency (f times the
+   count in the output is subtracted), then of presence (p is subtracted for tokens of the output);
+3. z = l / temperature;
+4. min-p drops z < max z + ln min_p;
+5. top-k drops z < the k-th largest; equal ones stay;
+6. top-p sorts the softmax of what is left, in float64, from the largest, equal ones by their ids, and keeps the
+   shortest beginning whose sum is at least top_p;
+7. s = z + Gumbel number of (seed of the step, token);
+8. the token is the one with the largest s; of equal ones the lowest id.
+
+At temperature 0 the token is the one with the largest l of step 2: no noise, and no steps 3 to 7.
+
+Shapes: N steps, V tokens of the vocabulary.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import NDArray
+
+from assay import streams
+from assay.errors import UsageError
+from assay.poc.protocol.round import check_name, check_number, prefixed
+
+Floats = npt.NDArray[np.float32]
+Booleans = npt.NDArray[np.bool_]
+
+HIGHEST_TOKEN = 2**24 - 1
+"""Largest token id: far beyond vocabularies, and what a reader has to make room for at most."""
+
+MOST_BIASES = 1024
+RANGES = {
+    "temperature": (0.01, 1000.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+}
+"""Range of every parameter that is not a whole number; a temperature may also be 0, which means greedy."""
+BIASES = (-100.0, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The parameters of sampling.
+
+    Args:
+        temperature: Divisor of the logits, from 0.01; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to keep; 0 keeps all.
+        top_p: Probability that the kept tokens have together at least.
+        min_p: Probability of a kept token at least, relative to the likeliest one.
+        repetition_penalty: Divisor of positive, and factor of negative, logits of tokens in the prompt or the output.
+        frequency_penalty: Number that is subtracted from a logit for every time the token is in the output.
+        presence_penalty: Number that is subtracted from the logit of a token that is in the output.
+        logit_bias: Numbers that are added to logits, by token id.
+
+    Raises:
+        UsageError: A parameter is out of range; names it.
+
+    Example:
+        >>> Sampling(temperature=0.7, top_p=0.9).as_dict()["top_p"]
+        0.9
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high, zero=name == "temperature"))
+        check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
+            raise UsageError(
+                f"logit_bias is {self.logit_bias!r:.60}",
+                wanted=f"numbers by token id, at most {MOST_BIASES}",
+                do="correct logit_bias",
+            )
+        for token in self.logit_bias:
+            check_number("a token of logit_bias", token, 0, HIGHEST_TOKEN)
+        biases = {token: _number("a logit_bias", self.logit_bias[token], *BIASES) for token in sorted(self.logit_bias)}
+        object.__setattr__(self, "logit_bias", biases)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without noise."""
+        return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the scores depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parameters in the order of a receipt, token ids as text."""
+        return vars(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
+
+
+def biases_of(values: Any) -> dict[int, Any]:
+    """Return biases by token id, as :class:`Sampling` takes them; JSON has the ids as text.
+
+    Raises:
+        UsageError: The value is not an object, or one of its names is not a token id.
+    """
+    if not isinstance(values, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in values):
+        raise UsageError(f"logit_bias is {values!r:.60}", wanted="numbers by token id", do="correct logit_bias")
+    return {int(token): bias for token, bias in values.items()}
+
+
+def scores(
+    logits: npt.ArrayLike,
+    sampling: Sampling,
+    seeds_N: npt.NDArray[np.uint32],
+    *,
+    prompt_V: Booleans | None = None,
+    counts_NV: npt.NDArray[np.integer[Any]] | None = None,
+) -> Floats:
+    """Return s of step 7, float32 [N, V], or l of step 2 at temperature 0; -inf where a token is not kept.
+
+    Args:
+        logits: Raw logits, [V] or [N, V].
+        sampling: Parameters.
+        seeds_N: Seeds of the steps; one for each row of logits.
+        prompt_V: Tokens that are in the prompt, [V] or [N, V], as :func:`tokens_of` gives them; None for no token.
+        counts_NV: Times that a token is in the output before the step, as :func:`counts_before` gives them; None for 0.
+
+    Raises:
+        UsageError: The logits do not have a row for each seed, or a biased token is not in the vocabulary.
+    """
+    raw_NV = np.atleast_2d(np.asarray(logits, dtype=np.float32))
+    seeds_N = np.asarray(seeds_N, dtype=np.uint32)
+    check_rows(raw_NV.shape, len(seeds_N))
+    l_NV = penalised(raw_NV, sampling, prompt_V=prompt_V, counts_NV=counts_NV)
+    if sampling.greedy:
+        return l_NV
+    z_NV = l_NV / np.float32(sampling.temperature)
+    noise_NV = streams.get_backend("numpy", "cpu").gumbels(seeds_N, z_NV.shape[1])
+    s_NV: Floats = np.where(kept(z_NV, sampling), z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
+    return s_NV
+
+
+def penalised(
+    logits_NV: Floats,
+    sampling: Sampling,
+    *,
+    prompt_V: Booleans | None = None,
+    counts_NV: npt.NDArray[np.integer[Any]] | None = None,
+) -> Floats:
+    """Return l of step 2: the logits with bias and penalties."""
+    l_NV = logits_NV.copy()
+    check_biased(sampling.logit_bias, l_NV.shape[1])
+    for token, bias in sampling.logit_bias.items():
+        l_NV[:, token] += np.float32(bias)
+    if not sampling.penalises:
+        return l_NV
+    counts = np.zeros((), np.int32) if counts_NV is None else counts_NV
+    seen = (counts > 0) if prompt_V is None else (counts > 0) | prompt_V
+    repetition = np.float32(sampling.repetition_penalty)
+    l_NV = np.where(seen, np.where(l_NV > 0, l_NV / repetition, l_NV * repetition), l_NV)
+    l_NV = l_NV - np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+    return l_NV - np.float32(sampling.presence_penalty) * (counts > 0).astype(np.float32)
+
+
+def kept(z_NV: Floats, sampling: Sampling) -> Booleans:
+    """Return which tokens are left after steps 4 to 6."""
+    kept_NV: Booleans = z_NV > -np.inf
+    if sampling.min_p > 0:
+        kept_NV &= z_NV >= z_NV.max(axis=1, keepdims=True) + np.float32(math.log(sampling.min_p))
+    if 0 < sampling.top_k < z_NV.shape[1]:
+        descending_NV = -np.sort(-np.where(kept_NV, z_NV, -np.inf), axis=1)
+        kept_NV &= z_NV >= descending_NV[:, sampling.top_k - 1, None]
+    if sampling.top_p < 1:
+        for z_V, kept_V in zip(z_NV, kept_NV, strict=True):
+            left = np.flatnonzero(kept_V)
+            order = left[np.argsort(-z_V[left], kind="stable")]
+            sorted_S = z_V[order].astype(np.float64)
+            sums = np.cumsum(np.exp(sorted_S - sorted_S[:1]))
+            # A token stays while those before it do not reach top_p together.
+            kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = False
+    return kept_NV
+
+
+def tokens_of(ids: Sequence[int], vocab_size: int) -> Booleans:
+    """Return which tokens of the vocabulary are among ids, bool [V]."""
+    found_V = np.zeros(vocab_size, dtype=np.bool_)
+    found_V[np.asarray(ids, dtype=np.int64)] = True
+    return found_V
+
+
+def counts_before(output: Sequence[int], vocab_size: int, start: int, stop: int) -> npt.NDArray[np.int32]:
+    """Return how often each token is in the output before the steps ``start`` to ``stop - 1``, int32 [N, V]."""
+    counts_NV = np.zeros((stop - start, vocab_size), dtype=np.int32)
+    if stop > start:
+        counts_NV[0] = np.bincount(np.asarray(output[:start], dtype=np.int64), minlength=vocab_size)
+        counts_NV[np.arange(1, stop - start), np.asarray(output[start : stop - 1], dtype=np.int64)] = 1
+    return np.cumsum(counts_NV, axis=0, dtype=np.int32)
+
+
+def check_rows(shape: tuple[int, ...], seeds: int) -> None:
+    """Refuse logits that are not [N, V] with a row for each of N seeds."""
+    if len(shape) != 2 or shape[0] != seeds:
+        raise UsageError(
+            f"logits of shape {tuple(shape)} with {seeds} seeds",
+            wanted="a row of logits for every seed",
+            do="pass logits [N, V] and seeds [N]",
+        )
+
+
+def check_biased(logit_bias: Mapping[int, float], vocab_size: int) -> None:
+    """Refuse a bias of a token that is not in the vocabulary."""
+    beyond = [token for token in logit_bias if token >= vocab_size]
+    if beyond:
+        raise UsageError(
+            f"a logit_bias of token {beyond[0]}",
+            wanted=f"a token below {vocab_size}, the size of the vocabulary",
+            do="leave it out of logit_bias",
+        )
+
+
+def _number(name: str, value: Any, low: float, high: float, *, zero: bool = False) -> float:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if plain and (low <= value <= high or (zero and value == 0)):
+        return float(value) + 0.0  # no negative zero
+    wanted = f"{'0, or ' if zero else ''}a number in [{low:g}, {high:g}]"
+    do = f"correct {name}, which is --{name.replace('_', '-')} on the command line"
+    raise UsageError(f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do)
+
+
+# --------------------------------------------------------------------------------------------------
+# The seed of a response: fixed by what no server can choose alone, before the first token is made.
+
+VERSION = "assay.responses/1"
+HIGHEST_INDEX = 2**16 - 1
+"""Highest index of a choice of a request, far above what a server gives."""
+_HEX = frozenset("0123456789abcdef")
+
+Stream = Literal["tokens", "sketch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseSeed:
+    """What the noise of one response follows from.
+
+    Args:
+        user_seed: Seed of the client; empty where it gave none.
+        request_id: Name of the request.
+        public_key: Key of the node that serves it.
+        digest: SHA-256 of the tensors of the checkpoint, in hex.
+        block_hash: Beacon that became known after the request was accepted.
+        index: Place among the answers that were asked for with one request.
+
+    Raises:
+        UsageError: A value is not printable, too long or out of range.
+
+    Example:
+        >>> seed = ResponseSeed(user_seed="", request_id="r1", public_key="K", digest="0" * 64, block_hash="B")
+        >>> seed.text[:38]
+        '17:assay.responses/16:tokens0:2:r11:K6'
+    """
+
+    user_seed: str
+    request_id: str
+    public_key: str
+    digest: str
+    block_hash: str
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        check_block_hash(self.block_hash)
+        check_name("public_key", self.public_key, do="pass the public key as the chain prints it")
+        check_digest("digest", self.digest)
+        check_number("index", self.index, 0, HIGHEST_INDEX)
+
+    @property
+    def text(self) -> str:
+        """The seed text of the noise of tokens."""
+        return self.text_of("tokens")
+
+    def text_of(self, stream: Stream) -> str:
+        """Return the seed text of a stream: tag, stream and every field, each after its length in UTF-8 bytes."""
+        fields = (self.user_seed, self.request_id, self.public_key, self.digest, self.block_hash, self.index)
+        return prefixed(VERSION, stream, *fields)
+
+    def words(self, stream: Stream = "tokens") -> NDArray[np.uint32]:
+        """Return SHA-256 of the seed text of a stream as 8 big-endian words, uint32 [8]."""
+        words_18: NDArray[np.uint32] = streams.seeds([self.text_of(stream)], 256)
+        return words_18.reshape(8)
+
+    def step_seeds(self, steps: Sequence[int], stream: Stream = "tokens") -> NDArray[np.uint32]:
+        """Return the 32-bit seeds of steps of a stream, uint32 [N]. Step 0 gives the first token of the output."""
+        return step_seeds(self.words(stream), steps)
+
+
+def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.uint32]:
+    """Return the 32-bit seeds of steps, uint32 [N].
+
+    Args:
+        words: Words of the stream, uint32 [8].
+        steps: Steps, each at least 0.
+    """
+    seeds_1N: NDArray[np.uint32] = streams.step_seeds(words[None], np.asarray(steps, np.uint32))
+    return seeds_1N.reshape(-1)
+
+
+def check_request_texts(*, user_seed: object, request_id: object) -> None:
+    """Refuse texts of a request that cannot be parts of a seed text.
+
+    Raises:
+        UsageError: Names the first of them.
+    """
+    check_name("user_seed", user_seed, fewest=0, do="pass the seed of the client, or an empty text where it gave none")
+    check_name("request_id", request_id, do="pass the id of the request")
+
+
+def check_block_hash(block_hash: object) -> None:
+    """Refuse a block hash that cannot be part of a seed text.
+
+    Raises:
+        UsageError: Names it.
+    """
+    check_name("block_hash", block_hash, do="pass the block hash as the chain prints it")
+
+
+def check_digest(name: str, value: Any) -> None:
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits.
+
+    Raises:
+        UsageError: Names the value.
+    """
+    if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
+        raise UsageError(
+            f"{name} is {value!r:.80}", wanted="a SHA-256: 64 lower-case hexadecimal digits", do=f"correct the {name}"
+        )

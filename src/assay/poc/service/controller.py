@@ -1,0 +1,401 @@
+"""The controller: the state of the service, and everything that changes it.
+
+It knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses of refusals.
+Its calls block for as long as a transaction takes, so an event loop makes them through :meth:`Controller.call`;
+the attributes that a reader needs (``state``, ``progress``, ``error``) are read without waiting.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from assay.errors import AssayError, EngineEnded, StorageError, reason_of
+from assay.files.jsonl import JsonObject
+from assay.poc.engines.base import check_supported
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.record import DistanceRecord, is_distance
+from assay.poc.service.agreed import check_build, check_deployed, check_round
+from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service.checks import check_job, check_same_model, check_validation, round_values
+from assay.poc.service.database import Database
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.jobs import Jobs
+from assay.poc.service.metrics import Metrics
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.progress import Progress
+from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.rounds import Batch, Rounds, StoredRound
+from assay.poc.service.settings import Settings
+from assay.poc.service.states import State, after
+from assay.poc.service.threads import ShareDone, Worker, Writer
+from assay.poc.service.validation import HonestNoise, Judge, check_calibration
+
+log = structlog.get_logger("assay.controller")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 8  # calls that wait for the database at the same time
+
+
+class Controller:
+    """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
+
+    The constructor opens the database and takes the state in which the service was left; :meth:`start`, or a ``with``
+    block, loads the model and begins to work.
+
+    Args:
+        load: Loads the model and returns its :class:`Deployment`. It is called in the engine's thread.
+        settings: Bounds, keys and directories.
+
+    Raises:
+        StorageError: The data directory is in use, cannot be written, or holds a damaged database.
+        UsageError: The ledger was begun at other error rates.
+        Refusal: The callback URL of receipts can never be called.
+        DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
+    """
+
+    def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.started_at = time.time()
+        self.closing = threading.Event()
+        self.loaded: Future[Deployment] = Future()
+        """The deployment, or the error that ended loading."""
+        self.deployment: Deployment | None = None
+        self.error: str | None = None
+        self.ended = True
+        self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
+        self._computed = False  # whether a batch was written since the start
+        self.notify: Callable[[], object] = lambda: None
+        """Is called, in the thread that wrote, whenever callbacks may be due."""
+        self._threads = ThreadPoolExecutor(THREADS, "assay-database")
+        noise = HonestNoise(settings)
+        with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
+            self.database = Database(settings.data_dir)
+            opened.callback(self.database.close)
+            self.outbox = Outbox(self.database)
+            self.rounds = Rounds(self.database, self.outbox)
+            self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self.metrics.recorded)
+            opened.callback(self.judge.close)
+            self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
+            self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
+            self.outbox.retry_now()
+            self.state, stored = self.rounds.current()
+            self.progress = Progress(stored, self.rounds) if stored else None
+            opened.pop_all()
+        self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
+        self._worker = Worker(
+            partial(self._load, load),
+            put=self.writer.put,
+            begins=self._measure_block,
+            background=self.jobs.step,
+            failed=self._engine_failed,
+        )
+
+    def __enter__(self) -> "Controller":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Load the model in the engine's thread, then continue what was interrupted."""
+        self.writer.start()
+        self.receipts.start()
+        self._worker.start()
+
+    def close(self) -> None:
+        """Finish the running batch, write what is computed, and close.
+
+        :attr:`ended` is False afterwards if the batch did not end in time.
+        """
+        self.closing.set()
+        with self._lock:
+            self._worker.generate(None, self._epoch)
+        self.ended = self._worker.close(self.settings.drain)
+        self.writer.close()
+        self.receipts.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.judge.close()
+        self.database.close()
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that blocks, in a thread kept for that, and wait for its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    # Calls
+
+    def init(self, request: InitRequest | ArtifactInit, then: State) -> None:
+        """Begin or continue a round; ``then`` is the state that the call leads to: IDLE, GENERATING or VALIDATING.
+
+        Raises:
+            Refusal: 409, 422 or 503.
+            StorageError: The database cannot be written.
+        """
+        call = {State.IDLE: "init", State.GENERATING: "init/generate", State.VALIDATING: "init/validate"}[then]
+        self._after(call)
+        deployment = self.ready()
+        values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
+        pipeline = get_pipeline(values.preset)
+        if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
+            log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
+        engine = deployment.engine(values.seq_len, values.batch_size)
+        check_build(engine.fingerprint, deployment, self.settings)
+        check_supported(engine, pipeline)
+        with self._lock:
+            state = self._after(call)
+            self._move(state, self.rounds.enter(state, values))
+
+    def phase(self, call: str) -> None:
+        """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised.
+
+        Raises:
+            Refusal: 409 or 503.
+            StorageError: The database cannot be written.
+        """
+        with self._lock:
+            state = self._after(call)
+            self.ready()
+            if state is not self.state or self.error is not None:
+                self._check_same_model(state)
+                self.rounds.enter(state)
+                self._move(state)
+
+    def stop(self) -> None:
+        """Stop generating and validating. Works with a full disk too; the state is then written later."""
+        with self._lock:
+            state = self._after("stop")
+            self._persist(state)
+            self._move(state)
+
+    def validate(self, request: ValidateRequest) -> "Future[JsonObject]":
+        """Recompute and judge distances of the round's block; the future has the response.
+
+        Raises:
+            Refusal: 409 another state or block, 422 malformed, 429 too many wait, 503 not ready.
+            ProofMismatch: Two nonces have the same input seed.
+        """
+        with self._lock:
+            self._after("validate")
+            stored, epoch = self._check_same_model(self.state), self._epoch
+        check_validation(request, stored, self.settings)
+        future: Future[JsonObject] = Future()
+
+        def task(deployment: Deployment) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(self._validate(request, stored, deployment, epoch))
+            except AssayError as error:
+                future.set_exception(error)
+            except Exception as error:  # an engine may raise any error, and the request must be answered
+                log.exception("validation failed")
+                reason = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
+                future.set_exception(reason)
+
+        if not self._worker.submit(task, self.settings.max_waiting):
+            seen = f"{self.settings.max_waiting} validations wait for the engine"
+            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        return future
+
+    def submit(self, request: GenerateRequest) -> JsonObject:
+        """Queue an artifact job.
+
+        Raises:
+            Refusal: 400, 409, 422, 429 or 503.
+        """
+        check_job(request, self.ready(), self.settings)
+        queued = self.jobs.submit(request)
+        self._worker.wake()
+        return queued
+
+    def ready(self) -> Deployment:
+        """Return the deployment.
+
+        Raises:
+            Refusal: 503, the model is not loaded.
+        """
+        if self.deployment is None:
+            failed = self.loaded.done()
+            raise Refusal(
+                503,
+                f"the model could not be loaded: {self.error}" if failed else "the model is being loaded",
+                wanted="a loaded model",
+                do="see the log, then start the service again" if failed else "ask /ready, then send it again",
+                retry_after=None if failed else 5,
+            )
+        return self.deployment
+
+    @property
+    def paused(self) -> str | None:
+        """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
+        return self.writer.paused if self.state is State.GENERATING else None
+
+    def _after(self, call: str) -> State:
+        return after(call, self.state, has_round=self.progress is not None)
+
+    def _move(self, state: State, stored: StoredRound | None = None) -> None:
+        """Take the state in memory; what runs ends between two batches."""
+        progress = self.progress
+        if stored is not None and (progress is None or progress.stored.id != stored.id):
+            progress = self._progress(stored)
+        self.error = None
+        self._epoch += 1
+        self._worker.generate(None, self._epoch)
+        self.state = state
+        self.writer.begin(self._epoch)
+        if stored is not None and progress is not None:
+            progress.stored = stored
+            self.progress = progress
+        if state is State.GENERATING:
+            self._generate()
+        elif self.deployment is not None and self.jobs.has_open():
+            self._worker.wake()
+        now = self.progress.stored if self.progress else None
+        about = {"round": now.id, "block": now.block_hash, "key": now.public_key} if now else {"round": None}
+        log.info("state", state=str(state), **about)
+
+    def _generate(self) -> None:
+        """Generate from the first nonce that is not on disk."""
+        if self.progress is not None:
+            stored = replace(self.progress.stored, next_nonce=self.progress.next_nonce)
+            self._worker.generate(stored, self._epoch)
+
+    def _progress(self, stored: StoredRound) -> Progress:
+        if self.deployment is None:
+            return Progress(stored, self.rounds)
+        engine = self.deployment.engine(stored.seq_len, stored.batch_size)
+        return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+
+    def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
+        """Measure how wide the distances of a round's block are, once, so that its valid rate can be judged."""
+        progress = self.progress
+        if progress is None or progress.stored.id != stored.id or not progress.wants_block_factor:
+            return
+        factor = deployment.block_factor(stored.round, stored.batch_size)
+        if factor is not None:
+            progress.measured(factor)
+            log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
+
+    def _load(self, load: Callable[[], Deployment]) -> Deployment | None:
+        """Load the model and continue what was interrupted; return None where that fails."""
+        try:
+            deployment = load()
+            check_calibration(self.settings.calibration, deployment)
+            check_deployed(deployment, self.settings)
+        except Exception as error:
+            # The state stays: a service that is started again with the right model continues its round.
+            self.metrics.failures.inc()
+            self.error = reason_of(error)
+            log.error("model not loaded", error=self.error)
+            self.loaded.set_exception(error)
+            return None
+        with self._lock:
+            self.deployment = deployment
+            log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
+            try:
+                if self.progress is not None and self.state in (State.GENERATING, State.VALIDATING):
+                    self._check_same_model(self.state)
+                    self.progress = self._progress(self.progress.stored)
+            except AssayError as error:
+                self._engine_failed(error)
+            if self.state is State.GENERATING:
+                self._generate()
+            elif self.jobs.has_open():
+                self._worker.wake()
+        self.loaded.set_result(deployment)
+        return deployment
+
+    def _check_same_model(self, state: State) -> StoredRound:
+        """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
+        assert self.progress is not None
+        stored = self.progress.stored
+        check_same_model(stored, self.ready(), self.state)
+        check_round(stored.round, self.settings, share=state is State.GENERATING)
+        return stored
+
+    def _engine_failed(self, error: Exception) -> None:
+        with self._lock:
+            if self.closing.is_set():
+                # An engine that is torn down beneath its batch fails. The round must continue after the next start.
+                log.info("a batch ended with the service and will be computed again", error=reason_of(error))
+                return
+            # A server whose engine died ends, and its next start continues, as after SIGKILL. Not if the engine died
+            # before its first batch: a round that kills engines would end every start, and what else they serve.
+            continues = isinstance(error, EngineEnded) and self._computed
+            state = self.state if continues else self._after("engine failure")
+            if not isinstance(error, ShareDone):
+                self.metrics.failures.inc()
+            self._epoch += 1
+            self._worker.generate(None, self._epoch)
+            self.state, self.error = state, reason_of(error)
+            said = "the engine ended, and the next start continues the round" if continues else "the round ended"
+            log.error(said, error=self.error, state=str(state))
+            self._persist(state)
+            if self.jobs.has_open():
+                self._worker.wake()
+
+    def _persist(self, state: State) -> None:
+        try:
+            self.rounds.enter(state)
+            self._unsaved = False
+        except StorageError as error:
+            self._unsaved = True
+            log.warning("state not written", reason=error.seen)
+
+    def save_if_needed(self) -> None:
+        """Write a state that could not be written before."""
+        with self._lock:
+            if self._unsaved:
+                self._persist(self.state)
+
+    def _committed(self, batches: list[Batch], seconds: float) -> None:
+        self.metrics.commit_seconds.observe(seconds)
+        progress = self.progress
+        self._computed = True
+        for batch in batches:
+            self.metrics.batch_seconds.observe(batch.seconds)
+            self.metrics.nonces.inc(len(batch.records))
+            self.metrics.valid.inc(sum(batch.valid))
+            if progress is not None and progress.stored.id == batch.round_id:
+                progress.add(batch)
+        self.notify()
+
+    def _validate(
+        self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
+    ) -> JsonObject:
+        started = time.perf_counter()
+        computed: list[float] = []
+        round = replace(stored.round, public_key=request.public_key)  # the key that is paid, not the validator's
+        for batch in deployment.compute(round, stored.batch_size, request.nonces):
+            if epoch != self._epoch or self.closing.is_set():
+                raise Refusal(
+                    409,
+                    f"the round changed while this validation ran, and the state is {self.state}",
+                    wanted="VALIDATING until the answer",
+                    do="send it again in the round that you mean",
+                    fields={"state": str(self.state)},
+                )
+            computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
+        if not all(map(is_distance, computed)):
+            seen = "the engine returned NaN or an out-of-range distance"
+            raise Refusal(503, seen, wanted="finite distances", do="check the device")
+        verdict = self.judge.judge(stored, deployment.dtype, request, computed)
+        self.metrics.validation_seconds.observe(time.perf_counter() - started)
+        word = verdict["residual_test"]["verdict"]
+        self.metrics.verdicts.labels(word).inc()
+        about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
+        log.info("validated", block=stored.block_hash, **about, verdict=word)
+        self.notify()
+        return {"status": "OK", **verdict}

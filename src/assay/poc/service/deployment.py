@@ -1,0 +1,142 @@
+"""The model that the service runs, and the engines of it."""
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import structlog
+
+from assay.poc.engines.base import Engine
+from assay.poc.engines.blocks import read_block_factor
+from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.blocks import BlockFactor
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.record import Header, Record
+from assay.poc.protocol.round import Round
+from assay.poc.prover import compute, recompute
+from assay.streams.backends import dtype_name
+
+if TYPE_CHECKING:
+    from assay.models.load import Model
+
+
+log = structlog.get_logger("assay.engine")
+
+KEPT = 2
+"""Engines that are kept: the round's, and that of an artifact job of another shape."""
+
+COMPILED_SHAPES = 32
+"""Shapes that one process compiles. Clients choose them, and each takes seconds, and memory that is not given back."""
+
+MakeEngine = Callable[[int, int], Engine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model that is ready to run.
+
+    Args:
+        reference: Name of the model. Artifact requests must use it.
+        digest: SHA-256 of its tensors.
+        weights: Weight mode of the model.
+        dtype: Number format of its weights.
+        max_positions: Positions of the longest sequence.
+        decodes: Whether its engines take the presets that decode.
+        engine: Makes an engine from ``(seq_len, batch_size)``, and raises an :class:`~assay.errors.AssayError` if that
+            shape does not fit. The latest engines are kept, so that it is called once per shape.
+    """
+
+    reference: str
+    digest: str
+    weights: str
+    dtype: str
+    max_positions: int
+    engine: MakeEngine
+    decodes: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", _keep_latest(self.engine))
+
+    @classmethod
+    def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
+        """Deploy a loaded model on the transformers engine.
+
+        Args:
+            model: Model that is loaded and ready.
+            compiled: Whether to run compiled kernels; None does what ``prove`` does.
+        """
+        return cls(
+            reference=model.reference,
+            digest=model.digest,
+            weights=model.weights,
+            dtype=model.quantised or dtype_name(model.dtype),
+            max_positions=model.max_positions,
+            decodes=True,
+            engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
+        )
+
+    def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Generator[list[Record], None, None]:
+        """Compute the records of nonces, one list per batch. Nothing is made, or fails, before the first is asked for.
+
+        Args:
+            round: Round of this model, or of another key in it.
+            batch_size: Rows of a batch.
+            nonces: Nonces in the order in which they are computed.
+        """
+        engine = self.engine(round.seq_len, batch_size)
+        yield from compute(self._header(round, engine), engine, nonces)
+
+    def recompute(
+        self, round: Round, batch_size: int, received: Sequence[Record]
+    ) -> Generator[list[Record], None, None]:
+        """Recompute the nonces of received records as :meth:`compute` does; received tokens are replayed."""
+        engine = self.engine(round.seq_len, batch_size)
+        yield from recompute(self._header(round, engine), engine, received)
+
+    def _header(self, round: Round, engine: Engine) -> Header:
+        return Header(
+            round=round,
+            pipeline=get_pipeline(round.preset),
+            digest=self.digest,
+            weights=self.weights,
+            fingerprint=engine.fingerprint,
+            nonces=(),
+        )
+
+    def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
+        """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""
+        engine = self.engine(round.seq_len, batch_size)
+        return read_block_factor(engine, round) if type(engine) is HFEngine else None
+
+
+def _keep_latest(make: MakeEngine) -> MakeEngine:
+    """Keep the latest engines, with the kernels and graphs that were made for them.
+
+    Every stream of batches asks for its engine, and requests ask whether a shape fits, in threads of their own.
+    """
+    kept, lock = lru_cache(KEPT)(make), threading.Lock()
+
+    def engine(seq_len: int, batch_size: int) -> Engine:
+        with lock:
+            return kept(seq_len, batch_size)
+
+    return engine
+
+
+def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:
+    """Return what makes the engines of a model. An engine compiles in its first batch, in the thread that runs it."""
+    compiled_shapes: set[tuple[int, int]] = set()
+
+    def make(seq_len: int, batch_size: int) -> HFEngine:
+        known = (seq_len, batch_size) in compiled_shapes
+        compiles = compiled and (known or len(compiled_shapes) < COMPILED_SHAPES)
+        engine = HFEngine(model, batch_size=batch_size, seq_len=seq_len, compiled=compiles)
+        if compiles and not known:
+            compiled_shapes.add((seq_len, batch_size))
+            log.info("the first batch compiles its kernels", seq_len=seq_len, batch_size=batch_size)
+        return engine
+
+    return make

@@ -1,0 +1,303 @@
+"""Artifact jobs: vectors of asked nonces, computed or checked, while no round needs the engine."""
+
+import base64
+import math
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+import structlog
+from pydantic import ValidationError
+
+from assay.errors import ProofFormatError, StorageError
+from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.record import Record, VectorRecord, encoding, pack, received
+from assay.poc.protocol.round import Round
+from assay.poc.service.bodies import GenerateRequest
+from assay.poc.service.database import Database
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.settings import Settings
+from assay.poc.service.validation import HonestNoise, judge_vectors
+from assay.poc.verdict.judge import residuals
+
+log = structlog.get_logger("assay.jobs")
+
+STORAGE_PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The job that runs, and its records so far."""
+
+    id: str
+    request: GenerateRequest
+    batches: Iterator[list[Record]]
+    records: list[Record]
+
+
+class Jobs:
+    """The queue of artifact jobs, on disk, and the one that runs.
+
+    Args:
+        database: Database of the service.
+        outbox: Outbox for callbacks.
+        settings: Bounds of the queue.
+        noise: Honest noise that received vectors are judged by.
+        closing: Event that is set when the service begins to end.
+    """
+
+    def __init__(
+        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, closing: threading.Event
+    ) -> None:
+        self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
+        self._noise = noise
+        self._table = database["jobs"]
+        self._c = self._table.c
+        self._is_open = self._c.status.in_(["queued", "running"])
+        self._waiting: dict[str, Future[JsonObject]] = {}
+        self._running: _Running | None = None
+        interrupted = self._table.update().where(self._c.status == "running")
+        database.change(interrupted.values(status="queued"))
+
+    def submit(self, request: GenerateRequest) -> JsonObject:
+        """Queue a job; it is on disk when this returns.
+
+        Raises:
+            Refusal: 429, too many nonces wait already, or too many callbacks of jobs are undelivered.
+        """
+        settings, job_id = self._settings, uuid.uuid4().hex
+        with self._db.write() as connection:
+            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0)).where(self._is_open)
+            waiting = connection.execute(queued).scalar_one()
+            if waiting + len(request.nonces) > settings.max_queued_nonces:
+                raise Refusal(
+                    429,
+                    f"{waiting} nonces are queued",
+                    wanted=f"at most {settings.max_queued_nonces} with these {len(request.nonces)}",
+                    do="send it again later",
+                    retry_after=10,
+                )
+            if request.url is not None and self._announced(connection) >= settings.max_pending_jobs:
+                raise Refusal(
+                    429,
+                    "too many callbacks of artifact jobs are undelivered",
+                    wanted=f"fewer than {settings.max_pending_jobs}",
+                    do="repair their receivers, or send the job without a url and ask for its result",
+                    retry_after=10,
+                )
+            row = {
+                "id": job_id,
+                "seq": sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1).scalar_subquery(),
+                "status": "queued",
+                "nonces": len(request.nonces),
+                "request": request.model_dump_json(),
+                "created_at": time.time(),
+            }
+            connection.execute(self._table.insert().values(row))
+        return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
+
+    def _announced(self, connection: sa.Connection) -> int:
+        """Return how many callbacks of jobs are undelivered, with those of the jobs that are not finished."""
+        has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
+        query = sa.select(sa.func.count()).where(self._is_open, has_url)
+        return int(connection.execute(query).scalar_one()) + self._outbox.owed(connection, None)
+
+    def watch(self, job_id: str) -> "Future[JsonObject]":
+        """Return a future of the state that a job has once it is finished. Only the sender of a job watches it."""
+        future = self._waiting[job_id] = Future[JsonObject]()
+        state = self.state(job_id)
+        if state["status"] not in ("queued", "running"):
+            self._tell(job_id, state)
+        return future
+
+    def state(self, job_id: str) -> JsonObject:
+        """Return status and result of a job.
+
+        Raises:
+            Refusal: 404, unknown, or finished longer ago than results are kept.
+        """
+        rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
+        if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
+            raise Refusal(
+                404,
+                "no such request",
+                wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s ago",
+                do="send the request again",
+            )
+        return _state(rows[0])
+
+    def cancel(self, job_id: str) -> JsonObject:
+        """Cancel a job that is not finished; return its state."""
+        self.state(job_id)
+        self._finish(job_id, "cancelled")
+        return self.state(job_id)
+
+    def has_open(self) -> bool:
+        """Return whether any job waits or runs."""
+        return bool(self._db.scalar(sa.select(sa.exists().where(self._is_open))))
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs wait and run."""
+        status = self._c.status
+        query = sa.select(status, sa.func.count().label("jobs")).where(self._is_open).group_by(status)
+        return {"queued": 0, "running": 0} | {row.status: row.jobs for row in self._db.rows(query)}
+
+    def prune(self) -> None:
+        """Delete results that are older than they are kept."""
+        oldest = time.time() - self._settings.job_ttl
+        self._db.change(self._table.delete().where(self._c.finished_at < oldest))
+
+    def step(self, deployment: Deployment) -> bool:
+        """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
+        try:
+            return self._step(deployment)
+        except StorageError as error:
+            log.warning("job waits", reason=error.seen)
+            time.sleep(STORAGE_PAUSE)
+            return True
+
+    def _step(self, deployment: Deployment) -> bool:
+        if self._running is None or not self._still_runs(self._running):
+            self._running = None
+            self._running = self._next(deployment)
+        if self._running is None:
+            return False
+        job = self._running
+        try:
+            batch = next(job.batches, None)
+            if batch is not None:
+                job.records.extend(batch)
+                return True
+            result = self._result(job.request, job.records, deployment)
+        except Exception as error:  # an engine may raise any error, and its job must still end
+            if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
+                raise
+            log.exception("job failed")
+            self._finish(job.id, "failed", error=str(error))
+        else:
+            self._finish(job.id, "completed", result, job.request)
+        # Only now: where the disk is full, finishing is tried again.
+        self._running = None
+        return True
+
+    def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
+        if len(records) != len(request.nonces):
+            seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
+            raise ProofFormatError(seen, wanted="one each", do="send the request again")
+        pipeline, round = get_pipeline(request.params.preset), job_round(request, deployment.reference)
+        if request.validation is None:
+            artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
+            return {"artifacts": artifacts, "encoding": encoding(pipeline)}
+        errors = residuals(_received(request), records)
+        noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
+        return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
+
+    def _still_runs(self, job: _Running) -> bool:
+        """Return whether a job was not cancelled."""
+        status = self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id))
+        return bool(status == "running")
+
+    def _next(self, deployment: Deployment) -> _Running | None:
+        while (row := self._begin()) is not None:
+            try:
+                request = GenerateRequest.model_validate_json(row.request)
+            except ValidationError as error:  # stored by a version that takes other requests
+                log.warning("job not understood", id=row.id)
+                self._finish(row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}")
+                continue
+            round = job_round(request, deployment.reference)
+            if request.validation is None:
+                batches = deployment.compute(round, request.batch_size, request.nonces)
+            else:
+                batches = deployment.recompute(round, request.batch_size, _received(request))
+            return _Running(row.id, request, batches, [])
+        return None
+
+    def _begin(self) -> Any:
+        """Mark the oldest job that waits as running; return its row, or None."""
+        c = self._c
+        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
+        begun = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
+        with self._db.write() as connection:
+            return connection.execute(begun.returning(c.id, c.request)).first()
+
+    def _finish(
+        self,
+        job_id: str,
+        status: str,
+        result: JsonObject | None = None,
+        request: GenerateRequest | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End a job that has not ended, owe its callback, and tell who waits for it."""
+        values = {"status": status, "result": dumps(result) if result else None, "error": error}
+        change = self._table.update().where(self._c.id == job_id, self._is_open)
+        with self._db.write() as connection:
+            ended = change.values(finished_at=time.time(), **values).returning(self._table)
+            row = connection.execute(ended).first()
+            if row is not None and request is not None and request.url and result is not None:
+                names = ("block_hash", "block_height", "public_key", "node_id")
+                about = {"request_id": job_id} | {name: getattr(request, name) for name in names}
+                kind = "generated" if request.validation is None else "validated"
+                self._outbox.add(connection, None, kind, request.url, about | result)
+        if row is not None:
+            self._tell(job_id, _state(row))
+
+    def _tell(self, job_id: str, state: JsonObject) -> None:
+        future = self._waiting.pop(job_id, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(state)
+
+
+def _state(row: sa.Row[Any]) -> JsonObject:
+    """Return what a client is told of a row of the table ``jobs``."""
+    error = {"error": row.error} if row.error else {}
+    result = loads(row.result, "job result") if row.result else {}
+    return {"status": row.status, "request_id": row.id} | error | result
+
+
+def job_round(request: GenerateRequest, reference: str) -> Round:
+    """Return the round of a job.
+
+    Raises:
+        UsageError: A field is out of range, or a nonce belongs to another node.
+    """
+    return Round(
+        block_hash=request.block_hash,
+        public_key=request.public_key,
+        block_height=request.block_height,
+        node_id=request.node_id,
+        node_count=request.node_count,
+        model=reference,
+        preset=request.params.preset,
+        seq_len=request.params.seq_len,
+        r_target=2.0,
+        strength=256 if request.poc_stronger_rng else 32,
+    )
+
+
+def _received(request: GenerateRequest) -> list[Record]:
+    """Return what a request wants checked, in the order of its nonces."""
+    assert request.validation is not None
+    pipeline = get_pipeline(request.params.preset)
+    sent = {artifact.nonce: artifact.vector_b64 for artifact in request.validation.artifacts}
+    return [received(nonce, sent[nonce], pipeline) for nonce in request.nonces]
+
+
+def _packed(record: Record) -> str:
+    if isinstance(record, VectorRecord) and not math.isfinite(float(np.sum(record.vector.astype(np.float64)))):
+        raise ProofFormatError(
+            f"the engine returned no finite vector for nonce {record.nonce}",
+            wanted="finite vectors",
+            do="check the checkpoint and the device",
+        )
+    return base64.b64encode(pack(record)).decode("ascii")

@@ -1,0 +1,118 @@
+"""Prometheus metrics, in base units. Each service has a registry of its own."""
+
+import math
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from assay._version import __version__
+from assay.files.jsonl import JsonObject
+from assay.poc.service.states import State
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Content type of Prometheus' exposition format."""
+VERDICTS = ("honest", "fraud", "undecided")
+OUTCOMES = ("delivered", "failed", "dead")
+CONNECTION_BOUNDS = ("total", "client")
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Exported:
+    """Figures under one prefix, with those of the process and the version.
+
+    Args:
+        namespace: Prefix of the names.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.registry = registry
+        self.counter = partial(Counter, namespace=namespace, registry=registry)
+        self.gauge = partial(Gauge, namespace=namespace, registry=registry)
+        self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
+        self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
+        self.connections_refused = self.counter(
+            "connections_refused", "Connections refused, by the bound that they passed.", ["bound"]
+        )
+        for bound in CONNECTION_BOUNDS:
+            self.connections_refused.labels(bound)
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)
+
+
+class Metrics(Exported):
+    """Every figure of a service. Labels never hold keys, hashes or URLs."""
+
+    def __init__(self) -> None:
+        super().__init__("assay_poc")
+        counter, gauge, histogram = self.counter, self.gauge, self.histogram
+        self.nonces = counter("nonces", "Nonces computed and written.")
+        self.valid = counter("valid_nonces", "Of these, the valid ones.")
+        self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
+        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", ["verdict"])
+        self.lives = counter("life_verdicts", "Recorded validations by the verdict on the node's life.", ["verdict"])
+        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", ["outcome"])
+        # These series begin at 0: Prometheus sees no increase in a series that appears.
+        for verdict in VERDICTS:
+            self.verdicts.labels(verdict)
+            self.lives.labels(verdict)
+        for outcome in OUTCOMES:
+            self.deliveries.labels(outcome)
+        self.requests = counter("http_requests", "Requests by route and status.", ["route", "status"])
+        self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
+        self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
+        self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
+        self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
+        self.request_seconds = histogram("http_request_seconds", "Time of one request.", ["route"])
+        self.state = gauge("state", "1 for the state the service is in.", ["state"])
+        self.ready = gauge("ready", "1 when the model is loaded.")
+        self.paused = gauge("paused", "1 while generation waits, by reason.", ["reason"])
+        self.pending = gauge("callbacks_pending", "Callbacks not delivered yet.")
+        self.dead = gauge("callbacks_dead", "Dead letters.")
+        self.rate = gauge("nonces_per_second", "Rate over the last half minute.")
+        self.valid_share = gauge("valid_ratio", "Valid share of the current round.")
+        self.expected_share = gauge("valid_expected_ratio", "Valid share that the law of the block expects.")
+        self.expected_error = gauge(
+            "valid_expected_error_ratio", "Standard error of that share: of the nonces checked, and of the block's law."
+        )
+        self.block_factor = gauge("block_factor_ratio", "Width of the block's distances over that of the chord law.")
+        self.block_factor_error = gauge("block_factor_error_ratio", "Standard error of that width.")
+        self.receipts = counter("receipts", "Receipts of responses on disk; repeated ones were there already.", ["as"])
+        self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
+        self.receipts_deleted = counter("receipts_deleted", "Receipts deleted, by reason.", ["reason"])
+        self.receipt_seconds = histogram("receipt_commit_seconds", "Time of one transaction that stores receipts.")
+        self.receipts_failing = gauge("receipts_failing", "1 while no receipt can be stored.")
+        for stored in ("new", "repeated"):
+            self.receipts.labels(stored)
+        for reason in ("age", "request"):
+            self.receipts_deleted.labels(reason)
+        self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
+
+    def recorded(self, verdict: str) -> None:
+        """Count a validation that was written to the ledger, by the verdict on the node's life."""
+        self.lives.labels(verdict).inc()
+
+    def show(self, snapshot: JsonObject) -> None:
+        """Set the gauges from a snapshot."""
+        for state in State:
+            self.state.labels(str(state)).set(snapshot["state"] == str(state))
+        for reason in ("storage", "callbacks"):
+            self.paused.labels(reason).set(snapshot["paused"] == reason)
+        self.ready.set(snapshot["ready"])
+        self.pending.set(snapshot["callbacks"]["pending"])
+        self.dead.set(snapshot["callbacks"]["dead"])
+        for status, count in snapshot["jobs"].items():
+            self.jobs.labels(status).set(count)
+        for metric, name in (
+            (self.rate, "nonces_per_second"),
+            (self.valid_share, "valid_rate"),
+            (self.expected_share, "expected_rate"),
+            (self.expected_error, "expected_rate_error"),
+            (self.block_factor, "block_factor"),
+            (self.block_factor_error, "block_factor_error"),
+        ):
+            metric.set(math.nan if snapshot[name] is None else snapshot[name])

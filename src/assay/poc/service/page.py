@@ -1,0 +1,86 @@
+"""Assembles the page from its parts, with a content security policy that allows exactly these parts."""
+
+import base64
+import hashlib
+from importlib import resources
+from string import Template
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+SHARED = ("stream.js", "words.js", "dom.js", "link.js")
+"""Scripts that every page of assay begins with, in the order of their dependence."""
+
+SCRIPTS = (*SHARED, "charts.js", "page.js")
+"""The scripts in the order of their dependence; the page contains them as one."""
+
+
+def dashboard_router() -> APIRouter:
+    """Return the route of the service's page."""
+    return page_router(*render_page())
+
+
+def page_router(page: str, headers: dict[str, str]) -> APIRouter:
+    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def render_page() -> tuple[str, dict[str, str]]:
+    """Return the page and the headers that it is served with."""
+    return assemble_page(
+        part("page.html"),
+        brand="Proof of Compute",
+        name="service",
+        mark="d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'",
+        style=part("page.css"),
+        script="".join(map(part, SCRIPTS)),
+    )
+
+
+def assemble_page(
+    body: str, *, brand: str, name: str, mark: str, style: str, script: str
+) -> tuple[str, dict[str, str]]:
+    """Return a page with its frame, style and script, and the headers that it is served with.
+
+    Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
+    whatever a block hash or a key may hold.
+
+    Args:
+        body: HTML between the head of the page, which asks for a key, and its end.
+        brand: Title of the page.
+        name: Word for what the page shows.
+        mark: Attributes of the path in its icon.
+        style: Rules beside those of the reports.
+        script: Module that fills the page.
+    """
+    style = part("report.css", "assay.pages") + style
+    page = Template(part("frame.html")).substitute(
+        body=body, brand=brand, name=name, mark=mark, style=style, script=script
+    )
+    policy = (
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return page, {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def part(name: str, package: str = "assay.poc.service.dashboard") -> str:
+    """Return a text file of a package: a script, a style or a page."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    """Return the hash that allows an inline element with this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,216 @@
+"""A receiver of callbacks: checks signatures, keeps every callback once, and can be asked what it has.
+
+The routes are those of the published receiver script; the callbacks are in one SQLite file. Only posts that a known
+secret has signed need no key.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import sqlalchemy as sa
+import structlog
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from assay.errors import DataError, UsageError
+from assay.files.database import damaged, tables
+from assay.files.jsonl import JsonObject, is_deep, loads
+from assay.poc.net.logs import LogBudget
+from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
+from assay.poc.net.server import listen, run_app
+from assay.poc.net.signatures import Signatures, message_id, unsigned
+from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.service.database import RECEIVED, Database
+from assay.poc.service.settings import Settings
+
+log = structlog.get_logger("assay.receiver")
+
+MAX_BODY, MAX_BODIES = 2**21, 2**26
+MOST_LISTED = 2**25  # bytes of the bodies of one answer
+_TOLD_BY = {"fraud_detected": "validated", "receipts": "receipts"}
+DEEPEST = 16  # levels of nesting; a callback of assay has four
+
+
+class Received:
+    """The callbacks that arrived, each once.
+
+    Args:
+        path: SQLite file. It is created if it does not exist, and readable by its owner only.
+
+    Raises:
+        StorageError: The file cannot be written, or is not one of a receiver.
+    """
+
+    def __init__(self, path: Path) -> None:
+        found = tables(path, flag="--output") if path.is_file() else set()
+        if found and "received" not in found:
+            raise damaged(path, f"a database of something else, with a table {min(found)!r:.60}", flag="--output")
+        self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
+        self._received = self._db["received"]
+
+    def add(self, message_id: str, kind: str, body: str) -> bool:
+        """Keep a callback; return False if its id was known. It is on disk when this returns."""
+        received, values = self._received, loads(body, "callback")
+        lists = [values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)]
+        row = {"id": message_id, "kind": kind, "at": time.time(), "nonces": max(map(len, lists), default=0)}
+        with self._db.write() as connection:
+            again = received.update().where(received.c.id == message_id).values(copies=received.c.copies + 1)
+            if connection.execute(again).rowcount:
+                return False
+            connection.execute(received.insert().values(**row, copies=1, body=body))
+            return True
+
+    def batches(self, after: int, limit: int) -> list[JsonObject]:
+        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they are large.
+
+        A body that is not JSON is None.
+        """
+        received, found, size = self._received, list[JsonObject](), 0
+        query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
+        with self._db.read() as connection:
+            for row in connection.execute(query, execution_options={"yield_per": 16}):
+                size += len(row.body)
+                if found and size > MOST_LISTED:
+                    break
+                found.append({**row._mapping, "body": _read(row.body)})
+        return found
+
+    def stats(self) -> dict[str, int]:
+        """Return how many callbacks and nonces there are, and how many copies came more than once."""
+        received = self._received
+        total = sa.select(
+            sa.func.count().label("callbacks"),
+            sa.func.coalesce(sa.func.sum(received.c.nonces), 0).label("nonces"),
+            sa.func.coalesce(sa.func.sum(received.c.copies - 1), 0).label("repeated"),
+        )
+        return self._db.rows(total)[0]._asdict()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._db.change(self._received.delete())
+
+
+def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
+    """Receive callbacks until SIGTERM or SIGINT.
+
+    Args:
+        settings: Settings of which the keys and the callback secrets are used.
+        output: SQLite file that keeps the callbacks.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one, which the log names.
+
+    Raises:
+        UsageError: A host that others reach without a secret, or an address that cannot be bound.
+        StorageError: The file cannot be written.
+    """
+    if not (settings.callback_secrets or is_loopback(host)):
+        raise UsageError(
+            f"--host {host} without a secret",
+            wanted="a secret where others reach the port",
+            do="pass --callback-secret, the same as to the service",
+        )
+    with listen(host, port) as listener:
+        app = create_receiver(
+            Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
+        )
+        run_app(app, settings, listener)
+
+
+def create_receiver(
+    store: Received,
+    secrets: Sequence[str] = (),
+    *,
+    keys: Sequence[str] = (),
+    read_keys: Sequence[str] = (),
+    max_body: int = MAX_BODY,
+) -> FastAPI:
+    """Return the receiver as an application.
+
+    Without a secret it answers this machine only. With one, callbacks need a signature, and everything else a key.
+
+    Args:
+        store: Store that keeps the callbacks.
+        secrets: Standard Webhooks secrets; with any, a callback that none of them signed is refused with 401.
+        keys: Keys that may read and clear.
+        read_keys: Keys that may only read.
+        max_body: Bytes of the largest callback.
+
+    Raises:
+        UsageError: A key or a secret that is too weak.
+    """
+    settings = Settings(
+        api_keys=keys, api_key_file=None, validate_keys=(), read_keys=read_keys, callback_secrets=secrets
+    )
+    kind_of_route = guarded(Keys(settings, needed=bool(secrets)), Bodies(max_body, MAX_BODIES))
+    signatures, budget = Signatures(secrets), LogBudget()
+    app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(HTTPException, not_found)
+    app.router.route_class = kind_of_route
+    if not secrets:
+        app.add_middleware(LocalOnly)
+
+    @app.post("/{kind}")
+    async def take(kind: Literal["generated", "validated", "receipts"], request: Request) -> Response:
+        """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or receipts' names."""
+        known_as, body = _verified(await request.body(), kind, dict(request.headers), signatures)
+        new = await run_in_threadpool(store.add, known_as, kind, body)
+        if budget.take():
+            log.info("callback", kind=kind, id=known_as, new=new, skipped=budget.skipped)
+        return JSONResponse({"status": "OK", "new": new})
+
+    @app.get("/batches", openapi_extra=needs(Scope.READ))
+    def batches(
+        after: Annotated[int, Query(ge=0, le=MAX_NONCE)] = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+    ) -> Response:
+        """Return what arrived, oldest first."""
+        return JSONResponse({"batches": store.batches(after, limit)})
+
+    @app.get("/stats", openapi_extra=needs(Scope.READ))
+    def stats() -> Response:
+        """Return counts."""
+        return JSONResponse(store.stats())
+
+    @app.delete("/clear", openapi_extra=needs(Scope.CONTROL))
+    def clear() -> Response:
+        """Forget everything."""
+        store.clear()
+        log.info("cleared")
+        return JSONResponse({"status": "OK"})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Answer while the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    return app
+
+
+def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signatures) -> tuple[str, str]:
+    """Return id and body of a callback whose signature and form are right."""
+    try:
+        body = raw.decode()
+        signatures.check(body, headers)
+        values = loads(body, "body")
+    except ValueError as error:
+        raise unsigned(400, f"body: {error}") from None
+    except DataError as error:
+        raise unsigned(400, error.seen) from None
+    if is_deep(values, DEEPEST):
+        raise unsigned(400, f"a body of more than {DEEPEST} levels")
+    # The path is not signed. The body is, and tells the kinds apart.
+    said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
+    if values and kind != said:
+        raise unsigned(400, f"the body of another callback under /{kind}")
+    return message_id(headers), body
+
+
+def _read(text: str) -> JsonObject | None:
+    try:
+        values = loads(text, "callback")
+    except DataError:  # an older version kept bodies that it had not read strictly
+        return None
+    return None if is_deep(values, DEEPEST) else values

@@ -1,0 +1,261 @@
+"""Rounds and their records on disk."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.dialects.sqlite import insert
+
+from assay.files.database import damaged
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.record import DistanceRecord, Record, TokenRecord, pack
+from assay.poc.protocol.round import Round
+from assay.poc.service.database import Database
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.states import State
+
+RECENT = 256
+"""Valid nonces that a status shows at most."""
+
+LARGEST_CALLBACK = 2**20
+"""Bytes of a body that every receiver takes, a service with its default ``max_body`` among them."""
+
+AROUND = 64  # bytes of a nonce in a callback, beside what it published
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundValues:
+    """What a request asks a round to be: columns of the table ``rounds``.
+
+    ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds them into
+    one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups · node_count`` after it.
+
+    Raises:
+        Refusal: 422, the share does not exist.
+    """
+
+    block_hash: str
+    public_key: str
+    block_height: int
+    node_id: int
+    node_count: int
+    group_id: int
+    n_groups: int
+    preset: str
+    seq_len: int
+    batch_size: int
+    r_target: float
+    strength: int
+    reference: str
+    digest: str
+    weights: str
+    fraud_threshold: float
+    callback_url: str | None
+
+    def __post_init__(self) -> None:
+        for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
+            value, count = getattr(self, name), getattr(self, high)
+            if not 0 <= value < count:
+                raise Refusal(
+                    422,
+                    f"{name} {value} with {high} {count}",
+                    wanted=f"0 <= {name} < {high}",
+                    do=f"set both {name} and {high}",
+                )
+
+    @property
+    def round(self) -> Round:
+        """The round as the engine knows it.
+
+        Raises:
+            UsageError: A field is out of range.
+        """
+        shared = ("block_hash", "public_key", "block_height", "preset", "seq_len", "r_target", "strength")
+        return Round(
+            node_id=self.node_id + self.group_id * self.node_count,
+            node_count=self.node_count * self.n_groups,
+            model=self.reference,
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
+FREE = frozenset({"callback_url", "fraud_threshold"})
+"""The columns that may change when a round is begun again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRound(RoundValues):
+    """A round as the service keeps it: a row of the table ``rounds``."""
+
+    id: int
+    created_at: float
+    touched_at: float
+    next_nonce: int
+    checked: int
+    valid: int
+    seconds: float
+
+    def public(self) -> dict[str, Any]:
+        """Return what a reader may know: all but the callback URL, which may contain a token, and the counts."""
+        hidden = {"callback_url", "next_nonce", "checked", "valid", "seconds", "touched_at"}
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Results of one batch on their way to disk."""
+
+    epoch: int
+    round_id: int
+    records: Sequence[Record]
+    valid: Sequence[bool]
+    next_nonce: int
+    seconds: float
+
+
+def bin_counts(distances: Sequence[float], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Count distances below, between and above ascending edges [E]; returns [E + 1]."""
+    return np.bincount(np.searchsorted(edges, distances, side="right"), minlength=len(edges) + 1)
+
+
+class Rounds:
+    """Reads and writes rounds, records and the state of the service."""
+
+    def __init__(self, database: Database, outbox: Outbox) -> None:
+        self._db, self._outbox = database, outbox
+        self._rounds, self._records, self._service = database["rounds"], database["records"], database["service"]
+        self._opened = time.monotonic()
+        self._newest: float | None = database.scalar(sa.select(sa.func.max(self._rounds.c.touched_at)))
+
+    def current(self) -> tuple[State, StoredRound | None]:
+        """Return the state and round in which the service was left.
+
+        Raises:
+            StorageError: There is no such state, because something else has changed the database.
+        """
+        with self._db.read() as connection:
+            left = connection.execute(sa.select(self._service)).one_or_none()
+            if left is None or left.state not in State.__members__:
+                raise damaged(self._db.path, f"the state {left.state!r}" if left else "the state is missing")
+            query = sa.select(self._rounds).where(self._rounds.c.id == left.round_id)
+            row = connection.execute(query).mappings().first()
+        return State(left.state), StoredRound(**row) if row else None
+
+    def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
+        """Write a state, with the round of ``values`` where they are given; return that round.
+
+        The round of the same block and key continues where it was.
+
+        Raises:
+            Refusal: 409, that round was begun with other values: one nonce would have two results.
+        """
+        rounds, service, now = self._rounds, self._service, time.time()
+        with self._db.write() as connection:
+            if values is None:
+                current = sa.select(service.c.round_id).scalar_subquery()
+                connection.execute(rounds.update().where(rounds.c.id == current).values(touched_at=now))
+                connection.execute(service.update().values(state=str(state)))
+                return None
+            fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
+            change = {name: fresh[name] for name in ("touched_at", *FREE)}
+            connection.execute(
+                insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
+            )
+            same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
+            stored = StoredRound(**connection.execute(sa.select(rounds).where(same)).mappings().one())
+            _check_same(values, stored)
+            connection.execute(service.update().values(state=str(state), round_id=stored.id))
+            return stored
+
+    def commit(self, batches: Sequence[Batch], *, interval: float, most: int) -> None:
+        """Write batches of one round, their counts, and the callback that announces them, in one transaction."""
+        rounds, round_id = self._rounds, batches[0].round_id
+        pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
+        valid = [record.nonce for record, is_valid in pairs if is_valid]
+        with self._db.write() as connection:
+            connection.execute(self._records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
+            connection.execute(
+                rounds.update()
+                .where(rounds.c.id == round_id)
+                .values(
+                    touched_at=time.time(),
+                    next_nonce=batches[-1].next_nonce,
+                    checked=rounds.c.checked + len(pairs),
+                    valid=rounds.c.valid + len(valid),
+                    seconds=rounds.c.seconds + sum(batch.seconds for batch in batches),
+                )
+            )
+            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
+            if url and valid:
+                fitting = _fitting(most, pairs[0][0])
+                self._outbox.announce(connection, round_id, url, valid, interval=interval, most=fitting)
+
+    def owed(self, round_id: int) -> int:
+        """Return how many callbacks of a round are undelivered."""
+        with self._db.read() as connection:
+            return self._outbox.owed(connection, round_id)
+
+    def recent_valid(self, round_id: int, *, after: int | None = None, limit: int = RECENT) -> list[tuple[int, float]]:
+        """Return the latest valid nonces with their distances, ascending; with ``after``, the next ones after it."""
+        records = self._records
+        wanted = (records.c.round_id == round_id) & (records.c.valid == 1)
+        order = records.c.nonce.desc() if after is None else records.c.nonce
+        if after is not None:
+            wanted &= records.c.nonce > after
+        query = sa.select(records.c.nonce, records.c.distance).where(wanted).order_by(order).limit(limit)
+        return sorted((row.nonce, row.distance) for row in self._db.rows(query))
+
+    def histogram(self, round_id: int, edges: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Count the distances of a round as :func:`bin_counts` does."""
+        distance = self._records.c.distance
+        query = sa.select(distance).where(self._records.c.round_id == round_id, distance.is_not(None))
+        counts = bin_counts((), edges)
+        with self._db.read() as connection:
+            for part in connection.execute(query).scalars().partitions(10_000):
+                counts += bin_counts(part, edges)
+        return counts
+
+    def prune(self, keep: float) -> int:
+        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many.
+
+        Time is counted from the newest use of any round that was on disk when this object was made: a clock that
+        is far ahead would make every round look unused.
+        """
+        now = time.time()
+        if self._newest is not None:
+            now = min(now, self._newest + time.monotonic() - self._opened)
+        rounds, service, outbox = self._rounds, self._service, self._db["outbox"]
+        owed = sa.select(outbox.c.round_id).where(outbox.c.round_id.is_not(None), outbox.c.status != "delivered")
+        current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
+        old = (rounds.c.touched_at < now - keep) & rounds.c.id.not_in(owed.union_all(current))
+        return self._db.change(rounds.delete().where(old))
+
+
+def _fitting(most: int, record: Record) -> int:
+    """Return ``most``, or as many records with tokens that twice as many fit into a callback that receivers take."""
+    if not isinstance(record, TokenRecord):
+        return most
+    return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack(record)) * 4 // 3 + AROUND))))
+
+
+def _check_same(values: RoundValues, stored: StoredRound) -> None:
+    """Refuse values other than those with which a round was begun."""
+    names = (field.name for field in fields(values))
+    other = sorted(name for name in names if getattr(values, name) != getattr(stored, name))
+    if other:
+        raise Refusal(
+            409,
+            "this block and key have a round with another " + ", ".join(other),
+            wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in other),
+            do="repeat the values of the first request, or use a new block or key",
+            fields={"fields": other},
+        )
+
+
+def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
+    vector, distance = (None, record.distance) if isinstance(record, DistanceRecord) else (pack(record), None)
+    return {"round_id": round_id, "nonce": record.nonce, "distance": distance, "vector": vector, "valid": int(valid)}

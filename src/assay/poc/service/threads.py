@@ -1,0 +1,313 @@
+"""The two threads of the service: the worker runs the engine, and the writer puts its batches on disk.
+
+torch and the compiled streams release the interpreter while they compute, so the event loop answers meanwhile. The
+short queue between both connects the speed of the engine to that of the disk and of the receiver of callbacks: while
+the disk is full, or too many callbacks of the round are undelivered, it stays full and the engine waits. Nothing is
+dropped.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from typing import Literal
+
+import structlog
+
+from assay.errors import AssayError, BadWeights, StorageError
+from assay.poc.protocol.record import DistanceRecord, Record, is_distance, is_valid
+from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.rounds import Batch, Rounds, StoredRound
+from assay.poc.service.settings import Settings
+
+log = structlog.get_logger("assay.controller")
+
+Paused = Literal["storage", "callbacks"]
+
+QUEUE = 8  # batches between engine and disk
+STORAGE_PAUSE = 1.0
+CALLBACK_PAUSE = 0.2
+
+
+class ShareDone(AssayError):
+    """Every nonce of a node's share is computed, so that its round has ended."""
+
+
+class Worker:
+    """A thread that runs everything that touches the engine, one batch at a time.
+
+    Validations come first, then the round, then artifact jobs.
+
+    Args:
+        load: Loads the model, or returns None, which ends the thread. It is called in the thread, so that the service
+            answers meanwhile.
+        put: Takes a batch of the round, and returns False when the batch is no longer wanted.
+        begins: Is called before the first batch of a round, and of what is left of one.
+        background: Does one batch of less urgent work, and returns False when there was no such work.
+        failed: Receives the error that ended the round.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Deployment | None],
+        *,
+        put: Callable[[Batch], bool],
+        begins: Callable[[Deployment, StoredRound], None],
+        background: Callable[[Deployment], bool],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._load, self._put, self._background, self._failed = load, put, background, failed
+        self._begins = begins
+        self._state = threading.Condition()
+        self._tasks: deque[Callable[[Deployment], None]] = deque()
+        self._round: StoredRound | None = None
+        self._epoch = 0
+        self._stream: Generator[list[Record], None, None] | None = None
+        self._stream_epoch = -1
+        self._has_background = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="assay-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def generate(self, stored: StoredRound | None, epoch: int) -> None:
+        """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after the running batch."""
+        with self._state:
+            self._round, self._epoch = stored, epoch
+            self._state.notify_all()
+
+    def submit(self, task: Callable[[Deployment], None], limit: int) -> bool:
+        """Queue a task; return False if ``limit`` tasks are waiting already."""
+        with self._state:
+            if len(self._tasks) >= limit:
+                return False
+            self._tasks.append(task)
+            self._state.notify_all()
+            return True
+
+    def wake(self) -> None:
+        """Say that there is background work."""
+        with self._state:
+            self._has_background = True
+            self._state.notify_all()
+
+    def close(self, timeout: float) -> bool:
+        """End the thread after the running batch; return False if it did not end in time."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        deployment = self._load()
+        goes_on = True
+        while deployment is not None and goes_on:
+            try:
+                goes_on = self._turn(deployment)
+            except Exception as error:  # of any kind: it must not end this thread
+                self._failed(error)
+                time.sleep(1.0)
+        self._drop_stream()
+
+    def _turn(self, deployment: Deployment) -> bool:
+        """Do one piece of work; return False once the thread is to end."""
+        with self._state:
+            self._state.wait_for(lambda: self._closed or self._tasks or self._round or self._has_background)
+            if self._closed:
+                return False
+            task = self._tasks.popleft() if self._tasks else None
+            stored, epoch = self._round, self._epoch
+            if task is None and stored is None:
+                self._has_background = False
+        if task is not None:
+            # An open round may have hooks on the model, and the task runs another round on it.
+            self._drop_stream()
+            task(deployment)
+        elif stored is not None:
+            self._generate(deployment, stored, epoch)
+        elif self._background(deployment):
+            self.wake()
+        return True
+
+    def _generate(self, deployment: Deployment, stored: StoredRound, epoch: int) -> None:
+        """Do one batch of the round."""
+        try:
+            if self._stream is None or self._stream_epoch != epoch:
+                self._drop_stream()
+                self._begins(deployment, stored)
+                share = range(stored.next_nonce, MAX_NONCE + 1, stored.round.node_count)
+                self._stream = deployment.compute(stored.round, stored.batch_size, share)
+                self._stream_epoch = epoch
+            started = time.perf_counter()
+            records = next(self._stream, None)
+            if records is None:
+                raise ShareDone(
+                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} has no further nonce",
+                    wanted="a round that has nonces left",
+                    do="begin another round",
+                )
+            wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
+        except Exception as error:
+            self._drop_stream()
+            with self._state:
+                current = self._epoch == epoch
+                if current:
+                    self._round = None
+            if current:
+                self._failed(error)
+            return
+        if not wanted:
+            self._drop_stream()
+
+    def _drop_stream(self) -> None:
+        if self._stream is not None:
+            with suppress(AssayError):
+                self._stream.close()
+            self._stream = None
+
+
+def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
+    valid = [not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target) for record in records]
+    broken = [r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)]
+    if broken:
+        raise BadWeights(
+            f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}",
+            wanted="finite distances in [0, 2]",
+            do="check the checkpoint and the device, then start the phase again",
+        )
+    return Batch(
+        epoch=epoch,
+        round_id=stored.id,
+        records=records,
+        valid=valid,
+        next_nonce=records[-1].nonce + stored.round.node_count,
+        seconds=seconds,
+    )
+
+
+class Writer:
+    """A thread that commits batches in order, several in one transaction where they have piled up.
+
+    Args:
+        rounds: Rounds that take the batches, and know how many callbacks of a round are undelivered.
+        settings: Bounds and intervals.
+        committed: Receives the batches of every transaction, and its seconds.
+        failed: Receives an error that waiting does not cure.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        settings: Settings,
+        *,
+        committed: Callable[[list[Batch], float], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._rounds, self._settings = rounds, settings
+        self._committed, self._failed = committed, failed
+        self._state = threading.Condition()
+        self._queue: deque[Batch] = deque()
+        self._epoch = 0
+        self._busy = False
+        self._closed = False
+        self.paused: Paused | None = None
+        self._thread = threading.Thread(target=self._run, name="assay-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, batch: Batch) -> bool:
+        """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer wanted."""
+        with self._state:
+            self._state.wait_for(lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed)
+            if batch.epoch != self._epoch or self._closed:
+                return False
+            self._queue.append(batch)
+            self._state.notify_all()
+            return True
+
+    def begin(self, epoch: int, timeout: float = 5.0) -> None:
+        """End the current epoch and begin another.
+
+        Queued batches are still written, however many callbacks are undelivered. Those that cannot be written within
+        ``timeout`` seconds are dropped: they were never acknowledged, and the round continues before them.
+        """
+        with self._state:
+            self._epoch = epoch
+            self._state.notify_all()
+            written = self._state.wait_for(lambda: not self._queue and not self._busy, timeout)
+            if not written:
+                self._queue.clear()
+                self._state.notify_all()
+                self._state.wait_for(lambda: not self._busy)
+
+    def close(self) -> None:
+        """Write what is queued and end the thread."""
+        with self._state:
+            epoch = self._epoch + 1
+        self.begin(epoch)
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                self._busy = True
+            error = self._write()
+            with self._state:
+                self._busy = False
+                self._state.notify_all()
+            if error is not None:
+                # Only now: the receiver of the error may wait for this thread to be idle.
+                self._failed(error)
+
+    def _write(self) -> Exception | None:
+        """Commit what is queued, or wait a moment if that is not possible now.
+
+        Returns an error that waiting does not cure.
+        """
+        with self._state:
+            batches = list(self._queue)
+            wanted = batches[0].epoch == self._epoch
+        try:
+            if wanted and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
+                self._pause("callbacks", CALLBACK_PAUSE)
+                return None
+            started = time.perf_counter()
+            self._rounds.commit(batches, interval=self._settings.callback_interval, most=self._settings.callback_nonces)
+            failure: Exception | None = None
+        except StorageError:
+            self._pause("storage", STORAGE_PAUSE)
+            return None
+        except Exception as error:
+            failure = error  # two results for one nonce, or a round that was deleted: waiting does not help
+        with self._state:
+            for _ in range(min(len(batches), len(self._queue))):
+                self._queue.popleft()
+            self._state.notify_all()
+        if failure is None:
+            self._pause(None)
+            self._committed(batches, time.perf_counter() - started)
+        return failure
+
+    def _pause(self, reason: Paused | None, seconds: float = 0.0) -> None:
+        if reason != self.paused:
+            self.paused = reason
+            log.warning("generation waits", reason=reason) if reason else log.info("continues")
+        if seconds:
+            with self._state:
+                epoch = self._epoch
+                self._state.wait_for(lambda: self._closed or self._epoch != epoch or not self._queue, seconds)

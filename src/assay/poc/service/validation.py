@@ -1,0 +1,328 @@
+"""Verdicts on received values: the published rules, and the residual test of a node's whole round."""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from assay import stats
+from assay.errors import CalibrationError
+from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.record import is_valid
+from assay.poc.protocol.round import Round
+from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
+from assay.poc.service.database import Database
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.rounds import StoredRound
+from assay.poc.service.settings import Settings
+from assay.poc.verdict.calibration import Calibration, noise_of_build
+from assay.poc.verdict.judge import count_mismatches, published_rule
+from assay.poc.verdict.ledger import Ledger
+from assay.poc.verdict.ledger_entries import Account, Update, round_identity
+from assay.poc.verdict.noise import Noise, default_noise, sequential_test
+from assay.stats.sequential import Verdict
+
+# --------------------------------------------------------------------------------------------------
+# The honest noise that a service judges by: as given, else as the network pinned it, else the stated default.
+
+
+class HonestNoise:
+    """Finds the noise between nodes and this service.
+
+    Args:
+        settings: Settings that may name a calibration, and pins that may name others.
+
+    Raises:
+        CalibrationError: A pinned file is not a calibration.
+        DataError: A pinned file cannot be read, or is another one than was pinned.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._given, pins = settings.calibration, settings.pins
+        self._pinned: dict[str, tuple[tuple[Build, ...], list[Calibration]]] = {}
+        if self._given is None and pins is not None:
+            for model in pins.models:
+                measured = [Calibration.load(path) for path in pins.calibrations(model)]
+                self._pinned[model.digest] = model.builds, measured
+
+    def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
+        """Return the noise of a preset; None where it is not known, and a wider law must not take its place.
+
+        Args:
+            pipeline: Preset.
+            dtype: Number format of the deployed model.
+            digest: SHA-256 of its checkpoint.
+            round: Round whose block scales distances.
+        """
+        if self._given is not None:
+            mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
+            if not mine:
+                return _default(pipeline, dtype)
+            fitting = (one for one in mine if not one.known or dtype in {known.dtype for known in one.known})
+            measured = [Calibration(builds=(one,)) for one in fitting]
+            return noise_of_build(measured, None, digest=digest, preset=pipeline.name, round=round)
+        builds, pinned = self._pinned.get(digest, ((), []))
+        if not pinned:
+            return _default(pipeline, dtype)
+        alike = (build for build in builds if dtype in build.dtype)
+        found = (noise_of_build(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
+        return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
+
+
+def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
+    """Refuse a calibration that was measured on another model than is deployed.
+
+    Raises:
+        CalibrationError: The noise of another model would be too wide or too narrow for this one.
+    """
+    if calibration is not None and deployment.digest not in calibration.digests:
+        measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
+        raise CalibrationError(
+            f"a calibration of a checkpoint {measured}",
+            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
+
+
+def _default(pipeline: Pipeline, dtype: str) -> Noise | None:
+    try:
+        return default_noise(pipeline.noise, dtype, dtype)
+    except CalibrationError:
+        return None
+
+
+MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
+
+
+class Judge:
+    """Judges validation requests and keeps what it found.
+
+    The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
+    many small requests decide like one large one and asking twice proves nothing. With a ledger, the same residuals
+    enter the life of the node as well, of which replies say nothing.
+
+    Args:
+        database: Database of the service.
+        outbox: Outbox for callbacks.
+        settings: Settings of the service, which may name a ledger.
+        noise: Honest noise that nodes are judged by.
+        recorded: Function that is called with the verdict on a node's life after each request that was recorded.
+
+    Raises:
+        UsageError: The ledger was begun at other error rates, or the file is not a ledger.
+        StorageError: The ledger cannot be written.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        outbox: Outbox,
+        settings: Settings,
+        noise: HonestNoise,
+        *,
+        recorded: Callable[[Verdict], None] = lambda _: None,
+    ) -> None:
+        self._db, self._outbox, self._settings, self._recorded = database, outbox, settings, recorded
+        self._noise = noise
+        self._ledger: Ledger | None = None
+        if settings.ledger is not None:
+            self._ledger = Ledger(settings.ledger, alpha=settings.alpha, beta=settings.beta)
+        self._checks, self._verdicts = database["checks"], database["verdicts"]
+        self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
+
+    def judge(
+        self,
+        stored: StoredRound,
+        dtype: str,
+        request: ValidateRequest,
+        computed: Sequence[float],
+    ) -> JsonObject:
+        """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
+
+        A received value that is not finite is a mismatch.
+        """
+        public_key, nonces, received = request.public_key, request.nonces, request.dist
+        count = published_rule(received, computed, stored.r_target)
+        test = self._test(stored, dtype, public_key)
+        fresh = self._unseen(stored.id, public_key, nonces)
+        new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
+        if test is not None:
+            test.update([received[i] - computed[i] for i in new])
+        fraud = count.n > 0 and count.p_value < stored.fraud_threshold
+        residual = _residual(test)
+        result = {
+            "fraud_detected": fraud,
+            "computed_distances": list(computed),
+            "valid": [is_valid(value, stored.r_target) for value in computed],
+            "n_invalid": count.mismatches,
+            "probability_honest": count.p_value if count.n else -1.0,
+            "residual_test": residual,
+        }
+        summary = {
+            "time": time.time(),
+            "public_key": public_key,
+            "block_hash": stored.block_hash,
+            "n": count.n,
+            "n_invalid": count.mismatches,
+            "probability_honest": result["probability_honest"],
+            "fraud_detected": fraud,
+            "verdict": residual["verdict"],
+        }
+        body = {
+            "nonces": list(nonces),
+            "received_distances": [_finite(value) for value in received],
+            "public_key": public_key,
+            "block_hash": stored.block_hash,
+            "block_height": stored.block_height,
+            **result,
+        }
+        checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
+        try:
+            # First: the ledger knows what it has counted, so a request that is repeated after a crash adds nothing.
+            self._record(stored, dtype, request, computed)
+            self._save(stored.id, public_key, checks, summary, body)
+        except BaseException:
+            # The test in memory has values that are not on disk: it is rebuilt next time.
+            self._tests.pop((stored.id, public_key), None)
+            raise
+        return result
+
+    def close(self) -> None:
+        """Close the ledger."""
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _record(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> None:
+        """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
+        if self._ledger is None or not request.nonces:
+            return
+        pipeline = get_pipeline(stored.preset)
+        noise = self._noise.of(pipeline, dtype, stored.digest, stored.round)
+        if noise is None:
+            return
+        # A request does not say what the node computes with; the number format is the one that the network agreed on.
+        account = Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name)
+        update = Update(
+            account=account,
+            round=round_identity(stored.round),
+            block_hash=stored.block_hash,
+            noise=noise,
+            nonces=request.nonces,
+            residuals=[a - b for a, b in zip(request.dist, computed, strict=True)],
+        )
+        self._recorded(self._ledger.append([update])[0].verdict)
+
+    def last(self, limit: int = 10) -> list[JsonObject]:
+        """Return summaries of the last verdicts, the newest first."""
+        query = sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
+        return [loads(text, "verdict") for (text,) in self._db.rows(query)]
+
+    def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
+        key = (stored.id, public_key)
+        if key not in self._tests:
+            noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
+            test = _residual_test(noise, self._settings)
+            if test is None:
+                return None
+            self._tests[key] = test.update(self._old_residuals(*key))
+        self._tests.move_to_end(key)
+        if len(self._tests) > MAX_TESTS:
+            self._tests.popitem(last=False)
+        return self._tests[key]
+
+    def _old_residuals(self, round_id: int, public_key: str) -> list[float]:
+        checks = self._checks
+        query = sa.select(checks.c.received, checks.c.computed).order_by(checks.c.id)
+        rows = self._db.rows(query.where(checks.c.round_id == round_id, checks.c.public_key == public_key))
+        return [math.nan if row.received is None else row.received - row.computed for row in rows]
+
+    def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
+        if not nonces:
+            return set()
+        checks = self._checks
+        same = (checks.c.round_id == round_id) & (checks.c.public_key == public_key)
+        query = sa.select(checks.c.nonce).where(same, checks.c.nonce.between(min(nonces), max(nonces)))
+        return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
+
+    def _save(
+        self,
+        round_id: int,
+        public_key: str,
+        checks: Sequence[JsonObject],
+        summary: JsonObject,
+        body: JsonObject,
+    ) -> None:
+        rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
+        with self._db.write() as connection:
+            if checks:
+                connection.execute(self._checks.insert(), [shared | check for check in checks])
+            row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
+            connection.execute(self._verdicts.insert().values(row))
+            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
+            if url:
+                self._outbox.add(connection, round_id, "validated", url, body)
+
+
+def judge_vectors(
+    request: GenerateRequest,
+    nonces: Sequence[int],
+    errors: NDArray[np.float64],
+    noise: Noise | None,
+    settings: Settings,
+) -> JsonObject:
+    """Return the verdict on the residuals [N] of an artifact job.
+
+    ``artifact`` has the published count and the published reply. The other presets are judged by the residual test,
+    which their reply holds beside the count.
+    """
+    pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
+    count = count_mismatches(
+        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
+    )
+    reply = {
+        "n_total": count.n,
+        "n_mismatch": count.mismatches,
+        "mismatch_nonces": [n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold],
+        "p_value": count.p_value,
+        "fraud_detected": count.fraud,
+    }
+    if pipeline.texts == "published":
+        return reply
+    test = _residual_test(noise, settings)
+    if test is not None:
+        test.update(errors)
+    residual = _residual(test)
+    return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
+
+
+def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialTest | None:
+    """Return a test under the honest noise; None where that is not known."""
+    return None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
+
+
+def _residual(test: stats.SequentialTest | None) -> JsonObject:
+    if test is None:
+        return {
+            "verdict": "undecided",
+            "reason": "no honest noise of this preset and dtype is known: pass --calibration",
+        }
+    result = test.result
+    return {
+        "verdict": result.verdict,
+        "checked": result.n,
+        "log_e_value": result.log_e_max,
+        "log_evidence_honest": result.log_evidence_honest,
+        "gross": result.gross,
+        "alpha": result.alpha,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,255 @@
+"""What a node claims in a message: the published bodies of callbacks, read strictly and held against the pins.
+
+A callback says less than the header of a proof: block, key, share, nonces and their values. The preset, the length, the
+number format and the checkpoint are those of the pins, so a node that computed anything else has other values.
+"""
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from assay.errors import AssayError, DataError, ProofMismatch
+from assay.files.jsonl import JsonObject, loads
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import (
+    DistanceRecord,
+    Record,
+    encoding,
+    is_distance,
+    is_valid,
+    pack,
+    packed_size,
+    received,
+)
+from assay.poc.protocol.round import MAX_NONCE, Round
+from assay.poc.validator.registry import Registry, Sender
+from assay.poc.verifier import check_proof
+
+MOST_NONCES = 2**16  # of one message
+REASONS = (
+    *("body", "public_key", "signature", "webhook-id", "block_hash", "block_height", "node_id", "node_count"),
+    *("preset", "r_target", "encoding", "nonces", "dist", "artifacts", "seq_len", "strength", "builds", "digest"),
+    *("weights", "prover_dtype", "fewest_nonces", "format", "busy", "room", "other"),
+)
+"""Names under which messages are refused, and counted."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Nonces of one node in one round, with the values that it published.
+
+    Args:
+        round: Round as the pins and the node's share make it.
+        nonces: Nonces, ascending.
+        values: Distances, or the base64 of vectors, or of tokens with their sketches.
+    """
+
+    round: Round
+    nonces: Sequence[int]
+    values: Sequence[float | str]
+
+    def record(self, place: int, pipeline: Pipeline) -> Record:
+        """Return the record of a place; a vector that is not one is a row of NaN, which is never a match."""
+        nonce, value = self.nonces[place], self.values[place]
+        if isinstance(value, (int, float)):
+            return DistanceRecord(nonce, float(value))
+        return received(nonce, value, pipeline)
+
+
+def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
+    """Return the refusal of a value that contradicts the pins, by its name."""
+    return Refusal(
+        status,
+        f"{name} {seen!r:.80}",
+        wanted=f"{name} {wanted}" if isinstance(wanted, str) else f"{name} {wanted!r:.80}",
+        do="send what the network agreed on; GET /api/v1/validator/status shows it",
+        fields={"fields": [name]},
+    )
+
+
+def parsed(raw: bytes) -> tuple[str, JsonObject]:
+    """Return the text and the object of a body.
+
+    Raises:
+        Refusal: 400, it is not strict JSON in UTF-8.
+    """
+    try:
+        text = raw.decode()
+        return text, loads(text, "body")
+    except (DataError, UnicodeDecodeError) as error:
+        seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
+        fields = {"fields": ["body"]}
+        raise Refusal(
+            400, seen, wanted="the body of a callback of assay", do="send it as assay does", fields=fields
+        ) from None
+
+
+def sender_of(values: JsonObject, registry: Registry) -> Sender:
+    """Return the node that a body names.
+
+    Raises:
+        Refusal: 403, the key is not pinned.
+    """
+    key = values.get("public_key")
+    found = registry.sender(key) if isinstance(key, str) else None
+    if found is None:
+        raise refused("public_key", key, "of a node that the pins or the nodes file list", status=403)
+    return found
+
+
+class Reader:
+    """Reads claims under the pins.
+
+    Args:
+        registry: Pins and nodes.
+        is_open: Function that says whether messages of a block are accepted, given its hash and height.
+        positions: Positions of a share that callbacks may name.
+    """
+
+    def __init__(self, registry: Registry, is_open: Callable[[str, int], bool], positions: int) -> None:
+        self.registry, self._is_open, self._positions = registry, is_open, positions
+
+    def claim(self, values: JsonObject, sender: Sender) -> Claim:
+        """Return what a ``generated`` body claims.
+
+        Raises:
+            Refusal: 422, a value contradicts the pins, or is not of the published form; names it.
+        """
+        nonces, claimed = self.checked(values, sender)
+        agreed = self.registry.network.round
+        round = Round(
+            block_hash=values["block_hash"],
+            public_key=sender.public_key,
+            block_height=values["block_height"],
+            node_id=values["node_id"],
+            node_count=sender.node_count,
+            model=self.registry.model.reference,
+            preset=self.registry.pipeline.name,
+            seq_len=agreed.seq_len,
+            r_target=agreed.r_target or Round.r_target,
+            strength=agreed.strength,
+        )
+        return Claim(round, nonces, claimed)
+
+    def checked(self, values: JsonObject, sender: Sender) -> tuple[Sequence[int], Sequence[float | str]]:
+        """Return the nonces of a ``generated`` body and their values, after all in it was held against the pins.
+
+        Raises:
+            Refusal: As :meth:`claim`.
+        """
+        pipeline, node_id = self.registry.pipeline, self.check_share(values, sender)
+        vectors = pipeline.output != "distance"
+        if vectors != ("artifacts" in values):
+            raise refused("preset", "vectors" if "artifacts" in values else "distances", pipeline.name)
+        nonces: list[Any]
+        claimed: Sequence[float | str]
+        nonces, claimed = self._vectors(values) if vectors else self._distances(values)
+        self._check_nonces(nonces, node_id, sender.node_count)
+        return nonces, claimed
+
+    def check_share(self, values: JsonObject, sender: Sender) -> int:
+        """Return the machine's number, after the block was compared.
+
+        Raises:
+            Refusal: 422, another block, or a machine that the key does not have.
+        """
+        block, height, node_id = values.get("block_hash"), values.get("block_height"), values.get("node_id")
+        if type(height) is not int or not 0 <= height <= MAX_NONCE:
+            raise refused("block_height", height, "a height")
+        if not isinstance(block, str) or not self._is_open(block, height):
+            raise refused("block_hash", block, "of a block that is open, at its height")
+        if not sender.has(node_id):
+            raise refused("node_id", node_id, "of a machine that the pins list for this key")
+        return int(node_id)  # type: ignore[arg-type]  # a number, as the node has it
+
+    def _distances(self, values: JsonObject) -> tuple[list[int], list[float]]:
+        target, agreed = values.get("r_target"), self.registry.network.round.r_target
+        if target != agreed or isinstance(target, bool):
+            raise refused("r_target", target, agreed)
+        nonces, distances = values.get("nonces"), values.get("dist")
+        if not isinstance(nonces, list) or not isinstance(distances, list) or len(nonces) != len(distances):
+            raise refused("dist", "lists of different lengths", "one distance for every nonce")
+        if odd := [value for value in distances if type(value) not in (float, int)]:
+            raise refused("dist", odd[0], "a number")
+        # The outermost ones decide for all, in a tenth of the time of looking at each.
+        for distance in (min(distances, default=0.0), max(distances, default=0.0)):
+            if not is_distance(distance) or not is_valid(distance, agreed or 0.0):
+                raise refused("dist", distance, f"a distance below {agreed}")
+        return nonces, distances
+
+    def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
+        wanted, size = encoding(self.registry.pipeline), packed_size(self.registry.pipeline)
+        if values.get("encoding") != wanted:
+            raise refused("encoding", values.get("encoding"), wanted)
+        artifacts, length = values["artifacts"], 4 * -(-size // 3)
+        if not isinstance(artifacts, list):
+            raise refused("artifacts", artifacts, "a list")
+        for artifact in artifacts:
+            well_formed = isinstance(artifact, dict) and artifact.keys() == {"nonce", "vector_b64"}
+            if not well_formed or not isinstance(artifact["vector_b64"], str):
+                raise refused("artifacts", artifact, "a nonce and a vector_b64")
+            if len(artifact["vector_b64"]) != length:
+                raise refused("artifacts", artifact["vector_b64"], f"the base64 of {size} bytes")
+        return [artifact["nonce"] for artifact in artifacts], [artifact["vector_b64"] for artifact in artifacts]
+
+    def _check_nonces(self, nonces: Sequence[Any], own: int, count: int) -> None:
+        """Refuse nonces of another share, those that do not ascend, and far ones where seeds may collide.
+
+        A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that one forward pass
+        serves two nonces: with the bound of 2²² positions that saves one pass in 2048.
+
+        Args:
+            nonces: Values in the place of nonces.
+            own: Number of the machine.
+            count: Number of machines of its key.
+        """
+        if not 0 < len(nonces) <= MOST_NONCES:
+            raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
+        last = -1
+        for nonce in nonces:
+            if type(nonce) is not int or nonce <= last or nonce % count != own:
+                raise refused("nonces", nonce, f"ascending ones that are {own} modulo {count}")
+            last = nonce
+        if last > MAX_NONCE:
+            raise refused("nonces", last, f"at most {MAX_NONCE}")
+        short = self.registry.pipeline.texts == "published" and self.registry.network.round.strength == 32
+        if short and last // count >= self._positions:
+            raise refused("nonces", last, f"among the first {self._positions} positions of the share (--positions)")
+
+
+def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
+    """Return what a proof claims, after its header was held against the pins.
+
+    Raises:
+        Refusal: 422, the header contradicts the pins; names the value.
+    """
+    registry, stated, header = reader.registry, proof.round, proof.header
+    reader.check_share(stated.as_dict(), sender)
+    try:
+        for name in registry.network.differing(stated):
+            raise refused(name, getattr(stated, name), getattr(registry.network.round, name, "of a node of the pins"))
+        pins = registry.network.for_round(
+            block_hash=stated.block_hash,
+            public_key=stated.public_key,
+            node_id=stated.node_id,
+            model=registry.model.digest,
+        )
+        check_proof(proof, expect=pins, sample=1)
+    except Refusal:
+        raise
+    except AssayError as error:
+        name = error.name if isinstance(error, ProofMismatch) else ""
+        fields = {"fields": [name or "other"]}
+        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
+    for name in pins.unpinned(header):
+        raise refused(name, header.claims()[name], "a value that the pins name")
+    for name in sender.build.differing(header.fingerprint):
+        raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
+    values = [
+        r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack(r)).decode("ascii")
+        for r in proof.records
+    ]
+    return Claim(stated, [record.nonce for record in proof.records], values)

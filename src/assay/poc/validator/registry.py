@@ -1,0 +1,241 @@
+"""Who may send what: the pins of the network, and the validator's own file with the secrets and builds of nodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from assay.errors import DataError, UsageError
+from assay.files.toml import read_toml
+from assay.models.load import ModelInfo
+from assay.poc.net.guard import check_url
+from assay.poc.net.signatures import Signatures
+from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.service.deployment import Deployment
+from assay.poc.service.settings import Settings
+
+Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class NodeEntry(BaseModel):
+    """A table ``[[nodes]]`` of the nodes file.
+
+    Args:
+        public_key: Key of the node.
+        secrets: Standard Webhooks secrets of its callbacks; those of ``--callback-secret`` when None.
+        build: Name of its build in the pins; needed where the model has several and the pins do not say which.
+        url: Address of its service, for a node that is polled.
+        read_key: Key that may read there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    public_key: str
+    secrets: Secrets | None = None
+    build: str | None = None
+    url: str | None = None
+    read_key: str | None = None
+
+
+class _NodesFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nodes: tuple[NodeEntry, ...]
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A node as the validator knows it.
+
+    Args:
+        public_key: Key of the node.
+        signatures: Check of its callbacks; empty where none is needed.
+        build: Build on which it computes.
+        node_count: Number of machines of the key.
+        machines: Numbers of the machines that may send; all when None.
+        url: Address of its service; None for a node that is not polled.
+        read_key: Key that may read there.
+    """
+
+    public_key: str
+    signatures: Signatures
+    build: Build
+    node_count: int
+    machines: frozenset[int] | None
+    url: str | None
+    read_key: str | None
+
+    def has(self, node_id: object) -> bool:
+        """Return whether a value is the number of a machine of this key that may send."""
+        if type(node_id) is not int or not 0 <= node_id < self.node_count:
+            return False
+        return self.machines is None or node_id in self.machines
+
+
+class Registry:
+    """The pins of one model with the nodes that may send.
+
+    Args:
+        network: Pins of the network.
+        model: Reference or digest of the model; needed where the pins have several.
+        entries: Nodes of the nodes file.
+        settings: Settings with the shared secrets.
+
+    Raises:
+        UsageError: The pins do not have that model, or neither file lists a node; or a node has an unknown build.
+        Refusal: An address that may not be polled.
+    """
+
+    def __init__(
+        self, network: NetworkPins, model: str | None, entries: Sequence[NodeEntry], settings: Settings
+    ) -> None:
+        self.network = network
+        self.model = network.model(model if len(network.models) > 1 else None)
+        self.pipeline: Pipeline = get_pipeline(network.round.preset)
+        self.blocks = (network.round.block_hash,) if network.round.block_hash is not None else ()
+        """Blocks that the pins name; blocks are announced where this is empty."""
+        self._senders = {}
+        listed = dict.fromkeys([*(node.public_key for node in network.nodes), *(entry.public_key for entry in entries)])
+        by_key = {entry.public_key: entry for entry in entries}
+        # Settings know which secrets are strong enough, and refuse others without showing them.
+        Settings(callback_secrets=tuple(secret for entry in entries for secret in entry.secrets or ()))
+        shared = Signatures(settings.callback_secrets)
+        for public_key in listed:
+            entry = by_key.get(public_key) or NodeEntry(public_key=public_key)
+            if entry.url is not None:
+                self._check_url(entry.url, settings)
+            self._senders[public_key] = Sender(
+                public_key=public_key,
+                signatures=shared if entry.secrets is None else Signatures(entry.secrets),
+                build=self._build(entry.build, public_key),
+                **self._share(public_key),
+                url=entry.url,
+                read_key=entry.read_key,
+            )
+        if not self._senders:
+            raise UsageError(
+                "pins and nodes files that list no node",
+                wanted="the keys of the nodes that may send",
+                do="add them under [[nodes]] of the pins file, or of the file of --nodes",
+            )
+
+    @classmethod
+    def load(cls, pins: Path, nodes: Path | None, settings: Settings, *, model: str | None = None) -> "Registry":
+        """Read both files.
+
+        Raises:
+            DataError: A file cannot be read, or is not of its kind; names the key.
+            UsageError: They do not fit each other.
+        """
+        return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
+
+    def __len__(self) -> int:
+        return len(self._senders)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the nodes that may send."""
+        return list(self._senders)
+
+    def sender(self, public_key: str) -> Sender | None:
+        """Return a node by its key; None for a stranger."""
+        return self._senders.get(public_key)
+
+    @property
+    def polled(self) -> list[Sender]:
+        """The nodes with an address."""
+        return [sender for sender in self._senders.values() if sender.url is not None]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any node may send without a signature."""
+        return any(not sender.signatures for sender in self._senders.values())
+
+    def check_length(self, model: ModelInfo | Deployment) -> None:
+        """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights.
+
+        Raises:
+            UsageError: Names both lengths.
+        """
+        if self.network.round.seq_len > model.max_positions:
+            raise UsageError(
+                f"seq_len {self.network.round.seq_len} with {model.reference}",
+                wanted=f"at most its {model.max_positions} positions",
+                do="correct seq_len in the file of --pins",
+            )
+
+    def _build(self, name: str | None, public_key: str) -> Build:
+        """Return the build of a node: the one that either file names, or the only one of the model.
+
+        Raises:
+            UsageError: There is no such build, it is not clear which one is meant, or the machines of a key differ.
+        """
+        own = {node.build for node in self.network.nodes if node.public_key == public_key} | {name}
+        names = sorted(own - {None}, key=str)
+        found = [build for build in self.model.builds if not names or build.name == names[0]]
+        if len(names) > 1 or len(found) != 1:
+            raise UsageError(
+                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}",
+                wanted="one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines",
+                do="name the node's build in the pins, and give machines of another build a key of their own",
+            )
+        return found[0]
+
+    def _check_url(self, url: str, settings: Settings) -> None:
+        check_url(url, allow_private=settings.allow_private_callbacks)
+        if self.pipeline.output != "distance":
+            raise UsageError(
+                f"the url {url!r:.80} with preset {self.pipeline.name}",
+                wanted="nodes that are polled only where they publish distances: /status does not hold vectors",
+                do="leave the url out, and let the node send callbacks",
+            )
+
+    def _share(self, public_key: str) -> dict[str, Any]:
+        own = [node for node in self.network.nodes if node.public_key == public_key]
+        count = own[0].node_count if own else None
+        machines = frozenset(node.node_id for node in own) if own else None
+        return {"node_count": count or self.network.round.node_count, "machines": machines}
+
+
+def build_name(build: Build) -> str:
+    """Return what stands for a build in an account: its name, or the number format where it has none."""
+    return build.name or build.dtype[0]
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, modified: int) -> tuple[NodeEntry, ...]:
+    try:
+        found = _NodesFile.model_validate(read_toml(path)).nodes
+    except ValidationError as error:
+        raise _malformed(path, error) from None
+    seen: set[str] = set()
+    for entry in found:
+        if entry.public_key in seen:
+            raise DataError(
+                f"{path}: the key {entry.public_key!r:.80} twice", wanted="every key once", do="remove one of the two"
+            )
+        seen.add(entry.public_key)
+    return found
+
+
+def _entries(path: Path) -> tuple[NodeEntry, ...]:
+    return _read(path, modified(path))
+
+
+def modified(path: Path | None) -> int:
+    """Return a number that changes when a file does; 0 without one."""
+    try:
+        return path.stat().st_mtime_ns if path else 0
+    except OSError:
+        return 0
+
+
+def _malformed(path: Path, error: ValidationError) -> DataError:
+    fault: Any = error.errors(include_url=False, include_input=False)[0]  # the input may be a secret
+    place = ".".join(str(part) for part in fault["loc"])
+    return DataError(f"{path}: {place}: {fault['msg']:.200}", wanted="tables [[nodes]]", do="see docs/validator.md")

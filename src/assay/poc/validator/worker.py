@@ -1,0 +1,369 @@
+"""The thread that recomputes: draws of many nodes, in full batches, into the ledger.
+
+A pass has three steps, of which each may be the last before the process is killed: the draws are written down, their
+evidence is added to the ledger under names, and they are noted as done. A start begins with draws that were not noted;
+they are recomputed, and the ledger refuses those whose names it has.
+"""
+
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from assay import stats
+from assay.errors import AssayError, StorageError, reason_of
+from assay.files.jsonl import JsonObject, dumps
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pack import packs
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import Record, TokenRecord
+from assay.poc.protocol.round import Round
+from assay.poc.service.deployment import Deployment
+from assay.poc.validator.budget import Budget, choose, verdict_of
+from assay.poc.validator.claims import Claim, Reader, parsed, proof_claim, sender_of
+from assay.poc.validator.epochs import draw
+from assay.poc.validator.inbox import Draw, Inbox
+from assay.poc.validator.metrics import Metrics
+from assay.poc.validator.registry import Registry, build_name
+from assay.poc.validator.settings import ValidatorSettings
+from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.ledger import Ledger
+from assay.poc.verdict.ledger_entries import Account, Standing, Update, aside_reasons, round_identity
+from assay.poc.verdict.noise import Noise
+
+log = structlog.get_logger("assay.validator.worker")
+
+BATCHES = 4  # of one pass
+IDLE = 0.5  # seconds between two looks where no node has anything to draw from
+FAILURE_PAUSE = 5.0
+ODD = 4.0
+"""Multiple of a typical honest residual beyond which the place in the batch is looked at."""
+AUDIT = 64
+"""Nonces of a message that are drawn where a residual is that large: fewer cannot show a pattern of places."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Nonces that are drawn from a message, with what the node published of them.
+
+    Args:
+        source: Draw as it was written down.
+        claim: All nonces of the message, with their values.
+        places: Places of the drawn ones among these, in the order in which they are drawn.
+    """
+
+    source: Draw
+    claim: Claim
+    places: Sequence[int]
+
+    @property
+    def nonces(self) -> list[int]:
+        """The nonces, in the order in which they are drawn."""
+        return [self.claim.nonces[place] for place in self.places]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Residuals of drawn nonces.
+
+    Args:
+        drawn: Nonces with what the node published of them.
+        errors: Residual of each.
+        noise: Honest noise that they are judged under.
+        batch_size: Batch size of the node's build; None where the pins allow several.
+    """
+
+    drawn: Drawn
+    errors: npt.NDArray[np.float64]
+    noise: Noise
+    batch_size: int | None
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether a residual is large enough that the place in the batch has to be looked at."""
+        return not bool((np.abs(self.errors) <= ODD * self.noise.size).all())
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more nonces of the message are needed to tell a fault of the place from another computation."""
+        return self.is_odd and len(self.drawn.places) < min(
+            AUDIT, len(self.drawn.claim.nonces) - self.drawn.source.drawn
+        )
+
+    def place_test(self) -> stats.PlaceTest | None:
+        """Return the test of whether large residuals depend on the place in the batch; None without any."""
+        if not self.is_odd:
+            return None
+        round = self.drawn.claim.round
+        positions = [(nonce - round.node_id) // round.node_count for nonce in self.drawn.nonces]
+        return stats.place_test(self.errors, positions, batch_size=self.batch_size, honest_size=self.noise.size)
+
+
+class Worker:
+    """Spends the budget of nonces, in a thread of its own.
+
+    Args:
+        inbox: Inbox that draws come from.
+        ledger: Ledger that takes the evidence.
+        registry: Function that returns the pins and nodes of now.
+        noise: Function that returns the honest noise between a build and this validator's engine in a round.
+        settings: Settings of the validator.
+        metrics: Metrics of the validator.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        ledger: Ledger,
+        *,
+        registry: Callable[[], Registry],
+        noise: Callable[[Build, Round], Noise],
+        settings: ValidatorSettings,
+        metrics: Metrics,
+    ) -> None:
+        self._inbox, self._ledger, self._registry, self._noise = inbox, ledger, registry, noise
+        self._settings, self._metrics = settings, metrics
+        self._budget = Budget(settings.nonces_per_hour)
+        self._closing, self._beginning = threading.Event(), threading.Lock()
+        self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
+        self._recording = threading.Lock()
+        self.standings: Mapping[str, Standing] = {}
+        """Evidence of every node on its present build, by key. Another one takes its place; none is changed."""
+        self._last = inbox.latest_verdicts()
+        self.waiting = 0
+        """Number of nodes that had something to draw from at the last look."""
+        self.error: str | None = None
+        """What the engine failed on last; None while it works."""
+        self._thread: threading.Thread | None = None
+        self.load_standings()
+
+    def load_standings(self) -> None:
+        """Read the evidence of the nodes on their present builds from the ledger."""
+        with self._recording:  # or evidence that is added meanwhile would be taken back
+            self.standings = self._present(self._ledger.standings())
+
+    def _present(self, standings: Iterable[Standing]) -> dict[str, Standing]:
+        """Return those of accounts on the present builds of the nodes, by key."""
+        registry = self._registry()
+        return {
+            standing.account.public_key: standing
+            for standing in standings
+            if standing.account == account_of(standing.account.public_key, registry)
+        }
+
+    def start(self, loaded: "Future[Deployment]") -> None:
+        """Start the thread once the model is loaded."""
+
+        def begin(future: "Future[Deployment]") -> None:
+            with self._beginning:
+                if not future.exception() and not self._closing.is_set():
+                    self._thread = threading.Thread(
+                        target=self._run, args=(future.result(),), name="assay-worker", daemon=True
+                    )
+                    self._thread.start()
+
+        loaded.add_done_callback(begin)
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """End the thread after its batch; return whether it has ended."""
+        with self._beginning:  # the thread runs by now, or never will
+            self._closing.set()
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self, deployment: Deployment) -> None:
+        while not self._closing.is_set():
+            try:
+                pause = self.step(deployment)
+                self.error = None
+            except StorageError as error:
+                log.warning("waits", reason=error.seen)
+                pause = FAILURE_PAUSE
+            except Exception as error:  # an engine may raise any error, and messages must still be taken
+                log.exception("a pass failed")
+                self._metrics.failures.inc()
+                self.error = reason_of(error)[:300]
+                pause = FAILURE_PAUSE
+            self._closing.wait(pause)
+
+    def step(self, deployment: Deployment) -> float:
+        """Do one pass; return the seconds until the next one."""
+        batch = self._settings.batch_size
+        draws = self._inbox.unfinished(BATCHES * batch)
+        if not draws:
+            enough = min(batch, self._settings.nonces_per_hour)
+            if (seconds := self._budget.seconds_until(enough)) > 0:
+                return min(seconds, IDLE)
+            draws = self._draw(min(self._budget.left(), BATCHES * batch))
+        if not draws:
+            return IDLE
+        self._record(deployment, draws)
+        return 0.0
+
+    def _draw(self, nonces: int) -> list[Draw]:
+        """Write down what is recomputed next."""
+        waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
+        self.waiting = len(waiting)
+        turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
+        known = [key for key in waiting if self._registry().sender(key) is not None]
+        chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
+        draws = self._inbox.plan(chosen, nonces) if chosen else []
+        self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
+        return draws
+
+    def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
+        registry, started = self._registry(), time.perf_counter()
+        drawn = [found for source in draws if (found := self._claimed(source, registry)) is not None]
+        received = [[found.claim.record(place, registry.pipeline) for place in found.places] for found in drawn]
+        wanted = [(found.claim.round, found.nonces) for found in drawn]
+        recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
+        pairs = zip(drawn, received, recomputed, strict=True)
+        checked = [self._checked(found, claimed, records, registry) for found, claimed, records in pairs]
+        short = {found.drawn.source.seq for found in checked if found.is_short}
+        self._metrics.batch_seconds.observe(time.perf_counter() - started)
+        if short:
+            self._budget.spend(self._inbox.extend(short, AUDIT))
+        with self._recording:
+            standings = self._ledger.append(self._update(found, registry) for found in checked if not found.is_short)
+            now = {standing.account.public_key: standing for standing in standings}
+            self.standings = {**self.standings, **self._present(now.values())}
+        changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
+        self._inbox.finish([source for source in draws if source.seq not in short], changes)
+        self._last |= {change["account"]: change["verdict"] for change in changes}
+        self._metrics.nonces.inc(sum(len(found.drawn.places) for found in checked if not found.is_short))
+        for change in changes:
+            self._metrics.verdicts.labels(change["verdict"]).inc()
+            log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
+
+    def _claimed(self, source: Draw, registry: Registry) -> Drawn | None:
+        """Return what a message claims of its drawn nonces; None where the pins have changed since it was taken."""
+        reader = Reader(registry, lambda block, height: True, self._settings.positions)
+        try:
+            claim = read_claim(source.kind, source.body, reader)
+        except AssayError as error:
+            log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
+            self._metrics.dropped.inc()
+            return None
+        return Drawn(source, claim, draw(source.seed, claim.nonces, source.drawn, source.planned))
+
+    def _checked(
+        self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
+    ) -> Checked:
+        round = drawn.claim.round
+        sender = registry.sender(round.public_key)
+        assert sender is not None  # its claim was read under this registry
+        batches = {size for size in sender.build.batch_size if isinstance(size, int)}
+        return Checked(
+            drawn,
+            residuals(received, records),
+            self._noise(sender.build, round),
+            batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None,
+        )
+
+    def _update(self, found: Checked, registry: Registry) -> Update:
+        """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
+        drawn, round, places = found.drawn, found.drawn.claim.round, found.place_test()
+        return Update(
+            account=account_of(round.public_key, registry),
+            round=round_identity(round),
+            block_hash=round.block_hash,
+            noise=found.noise,
+            nonces=drawn.nonces,
+            residuals=[float(value) for value in found.errors],
+            proof=drawn.source.digest.hex(),
+            sample_seed=drawn.source.seed,
+            excluded=aside_reasons(drawn.nonces, places) if places is not None else {},
+            fault=places.pattern if places is not None and places.faulty else None,
+            name=drawn.source.name,
+        )
+
+    def _change(self, key: str, standing: Standing) -> JsonObject | None:
+        """Return the row of a verdict that changed, or None."""
+        verdict, account, now = verdict_of(standing), account_id(standing.account), time.time()
+        if verdict == self._last.get(account, "undecided"):
+            return None
+        if key not in self._first:
+            self._first = {name: row["first_at"] for name, row in self._inbox.senders().items()}
+        return {
+            "public_key": key,
+            "account": account,
+            "at": now,
+            "verdict": verdict,
+            "nonces": standing.evidence.n,
+            "seconds": max(0.0, now - self._first.get(key, now)),
+            "fault": standing.fault,
+        }
+
+
+def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
+    """Return what a kept message claims.
+
+    Raises:
+        Refusal: A value contradicts the pins.
+        ProofFormatError: A proof cannot be read.
+    """
+    if kind != "proof":
+        values = parsed(body)[1]
+        return reader.claim(values, sender_of(values, reader.registry))
+    proof = Proof.parse("a proof", body)
+    sender = reader.registry.sender(proof.round.public_key)
+    if sender is None:
+        raise Refusal(403, "a key that is not pinned", wanted="one of the pins", do="add the node to the pins")
+    return proof_claim(proof, sender, reader)
+
+
+def recompute(
+    deployment: Deployment,
+    batch_size: int,
+    wanted: Sequence[tuple[Round, Sequence[int]]],
+    received: Sequence[Sequence[Record]] = (),
+) -> list[list[Record]]:
+    """Return the records of nonces of several rounds, from batches that they fill together.
+
+    Args:
+        deployment: Model that recomputes.
+        batch_size: Rows of a batch.
+        wanted: Rounds with their nonces; a round may stand there several times, as several objects.
+        received: Records of these nonces as the nodes claim them, which tokens are replayed from.
+    """
+    found: dict[tuple[int, int], Record] = {}
+    claimed = {
+        (id(round), record.nonce): record
+        for (round, _), records in zip(wanted, received, strict=False)
+        for record in records
+        if isinstance(record, TokenRecord)
+    }
+    for pack, places in packs([(round, nonce) for round, nonces in wanted for nonce in nonces]):
+        if claimed:
+            rows = enumerate(claimed[id(round), nonce] for round, nonce in pack.rows)
+            batches = deployment.recompute(pack, batch_size, [replace(row, nonce=place) for place, row in rows])
+        else:
+            batches = deployment.compute(pack, batch_size, places)
+        records = [record for batch in batches for record in batch]
+        for (round, nonce), record in zip(pack.rows, records, strict=True):
+            found[id(round), nonce] = record
+    return [[found[id(round), nonce] for nonce in nonces] for round, nonces in wanted]
+
+
+def account_of(public_key: str, registry: Registry) -> Account:
+    """Return the account of a node on its present build."""
+    sender = registry.sender(public_key)
+    build = build_name(sender.build) if sender is not None else ""
+    return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
+
+
+@lru_cache(maxsize=2**16)
+def account_id(account: Account) -> str:
+    """Return sixteen hexadecimal digits that stand for an account in addresses."""
+    return hashlib.sha256(dumps(vars(account)).encode()).hexdigest()[:16]

@@ -1,0 +1,280 @@
+"""The judge: received values against recomputed ones of the same nonces, and how far honest engines differ."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from assay import stats
+from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import DistanceRecord, Header, Record, TokenRecord, VectorRecord
+from assay.poc.verdict.noise import Noise, sequential_test
+from assay.stats import sequential
+
+P_FLIP = 5e-4
+"""Honest mismatch rate of distances that the published rule assumes."""
+COUNT_ALPHA = 0.01
+"""Level of the published count test."""
+DIST_THRESHOLD = 0.02
+"""Distance of two vectors above which the published rule counts a mismatch."""
+P_MISMATCH = 0.001
+"""Honest mismatch rate of vectors that the published rule assumes."""
+
+LARGEST_MARGIN = 4.0
+"""What a token counts for at most: as much as the largest squared distance of two unit vectors."""
+
+Outcome = sequential.Verdict | Literal["faulty"]
+"""A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
+
+EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
+"""What a command exits with, by verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The result of a verification.
+
+    Args:
+        verdict: Outcome of the sequential test, or faulty.
+        reason: Numbers that decided, in one sentence.
+        checked: Number of recomputed nonces.
+        proved: Number of nonces in the proof.
+        sequential: Sequential test on the residuals (distances) or on their logarithms (vectors), those at bad places
+            left out.
+        places: Test of whether residuals depend on the place in the prover's batches.
+        count: Published rule: flips across r_target, or vectors further off than the threshold.
+        noise: Honest noise that was assumed, and where it comes from.
+        residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
+        nonces: Nonces that were checked.
+        sample_seed: Number that draws the same sample again.
+        header: Header of the proof, every value of which agrees with the pins.
+        pins: Values that the validator gave.
+    """
+
+    verdict: Outcome
+    reason: str
+    checked: int
+    proved: int
+    sequential: stats.SequentialResult
+    places: stats.PlaceTest
+    count: stats.CountTest
+    noise: Noise
+    residuals: tuple[float, ...]
+    nonces: tuple[int, ...]
+    sample_seed: int
+    header: Header
+    pins: Pins
+
+    @property
+    def honest(self) -> bool:
+        """Whether the verdict is honest."""
+        return self.verdict == "honest"
+
+    @property
+    def fraud(self) -> bool:
+        """Whether the verdict is fraud."""
+        return self.verdict == "fraud"
+
+    @property
+    def unpinned(self) -> tuple[str, ...]:
+        """Names of the values that were taken on the prover's word, by the names of :class:`Pins`."""
+        return self.pins.unpinned(self.header)
+
+    @property
+    def exit_code(self) -> int:
+        """0 for an honest proof of which nothing was taken on the prover's word, 1 for fraud, 2 for anything else."""
+        return 2 if self.honest and self.unpinned else EXIT_CODES[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the verdict as JSON-ready values; a residual that is not a number is null."""
+        header = self.header
+        values = self.__dict__ | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
+        values |= {"noise": self.noise.as_dict()}
+        del values["places"]["set_aside"]
+        values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
+        del values["header"], values["pins"]
+        stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
+        stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
+        believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
+        return {"schema": "assay.poc.verdict/1", **values, **stated, **believed}
+
+
+def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
+    """Return received minus recomputed distance, the L2 distance of the vectors, or that of tokens, [N] in float64.
+
+    That of tokens is √(mean ‖u − v‖² + mean d), u and v the two sketches of a state and d, at most 4, how far the score
+    of a token is below the best one where it was replayed. Noise m times larger makes each of the two m² times larger.
+
+    A missing or non-finite value gives NaN, which every test counts as a mismatch.
+    """
+    return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
+
+
+def judge(
+    proof: Proof,
+    received: Sequence[Record],
+    recomputed: Sequence[Record],
+    noise: Noise,
+    *,
+    pins: Pins | None = None,
+    test: stats.SequentialTest | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """Judge received records against recomputed ones of the same nonces.
+
+    Args:
+        proof: Proof that the received records are a sample of.
+        received: Records of the sample.
+        recomputed: Records of the same nonces in the same order.
+        noise: Honest noise between the two engines.
+        pins: Values that the validator gave, with which the header agrees; nothing when None.
+        test: Fresh test that takes the residuals; one of the honest law at the usual error rates when None.
+        seed: Number that drew the sample.
+    """
+    header = proof.header
+    errors = residuals(received, recomputed)
+    nonces = tuple(record.nonce for record in received)
+    outcome, result, places = judge_residuals(
+        errors,
+        noise,
+        test=test or sequential_test(noise),
+        positions=positions_of(header, nonces),
+        batch_size=header.fingerprint.batch_size,
+    )
+    if header.pipeline.output != "distance":
+        count = count_mismatches(errors)
+    else:
+        pairs = [
+            (a.distance, b.distance)
+            for a, b in zip(received, recomputed, strict=True)
+            if isinstance(a, DistanceRecord) and isinstance(b, DistanceRecord) and header.is_valid(a)
+        ]
+        count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
+    return Verdict(
+        verdict=outcome,
+        reason="; ".join(filter(None, [_reason(outcome, result, places), noise.caution])),
+        checked=len(received),
+        proved=proof.footer.records,
+        sequential=result,
+        places=places,
+        count=count,
+        noise=noise,
+        residuals=tuple(float(value) for value in errors),
+        nonces=nonces,
+        sample_seed=seed,
+        header=header,
+        pins=pins or Pins(),
+    )
+
+
+def _residual(a: Record, b: Record) -> float:
+    if isinstance(a, DistanceRecord) and isinstance(b, DistanceRecord):
+        return a.distance - b.distance
+    if isinstance(a, VectorRecord) and isinstance(b, VectorRecord) and a.vector.shape == b.vector.shape:
+        return float(np.linalg.norm(a.vector.astype(np.float64) - b.vector.astype(np.float64)))
+    if isinstance(a, TokenRecord) and isinstance(b, TokenRecord) and a.sketches.shape == b.sketches.shape:
+        return _token_residual(a, b)
+    return math.nan
+
+
+def _token_residual(received: TokenRecord, replayed: TokenRecord) -> float:
+    if replayed.margins is None:  # not a replay of these tokens
+        return math.nan
+    apart = received.sketches.astype(np.float64) - replayed.sketches.astype(np.float64)
+    margins = np.minimum(replayed.margins.astype(np.float64), LARGEST_MARGIN)
+    return math.sqrt(np.square(apart).sum(axis=1).mean() + margins.mean())
+
+
+def judge_residuals(
+    errors_N: npt.NDArray[np.float64],
+    noise: Noise,
+    *,
+    test: stats.SequentialTest,
+    positions: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> tuple[Outcome, stats.SequentialResult, stats.PlaceTest]:
+    """Judge residuals, with those at faulty places of the batch apart from the others.
+
+    A machine that is wrong at certain places only is faulty and not a cheat. The residuals at its bad places are set
+    aside, and the others are judged as always: where they accuse, the verdict is fraud. Where a dependence on the place
+    is only suspected, large residuals that the suspicion covers are not yet called fraud.
+
+    Args:
+        errors_N: Residuals in the order in which they were checked; NaN for a missing value.
+        noise: Honest noise.
+        test: Fresh test that takes the residuals.
+        positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
+        batch_size: Batch size that the prover states.
+
+    Returns:
+        The outcome, the numbers of the sequential test and those of the place test.
+    """
+    places = stats.place_test(
+        errors_N,
+        np.arange(len(errors_N)) if positions is None else np.asarray(positions),
+        batch_size=batch_size,
+        honest_size=noise.size,
+    )
+    if positions is None or not (places.faulty or places.suspected):
+        result = test.update(errors_N).result
+        return result.verdict, result, places
+    elsewhere = copy.deepcopy(test).update(errors_N[~places.set_aside]).result
+    if places.faulty:
+        return "fraud" if elsewhere.verdict == "fraud" else "faulty", elsewhere, places
+    result = test.update(errors_N).result
+    unsure = result.verdict == "fraud" and elsewhere.verdict != "fraud"
+    return "undecided" if unsure else result.verdict, result, places
+
+
+def positions_of(header: Header, nonces: Sequence[int]) -> list[int]:
+    """Return the index of every nonce in the sequence that the prover computed."""
+    places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
+    first, _, step = header.nonces[0]
+    return [places[nonce] if places else (nonce - first) // step for nonce in nonces]
+
+
+def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.PlaceTest) -> str:
+    where = f"{places.pattern} ({places.share:.0%} of the places), {places.ratio:.1f} times the others"
+    if outcome == "faulty":
+        return f"residuals are large at {where}, p = {places.p_value:.1g}: a faulty machine, not another computation"
+    if outcome == "fraud":
+        return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
+    if places.suspected and result.verdict == "fraud":
+        return f"large residuals may be a fault of the place, at {where}, p = {places.p_value:.1g}: check more nonces"
+    excluded = f"an invented share above {result.junk_share_excluded:.1%}"
+    if result.share_excluded is not None:
+        excluded = f"{result.share_excluded:.0%} computed cheaply and {excluded}"
+    if outcome == "honest":
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; it excludes {excluded}"
+    return (
+        f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
+        f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
+    )
+
+
+def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:
+    """Apply the published rule to nonces that were claimed valid.
+
+    A mismatch is a received distance at or above ``r_target``, or a recomputed one above it. A value
+    that is not finite is a mismatch. Fraud if a binomial test of the count against 5e-4 gives p < 0.01.
+    """
+    pairs = zip(received, recomputed, strict=True)
+    mismatches = sum(not (a < r_target and b <= r_target) for a, b in pairs)
+    return stats.count_test(mismatches, len(received), P_FLIP, COUNT_ALPHA)
+
+
+def count_mismatches(
+    distances: np.ndarray,
+    *,
+    threshold: float = DIST_THRESHOLD,
+    p_mismatch: float = P_MISMATCH,
+    alpha: float = COUNT_ALPHA,
+) -> stats.CountTest:
+    """Count vectors [N] whose L2 distance is above the threshold or not finite, and test the count."""
+    mismatches = int(np.count_nonzero(~(distances <= threshold)))
+    return stats.count_test(mismatches, len(distances), p_mismatch, alpha)

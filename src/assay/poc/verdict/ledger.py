@@ -1,0 +1,557 @@
+"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is taken."""
+
+import secrets
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.database import Database, damaged, tables
+from assay.files.jsonl import dumps, loads, read_lines
+from assay.files.storage import PartialFile
+from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.ledger_audit import AT_ONCE, Fault, LedgerAudit, audit_database, check_head, text_of
+from assay.poc.verdict.ledger_entries import (
+    ACCOUNTS,
+    LAWS,
+    LEDGER,
+    MIGRATIONS,
+    NOTHING,
+    REMEMBERED,
+    TABLES,
+    UPDATES,
+    Account,
+    Entry,
+    Genesis,
+    Progress,
+    Standing,
+    Update,
+    aside_reasons,
+    excluded_places,
+    lasting_fault,
+    make_entry,
+    number_of,
+    round_identity,
+    sha256,
+)
+from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
+
+# --------------------------------------------------------------------------------------------------
+# Ledgers as files of other validators: read without a change, exported as JSON Lines, and read back from those.
+#
+# An export begins with the beginning of the ledger and ends with its head. Between them stand the entries, byte for byte,
+# and before the first entry that was judged under a law, that law::
+#
+#     {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
+#     {"law":{…}}
+#     {"seq":1,"previous":"…",…}
+#     {"head":{"count":1,"hash":"…"}}
+
+MAGIC = b"SQLite format 3\0"
+_DO = "ask for the file again, or write one with `assay poc ledger export`"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A ledger to read: its own file, or an export in a database that is thrown away.
+
+    Args:
+        path: File that was named.
+        database: Database with the tables of the ledger.
+        stated: Head that an export ends with; None for a ledger, whose head is in the database.
+    """
+
+    path: Path
+    database: Database
+    stated: tuple[int, str] | None
+
+    def audit(self, head: str | None = None) -> LedgerAudit:
+        """Audit it.
+
+        Args:
+            head: Hash that was published, and must be in the chain.
+        """
+        found = audit_database(self.database, head=head, whole=self.stated is None)
+        if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
+            return found
+        reason = f"not there, or changed: the head names {self.stated[0]!s:.20} entries and {self.stated[1]:.80}"
+        return replace(found, faults=(Fault(entry=found.entries + 1, reason=reason),))
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a ledger or an export of one to read; the file stays as it is.
+
+    Raises:
+        DataError: It is neither; names the line.
+        StorageError: It cannot be read.
+    """
+    _, start = next(read_lines(path), (1, b""))
+    with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
+        if start.startswith(MAGIC):
+            if LEDGER.name not in tables(path, flag="ledger"):
+                raise _bad(str(path), "a database without a ledger")
+            database, stated = _open(path.parent, path.name, read_only=True), None
+        else:
+            database = _open(Path(folder), "copy.sqlite3", read_only=False)
+            stated = _read_export(path, database)
+        try:
+            yield Source(path, database, stated)
+        finally:
+            database.close()
+
+
+def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
+    """Audit a ledger or an export of one, which stays as it is: every hash, every place and every verdict.
+
+    Args:
+        path: File of the ledger, or export.
+        head: Hash of the head that was published once; entries up to it must still be there.
+
+    Raises:
+        UsageError: The head cannot be one.
+        DataError: The file is neither.
+        StorageError: The file cannot be read.
+    """
+    check_head(head)
+    with open_source(Path(path)) as source:
+        return source.audit(head)
+
+
+def export_ledger(database: Database, path: Path, *, overwrite: bool = False) -> tuple[int, str]:
+    """Write a ledger as JSON Lines, with everything that an audit elsewhere needs; return its head.
+
+    Raises:
+        UsageError: The file exists and ``overwrite`` is not set.
+        StorageError: The file cannot be written.
+    """
+    with PartialFile(path, overwrite=overwrite) as out, database.read() as connection:
+        out.restart()
+        genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
+        out.append_lines([text_of(genesis)])
+        known = set[str]()
+        query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
+        for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
+            lines = []
+            for law, entry in rows:
+                if law not in known:
+                    known.add(law)
+                    text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+                    lines.append(_law_line(text))
+                lines.append(text_of(entry))
+            out.append_lines(lines)
+        out.append({"head": {"count": count, "hash": hash}})
+        out.commit()
+    return int(count), str(hash)
+
+
+def _open(folder: Path, name: str, *, read_only: bool) -> Database:
+    steps = MIGRATIONS if read_only else TABLES
+    return Database(folder, name=name, migrations=steps, exclusive=False, read_only=read_only, flag="ledger")
+
+
+def _read_export(path: Path, database: Database) -> tuple[int, str]:
+    """Fill empty tables with the lines of an export, in their order; return the head that it ends with."""
+    lines = read_lines(path)
+    number, line = next(lines, (1, b""))
+    genesis = Genesis.parse(_text(line, path, number), f"{path}, line {number}")
+    seq, hash, stated = 0, genesis.hash, None
+    with database.write() as connection:
+        for number, line in lines:
+            source, text = f"{path}, line {number}", _text(line, path, number)
+            if stated is not None:
+                raise _bad(source, "a line after the head")
+            if text.startswith('{"law":'):
+                law = dumps(loads(text, source)["law"])
+                if text != _law_line(law):
+                    raise _bad(source, "a law that is not in the form in which it is written")
+                connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
+            elif text.startswith('{"head":'):
+                stated = _head(text, source)
+            else:
+                entry = Entry.parse(text, source)
+                seq, hash = seq + 1, sha256(text)
+                _insert(connection, seq, entry, text, hash, source)
+        connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=seq, hash=hash))
+    if stated is None:
+        raise _bad(f"{path}, line {number}", "the end of the file, where its head should be")
+    return stated
+
+
+def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: str, source: str) -> None:
+    connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(entry.owner)))
+    account = connection.execute(number_of(entry.owner)).scalar_one()
+    columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
+    try:
+        connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": hash}))
+    except sa.exc.IntegrityError as error:
+        raise _bad(source, f"a law that no line before it gives, or a name given twice ({error.orig})") from None
+
+
+def _head(text: str, source: str) -> tuple[int, str]:
+    head = loads(text, source)["head"]
+    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
+    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
+        raise _bad(source, "a head without a count and a hash")
+    return head["count"], head["hash"]
+
+
+def _law_line(law: str) -> str:
+    return f'{{"law":{law}}}'
+
+
+def _text(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise _bad(f"{path}, line {number}", "bytes that are not UTF-8") from None
+
+
+def _bad(source: str, reason: str) -> DataError:
+    return DataError(f"{source}: {reason}", wanted="a ledger, or an export of one", do=_DO)
+
+
+ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
+LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
+ROUNDS = 1024  # sets of nonces of an account in a round, likewise
+
+
+class Ledger:
+    """The evidence of every audit of every node, one e-process per account, on disk before anything is acknowledged.
+
+    Several processes may write to one file. A nonce counts once per account and round: of a proof that is checked
+    twice, the nonces that were checked before are recorded and do not count.
+
+    Args:
+        path: File of the ledger. It is created if it does not exist.
+        alpha: Bound on the chance that an honest node is ever accused, in its whole life; that of the file when None,
+            and .001 for a new one.
+        beta: Bound on the chance that a cheater is called honest; that of the file when None, and .01 for a new one.
+        read_only: Whether the file must exist and stay as it is.
+
+    Raises:
+        UsageError: The file is no ledger, or was begun at other error rates.
+        StorageError: The file cannot be read or written.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> proof = assay.poc.prove(model, round, range(32))
+        >>> with assay.poc.verdict.Ledger("ledger.sqlite3") as ledger:
+        ...     for _ in range(2):
+        ...         verdict = assay.poc.verify(proof, model, expect=round)
+        ...         standing = ledger.record(verdict, proof=proof.footer.sha256)
+        ...         print(standing.verdict, standing.audits, standing.recorded, standing.evidence.n)
+        honest 1 32 32
+        honest 2 64 32
+    """
+
+    def __init__(
+        self, path: str | Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self._find_change = f"find what was changed: assay poc ledger audit {path}"
+        check_ledger(self.path, read_only=read_only)
+        self._db = Database(
+            self.path.parent,
+            name=self.path.name,
+            migrations=MIGRATIONS,
+            exclusive=False,
+            read_only=read_only,
+            flag=_flag(read_only=read_only),
+        )
+        self._appending = threading.Lock()
+        self._states: OrderedDict[int, Progress] = OrderedDict()
+        self._seen: OrderedDict[tuple[int, str], tuple[int, set[int]]] = OrderedDict()
+        self._noises: OrderedDict[str, AnyNoise] = OrderedDict()
+        try:
+            if not read_only:
+                self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
+            self.genesis = self._read_genesis()
+            for name, wanted in (("alpha", alpha), ("beta", beta)):
+                begun = getattr(self.genesis, name)
+                if wanted is not None and wanted != begun:
+                    raise UsageError(
+                        f"{name} {wanted:g} for the ledger {self.path}",
+                        wanted=f"{begun:g}, at which it was begun: a life has one error rate",
+                        do=f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin another ledger",
+                    )
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, alpha: float, beta: float) -> None:
+        with self._db.write() as connection:
+            if connection.execute(sa.select(LEDGER.c.id)).first() is None:
+                if not (0 < alpha < 1 and 0 < beta < 1):
+                    raise UsageError(
+                        f"alpha {alpha}, beta {beta}", wanted="two rates in (0, 1)", do="pass --alpha 0.001"
+                    )
+                made = Genesis(id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta)
+                row = {"id": 1, "genesis": made.line, "count": 0, "hash": made.hash}
+                connection.execute(LEDGER.insert().values(row))
+
+    def _read_genesis(self) -> Genesis:
+        with self._db.read() as connection:
+            text = connection.execute(sa.select(LEDGER.c.genesis)).scalar()
+        return Genesis.parse(text_of(text), f"{self.path}, the beginning")
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """Number of entries, and the hash that stands for all of them: publish it, and ``audit`` holds you to it."""
+        with self._db.read() as connection:
+            return self._head(connection)
+
+    def _head(self, connection: sa.Connection) -> tuple[int, str]:
+        count, hash = connection.execute(sa.select(LEDGER.c.count, LEDGER.c.hash)).one()
+        query = sa.select(UPDATES.c.seq, UPDATES.c.hash).order_by(UPDATES.c.seq.desc()).limit(1)
+        last = connection.execute(query).first() or (0, self.genesis.hash)
+        if (count, hash) != tuple(last):
+            raise DataError(
+                f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}",
+                wanted="a ledger that nothing but assay has written to",
+                do=self._find_change,
+            )
+        return int(count), str(hash)
+
+    def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
+        """Add the evidence of a verdict, and return what the whole life of the node says now.
+
+        Nonces at places of the batch that are faulty are recorded and do not count. Those at places that are suspected
+        to be do not accuse, but the life is not honest against them.
+
+        Args:
+            verdict: Verdict on a sample of a proof.
+            proof: SHA-256 of the proof: that of its footer.
+            build: Name of the prover's build; when None, that of the pinned build that its fingerprint is of, or the
+                number format where none is pinned. Everything else in a fingerprint is the prover's word, and a new
+                word must not begin a new life.
+
+        Raises:
+            UsageError: A value is out of range.
+            DataError: The ledger was changed by something else; an audit names the place.
+            StorageError: The entry is not on disk, and nothing has changed.
+        """
+        header, places = verdict.header, verdict.places
+        account = Account(
+            public_key=header.round.public_key,
+            digest=header.digest,
+            build=verdict.pins.build_of(header.fingerprint) if build is None else build,
+            preset=header.pipeline.name,
+        )
+        update = Update(
+            account=account,
+            round=round_identity(header.round),
+            block_hash=header.round.block_hash,
+            noise=verdict.noise,
+            nonces=verdict.nonces,
+            residuals=verdict.residuals,
+            proof=proof,
+            sample_seed=verdict.sample_seed,
+            excluded=aside_reasons(verdict.nonces, places),
+            fault=places.pattern if places.faulty else None,
+        )
+        return self.append([update])[0]
+
+    def append(self, updates: Iterable[Update]) -> list[Standing]:
+        """Add the evidence of audits, all or none of them; return the standing of the account after each.
+
+        Raises:
+            UsageError: A value is out of range.
+            DataError: The ledger was changed by something else; an audit names the place.
+            StorageError: The entries are not on disk, and nothing has changed.
+        """
+        with self._appending:
+            try:
+                with self._db.write() as connection:
+                    return [self._add(connection, update) for update in updates]
+            except BaseException:
+                # What is in memory may hold values that are not on disk: it is rebuilt when it is needed.
+                self._states.clear()
+                self._seen.clear()
+                raise
+
+    def _add(self, connection: sa.Connection, update: Update) -> Standing:
+        named = sa.select(UPDATES.c.account, ACCOUNTS.c.public_key).where(UPDATES.c.name == update.name)
+        known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
+        if update.name is not None and (row := connection.execute(known).first()):
+            if row.public_key != update.account.public_key:
+                raise UsageError(
+                    f"a second update {update.name!r:.80}", wanted="a name for each", do="name it after its proof"
+                )
+            # Perhaps under another build, where a validator was stopped after this and its pins were changed.
+            return self._standing(connection, row.account)
+        account = self._account(connection, update.account)
+        state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
+        count, previous = self._head(connection)
+        law = dumps(update.noise.as_dict())
+        connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
+        values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": sha256(law)}
+        values |= {"excluded": excluded_places(update.nonces, seen, update.excluded), "outcome": NOTHING}
+        entry = make_entry(update, values)
+        # The noise is read back from the law, as an audit reads it.
+        entry = entry.model_copy(update={"outcome": state.take(entry, self._noise(connection, entry.law))})
+        columns = {"seq": entry.seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
+        connection.execute(UPDATES.insert().values(columns | {"entry": entry.line, "hash": entry.hash}))
+        connection.execute(LEDGER.update().values(count=entry.seq, hash=entry.hash))
+        seen.update(entry.nonces)
+        self._seen[account, update.round] = (entry.seq, seen)
+        return self._standing(connection, account)
+
+    def _account(self, connection: sa.Connection, account: Account) -> int:
+        found = connection.execute(number_of(account)).scalar()
+        if found is None:
+            connection.execute(ACCOUNTS.insert().values(**vars(account)))
+            found = connection.execute(number_of(account)).scalar_one()
+        return int(found)
+
+    def _state(self, connection: sa.Connection, account: int) -> Progress:
+        """Return the state of an account after its last entry, of which another process may have written some."""
+        state = self._states.setdefault(account, Progress(self.genesis))
+        self._states.move_to_end(account)
+        if len(self._states) > LIVES:
+            self._states.popitem(last=False)
+        for entry in self._entries(connection, (UPDATES.c.account == account) & (UPDATES.c.seq > state.last)):
+            state.take(entry, self._noise(connection, entry.law))
+        return state
+
+    def _nonces(self, connection: sa.Connection, account: int, round: str) -> set[int]:
+        """Return the nonces of a round that an account has entries of."""
+        last, seen = self._seen.setdefault((account, round), (0, set()))
+        self._seen.move_to_end((account, round))
+        if len(self._seen) > ROUNDS:
+            self._seen.popitem(last=False)
+        same = (UPDATES.c.account == account) & (UPDATES.c.round == round)
+        for entry in self._entries(connection, same & (UPDATES.c.seq > last)):
+            seen.update(entry.nonces)
+        return seen
+
+    def _noise(self, connection: sa.Connection, law: str) -> AnyNoise:
+        if law not in self._noises:
+            text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+            self._noises[law] = noise_from_dict(loads(text, f"{self.path}, law {law[:12]}"))
+            if len(self._noises) > LIVES:
+                self._noises.popitem(last=False)
+        return self._noises[law]
+
+    def _entries(self, connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> Iterator[Entry]:
+        query = sa.select(UPDATES.c.seq, UPDATES.c.entry).where(chosen).order_by(UPDATES.c.seq)
+        for seq, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+            try:
+                yield Entry.parse(text_of(text), f"{self.path}, entry {seq!r:.20}")
+            except AssayError as error:
+                raise DataError(error.seen, wanted=error.wanted, do=self._find_change) from None
+
+    def accounts(self) -> list[Account]:
+        """Return all accounts, in the order in which their lives began."""
+        names = [ACCOUNTS.c[name] for name in Account.__dataclass_fields__]
+        with self._db.read() as connection:
+            return [Account(**row._mapping) for row in connection.execute(sa.select(*names).order_by(ACCOUNTS.c.id))]
+
+    def standing(self, account: Account) -> Standing | None:
+        """Return what the ledger says of an account, or None where it has no entry."""
+        with self._db.read() as connection:
+            found = connection.execute(number_of(account)).scalar()
+            return None if found is None else self._standing(connection, found)
+
+    def standings(self) -> Iterator[Standing]:
+        """Iterate over the standing of every account, in the order in which their lives began."""
+        with self._db.read() as connection:
+            for (account,) in connection.execute(sa.select(ACCOUNTS.c.id).order_by(ACCOUNTS.c.id)).all():
+                yield self._standing(connection, account)
+
+    def entries(self, account: Account, *, newest: int | None = None) -> Iterator[Entry]:
+        """Iterate over the entries of an account, the oldest first.
+
+        Args:
+            account: Account.
+            newest: Number of entries at the end; all when None.
+        """
+        with self._db.read() as connection:
+            chosen = UPDATES.c.account == number_of(account).scalar_subquery()
+            if newest is not None:
+                last = sa.select(UPDATES.c.seq).where(chosen).order_by(UPDATES.c.seq.desc()).limit(newest)
+                chosen = UPDATES.c.seq.in_(last)
+            yield from self._entries(connection, chosen)
+
+    def _standing(self, connection: sa.Connection, account: int) -> Standing:
+        own = UPDATES.c.account == account
+        first = sa.select(sa.func.min(UPDATES.c.seq)).where(own).scalar_subquery()
+        last = sa.select(UPDATES.c.seq).where(own).order_by(UPDATES.c.seq.desc()).limit(REMEMBERED)
+        entries = list(self._entries(connection, (UPDATES.c.seq == first) | UPDATES.c.seq.in_(last)))
+        begun, now = entries[0], entries[-1]
+        return Standing(
+            account=now.owner,
+            evidence=now.evidence,
+            audits=now.outcome.audits,
+            recorded=now.outcome.recorded,
+            begun=begun.time,
+            last=now.time,
+            fault=lasting_fault(entries[-REMEMBERED:]),
+        )
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
+        """Write everything that an audit elsewhere needs as JSON Lines; return the head.
+
+        Args:
+            path: File to write.
+            overwrite: Whether a file of that name may be replaced.
+
+        Raises:
+            UsageError: The file exists and ``overwrite`` is not set.
+            StorageError: It cannot be written.
+        """
+        return export_ledger(self._db, Path(path), overwrite=overwrite)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False) -> None:
+    """Refuse a path at which there is something other than such a ledger, before anything is written to it.
+
+    Args:
+        path: File of the ledger.
+        alpha: Rate of accusing an honest node at which a ledger that is there must have been begun; any when None.
+        beta: Rate of passing a cheater, likewise.
+        read_only: Whether the file must exist.
+
+    Raises:
+        UsageError: The file is no ledger, or was begun at other error rates.
+        StorageError: It cannot be read, or is no SQLite file, or a table of the ledger is missing.
+    """
+    regular = path.is_file()  # SQLite waits without end for a pipe
+    found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
+    if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
+        raise UsageError(
+            f"no ledger at {path}",
+            wanted="a file that `assay poc verify --ledger` began",
+            do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
+        )
+    if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
+        # What stands in its place may be anything, such as a view without an end.
+        raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
+    if LEDGER.name in found and (alpha, beta) != (None, None):
+        Ledger(path, alpha=alpha, beta=beta).close()
+
+
+def _flag(*, read_only: bool) -> str:
+    """Return what errors call the file: commands that only read a ledger have no flag for it."""
+    return "ledger" if read_only else "--ledger"

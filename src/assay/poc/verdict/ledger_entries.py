@@ -1,0 +1,476 @@
+"""The entries of a ledger: what is written of one audit, in one form whose hash the next entry holds.
+
+An entry is one line of canonical JSON. It names its place, the hash of the entry before it, the account, the evidence
+and the outcome; its own hash is the SHA-256 of the line. So nothing in it can change, and no entry can leave its place,
+without another hash in every entry that follows.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, Self
+
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from assay import stats
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import dumps
+from assay.poc.protocol.round import MAX_NONCE, Round
+from assay.poc.verdict.life import Evidence, Life
+from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
+from assay.stats.sequential import Verdict
+
+REPEATED = "repeated"
+"""Why a nonce does not count that this account has an entry of already, in the same round."""
+
+FAULTY = "faulty place"
+"""Why a nonce does not count that stands at a place of the batch where residuals are large."""
+
+SUSPECTED = "suspected place"
+"""Why a nonce counts for nothing but against honesty: too few were checked to show that its place is a faulty one."""
+
+MOST_NONCES = 2**18  # of one entry
+MOST_PROFILES = 2**25  # characters of the profiles of one response
+LARGEST_SEED = 2**256
+RESPONSES = "responses"
+"""What stands for the preset in the account of responses."""
+
+Text = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Account:
+    """Whose life an e-process runs over.
+
+    Args:
+        public_key: Key of the node.
+        digest: SHA-256 of the tensors of the model.
+        build: Build of the prover: a name that the validator gave, or the number format where it gave none.
+        preset: Preset of the proofs.
+    """
+
+    public_key: str
+    digest: str
+    build: str
+    preset: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one audit found, on its way into a ledger.
+
+    Args:
+        account: Account of the node.
+        round: Identity of the round, by :func:`round_identity`; a nonce counts once in it.
+        block_hash: Block of the round.
+        noise: Honest noise that the residuals are judged under, chosen without a look at them.
+        nonces: Nonces that were checked.
+        residuals: Residual of each; NaN or an infinity for a value that is missing. Of a response, whose nonces are its
+            blocks of 32 tokens, the distances of the sketches.
+        profiles: Profiles of the tokens of a response, by :attr:`ResponseBlocks.text`; None without tokens.
+        proof: SHA-256 of the proof; None for evidence that is no proof.
+        sample_seed: Number that drew the nonces; None where they were not drawn by one.
+        excluded: Reasons why some of the nonces must not count, by nonce.
+        fault: Pattern of a fault that the audit found; None without one.
+        name: Name of the update: another one of that name changes nothing, so a sender may repeat it safely.
+    """
+
+    account: Account
+    round: str
+    block_hash: str
+    noise: AnyNoise
+    nonces: Sequence[int]
+    residuals: Sequence[float]
+    profiles: str | None = None
+    proof: str | None = None
+    sample_seed: int | None = None
+    excluded: Mapping[int, str] = field(default_factory=dict)
+    fault: str | None = None
+    name: str | None = None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Self:
+        """Read canonical JSON.
+
+        Raises:
+            DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
+        """
+        try:
+            made = cls.model_validate_json(text)  # what it forgives, such as a key given twice, has another form
+        except ValidationError as error:
+            raise _malformed(source, error) from None
+        if made.line != text:
+            raise DataError(
+                f"{source}: not in the form in which it is written",
+                wanted=f"{made.line:.60}…",
+                do="ask for the file again, byte for byte",
+            )
+        return made
+
+    @property
+    def line(self) -> str:
+        """The canonical JSON."""
+        return dumps(self.model_dump())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the line."""
+        return sha256(self.line)
+
+
+class Genesis(_Model):
+    """The beginning of a ledger, which its first entry names as the one before it.
+
+    Args:
+        kind: Kind of file.
+        version: Version of the form.
+        id: Random digits that tell ledgers apart.
+        created: Time at which the ledger was begun, in seconds.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheater is called honest.
+    """
+
+    kind: Literal["assay.poc.ledger"] = "assay.poc.ledger"
+    version: Literal[1] = 1
+    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
+    created: Annotated[float, Field(ge=0)]
+    alpha: Chance
+    beta: Chance
+
+
+class Holder(_Model):
+    """An account, as an entry names it."""
+
+    public_key: Name
+    digest: Name
+    build: Name
+    preset: Name
+
+
+class EntryOutcome(_Model):
+    """The state of the account after an entry: the fields of :class:`Evidence`, with two counts.
+
+    Args:
+        audits: Number of entries of the account, this one included.
+        recorded: Number of nonces in them, those that do not count included.
+    """
+
+    audits: Count
+    recorded: Count
+    verdict: Literal["honest", "fraud", "undecided"]
+    n: Count
+    tests: Count
+    log_e_value: float
+    log_e_max: float
+    log_evidence_honest: float
+
+
+class Entry(_Model):
+    """One row of a ledger. The fields are those of :class:`Update`, with its place before and the outcome after."""
+
+    seq: Annotated[int, Field(ge=1, le=MAX_NONCE)]
+    previous: Hash
+    time: Annotated[float, Field(ge=0)]
+    name: Name | None
+    account: Holder
+    round: Name
+    block_hash: Text
+    proof: Hash | None
+    sample_seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None
+    law: Hash
+    nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
+    residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
+    profiles: Annotated[str, Field(max_length=MOST_PROFILES)] | None
+    excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
+    fault: Text | None
+    outcome: EntryOutcome
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        places = [place for place, _ in self.excluded]
+        if len(self.residuals) != len(self.nonces):
+            raise ValueError(f"{len(self.residuals)} residuals of {len(self.nonces)} nonces")
+        if any(place >= len(self.nonces) for place in places) or places != sorted(set(places)):
+            raise ValueError("excluded places that do not ascend or are not there")
+        if self.of_response:
+            ResponseBlocks.parse(self.residuals, self.profiles)
+        elif self.profiles is not None:
+            raise ValueError("profiles of tokens of what is no response")
+        return self
+
+    @property
+    def owner(self) -> Account:
+        """The account."""
+        return Account(**self.account.model_dump())
+
+    @property
+    def evidence(self) -> Evidence:
+        """The outcome."""
+        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}))
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Reasons why nonces do not count, by place."""
+        return dict(self.excluded)
+
+    @property
+    def of_response(self) -> bool:
+        """Whether the nonces are blocks of a response."""
+        return self.account.preset == RESPONSES
+
+    @property
+    def counted(self) -> list[float] | ResponseBlocks:
+        """Residuals that count, NaN for missing ones, in their order; or the evidence of a response that does."""
+        out = self.reasons
+        if self.of_response:
+            return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
+        return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
+
+    @property
+    def doubted(self) -> list[float]:
+        """Residuals at places that are only suspected, NaN for missing ones: they do not accuse, and speak for no one.
+
+        Otherwise a node that cheats at half of its places, and shows too few nonces at a time for a fault, would be
+        judged by the other half alone.
+        """
+        if self.of_response:
+            return []
+        chosen = (self.residuals[place] for place, reason in self.excluded if reason == SUSPECTED)
+        return [math.nan if x is None else x for x in chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a ledger says of an account.
+
+    Args:
+        account: Account.
+        evidence: Evidence after its last entry.
+        audits: Number of its entries.
+        recorded: Number of nonces in them, those that do not count included.
+        begun: Time of its first entry, in seconds.
+        last: Time of its last entry, in seconds.
+        fault: Pattern of a fault of the place that one of the last audits found; None without one, or once a later
+            audit of as many nonces found none.
+    """
+
+    account: Account
+    evidence: Evidence
+    audits: int
+    recorded: int
+    begun: float
+    last: float
+    fault: str | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict over the whole life."""
+        return self.evidence.verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        rest = {name: value for name, value in self.__dict__.items() if name not in ("account", "evidence")}
+        return {**asdict(self.account), **asdict(self.evidence), **rest}
+
+
+REMEMBERED = 16
+"""Last audits of an account in which a fault of the place is looked for."""
+
+
+def lasting_fault(entries: Sequence[Entry]) -> str | None:
+    """Return the fault that entries of an account, the oldest first, leave open.
+
+    A later audit of fewer nonces that finds none refutes nothing: it may have missed the bad places.
+    """
+    most = 0
+    for entry in reversed(entries):
+        if entry.fault is not None and len(entry.nonces) > most:
+            return entry.fault
+        most = max(most, len(entry.nonces))
+    return None
+
+
+class Progress:
+    """The state of one account while its entries are taken one after the other.
+
+    Args:
+        genesis: Beginning of the ledger.
+    """
+
+    def __init__(self, genesis: Genesis) -> None:
+        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+        self.audits = self.recorded = self.last = 0
+
+    def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
+        """Take the residuals of an entry that count, and return the outcome."""
+        self.life.update(noise, entry.counted, doubted=entry.doubted)
+        self.audits += 1
+        self.recorded += len(entry.nonces)
+        self.last = entry.seq
+        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
+
+
+NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
+
+
+def round_identity(round: Round) -> str:
+    """Return what makes two nonces of one key the same computation: SHA-256 of block, preset, length and seed bits."""
+    names = ("block_hash", "preset", "seq_len", "strength")
+    return sha256(dumps({name: getattr(round, name) for name in names}))
+
+
+def response_identity(seed_text: str) -> str:
+    """Return what stands for the round where the nonces are blocks of a response: SHA-256 of its seed text."""
+    return sha256(f"{RESPONSES}:{seed_text}")
+
+
+def sha256(text: str) -> str:
+    """Return the SHA-256 of a text in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def excluded_places(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Return the places of nonces that do not count, with the reason: repeated ones, and those that were named.
+
+    Args:
+        nonces: Nonces of one audit.
+        seen: Nonces that the account has entries of, in the same round.
+        given: Reasons by nonce.
+    """
+    before, found = set(seen), []
+    for place, nonce in enumerate(nonces):
+        reason = REPEATED if nonce in before else given.get(nonce)
+        if reason is not None:
+            found.append((place, reason))
+        before.add(nonce)
+    return found
+
+
+def aside_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
+    """Return the reasons why nonces that a place test sets aside do not count, by nonce.
+
+    Args:
+        nonces: Nonces of one audit, in the order of the test.
+        places: Test of whether their residuals depend on the place in the batch.
+    """
+    reason = FAULTY if places.faulty else SUSPECTED
+    return {nonce: reason for nonce, aside in zip(nonces, places.set_aside, strict=True) if aside}
+
+
+def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
+    """Return the entry of an update.
+
+    Args:
+        update: What one audit found.
+        values: Fields that the ledger adds.
+
+    Raises:
+        UsageError: A value of the update is not what an entry may hold.
+    """
+    names = ("name", "round", "block_hash", "proof", "sample_seed", "fault", "profiles")
+    taken: dict[str, Any] = {name: getattr(update, name) for name in names}
+    taken["account"] = asdict(update.account)
+    taken["nonces"] = [int(nonce) for nonce in update.nonces]
+    taken["residuals"] = [float(x) if math.isfinite(x) else None for x in update.residuals]
+    try:
+        return Entry.model_validate(taken | dict(values))
+    except ValidationError as error:
+        fault = _malformed("an update", error)
+        raise UsageError(fault.seen, wanted=fault.wanted, do="correct it before it is recorded") from None
+
+
+def _malformed(source: str, error: ValidationError) -> DataError:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    return DataError(
+        f"{source}: {place or 'the whole'}: {fault['msg']:.200}",
+        wanted="an entry as assay writes it",
+        do="ask for the file again, or make it anew",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The tables of a ledger, as the list of steps that lead to them. A step, once released, is never edited.
+#
+# The columns beside ``entry`` repeat what it holds, for searching; an audit compares them.
+
+
+def _never(table: str, what: str) -> str:
+    return f"""CREATE TRIGGER {table}_never_{what.lower()} BEFORE {what} ON {table}
+        BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
+
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE ledger (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            genesis TEXT NOT NULL, count INTEGER NOT NULL, hash TEXT NOT NULL
+        )""",
+        "CREATE TABLE laws (hash TEXT PRIMARY KEY, law TEXT NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE accounts (
+            id INTEGER PRIMARY KEY,
+            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
+            UNIQUE (public_key, digest, build, preset)
+        )""",
+        """CREATE TABLE updates (
+            seq INTEGER PRIMARY KEY,
+            account INTEGER NOT NULL REFERENCES accounts (id),
+            round TEXT NOT NULL, name TEXT UNIQUE,
+            law TEXT NOT NULL REFERENCES laws (hash),
+            entry TEXT NOT NULL, hash TEXT NOT NULL
+        )""",
+        "CREATE INDEX updates_of_account ON updates (account, seq)",
+        "CREATE INDEX updates_of_round ON updates (account, round)",
+        *(_never(table, what) for table in ("laws", "accounts", "updates") for what in ("UPDATE", "DELETE")),
+        _never("ledger", "DELETE"),
+        """CREATE TRIGGER updates_in_order BEFORE INSERT ON updates
+            WHEN NEW.seq IS NOT (SELECT count + 1 FROM ledger)
+            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
+        """CREATE TRIGGER ledger_counts_up BEFORE UPDATE ON ledger
+            WHEN NEW.count IS NOT OLD.count + 1 OR NEW.genesis IS NOT OLD.genesis
+            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
+        """CREATE VIEW evidence AS SELECT
+            seq, json_extract(entry, '$.time') AS time,
+            json_extract(entry, '$.account.public_key') AS public_key,
+            json_extract(entry, '$.account.digest') AS digest,
+            json_extract(entry, '$.account.build') AS build,
+            json_extract(entry, '$.account.preset') AS preset,
+            json_extract(entry, '$.block_hash') AS block_hash,
+            json_extract(entry, '$.proof') AS proof,
+            json_array_length(entry, '$.nonces') AS nonces,
+            json_array_length(entry, '$.excluded') AS excluded,
+            json_extract(entry, '$.outcome.verdict') AS verdict,
+            json_extract(entry, '$.outcome.log_e_value') AS log_e_value,
+            json_extract(entry, '$.outcome.log_e_max') AS log_e_max,
+            json_extract(entry, '$.outcome.log_evidence_honest') AS log_evidence_honest
+        FROM updates""",
+    ),
+)
+TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGER")) for step in MIGRATIONS)
+"""The steps without triggers, for a copy that is filled from an export."""
+
+
+def _table(name: str, *columns: str) -> sa.TableClause:
+    return sa.table(name, *map(sa.column, columns))
+
+
+LEDGER = _table("ledger", "id", "genesis", "count", "hash")
+LAWS = _table("laws", "hash", "law")
+ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
+UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
+
+
+def number_of(account: Account) -> sa.Select[Any]:
+    """Return the query of the number that an account has in a ledger."""
+    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
+    return sa.select(ACCOUNTS.c.id).where(same)

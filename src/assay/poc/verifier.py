@@ -1,0 +1,243 @@
+"""The verifier: recompute a sample of a proof, and judge the residuals."""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.models.load import Model
+from assay.poc.engines.base import Engine
+from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.engine import HFEngine, is_compiled
+from assay.poc.protocol.builds import FORMATS
+from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import Fingerprint, Header, Record, check_distinct_seeds
+from assay.poc.protocol.round import Round
+from assay.poc.prover import Progress, check_length, recompute
+from assay.poc.verdict.calibration import Calibration, noise_for
+from assay.poc.verdict.judge import Verdict, judge
+from assay.poc.verdict.noise import Noise, sequential_test
+
+DEFAULT_SAMPLE = 128
+
+# A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
+# bits, and no further.
+LARGEST_BATCH = 1024
+LARGEST_SHAPE = 2**18  # positions of a batch, for the same reason
+
+
+def verify(
+    proof: Proof,
+    model: Model,
+    *,
+    expect: Pins | Round | None = None,
+    prover_dtype: str | None = None,
+    sample: int | None = None,
+    seed: int | None = None,
+    calibration: Calibration | None = None,
+    engine: Engine | None = None,
+    alpha: float = 1e-3,
+    beta: float = 1e-2,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Recompute a sample of a proof's nonces and judge the whole.
+
+    The header of a proof is written by the prover. A proof that contradicts ``expect`` is refused. Whatever ``expect``
+    leaves open and is not at its published default is listed in :attr:`Verdict.unpinned`, and the exit code of an
+    honest verdict is then 2 instead of 0.
+
+    Args:
+        proof: Complete proof.
+        model: Same checkpoint on this machine; its dtype and device may differ from the prover's.
+        expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
+            does not pin the set of nonces and the number format.
+        prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
+            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration whose
+            builds of this model are all of one format, it is that.
+        sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
+        seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
+        calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
+        engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
+            1024 rows and 2**18 positions, or with the one that the calibration was measured with.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
+        progress: Function that is called with (nonces done, nonces in all) after every batch.
+
+    Returns:
+        The verdict, with the numbers that it follows from.
+
+    Raises:
+        ProofMismatch: The proof is of another checkpoint, contradicts ``expect``, is in another number format than
+            its preset has, or has nonces whose input seeds collide.
+        UsageError: The sample, the seed, an error rate or an expected value is out of range, or the engine is for
+            another number of positions.
+        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+        BadWeights: The model gives NaN or infinity.
+        OutOfMemory: The device has no room for a batch.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Pins, Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> proof = assay.poc.prove(model, round, range(32))
+        >>> verdict = assay.poc.verify(proof, model, expect=round)
+        >>> verdict.verdict, verdict.unpinned, verdict.exit_code
+        ('honest', (), 0)
+        >>> known = Pins(block_hash="block_alpha", public_key="node_A")
+        >>> verdict = assay.poc.verify(proof, model, expect=known)
+        >>> verdict.verdict, verdict.unpinned, verdict.exit_code
+        ('honest', ('seq_len',), 2)
+    """
+    header = proof.header
+    pins = check_proof(proof, expect=expect, prover_dtype=prover_dtype, sample=sample, calibration=calibration)
+    engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
+    test = sequential_test(noise, alpha=alpha, beta=beta)
+    seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
+    chosen = _draw(proof, sample, seed)
+    recomputed: list[Record] = []
+    for batch in recompute(header, engine, chosen):
+        recomputed.extend(batch)
+        if progress:
+            progress(len(recomputed), len(chosen))
+    return judge(proof, chosen, recomputed, noise, pins=pins, test=test, seed=seed)
+
+
+def check_proof(
+    proof: Proof,
+    *,
+    expect: Pins | Round | None = None,
+    prover_dtype: str | None = None,
+    sample: int | None = None,
+    calibration: Calibration | None = None,
+) -> Pins:
+    """Refuse a proof as far as that needs no model, and return what is pinned.
+
+    :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
+
+    Args:
+        proof: Complete proof.
+        expect: Values that the validator knows.
+        prover_dtype: Number format that the proof must state; the one in ``expect`` when None.
+        sample: Number of nonces that will be recomputed; 128, or all of a smaller proof, when None.
+        calibration: Measured honest noise that will be used.
+
+    Raises:
+        ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
+            nonces have colliding input seeds.
+        UsageError: The sample is larger than the proof, or an expected value is out of range.
+        CalibrationError: The calibration is of another model, preset or engine than the prover's.
+    """
+    header = proof.header
+    if header.fingerprint.dtype not in FORMATS:
+        raise ProofMismatch(
+            f"a proof in the number format {header.fingerprint.dtype!r:.40}",
+            wanted="one of " + ", ".join(FORMATS),
+            do="ask the node for a proof in one of them, or verify with the version of assay that wrote it",
+        )
+    pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
+    if prover_dtype is not None:
+        pins = replace(pins, prover_dtype=prover_dtype)
+    elif calibration is not None and pins.prover_dtype is None:
+        calibration.check(header)
+        if calibration.is_of_format(header):
+            pins = replace(pins, prover_dtype=header.fingerprint.dtype)
+    pins.check(header)
+    _sample_size(proof, sample)
+    check_distinct_seeds(header.round, header.all_nonces())
+    return pins
+
+
+def judging_setup(
+    header: Header, model: Model, *, engine: Engine | None = None, calibration: Calibration | None = None
+) -> tuple[Engine, Noise]:
+    """Return the engine that recomputes a proof and the honest noise between the prover's engine and it.
+
+    :func:`verify` calls this before it computes anything. To call it before a ledger is begun keeps the disk free of
+    ledgers for proofs that are refused.
+
+    Args:
+        header: Header of the proof.
+        model: Same checkpoint on this machine.
+        engine: Engine that recomputes; when None, the transformers engine with the batch and the kernels of the prover
+            or, where the calibration was measured with others, with these.
+        calibration: Measured honest noise; the stated default when None.
+
+    Raises:
+        ProofMismatch: The proof is of another checkpoint.
+        UsageError: The engine is for another number of positions.
+        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+    """
+    if (header.digest, header.weights) != (model.digest, model.weights):
+        raise ProofMismatch(
+            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
+            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do="verify with the checkpoint that the network agreed on (--model)",
+        )
+    refused: CalibrationError | None = None
+    for one in _recomputing(header, model, calibration) if engine is None else (engine,):
+        check_length(one, header.round)
+        try:
+            return one, noise_for(header, one.fingerprint, calibration, mixture=model.experts > 0)
+        except CalibrationError as error:
+            refused = refused or error
+    assert refused is not None, "at least one engine was tried"
+    raise refused
+
+
+def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:
+    """Yield the engines of this device that may recompute a proof, in the order in which they are tried.
+
+    Equal fingerprints give equal bits, so the first has the batch and the kernels of the prover. A calibration may have
+    been measured with others, for instance with those of ``prove`` on this device beside a node on vLLM.
+    """
+    fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
+    own = judging_batch(header), is_compiled(header.fingerprint)
+    measured = [(_bounded(one.batch_size, header), is_compiled(one)) for one in _measured(header, calibration, "hf")]
+    for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in (own, *measured)):
+        yield HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled)
+
+
+def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibration | None = None) -> int:
+    """Return the batch size of a validator: that of the header, which may claim any, or one that was measured.
+
+    Args:
+        header: Header of the proof.
+        engine: Kind of the validator's engine, ``hf`` or ``vllm``.
+        calibration: Measured honest noise; if no engine of this kind that may judge the prover was measured with the
+            batch of the header, that of the first one is taken.
+
+    Raises:
+        CalibrationError: The calibration is of another model, preset or build than the proof.
+    """
+    own = _bounded(header.fingerprint.batch_size, header)
+    measured = [_bounded(one.batch_size, header) for one in _measured(header, calibration, engine)]
+    return own if own in measured or not measured else measured[0]
+
+
+def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
+    judges = [] if calibration is None else calibration.build_of(header).judges(header.fingerprint)
+    return [one for one in judges if one.engine == engine]
+
+
+def _bounded(batch_size: int, header: Header) -> int:
+    return max(1, min(batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
+
+
+def _sample_size(proof: Proof, sample: int | None) -> int:
+    total = len(proof.records)
+    size = min(DEFAULT_SAMPLE, total) if sample is None else sample
+    if type(size) is not int or not 1 <= size <= total:
+        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
+    return size
+
+
+def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
+    if type(seed) is not int or seed < 0:
+        raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
+    size = _sample_size(proof, sample)
+    chosen = np.random.default_rng(seed).choice(len(proof.records), size=size, replace=False)
+    return [proof.records[i] for i in sorted(chosen.tolist())]

@@ -1,0 +1,339 @@
+"""The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
+
+A stream of nonces is admitted one by one, collected a batch at a time, and returned in order. Everything here runs in
+the event loop of the engine.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, reason_of
+from assay.poc.vllm.compatibility import own_forward_refused, refuse_missing
+from assay.poc.vllm.direct import DirectPath
+from assay.poc.vllm.rows import Spec, new_key, request_id, unpacked
+from assay.poc.vllm.throttle import Throttle
+
+log = logging.getLogger("assay.vllm")
+
+NONCE_PRIORITY = 1_000_000
+"""vLLM takes lower values first; requests of clients have 0 unless they choose."""
+
+TIMEOUT = 120.0  # seconds for a call into the workers
+AHEAD = 2  # batches that may be finished before they are asked for
+ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
+COLLECTED = 256  # nonces whose rows are collected in one call
+
+Values = NDArray[np.floating[Any]]
+
+
+class Asked(NamedTuple):
+    """A request of token ids, and what vLLM is to do with them, a ``SamplingParams``."""
+
+    ids: list[int]
+    sampling: Any
+
+
+Prompt = Callable[[int], Tensor | Asked] | int
+"""A function that returns the inputs or the request of a nonce; or the number of placeholders that the workers fill."""
+
+FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
+"""Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
+
+DEAD = "EngineDeadError"
+"""Error of vLLM for everything that is asked of an engine whose process has died. The server ends then."""
+
+
+class Client:
+    """Runs nonces on one engine.
+
+    Args:
+        llm: Engine client of vLLM, an ``AsyncLLM``.
+        throttle: Throttle that admits nonces.
+        engines: Number of its data-parallel engines. vLLM deals requests out to them, and calls reach them all.
+    """
+
+    def __init__(self, llm: Any, throttle: Throttle, engines: int = 1) -> None:
+        self.throttle = throttle
+        self.description: dict[str, Any] = {}
+        self.ended: Future[None] = Future()
+        """Done once the engine ends; what waits for a nonce must not wait any longer."""
+        self.closers: set[Callable[[], Awaitable[None]]] = set()
+        """The ``close`` of every open stream of nonces."""
+        self._llm, self._engines = llm, engines
+        ranked = llm.vllm_config.scheduler_config.policy == "priority"
+        self._priority = NONCE_PRIORITY if ranked else 0
+        self.direct = DirectPath(throttle, self._call, engines)
+
+    async def install(self) -> None:
+        """Prepare the workers, and keep the description of the last one, which has the hidden states.
+
+        Its device is the names of all where workers of several kinds, on several hosts, compute one pass.
+
+        Raises:
+            BackendUnavailable: The workers lack a name that is used.
+            UsageError: Assay's own forward pass is asked for, and cannot run over what they hold.
+        """
+        replies = await self._call("assay_install", self.throttle.settings.forward)
+        refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
+        refused = next((reply["refused"] for reply in replies if reply["refused"]), None)
+        if refused is not None:
+            raise own_forward_refused(refused, "a dense decoder as vLLM holds it on one GPU")
+        self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
+
+    async def open(self, spec: Spec) -> str:
+        """Begin a stream of nonces on every worker; return its key.
+
+        Raises:
+            UsageError: The workers refuse the round.
+        """
+        key = new_key()
+        for reason in await self._call("assay_open", key, asdict(spec.round), spec.pipeline.name):
+            if reason is not None:
+                raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
+        return key
+
+    async def close(self, key: str) -> None:
+        """End a stream of nonces; the workers drop what they hold for it."""
+        await self._call("assay_close", key)
+
+    async def counts(self) -> list[dict[str, int]]:
+        """Return what every worker holds."""
+        return await self._call("assay_counts")
+
+    async def run(self, key: str, nonce: int, prompt: Tensor | Asked | int) -> Any:
+        """Run one nonce: on inputs [T, D] that are sent, on token ids, or on placeholders that the workers fill.
+
+        Returns the last output of vLLM.
+        """
+        name, last = request_id(key, nonce), None
+        sampling = prompt.sampling if isinstance(prompt, Asked) else _sampling()
+        async for output in self._llm.generate(_prompt(prompt, name), sampling, name, priority=self._priority):
+            last = output
+        return last
+
+    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Values]:
+        """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is missing.
+
+        Raises:
+            ModelError: A worker could not run a nonce.
+            BadWeights: A worker could not take a step of the pipeline.
+        """
+        values: dict[int, Values] = {}
+        for reply in await self._call("assay_collect", key, list(nonces)):
+            for nonce, reason in reply["failed"].items():
+                raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
+            if "error" in reply:
+                raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
+            values |= unpacked(reply)
+        return values
+
+    async def end(self) -> None:
+        """Give up every nonce while the engine still runs; called before it ends."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+        await asyncio.gather(*(close() for close in list(self.closers)), return_exceptions=True)
+
+    def release(self) -> None:
+        """Drop the reference to an engine that has ended: it cleans up when it is freed, before the process ends."""
+        self._llm = None
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker."""
+        return await call_workers(self._llm, method, *args, engines=self._engines)
+
+
+async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> list[Any]:
+    """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their replies.
+
+    Raises:
+        EngineEnded: The engine has died.
+        ModelError: They did not answer in time.
+    """
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            if engines == 1:
+                return list(await llm.collective_rpc(method, args=args))
+            # Of several engines collective_rpc asks all, and returns the replies of the first.
+            replies = await llm.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+            return [reply for of_engine in replies for reply in of_engine]
+    except TimeoutError:
+        raise ModelError(
+            f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
+            wanted="workers that run",
+            do="see the log of vLLM",
+        ) from None
+    except Exception as error:  # of vLLM, and of any kind
+        raise _failure(error)(
+            f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
+            wanted="an engine that runs",
+            do="see the log of vLLM",
+        ) from error
+
+
+def _failure(error: Exception) -> type[ModelError]:
+    """Return the error that one of vLLM stands for."""
+    return EngineEnded if type(error).__name__ == DEAD else ModelError
+
+
+class RequestStream:
+    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event loop.
+
+    Args:
+        client: Client that runs single nonces.
+        spec: Round, and the pipeline that names what is published.
+        nonces: Nonces in the order of the results, perhaps more than will ever be run.
+        batch_size: Number of nonces that are handed out at a time.
+        prompt: Inputs of the nonces.
+    """
+
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt) -> None:
+        self._client, self._spec, self._nonces = client, spec, nonces
+        self._batch_size, self._prompt = batch_size, prompt
+        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._producer: asyncio.Task[None] | None = None
+        self._key = ""
+        self._passes = 1  # of the engine, for each nonce
+
+    async def open(self) -> None:
+        """Announce the stream to the workers, which may refuse the round, and begin."""
+        self._key = await self._client.open(self._spec)
+        self._client.closers.add(self.close)
+        self._producer = self._start(self._produce())
+
+    async def next(self) -> Values | None:
+        """Return the values of the next batch, or None after the last; raise if the engine did not run a nonce."""
+        assert self._producer is not None
+        getting = asyncio.ensure_future(self._batches.get())
+        await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and (self._producer.cancelled() or self._producer.exception() is not None):
+            getting.cancel()
+            self._producer.result()  # raises
+        batch = await getting
+        return None if batch is None else await batch
+
+    async def close(self) -> None:
+        """Abort what runs, and drop what the workers hold."""
+        self._client.closers.discard(self.close)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        key, self._key = self._key, ""
+        if key:
+            with suppress(Exception):  # the engine may have ended, and its workers with it
+                await self._client.close(key)
+
+    def _start(self, work: Any) -> "asyncio.Task[Any]":
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read, because asyncio logs every error that is never read
+
+    async def _produce(self) -> None:
+        if not await self._client.throttle.drained():
+            log.warning("chat did not end in time and goes on beside the nonces")
+        for start in range(0, len(self._nonces), self._batch_size):
+            wanted = list(self._nonces[start : start + self._batch_size])
+            running = [await self._begin(start + place) for place in range(len(wanted))]
+            await self._batches.put(self._start(self._finish(wanted, running)))
+        await self._batches.put(None)
+
+    async def _begin(self, place: int) -> "asyncio.Task[Any]":
+        """Begin with the nonce at a place, as soon as it may run."""
+        return await self._launch(self._nonces[place])
+
+    async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
+        prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
+        await self._client.throttle.admit()
+        task = self._start(self._client.run(self._key, nonce, prompt))
+        task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
+        return task
+
+    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+        """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
+        starts = range(0, len(wanted), COLLECTED)
+        parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
+        return np.concatenate([await self._collect(*part) for part in parts])
+
+    def _whole(self, nonce: int, outcome: Any) -> bool:
+        """Return whether a request ran to its end, as far as its last output says."""
+        return True
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+        """Wait for nonces and collect them; those that were aborted, for instance by a sleeping engine, run again."""
+        values: dict[int, Values] = {}
+        missing = list(wanted)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(10.0 ** (attempt - 2))
+                running = [await self._launch(nonce) for nonce in missing]
+            outcomes = await asyncio.gather(*running, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, asyncio.CancelledError):
+                    raise outcome
+                if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
+                    raise _failure(outcome)(
+                        f"vLLM refused a nonce: {reason_of(outcome)}"[:400],
+                        wanted="an engine that takes requests of this length",
+                        do="see the log of vLLM",
+                    ) from outcome
+            found = await self._client.collect(self._key, missing)
+            values |= {
+                nonce: found[nonce]
+                for nonce, outcome in zip(missing, outcomes, strict=True)
+                if nonce in found and self._whole(nonce, outcome)
+            }
+            missing = [nonce for nonce in wanted if nonce not in values]
+            if not missing:
+                return np.stack([values[nonce] for nonce in wanted])
+        raise ModelError(
+            f"vLLM did not run nonce {missing[0]} and {len(missing) - 1} others in {ATTEMPTS} attempts",
+            wanted="requests that are not aborted",
+            do="see the log of vLLM",
+        )
+
+
+def _prompt(prompt: Tensor | Asked | int, salt: str) -> dict[str, Any]:
+    # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests would
+    # find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
+    if not isinstance(prompt, Tensor):
+        ids = [0] * prompt if isinstance(prompt, int) else prompt.ids
+        return {"type": "token", "prompt_token_ids": ids, "cache_salt": salt}
+    # A copy: pickling a view would send the whole tensor that it shows a part of.
+    return {"type": "embeds", "prompt_embeds": prompt.detach().cpu().clone(), "cache_salt": salt}
+
+
+@cache
+def _sampling() -> Any:
+    """Return the parameters of every nonce of one pass; vLLM's ``InputProcessor`` clones them for each request."""
+    return parameters()
+
+
+def parameters(max_tokens: int = 1, **other: Any) -> Any:
+    """Return the ``SamplingParams`` of a nonce; vLLM requires ``max_tokens`` of at least 1."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=True,
+        **other,
+    )

@@ -1,0 +1,372 @@
+"""The direct path inside vLLM's workers: whole batches of nonces in one forward pass, beside the scheduler.
+
+vLLM hands the engine's calls to a worker one after the other, so a call runs between two steps. A pass that only
+prefills reads in every layer nothing but the keys and values that this layer has just written: one private cache of
+one layer's size serves all layers in turn, and blocks of vLLM's own cache are neither needed nor touched. A layer
+looks its cache up when it is called (``get_attention_context`` in ``model_executor/layers/attention/attention.py``),
+so it is given the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a model
+runner may still be read by a step. CUDA graphs are not replayed, for they have vLLM's own cache in them.
+
+Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden size, P blocks of a nonce.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.errors import reason_of
+from assay.poc.engines.base import noise_inputs
+from assay.poc.engines.outputs import Landing
+from assay.poc.protocol.transforms import Transform, weighted_sum
+from assay.poc.vllm.compatibility import SINCE, older_version
+from assay.poc.vllm.rows import LONGEST_REASON, Begun, Clock, Spec, noted
+from assay.poc.vllm.worker_state import MAX_SUMMED, MAX_VALUES, is_first_of_group, is_first_stage, is_last_stage
+from assay.streams.backends import dtype_name, torch_dtype
+
+log = logging.getLogger("assay.vllm")
+
+BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
+"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the runner."""
+
+SPECS = {"FullAttentionSpec"}
+"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from step to step."""
+
+MAX_TABLES = 8  # shapes of passes whose metadata is kept
+SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
+
+
+class DirectMethods:
+    """The methods of :class:`WorkerExtension` that run nonces beside the scheduler."""
+
+    # Attributes of vLLM's worker, and what ``assay_install`` has set.
+    model_runner: Any
+    vllm_config: Any
+    assay_hooks: Any
+    assay_passes: "DirectPasses"
+
+    assay_begun: Begun | None = None
+    """The last call, until something asks for its values."""
+
+    def assay_batch(self, key: str) -> dict[str, Any]:
+        """Prepare a stream for passes beside the scheduler.
+
+        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
+        requests.
+        """
+        try:
+            spec = self.assay_hooks.rows.get(key).spec
+            reason = self.assay_passes.why_not(spec)
+            batch = 0 if reason else self.assay_passes.prepare(spec)
+        except Exception as error:  # memory, or a name of vLLM
+            log.warning("nonces do not run in batches", exc_info=True)
+            batch, reason = 0, reason_of(error)[:LONGEST_REASON]
+        return {"batch": batch, "reason": reason}
+
+    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[dict[str, Any]]:
+        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
+
+        A device that had to wait for the reply to one call and for the next to be queued would idle for some
+        milliseconds between the two. With ``wait`` the values of this call are returned as well.
+
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
+        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
+        did not run.
+        """
+        before, self.assay_begun = self.assay_begun, self.assay_begin(call, key, shares, batch)
+        replies = [] if before is None else [before.reply()]
+        return replies + self.assay_flush() if wait else replies
+
+    def assay_flush(self) -> list[dict[str, Any]]:
+        """Return what the last call has computed, if nothing has asked for it yet."""
+        begun, self.assay_begun = self.assay_begun, None
+        return [] if begun is None else [begun.reply()]
+
+    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> Begun:
+        """Queue this engine's share of a call."""
+        stream = self.assay_hooks.rows.get(key)
+        if stream is None:
+            return Begun(call, error="the stream has ended")
+        stream.touched = time.monotonic()
+        # An engine that steps by itself keeps its rank under this name only.
+        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
+        if not nonces:
+            return Begun(call)
+        try:
+            clock = Clock(self.model_runner.device)
+            values = self.assay_passes.begin(stream.spec, nonces, batch)
+            clock.stop()
+            return Begun(call, nonces, values, clock)
+        except Exception as error:
+            return Begun(call, error=noted(error))
+
+
+def why_requests(runner: Any, config: Any, spec: Spec) -> str | None:
+    """Return the reason for which nonces must be requests here; None where they need not be."""
+    if older_version():
+        return "vLLM before {}.{}".format(*SINCE)
+    scheduler = config.scheduler_config
+    model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
+    groups = runner.kv_cache_config.kv_cache_groups
+    specs = {type(group.kv_cache_spec).__name__ for group in groups}
+    backends = {group.backend.get_name() for outer in runner.attn_groups for group in outer}
+    layers = _layers(runner, config)
+    shared = [getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers]
+    reasons = (
+        (spec.pipeline.steps, "nonces that decode"),
+        (spec.round.seq_len > scheduler.max_num_batched_tokens, "nonces longer than a step of the engine"),
+        (len(groups) != 1, f"layers of {len(groups)} kinds"),
+        (specs - SPECS, f"a cache of {', '.join(sorted(specs))}"),
+        (backends - BACKENDS, f"attention by {', '.join(sorted(backends))}"),
+        (any(shared), "layers that share a cache"),
+        (len({_form(layer.kv_cache) for layer in layers} | {None}) != 2, "caches of several forms"),
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.lora_config is not None, "--enable-lora"),
+        (config.kv_transfer_config is not None, "--kv-transfer-config"),
+        (model.enable_sleep_mode, "--enable-sleep-mode: the weights may be away"),
+        (model.uses_mrope and runner.device.type != "cpu", "positions of several dimensions, which ran on a CPU only"),
+        (getattr(runner.model, "requires_raw_input_tokens", False), "a model that reads the tokens themselves"),
+        (parallel.pipeline_parallel_size > 1, "stages: one that fails would leave the others waiting"),
+        (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
+        (parallel.enable_eplb, "--enable-eplb"),
+        (parallel.use_ubatching, "--enable-dbo"),
+        (getattr(compilation.pass_config, "enable_sp", False), "sequence parallelism"),
+    )
+    return next((reason for refused, reason in reasons if refused), None)
+
+
+class DirectPasses:
+    """Forward passes of one worker over batches of nonces.
+
+    Args:
+        runner: Model runner of the worker, of either version.
+        config: vLLM's ``VllmConfig``.
+        transform: Function that returns the transform of a round.
+        activations: Bytes that vLLM measured for the activations of its largest step; 0 where it measured none.
+    """
+
+    def __init__(
+        self, runner: Any, config: Any, transform: Callable[[Spec], Transform], *, activations: int = 0
+    ) -> None:
+        self._runner, self._config, self._transform = runner, config, transform
+        self._width = int(config.model_config.get_hidden_size())
+        self._dtype = dtype_name(config.model_config.dtype)
+        self._streams = streams.get_backend("auto", runner.device.type)
+        self._activations = activations
+        self._cache: Tensor | None = None
+        self._tables_of: dict[tuple[int, int], tuple[dict[str, Any], Tensor, Tensor]] = {}
+
+    def why_not(self, spec: Spec) -> str | None:
+        """Return the reason for which nonces of a round cannot run in passes; None where they can."""
+        return why_requests(self._runner, self._config, spec)
+
+    def prepare(self, spec: Spec) -> int:
+        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
+        batch, own = self._batch(spec.round.seq_len), self._layer_cache()
+        blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
+        if self._cache is None or self._cache.shape[0] < blocks:
+            self._cache = None  # freed before the larger one is made
+            self._cache = _zeros_like(own, blocks)
+        return batch
+
+    def _batch(self, seq_len: int) -> int:
+        """Return B, at least 1.
+
+        A pass is shorter than vLLM's largest step by so much that inputs and private cache fit into the memory that
+        vLLM has measured for the activations of that step, and left free.
+        """
+        scheduler, cache = self._config.scheduler_config, self._layer_cache()
+        largest = int(scheduler.max_num_batched_tokens)
+        most = largest // seq_len
+        if self._activations:
+            blocks = -(-seq_len // int(cache.shape[2]))
+            own = blocks * cache[0].numel() * cache.element_size()
+            own += seq_len * self._width * torch_dtype(self._dtype).itemsize
+            most = min(most, int(self._activations / (seq_len / largest * self._activations + own)))
+        return max(1, min(most, int(scheduler.max_num_seqs)))
+
+    @torch.inference_mode()
+    def begin(self, spec: Spec, nonces: list[int], batch: int) -> Landing | None:
+        """Queue passes, and return what the pipeline publishes of nonces; None where this worker does not answer.
+
+        Args:
+            spec: Round and pipeline.
+            nonces: Nonces in the order of the result.
+            batch: Number of nonces of a pass, for which :meth:`prepare` was called; the last pass has the rest.
+
+        Raises:
+            RuntimeError: A step of vLLM is not finished.
+        """
+        if self._runner.execute_model_state is not None:
+            raise RuntimeError("a step of vLLM is not finished")
+        parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
+        rows = [self._rows(spec, part) for part in parts]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(parts) or not is_first_of_group():
+            return None
+        return Landing(self._transform(spec)(torch.cat(found).float(), nonces))
+
+    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor | None:
+        """Return what is read of the hidden states of one pass, [B, D]; None before the last stage."""
+        seq_len = spec.round.seq_len
+        states = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
+        if states is None:
+            return None
+        states_BTD = states[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
+        if spec.pipeline.read == "last":
+            return states_BTD[:, -1].clone()  # a view would keep the states of every pass
+        return self._summed(spec, nonces, states_BTD)
+
+    def _summed(self, spec: Spec, nonces: list[int], states_BTD: Tensor) -> Tensor:
+        """Return the weighted sums [B, D] of the states of nonces."""
+        seq_len, device = spec.round.seq_len, states_BTD.device
+        drawn_BT = self._transform(spec).weights(nonces, seq_len)
+        assert drawn_BT is not None
+        weights_BT = drawn_BT.to(device)
+        at_once = max(1, MAX_SUMMED // (seq_len * self._width))
+        pairs = zip(torch.split(states_BTD, at_once), torch.split(weights_BT, at_once), strict=True)
+        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in pairs])
+
+    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Return the inputs [N, D] of one pass."""
+        seq_len, device = spec.round.seq_len, self._runner.device
+        at_once = max(1, MAX_VALUES // (seq_len * self._width))
+        shape = {"seq_len": seq_len, "hidden_size": self._width}
+        made = [
+            noise_inputs(self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape).to(device)
+            for at in range(0, len(nonces), at_once)
+        ]
+        return (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
+
+    def _forward(
+        self, spec: Spec, nonces: list[int], metadata: dict[str, Any], slots: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """Run the layers of this stage; return the hidden states [N, D] of the last one."""
+        from vllm.distributed import get_pp_group, get_tp_group
+        from vllm.forward_context import set_forward_context
+        from vllm.sequence import IntermediateTensors
+
+        stage, shared = get_pp_group(), {"all_gather_group": get_tp_group()}
+        inputs = self._inputs(spec, nonces) if is_first_stage() else None
+        earlier = None if is_first_stage() else IntermediateTensors(stage.recv_tensor_dict(**shared))
+        by_layer = dict.fromkeys(metadata, slots)
+        with (
+            self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
+            set_forward_context(metadata, self._config, num_tokens=len(slots), slot_mapping=by_layer),
+        ):
+            states = self._runner.model(
+                input_ids=None, positions=positions, intermediate_tensors=earlier, inputs_embeds=inputs
+            )
+        if is_last_stage():
+            return states  # type: ignore[no-any-return]
+        stage.send_tensor_dict(states.tensors, **shared)
+        return None
+
+    @contextmanager
+    def _private_cache(self, *, partial: bool) -> Iterator[None]:
+        """Give every layer the private cache.
+
+        Behind the last position of a nonce a block has values of earlier passes, which kernels load and then mask:
+        NaN among them would come through, so where a block is not filled the cache begins with zeros.
+        """
+        assert self._cache is not None
+        layers = _layers(self._runner, self._config)
+        own = [layer.kv_cache for layer in layers]
+        if partial:
+            self._cache.zero_()
+        try:
+            for layer in layers:
+                layer.kv_cache = self._cache
+            yield
+        finally:
+            for layer, cache in zip(layers, own, strict=True):
+                layer.kv_cache = cache
+
+    def _tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions.
+
+        The positions are [N], or [3, N] for a model that has time, height and width: all are the same in text.
+        """
+        if (batch, seq_len) not in self._tables_of:
+            while len(self._tables_of) >= MAX_TABLES:
+                self._tables_of.pop(next(iter(self._tables_of)))
+            self._tables_of[batch, seq_len] = self._make_tables(batch, seq_len)
+        return self._tables_of[batch, seq_len]
+
+    def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        device, block_size = self._runner.device, int(self._layer_cache().shape[2])
+        blocks = -(-seq_len // block_size)
+        starts = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
+        lengths = torch.full((batch,), seq_len, dtype=torch.int32)
+        positions_N = torch.arange(seq_len).repeat(batch)
+        table_BP = torch.zeros(batch, blocks + SPARE_BLOCKS, dtype=torch.int32)
+        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(batch, blocks)  # block 0 is vLLM's null block
+        block_N = table_BP[:, :blocks].repeat_interleave(block_size, 1)[:, :seq_len].reshape(-1)
+        slots_N = (block_N.long() * block_size + positions_N % block_size).to(device)
+        positions_N = positions_N.to(device)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=batch,
+            num_actual_tokens=batch * seq_len,
+            max_query_len=seq_len,
+            max_seq_len=seq_len,
+            block_table_tensor=table_BP.to(device),
+            slot_mapping=slots_N,
+            causal=True,
+            positions=positions_N,
+            is_prefilling=torch.ones(batch, dtype=torch.bool),
+        )
+        metadata: dict[str, Any] = {}
+        with set_current_vllm_config(self._config):
+            for group in self._runner.attn_groups[0]:
+                # A builder of its own: that of the runner keeps buffers, and fixes settings at its first use.
+                kept = group.get_metadata_builder()
+                builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
+                built = builder.build(0, common, fast_build=True)
+                metadata |= dict.fromkeys(kept.layer_names, built)
+        model = self._config.model_config
+        return metadata, slots_N, positions_N.repeat(model.mrope_num_dims, 1) if model.uses_mrope else positions_N
+
+    def _layer_cache(self) -> Tensor:
+        """Return vLLM's own cache of the first layer of this worker."""
+        cache: Tensor = _layers(self._runner, self._config)[0].kv_cache
+        return cache
+
+
+def _layers(runner: Any, config: Any) -> list[Any]:
+    """Return the attention layers of this worker."""
+    known = config.compilation_config.static_forward_context
+    return [known[name] for group in runner.attn_groups for part in group for name in part.layer_names]
+
+
+def _form(cache: Any) -> Any:
+    """Return what the caches of all layers must share: shape of a block, dtype, order in memory.
+
+    None for a cache that is not of blocks, heads, positions and values.
+    """
+    if not isinstance(cache, Tensor) or cache.ndim != 4:
+        return None
+    return tuple(cache.shape[1:]), cache.dtype, tuple(_order(cache))
+
+
+def _order(cache: Tensor) -> list[int]:
+    """Return the axes of a tensor as they lie in memory, the slowest first."""
+    return sorted(range(cache.ndim), key=cache.stride, reverse=True)
+
+
+def _zeros_like(cache: Tensor, blocks: int) -> Tensor:
+    """Return an empty cache of so many blocks whose axes lie in memory as those of another cache do."""
+    order, shape = _order(cache), (blocks, *cache.shape[1:])
+    memory = torch.zeros([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
+    return memory.permute([order.index(axis) for axis in range(cache.ndim)])

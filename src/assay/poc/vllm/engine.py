@@ -1,0 +1,346 @@
+"""The engines that the prover, the verifier and the service use: in front of any ``AsyncLLM``, or with one of its own.
+
+Legend of shapes: B nonces of a batch, T positions, D hidden size.
+"""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, closing
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import streams
+from assay.errors import EngineEnded, UsageError
+from assay.models.load import identify
+from assay.models.resolve import checkpoint_directory
+from assay.poc.engines.base import check_batch_size, check_supported, noise_inputs
+from assay.poc.engines.decoding import Decoded, Replayed
+from assay.poc.protocol.builds import with_cache
+from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.round import Round
+from assay.poc.vllm.client import Client, Prompt, RequestStream
+from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed
+from assay.poc.vllm.direct_stream import DirectStream, OwnStream
+from assay.poc.vllm.rows import Spec
+from assay.poc.vllm.starting import explained_start, fit_machine
+from assay.poc.vllm.throttle import Forward, NoncePath, Throttle, ThrottleSettings
+from assay.poc.vllm.token_requests import TokenStream, check_room
+
+OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
+
+Inputs = Literal["local", "sent"]
+"""Where the inputs of a nonce are made: in the workers; or in this process, from which they are sent."""
+
+T = TypeVar("T")
+
+
+class RequestEngine:
+    """Runs nonces as requests of a vLLM engine, from a thread that is not the engine's.
+
+    Args:
+        client: Client that runs single nonces in ``loop``.
+        loop: Event loop of the engine.
+        version: Version of vLLM.
+        batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
+        seq_len: T, the number of positions of every nonce.
+        most_positions: Length of the longest prompt that the engine takes.
+        inputs: Where inputs are made: ``local`` in the workers, or ``sent`` from here, bit for bit the same.
+
+    Raises:
+        UsageError: The sequence is longer than the engine takes, or the batch is out of range.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        version: str,
+        batch_size: int,
+        seq_len: int,
+        most_positions: int,
+        inputs: Inputs = "local",
+    ) -> None:
+        _check_shape(batch_size, seq_len, most_positions)
+        self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
+        self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
+        worker = client.description
+        self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """How this engine computes."""
+        return fingerprint_of(self._client.description, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
+
+    @cached_property
+    def _streams(self) -> streams.Backend:
+        """The backend that makes inputs; it takes a second to load, and is not needed where the workers make them."""
+        return streams.get_backend("auto", "cpu")
+
+    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
+        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
+        shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
+        return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
+
+    def supports(self, pipeline: Pipeline) -> bool:
+        """Return whether a pipeline runs on vLLM."""
+        return runs(pipeline)
+
+    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
+
+        Raises:
+            UsageError: The engine cannot take a step of the pipeline, or the workers refuse the round.
+            ModelError: vLLM did not run a nonce, or has ended.
+        """
+        check_supported(self, pipeline)
+        yield from self._run(self._stream(Spec(round, pipeline), nonces))
+
+    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+        """Decode the tokens of nonces, each as one request of as many steps.
+
+        Raises:
+            UsageError: Prompt and tokens are longer than the engine takes, or it cannot decode.
+            BadWeights: A state is NaN or infinite.
+            ModelError: vLLM did not run a nonce, or has ended.
+        """
+        stream = self._tokens(round, pipeline, nonces)
+        for values in self._run(stream):
+            yield stream.decoded(values)
+
+    def replayed(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+    ) -> Generator[Replayed]:
+        """Replay given tokens of nonces, [M, N], each as one prompt.
+
+        Raises:
+            AssayError: As :meth:`decoded`.
+        """
+        stream = self._tokens(round, pipeline, nonces, tokens_MN)
+        for values in self._run(stream):
+            yield stream.replayed(values)
+
+    def _stream(self, spec: Spec, nonces: Sequence[int]) -> RequestStream:
+        """Return the stream of nonces over noise, which run beside the scheduler if the workers make their inputs."""
+        if self._inputs == "local":
+            stream = OwnStream if self._client.throttle.settings.forward == "assay" else DirectStream
+            return stream(self._client, spec, nonces, self.batch_size, self.seq_len)
+        self._client.direct.reason = "inputs that the server sends (ASSAY_VLLM_INPUTS=sent)"
+        prompt: Prompt = lambda nonce: self.inputs(spec.round, [nonce])[0]  # noqa: E731
+        return RequestStream(self._client, spec, nonces, self.batch_size, prompt)
+
+    def _tokens(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
+    ) -> TokenStream:
+        check_room(self.seq_len, pipeline, self._most_positions)
+        spec, sizes = Spec(round, pipeline), {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
+        return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
+
+    def _run(self, stream: RequestStream) -> Generator[NDArray[Any]]:
+        """Yield the values of a stream, a batch at a time."""
+        self._wait(stream.open())
+        try:
+            while (values := self._wait(stream.next())) is not None:
+                yield values
+        finally:
+            if not self._client.ended.done():  # Client.end closes every stream
+                self._wait(stream.close())
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the engine's loop; an engine that ends meanwhile is an EngineEnded."""
+        if self._client.ended.done() or self._loop.is_closed():
+            work.close()
+        else:
+            running = asyncio.run_coroutine_threadsafe(work, self._loop)
+            either: set[Future[Any]] = {running, self._client.ended}
+            wait(either, return_when=FIRST_COMPLETED)
+            if running.done() and not running.cancelled():
+                return running.result()
+            running.cancel()
+        raise EngineEnded("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+
+
+def runs(pipeline: Pipeline) -> bool:
+    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
+
+    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
+    """
+    return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
+
+
+def _check_shape(batch_size: int, seq_len: int, most_positions: int) -> None:
+    """Refuse a batch that is out of range, and sequences that are longer than an engine takes."""
+    check_batch_size(batch_size)
+    if not 1 <= seq_len <= most_positions:
+        raise UsageError(
+            f"seq_len {seq_len} on this vLLM engine",
+            wanted=f"1 to {most_positions}: its --max-model-len, less the token that it generates",
+            do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
+        )
+
+
+def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq_len: int) -> Fingerprint:
+    """Return how an engine computes.
+
+    Args:
+        worker: Description of a worker, as it returns it.
+        version: Version of vLLM.
+        batch_size: Number of sequences that are handed out at a time.
+        seq_len: Number of positions of a sequence.
+    """
+    kernels = [f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}"]
+    return Fingerprint(
+        engine="vllm",
+        device=worker["device"],
+        dtype=with_cache(worker["format"] or worker["dtype"], worker["cache"]),
+        attention=worker["attention"],
+        batch_size=batch_size,
+        seq_len=seq_len,
+        threads=worker["threads"],
+        torch=torch.__version__,
+        library=f"vllm {version}",
+        kernels=(
+            *kernels,
+            *worker["experts_over"],
+            "eager" if worker["eager"] else "compiled",
+            *worker["products"],
+            *worker.get("forward", ()),
+        ),
+    )
+
+
+def most_positions(config: Any) -> int:
+    """Return the length of the longest prompt that an engine takes: one generated token must fit as well."""
+    longest = int(config.model_config.max_model_len) - 1
+    scheduler = config.scheduler_config
+    chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
+    return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
+
+
+def capacity(config: Any, seq_len: int) -> int:
+    """Return how many nonces fill one step of every engine and have the next one ready."""
+    scheduler = config.scheduler_config
+    step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
+    return int(config.parallel_config.data_parallel_size) * max(1, min(2 * step, int(scheduler.max_num_seqs)))
+
+
+class VLLMEngine(RequestEngine):
+    """A vLLM engine that runs nonces only, with its parallelism through vLLM's own options.
+
+    Args:
+        reference: Checkpoint directory, hub id or ``reference:NAME``.
+        batch_size: B, the number of nonces per batch of the proof.
+        seq_len: T, the number of positions of every nonce.
+        dtype: Dtype of the weights; None for the checkpoint's.
+        in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
+        path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
+        forward: Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights.
+        options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
+
+    Raises:
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        UsageError: vLLM has no such option, or nonces cannot run under it.
+        ModelError: vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        *,
+        batch_size: int = 32,
+        seq_len: int = 256,
+        dtype: str | None = None,
+        in_flight: int = 0,
+        path: NoncePath = "auto",
+        forward: Forward = "vllm",
+        **options: Any,
+    ) -> None:
+        version = check_installed()
+        settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path, forward=forward)
+        config = _configured(str(checkpoint_directory(reference)), dtype, options, forward)
+        _check_shape(batch_size, seq_len, most_positions(config))
+        with ExitStack() as ends:
+            thread = self._thread = ends.enter_context(closing(_Loop()))
+            llm = thread.run(_started(config))
+            ends.callback(lambda: thread.run(_shutdown(llm)))
+            config = llm.vllm_config  # which vLLM may have changed at the start
+            # This engine serves no chat, so it is always full.
+            most = in_flight or capacity(config, seq_len)
+            throttle = Throttle(settings, llm.output_processor.get_num_unfinished_requests, most)
+            client = Client(llm, throttle, config.parallel_config.data_parallel_size)
+            ends.callback(client.release)
+            ends.callback(lambda: thread.run(client.end()))
+            thread.run(client.install())
+            positions = most_positions(config)
+            super().__init__(
+                client, thread.loop, version=version, batch_size=batch_size, seq_len=seq_len, most_positions=positions
+            )
+            self.model = identify(reference, dtype=self.dtype)
+            self._ends = ends.pop_all()
+
+    def counts(self) -> list[dict[str, int]]:
+        """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
+        return self._thread.run(self._client.counts())
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self._ends.close()
+
+    def __enter__(self) -> "VLLMEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.close()
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="assay-vllm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+def _configured(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
+    """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
+    from vllm import AsyncEngineArgs
+
+    fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
+    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
+    own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
+    own["language_model_only"] = True
+    own |= fit_machine(dtype, options)
+    chosen = own | options | fixed
+    with explained_start():
+        config = AsyncEngineArgs(**chosen).create_engine_config()
+        check_config(config, forward=forward)
+        return config
+
+
+async def _started(config: Any) -> Any:
+    """Start an ``AsyncLLM``, in the event loop that it is to use."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with explained_start():
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+async def _shutdown(llm: Any) -> None:
+    llm.shutdown()

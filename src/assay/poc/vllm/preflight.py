@@ -1,0 +1,278 @@
+"""The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
+
+import os
+import sys
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from assay.errors import UsageError
+from assay.models.load import identify
+from assay.poc.net.routes import is_loopback
+from assay.poc.protocol.builds import with_cache
+from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.round import check_name
+from assay.poc.service.settings import Settings
+from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed, check_several_servers, rounded_cache
+from assay.poc.vllm.engine import Inputs, most_positions
+from assay.poc.vllm.response_settings import EXTENSION as RESPONSE_EXTENSION
+from assay.poc.vllm.response_settings import Mode as ResponseMode
+from assay.poc.vllm.response_settings import check_responses, processor_for
+from assay.poc.vllm.servers import check_folder
+from assay.poc.vllm.starting import multiply_exactly
+from assay.poc.vllm.throttle import Forward, Mode, NoncePath, ThrottleSettings
+from assay.streams.backends import dtype_name
+
+DEFAULT = ThrottleSettings()
+
+
+class PluginSettings(Settings):
+    """The settings of ``assay poc serve`` under their names in the environment, and those of the vLLM engine.
+
+    Raises:
+        UsageError: A value is of another type or out of range.
+        CalibrationError: ``ASSAY_CALIBRATION`` names a file that is not a calibration.
+        DataError: ``ASSAY_PINS`` names a file that is no pins file.
+    """
+
+    has_flags = False
+
+    drain: float = Field(2.0, ge=0, allow_inf_nan=False, description="Time that a stopping server waits for its batch.")
+    reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
+    vllm_inputs: Inputs = Field("local", description="Where inputs are made: in the workers, or sent by the server.")
+    vllm_mode: Mode = Field(DEFAULT.mode, description="Whether chat goes first, or a round has the engine to itself.")
+    vllm_share: float = Field(DEFAULT.share, description="Part of the time that nonces may run while there is chat.")
+    vllm_chat_in_flight: int = Field(DEFAULT.chat_in_flight, description="Nonces at once while there is chat.")
+    vllm_in_flight: int = Field(DEFAULT.in_flight, description="Nonces at once without chat; 0 measures and adapts.")
+    vllm_wait: float = Field(
+        DEFAULT.wait, description="Time that the first chat request on an idle engine may wait for the nonces inside."
+    )
+    vllm_quiet: float = Field(
+        DEFAULT.quiet, description="Time after the last chat request until the engine counts as idle."
+    )
+    vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
+    vllm_path: NoncePath = Field(
+        DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
+    )
+    vllm_forward: Forward = Field(
+        DEFAULT.forward, description="Whose forward pass computes nonces: vLLM's, or assay's own over vLLM's weights."
+    )
+
+    responses: ResponseMode = Field(
+        "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."
+    )
+    responses_public_key: str = Field("", description="Key of the node in the seeds and the receipts of answers.")
+    responses_block: Literal["newest", "next"] = Field(
+        "newest", description="Block that seeds an answer: the last one posted, or the first after the request came."
+    )
+    responses_wait: float = Field(
+        10.0, ge=0, allow_inf_nan=False, description="Time that a request waits for the next block."
+    )
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        forward = self.throttle.forward  # refuses what is out of range
+        if (forward, self.vllm_inputs) == ("assay", "sent"):
+            raise UsageError(
+                "ASSAY_VLLM_INPUTS=sent with ASSAY_VLLM_FORWARD=assay",
+                wanted="inputs local: inputs that are sent go into a request, which runs vLLM's forward pass",
+                do="leave one of them out",
+            )
+        if self.responses != "off":
+            check_name(
+                "ASSAY_RESPONSES_PUBLIC_KEY", self.responses_public_key, do="set it to the key that the network knows"
+            )
+
+    @property
+    def throttle(self) -> ThrottleSettings:
+        """What nonces may take of the engine."""
+        return ThrottleSettings(**{field.name: getattr(self, f"vllm_{field.name}") for field in fields(DEFAULT)})
+
+
+def check_server() -> None:
+    """Refuse the server of this command line if it could not prove, and set what float32 and responses need.
+
+    Raises:
+        AssayError: It could not.
+        SystemExit: vLLM's parser refuses the arguments itself.
+    """
+    version = check_installed()
+    arguments, settings = _arguments(), PluginSettings()
+    _check_frontend(arguments)
+    check_arguments(arguments, settings)
+    if not getattr(arguments, "headless", False):  # else it has no port
+        check_key(arguments, settings)
+    multiply_exactly(arguments.dtype)
+    config = _config(arguments)
+    if config is None:
+        return
+    check_config(config, forward=settings.vllm_forward)
+    check_responses(config, settings.responses, version)
+    if settings.pins is not None:
+        check_pins(settings.pins, arguments.model, config, version)
+    if settings.responses != "off":
+        sys.argv += response_arguments(arguments, config, settings.responses)
+
+
+def check_arguments(arguments: Any, settings: PluginSettings) -> None:
+    """Refuse a server that would share its round with others, or whose checkpoint has no digest.
+
+    Raises:
+        UsageError: It is one.
+    """
+    engines = getattr(arguments, "data_parallel_size", None) or 1
+    servers = getattr(arguments, "api_server_count", None) or 1
+    for count, what, wanted in (
+        (engines, "data-parallel engines", "one engine, whose workers hold the sketches of every answer"),
+        (servers, "API servers", "one, which sees every answer"),
+    ):
+        if count > 1 and settings.responses != "off":
+            raise UsageError(
+                f"ASSAY_RESPONSES={settings.responses} with {count} {what}",
+                wanted=wanted,
+                do="start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out",
+            )
+    if servers > 1:
+        check_several_servers()
+        check_folder(settings.data_dir, servers)
+    if getattr(arguments, "data_parallel_multi_port_external_lb", False):
+        raise UsageError(
+            "--data-parallel-multi-port-external-lb",
+            wanted="one server, which deals out the nonces of a round",
+            do="leave it out, or start one server per engine, each with its own node_id and data directory",
+        )
+    if getattr(arguments, "revision", None):
+        raise UsageError(
+            f"--revision {arguments.revision}",
+            wanted="a checkpoint whose digest the proof can name",
+            do="download it, and serve the directory",
+        )
+
+
+def check_key(arguments: Any, settings: PluginSettings) -> None:
+    """Refuse a server that others can reach and that has no key.
+
+    Raises:
+        UsageError: It is one.
+    """
+    host = getattr(arguments, "host", None)
+    if not (settings.has_keys or getattr(arguments, "uds", None) or (host and is_loopback(host))):
+        raise UsageError(
+            f"--host {host or '0.0.0.0'} without a key of assay",
+            wanted="a key where others reach the port: that of --api-key does not guard /api/v1/pow",
+            do="set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
+        )
+
+
+def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
+    """Return the arguments that responses need, to be read after those of the operator: vLLM takes the last ones.
+
+    The processor is named there, which is public, and never in the entry points of the package: an installed entry
+    point moves vLLM 0.28 to 0.30 to another model runner, whether or not assay runs.
+
+    Args:
+        arguments: Arguments of the operator.
+        config: Configuration of vLLM that follows from them.
+        mode: What is to be done for responses.
+
+    Raises:
+        UsageError: The operator has a worker extension of another kind.
+    """
+    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION):
+        raise UsageError(
+            f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}",
+            wanted=EXTENSION,
+            do="leave the other extension out, or ASSAY_RESPONSES=off",
+        )
+    processors = [] if mode != "seeded" else [*(arguments.logits_processors or ()), processor_for(config)]
+    words = ["--worker-extension-cls", RESPONSE_EXTENSION]
+    return words + (["--logits-processors", *processors] if processors else [])
+
+
+def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
+    """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no engine is needed.
+
+    What only a worker knows, such as the device and the attention, is compared when a round begins.
+
+    Args:
+        pins: Pins of the network.
+        model: Directory or hub id of the checkpoint, which is hashed.
+        config: Configuration of vLLM.
+        version: Version of vLLM.
+
+    Raises:
+        UsageError: The checkpoint, the build or the length is not pinned; names what differs.
+        ModelError: The checkpoint cannot be read.
+    """
+    longest = most_positions(config)
+    if longest < pins.round.seq_len:
+        raise UsageError(
+            f"a server that takes {longest} positions",
+            wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
+            do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
+        )
+    dtype = dtype_name(config.model_config.dtype)
+    served = identify(model, dtype=dtype)
+    known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}
+    known |= {"torch": torch.__version__, "library": f"vllm {version}"}
+    builds = pins.model(served.digest).builds
+    differing = [[name for name, value in known.items() if not build.allows(name, value)] for build in builds]
+    names = min(differing, key=len)
+    if names:
+        nearest = builds[differing.index(names)]
+        raise UsageError(
+            "a build that the pins do not allow: " + ", ".join(f"{name} {known[name]}" for name in names),
+            wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),
+            do="serve with a build of the network, or with the pins that hold now (ASSAY_PINS)",
+        )
+
+
+def _check_frontend(arguments: Any) -> None:
+    """Refuse the front ends under which ``vllm serve`` never builds the application that plugins extend."""
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+    for used, setting, do in (
+        (rust, "VLLM_USE_RUST_FRONTEND=1", "unset VLLM_USE_RUST_FRONTEND"),
+        (getattr(arguments, "grpc", False), "--grpc", "leave --grpc out"),
+    ):
+        if used:
+            raise UsageError(
+                f"{setting}, a server without plugins",
+                wanted="the Python server for HTTP, to which assay adds /api/v1/pow",
+                do=do,
+            )
+
+
+def _arguments() -> Namespace:
+    """Return the command line and the ``--config`` file of this server, as vLLM will parse them."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    if sys.argv[1:2] == ["serve"]:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+
+        ServeSubcommand().subparser_init(parser.add_subparsers())
+    else:
+        try:  # since 0.32
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        except ImportError:
+            from vllm.entrypoints.openai.cli_args import make_arg_parser
+        make_arg_parser(parser)
+    arguments: Namespace = parser.parse_args()
+    if getattr(arguments, "model_tag", None) is not None:
+        arguments.model = arguments.model_tag
+    if sys.argv[1:2] == ["serve"] and arguments.api_server_count is None:
+        arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
+    return arguments
+
+
+def _config(arguments: Namespace) -> Any:
+    """Return the ``VllmConfig`` of this server; None where vLLM refuses the arguments, which it will do itself."""
+    from vllm import AsyncEngineArgs
+
+    try:
+        return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    except Exception:
+        return None

@@ -1,0 +1,358 @@
+"""The serving side: requests of clients become seeded ones, and each response leaves a receipt before its last piece.
+
+Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches wraps a third.
+``generate``, through which every route of the server goes, hands its outputs on, and stores the receipt of a choice
+before the output that ends it. ``add_request`` of the output processor is called once for every choice, with its
+number: there the request that goes to the engine gets temperature 0 and what its logits processor needs, while the
+server keeps the parameters that the client sent. Bodies of requests are not read and not changed, so that every route
+and every client works as before.
+
+What the client fixed before the engine saw anything is an :class:`Accepted` in the context of its HTTP request. Calls
+without one, those of nonces among them, pass through.
+"""
+
+import asyncio
+import copy
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from assay.errors import AssayError, ModelError
+from assay.poc.protocol.pipelines import sketch_steps
+from assay.poc.responses.adapters import Adapter, digest_adapter
+from assay.poc.responses.receipts import Prompt, Receipt
+from assay.poc.responses.sampling import ResponseSeed, Sampling
+from assay.poc.vllm.carried import ARGUMENT, Carried, as_words
+from assay.poc.vllm.collector import Collector
+
+log = logging.getLogger("assay.responses")
+
+FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": "stop", "length": "length"}
+"""Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
+
+MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
+"""Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
+
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+NEUTRAL = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": None,
+    "seed": None,
+}
+"""What vLLM's own sampler is told of a seeded request: take the largest score."""
+
+
+class ReceiptSink(Protocol):
+    """Where receipts go."""
+
+    def check(self) -> None:
+        """Raise an AssayError while no receipt can be stored; asked before the engine works."""
+
+    async def store(self, receipt: Receipt) -> None:
+        """Return when a receipt is stored so that nothing loses it; raise an AssayError if that is not possible."""
+
+
+@dataclass
+class Choice:
+    """One response in the making.
+
+    Args:
+        engine_id: Id of its request in the engine.
+        seed: What its noise follows from.
+        sampling: Parameters; None where the engine samples by itself.
+        prompt: Ids of the prompt.
+        mask: Whether tokens were forbidden or forced in a way that the receipt does not repeat.
+        chosen_by: Who chose the id of the request.
+        adapter: LoRA adapter that answers.
+    """
+
+    engine_id: str
+    seed: ResponseSeed
+    sampling: Sampling | None
+    prompt: tuple[int, ...]
+    mask: bool
+    chosen_by: Literal["client", "server"] = "server"
+    adapter: Adapter | None = None
+    output: list[int] = field(default_factory=list)
+    finish: Literal["", "stop", "length", "abort"] = ""
+
+
+@dataclass
+class Call:
+    """One call of ``generate``, which makes one or more choices of an answer."""
+
+    first: int
+    deltas: bool
+    choices: dict[int, Choice] = field(default_factory=dict)
+
+    def take(self, output: Any) -> list[Choice]:
+        """Add the tokens of an output to their choices; return the choices that it ends."""
+        ended = []
+        for part in output.outputs:
+            choice = self.choices.get(part.index)
+            if choice is None or choice.finish:
+                continue
+            if not self.deltas:
+                choice.output.clear()
+            choice.output.extend(part.token_ids)
+            if part.finish_reason is not None:
+                choice.finish = FINISHES.get(part.finish_reason, "abort")
+                ended.append(choice)
+        return ended
+
+
+@dataclass
+class Accepted:
+    """An HTTP request, as far as it was fixed before the engine saw it.
+
+    Args:
+        request_id: Id that the client gave, or else the server.
+        block_hash: Block that seeds the answer.
+        user_seed: Seed of a header; None leaves it to the field ``seed`` of the body.
+        chosen_by: Who chose the id.
+    """
+
+    request_id: str
+    block_hash: str
+    user_seed: str | None = None
+    chosen_by: Literal["client", "server"] = "server"
+    refused: AssayError | None = None
+    """Error for which a receipt could not be stored."""
+    stored: int = 0
+    """Number of its receipts that are stored."""
+    count: int = 0
+    """Number of its choices."""
+    calls: dict[str, Call] = field(default_factory=dict)
+
+    def expect(self, engine_id: str, params: Any) -> Call:
+        """Count the choices of a call: they are numbered through all prompts of the request, as in the answer."""
+        call = self.calls[engine_id] = Call(self.count, params.output_kind.name == "DELTA")
+        self.count += params.n
+        return call
+
+
+ACCEPTED: ContextVar[Accepted | None] = ContextVar("assay_accepted", default=None)
+"""The HTTP request in whose context the engine is called."""
+
+
+class Recorder:
+    """Seeds the requests of one engine, and stores a receipt of every response.
+
+    Args:
+        llm: Engine client of vLLM, an ``AsyncLLM`` whose workers have the :class:`ResponseExtension`.
+        sink: Store of the receipts.
+        public_key: Key of the node.
+        digest: SHA-256 of the tensors of the checkpoint, in hex.
+        seeded: Whether the workers have the logits processor. Else the engine samples, and receipts have sketches only.
+    """
+
+    def __init__(self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool) -> None:
+        self.sink = sink
+        self.counts = {"stored": 0, "unrecorded": 0, "failed": 0}
+        """Number of receipts that were stored, of choices without one, and of receipts that could not be stored."""
+        self._public_key, self._digest, self._seeded = public_key, digest, seeded
+        self._collector = Collector(llm)
+        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._generate, self._add_request = llm.generate, llm.output_processor.add_request
+        llm.generate, llm.output_processor.add_request = self._wrapped_generate, self._wrapped_add
+
+    def _wrapped_generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any]:
+        # A plain function: the choices of several prompts are numbered in the order of the calls.
+        outputs = self._generate(prompt, sampling_params, request_id, **options)
+        accepted = ACCEPTED.get()
+        if accepted is None:
+            return outputs  # type: ignore[no-any-return]
+        lora = options.get("lora_request")
+        return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
+
+    async def _recorded(self, outputs: Any, accepted: Accepted, call: Call, lora: Any) -> AsyncGenerator[Any]:
+        if lora is not None:
+            await self._know(lora)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if ended := call.take(output):
+                        await self._store(accepted, ended)
+                    yield output
+        finally:
+            self._collector.forget(choice.engine_id for choice in call.choices.values() if not choice.finish)
+
+    async def _know(self, lora: Any) -> None:
+        """Hash the files of an adapter, once; one whose files are not here stays unknown, and without receipts."""
+        key = _key(lora)
+        if key not in self._adapters or lora.load_inplace:
+            with suppress(AssayError):
+                self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
+
+    async def _store(self, accepted: Accepted, choices: list[Choice]) -> None:
+        """Store the receipts of choices that have ended.
+
+        Raises:
+            AssayError: A receipt cannot be made or stored; the client must not get the end of the answer.
+        """
+        try:
+            sketches = await self._collector.take({choice.engine_id: len(choice.output) for choice in choices})
+            receipts = [_receipt(choice, sketches[choice.engine_id]) for choice in choices]
+            await asyncio.gather(*(self.sink.store(receipt) for receipt in receipts))
+        except AssayError as error:
+            accepted.refused = error
+            self.counts["failed"] += len(choices)
+            log.error("no receipt of %s: %s", accepted.request_id, error.seen)
+            raise
+        self.counts["stored"] += len(choices)
+        accepted.stored += len(choices)
+
+    def _wrapped_add(self, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
+        """Seed the request of one choice. The output processor keeps the client's own parameters."""
+        accepted, params = ACCEPTED.get(), request.sampling_params
+        call = None if accepted is None else accepted.calls.get(request.external_req_id)
+        if accepted is not None and call is not None:
+            try:
+                params = self._seed(accepted, call, request, parent, index)
+            except AssayError as error:  # the middleware answers with it
+                accepted.refused = error
+                raise
+        elif params is not None and ARGUMENT in (params.extra_args or {}):
+            params = _with(params, None)
+        self._add_request(request, prompt, parent, index, queue)
+        request.sampling_params = params
+
+    def _seed(self, accepted: Accepted, call: Call, request: Any, parent: Any, index: int) -> Any:
+        """Return the parameters with which the engine runs a choice, and expect its outputs."""
+        params, lora = request.sampling_params, request.lora_request
+        adapter = None if lora is None else self._adapters.get(_key(lora))
+        if not _is_plain(request) or (adapter is None) != (lora is None):
+            self.counts["unrecorded"] += 1
+            return _with(params, None)
+        given = (parent.sampling_params if parent is not None else params).seed
+        user_seed = accepted.user_seed if accepted.user_seed is not None else "" if given is None else str(given)
+        seed = ResponseSeed(
+            user_seed=user_seed,
+            request_id=accepted.request_id,
+            public_key=self._public_key,
+            digest=self._digest,
+            block_hash=accepted.block_hash,
+            index=call.first + index,
+        )
+        sampling = _sampling(params) if self._seeded else None
+        prompt = tuple(request.prompt_token_ids)
+        mask = any(getattr(params, name, None) for name in MASKS)
+        call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
+        self._collector.follow(request.request_id)
+        words = as_words(seed.words()) if self._seeded else None
+        return _with(params, Carried(len(prompt), as_words(seed.words("sketch")), words, sampling))
+
+
+def _is_plain(request: Any) -> bool:
+    """Return whether a receipt can name all that a request was computed from.
+
+    Embeddings have no ids, a trace is not sampled at all, and the steps of a beam search, which have numbered ids of
+    their own, are not tokens of a response.
+    """
+    params = request.sampling_params
+    beam = "-beam-" in str(request.external_req_id) and params.max_tokens == 1 and not params.detokenize
+    return bool(
+        request.prompt_token_ids
+        and request.prompt_embeds is None
+        and not request.mm_features
+        and not request.resumable
+        and not getattr(params, "trace_decode_token_ids", None)
+        and not beam
+    )
+
+
+def _key(lora: Any) -> tuple[str, str]:
+    """Return name and directory of a ``LoRARequest``."""
+    return str(lora.lora_name), str(lora.lora_path)
+
+
+def _sampling(params: Any) -> Sampling:
+    """Return the parameters that vLLM would sample with."""
+    values = {name: getattr(params, name) for name in SAMPLED}
+    values["top_k"] = max(0, values["top_k"])
+    return Sampling(**values, logit_bias=dict(params.logit_bias or {}))
+
+
+def _with(params: Any, carried: Carried | None) -> Any:
+    """Return a copy of parameters that carries something else, and has nothing left to sample if it is seeded."""
+    other = copy.copy(params)
+    other.__dict__.pop("sampling_type", None)  # vLLM caches it
+    kept = {key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT}
+    other.extra_args = kept | ({} if carried is None else {ARGUMENT: carried.as_argument()})
+    if carried is not None and carried.tokens is not None:
+        for name, value in NEUTRAL.items():
+            setattr(other, name, value)
+    return other
+
+
+def _receipt(choice: Choice, sketches: NDArray[np.float16]) -> Receipt:
+    """Return the receipt of a choice; ``sketches`` [S, 12] are those that the workers have.
+
+    Raises:
+        ModelError: The workers have not kept the states of all of its sketches.
+    """
+    steps = len(sketch_steps(len(choice.output)))
+    if len(sketches) < steps:
+        raise ModelError(
+            f"{len(sketches)} sketches of {len(choice.output)} tokens",
+            wanted=f"{steps}",
+            do="see the log of vLLM's workers",
+        )
+    return Receipt(
+        request_id=choice.seed.request_id,
+        index=choice.seed.index,
+        user_seed=choice.seed.user_seed,
+        block_hash=choice.seed.block_hash,
+        sampling=choice.sampling,
+        prompt=Prompt.of(choice.prompt),
+        output=tuple(choice.output),
+        finish=choice.finish or "abort",
+        chosen_by=choice.chosen_by,
+        mask=choice.mask,
+        adapter=choice.adapter,
+        sketches=sketches[:steps],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The block that seeds a response: what the node's chain follower posted last, or posts next.
+
+
+class Beacon:
+    """Block hashes in the order in which they were posted. It belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.newest: str | None = None
+        """Hash of the block that was posted last; None before the first."""
+        self._posted = asyncio.Event()
+
+    def post(self, block_hash: str) -> None:
+        """Take a block. The same one again is no news."""
+        if block_hash == self.newest:
+            return
+        self.newest = block_hash
+        posted, self._posted = self._posted, asyncio.Event()
+        posted.set()
+
+    async def next(self, seconds: float) -> str | None:
+        """Wait for a block that is posted from now on; return None if no block comes in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._posted.wait()
+        except TimeoutError:
+            return None
+        return self.newest

@@ -1,0 +1,249 @@
+"""The part inside vLLM's workers: it keeps a sketch of the hidden state behind every 32nd token of a response.
+
+Two methods of the model runner are wrapped as :class:`assay.poc.vllm.WorkerExtension` does it, and for its
+reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
+there. The state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
+the next such state is known, and those before it are not looked at. States are copied once a step, all together, and
+become sketches a few dozen at a time.
+
+On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device without the next. So
+places go there from pinned memory, and sketches are made on a stream of their own, of the steps that the device has
+done. A sketch that the serving side asks for is one of these: it has seen the token.
+
+Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
+from assay.poc.protocol.sketches import sketches
+from assay.poc.responses.gaps import to_device
+from assay.poc.vllm.carried import carried_by
+from assay.poc.vllm.compatibility import missing_in_runner, runner_kind
+from assay.poc.vllm.worker import WorkerExtension
+from assay.poc.vllm.worker_state import call_before, is_first_of_group, spans
+
+MOST_NORMALS = 2**22
+"""Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
+
+MOST_RESPONSES = 8192
+"""Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server side left behind."""
+
+STEPS_AHEAD = 4
+"""Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
+
+NEVER = 2**40
+"""Length of a prompt that never ends."""
+
+
+class ResponseExtension(WorkerExtension):
+    """Methods that vLLM adds to its workers."""
+
+    def assay_sketch(self, raw: bool = False) -> list[str]:
+        """Begin to keep sketches; return the names that the runner lacks, with which nothing was begun.
+
+        With ``raw``, which a verifier needs, the states themselves are kept, in float32.
+        """
+        problems = missing_in_runner(self.model_runner)
+        if not problems and not hasattr(self, "assay_capture"):
+            self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
+        return problems
+
+    def assay_sketches(self, wanted: dict[str, list[int]], forgotten: list[str]) -> dict[str, bytes]:
+        """Hand out sketches by their numbers, from one on and before another, and drop requests that have ended.
+
+        One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
+        """
+        found = self.assay_capture.read({name: range(*numbers) for name, numbers in wanted.items()})
+        self.assay_capture.drop(forgotten)
+        return found if is_first_of_group() else {}
+
+    def assay_states(self) -> dict[str, bytes]:
+        """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from token 0 on."""
+        found = self.assay_capture.read(self.assay_capture.there)
+        self.assay_capture.drop(list(found))
+        return found if is_first_of_group() else {}
+
+
+@dataclass
+class Kept:
+    """What is kept of one response: its sketches by token, or the states that are to be sketched."""
+
+    prompt: int
+    words: np.ndarray[Any, np.dtype[np.uint32]]
+    sketches: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows whether it is."""
+
+    kept: Kept
+    token: int
+    there: Tensor | None = None
+
+
+@dataclass
+class Copied:
+    """The states of one step, and on a GPU the event after which they are there."""
+
+    states: list[State]
+    rows: list[Tensor]
+    event: Any
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has come so far."""
+        return self.event is None or bool(self.event.query())
+
+
+class Capture:
+    """The wrapped methods of one model runner, and the sketches that they keep."""
+
+    def __init__(self, runner: Any, config: Any, *, raw: bool = False) -> None:
+        self.errors = 0
+        self._runner, self._raw = runner, raw
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._prompts: dict[str, int] = {}
+        self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
+        self._idle = 0  # steps that need no look, if the requests stay the same
+        self._waiting: deque[Copied] = deque()
+        speculative = getattr(config, "speculative_config", None)
+        drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
+        self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
+        self._device = torch.device(runner.device)
+        on_gpu = self._device.type == "cuda"
+        self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
+        call_before(runner, "execute_model", self._open, self._note)
+        call_before(runner, "sample_tokens", self._capture, self._note)
+
+    @property
+    def there(self) -> dict[str, range]:
+        """The requests of which something is kept, as the worker knows them, and the numbers of their sketches."""
+        self._flush()
+        return {name: range(len(kept.sketches)) for name, kept in self._kept.items()}
+
+    def read(self, wanted: dict[str, range]) -> dict[str, bytes]:
+        """Return sketches of requests by their numbers, without those behind the first that is missing."""
+        self._flush()
+        found = {}
+        for name, numbers in wanted.items():
+            made = self._kept[name].sketches if name in self._kept else {}
+            places = takewhile(made.__contains__, (SKETCH_EVERY * number for number in numbers))
+            found[name] = b"".join(made[place] for place in places)
+        return found
+
+    def drop(self, names: list[str]) -> None:
+        """Forget requests that have ended, or whose clients have left."""
+        for name in names:
+            self._prompts.pop(name, None)
+            self._kept.pop(name, None)
+
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
+
+    def _open(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Note the new requests that are recorded. One that was preempted may come again, and is known."""
+        for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            carried = carried_by(request.sampling_params)
+            if carried is not None and request.req_id not in self._kept:
+                self._kept[request.req_id] = Kept(carried.prompt, np.array(carried.sketch, np.uint32))
+                self._prompts[request.req_id] = carried.prompt
+        while len(self._kept) > MOST_RESPONSES:
+            self.drop([next(iter(self._kept))])
+        self._expect(scheduler_output)
+
+    def _expect(self, scheduler_output: Any) -> None:
+        """Count down the steps in which nothing can be due, while the same requests go on by one token each."""
+        scheduled = getattr(scheduler_output, "num_scheduled_tokens", None) or {}
+        goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(scheduled)
+        self._idle = self._idle - 1 if goes_on and not scheduler_output.scheduled_new_reqs else 0
+        self._scheduled = scheduled
+
+    @torch.inference_mode()
+    def _capture(self, *args: Any, **kwargs: Any) -> None:
+        """Copy the states of this step that are sketched."""
+        if not self._kept or self._idle > 0:
+            return
+        states_ND, step = spans(self._runner)
+        if states_ND is None or step is None:
+            return
+        # The token that the first position of each request gives; a request that is not recorded gives none.
+        first_N = step.computed + 1 - np.array([self._prompts.get(name, NEVER) for name in step.names])
+        after_N = first_N + self._slack + step.lengths
+        due_N = _next_sketched(first_N - self._slack) < after_N
+        if not self._slack:
+            self._idle = 1 + int((_next_sketched(after_N) - after_N).min())
+        places, step_states, step_rows = [], [], []
+        for row in np.flatnonzero(due_N):
+            first, start, length = int(first_N[row]), int(step.starts[row]), int(step.lengths[row])
+            kept, low = self._kept[step.names[row]], int(_next_sketched(first - self._slack))
+            for token in range(low, first + self._slack + length, SKETCH_EVERY):
+                if self._slack:
+                    state, state_1D = self._choose(states_ND[start : start + length], start, kept, token)
+                    step_rows.append(state_1D)
+                else:
+                    places.append(start + token - first)
+                    state = State(kept, token)
+                step_states.append(state)
+        if places:
+            step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
+        if step_states:
+            self._waiting.append(Copied(step_states, step_rows, self._event()))
+        if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
+            self._flush()
+
+    def _event(self) -> Any:
+        """Return an event that comes when the device has done what was launched so far."""
+        if self._aside is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _choose(self, states_LD: Tensor, start: int, kept: Kept, token: int) -> tuple[State, Tensor]:
+        """Copy the state [1, D] at a position that only the device can find: with drafts the host's count is a bound.
+
+        A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.
+        """
+        positions_L = self._runner.execute_model_state.input_batch.positions[start : start + len(states_LD)]
+        hits_L = positions_L == kept.prompt - 1 + token
+        return State(kept, token, hits_L.any()), states_LD.index_select(0, hits_L.to(torch.uint8).argmax().reshape(1))
+
+    @torch.inference_mode()
+    def _flush(self) -> None:
+        """Make sketches of the states of all steps that the device has done."""
+        done = []
+        while self._waiting and self._waiting[0].done:
+            done.append(self._waiting.popleft())
+        states = [state for copied in done for state in copied.states]
+        if not states:
+            return
+        with torch.cuda.stream(self._aside):  # of None: nothing changes
+            states_SD = torch.cat([rows for copied in done for rows in copied.rows])
+            made_S = states_SD.float().cpu().numpy() if self._raw else self._sketched(states, states_SD)
+            for state, made in zip(states, made_S, strict=True):
+                if state.there is None or bool(state.there):
+                    state.kept.sketches[state.token] = made.tobytes()
+
+    def _sketched(self, states: list[State], states_SD: Tensor) -> "np.ndarray[Any, Any]":
+        """Return the sketches of states, float16 [S, 12]."""
+        words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
+        tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
+        seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
+        spans = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
+        return torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
+
+
+def _next_sketched(tokens: Any) -> Any:
+    """Return the first token, from each of these on, that is sketched."""
+    return -(-np.maximum(tokens, 0) // SKETCH_EVERY) * SKETCH_EVERY

@@ -1,0 +1,310 @@
+"""The part inside vLLM's workers: it makes the inputs of nonces, keeps what is read of them, takes the transform.
+
+vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its methods by name
+through ``collective_rpc``. Arguments and results are plain types. Every attribute is called ``assay_…``, because vLLM's
+``WorkerWrapperBase.init_worker`` refuses an extension with a name that the worker already has.
+
+Two methods of the model runner are wrapped on the instance: ``execute_model``, which both runners call with the
+``SchedulerOutput`` of a step before they read the embeddings of its new requests, and ``sample_tokens``, which both
+call while ``execute_model_state`` still holds the hidden states of the step. An exception in either would end the
+engine, and with it every chat, so both catch everything: a nonce that fails is reported when it is collected.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.errors import reason_of
+from assay.poc.engines.base import noise_inputs
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import Transform, weighted_sum
+from assay.poc.vllm.compatibility import missing_in_runner
+from assay.poc.vllm.decoding import Decoding, Found, obstacle
+from assay.poc.vllm.direct_worker import DirectMethods, DirectPasses
+from assay.poc.vllm.own_passes import OwnPasses, why_not_over
+from assay.poc.vllm.rows import LONGEST_REASON, Rows, RowStream, Spec, packed
+from assay.poc.vllm.throttle import Forward
+from assay.poc.vllm.worker_state import (
+    MAX_SUMMED,
+    MAX_VALUES,
+    Chunk,
+    call_before,
+    chunks,
+    describe,
+    is_first_of_group,
+    is_first_stage,
+)
+from assay.streams.backends import dtype_name
+
+MAX_TRANSFORMS = 4
+
+
+class WorkerExtension(DirectMethods):
+    """Methods that vLLM adds to its workers."""
+
+    # Attributes of vLLM's worker.
+    model_runner: Any
+    vllm_config: Any
+
+    assay_hooks: "Hooks"
+
+    def assay_install(self, forward: Forward = "vllm") -> dict[str, Any]:
+        """Wrap the model runner once, choose the forward pass of nonces, and describe this worker.
+
+        ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
+        whether it takes the presets that decode. ``refused`` is the reason for which assay's own forward pass cannot
+        run here, and ``forward`` names its kernels.
+        """
+        runner, config = self.model_runner, self.vllm_config
+        problems = missing_in_runner(runner)
+        if not problems and not hasattr(self, "assay_hooks"):
+            self.assay_hooks = Hooks(runner, config)
+        refused, kernels = (None, []) if problems else self.assay_choose(forward)
+        said = {"problems": problems, "refused": refused, "decodes": obstacle(runner, config) is None}
+        return {**said, "forward": kernels, **describe(runner, config)}
+
+    def assay_choose(self, forward: Forward) -> tuple[str | None, list[str]]:
+        """Choose the forward pass of nonces in batches; return why it was refused, and what its kernels are."""
+        runner, config, measured = self.model_runner, self.vllm_config, getattr(self, "peak_activation_memory", 0)
+        shared = (runner, config, self.assay_hooks._transform)
+        self.assay_passes = DirectPasses(*shared, activations=int(measured))
+        if forward == "vllm":
+            return None, []
+        try:
+            refused = why_not_over(runner.get_model(), config)
+            if refused is None:
+                own = OwnPasses(*shared, activations=int(measured))
+                kernels = ["forward assay", *own.load()]
+                self.assay_passes = own
+                return None, kernels
+        except Exception as error:  # the server says it, and ends in good order
+            refused = reason_of(error)[:LONGEST_REASON]
+        return refused, []
+
+    def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
+        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
+        try:
+            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset)))
+        except Exception as error:
+            return reason_of(error)[:LONGEST_REASON]
+        return None
+
+    def assay_close(self, key: str) -> None:
+        """End a stream, and drop its rows."""
+        self.assay_hooks.rows.close(key)
+
+    def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
+        """Take the values that the pipeline publishes for nonces that have run.
+
+        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values of those nonces
+        that were found, as :func:`packed` has them; or ``error``, if the transform fails.
+        """
+        return self.assay_hooks.collect(key, nonces)
+
+    def assay_counts(self) -> dict[str, int]:
+        """Return the number of streams, rows and failures that are held, and how often a hook failed."""
+        hooks = self.assay_hooks
+        return {**hooks.rows.counts(), "errors": hooks.errors}
+
+
+class Hooks:
+    """The wrapped methods of one model runner, and the rows that they keep."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        self.rows = Rows()
+        self.errors = 0
+        self._runner, self._config, self._model = runner, config, config.model_config
+        self._width = int(self._model.get_hidden_size())
+        self._transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
+        self._streams = streams.get_backend("auto", runner.device.type)
+        self._decoding: Decoding | None = None
+        on_cuda = runner.device.type == "cuda"
+        self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
+        call_before(runner, "execute_model", self._fill, self._note)
+        call_before(runner, "sample_tokens", self._capture, self._note)
+
+    def open(self, key: str, spec: Spec) -> None:
+        """Begin a stream, and make what depends on the block now, so that no step waits for it."""
+        if not spec.pipeline.steps:
+            with torch.inference_mode():
+                self._transform(spec)
+        elif self._decoding is None:
+            self._decoding = Decoding(self._runner, self._config)
+        self.rows.open(key, spec)
+
+    def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
+        """Take the values of nonces that have run; :meth:`WorkerExtension.assay_collect` describes the reply."""
+        stream = self.rows.get(key)
+        if stream is None:
+            return {"failed": {}}
+        failed = {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}
+        found, states = stream.take(nonces)
+        if not found or not is_first_of_group():
+            return {"failed": failed}
+        try:
+            with torch.inference_mode():
+                values = self._values(stream, found, states).cpu().numpy()
+        except Exception as error:  # reported, so that the engine lives
+            return {"failed": failed, "error": reason_of(error)[:LONGEST_REASON]}
+        return {"failed": failed, **packed(found, values)}
+
+    def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
+        if self._decoding is not None and stream.spec.pipeline.steps:
+            return self._decoding.values(stream, nonces, rows)
+        return self._transform(stream.spec)(torch.stack(rows).float(), nonces)
+
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
+
+    # Before a step: inputs
+
+    def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
+        empty: dict[RowStream, list[tuple[int, Any]]] = {}
+        for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            found = self.rows.find(request.req_id)
+            try:
+                if request.prompt_embeds is not None:
+                    _disarm(request, self._width)
+                if found:
+                    stream, nonce = found
+                    if stream.spec.pipeline.steps:
+                        assert self._decoding is not None
+                        self._decoding.begin(stream, nonce, request)
+                        continue
+                    _check_length(request, stream.spec.round.seq_len)
+                    if request.prompt_embeds is None and is_first_stage():
+                        empty.setdefault(stream, []).append((nonce, request))
+                    else:
+                        stream.fill(nonce)
+            except Exception as error:
+                if found:
+                    self._fail(*found, error)
+        for stream, requests in empty.items():
+            # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a time.
+            at_once = MAX_VALUES // (stream.spec.round.seq_len * self._width)
+            self._in_parts(stream, requests, at_once, self._fill_part)
+
+    def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
+        """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
+        round = stream.spec.round
+        shape = {"seq_len": round.seq_len, "hidden_size": self._width}
+        dtype = dtype_name(self._model.dtype)
+        # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running step.
+        with torch.cuda.stream(self._side):
+            inputs_BTD = noise_inputs(
+                self._streams, round, [nonce for nonce, _ in requests], dtype=dtype, **shape
+            ).cpu()
+        for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
+            # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
+            # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
+            request.prompt_embeds = inputs_TD
+            request.prompt_is_token_ids = [False] * round.seq_len
+            stream.fill(nonce)
+
+    # After a step: hidden states
+
+    @torch.inference_mode()
+    def _capture(self, *args: Any, **kwargs: Any) -> None:
+        """Keep what the pipelines read of the hidden states of this step."""
+        if not len(self.rows):
+            return
+        states_ND, of_step = chunks(self._runner)
+        if states_ND is None:
+            return
+        sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
+        decoding: list[Found] = []
+        for row, chunk in enumerate(of_step):
+            found = self.rows.find(chunk.request_id)
+            if found is None or found[1] not in found[0].filled:
+                continue
+            stream, nonce = found
+            if stream.spec.pipeline.steps:
+                decoding.append(Found(stream, nonce, row, chunk))
+                continue
+            if not chunk.in_prompt:
+                continue
+            try:
+                if chunk.prompt != stream.spec.round.seq_len:
+                    raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
+                if stream.spec.pipeline.read != "last":
+                    sums.setdefault((stream, chunk.in_prompt), []).append((nonce, chunk))
+                elif chunk.ends_prompt:
+                    stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
+            except Exception as error:
+                self._fail(stream, nonce, error)
+        for (stream, length), pieces in sums.items():
+            # The host pays for every launch, so chunks of one length are summed in one kernel.
+            self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), partial(self._add_part, states_ND))
+        if decoding:
+            assert self._decoding is not None
+            for one, reason in self._decoding.step(states_ND, decoding):
+                self._fail(one.stream, one.nonce, reason)
+
+    def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
+        """Add the signed unit states of chunks of one length to the sums of earlier steps."""
+        drawn_BT = self._transform(stream.spec).weights([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
+        assert drawn_BT is not None
+        spans = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
+        weights_BN = torch.stack([drawn_BT[row, at.computed : at.computed + length] for row, at, length in spans])
+        states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in spans])
+        sums_BD = weighted_sum(states_BND, weights_BN.to(states_ND.device))
+        for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
+            sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
+            if chunk.ends_prompt:
+                stream.put(nonce, sum_D)
+            else:
+                stream.sums[nonce] = sum_D
+
+    def _in_parts(
+        self, stream: RowStream, found: list[tuple[int, Any]], at_once: int, work: Callable[[RowStream, Any], None]
+    ) -> None:
+        """Do work for some nonces of a stream at a time, for one at least; a part that fails fails its nonces."""
+        at_once = max(1, at_once)
+        for start in range(0, len(found), at_once):
+            part = found[start : start + at_once]
+            try:
+                work(stream, part)
+            except Exception as error:
+                for nonce, _ in part:
+                    self._fail(stream, nonce, error)
+
+    def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
+        self.errors += 1
+        stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
+
+    def _make_transform(self, spec: Spec) -> Transform:
+        return Transform(
+            *spec,
+            hidden_size=self._width,
+            vocab_size=int(self._model.get_vocab_size()),
+            device=self._runner.device,
+        )
+
+
+def _disarm(request: Any, width: int) -> None:
+    """Replace harmful inputs by zeros.
+
+    Inputs of another width would end the engine. NaN and infinity would stay in the blocks of the cache and spoil
+    requests that get these blocks later: any client that may send embeddings could stop every round on the server.
+    """
+    sent = request.prompt_embeds
+    fits = sent.ndim == 2 and sent.shape[1] == width
+    if fits and bool(torch.isfinite(sent).all()):
+        return
+    request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
+    what = "that are not finite" if fits else f"of shape {tuple(sent.shape)}"
+    raise ValueError(f"inputs {what}")
+
+
+def _check_length(request: Any, seq_len: int) -> None:
+    """Refuse a request whose length differs from the round's."""
+    sent, tokens = request.prompt_embeds, request.prompt_token_ids
+    length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
+    if length != seq_len:
+        raise ValueError(f"{length} {what} for {seq_len} positions")

@@ -1,0 +1,263 @@
+"""The law of a block: the chord law, narrower or wider by a factor that all nonces of a block share.
+
+All distances of a block are measured along one vector v, N(0, I) over blocks: the random head, folded onto the target.
+States x of unit length with second moments M = E[x xᵀ] have products v·x of variance γ² = vᵀMv, while the chord law is
+that of variance one. So within a block the cosines of the distances are γ times as wide as the law says. Over blocks γ²
+is Σ λᵢχ²₁ with the eigenvalues λ of M, of mean one and variance 2‖M‖², and with those two moments it is near
+
+    γ² ~ χ²_ν/ν,    ν = 1/‖M‖²
+
+(Satterthwaite 1946; Box 1954, theorem 3.1). ν is the *effective dimension* of the states: D where all directions of R^D
+occur alike, and much less where a few coordinates carry most of a trained state. γ varies by about 1/√(2ν).
+
+Signs drawn per nonce make M diagonal and leave the energy of a coordinate where it is. A reflection in a random
+hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at D = 256.
+
+Legend of shapes: N nonces, D hidden size.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+from scipy.optimize import brentq
+
+from assay.errors import UsageError
+from assay.stats.chord import FloatArray, chord_cdf, r_target_for, rate_standard_error
+from assay.stats.rates import TAIL
+
+EFFECTIVE_DIMENSION = 16.0
+"""Effective dimension assumed of states that were not measured; the bundled models have 20 to 37, random ones D."""
+
+_POINTS = 512  # of the law of the factor, each of the same probability
+
+
+def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
+    """Return 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
+
+    Raises:
+        UsageError: There are fewer than 2 states, or one has no direction.
+    """
+    if len(states_ND) < 2:
+        raise UsageError(f"{len(states_ND)} states", wanted="at least 2", do="measure more nonces")
+    unit_ND = states_ND.astype(np.float64)
+    length_N1 = np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    without = np.count_nonzero(~(np.isfinite(length_N1) & (length_N1 > 0)))
+    if without:
+        raise UsageError(
+            f"{without} of {len(states_ND)} states that are zero or not finite",
+            wanted="states with a direction",
+            do="find out which nonces they are of",
+        )
+    unit_ND /= length_N1
+    squares_NN = (unit_ND @ unit_ND.T) ** 2
+    n = len(unit_ND)
+    return float(n * (n - 1) / (squares_NN.sum() - np.trace(squares_NN)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLaw:
+    """The law of the distances of a block, as far as its factor γ is known: γ² ~ scale²·χ²_ν/ν.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        freedom: Degrees of freedom ν: the effective dimension of the states where nothing is known of the block, more
+            where something is, and infinity where γ equals ``scale``.
+        scale: What is known of γ; 1.0 for any block.
+
+    Raises:
+        UsageError: A value is not positive.
+    """
+
+    dimension: int
+    freedom: float
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.freedom > 0 and 0 < self.scale < math.inf):
+            raise UsageError(
+                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
+                wanted="positive numbers",
+                do=f"leave the effective dimension out: {EFFECTIVE_DIMENSION:g} is assumed",
+            )
+
+    @classmethod
+    def of_head(cls, dimension: int, effective_dimension: float, *, hidden_size: int, scale: float) -> "BlockLaw":
+        """Return the law of a block whose folded head has a known length.
+
+        The length is known and the direction is not, so of the variance 2/ν of γ² the part 2/D is gone.
+
+        Args:
+            dimension: Dimension d of the chord law.
+            effective_dimension: Effective dimension ν of the states; more than D counts as D.
+            hidden_size: Size D of the states.
+            scale: Length of the folded head over its mean.
+        """
+        left = 1 / effective_dimension - 1 / hidden_size
+        return cls(dimension=dimension, freedom=1 / left if left > 0 else math.inf, scale=scale)
+
+    def factor(self, q: float) -> float:
+        """Return the quantile of the factor γ over such blocks."""
+        if math.isinf(self.freedom):
+            return self.scale
+        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
+
+    @property
+    def factor_error(self) -> float:
+        """Standard deviation of γ, to first order: scale/√(2ν)."""
+        return self.scale / math.sqrt(2 * self.freedom)
+
+    def cdf(self, x: npt.ArrayLike) -> FloatArray:
+        """Return P(distance ≤ x) over such blocks, elementwise."""
+        return np.asarray(self._rates(np.asarray(x, dtype=np.float64)).mean(axis=0))
+
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard deviation over such blocks."""
+        shares = np.diff(self._rates(np.asarray(edges, dtype=np.float64)), axis=1)
+        return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2].
+        """
+        if not 0.0 < r_target <= 2.0:
+            raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
+        return float(self.cdf(r_target))
+
+    def r_target_for(self, rate: float) -> float:
+        """Return the ``r_target`` at which a share ``rate`` of the nonces of such blocks is valid.
+
+        Raises:
+            UsageError: ``rate`` is outside (0, 1].
+        """
+        chord = r_target_for(rate, self.dimension)  # refuses the rate
+        if rate == 1.0:
+            return chord
+        return float(brentq(lambda x: float(self.cdf(x)) - rate, 1e-9, 2.0, xtol=1e-12))
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate of such a block: that of γ, and of n nonces if given.
+
+        That of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), and nothing at one half.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        """
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
+        return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
+
+    def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
+        """Return where the valid rate of such a block falls with a probability of 95 %.
+
+        The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
+        add up (Zou and Donner 2008).
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        """
+        rate = self.valid_rate(r_target)
+        nonces = 0.0 if n is None else float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
+        low, high = (math.hypot(end - rate, nonces) for end in ends)
+        return max(0.0, rate - low), min(1.0, rate + high)
+
+    def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Return where a block has its own quantile if that of an average block is ``r_target``."""
+        tail = (1 - confidence) / 2
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(_chord(cosine * self.factor(q))) for q in (tail, 1 - tail))
+        return ends[0], ends[1]
+
+    @cached_property
+    def _factors(self) -> FloatArray:
+        """Values of γ of equal probability, [F]."""
+        if math.isinf(self.freedom):
+            return np.array([self.scale])
+        return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every value of γ, [F, ...]."""
+        factors = self._factors.reshape(-1, *(1,) * x.ndim)
+        return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredBlockLaw:
+    """The law of the distances of a block by its head and states of the model.
+
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. Where one coordinate outweighs
+    the others, as in the widest blocks, that is not normal but one of two values, blurred by the rest. So the cosine of
+    a state is taken as a normal variable about ±jump.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        jumps: Size of the part of every state along the coordinate that counts most in this block, in standard
+            deviations 1/√d of a cosine.
+        widths: Standard deviation of all other parts, in the same unit.
+    """
+
+    dimension: int
+    jumps: FloatArray
+    widths: FloatArray
+
+    @property
+    def scale(self) -> float:
+        """Factor γ: the standard deviation of the block's cosines over 1/√d."""
+        return math.sqrt(float(np.mean(self.jumps**2 + self.widths**2)))
+
+    @property
+    def factor_error(self) -> float:
+        """Standard error of γ, from the number of states."""
+        squares_N = self.jumps**2 + self.widths**2
+        return float(squares_N.std(ddof=1)) / math.sqrt(len(squares_N)) / (2 * self.scale)
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``."""
+        return float(self._rates(np.asarray(r_target)).mean())
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate: that of the law, and of n nonces if given.
+
+        Raises:
+            UsageError: n is below 1.
+        """
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
+        rates_N, normal = self._rates(np.asarray(r_target)), self._normal(np.asarray(r_target))
+        return math.hypot(float(_law_error(rates_N, normal)), nonces)
+
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard error."""
+        edges_E = np.asarray(edges, dtype=np.float64)
+        shares = np.diff(self._rates(edges_E), axis=1)
+        return np.asarray(shares.mean(axis=0)), _law_error(shares, np.diff(self._normal(edges_E)))
+
+    def _normal(self, x: FloatArray) -> FloatArray:
+        """Return the share below x of normal cosines of the same standard deviation."""
+        return np.asarray(special.ndtr(-(1 - x**2 / 2) * math.sqrt(self.dimension) / self.scale))
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every state, [N, ...]."""
+        cosine = (1 - x**2 / 2) * math.sqrt(self.dimension)
+        jumps, widths = (values_N.reshape(-1, *(1,) * x.ndim) for values_N in (self.jumps, self.widths))
+        below = [special.ndtr((jump - cosine) / widths) for jump in (jumps, -jumps)]
+        return np.asarray((below[0] + below[1]) / 2)
+
+
+def _law_error(shares: FloatArray, normal: FloatArray) -> FloatArray:
+    """Return the standard error of shares expected from N states [N, ...].
+
+    The states give one part. One coordinate apart and all others normal is an approximation, so half of what it
+    corrects of the ``normal`` shares is the other: nothing in most blocks, and half a point in the widest ones.
+    """
+    states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
+    return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
+
+
+def _chord(cosine: npt.ArrayLike) -> FloatArray:
+    return np.asarray(np.sqrt(2 - 2 * np.clip(cosine, -1.0, 1.0)))

@@ -1,0 +1,259 @@
+"""Noise laws: what honest recomputation looks like, and what the same values look like otherwise.
+
+A law describes a residual by its honest density f₁ and a family f_m, the same noise m times larger. Both laws here have
+monotone likelihood ratios: f_m(x)/f₁(x) never falls as the residual grows. So a value closer to the recomputed one
+never counts against a node, and noise smaller than calibrated only makes the test more cautious (docs/statistics.md).
+
+Suffixes: N values.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+
+from assay.errors import UsageError
+from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_cdf, chord_mean, chord_std
+
+RESOLUTION = 2.0**-23
+"""Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal."""
+
+GROSS_PROBABILITY = 1e-4
+"""A residual that honest noise exceeds with this probability at most is counted as gross."""
+
+JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
+"""Residual of the best invented distance for ``poc-2.0``, the constant √2 (0.0078).
+
+A distance drawn from the chord law misses by √2 times as much (0.011) and is easier to catch.
+"""
+
+_LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
+
+
+def _require(condition: bool, seen: str, wanted: str) -> None:
+    if not condition:
+        raise UsageError(seen, wanted=wanted, do="check the calibration that this noise law comes from")
+
+
+def _clipped_size(values: npt.ArrayLike) -> FloatArray:
+    size_N = np.abs(np.asarray(values, dtype=np.float64)).ravel()
+    # fmin takes the number when the other side is NaN, so NaN and infinity both become the largest residual.
+    return np.fmin(size_N, _LARGEST)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleNoise:
+    """Residuals e = received − recomputed of a distance: e ~ sigma · t with ``dof`` degrees of freedom.
+
+    Args:
+        sigma: Scale of honest noise, in units of the distance; at least `RESOLUTION`.
+        dof: Degrees of freedom of Student's t; smaller means heavier tails.
+        junk_sigma: Standard deviation of the residual of an invented value, by default `JUNK_SIGMA`.
+
+    Raises:
+        UsageError: A parameter is not finite or out of range.
+    """
+
+    sigma: float
+    dof: float = 6.0
+    junk_sigma: float = JUNK_SIGMA
+
+    def __post_init__(self) -> None:
+        _require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
+        _require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", "a positive finite number")
+        _require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", "a positive finite number")
+
+    @property
+    def size(self) -> float:
+        """A typical honest residual: ``sigma``."""
+        return self.sigma
+
+    def scaled(self, factor: float) -> Self:
+        """Return the law of noise ``factor`` times larger."""
+        return replace(self, sigma=max(self.sigma * factor, RESOLUTION))
+
+    @property
+    def junk_multiple(self) -> float:
+        """``junk_sigma`` in units of ``sigma``."""
+        return self.junk_sigma / self.sigma
+
+    @property
+    def gross_threshold(self) -> float:
+        """The absolute residual that honest noise exceeds with probability `GROSS_PROBABILITY`."""
+        return self.sigma * float(stats.t.isf(GROSS_PROBABILITY / 2, self.dof))
+
+    @property
+    def junk_detection(self) -> float:
+        """P(|N(0, junk_sigma²)| > gross threshold)."""
+        return float(special.erfc(self.gross_threshold / self.junk_sigma / math.sqrt(2)))
+
+    def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
+        """Return |e|, at most 2, [N]; non-finite residuals become 2."""
+        return _clipped_size(values)
+
+    def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
+        """Return the logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
+        scale, half = multiple * self.sigma, (self.dof + 1) / 2
+        constant = special.gammaln(half) - special.gammaln(self.dof / 2) - math.log(self.dof * math.pi) / 2
+        z_N = magnitudes_N / scale
+        return np.asarray(constant - math.log(scale) - half * np.log1p(z_N * z_N / self.dof), dtype=np.float64)
+
+    def survival(self, magnitudes_N: FloatArray) -> FloatArray:
+        """Return P(|sigma · t| ≥ |e|), [N]."""
+        return np.asarray(2 * stats.t.sf(magnitudes_N / self.sigma, self.dof), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class LogNoise:
+    """L2 distances of published vectors: x = ln max(L2, floor), normal up to ``tail`` sd and exponential beyond.
+
+    The density is exp(−ρ(z))/c with z = (x − mu)/sd and Huber's ρ. It is log-concave, which makes the ratio monotone.
+    Its tail is a power law in L2, as measured noise has it (routing flips, ties). Noise m times larger is the same
+    density shifted by ln m.
+
+    Args:
+        mu: Location of x for honest noise, in ln L2.
+        sd: Scale of x.
+        dimension: Length of the vectors; an invented unit vector lies a chord-law distance away.
+        tail: Start of the exponential tail, in units of sd.
+        floor: Distance below which values are not told apart (the rounding of fp16 vectors).
+
+    Raises:
+        UsageError: A parameter is not finite or out of range.
+    """
+
+    mu: float
+    sd: float
+    dimension: int = 12
+    tail: float = 2.0
+    floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")
+        _require(0 < self.sd < math.inf, f"sd {self.sd}", "a positive finite number")
+        _require(self.dimension >= 2, f"dimension {self.dimension}", "at least 2")
+        _require(0 < self.tail < math.inf, f"tail {self.tail}", "a positive finite number")
+        _require(0 < self.floor < _LARGEST, f"floor {self.floor}", "a distance in (0, 2)")
+
+    @property
+    def size(self) -> float:
+        """A typical honest residual: the median L2 distance."""
+        return math.exp(self.mu)
+
+    def scaled(self, factor: float) -> Self:
+        """Return the law of noise ``factor`` times larger."""
+        return replace(self, mu=self.mu + math.log(factor))
+
+    @property
+    def junk_multiple(self) -> float:
+        """The mean distance of an invented vector over the typical honest distance."""
+        return chord_mean(self.dimension) / math.exp(self.mu)
+
+    @property
+    def gross_threshold(self) -> float:
+        """The L2 distance that honest noise exceeds with probability `GROSS_PROBABILITY`."""
+        return math.exp(self.mu + self.sd * self.standard_quantile(GROSS_PROBABILITY))
+
+    @property
+    def junk_detection(self) -> float:
+        """The probability under the chord law of a distance above the gross threshold."""
+        return 1 - float(chord_cdf(self.gross_threshold, self.dimension))
+
+    @property
+    def standard_mass(self) -> float:
+        """∫ exp(−ρ(z)) dz: the normal core and the two exponential tails."""
+        core = math.sqrt(2 * math.pi) * math.erf(self.tail / math.sqrt(2))
+        return core + 2 * math.exp(-(self.tail**2) / 2) / self.tail
+
+    def standard_quantile(self, probability: float) -> float:
+        """Return the z that the standardised law exceeds with ``probability`` (at most one half)."""
+        beyond = math.exp(-(self.tail**2) / 2) / self.tail / self.standard_mass
+        if probability < beyond:
+            return self.tail + math.log(beyond / probability) / self.tail
+        return float(special.ndtri(0.5 + (0.5 - probability) * self.standard_mass / math.sqrt(2 * math.pi)))
+
+    def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
+        """Return the distances between floor and 2, [N]; non-finite ones become 2.
+
+        Raises:
+            UsageError: A distance is negative.
+        """
+        values_N = np.asarray(values, dtype=np.float64)
+        negative = values_N[np.isfinite(values_N) & (values_N < 0)]
+        if negative.size:
+            raise UsageError(
+                f"distance {negative[0]}", wanted="L2 distances, at least 0", do="pass norms, not residuals"
+            )
+        return np.maximum(_clipped_size(values_N), self.floor)
+
+    def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
+        """Return the logarithm of the density of x = ln L2 for distances ``multiple`` times larger, [N]."""
+        z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
+        return -np.asarray(special.huber(self.tail, z_N), dtype=np.float64) - math.log(self.sd * self.standard_mass)
+
+    def survival(self, magnitudes_N: FloatArray) -> FloatArray:
+        """Return P(honest distance ≥ L2), [N]."""
+        z_N = (np.log(magnitudes_N) - self.mu) / self.sd
+        size_N = np.abs(z_N)
+        core_N = math.sqrt(2 * math.pi) * (0.5 - special.ndtr(np.minimum(size_N, self.tail)))
+        tail_N = -np.exp(-(self.tail**2) / 2) * np.expm1(-self.tail * np.maximum(size_N - self.tail, 0)) / self.tail
+        upper_N = 0.5 + (core_N - tail_N) / self.standard_mass
+        return np.asarray(np.where(z_N >= 0, upper_N, 1 - upper_N), dtype=np.float64)
+
+
+NoiseLaw = ScaleNoise | LogNoise
+"""The kinds of residual that `SequentialTest` can judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far the noise of one machine may lie from a law: ln(its scale over that of the law) ~ sd · t.
+
+    A law is measured on some machines, and judges another. Whoever judges as if the scale were known accuses honest
+    machines that are a little noisier than those measured.
+
+    Args:
+        sd: Scale of the logarithm; 0 where the scale is known.
+        dof: Degrees of freedom of Student's t: how well the scale of the logarithm is known itself.
+
+    Raises:
+        UsageError: A parameter is out of range.
+    """
+
+    sd: float = 0.0
+    dof: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
+        _require(1 <= self.dof < math.inf, f"{self.dof} degrees of freedom", "a finite number of at least 1")
+
+    @property
+    def atoms(self) -> tuple[FloatArray, FloatArray]:
+        """A few multiples of the scale and their probabilities, [J] each, for what may lose evidence between two."""
+        return self._grid(_ATOMS)
+
+    @property
+    def fine(self) -> tuple[FloatArray, FloatArray]:
+        """Multiples of the scale and their probabilities, [H] each, so close that no life tells them apart.
+
+        Between scales that lie too far apart, a cheat in a small share explains an honest machine better than either:
+        with :attr:`atoms`, a sixth of all honest nodes were accused over 58 400 nonces, with these none.
+        """
+        points = 2 * math.ceil(REACH * max(4, self.sd / _CLOSE)) + 1
+        return self._grid(np.linspace(-REACH, REACH, points))
+
+    def _grid(self, deviations_J: FloatArray) -> tuple[FloatArray, FloatArray]:
+        if self.sd == 0:
+            return np.ones(1), np.ones(1)
+        weight_J = stats.t.pdf(deviations_J, self.dof)
+        return np.exp(self.sd * deviations_J), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
+
+
+REACH = 4.5
+"""Scales of a machine that a test averages over lie so many spreads to either side."""
+
+_ATOMS = np.linspace(-3.0, 3.0, 7)  # in spreads too
+_CLOSE = 0.0125  # distance of ln scale

@@ -1,0 +1,292 @@
+"""Shares, ranks and their intervals: the published count test, AUROC, and resampling with groups kept together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from assay.errors import UsageError
+from assay.stats.chord import FloatArray
+
+_REDRAWS = 100
+_DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in memory together
+TAIL = 0.025  # beyond either end of an interval of 95 %
+
+
+@dataclass(frozen=True, slots=True)
+class CountTest:
+    """The outcome of `count_test`.
+
+    Args:
+        n: Number of nonces checked.
+        mismatches: Number of them that did not match.
+        p_value: Probability of at least so many mismatches from an honest node.
+        fraud: Whether ``p_value`` is below alpha.
+    """
+
+    n: int
+    mismatches: int
+    p_value: float
+    fraud: bool
+
+
+def _check_counts(count: int, n: int) -> None:
+    if not 0 <= count <= n:
+        raise UsageError(f"{count} of {n}", wanted="0 ≤ count ≤ n", do="check how the two were counted")
+
+
+def _check_share(value: float, name: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name} {value}", wanted="a number in [0, 1]", do=f"choose another {name}")
+
+
+def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> CountTest:
+    """Test whether there are more mismatches than an honest node makes, by the one-sided binomial test.
+
+    Args:
+        mismatches: Number of nonces that did not match.
+        n: Number of nonces checked; with none there is no evidence, so the p-value is 1.
+        p_mismatch: Probability that an honest nonce mismatches.
+        alpha: Bound strictly below which a p-value means fraud.
+
+    Raises:
+        UsageError: A count or probability is out of range.
+    """
+    _check_counts(mismatches, n)
+    _check_share(p_mismatch, "p_mismatch")
+    _check_share(alpha, "alpha")
+    p_value = float(stats.binomtest(mismatches, n, p_mismatch, "greater").pvalue) if n else 1.0
+    return CountTest(n=n, mismatches=mismatches, p_value=p_value, fraud=p_value < alpha)
+
+
+def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval of a share by Clopper and Pearson; with n = 0 nothing is known, so it is (0, 1).
+
+    Raises:
+        UsageError: A count or the confidence is out of range.
+    """
+    _check_counts(count, n)
+    _check_share(confidence, "confidence")
+    if n == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(count, n).proportion_ci(confidence)
+    return float(interval.low), float(interval.high)
+
+
+def grouped_proportion_interval(hits: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share where samples of one group resemble each other.
+
+    It is the interval of Clopper and Pearson for an effective number of samples (Korn and Graubard, 1998): as many as
+    would give a share of independent samples the variance that it has between groups, less what few groups know of
+    that variance, and never more than there are. Where no sample is a hit, or every one, nothing is known of the
+    variance, and each group counts as one sample. A bootstrap over groups would give such a share no width at all.
+
+    Args:
+        hits: Whether each sample is one of those that are counted, [N].
+        groups: Group label of every sample.
+
+    Raises:
+        UsageError: Labels and samples differ in number, or there are fewer than 2 groups.
+    """
+    hit_N = np.asarray(hits, dtype=np.float64)
+    rows = [rows for (rows,) in _rows_of_groups([hit_N], [groups])]
+    n, n_groups, share = len(hit_N), len(rows), float(hit_N.mean())
+    effective = float(n_groups)
+    if 0 < share < 1:
+        off_G = np.array([hit_N[part].sum() - share * len(part) for part in rows])
+        variance = n_groups / (n_groups - 1) * float((off_G**2).sum()) / n**2
+        known = (stats.t.ppf(1 - TAIL, n - 1) / stats.t.ppf(1 - TAIL, n_groups - 1)) ** 2
+        effective = min(float(n), max(1.0, known * share * (1 - share) / variance)) if variance else float(n)
+    count, rest = share * effective, (1 - share) * effective
+    low = float(stats.beta.ppf(TAIL, count, rest + 1)) if count else 0.0
+    high = float(stats.beta.ppf(1 - TAIL, count + 1, rest)) if rest else 1.0
+    return low, high
+
+
+def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
+    values_N = np.asarray(values, dtype=np.float64)
+    if values_N.ndim != 1 or not values_N.size or not np.isfinite(values_N).all():
+        raise UsageError(
+            f"{name} of shape {values_N.shape}",
+            wanted="a non-empty list of finite numbers",
+            do="drop or repair the samples without a score",
+        )
+    return values_N
+
+
+def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
+    """Return the probability that a positive scores above a negative, a tie counting one half.
+
+    Equals the area under the ROC curve, computed from the negatives below each positive (Mann and Whitney 1947).
+
+    Args:
+        positive: Scores of the positive class, [P].
+        negative: Scores of the negative class, [N].
+
+    Raises:
+        UsageError: A side is empty or holds a non-finite score.
+    """
+    positive_P, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
+    ordered_N = np.sort(negative_N)
+    below, up_to = (ordered_N.searchsorted(positive_P, side).sum() for side in ("left", "right"))
+    return float((below + up_to) / 2 / (positive_P.size * negative_N.size))
+
+
+def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
+    """Return the share of pairs whose positive side scores above its negative side, a tie counting one half.
+
+    Args:
+        positive: Scores of the positive sides, [N].
+        negative: Scores of the negative sides in the same order, [N].
+
+    Raises:
+        UsageError: The sides differ in length, are empty, or hold a non-finite score.
+    """
+    positive_N, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
+    if positive_N.size != negative_N.size:
+        raise UsageError(
+            f"{positive_N.size} positive and {negative_N.size} negative scores",
+            wanted="one of each per pair",
+            do="keep both sides of a pair",
+        )
+    return float(np.mean(positive_N > negative_N) + np.mean(positive_N == negative_N) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapInterval:
+    """A statistic on the data as measured, and both ends of its percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def group_bootstrap(
+    statistic: Callable[..., float],
+    samples: Sequence[npt.ArrayLike],
+    groups: Sequence[Sequence[object]],
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> BootstrapInterval:
+    """Return a statistic with the interval of its percentile bootstrap over groups.
+
+    Samples of one group (the same task, the same block) resemble each other. Drawing single samples would treat them as
+    independent and make every interval too short, so whole groups are drawn.
+
+    Each resample draws as many groups as there are, with replacement, and hands every sample the rows of those
+    groups; a group drawn twice brings its rows twice. The draw is common to all samples, so what was paired stays
+    paired.
+
+    Args:
+        statistic: Function that is called as ``statistic(*samples)``, with arrays of the same rank as given.
+        samples: Arrays whose first axis runs over rows, for example (scores of hacks, scores of clean).
+        groups: Group label of every row, per sample.
+        n_resamples: Number of draws.
+        seed: Seed of numpy's default generator; the same seed gives the same interval.
+        confidence: Nominal coverage.
+
+    Raises:
+        UsageError: Labels and rows differ in number, there are fewer than 2 groups, no draw fills every sample, or the
+            statistic is not a number for the samples or for a draw.
+    """
+    arrays = [np.asarray(sample) for sample in samples]
+    rows = _rows_of_groups(arrays, groups)
+    if n_resamples < 1 or not 0.0 < confidence < 1.0:
+        raise UsageError(
+            f"{n_resamples} resamples, confidence {confidence}",
+            wanted="at least 1 resample and a confidence in (0, 1)",
+            do="use the defaults",
+        )
+    generator = np.random.default_rng(seed)
+    found = float(statistic(*arrays))
+    draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
+    without = np.count_nonzero(np.isnan([found, *draws]))
+    if without:
+        raise UsageError(
+            f"a statistic that is not a number in {without} of {n_resamples} draws and the samples themselves",
+            wanted="a number for every draw of groups",
+            do="leave rows without a number out, or choose a statistic that every draw has",
+        )
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return BootstrapInterval(found, float(low), float(high))
+
+
+def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean share of a group, where shares of one group resemble each other.
+
+    Each group counts once, with the mean of its shares. The ends are Gaffke's bounds for means in [0, 1] (Gaffke 2005;
+    Learned-Miller and Thomas 2019): quantiles of the mean of the groups and one more at the end of the range, with
+    random weights. Where every group is at 0 or 1 that is the exact interval of so many groups, and where groups agree
+    it is narrower. Few groups may all be unlike those that are seldom met, so where none or hardly any share is above 0
+    the interval stays wide. A bootstrap over groups does not know that: with seven groups it holds the truth in half
+    of the cases (tests/stats/test_resampling.py). Of a single group nothing is known, so the interval is (0, 1).
+
+    Args:
+        shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].
+        groups: Group label of every share.
+
+    Raises:
+        UsageError: Labels and shares differ in number, or a share is outside [0, 1].
+    """
+    share_N = np.asarray(shares, dtype=np.float64)
+    outside = np.count_nonzero(~((share_N >= 0) & (share_N <= 1)))
+    if outside or len(share_N) != len(groups):
+        raise UsageError(
+            f"{len(share_N)} shares, {outside} of them outside [0, 1], with {len(groups)} group labels",
+            wanted="shares in [0, 1], with one label for each",
+            do="pass shares and labels of equal length",
+        )
+    if len(set(groups)) < 2:
+        return 0.0, 1.0
+    mean_G = np.array([share_N[rows].mean() for (rows,) in _rows_of_groups([share_N], [groups])])
+    if np.isin(mean_G, (0, 1)).all():
+        return proportion_interval(int(mean_G.sum()), len(mean_G))
+    generator = np.random.default_rng(0)
+    low, high = [], []
+    for _ in range(_DRAWS // _AT_ONCE):
+        weights_RG = generator.exponential(size=(_AT_ONCE, len(mean_G) + 1))
+        below_R = weights_RG[:, :-1] @ mean_G / weights_RG.sum(axis=1)
+        low.append(below_R)
+        high.append(below_R + weights_RG[:, -1] / weights_RG.sum(axis=1))
+    # Both ends grow with the shares; what was drawn at random must not say otherwise.
+    most_low, least_high = proportion_interval(len(mean_G), len(mean_G))[0], proportion_interval(0, len(mean_G))[1]
+    return min(float(np.quantile(low, TAIL)), most_low), max(float(np.quantile(high, 1 - TAIL)), least_high)
+
+
+def _rows_of_groups(
+    arrays: Sequence[npt.NDArray[np.generic]], groups: Sequence[Sequence[object]]
+) -> list[list[list[int]]]:
+    """Return the rows of every group in every sample."""
+    counts = [len(array) for array in arrays], [len(side) for side in groups]
+    if counts[0] != counts[1]:
+        raise UsageError(
+            f"{counts[0]} rows with {counts[1]} group labels",
+            wanted="one label per row in every sample",
+            do="pass groups in the order of the samples",
+        )
+    rows: dict[object, list[list[int]]] = {}
+    for sample, side in enumerate(groups):
+        for row, label in enumerate(side):
+            rows.setdefault(label, [[] for _ in groups])[sample].append(row)
+    if len(rows) < 2:
+        raise UsageError(f"{len(rows)} group", wanted="at least 2 groups to draw from", do="add data of other groups")
+    return list(rows.values())
+
+
+def _resample(
+    arrays: Sequence[npt.NDArray[np.generic]], rows: Sequence[Sequence[Sequence[int]]], generator: np.random.Generator
+) -> list[npt.NDArray[np.generic]]:
+    for _ in range(_REDRAWS):
+        drawn = generator.integers(len(rows), size=len(rows))
+        taken = [[row for g in drawn for row in rows[g][sample]] for sample in range(len(arrays))]
+        if all(taken):
+            return [array[index] for array, index in zip(arrays, taken, strict=True)]
+    raise UsageError(
+        f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty",
+        wanted="samples that share most groups",
+        do="check the group labels of every sample",
+    )

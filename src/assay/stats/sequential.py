@@ -1,0 +1,379 @@
+"""The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
+
+Residuals are independent with density f_r, honest noise r times that of the law. The scale r of a machine that was not
+measured is not known: it has the law of a `Spread`, drawn once for the whole life of a test. A cheat is
+
+    g = (1 − π)·f_r + π·f_rm,
+
+a share π of the nonces whose residuals are m times larger, on a grid of both: all nonces from another computation
+(π = 1), some of them computed cheaply, or a few invented (m at the size of junk); or a named alternative, a law that
+was measured on a known cheat. With weights w over scales and v over cheats, the e-value is
+
+    E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i).
+
+Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
+Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The same ratio the other way
+round, for one cheat at a time, bounds the chance that this cheat, or a larger one, is taken for honest.
+
+Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats, A named
+alternatives.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from assay.errors import UsageError
+from assay.stats.chord import FloatArray
+from assay.stats.noise import NoiseLaw, Spread
+
+# --------------------------------------------------------------------------------------------------
+# The multiples of honest noise that the tests look for.
+
+CHEAP = 5.0
+"""Multiple of honest noise at which a share of the nonces counts as computed cheaply."""
+
+FAR = 16.0
+"""Multiple beyond which neighbours are further apart."""
+
+NAMED_WEIGHT = 0.25
+"""Weight in an e-value of all named alternatives together."""
+
+
+def multiples(low: float, high: float, also: Sequence[float] = ()) -> FloatArray:
+    """Return the multiples from ``low`` to ``high`` and those besides, in ascending order, [M].
+
+    Neighbours are at most a factor of two apart, and far out four, where honest noise explains either no better:
+    between two of them the loss of evidence per value is small, and every multiple costs the others some weight.
+    """
+    near = max(min(FAR, high), low)
+    return np.unique(np.concatenate([_grid(low, near, 2.0), _grid(near, high, 4.0), also]))
+
+
+def _grid(low: float, high: float, factor: float) -> FloatArray:
+    return np.geomspace(low, high, math.ceil(math.log(high / low) / math.log(factor)) + 1) if low < high else np.ones(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sums of likelihoods that are kept as logarithms.
+
+
+def log_sum(path: FloatArray) -> FloatArray:
+    """Return the logarithm of the sum of exp over the last axis, which has finite values."""
+    top = path.max(axis=-1, keepdims=True)
+    return np.asarray(top[..., 0] + np.log(np.exp(path - top).sum(axis=-1)), dtype=np.float64)
+
+
+Verdict = Literal["honest", "fraud", "undecided"]
+"""Verdict of a sequential test."""
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+"""Shares π of a node's nonces that the e-value looks for."""
+
+_SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
+
+EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
+"""Shares of cheaply computed nonces that an honest verdict excludes, the smallest that its nonces can exclude.
+
+A nonce at the honest size speaks against a share π with at most −ln(1 − π). Most nonces say less, so a share is to be
+excluded only where that sum is the second number times the evidence that is needed.
+"""
+
+_CHUNK = 256
+_SIMULATED = 20_000  # values simulated at a time, to bound memory
+_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
+_ROUNDING = 1e-6  # of logarithms of e-values
+_LARGEST_RATIO = 500.0  # of logarithms of densities: beyond it only that it is large matters
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialResult:
+    """All numbers behind a verdict.
+
+    Args:
+        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
+            else ``undecided``.
+        n: Number of residuals seen, non-finite ones included.
+        log_e_value: Natural logarithm of the e-value after the last residual; it does not depend on their order.
+        log_e_max: Running maximum of that, which decides fraud; it depends on the order.
+        log_evidence_honest: Least evidence against any cheat that an honest verdict excludes, as the logarithm of a
+            likelihood ratio; it does not depend on the order.
+        weakest: Name of the cheat that this evidence is weakest against.
+        share_excluded: Share of cheaply computed nonces that an honest verdict on so many excludes; None where they are
+            too few to exclude 40 %.
+        gross: Number of residuals above ``gross_threshold``.
+        gross_threshold: Residual that honest noise exceeds once in ten thousand.
+        junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheat which is to be excluded, or a larger one, is called honest.
+        effect: Smallest factor that counts as another computation.
+    """
+
+    verdict: Verdict
+    n: int
+    log_e_value: float
+    log_e_max: float
+    log_evidence_honest: float
+    weakest: str
+    share_excluded: float | None
+    gross: int
+    gross_threshold: float
+    junk_share_excluded: float
+    alpha: float
+    beta: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The sums that an e-value is made of: E is Σ exp over the cheats' paths, over Σ exp over the honest ones.
+
+    Args:
+        prior: Value at which every path begins, [P].
+        steps: What every residual adds to every path, [N, P].
+        honest: Number of paths of honest noise; they are the first ones.
+    """
+
+    prior: FloatArray
+    steps: FloatArray
+    honest: int
+
+
+class SequentialTest:
+    """The residual test for one noise law: feed it residuals as they come, read the verdict at any time.
+
+    The bound alpha belongs to one object, over everything it will ever see: keep one per node and calibration, or
+    divide alpha among several. An object holds a few hundred numbers and can be pickled.
+
+    Args:
+        law: Law of honest noise, and of its larger versions.
+        spread: Law of the scale of a machine over that of ``law``; a known scale when None.
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
+        effect: Smallest factor of noise that counts as another computation.
+        named: Laws of known cheats by name, such as another revision of the checkpoint.
+
+    Raises:
+        UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
+    """
+
+    def __init__(
+        self,
+        law: NoiseLaw,
+        *,
+        spread: Spread | None = None,
+        alpha: float = 1e-3,
+        beta: float = 1e-2,
+        effect: float,
+        named: Mapping[str, NoiseLaw] = MappingProxyType({}),
+    ) -> None:
+        _check_rates(law, alpha, beta, effect)
+        self.law, self.named = law, dict(named)
+        self.spread = spread or Spread()
+        self.alpha, self.beta, self.effect = alpha, beta, effect
+        junk = law.junk_multiple
+        self._multiples_M = multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
+        self._scales_J, weight_J = self.spread.atoms
+        self._honest_H, honest_H = self.spread.fine
+        count, names = self._multiples_M.size, len(self.named)
+        weight_K = np.repeat(_SHARE_WEIGHTS / count, count) * (1 - NAMED_WEIGHT if names else 1)
+        self._log_honest_H, self._log_scale_J, self._log_cheat_K = map(np.log, (honest_H, weight_J, weight_K))
+        self._log_named_A = np.full(names, math.log(NAMED_WEIGHT / max(names, 1)))
+        # All paths stand in one row: honest [H], cheats [J·K], named [A].
+        self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
+        self._log_path = self._prior()
+        self._log_e_max = 0.0
+        self._n = 0
+        self._gross = 0
+
+    def update(self, values: npt.ArrayLike) -> Self:
+        """Take more residuals (or L2 distances, as the law has it), [N], in the order in which they were checked.
+
+        A non-finite value counts as the largest residual there can be: gross, and the strongest evidence of fraud.
+        """
+        size_N = self.law.magnitudes(values)
+        for start in range(0, size_N.size, _CHUNK):
+            self._take(size_N[start : start + _CHUNK])
+        return self
+
+    def accusations(self, values_RC: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return whether each of R new nodes with C residuals would have been accused after each of them, [R, C].
+
+        For simulation: every row starts from nothing, and this object keeps its state.
+        """
+        return self.simulated(values_RC)[0]
+
+    def simulated(
+        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Return what would become of R new nodes with C residuals each; this object keeps its state.
+
+        Args:
+            values_RC: Residuals in the order in which they are checked.
+            at: Numbers of residuals, A of them, after which the verdict is asked for.
+
+        Returns:
+            Whether each would have been accused after each of its residuals, [R, C], and whether it would be called
+            honest after the numbers asked for, [R, A].
+        """
+        nodes, checked = np.shape(values_RC)
+        size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
+        accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
+        honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
+        # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
+        rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
+        for start in range(0, nodes if checked else 0, rows):
+            value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
+            some = slice(start, start + rows)
+            self._follow(where.reshape(-1, checked), self._steps(value_U), at, accused_RC[some], honest_RA[some])
+        return accused_RC, honest_RA
+
+    def _follow(
+        self,
+        which_RC: npt.NDArray[np.intp],
+        steps_U: FloatArray,
+        at: Sequence[int],
+        accused_RC: npt.NDArray[np.bool_],
+        honest_RA: npt.NDArray[np.bool_],
+    ) -> None:
+        """Write what becomes of nodes whose residuals stand in a table, each until it is accused."""
+        first, needed = self._columns[0], -math.log(self.alpha)
+        left_R = np.arange(len(which_RC))
+        path = np.tile(self._prior(), (left_R.size, 1))
+        for column in range(which_RC.shape[1]):
+            path += steps_U[which_RC[left_R, column]]
+            # A sum is at most its largest term times their number, so most e-values need not be computed.
+            most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
+            near = np.flatnonzero(most_R > needed - _ROUNDING)
+            over = near[self._log_e(path[near]) >= needed]
+            if over.size:
+                accused_RC[left_R[over], column:] = True
+                left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0)
+                if not left_R.size:
+                    return
+            for asked in (index for index, count in enumerate(at) if count == column + 1):
+                clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
+                honest_RA[left_R, asked] = clear
+
+    def paths(self, values: npt.ArrayLike) -> Paths:
+        """Return what residuals add to the sums of the e-value, for simulations of many nodes at a time."""
+        return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]))
+
+    def _prior(self) -> FloatArray:
+        """Return the logarithms of the weights with which all paths begin."""
+        cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
+        return np.concatenate([self._log_honest_H, cheats_JK.ravel(), self._log_named_A])
+
+    def _steps(self, size_N: FloatArray) -> FloatArray:
+        """Return what every value adds to every path, as logarithms over the density of the law, [N, H + J·K + A]."""
+        base_N = self.law.log_density(size_N, 1.0)
+        shares_P1 = np.array(SHARES)[:-1, None]
+        honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
+        cheats = []
+        for scale in self._scales_J:
+            own_N = self.law.log_density(size_N, float(scale))
+            ratio_NM = np.stack(
+                [self.law.log_density(size_N, float(scale * m)) - own_N for m in self._multiples_M], axis=1
+            )
+            # ln((1 − π) + π·f_rm/f_r) for every share below one, and the ratio itself where it is one
+            mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
+            whole_NPM = np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
+            cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
+        named = [law.log_density(law.magnitudes(size_N), 1.0) - base_N for law in self.named.values()]
+        return np.column_stack([*honest, *cheats, *named])
+
+    def _log_e(self, path: FloatArray) -> FloatArray:
+        """Return the logarithm of the e-value of paths whose last axis is that of the state."""
+        first = self._columns[0]
+        return log_sum(path[..., first:]) - log_sum(path[..., :first])
+
+    def _take(self, size_N: FloatArray) -> None:
+        # Starting the sum from the state makes the result independent of how the values were split into updates.
+        path = np.cumsum(np.vstack([self._log_path, self._steps(size_N)]), axis=0)[1:]
+        self._log_path = path[-1]
+        self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
+        self._n += size_N.size
+        self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
+
+    def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
+        """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
+        first, last = self._columns
+        honest = float(log_sum(path[:first]))
+        grid_JPM = path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
+        cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
+        found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
+        share = self._share_excluded(n)
+        if share is not None:
+            cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
+            name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
+            found[name] = honest - cheat_PM[SHARES.index(share), cheap]
+        named_A = path[last:] - self._log_named_A
+        return found | {name: honest - value for name, value in zip(self.named, named_A, strict=True)}
+
+    @property
+    def share_excluded(self) -> float | None:
+        """Share of cheaply computed nonces that an honest verdict excludes; None where there are too few for any."""
+        return self._share_excluded(self._n)
+
+    def _share_excluded(self, n: int) -> float | None:
+        needed = -math.log(self.beta)
+        return next((share for share, times in EXCLUDED if -n * math.log1p(-share) >= times * needed), None)
+
+    @property
+    def verdict(self) -> Verdict:
+        """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
+        return self.result.verdict
+
+    @property
+    def result(self) -> SequentialResult:
+        """The verdict with every number it rests on."""
+        evidence = self._evidence(self._log_path, self._n)
+        weakest = min(evidence, key=lambda name: evidence[name])
+        fraud = self._log_e_max >= -math.log(self.alpha)
+        honest = evidence[weakest] >= -math.log(self.beta)
+        return SequentialResult(
+            verdict="fraud" if fraud else "honest" if honest else "undecided",
+            n=self._n,
+            log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
+            log_e_max=self._log_e_max,
+            log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
+            weakest=weakest,
+            share_excluded=self.share_excluded,
+            gross=self._gross,
+            gross_threshold=self.law.gross_threshold,
+            junk_share_excluded=self._junk_share_excluded(),
+            alpha=self.alpha,
+            beta=self.beta,
+            effect=self.effect,
+        )
+
+    def _junk_share_excluded(self) -> float:
+        """Return the Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
+
+        With no gross residual and certain detection this is 1 − beta^(1/n).
+        """
+        if self._gross >= self._n:
+            return 1.0
+        gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
+        return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
+
+
+def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
+    if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
+        raise UsageError(
+            f"alpha {alpha}, beta {beta}, effect {effect}",
+            wanted="alpha and beta in (0, 1), effect above 1",
+            do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
+        )
+    if law.junk_multiple <= effect:
+        raise UsageError(
+            f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
+            wanted=f"more than effect = {effect:g} times",
+            do="calibrate on closer hardware, or lower effect",
+        )

@@ -1,0 +1,276 @@
+"""Laws of sampled tokens: how likely a claimed token is where the scores of two engines differ by a little.
+
+With seeded noise the token of every step is the argmax of scores that a verifier computes again. Its *gap* is the least
+change of scores, in units of the logits, with which the claimed token wins: 0 where both engines agree. Where their
+scores differ at the scale σ, a token v is taken with the probability
+
+    p_σ(v) = exp(−gap_v/σ) / Σ_w exp(−gap_w/σ),
+
+which is exact for differences with Gumbel's law and sums to 1 over the vocabulary whatever the truth is. The *profile*
+of a claimed token is its log p_σ on a fixed grid of σ, with the logarithm of 1/V beside it: the law of a token that has
+nothing to do with the scores. An honest law is a mixture over that grid, so every law, every larger noise and every
+share of it is one vector of weights.
+
+Suffixes: N tokens, G columns of a profile, C scales.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from assay.errors import UsageError
+from assay.stats.chord import FloatArray
+from assay.stats.fits import INDIFFERENT
+
+SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
+"""Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
+
+COLUMNS = SCALES.size + 1
+"""Number of columns of a profile: the scales, and 1/V."""
+
+LEAST_LOG = -6e4
+"""Logarithm of the smallest probability of a profile, which float16 holds."""
+
+UNSEEN = 3.0
+"""Tokens that a fitted law adds in places where it saw no token: what is in none of n tokens may be in 3/n of them."""
+
+LEAST_STRAY = 1e-6
+"""Least share of tokens that have nothing to do with the scores."""
+
+BETWEEN = (0.2, 0.4, 0.7, 1.1)
+"""Spreads of ln scale between clusters among which honest ones choose; none is not among them, as an odd response is in
+no small sample."""
+
+CLUSTER_DOF = 4.0
+"""Degrees of freedom of the law of the scales of clusters."""
+
+STEP = 1 / 64
+"""Distance of neighbours on the grid of ln scale on which tests stand."""
+
+FEWEST_TOKENS = 256
+"""Fewest honest tokens that a law is fitted to."""
+
+_LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
+_ROUNDS = 300  # of the search, three of the EM algorithm each
+_CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNoise:
+    """The law of claimed tokens: weights of the scales in :data:`SCALES`, and of tokens from nowhere.
+
+    Args:
+        weights: Weight of every column of a profile; they sum to 1.
+
+    Raises:
+        UsageError: The weights are not probabilities, or leave no room for a stray token.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        good = len(self.weights) == COLUMNS and all(0 <= weight <= 1 for weight in self.weights)
+        if not good or abs(math.fsum(self.weights) - 1) > 1e-9 or self.weights[-1] < LEAST_STRAY * 0.999:
+            raise UsageError(
+                f"{len(self.weights)} weights of a law of tokens with sum {math.fsum(self.weights):.6g}",
+                wanted=f"{COLUMNS} probabilities with sum 1, the last one at least {LEAST_STRAY:g}",
+                do="check the calibration that this law comes from",
+            )
+
+    @property
+    def size(self) -> float:
+        """The scale that nine tenths of the differences do not exceed, in units of the logits.
+
+        How far the smaller ones go down is not to be seen: no token flips there.
+        """
+        within = np.cumsum(self.weights[:-1])
+        return float(SCALES[int(np.searchsorted(within, 0.9 * within[-1]))])
+
+    @property
+    def largest_multiple(self) -> float:
+        """Multiple of this noise at which a token hardly depends on the scores."""
+        return max(4.0, float(SCALES[-3]) / self.size)
+
+    def scaled(self, factor: float) -> Self:
+        """Return the law of differences ``factor`` times larger."""
+        return type(self)(tuple(self.weights_at(np.array([math.log(factor)]))[:, 0]))
+
+    def weights_at(self, logs_C: FloatArray) -> FloatArray:
+        """Return the weights of the law with all its scales multiplied by exp(logs), [G, C]."""
+        own = np.array(self.weights)
+        return np.stack([shifts(float(log)) @ own for log in logs_C], axis=1)
+
+    def log_likelihoods(self, profiles_NG: FloatArray, logs_C: FloatArray) -> FloatArray:
+        """Return the log-probability of tokens under the law with its scales multiplied by exp(logs), [N, C]."""
+        return np.asarray(np.log(np.exp(profiles_NG) @ self.weights_at(logs_C)), dtype=np.float64)
+
+
+def shifts(log: float) -> FloatArray:
+    """Return the matrix [G, G] that takes weights to those of the law with all scales multiplied by exp(log).
+
+    A scale between two of the grid is a mixture of these. What leaves the grid stays at its end.
+    """
+    count = SCALES.size
+    places = np.clip(np.arange(count) + log / math.log(2), 0, count - 1)
+    low = np.minimum(places.astype(int), count - 2)
+    matrix = np.zeros((COLUMNS, COLUMNS))
+    matrix[low, np.arange(count)] = 1 - (places - low)
+    matrix[low + 1, np.arange(count)] += places - low
+    matrix[-1, -1] = 1
+    return matrix
+
+
+def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
+    """Return the profiles of claimed tokens from the gaps of all tokens, [N, G] in steps of float16.
+
+    This is the definition, to be read; ``assay.poc.responses`` has a twin for devices.
+
+    Args:
+        gaps_NV: Gap of every token of the vocabulary; infinite for one that cannot be taken.
+        tokens_N: Tokens that were claimed.
+    """
+    gaps: FloatArray = np.asarray(gaps_NV, dtype=np.float64)
+    tokens: npt.NDArray[np.int64] = np.asarray(tokens_N, dtype=np.int64)
+    own_N = gaps[np.arange(len(gaps)), tokens]
+    logs = [-own_N / scale - special.logsumexp(-gaps / scale, axis=1) for scale in SCALES]
+    stray = np.full(len(gaps), -math.log(gaps.shape[1]))
+    return stored(np.column_stack([*logs, stray]))
+
+
+def stored(profiles_NG: npt.ArrayLike) -> FloatArray:
+    """Return profiles as they are stored: not below :data:`LEAST_LOG`, and rounded to float16."""
+    rounded = np.maximum(np.asarray(profiles_NG, dtype=np.float64), LEAST_LOG).astype(np.float16)
+    return rounded.astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFit:
+    """A law of tokens that was measured on honest clusters.
+
+    Args:
+        law: Law of the tokens of one cluster.
+        between: Spread of ln scale between clusters.
+        error: Standard error of the logarithm of the scale.
+        n: Number of tokens.
+    """
+
+    law: TokenNoise
+    between: float
+    error: float
+    n: int
+
+
+def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
+    """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz 1956), with EM.
+
+    The weights are fitted for every spread between clusters in :data:`BETWEEN`; the largest spread counts that is not
+    half a natural logarithm less likely than the best. What a sample does not show is not taken for absent:
+    :data:`UNSEEN` tokens are added, spread over all columns.
+
+    Args:
+        clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says nothing.
+
+    Raises:
+        UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
+    """
+    logs = [given for one in clusters if (given := np.asarray(one, dtype=np.float64)).size]
+    n = sum(map(len, logs))
+    good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
+    check_enough_tokens(n if good else 0, len(logs))
+    chances = np.exp(np.concatenate(logs))
+    starts = np.cumsum([0, *map(len, logs[:-1])])
+    fits: list[tuple[FloatArray, float]] = []
+    for between in BETWEEN:
+        fits.append(_likeliest(chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)))
+    best = max(found for _, found in fits)
+    chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - INDIFFERENT)
+    weights = (n * fits[chosen][0] + UNSEEN / COLUMNS) / (n + UNSEEN)
+    weights[-1] = max(weights[-1], LEAST_STRAY)
+    law = TokenNoise(tuple((weights / weights.sum()).tolist()))
+    error = _error(law, BETWEEN[chosen], np.concatenate(logs), starts)
+    return TokenFit(law, BETWEEN[chosen], error, n)
+
+
+def check_enough_tokens(tokens: int, clusters: int) -> None:
+    """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to.
+
+    Raises:
+        UsageError: There are too few.
+    """
+    if tokens < FEWEST_TOKENS:
+        raise UsageError(
+            f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
+            wanted=f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each",
+            do="replay receipts of more honest responses (RECEIPTS)",
+        )
+
+
+def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Return the scales of clusters as steps on the grid of ln scale, and their probabilities, [U] each.
+
+    Their logarithms follow Student's t with :data:`CLUSTER_DOF` degrees of freedom, so that one odd response in a few
+    hundred does not accuse its node.
+    """
+    if not between:
+        return np.zeros(1, dtype=np.int64), np.ones(1)
+    deviations = np.linspace(-4, 4, 13)
+    weights = (1 + deviations**2 / CLUSTER_DOF) ** (-(CLUSTER_DOF + 1) / 2)
+    return np.rint(deviations * between / STEP).astype(np.int64), np.asarray(weights / weights.sum())
+
+
+def _likeliest(
+    chances_NG: FloatArray, starts: npt.NDArray[np.int64], between: float, weights: FloatArray
+) -> tuple[FloatArray, float]:
+    """Return the likeliest weights for one spread between clusters, and the logarithm of their likelihood.
+
+    The search begins at ``weights``, of which no one is 0. EM by itself takes thousands of rounds here, and ends far
+    from the likeliest law where it is stopped before: its rounds are extrapolated (SQUAREM, Varadhan and Roland 2008).
+    """
+    steps, weight_U = cluster_scales(between)
+    moved = [chances_NG @ shifts(step * STEP) for step in steps]
+    sizes = np.diff([*starts, len(chances_NG)])
+
+    def improved(given: FloatArray) -> tuple[FloatArray, float]:
+        """Return the weights after one round of EM, and the logarithm of the likelihood before it."""
+        each = [one @ given for one in moved]
+        logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(weight_U)
+        totals_L = special.logsumexp(logs_LU, axis=1)
+        posterior_LU = np.exp(logs_LU - totals_L[:, None])
+        gained = sum(
+            (np.repeat(posterior, sizes) / one) @ part
+            for posterior, one, part in zip(posterior_LU.T, each, moved, strict=True)
+        )
+        return given * gained / len(chances_NG), float(totals_L.sum())
+
+    weights, found = (weights + 1e-3) / (weights + 1e-3).sum(), -math.inf
+    for _round in range(_ROUNDS):
+        once, _ = improved(weights)
+        twice, before = improved(once)
+        first, change = once - weights, twice - 2 * once + weights
+        stretch = max(1.0, math.sqrt(float(first @ first) / max(float(change @ change), 1e-300)))
+        far = np.maximum(weights + 2 * stretch * first + stretch**2 * change, 1e-12)
+        weights, reached = improved(far / far.sum())
+        if reached < before:  # too far
+            weights, reached = improved(twice)
+        gain, found = reached - found, reached
+        if gain < _CONVERGED:
+            break
+    return weights, found
+
+
+def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt.NDArray[np.int64]) -> float:
+    """Return the standard error of ln scale, from the curvature of the likelihood of the clusters."""
+    steps, weight_U = cluster_scales(between)
+    width = 0.25
+    totals = []
+    for moved in (-width, 0.0, width):
+        logs_C = np.asarray(steps * STEP + moved, dtype=np.float64)
+        logs_LU = np.add.reduceat(law.log_likelihoods(profiles_NG, logs_C), starts)
+        totals.append(float(special.logsumexp(logs_LU + np.log(weight_U), axis=1).sum()))
+    curvature = (2 * totals[1] - totals[0] - totals[2]) / width**2
+    return min(_LARGEST_ERROR, 1 / math.sqrt(max(curvature, 1e-9)))

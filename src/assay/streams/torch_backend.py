@@ -1,0 +1,236 @@
+"""The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams.definition` over whole tensors.
+
+Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation of its own, so
+nothing is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are not used). Unsigned 32-bit
+arithmetic is done in int32, which wraps and has the same low bits; only the right shift needs a mask. And the square
+root is taken in float64, because ``torch.sqrt`` of float32 is one ulp off on some CPUs.
+
+Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a stream.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from assay.errors import BackendUnavailable
+from assay.streams import definition
+from assay.streams.backends import Backend, tiles, torch_dtype
+from assay.streams.definition import UInts
+
+_TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
+
+
+class TorchBackend(Backend):
+    """Eager torch operations on one device."""
+
+    name = "torch"
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._tile = _TILE[torch.device(device).type]
+        count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+        if device != "cpu" and (torch.device(device).index or 0) >= count:
+            raise BackendUnavailable(
+                f"device {device}, with {count} CUDA devices on this machine",
+                wanted="a CUDA device of that number that torch can use",
+                do="use device cpu, or run assay doctor to see what torch finds",
+            )
+
+    def _hashes(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("hash", torch.int32, seeds_B, n).view(torch.uint32)
+
+    def _uniforms(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("uniform", torch.float32, seeds_B, n)
+
+    def _signs(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("sign", torch.int8, seeds_B, n)
+
+    def _permutations(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return torch.argsort(self._from_hashes("order", torch.int32, seeds_B, n), dim=1, stable=True)
+
+    def _picks(self, seeds_B: UInts, n: int, k: int) -> torch.Tensor:
+        # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
+        order_BN = self._from_hashes("order", torch.int32, seeds_B, n)
+        return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
+
+    def _gumbels(self, seeds_B: UInts, n: int) -> torch.Tensor:
+        return self._from_hashes("gumbel", torch.float32, seeds_B, n)
+
+    def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_RV.shape[1], self._tile):
+            gumbels = _gumbel(_hash(seeds_N[row:row_stop], column, column_stop))
+            if rows_N is None:
+                scores_RV[row:row_stop, column:column_stop] += gumbels
+            else:
+                scores_RV[:, column:column_stop].index_add_(0, rows_N[row:row_stop], gumbels)
+
+    def _row_seeds(self, words_N8: torch.Tensor, steps_N: torch.Tensor) -> torch.Tensor:
+        seeds_N = steps_N
+        for words_N in words_N8.unbind(1):
+            seeds_N = _hash_of(words_N, seeds_N)
+        return seeds_N
+
+    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
+        """Return what follows from every hash, ``[B, n]``: one of the kinds of :func:`_from_hash`."""
+        out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
+        signed_B = on_device(seeds_B, self.device)
+        for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
+            h = _hash(signed_B[row:row_stop], column, column_stop)
+            out_BN[row:row_stop, column:column_stop] = _from_hash(kind, h)
+        return out_BN
+
+    def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
+        length = definition.segment_length(n, seeds_BS.shape[1])
+        for sub_seed, start in enumerate(range(0, n, length)):
+            self._fill_normals(on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])
+        return out_BN
+
+    def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
+        """Make one Box-Muller over the whole width of ``out_BN``, a tile of pairs at a time."""
+        rows, n = out_BN.shape
+        pairs = -(-n // 2)
+        for row, row_stop, pair, pair_stop in tiles(rows, pairs, self._tile):
+            seeds = seeds_B[row:row_stop]
+            u1, u2 = (_uniform(_hash(seeds, at + pair, at + pair_stop)) for at in (0, pairs))
+            cosines, sines = _box_muller(u1, u2)
+            out_BN[row:row_stop, pair:pair_stop] = cosines
+            sines_stop = min(pairs + pair_stop, n)  # an odd n: the last cosine has no sine
+            out_BN[row:row_stop, pairs + pair : sines_stop] = sines[:, : sines_stop - pairs - pair]
+
+
+def on_device(seeds: UInts, device: str) -> torch.Tensor:
+    """Return seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued.
+
+    From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have to be kept.
+    """
+    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(device, non_blocking=True)
+
+
+def _int32(value: int) -> int:
+    """Return the int32 with the bits of a uint32."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x << bits).bitwise_or_(_shift_right(x, 32 - bits))
+
+
+def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
+    return _hash_of(seeds_B[:, None], torch.arange(start, stop, device=seeds_B.device).to(torch.int32))
+
+
+def _hash_of(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the hash of each index with its seed as the seed; all int32, and broadcast."""
+    k = indices * _int32(0xCC9E2D51)
+    k = _rotate_left(k, 15)
+    k = k * 0x1B873593
+    h = seeds ^ k
+    h = _rotate_left(h, 13)
+    h = h.mul_(5).add_(_int32(0xE6546B64))
+    h ^= _shift_right(h, 16)
+    h *= _int32(0x85EBCA6B)
+    h ^= _shift_right(h, 13)
+    h *= _int32(0xC2B2AE35)
+    h ^= _shift_right(h, 16)
+    return h
+
+
+def _unsigned(h: torch.Tensor) -> torch.Tensor:
+    """Return the value of an unsigned hash, as int64."""
+    return h.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+
+
+def _uniform(h: torch.Tensor) -> torch.Tensor:
+    return _unsigned(h).to(torch.float32).mul_(2.0**-32)
+
+
+def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
+    """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the order of all."""
+    match kind:
+        case "gumbel":
+            return _gumbel(h)
+        case "uniform":
+            return _uniform(h)
+        case "sign":
+            return (_unsigned(h) >= int(definition.SIGN_THRESHOLD)).to(torch.int8) * 2 - 1
+        case "order":
+            return h ^ _int32(0x80000000)
+        case _:
+            return h
+
+
+def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    radius = _square_root(_negative_log(u1.clamp_(min=float(definition.MIN_U1))).mul_(2))
+    cosine, sine = _cos_sin_turn(u2)
+    return cosine.mul_(radius), sine.mul_(radius)
+
+
+def _square_root(x: torch.Tensor) -> torch.Tensor:
+    """Return the correctly rounded float32 square root, even where the float64 one is an ulp off.
+
+    Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then m**2 needs 49 bits or
+    more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x) differs from m by at least
+    2**(2k) / (sqrt(x) + m) > 2**(k - 26). A float64 near m has steps of 2**(k - 28): sqrt(x) is four steps or more away
+    from every point where rounding to float32 could turn. A square root that is a float32 value is likewise safe.
+    """
+    return x.to(torch.float64).sqrt_().to(torch.float32)
+
+
+def _gumbel(h: torch.Tensor) -> torch.Tensor:
+    """Return the Gumbel numbers of hashes. Both logarithms of the definition are one, of a k and f chosen before."""
+    smaller = h ^ (h >> 31)  # of h and ~h, as unsigned numbers
+    x = smaller.to(torch.int64).mul_(2).add_(1).to(torch.float32).mul_(2.0**-33)
+    k, f = _split(x)
+    halved = x > float(definition.LOG1P_SPLIT)
+    is_upper = h >= 0  # below the middle, as an unsigned number
+    k = torch.where(is_upper, halved.to(torch.float32), k)
+    f = torch.where(is_upper, torch.where(halved, 1 - 2 * x, -x), f)
+    return _negative_log(_negative_log_of_parts(k, f))
+
+
+def _negative_log(u: torch.Tensor) -> torch.Tensor:
+    return _negative_log_of_parts(*_split(u))
+
+
+def _split(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k and f of ``u = 2**-k (1 + f)``."""
+    bits = u.view(torch.int32)
+    exponent = (bits - int(definition.SQRT_HALF_BITS)) >> 23
+    return (-exponent).to(torch.float32), (bits - (exponent << 23)).view(torch.float32) - 1
+
+
+def _negative_log_of_parts(k: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    square = f * f
+    curve = (0.5 * square).sub_((f * square).mul_(_polynomial(definition.LN_POLY, f)))
+    return (k * float(definition.LN2_LOW)).add_(curve).sub_(f).add_(k * float(definition.LN2_HIGH))
+
+
+def _cos_sin_turn(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    magic = float(definition.ROUND_MAGIC)
+    quarters = 4 * u
+    shifted = quarters + magic
+    quadrant = shifted.view(torch.int32) & 3
+    d = quarters - (shifted - magic)
+    x = d * d
+    cosine = 1 - x * _polynomial(definition.COS_POLY, x)
+    sine = (2 * d).sub_(d * _polynomial(definition.SIN_POLY, x))
+    odd = (quadrant & 1) == 1
+    return (
+        torch.where(odd, sine, cosine).mul_(1 - ((quadrant + 1) & 2)),
+        torch.where(odd, cosine, sine).mul_(1 - (quadrant & 2)),
+    )
+
+
+def _polynomial(coefficients: tuple[np.float32, ...], x: torch.Tensor) -> torch.Tensor:
+    value = torch.full_like(x, float(coefficients[0]))
+    for coefficient in coefficients[1:]:
+        value.mul_(x).add_(float(coefficient))
+    return value

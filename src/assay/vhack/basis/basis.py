@@ -1,0 +1,347 @@
+"""A basis of hack directions, one small set of axes per module, and its file: safetensors, schema ``v2_with_sv``.
+
+Tensors, for every module name as in ``model.named_modules()``::
+
+    {name}        [K, R]   float32   the axes, orthonormal rows that point hack-ward
+    _sv/{name}    [K]      float32   their singular values
+
+Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
+``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
+``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
+Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
+weights and the names ``left_out``), and where modules are experts ``tokens`` (JSON: name of the module that holds them
+to the number of tokens that came to each).
+
+Shapes: N pairs, R coordinates of δS in a module (its rank), K axes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.files.storage import write_atomic
+from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models.load import Model
+
+
+Tensors = dict[str, Tensor]
+
+SCHEMA = "v2_with_sv"
+_VALUES = "_sv/"
+_SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
+_REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+_SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Model, pairs and settings of a basis.
+
+    Attributes:
+        model: Reference that the model was loaded from, for people to read.
+        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
+        dtype: Dtype of the model, for example ``"bfloat16"``.
+        rank: Number of singular directions kept per weight matrix; None stands for all of them.
+        factors: Dtype of the factors U and Vh that the gradients were projected with.
+        top_k: Number of axes per module that was asked for.
+        tau_axis: Share of the first singular value below which axes were set to zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        pairs: Keys of the pairs that were used, in order.
+        groups: Groups of these pairs, in the same order.
+        skipped: Keys of the pairs that were left out because their sides do not differ.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold; 1 for all, and where factors were
+            given truncated, from which it cannot be measured.
+        coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
+        tokens: Number of tokens of the pairs that came to each expert, by the name of the module that holds them.
+    """
+
+    model: str = ""
+    weights: str = ""
+    dtype: str = ""
+    rank: int | None = None
+    factors: str = ""
+    top_k: int = 12
+    tau_axis: float = 0.0
+    method: str = "lda"
+    pairs: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    captured: float = 1.0
+    coverage: Coverage = field(default_factory=Coverage)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Keys of all pairs it was to be made from, used or skipped, sorted."""
+        return tuple(sorted(self.pairs + self.skipped))
+
+    @property
+    def pairs_digest(self) -> str:
+        """SHA-256 in hex of the pairs that were given, whatever their order."""
+        return hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+
+    @property
+    def settings_digest(self) -> str:
+        """SHA-256 in hex of the settings: dtype, rank, factors, top_k, tau_axis and method."""
+        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in _SETTINGS}).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Hack directions of a model.
+
+    Attributes:
+        axes: Orthonormal rows that point hack-ward, [K, R] float32 per module name; unused rows are zero.
+        singular_values: Singular values in falling order, [K] float32 per module name.
+        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64 per module
+            name.
+        origin: Model, pairs and settings it was made from.
+        energy: Share of ‖D‖² along each axis, [K] float32 per module name; D are the differences it was extracted
+            from. The file does not hold it, so it is empty in a basis that was read from one.
+
+    Example:
+        >>> import torch
+        >>> axes = {"q_proj": torch.eye(3, 8)}
+        >>> basis = Basis(axes, {"q_proj": torch.ones(3)}, {"q_proj": torch.tensor([[5, 1]] * 3)})
+        >>> basis.slice(2).axes["q_proj"].shape
+        torch.Size([2, 8])
+    """
+
+    axes: dict[str, Tensor]
+    singular_values: dict[str, Tensor]
+    votes: dict[str, Tensor]
+    origin: Origin = field(default_factory=Origin)
+    energy: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def undecided(self) -> list[tuple[str, int]]:
+        """Module and index of every axis whose vote is a tie, so that its orientation is arbitrary."""
+        return [
+            (name, index)
+            for name, votes_K2 in self.votes.items()
+            for index in range(len(votes_K2))
+            if self.axes[name][index].any() and votes_K2[index, 0] == votes_K2[index, 1]
+        ]
+
+    def slice(self, k_use: int = 5, tau_axis: float = 0.0) -> "Basis":
+        """Return the basis with the first ``k_use`` axes of every module.
+
+        Args:
+            k_use: Number of axes; a module that has fewer keeps them all.
+            tau_axis: Share of the first singular value below which an axis becomes zero.
+
+        Raises:
+            UsageError: ``k_use`` is below 1, or ``tau_axis`` is outside [0, 1].
+        """
+        check_axis_settings(k_use, tau_axis)
+        axes = {
+            name: zero_weak_axes(axes_KR, self.singular_values[name], tau_axis)[:k_use]
+            for name, axes_KR in self.axes.items()
+        }
+        values = {name: values_K[:k_use] for name, values_K in self.singular_values.items()}
+        votes = {name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()}
+        energy = {name: shares_K[:k_use] * axes[name].any(dim=1) for name, shares_K in self.energy.items()}
+        return replace(self, axes=axes, singular_values=values, votes=votes, energy=energy)
+
+    def save(self, path: str | Path) -> None:
+        """Write the basis as one safetensors file, replacing an older one in one step.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        tensors = {name: axes_KR.contiguous() for name, axes_KR in self.axes.items()}
+        tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in self.singular_values.items()}
+        write_atomic(path, save(tensors, metadata=_metadata(self.votes, self.origin)))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: "Model | PreTrainedModel | None" = None,
+        *,
+        expect: Mapping[str, object] | None = None,
+    ) -> "Basis":
+        """Return the basis in a file with all its axes; :meth:`slice` takes the first of them.
+
+        Args:
+            path: Path of the file.
+            model: Model that the basis must belong to, by the digest of its weights; None skips the check, which is
+                right only where no model is at hand.
+            expect: Attributes of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
+
+        Raises:
+            DataError: The file is not a basis, or was made for other weights, pairs or settings; the message names
+                which.
+        """
+        basis = cls(*_parse(path, *_read(Path(path))))
+        if model is not None:
+            basis.check_model(model, name=str(path))
+        for name, wanted in (expect or {}).items():
+            seen = getattr(basis.origin, name)
+            if seen != wanted and name == "given":
+                raise _stale(path, "pairs", "another set of them", "the pairs it is asked for")
+            if seen != wanted:
+                raise _stale(path, name, repr(seen), repr(wanted))
+        return basis
+
+    def check_model(self, model: "Model | PreTrainedModel", *, name: str = "the basis") -> None:
+        """Refuse a model that this basis was not made for, by its modules and the digest of its weights.
+
+        Args:
+            model: Model to check.
+            name: What the error calls the basis.
+
+        Raises:
+            DataError: The model has other modules or weights.
+        """
+        modules = target_modules(model)
+        for module, axes_KR in self.axes.items():
+            if module not in modules or axes_KR.shape[1] > min(modules[module].weight.shape):
+                seen = f"axes of {module} with {axes_KR.shape[1]} coordinates"
+                raise _stale(name, "model", seen, "the model's modules")
+        digest = weights_digest(model)
+        if self.origin.weights != digest:
+            raise _stale(name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}")
+
+
+def check_axis_settings(top_k: int, tau_axis: float) -> None:
+    """Raise UsageError unless ``top_k`` is at least 1 and ``tau_axis`` in [0, 1]."""
+    if top_k < 1:
+        raise UsageError(f"{top_k} axes", wanted="at least 1", do="ask for 1 or more with --top-k")
+    if not 0 <= tau_axis <= 1:
+        raise UsageError(f"tau_axis={tau_axis}", wanted="a share of the first singular value, 0 to 1", do="use 0.25")
+
+
+def zero_weak_axes(axes_KR: Tensor, values_K: Tensor, tau_axis: float) -> Tensor:
+    """Return the axes with zeros in the rows where ``S_i / S_0 < tau_axis``."""
+    return axes_KR * (values_K >= tau_axis * values_K[:1])[:, None]
+
+
+def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
+    metadata = {
+        "schema": SCHEMA,
+        "model": origin.model,
+        "dtype": origin.dtype,
+        "top_k": str(origin.top_k),
+        "tau_axis": repr(origin.tau_axis),
+        "method": origin.method,
+        "rank": "full" if origin.rank is None else str(origin.rank),
+        "factors": origin.factors,
+        "weights_sha256": origin.weights,
+        "pairs_sha256": origin.pairs_digest,
+        "settings_sha256": origin.settings_digest,
+        "pairs": json.dumps(origin.pairs),
+        "groups": json.dumps(origin.groups),
+        "skipped": json.dumps(origin.skipped),
+        "captured": repr(origin.captured),
+        "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
+    }
+    if origin.coverage.left_out:
+        metadata["coverage"] = json.dumps(asdict(origin.coverage))
+    if origin.tokens:
+        metadata["tokens"] = json.dumps(origin.tokens)
+    return metadata
+
+
+def _read(path: Path) -> tuple[dict[str, str], Tensors]:
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("not a file")
+        with safe_open(path, framework="pt") as reader:
+            names = list(reader.keys())
+            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+
+
+def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tuple[Tensors, Tensors, Tensors, Origin]:
+    """Return the axes, singular values, votes and origin of a file."""
+    try:
+        origin = _parse_origin(metadata)
+        axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
+        values = {name: tensors[_VALUES + name] for name in axes}
+        counts = json.loads(metadata["votes"])
+        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
+        if not axes:
+            raise ValueError("it has no axes of any module")
+        if lost := counts.keys() - axes.keys():
+            raise ValueError(f"it has no axes of {min(lost)}, but votes for them")
+        for name, axes_KR in axes.items():
+            _check_module(name, axes_KR, values[name], votes[name])
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # RecursionError is a RuntimeError
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
+    return axes, values, votes, origin
+
+
+def _parse_origin(metadata: dict[str, str]) -> Origin:
+    if metadata["schema"] != SCHEMA:
+        raise ValueError(f"schema {metadata['schema']!r}")
+    lists = {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
+    if not all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in lists.values()):
+        raise ValueError("pairs, groups or skipped are not lists of names")
+    covered = json.loads(metadata["coverage"]) if "coverage" in metadata else asdict(Coverage())
+    origin = Origin(
+        model=metadata["model"],
+        weights=metadata["weights_sha256"],
+        dtype=metadata["dtype"],
+        rank=None if metadata["rank"] == "full" else int(metadata["rank"]),
+        factors=metadata["factors"],
+        top_k=int(metadata["top_k"]),
+        tau_axis=float(metadata["tau_axis"]),
+        method=metadata["method"],
+        captured=float(metadata["captured"]),
+        coverage=Coverage(float(covered["share"]), tuple(map(str, covered["left_out"]))),
+        tokens={
+            str(name): tuple(map(int, counts)) for name, counts in json.loads(metadata.get("tokens", "{}")).items()
+        },
+        **{name: tuple(keys) for name, keys in lists.items()},
+    )
+    if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
+        raise ValueError("its hashes do not belong to its own pairs or settings")
+    if len(origin.pairs) != len(origin.groups):
+        raise ValueError(f"{len(origin.pairs)} pairs and {len(origin.groups)} groups")
+    if not 0 <= origin.captured <= 1.000001:
+        raise ValueError(f"captured {origin.captured}, which is not a share")
+    return origin
+
+
+def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
+    k = len(votes_K2)
+    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or k == 0:
+        raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
+    if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
+        raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")
+    if not (torch.isfinite(axes_KR).all() and torch.isfinite(values_K).all()):
+        raise ValueError(f"{name} holds NaN or infinity")
+    if (values_K < 0).any() or (votes_K2 < 0).any():
+        raise ValueError(f"{name} has negative singular values or votes")
+    wide_KR = axes_KR.double()
+    used_K = wide_KR.any(dim=1)
+    error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
+    if error > _SKEW:
+        raise ValueError(f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}")
+
+
+def _stale(path: str | Path, what: str, seen: str, wanted: str) -> DataError:
+    return DataError(f"{path} was made for other {what}: {seen}", wanted=wanted, do=_REDO)

@@ -1,0 +1,491 @@
+"""From a model and pairs to a basis: choose the pairs, compute their gradients, find the axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.files.storage import check_new_file
+from assay.models.load import Model
+from assay.streams.backends import dtype_name
+from assay.vhack.basis.axes import METHODS, energy_along, find_axes, gram
+from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, zero_weak_axes
+from assay.vhack.gradients.factors import Factors
+from assay.vhack.gradients.per_sample import per_sample_gradients
+from assay.vhack.gradients.progress import Progress, stage
+from assay.vhack.gradients.svd import SVDCache, check_rank, factor_dtype, weight_svd
+from assay.vhack.gradients.targets import MIN_COVERAGE, coverage, module_of, target_modules, weights_digest
+from assay.vhack.pairs.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# --------------------------------------------------------------------------------------------------
+# The gradients of pairs, kept together with their Gram matrices, so that a basis of any subset costs no new pass.
+#
+# Shapes: N pairs, R coordinates of δS in a module.
+
+
+class PairGradients:
+    """Gradients of the hack and the clean side of N pairs, per module.
+
+    Args:
+        hack: Gradients of the hack sides, [N, R] per module name.
+        clean: Gradients of the clean sides, likewise.
+        groups: Group of each pair; None puts every pair into a group of its own.
+        keys: Name of each pair; None numbers them.
+        tokens: Number of tokens of both sides of each pair that came to each expert, [N, E] per module of experts.
+        origin: Model and settings they come from; its pairs and groups are replaced by these.
+
+    Raises:
+        UsageError: The two sides differ in modules or shapes, or a list has another length.
+        DataError: A gradient is not finite; the message names module and pair.
+    """
+
+    def __init__(
+        self,
+        hack: Mapping[str, Tensor],
+        clean: Mapping[str, Tensor],
+        *,
+        groups: Sequence[str] | None = None,
+        keys: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+        origin: Origin | None = None,
+    ) -> None:
+        n = _check_shapes(hack, clean)
+        self.hack = dict(hack)
+        self.clean = dict(clean)
+        self.tokens = dict(tokens or {})
+        self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
+        self.groups = self.keys if groups is None else tuple(groups)
+        if not len(self.keys) == len(self.groups) == n:
+            raise UsageError(
+                f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs",
+                wanted="one of each per pair",
+                do="pass lists as long as the gradients",
+            )
+        self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
+        _check_finite(self.hack, "hack", self.keys)
+        _check_finite(self.clean, "clean", self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def differences(self, module: str) -> Tensor:
+        """Return hack minus clean of one module, [N, R]."""
+        return self.hack[module] - self.clean[module]
+
+    @cached_property
+    def _grams(self) -> dict[str, Tensor]:
+        return {name: gram(self.differences(name)) for name in self.hack}
+
+    @cached_property
+    def _clean_grams(self) -> dict[str, Tensor]:
+        return {name: gram(rows_NR) for name, rows_NR in self.clean.items()}
+
+    def basis(
+        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
+    ) -> Basis:
+        """Return the basis of these pairs, or of some of them.
+
+        Args:
+            top_k: Number of axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
+            tau_axis: Share of the first singular value below which an axis becomes zero.
+            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"mean-diff"``
+                their mean, ``"lda"`` the singular vectors after whitening by the covariance of the clean gradients.
+            keep: Indices of the pairs to use; None uses all.
+
+        Raises:
+            UsageError: A setting is out of range, or there are too few pairs.
+            DataError: The two sides do not differ in any module.
+        """
+        check_axis_settings(top_k, tau_axis)
+        rows = list(range(len(self))) if keep is None else list(keep)
+        check_method(method, len(rows))
+        index = torch.tensor(rows)
+        square = (index[:, None], index[None, :])
+        axes, values, votes, energy = {}, {}, {}, {}
+        for name, gram_NN in self._grams.items():
+            rows_NR = self.differences(name)[index]
+            clean = (self.clean[name][index], self._clean_grams[name][square]) if method == "lda" else None
+            axes_KR, values[name], votes[name] = find_axes(
+                rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean
+            )
+            axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
+            energy[name] = energy_along(rows_NR, axes[name])
+        if not any(values_K.any() for values_K in values.values()):
+            raise DataError(
+                "hack and clean have the same gradients in every module",
+                wanted="pairs whose two sides differ",
+                do="check the pairs: the two completions must not be the same",
+            )
+        origin = replace(
+            self.origin,
+            top_k=top_k,
+            tau_axis=tau_axis,
+            method=method,
+            pairs=tuple(self.keys[row] for row in rows),
+            groups=tuple(self.groups[row] for row in rows),
+            tokens={name: tuple(tokens_NE[index].sum(dim=0).tolist()) for name, tokens_NE in self.tokens.items()},
+        )
+        return Basis(axes, values, votes, origin, energy)
+
+
+def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
+    shapes = {name: tuple(rows.shape) for name, rows in hack.items()}
+    counts = {shape[0] for shape in shapes.values()}
+    same = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
+    if not same or len(counts) != 1 or any(len(shape) != 2 for shape in shapes.values()) or 0 in counts:
+        raise UsageError(
+            "hack and clean gradients of different modules, numbers or shapes",
+            wanted="the same modules on both sides, each [N, R] with one N of at least 1",
+            do="compute both sides from the same pairs with the same model",
+        )
+    return counts.pop()
+
+
+def _check_finite(gradients: Mapping[str, Tensor], side: str, keys: Sequence[str]) -> None:
+    for name, rows_NR in gradients.items():
+        bad_N = ~torch.isfinite(rows_NR).all(dim=1)
+        if bad_N.any():
+            raise DataError(
+                f"the gradient of pair {keys[int(bad_N.nonzero()[0])]}, {side} side, is not finite in {name}",
+                wanted="finite gradients",
+                do="leave the pair out, or run the model in float32",
+            )
+
+
+def check_method(method: str, n: int) -> None:
+    """Raise UsageError unless ``method`` exists and ``n`` pairs are enough for it."""
+    if method not in METHODS:
+        raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
+    least = 3 if method == "lda" else 1
+    if n < least:
+        raise UsageError(f"{n} pairs for {method}", wanted=f"at least {least}", do="use more pairs or another method")
+
+
+# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
+_HELD_OUT_SHARE = 6
+_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
+# Parts of the model whose full factors exist one after the other where truncated ones are wanted.
+_PARTS = 8
+
+
+def split_pairs(
+    pairs: Sequence[Pair], *, n_heldout: int | None = None, heldout_groups: Sequence[str] | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to extract from and the pairs to test with, each in order.
+
+    Args:
+        pairs: Pairs in order, with their groups.
+        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds out none.
+        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as many as it takes for a
+            sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
+            all used.
+
+    Raises:
+        UsageError: Both are given, a group is unknown, or no pair would be left.
+    """
+    if n_heldout is not None and heldout_groups:
+        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
+    if n_heldout is not None:
+        if not 0 <= n_heldout < len(pairs):
+            do = "lower --n-heldout, or leave it out"
+            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do)
+        cut = len(pairs) - n_heldout
+        return list(pairs[:cut]), list(pairs[cut:])
+    chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
+    unknown = chosen - {pair.group for pair in pairs}
+    kept = [pair for pair in pairs if pair.group not in chosen]
+    if unknown or not kept:
+        raise UsageError(
+            f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from",
+            wanted="some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs)),
+            do="name other groups",
+        )
+    return kept, [pair for pair in pairs if pair.group in chosen]
+
+
+def _last_groups(pairs: Sequence[Pair]) -> set[str]:
+    names = list(dict.fromkeys(pair.group for pair in pairs))
+    share = _SHARE_OF_MANY if len(names) >= _MANY_GROUPS else _HELD_OUT_SHARE
+    chosen: set[str] = set()
+    for name in reversed(names[1:]):
+        chosen.add(name)
+        if share * sum(pair.group in chosen for pair in pairs) >= len(pairs):
+            break
+    return chosen
+
+
+def _named(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
+    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by both its names."""
+    found: dict[str, str] = {}
+    for index, pair in enumerate(pairs):
+        name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
+        if other := found.get(pair.key):
+            raise DataError(f"{name} is the same as {other}", wanted="each pair once", do="remove one of them")
+        found[pair.key] = name
+    return found
+
+
+def select_pairs(
+    pairs: Sequence[Pair],
+    *,
+    n_heldout: int | None,
+    heldout_groups: Sequence[str] | None,
+    top_k: int,
+    tau_axis: float,
+    method: str,
+) -> list[Pair]:
+    """Return the pairs to extract from, after checking what :func:`extract` is asked for; it needs no model.
+
+    Raises:
+        UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
+    """
+    _named(pairs)
+    check_axis_settings(top_k, tau_axis)
+    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
+    check_method(method, len(used))
+    return used
+
+
+def pair_gradients(
+    pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    names: Sequence[str] | None = None,
+    svd: SVDCache | None = None,
+    rank: int | None = None,
+    factors: str | None = None,
+    cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> PairGradients:
+    """Return the gradients of both sides of every pair.
+
+    A pair whose sides are the same text, or have the same gradient, carries no information: it is left out, and its key
+    is in ``origin.skipped``.
+
+    Args:
+        pairs: Pairs of a hack and a clean completion.
+        model: Model in float32 or bfloat16.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        names: Names of the pairs in error messages; None numbers them.
+        svd: Factors of all weights; None computes them.
+        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
+            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``,
+            which stays 1 where ``svd`` is truncated already. Unless factors are given, full ones never exist of more
+            than an eighth of the modules.
+        factors: Dtype of the factors, as in :func:`weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
+        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
+
+    Raises:
+        DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
+            message names the pair.
+        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As :func:`per_sample_gradients` and
+            :func:`weight_svd` raise them.
+    """
+    check_rank(rank)
+    labels = _named(pairs, names)
+    kept = [pair for pair in pairs if pair.hack != pair.clean]
+    if not kept:
+        raise _nothing_left(len(pairs))
+    samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
+    called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
+    matrices = 0 if svd is not None else len(target_modules(model))
+    told = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
+
+    def factors_of(modules: Sequence[str] | None, progress: Progress | None) -> SVDCache:
+        return svd or weight_svd(
+            model, modules=modules, dtype=factors, cache=cache, min_coverage=min_coverage, progress=progress
+        )
+
+    captured = 1.0
+    if rank is None:
+        used = factors_of(None, told[0])
+    else:
+        first = slice(None, None, len(kept))  # both sides of the first pair
+        take = partial(per_sample_gradients, samples[first], model, tokenizer=tokenizer, names=called[first])
+        parts = _parts(list(target_modules(model)), _PARTS if svd is None else 1)
+        used, captured = _truncated(parts, rank, factors_of, take, told[0])
+    found = per_sample_gradients(
+        samples,
+        model,
+        tokenizer=tokenizer,
+        svd=used,
+        names=called,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=told[1],
+    )
+    hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
+    rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
+    if not rows:
+        raise _nothing_left(len(pairs))
+    left = {kept[row].key: kept[row].group for row in rows}
+    skipped = tuple(pair.key for pair in pairs if pair.key not in left)
+    return PairGradients(
+        {name: part[rows] for name, part in hack.items()},
+        {name: part[rows] for name, part in clean.items()},
+        groups=list(left.values()),
+        keys=list(left),
+        tokens={name: torch.add(*part.chunk(2))[rows] for name, part in found.tokens.items()},
+        origin=replace(_source_of(model, used), captured=captured, skipped=skipped),
+    )
+
+
+def extract(
+    pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    path: str | Path | None = None,
+    n_heldout: int | None = None,
+    heldout_groups: Sequence[str] | None = None,
+    top_k: int = Origin.top_k,
+    tau_axis: float = Origin.tau_axis,
+    method: str = Origin.method,
+    svd: SVDCache | None = None,
+    rank: int | None = None,
+    factors: str | None = None,
+    cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> Basis:
+    """Return the hack directions of a model, from the pairs that are not held out; ``basis.origin.pairs`` lists them.
+
+    Args:
+        pairs: Pairs of a hack and a clean completion.
+        model: Model in float32 or bfloat16.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        path: File of the basis. Where it exists, the basis is read from it and nothing is extracted; otherwise the
+            extracted basis is written there. None reads and writes nothing.
+        n_heldout: Number of pairs at the end to hold out, as in :func:`split_pairs`.
+        heldout_groups: Groups to hold out, as in :func:`split_pairs`.
+        top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
+        tau_axis: Share of the first singular value below which an axis becomes zero.
+        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        svd: Factors of all weights; None computes them.
+        rank: Number of singular directions to keep per matrix, as in :func:`pair_gradients`.
+        factors: Dtype of the factors, as in :func:`weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights that targets must be, as in :func:`weight_svd`.
+        max_tokens: Largest number of tokens per batch, as in :func:`per_sample_gradients`.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of steps done and of all, as in :func:`pair_gradients`.
+
+    Raises:
+        DataError: The file at ``path`` was made for other weights, pairs or settings; the message names which.
+        AssayError: As :func:`split_pairs`, :func:`pair_gradients`, :meth:`PairGradients.basis` and :meth:`Basis.save`
+            raise them.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack import extract
+        >>> from assay.vhack.pairs import generate_pairs
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> basis = extract(generate_pairs(6), model, n_heldout=2, top_k=3)
+        >>> len(basis.origin.pairs), basis.axes["model.layers.0.self_attn.q_proj"].shape
+        (4, torch.Size([3, 256]))
+    """
+    used = select_pairs(
+        pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, top_k=top_k, tau_axis=tau_axis, method=method
+    )
+    check_rank(rank)
+    if path is not None and Path(path).exists():
+        weight = next(iter(target_modules(model).values())).weight
+        expected: dict[str, object] = {
+            "dtype": dtype_name(weight.dtype),
+            "rank": rank or (svd.rank if svd is not None else None),
+            "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
+            "top_k": top_k,
+            "tau_axis": tau_axis,
+            "method": method,
+            "given": tuple(sorted(pair.key for pair in used)),
+        }
+        return Basis.load(path, model, expect=expected)
+    if path is not None:
+        check_new_file(path)
+    labels = _named(pairs)
+    gradients = pair_gradients(
+        used,
+        model,
+        tokenizer=tokenizer,
+        names=[labels[pair.key] for pair in used],
+        svd=svd,
+        rank=rank,
+        factors=factors,
+        cache=cache,
+        min_coverage=min_coverage,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=progress,
+    )
+    basis = gradients.basis(top_k=top_k, tau_axis=tau_axis, method=method)
+    if path is not None:
+        basis.save(path)
+    return basis
+
+
+def _nothing_left(count: int) -> DataError:
+    return DataError(
+        f"none of {count} pairs has two sides that differ",
+        wanted="pairs of a hack and a clean completion",
+        do="check the pairs; if the completions do differ, check that the model is the right one",
+    )
+
+
+def _parts(names: Sequence[str], count: int) -> list[Sequence[str]]:
+    size = -(-len(names) // count)
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _truncated(
+    parts: Sequence[Sequence[str]],
+    rank: int,
+    factors_of: Callable[[Sequence[str], Progress | None], SVDCache],
+    gradients_of: Callable[..., dict[str, torch.Tensor]],
+    progress: Progress | None,
+) -> tuple[SVDCache, float]:
+    """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy that they hold.
+
+    The share needs the full factors, so those of one part of the modules exist at a time, and each part takes a pass.
+    """
+    found: dict[str, Factors] = {}
+    total = held = 0.0
+    for part in parts:
+        full = factors_of(part, stage(progress, len(found), 0))
+        for rows in gradients_of(svd=full, modules=part).values():
+            total += float(rows.square().sum())
+            held += float(rows[:, :rank].square().sum())
+        found |= {name: full[name].truncated(rank) for name in part}
+        dtype = full.dtype
+        del full  # before those of the next part are made
+    return SVDCache(found, rank=rank, dtype=dtype), held / total if total else 1.0
+
+
+def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:
+    module = module_of(model)
+    return Origin(
+        model=model.reference if isinstance(model, Model) else type(module).__name__,
+        weights=weights_digest(module),
+        dtype=dtype_name(module.dtype),
+        rank=svd.rank,
+        factors=dtype_name(svd.dtype),
+        coverage=coverage(module),
+    )

@@ -1,0 +1,292 @@
+"""Which pairs fit and which are scored: never the same, and never of the same group.
+
+Either a basis is given; then every pair of a group it was made from is left out of the scoring. Or none is given; then
+the groups are divided into folds, and the pairs of a fold are scored by a basis fitted to the other folds.
+
+The null hypothesis of every test is that hack and clean are names without meaning: swapping them in any set of groups
+changes nothing in law. The p-values come from doing that, with the basis turned as its training labels say.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, log2
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.extract import PairGradients
+from assay.vhack.checks.geometry import Frame, Geometry, shares
+from assay.vhack.checks.judge import CheckSettings, FloatArray
+
+# Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
+# which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
+EXPLAINED, _ON_SCORED = 0.99, 0.1
+_HELD_OUT_PART = 3
+_FEWEST_SCORED = 2  # groups, without which there is no interval
+_AT_ONCE = 100  # rows of swapped labels, to bound the memory
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Basis and the pairs it is scored on.
+
+    Attributes:
+        along: Component of every sample along its axes, [M, K, S].
+        train: Indices of the pairs that the basis was fitted to, as far as they are at hand.
+        test: Indices of the pairs it may be scored on.
+        frame: Fit of the basis, where swapping training labels only turns its axes; None where the basis is fixed.
+    """
+
+    along: Tensor
+    train: Tensor
+    test: Tensor
+    frame: Frame | None = None
+
+    def cin(self, along_MKS: Tensor, lengths_MS: Tensor, signs_BN: Tensor) -> Tensor:
+        """Return mean cin over modules of gradients with these components and lengths, [B, S].
+
+        A row of signs swaps the sides of the training pairs where it is −1.
+        """
+        if self.frame is None:
+            return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
+        return shares(along_MKS, lengths_MS, self.frame.turned(signs_BN[:, self.train])).mean(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """All folds over the same pairs.
+
+    Attributes:
+        settings: Settings of the checks.
+        geometry: Scalar products of the gradients.
+        folds: Folds with disjoint test pairs.
+        text: Description of the design.
+        sources: Indices of the pairs that bases are made from, as far as they are at hand; check 5 halves these.
+    """
+
+    settings: CheckSettings
+    geometry: Geometry
+    folds: tuple[Fold, ...]
+    text: str
+    sources: Tensor
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group of every pair."""
+        return self.geometry.gradients.groups
+
+    @property
+    def tested(self) -> Tensor:
+        """Indices of all pairs that are scored, fold by fold."""
+        return torch.cat([fold.test for fold in self.folds])
+
+    @property
+    def tested_groups(self) -> list[str]:
+        """Group of each pair that is scored, in that order."""
+        return [self.groups[index] for index in self.tested.tolist()]
+
+    @property
+    def smallest_p(self) -> float:
+        """Smallest p-value that swapping whole groups can give.
+
+        With refitted axes, swapping all groups at once changes nothing, so one observation counts twice.
+        """
+        free = len(set(self.tested_groups)) - (self.folds[0].frame is not None)
+        return float(0.5**free)
+
+    @cached_property
+    def held_out(self) -> tuple[FloatArray, FloatArray]:
+        """Scores of both sides of every scored pair, [1 + B, N'] each: as labelled, then with swapped labels."""
+        generator = np.random.default_rng([self.settings.seed, 1])
+        hack_BN, clean_BN = self.scores(swaps(self.groups, self.settings.n_flips, generator))
+        return hack_BN.numpy(), clean_BN.numpy()
+
+    def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean cin over modules of both sides of every scored pair under swapped labels, [B, N'] each.
+
+        A row of signs swaps the sides of the pairs where it is −1, in training and in scoring.
+        """
+        hacks, cleans = [], []
+        for fold in self.folds:
+            samples = torch.cat([fold.test, fold.test + self.geometry.n])
+            along_MKS, lengths_MS = fold.along[:, :, samples], self.geometry.lengths_MS[:, samples]
+            parts = [fold.cin(along_MKS, lengths_MS, part_BN) for part_BN in torch.split(signs_BN, _AT_ONCE)]
+            first_BN, second_BN = torch.cat(parts).chunk(2, dim=1)
+            swapped_BN = signs_BN[:, fold.test] < 0
+            hacks.append(torch.where(swapped_BN, second_BN, first_BN))
+            cleans.append(torch.where(swapped_BN, first_BN, second_BN))
+        return torch.cat(hacks, dim=1), torch.cat(cleans, dim=1)
+
+
+def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
+    """Return signs per pair, [1 + n, N]: the first row swaps nothing, the others each group with probability 1/2."""
+    names = list(dict.fromkeys(groups))
+    index_N = np.array([names.index(group) for group in groups])
+    signs_BG = generator.choice([-1.0, 1.0], size=(n, len(names)))
+    return torch.from_numpy(np.concatenate([np.ones((1, len(names))), signs_BG])[:, index_N])
+
+
+def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
+    """Return how many groups the checks need at least for a p-value that alpha allows.
+
+    Args:
+        settings: Method and alpha.
+        given: Whether the basis is given, so that all these groups are scored and none serves a fit.
+    """
+    free = ceil(log2(1 / settings.alpha))
+    if given:
+        return free
+    return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
+
+
+def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> None:
+    """Refuse groups of pairs of which none can be scored, before any work.
+
+    Args:
+        groups: Group of every pair.
+        settings: Method of the bases that are fitted.
+        basis: Basis that is given, of whose groups no pair is scored.
+
+    Raises:
+        UsageError: There are too few groups to fit a basis and score another group, or fewer than two that a basis has
+            not seen.
+    """
+    if basis is not None:
+        unseen = set(groups) - set(basis.origin.groups)
+        if len(unseen) < _FEWEST_SCORED:
+            other = f", or to group {min(unseen)}" if unseen else ""
+            raise UsageError(
+                f"every pair belongs to a group the basis was made from{other}",
+                wanted="pairs of two groups or more that it has not seen: numbers from its own pairs show nothing",
+                do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
+            )
+        return
+    count, fewest = len(set(groups)), 2 if settings.method == "svd" else _HELD_OUT_PART + 1
+    if count < fewest:
+        raise UsageError(
+            f"{count} group{'s' * (count != 1)} of pairs to check {settings.method} with",
+            wanted=f"at least {fewest}, and {fewest_groups(settings)} for a verdict",
+            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
+        )
+
+
+def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
+    """Return folds of whole groups, each scored by a basis of the others.
+
+    Swapped labels only turn the axes of an SVD basis, so it is refitted under every swap. With another method one
+    split is made, and a third of the groups is held out.
+
+    Raises:
+        UsageError: There are too few groups to fit a basis and score another group.
+    """
+    check_groups(gradients.groups, settings)
+    names = list(dict.fromkeys(gradients.groups))
+    order = np.random.default_rng(settings.seed).permutation(len(names))
+    n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
+    parts = [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
+    geometry = Geometry(gradients)
+    if settings.method == "svd":
+        text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
+        folds = []
+        for part in parts:
+            test, train = _rows(gradients.groups, part)
+            frame = geometry.fit_pairs(train, settings)
+            folds.append(Fold(frame.along, train, test, frame))
+    else:
+        held_out = len(parts[0])
+        text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
+        test, train = _rows(gradients.groups, parts[0])
+        basis = gradients.basis(
+            top_k=settings.k_use, tau_axis=settings.tau_axis, method=settings.method, keep=train.tolist()
+        )
+        folds = [Fold(geometry.given(basis.axes), train, test)]
+    return Design(settings, geometry, tuple(folds), text, torch.arange(geometry.n))
+
+
+def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
+    """Return the design that scores a basis on the pairs of groups it was not made from.
+
+    Raises:
+        DataError: A pair the basis was made from has another group here, or the modules are not the same.
+        UsageError: No pair of another group is left.
+    """
+    known = dict(zip(basis.origin.pairs, basis.origin.groups, strict=True))
+    for index, (key, group) in enumerate(zip(gradients.keys, gradients.groups, strict=True)):
+        if key in known and known[key] != group:
+            raise DataError(
+                f"pair {index} is in group {group} here, but the basis was made from it in group {known[key]}",
+                wanted="held-out pairs that the basis has not seen",
+                do="give pairs the groups they had at extraction",
+            )
+    if {name: rows.shape[1] for name, rows in basis.axes.items()} != {
+        name: rows.shape[1] for name, rows in gradients.hack.items()
+    }:
+        raise DataError(
+            "gradients of other modules or ranks than the basis has",
+            wanted="the same",
+            do="use the same model, and factors of the rank of the basis",
+        )
+    check_groups(gradients.groups, settings, basis)
+    train, test = _rows(gradients.groups, set(basis.origin.groups))
+    _refuse_seen(gradients, basis, test)
+    geometry = Geometry(gradients)
+    used = basis.slice(settings.k_use, settings.tau_axis)
+    text = (
+        f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, scored on "
+        f"{len(test)} pairs of other groups"
+    )
+    fold = Fold(geometry.given(used.axes), train, test)
+    return Design(settings, geometry, (fold,), text, train)
+
+
+def _refuse_seen(gradients: PairGradients, basis: Basis, test: Tensor) -> None:
+    """Refuse a basis that was made from scored pairs, whatever its file says.
+
+    An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights
+    gives the axis back without a remainder, and the pairs with a weight are those it was made from.
+    """
+    sums = [as_sum(axes_KR[0], gradients.differences(name)) for name, axes_KR in basis.axes.items()]
+    explained = [found.share for found in sums if found is not None]
+    on_scored = [float(found.weights[test].norm() / found.weights.norm()) for found in sums if found is not None]
+    if explained and np.median(explained) > EXPLAINED and np.median(on_scored) > _ON_SCORED:
+        raise seen_error("pairs")
+
+
+class Sum(NamedTuple):
+    """The sum of some rows that is nearest to a unit axis: the share of the axis that it is, and its weights, [N]."""
+
+    share: float
+    weights: Tensor
+
+
+def seen_error(what: str) -> DataError:
+    """Return the error for a basis that was made from what it is to be scored on."""
+    return DataError(
+        f"the basis was made from {what} that it is to be scored on",
+        wanted=f"held-out {what}: numbers from its own pairs show nothing",
+        do=f"score it on other {what}, or check without a basis",
+    )
+
+
+def as_sum(axis_R: Tensor, rows_NR: Tensor) -> Sum | None:
+    """Return the sum of rows that is nearest to a unit axis.
+
+    None where that says nothing: there are so many rows that every axis is such a sum, or none lies along it, as in an
+    expert to which no token of these samples came.
+    """
+    wide_NR, axis_R = rows_NR.double(), axis_R.double()
+    along_N = wide_NR @ axis_R
+    if 2 * len(wide_NR) > len(axis_R) or not along_N.any():
+        return None
+    weights_N = torch.linalg.pinv(wide_NR @ wide_NR.T, hermitian=True) @ along_N
+    return Sum(float(weights_N @ along_N), weights_N)
+
+
+def _rows(groups: Sequence[str], part: set[str]) -> tuple[Tensor, Tensor]:
+    inside = torch.tensor([group in part for group in groups])
+    return inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]

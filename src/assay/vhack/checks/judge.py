@@ -1,0 +1,307 @@
+"""Settings and results of the checks, and how all five get from a value, its interval and its nulls to a verdict."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import ceil, log2
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from assay.errors import DataError, UsageError
+from assay.stats.rates import group_bootstrap
+from assay.vhack.basis.axes import METHODS
+from assay.vhack.basis.basis import Origin
+
+FloatArray = npt.NDArray[np.float64]
+CheckVerdict = Literal["pass", "fail", "undecided"]
+SCHEMA = "assay.vhack.check/1"
+CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
+"""Names of the five checks, in the order of the design."""
+SWAPPED = "labels swapped"
+"""Name of the exact null."""
+HAAR = "Haar"
+"""Name of the null of axes that are uniform among all orthonormal ones."""
+CLEAN_CLEAN = "clean-clean"
+"""Name of the null of axes that are extracted from differences between clean sides."""
+EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
+"""What a command exits with, by verdict."""
+
+_TIE = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSettings:
+    """Amount of evidence and strictness of the rules.
+
+    Attributes:
+        k_use: Number of axes per module.
+        tau_axis: Share of the first singular value below which an axis is not used.
+        method: Name of the method that bases are fitted with; a given basis is checked by its own.
+        n_folds: Number of parts into which the groups are divided for ``svd`` without a given basis.
+        alpha: Largest probability with which a check passes pure noise.
+        confidence: Probability that an interval covers the true value.
+        n_flips: Number of random swaps of the labels, whole groups at a time.
+        n_null: Number of bases drawn from each null.
+        n_splits: Number of random divisions of the groups into two halves.
+        n_resamples: Number of draws of the group bootstrap.
+        seed: Seed of every random choice.
+    """
+
+    k_use: int = 5
+    tau_axis: float = 0.0
+    method: str = Origin.method
+    n_folds: int = 5
+    alpha: float = 0.05
+    confidence: float = 0.95
+    n_flips: int = 499
+    n_null: int = 99
+    n_splits: int = 20
+    n_resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method={self.method!r}", wanted=" or ".join(METHODS), do="choose one of them")
+        counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
+        good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
+        if not (good and 0 <= self.tau_axis <= 1 and self.seed >= 0):
+            raise UsageError(
+                f"{self}",
+                wanted="positive counts, 2 folds or more, shares in (0, 1)",
+                do="correct the one that is out of range, or leave it out",
+            )
+        if (1 + min(self.n_flips, self.n_null)) * self.alpha < 1:
+            raise UsageError(
+                f"{self.n_flips} flips and {self.n_null} null bases at alpha {self.alpha}",
+                wanted="enough of both for a p-value below alpha",
+                do=f"draw at least {round(1 / self.alpha)} of each",
+            )
+
+    @property
+    def axes(self) -> int:
+        """Number of axes per module of a fitted basis."""
+        return 1 if self.method == "mean-diff" else self.k_use
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One of the five checks.
+
+    Attributes:
+        name: Name, one of ``CHECKS``.
+        title: Question that it answers, in words.
+        statistic: Description of the value.
+        rule: Condition to pass, fixed before the value was known.
+        measured: Value and its interval; None where it could not be measured.
+        nulls: Draws of the statistic by name of the null.
+        p_values: Probability of at least this value by name of the null.
+        verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
+        reason: Part of the rule that decided.
+        details: Numbers that are not part of the rule.
+    """
+
+    name: str
+    title: str
+    statistic: str
+    rule: str
+    measured: Interval | None
+    nulls: Mapping[str, tuple[float, ...]]
+    p_values: Mapping[str, float]
+    verdict: CheckVerdict
+    reason: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """Contribution of one module, held out.
+
+    Attributes:
+        name: Module name as in ``model.named_modules()``.
+        auroc: AUROC of its own cin, hack against clean.
+        cin_hack: Mean cin of hack samples.
+        cin_clean: Mean cin of clean samples.
+        overlap: Mean squared cosine of the principal angles between bases of two halves; None where not measured.
+        spectrum: Singular values of all differences as shares of their root sum of squares, strongest first.
+        noise: Shares after random signs on every entry, which destroy what the pairs have in common.
+    """
+
+    name: str
+    auroc: float
+    cin_hack: float
+    cin_clean: float
+    overlap: float | None
+    spectrum: tuple[float, ...]
+    noise: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All five checks with the numbers that a report draws.
+
+    Attributes:
+        checks: Checks in the order of ``CHECKS``.
+        modules: Results per module.
+        hack: Held-out scores of the hack sides.
+        clean: Held-out scores of the clean sides, in the same order.
+        groups: Group of each pair, in that order.
+        design: Description of which pairs were fitted to and which were scored.
+        settings: Settings of the checks.
+        origin: Model and pairs.
+    """
+
+    checks: tuple[Check, ...]
+    modules: tuple[ModuleResult, ...]
+    hack: tuple[float, ...]
+    clean: tuple[float, ...]
+    groups: tuple[str, ...]
+    design: str
+    settings: CheckSettings
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Check:
+        """Return the check with this name."""
+        return next(check for check in self.checks if check.name == name)
+
+    @property
+    def verdict(self) -> CheckVerdict:
+        """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
+        return worst(check.verdict for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 2 undecided."""
+        return EXIT_CODES[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as a JSON object with a schema field; `from_dict` reads it back."""
+        return {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "CheckReport":
+        """Return the report that `as_dict` wrote.
+
+        Raises:
+            DataError: The record has another schema, or a value is missing or has another type, or not all five checks
+                are there.
+        """
+        if record.get("schema") != SCHEMA:
+            raise _unusable(f"schema {record.get('schema')!r}")
+        try:
+            report = TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise _unusable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        if tuple(check.name for check in report.checks) != CHECKS:
+            raise _unusable(f"it has the checks {[check.name for check in report.checks]}")
+        if not (report.hack and report.clean and report.modules):
+            raise _unusable("it has no scores, or no modules")
+        return report
+
+
+def worst(verdicts: Iterable[CheckVerdict]) -> CheckVerdict:
+    """Return ``fail`` if any fails, else ``undecided`` if any is, else ``pass``."""
+    found = set(verdicts)
+    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
+
+
+def _unusable(why: str) -> DataError:
+    return DataError(
+        f"a check report that cannot be used: {why}",
+        wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+        do="run the checks again",
+    )
+
+
+def p_value(observed: float, draws: Sequence[float]) -> float:
+    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and Smyth 2010)."""
+    reached = sum(draw >= observed - _TIE for draw in draws)
+    return (1 + reached) / (1 + len(draws))
+
+
+def measure(
+    statistic: Callable[..., float],
+    samples: Sequence[FloatArray],
+    groups: Sequence[Sequence[str]],
+    settings: CheckSettings,
+    *,
+    confidence: float | None = None,
+) -> Interval:
+    """Return a statistic with its group-bootstrap interval, of the confidence of the settings or another."""
+    found = group_bootstrap(
+        statistic,
+        samples,
+        groups,
+        n_resamples=settings.n_resamples,
+        seed=settings.seed,
+        confidence=settings.confidence if confidence is None else confidence,
+    )
+    return Interval(found.value, found.low, found.high)
+
+
+def swap_rule(settings: CheckSettings, what: str, above: float, swapped: str = "whole groups") -> str:
+    """Return the rule of a check whose only null is that labels mean nothing."""
+    return (
+        f"Passes if, with the labels of {swapped} swapped at random, at most a share {settings.alpha:g} reaches "
+        f"{what}, and the lower end of its {settings.confidence:.0%} group-bootstrap interval is above {above:g} and "
+        f"above the null's 1 − {settings.alpha:g} quantile."
+    )
+
+
+def judge(
+    *,
+    name: str,
+    title: str,
+    statistic: str,
+    rule: str,
+    measured: Interval,
+    nulls: Mapping[str, Sequence[float]],
+    above: float,
+    settings: CheckSettings,
+    smallest_p: float = 0.0,
+    details: Mapping[str, Any] | None = None,
+) -> Check:
+    """Return the check after applying the rule that all checks share.
+
+    It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
+    above ``above`` and above the 1 − alpha quantile of every null. The first part alone bounds the probability that
+    noise passes; with too few groups it cannot be met, and the verdict is ``undecided``.
+    """
+    p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
+    quantiles = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
+    verdict: CheckVerdict
+    if smallest_p > settings.alpha:
+        verdict = "undecided"
+        more = ceil(log2(smallest_p / settings.alpha))
+        reason = (
+            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} is needed: add pairs "
+            f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
+        )
+    else:
+        faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
+        if measured.low <= above:
+            faults.append(f"the interval reaches down to {measured.low:.3g}, not above {above:g}")
+        faults += [
+            f"the interval reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
+            for null, level in quantiles.items()
+            if measured.low <= level
+        ]
+        verdict, reason = ("fail", "; ".join(faults)) if faults else ("pass", "every part of the rule holds")
+    draws = {null: tuple(float(draw) for draw in values) for null, values in nulls.items()}
+    return Check(name, title, statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
+
+
+def undecided(name: str, title: str, statistic: str, rule: str, reason: str) -> Check:
+    """Return a check that could not be made."""
+    return Check(name, title, statistic, rule, None, {}, {}, "undecided", reason)

@@ -1,0 +1,303 @@
+r"""Check 1 on two pools of samples that are not paired: the first test of the original proposal.
+
+A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher pool is one as well::
+
+    {"prompt": "# Task: …", "completion": "    return x\n…", "group": "task 7"}
+
+``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
+Samples of groups that the basis was made from are not scored.
+
+Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.files.jsonl import read_jsonl
+from assay.models.device import one_thread
+from assay.stats.rates import auroc
+from assay.vhack.basis.axes import cin_over_modules
+from assay.vhack.basis.basis import Basis
+from assay.vhack.checks.folds import EXPLAINED, as_sum, seen_error
+from assay.vhack.checks.guard import GuardItem, guard, guard_verdict
+from assay.vhack.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, CheckVerdict, FloatArray
+from assay.vhack.checks.ranking import check_unpaired, haar_scores
+from assay.vhack.gradients.per_sample import per_sample_gradients
+from assay.vhack.gradients.progress import Progress, stage
+from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.pairs.pairs import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models.load import Model
+
+
+_SCHEMA = "assay.vhack.pools/1"
+_KINDS = ("hack", "clean")
+_SHOWN = ("model", "weights", "dtype", "method", "rank")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSample:
+    """A sample of a pool and its group."""
+
+    sample: Sample
+    group: str
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """Whether the samples of one pool lie further along the axes than those of another.
+
+    Attributes:
+        check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same samples.
+        guard: What the guard against degenerate detectors says, see :func:`guard`.
+        hack: Scores of the pool that hacks.
+        clean: Scores of the pool that does not.
+        hack_groups: Group of each sample of the first.
+        clean_groups: Group of each sample of the second.
+        left_out: Number of samples that were not scored, since the basis was made from their groups.
+        settings: Settings of the check.
+        origin: Model and basis.
+    """
+
+    check: Check
+    guard: tuple[GuardItem, ...]
+    hack: tuple[float, ...]
+    clean: tuple[float, ...]
+    hack_groups: tuple[str, ...]
+    clean_groups: tuple[str, ...]
+    left_out: int
+    settings: CheckSettings
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> CheckVerdict:
+        """Verdict of the check, and ``fail`` where it passes and a part of the guard fails."""
+        passed = self.check.verdict == "pass"
+        return "fail" if passed and guard_verdict(self.guard) == "fail" else self.check.verdict
+
+    @property
+    def reason(self) -> str:
+        """What decided: the reason of the check, or the parts of the guard that failed."""
+        failed = [f"{item.name}: {item.reason}" for item in self.guard if item.verdict == "fail"]
+        return "; ".join(failed) if self.check.verdict == "pass" and failed else self.check.reason
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 2 undecided."""
+        return EXIT_CODES[self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as a JSON object with a schema field."""
+        return {"schema": _SCHEMA, "verdict": self.verdict, **asdict(self)}
+
+
+def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
+    """Return the samples of a pool file.
+
+    Args:
+        path: File to read.
+        most: Number of samples to draw; None keeps all, and so does a number that is larger.
+        seed: Seed of the draw.
+
+    Raises:
+        DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
+    """
+    found = [_pool_sample(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    if not found:
+        raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
+    if most is None or most >= len(found):
+        return found
+    return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
+
+
+def _pool_sample(record: dict[str, Any], name: str) -> PoolSample:
+    prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
+    texts = (prompt, completion) if group is None else (prompt, completion, group)
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(
+            f"{name}: not a sample",
+            wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
+            do="correct or remove the line",
+        )
+    known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
+    return PoolSample(Sample(str(prompt), str(completion)), known)
+
+
+def check_two_pools(
+    hack: Sequence[PoolSample],
+    clean: Sequence[PoolSample],
+    model: "Model | PreTrainedModel",
+    basis: Basis,
+    *,
+    settings: CheckSettings | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    svd: SVDCache | None = None,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> PoolReport:
+    """Return whether the samples of one pool lie further along the axes of a basis than those of another.
+
+    It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where no
+    part of the guard against degenerate detectors fails. The score is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules.
+    The details have the AUROC of the two-sided cin of the original proposal, and of two things that are no sign of a
+    hack: the length of the gradient and that of the completion.
+
+    Args:
+        hack: Samples that cheat.
+        clean: Samples that do not.
+        model: Model that the basis belongs to.
+        basis: Basis to score with.
+        settings: Number of axes and draws, and alpha; its method is not used.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        svd: Factors of all weights of the rank that the basis has; None computes them.
+        max_tokens: Largest number of tokens per batch; None chooses from the free memory.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
+
+    Raises:
+        DataError: The basis is of another model or was made from these samples, a sample is in both pools, a pool has
+            no sample of a group that the basis has not seen, or a sample cannot be used.
+        AssayError: As :func:`assay.vhack.weight_svd` and :func:`assay.vhack.per_sample_gradients` raise them.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack import extract
+        >>> from assay.vhack.checks import CheckSettings, PoolSample, check_two_pools
+        >>> from assay.vhack.pairs import generate_pairs
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> basis = extract(generate_pairs(6), model, n_heldout=0)
+        >>> others = generate_pairs(4, seed=1, families=["rotate", "set_bits"])
+        >>> samples = [(pair.samples(), pair.group) for pair in others]
+        >>> pools = [[PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)]
+        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).verdict
+        'undecided'
+    """
+    basis.check_model(model)
+    settings = settings or CheckSettings()
+    pools, left_out = _unseen([hack, clean], basis)
+    modules = list(basis.axes)
+    samples = [one.sample for pool in pools for one in pool]
+    names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
+    matrices = 0 if svd is not None else len(modules)
+    stages = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    gradients = per_sample_gradients(
+        samples,
+        model,
+        tokenizer=tokenizer,
+        svd=svd or _factors(model, basis, stages[0]),
+        modules=modules,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        names=names,
+        progress=stages[1],
+    )
+    used = basis.slice(settings.k_use, settings.tau_axis)
+    _refuse_seen(used, gradients)
+    with one_thread():
+        made = _judged(pools, used, gradients, settings)
+    hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
+    sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
+    groups = [[one.group for one in pool] for pool in pools]
+    return PoolReport(
+        check=made,
+        guard=guard(hack_N, clean_N, *groups, lengths=(sizes[0], sizes[1]), settings=settings),
+        hack=tuple(hack_N.tolist()),
+        clean=tuple(clean_N.tolist()),
+        hack_groups=tuple(one.group for one in pools[0]),
+        clean_groups=tuple(one.group for one in pools[1]),
+        left_out=left_out,
+        settings=settings,
+        origin={
+            **{name: getattr(basis.origin, name) for name in _SHOWN},
+            "basis_pairs_sha256": basis.origin.pairs_digest,
+        },
+    )
+
+
+def _factors(model: "Model | PreTrainedModel", basis: Basis, progress: Progress | None) -> SVDCache:
+    """Return the factors that a basis was made with, of its modules; it says itself how much of the model they are."""
+    rank, dtype = basis.origin.rank, basis.origin.factors or None
+    return weight_svd(model, modules=list(basis.axes), rank=rank, dtype=dtype, min_coverage=0.0, progress=progress)
+
+
+def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[list[PoolSample]], int]:
+    """Return the samples of groups that the basis was not made from, and how many others there are."""
+    hack, clean = pools
+    if both := {one.sample for one in hack} & {one.sample for one in clean}:
+        raise DataError(
+            f"{len(both)} samples are in both pools, one of them of the prompt {min(one.prompt for one in both)!r:.60}",
+            wanted="samples that cheat in one, and samples that do not in the other",
+            do="remove them from the pool to which they do not belong",
+        )
+    known = set(basis.origin.groups)
+    kept = [[one for one in pool if one.group not in known] for pool in pools]
+    for kind, pool, left in zip(_KINDS, pools, kept, strict=True):
+        if not left:
+            raise DataError(
+                f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis was made from",
+                wanted="samples of groups it has not seen: numbers from its own groups show nothing",
+                do="add samples of other groups, or hold groups out at extraction",
+            )
+    return kept, sum(map(len, pools)) - sum(map(len, kept))
+
+
+def _refuse_seen(basis: Basis, gradients: Mapping[str, Tensor]) -> None:
+    """Refuse pools that hold the pairs of the basis: then every axis is a sum of gradients of their samples."""
+    sums = [as_sum(axes_KR[0], gradients[name]) for name, axes_KR in basis.axes.items()]
+    explained = [found.share for found in sums if found is not None]
+    if explained and np.median(explained) > EXPLAINED:
+        raise seen_error("samples")
+
+
+def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
+    hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
+    return hack_N.numpy(), clean_N.numpy()
+
+
+def _judged(
+    pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor], settings: CheckSettings
+) -> Check:
+    def ranked(scores_S: Tensor) -> float:
+        return auroc(*_split(scores_S, pools))
+
+    lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
+    k = max(len(axes_KR) for axes_KR in basis.axes.values())
+    random_BS = haar_scores(
+        gradients.values(),
+        torch.where(lengths_MS > 0, lengths_MS, torch.inf),
+        k,
+        settings.n_null,
+        torch.Generator().manual_seed(settings.seed),
+    )
+    both_S = cin_over_modules(gradients, basis, two_sided=True)
+    sizes_S = torch.tensor([len(one.sample.completion) for pool in pools for one in pool])
+    hack_N, clean_N = _split(both_S, pools)
+    hack_groups, clean_groups = ([one.group for one in pool] for pool in pools)
+    return check_unpaired(
+        *_split(cin_over_modules(gradients, basis), pools),
+        hack_groups,
+        clean_groups,
+        settings,
+        nulls={HAAR: list(map(ranked, random_BS))},
+        details={
+            "mean_cin_two_sided_hack": float(hack_N.mean()),
+            "mean_cin_two_sided_clean": float(clean_N.mean()),
+            "auroc_two_sided": ranked(both_S),
+            "auroc_energy_weighted": ranked(cin_over_modules(gradients, basis, weighting="energy")),
+            "auroc_gradient_norm_alone": ranked(lengths_MS.square().sum(dim=0)),
+            "auroc_length_of_completion_alone": ranked(sizes_S),
+        },
+    )

@@ -1,0 +1,134 @@
+"""Advantage modification: less reward for rollouts whose activations look like those of the hack sides.
+
+The rival that holds training back without looking at a gradient (Wu and Tang, arXiv 2604.01476). Here the direction d
+is the difference of the mean activations of the hack and the clean sides of the pairs, after the layer at two thirds of
+the depth, each the mean over the completion tokens. With m halfway between the two means along d, and s the pooled
+standard deviation of the two sides::
+
+    z = (d·a − m) / s        r' = r · (1 − α σ(z) [z > 0])
+
+The advantage is then computed from r' as it would be from r. The direction is taken from the model as it is at the
+start, and kept.
+
+Shapes: N samples, H width of the hidden state.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.models.decoder import backbone, decoder_layers
+from assay.models.wide import wide_products
+from assay.vhack.gradients.batches import Encoded, context_of, encode, plan
+from assay.vhack.gradients.targets import module_of
+from assay.vhack.pairs.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models.load import Model
+
+
+_DEPTH = 2 / 3
+_TOKENS = {"cuda": 16384, "cpu": 2048}
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """The direction, and the scale on which activations along it are judged.
+
+    Attributes:
+        layer: Index of the decoder layer whose output is looked at, from 0.
+        direction: Direction d, [H] float32, of length 1.
+        middle: Middle m between the two sides along d.
+        spread: Pooled standard deviation s along d.
+    """
+
+    layer: int
+    direction: Tensor
+    middle: float
+    spread: float
+
+    @classmethod
+    def fit(
+        cls,
+        model: "Model | PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        pairs: Sequence[Pair],
+    ) -> "Shortcut":
+        """Return the direction of some pairs.
+
+        Args:
+            model: Model at the start of training.
+            tokenizer: Tokenizer of the model.
+            pairs: At least two pairs of a hack and a clean completion.
+
+        Raises:
+            DataError: There are fewer than two pairs, or both sides have the same activations.
+            UsageError: There is no tokenizer.
+        """
+        module = module_of(model)
+        if len(pairs) < 2:
+            raise DataError(f"{len(pairs)} pairs for a direction of activations", wanted="at least two", do="add some")
+        samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
+        names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
+        encoded = encode(tokenizer, samples, names, context_of(module))
+        layer = max(0, math.ceil(_DEPTH * len(decoder_layers(module))) - 1)
+        hack_NH, clean_NH = _activations(module, encoded, layer).chunk(2)
+        difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)
+        length = float(difference_H.norm())
+        if not length > 0:
+            raise DataError("pairs whose sides have the same activations", wanted="sides that differ", do="check them")
+        direction_H = difference_H / length
+        hack_N, clean_N = hack_NH @ direction_H, clean_NH @ direction_H
+        spread = float(((hack_N.var() + clean_N.var()) / 2).sqrt())
+        return cls(layer, direction_H, float((hack_N.mean() + clean_N.mean()) / 2), max(spread, 1e-6 * length))
+
+    def z(self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+        """Return how far each row is on the hack's side, [N] float32 in units of ``spread``, on the model's device.
+
+        Args:
+            model: Model as it is now.
+            rows: Token ids of prompt and completion.
+        """
+        encoded = [
+            Encoded(index, f"rollout {index}", [*prompt, *completion], len(prompt))
+            for index, (prompt, completion) in enumerate(rows)
+        ]
+        return (_activations(module_of(model), encoded, self.layer) @ self.direction - self.middle) / self.spread
+
+
+def modified(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
+    """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength α."""
+    return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
+
+
+@torch.no_grad()
+def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: int) -> Tensor:
+    """Return the output of a layer, averaged over the completion tokens of each sample, [N, H] float32."""
+    found: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
+
+    def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = decoder_layers(module)[layer].register_forward_hook(keep)
+    try:
+        for batch in plan(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
+            longest = max(len(one.ids) for one in batch)
+            ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
+            # Padding is to the right of everything that is looked at.
+            with wide_products(module):
+                backbone(module)(input_ids=ids, use_cache=False)
+            states_BTH = kept.pop()
+            for row, one in enumerate(batch):
+                start, end = one.completion
+                found[one.index] = states_BTH[row, start:end].float().mean(dim=0)
+    finally:
+        handle.remove()
+    return torch.stack([found[index] for index in range(len(encoded))])

@@ -1,0 +1,332 @@
+"""The gates, and the arms: every way to hold training back that is compared with the others, as one table.
+
+An axis v points toward the hack *in gradients*: descent on a loss whose gradient lies along +v learns the hack, because
+v comes from ∇NLL(hack) − ∇NLL(clean). Descent goes against its gradient, so an update Δ leads to the hack along −v. The
+hack-ward coordinates are
+
+    c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
+
+The gates remove γ·relu(c) (``one_sided``), γ·c (``two_sided``) or 2γ·c (``reverse``), where the gain γ scales the
+counter-force: at 1 the first two erase, above 1 they push back. ``keep`` is the complement: with trusted directions as
+axes it removes γ of everything that does not lie along them.
+
+Two things can be added to an arm by its name. ``displaced-A+ARM`` moves δS by A along every axis, away from the hack,
+before the first step, and goes on as the arm: with ``none`` as plain training, with ``erase-update-two-sided`` it stays
+there, and all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far the arm may move away from the hack
+along each axis, counted from the weights of the model: a counter-force with an end.
+
+An arm says which axes are acted on, how, and what is paid. It does not say which optimizer, model or tasks: those are
+the same for all arms of a comparison.
+
+``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout: correct in every hidden
+case, and paid through the loophole although it is not correct.
+
+Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from assay.errors import UsageError
+from assay.vhack.delta.frames import along, spread
+
+Number = TypeVar("Number", float, Tensor)
+
+GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
+"""Rules that say which part of an update along the axes is removed."""
+_OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
+
+DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
+"""The arm of `assay vhack train` unless another is named; docs/decisions/vhack-train-defaults.md says why."""
+
+BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
+"""The axes an arm may act along, besides ``trusted``:
+
+- ``true``: the hack directions of the pairs;
+- ``random``: as many orthonormal axes, uniform among all of them;
+- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction of
+  the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by ``lda`` it
+  is lost too, because half of what it whitens by are hacks;
+- ``clean-clean``: extracted from differences between clean sides of different pairs.
+
+:func:`assay.vhack.delta.basis_of_kind` makes them.
+"""
+
+TRUSTED = "trusted"
+_LEVELS = ("gradient", "update")
+_START, _AWAY = "displaced-", "+away-"
+_ADDED = "displaced-A+ARM, ARM+away-B"
+
+_WEAK_PULL = "undecided under the weaker pull of the first experiment, not run in the second"
+_MEASURED = {
+    "none": "fails: plain training, hack rate 0.996 at the end, all eight seeds",
+    "no-loophole": "is the reference: no hacking, solve rate 0.927, eight seeds",
+    "erase-gradient": "fails along axes of minimal pairs: hack rate 0.987 at the end, all eight seeds; along axes of "
+    "whole exploits two of five seeds escaped",
+    "erase-gradient:random": "fails: hack rate 0.996 at the end, all eight seeds",
+    "erase-gradient-two-sided": "fails under the weaker pull of the first experiment: four of eight seeds tipped",
+    "erase-update": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
+    "erase-update-two-sided": "fails along axes of whole exploits: hack rate 0.994 at the end, all five seeds",
+    "box": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
+    "constant-push": _WEAK_PULL,
+    "ground-truth-penalty": _WEAK_PULL,
+    "advantage-modification": "succeeds: hack rate 0.000, solve rate 0.942, eight seeds",
+    "erase-gradient+away-0.2": "succeeds along 20 axes by svd: hack rate 0.005, solve rate 0.916, eight seeds",
+    "displaced-0.4+none": "succeeds while no exploit is sampled: hack rate 0.001, solve rate 0.930, five seeds; "
+    "with 30 M parameters it tipped even then in four of five seeds, and with one stored exploit in every group "
+    "it tips in every seed",
+    DEFAULT_ARM: "succeeds while no exploit is sampled: hack rate 0.000, solve rate 0.917, eight seeds, "
+    "and with 30 M parameters 0.003, five seeds; with one stored exploit in every group it ends at 0.995 in all seeds",
+    f"{DEFAULT_ARM}:random": "fails: hack rate 0.997 at the end, all five seeds",
+}
+"""What docs/vhack-results.md says of each arm that was run with Adam, in words that follow "it"."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is removed along the axes.
+
+    Attributes:
+        kind: One of ``"one_sided"``, ``"two_sided"``, ``"reverse"``, ``"keep"``, and ``"none"``, which only measures.
+            ``"no_gate"``, the first version's word for ``"two_sided"``, is still read.
+        gain: Factor γ of what is removed.
+        preserve_magnitude: Whether what is left of each module's vector is scaled to the length that it had.
+    """
+
+    kind: str = "one_sided"
+    gain: float = 1.0
+    preserve_magnitude: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _OLD_WORDS.get(self.kind, self.kind))
+        if self.kind not in GATES:
+            raise UsageError(f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them")
+        if not (math.isfinite(self.gain) and self.gain >= 0):
+            raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do="1 erases, 1.1 pushes back")
+
+    def coefficients(self, hackward: Tensor) -> Tensor:
+        """Return how much of each hack-ward coordinate is removed, in its shape; zeros for ``keep``."""
+        if self.kind == "one_sided":
+            return self.gain * hackward.relu()
+        return {"none": 0.0, "keep": 0.0, "two_sided": 1.0, "reverse": 2.0}[self.kind] * self.gain * hackward
+
+    def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
+        """Return what is left of vectors, [..., M, R] float64.
+
+        Args:
+            vectors_MR: Gradients or updates, [..., M, R].
+            axes_MKR: Axes, [..., M, K, R] float64.
+            sign: 1 for gradients, −1 for updates: whether the hack lies along +v or along −v.
+        """
+        wide_MR = vectors_MR.double()
+        at_MK = along(axes_MKR, wide_MR)
+        left_MR = wide_MR - sign * spread(axes_MKR, self.coefficients(sign * at_MK))
+        if self.kind == "keep":
+            # A module without axes has nothing that could be kept, and is left alone.
+            outside_MR = (wide_MR - spread(axes_MKR, at_MK)) * axes_MKR.any(dim=-1).any(dim=-1)[..., None]
+            left_MR = wide_MR - self.gain * outside_MR
+        if not self.preserve_magnitude:
+            return left_MR
+        before_M1, after_M1 = wide_MR.norm(dim=-1, keepdim=True), left_MR.norm(dim=-1, keepdim=True)
+        # Where almost nothing is left there is no direction to scale.
+        return left_MR * torch.where(after_M1 > 1e-9 * before_M1, before_M1 / after_M1, 1.0)
+
+
+@dataclass(frozen=True)
+class Box:
+    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is.
+
+    Attributes:
+        hackward: Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
+        away: Largest distance away from the hack.
+    """
+
+    hackward: float = 0.0
+    away: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not (self.hackward >= 0 and self.away >= 0):
+            raise UsageError(f"{self}", wanted="a box around the start, bounds from 0 on", do="give lengths, not signs")
+
+    def correction(self, displacement_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+        """Return what to add to δS so that it is inside again, [..., M, R] float64, zero where it is inside."""
+        at_MK = along(axes_MKR, displacement_MR)
+        return spread(axes_MKR, at_MK.clamp(-self.hackward, self.away) - at_MK)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: Name as in `ARMS`, followed by ``:KIND`` where other axes than the true ones are acted on.
+        says: Description in a few words.
+        gate: Gate that acts along the axes, on the gradient or on the update.
+        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
+        basis: Kind of axes: one of ``BASIS_KINDS``, or ``"trusted"``, the directions of honest learning.
+        box: Bounds of the displacement along the axes.
+        start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
+        push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
+        exploit_pays: Reward of a rollout that is exploited and not correct.
+        advantage: Strength α of advantage modification, see :class:`assay.vhack.delta.Shortcut`; 0 turns it off.
+
+    Raises:
+        UsageError: The level is unknown.
+    """
+
+    name: str
+    says: str
+    gate: Gate = field(default_factory=lambda: Gate("none"))
+    level: str = "gradient"
+    basis: str = "true"
+    box: Box | None = None
+    start: float = 0.0
+    push: float = 0.0
+    exploit_pays: float = 1.0
+    advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.level not in _LEVELS:
+            raise UsageError(f"level={self.level!r}", wanted=" or ".join(_LEVELS), do="choose one of them")
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything along its axes; otherwise they are only measured."""
+        return self.gate.kind != "none" or self.box is not None or self.start != 0 or self.push != 0
+
+    @property
+    def evidence(self) -> str:
+        """One sentence: what the study of docs/vhack-results.md found of this arm, if it was measured there."""
+        found = _MEASURED.get(self.name)
+        if found is None:
+            return f"arm {self.name}: docs/vhack-results.md has no measurement of it"
+        return f"arm {self.name}: on the study's organism (7 M parameters, 200 steps) it {found} (vhack-results.md)"
+
+    def reward(self, correct: Number, exploited: Number) -> Number:
+        """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""
+        return correct + self.exploit_pays * exploited
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("none", "plain training, axes are only measured"),
+        Arm("no-loophole", "the same prompts, but only correct work is paid: the upper bound", exploit_pays=0.0),
+        Arm("erase-gradient", "hack-ward part of the gradient removed, before clipping", Gate()),
+        Arm("erase-update", "hack-ward part of the optimizer's update removed", Gate(), "update"),
+        Arm("erase-gradient-two-sided", "gradient along the axes removed, both ways", Gate("two_sided")),
+        Arm("erase-update-two-sided", "exact erasure: no update along the axes at all", Gate("two_sided"), "update"),
+        Arm("constant-push", "a constant step away from the hack, whatever the gradient", push=0.6),
+        Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
+        Arm("trusted-complement", "only the gradient along directions of honest work", Gate("keep"), basis=TRUSTED),
+        Arm("advantage-modification", "less reward where activations look like the hack sides'", advantage=2.0),
+        Arm("ground-truth-penalty", "a perfect detector: exploits cost what correct work earns", exploit_pays=-1.0),
+    )
+}
+"""Every arm by its name."""
+
+
+def arm_named(name: str) -> Arm:
+    """Return the arm with a name: one of `ARMS`, or one with a start (``displaced-A+ARM``) or a bound (``ARM+away-B``).
+
+    A name may end in ``:random``, ``:shuffled`` or ``:clean-clean``, which stands for other axes.
+
+    Raises:
+        UsageError: There is no such arm, or it has no such axes, or a distance is not a positive number.
+
+    >>> arm = arm_named("displaced-0.4+erase-update-two-sided")
+    >>> arm.start, arm.gate.kind, arm.level
+    (0.4, 'two_sided', 'update')
+    """
+    whole, colon, kind = name.partition(":")
+    start, rest = 0.0, whole
+    if whole.startswith(_START):
+        distance, _, rest = whole.removeprefix(_START).partition("+")
+        start = _distance(name, distance)
+    base, bounded, away = rest.partition(_AWAY)
+    if base not in ARMS:
+        wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
+        nearest = (get_close_matches(whole, [*_MEASURED, *ARMS], n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
+        raise UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
+    arm = replace(ARMS[base], name=whole)
+    if start:
+        arm = replace(arm, start=start, says=f"from {start:g} away from the hack: {arm.says}")
+    if bounded:
+        box = Box(hackward=0.0, away=_distance(name, away))
+        arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
+    if not colon or kind == arm.basis == "true":
+        return arm
+    if kind not in BASIS_KINDS or not arm.acts or arm.basis != "true":
+        raise UsageError(
+            f"arm {whole} along {kind} axes",
+            wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
+            do="choose another arm, or leave the axes out",
+        )
+    return replace(arm, name=name, basis=kind)
+
+
+def _distance(name: str, text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise UsageError(
+            f"arm {name!r}", wanted=f"{_ADDED} with a positive distance", do="give a number, such as displaced-0.4+none"
+        )
+    return found
+
+
+def gated_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+    """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients.
+
+    Args:
+        arm: Arm whose gate is applied.
+        gradient_MR: Gradient of δS, [..., M, R].
+        axes_MKR: Axes of the arm, [..., M, K, R] float64.
+    """
+    if arm.level != "gradient" or arm.gate.kind == "none" or not axes_MKR.shape[-2]:
+        return gradient_MR
+    return arm.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
+
+
+def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor, rate: float) -> Tensor:
+    """Return δS after the arm has acted on what the inner optimizer did: gate the update, push, box.
+
+    In this order a push survives an update gate, and nothing leaves the box.
+
+    Args:
+        arm: Arm to apply.
+        delta_MR: δS after the step of the inner optimizer, [..., M, R].
+        before_MR: δS before that step, [..., M, R].
+        start_MR: δS that displacements are counted from, [..., M, R].
+        axes_MKR: Axes of the arm, [..., M, K, R] float64.
+        rate: Learning rate of this step, which scales the push.
+    """
+    if not axes_MKR.shape[-2]:
+        return delta_MR
+    if arm.level == "update" and arm.gate.kind != "none":
+        update_MR = delta_MR.double() - before_MR.double()
+        delta_MR = (before_MR.double() + arm.gate.apply(update_MR, axes_MKR, -1)).to(delta_MR.dtype)
+    if arm.push:
+        delta_MR = displaced(delta_MR, arm.push * rate, axes_MKR)
+    if arm.box is not None:
+        moved_MR = delta_MR.double() - start_MR.double()
+        delta_MR = (delta_MR.double() + arm.box.correction(moved_MR, axes_MKR)).to(delta_MR.dtype)
+    return delta_MR
+
+
+def displaced(delta_MR: Tensor, distance: float | Tensor, axes_MKR: Tensor) -> Tensor:
+    """Return δS moved along +v of every axis, away from the hack, [..., M, R].
+
+    Args:
+        delta_MR: δS, [..., M, R].
+        distance: Length in units of δS; a tensor holds one per run and is shaped to fit before [M, R].
+        axes_MKR: Axes, [..., M, K, R] float64.
+    """
+    return (delta_MR.double() + distance * axes_MKR.sum(dim=-2)).to(delta_MR.dtype)

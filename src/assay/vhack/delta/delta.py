@@ -1,0 +1,375 @@
+"""DeltaS: the adapter ``W + U diag(δS) Vh`` around the projections of any transformers model.
+
+- *Merged mode*: after every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward
+  passes and generation run on plain weights. A hook on each projection passes its output on as it is and computes
+  the exact gradient of δS in the backward pass. `generate` runs without any hook.
+- *Hook mode*: the weights stay W, and a hook adds the product to every output, in generation too. It is the form in
+  which the method was first described, slower, and there to compare with.
+
+δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter per shape of
+module, [M, R], with one row per module, so an optimizer, a projection or a sum over processes handles few tensors.
+The adapter is a submodule ``delta_s`` of the model, so any trainer finds its parameters.
+
+Shapes: M modules of a group, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import ModelError, UsageError
+from assay.vhack.delta.export import LoRA, plain_weights, save_lora
+from assay.vhack.delta.file import load_delta, save_delta
+from assay.vhack.delta.groups import Group, Plan, adapt, grouped
+from assay.vhack.delta.rollouts import Rollouts
+from assay.vhack.gradients.division import local, local_rows, reshard, whole
+from assay.vhack.gradients.experts import of_one_tensor
+from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.gradients.targets import module_of, target_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models.load import Model
+
+
+_NAME = "delta_s"
+_MODES = ("merged", "hook")
+_LORA = "lora_"  # in the names of PEFT's parameters
+
+
+class DeltaS(nn.Module):
+    """A small trainable adapter that is attached to a model when it is constructed.
+
+    All other parameters of the model, except LoRA of PEFT, are frozen until `detach` or `merge`. LoRA may also be added
+    afterwards, but `get_peft_model` freezes δS: call ``adapter.delta.requires_grad_(True)`` after it. Do not copy a
+    model that has an adapter: the copy would hold hooks of the first one. `disabled` gives the reference policy without
+    a copy.
+
+    Args:
+        model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
+        svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
+            coordinates of δS mean, so a basis must come from the same factors.
+        mode: Either ``"merged"`` or ``"hook"``.
+
+    Attributes:
+        groups: Modules by shape.
+        delta: δS, one parameter per group, [M, R] float32.
+        mode: Mode of the adapter.
+
+    Raises:
+        UsageError: The mode is unknown, the factors do not fit, or there is an adapter already.
+        ModelError: The model has no target projections, or is sharded already.
+
+    Example::
+
+        model = load_model("reference:organism", dtype="float32")
+        svd = weight_svd(model)
+        adapter = DeltaS(model, svd)  # the model computes as before, bit by bit
+        with adapter.disabled():
+            reference = model.module(ids).logits
+        adapter.save("delta.safetensors")
+        adapter.merge().save_pretrained("trained")  # a plain model
+    """
+
+    def __init__(self, model: "Model | PreTrainedModel", svd: SVDCache | None = None, *, mode: str = "merged") -> None:
+        super().__init__()
+        if mode not in _MODES:
+            raise UsageError(f"mode={mode!r} of the adapter", wanted=" or ".join(_MODES), do="choose one of them")
+        module = module_of(model)
+        if hasattr(module, _NAME):
+            raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
+        self.mode = mode
+        check_attachable(module)
+        modules = target_modules(module)
+        factors = svd if svd is not None else weight_svd(module)
+        self._rank = factors.rank
+        self.groups: list[Group] = grouped(modules, factors)
+        self.delta = nn.ParameterList(
+            nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
+        )
+        self._enabled = True
+        self._rollouts: Rollouts | None = None
+        self._undo = ExitStack()
+        # Not as an attribute: the model would become a submodule of its own submodule.
+        self.__dict__["_model"] = module
+        self._merged: list[Tensor] = []
+        self._merged_at = self._versions()
+        others = [parameter for name, parameter in module.named_parameters() if _LORA not in name]
+        required = [(parameter, parameter.requires_grad) for parameter in others]
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        for parameter in others:
+            parameter.requires_grad_(False)
+        module.add_module(_NAME, self)
+        self._undo.callback(delattr, module, _NAME)
+        self._hook()
+        self._undo.callback(self._unhook)
+        generate: Any = getattr(module, "generate", None)
+        if self.mode == "merged" and generate is not None:
+            if "generate" in vars(module):
+                self._undo.callback(setattr, module, "generate", generate)
+            self._undo.callback(vars(module).pop, "generate")
+            vars(module)["generate"] = self._plainly(generate)
+        self._look()
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The adapted model itself."""
+        found: PreTrainedModel = self.__dict__["_model"]
+        return found
+
+    @property
+    def svd(self) -> SVDCache:
+        """Factors of the weights as they were at the start, as views: for gradients in the same coordinates."""
+        factors = {name: group.factors(index) for group in self.groups for index, name in enumerate(group.names)}
+        return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
+
+    def values(self) -> dict[str, Tensor]:
+        """Return δS by module name, [R] float32, without gradient and, if it was sharded, whole."""
+        pairs = zip(self.groups, self._whole(), strict=True)
+        return {name: delta_R for group, delta_MR in pairs for name, delta_R in zip(group.names, delta_MR, strict=True)}
+
+    def refresh(self) -> None:
+        """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
+
+        This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
+        of a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
+        """
+        if self.mode == "merged" and self._enabled:
+            reshard(self.model)
+            self._merge()
+
+    def _merge(self) -> None:
+        values = self._whole()
+        for group, values_MR in zip(self.groups, values, strict=True):
+            group.merge(values_MR)
+        self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
+        self._merged_at = self._versions()
+
+    def _is_stale(self) -> bool:
+        """Return whether δS has changed since it was merged.
+
+        In a forward pass under FSDP2 its parameters are gathered anew and versions say nothing, so values are compared.
+        """
+        if self.mode == "hook":
+            return False
+        if not self.groups[0].is_sharded:
+            return self._merged_at != self._versions()
+        pairs = zip(self._whole(), self._merged, strict=True)
+        return not self._merged or any(not torch.equal(now_MR, merged_MR) for now_MR, merged_MR in pairs)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Make the model compute as before any training, for instance as the reference policy.
+
+        In merged mode the weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is
+        still to come afterwards is right. Under FSDP2 they are copied.
+        """
+        enabled, self._enabled = self._enabled, False
+        try:
+            with self._originals() if enabled and self.mode == "merged" else nullcontext():
+                yield
+        finally:
+            self._enabled = enabled
+
+    @contextmanager
+    def per_sample(self) -> Iterator[Rollouts]:
+        """Keep the gradient of every sample of the backward passes in this block; see :class:`Rollouts`.
+
+        Raises:
+            ModelError: Samples are packed into one row; raised by the forward pass.
+        """
+        before, self._rollouts = self._rollouts, Rollouts([len(group.names) for group in self.groups])
+        try:
+            yield self._rollouts
+        finally:
+            self._rollouts = before
+
+    def detach(self) -> "PreTrainedModel":
+        """Remove the adapter and return the model as it was before, bit by bit, its ``requires_grad`` included.
+
+        Raises:
+            UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its end.
+        """
+        self._refuse_disabled("detach")
+        if self.mode == "merged" and hasattr(self.model, _NAME):
+            for group in self.groups:
+                group.restore()
+        self._undo.close()
+        return self.model
+
+    def merge(self) -> "PreTrainedModel":
+        """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
+
+        δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
+
+        Raises:
+            UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
+        """
+        self._refuse_disabled("merge")
+        self.mode = "merged"
+        reshard(self.model)
+        self._merge()
+        self._undo.close()
+        return self.model
+
+    def _refuse_disabled(self, name: str) -> None:
+        if not self._enabled:
+            raise UsageError(f"{name} inside disabled()", wanted="an adapter at work", do="leave the block first")
+
+    def save(self, path: str | Path) -> None:
+        """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of the weights.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        save_delta(Path(path), self.groups, self.values())
+
+    def load(self, path: str | Path) -> None:
+        """Read δS from a file and merge it.
+
+        Raises:
+            DataError: The file was not written by `save`, is damaged, holds numbers that are not finite or not float32,
+                or belongs to other weights or other factors.
+        """
+        found = load_delta(Path(path), self.groups)
+        for parameter, group in zip(self.delta, self.groups, strict=True):
+            delta_MR = torch.stack([found[name] for name in group.names])
+            local(parameter).copy_(delta_MR[local_rows(parameter)])
+        self.refresh()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model of now as a plain one has them: for an inference engine after a step.
+
+        Names are those of the model without δS and without PEFT, tied weights come once, and LoRA beside δS is merged.
+        Under FSDP2 weights are gathered one at a time, and every process must iterate to the end.
+
+        Raises:
+            UsageError: The adapter is in hook mode, whose weights are those from before.
+            ModelError: LoRA is merged already, or beside weights that are sharded.
+        """
+        if self.mode == "hook":
+            raise UsageError("weights in hook mode", wanted="merged mode", do="attach DeltaS with mode='merged'")
+        if self._is_stale():
+            self.refresh()
+        reshard(self.model)
+        yield from plain_weights(self.model)
+
+    def save_lora(self, folder: str | Path, rank: int) -> LoRA:
+        """Write δS as LoRA of PEFT, for what cannot take merged weights, and return how far it is from them.
+
+        Args:
+            folder: Directory of the files ``adapter_config.json`` and ``adapter_model.safetensors``.
+            rank: Rank of every matrix; the largest of δS are kept.
+
+        Raises:
+            UsageError: The rank is below 1.
+            StorageError: A file cannot be written.
+        """
+        return save_lora(Path(folder), self.values(), dict(self.svd), rank, str(self.model.config._name_or_path))
+
+    def _whole(self) -> list[Tensor]:
+        """Return δS per group, [M, R] without gradient, gathered if it is sharded."""
+        return [whole(parameter).detach() for parameter in self.delta]
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(parameter), parameter._version) for parameter in self.delta)
+
+    def _hook(self) -> None:
+        """Hook the model and every module. Each forward pass of the model takes new views of δS."""
+        self._handles = [self.model.register_forward_pre_hook(self._before)]
+        for g, group in enumerate(self.groups):
+            for m, linear in enumerate(group.linears):
+                self._handles.append(linear.register_forward_hook(self._behind(g, m)))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, module: nn.Module, *_: object) -> None:
+        if not self._enabled or module is not self.model:
+            return
+        if self._is_stale():
+            self.refresh()
+        if torch.is_grad_enabled() or self.mode == "hook":
+            self._look()
+
+    def _look(self) -> None:
+        """Take views of δS, one per module, that lead back to the parameters."""
+        self._views = [whole(parameter).unbind() for parameter in self.delta]
+
+    def _behind(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        group = self.groups[g]
+        adds = self.mode == "hook"
+        plan = Plan(group.names[m], group.left[m], group.right[m], adds)
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            # A copy of the model, such as the one extraction uses, has these hooks too, but no gradient of this δS.
+            wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
+            if not self._enabled or not (adds or wanted):
+                return None
+            view_R = self._views[g][m] if wanted else self._views[g][m].detach()
+            if self._rollouts is None or not wanted:
+                return adapt(output, arguments[0], view_R, plan)
+            wanted_rows = partial(self._rollouts.record, g, m)
+            return adapt(output, arguments[0], view_R, replace(plan, rows=wanted_rows, kinds=self._rollouts.kinds))
+
+        return hook
+
+    def _plainly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(generate)
+        def plain(*arguments: Any, **keywords: Any) -> Any:
+            if self._enabled and self._is_stale():
+                self.refresh()
+            hooked = bool(self._handles)  # not where `generate` calls itself, and not after `detach`
+            self._unhook()
+            try:
+                return generate(*arguments, **keywords)
+            finally:
+                if hooked:
+                    self._hook()
+
+        return plain
+
+    @contextmanager
+    def _originals(self) -> Iterator[None]:
+        sharded = self.groups[0].is_sharded
+        if sharded:
+            reshard(self.model)
+            for group in self.groups:
+                group.restore()
+        else:
+            weights = [linear.weight for group in self.groups for linear in group.linears]
+            merged = [weight.data for weight in weights]
+            for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
+                weight.data = base
+        try:
+            yield
+        finally:
+            if sharded:
+                reshard(self.model)
+                self._merge()
+            else:
+                for weight, data in zip(weights, merged, strict=True):
+                    weight.data = data
+
+
+def check_attachable(model: "Model | PreTrainedModel") -> None:
+    """Refuse a model that can have no δS, before its weights are decomposed.
+
+    Raises:
+        ModelError: The model is a mixture whose experts share a tensor, or has no target projections.
+    """
+    if experts := of_one_tensor(module_of(model), target_modules(model)):
+        raise ModelError(
+            f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
+            wanted="a dense model: δS of such experts is extracted and checked, but not trained",
+            do="train a dense model",
+        )

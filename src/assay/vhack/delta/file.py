@@ -1,0 +1,124 @@
+"""The file of an adapter: safetensors, schema ``assay.delta_s/1``.
+
+Tensors, for every module name as in ``model.named_modules()``::
+
+    {name}          [R]   float32   δS
+    _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with the factors it was made with
+
+Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before, ``delta_sha256`` of all
+δS. δS are coordinates, and where singular values are equal, or nearly so, another machine may give other singular
+vectors. The probe shows it: it is the same only if δW is.
+
+Shapes: M modules of a group, O outputs, I inputs, R coordinates.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from assay.errors import DataError
+from assay.files.storage import write_atomic
+from assay.streams.backends import as_tensor, get_backend
+from assay.streams.definition import seed32
+from assay.vhack.delta.groups import Group
+from assay.vhack.gradients.targets import tensor_digest
+
+_SCHEMA = "assay.delta_s/1"
+_PROBE = "_probe/"
+_TOLERANCE = 1e-2
+_REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
+
+
+def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor]) -> None:
+    """Write δS by module name; :meth:`DeltaS.save` calls it."""
+    values = {name: delta_R.cpu().contiguous() for name, delta_R in delta.items()}
+    probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
+    metadata = {"schema": _SCHEMA, "weights_sha256": _weights(groups), "delta_sha256": _digest(values)}
+    write_atomic(path, save({**values, **probes}, metadata=metadata))
+
+
+def delta_lengths(path: str | Path) -> dict[str, int]:
+    """Return the number of coordinates of each module in a file of :meth:`DeltaS.save`.
+
+    Raises:
+        DataError: The file cannot be read, or is none of these.
+    """
+    _, tensors = _read(Path(path))
+    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    if odd := next((name for name, tensor in values.items() if tensor.ndim != 1), None):
+        seen = f"{path}: δS of {odd} of shape {list(values[odd].shape)}"
+        raise DataError(seen, wanted="one number for each coordinate", do=_REDO)
+    return {name: len(tensor) for name, tensor in values.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of a file with this schema."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("not a file")
+        with safe_open(path, framework="pt") as reader:
+            metadata, tensors = reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+    if metadata.get("schema") != _SCHEMA:
+        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
+    return metadata, tensors
+
+
+def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
+    metadata, tensors = _read(path)
+    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    wanted = {name: (group.rank,) for group in groups for name in group.names}
+    if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:
+        raise DataError(f"{path} has δS of other modules or ranks", wanted="those of this adapter", do=_REDO)
+    for name, delta_R in values.items():
+        if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all()):
+            seen = delta_R.dtype if delta_R.dtype != torch.float32 else "not finite"
+            raise DataError(f"{path}: δS of {name} is {seen}", wanted="finite float32 numbers", do=_REDO)
+    if metadata.get("delta_sha256") != _digest(values):
+        raise DataError(f"{path} is damaged: its δS do not have its hash", wanted="a whole file", do="copy it again")
+    if metadata.get("weights_sha256") != _weights(groups):
+        raise DataError(f"{path} was made for other weights", wanted="those of this model", do=_REDO)
+    for name, probe in _probes(groups, values).items():
+        theirs = tensors.get(_PROBE + name)
+        if theirs is None or theirs.dtype != probe.dtype or theirs.shape != probe.shape or not _agree(theirs, probe):
+            raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
+    return values
+
+
+def _agree(theirs_2: Tensor, mine_2: Tensor) -> bool:
+    """Return whether two probes are finite and nearly the same; a δS that is far too large has an infinite one."""
+    return bool(mine_2.isfinite().all()) and bool((theirs_2 - mine_2).norm() <= _TOLERANCE * mine_2[0])
+
+
+def _digest(values: dict[str, Tensor]) -> str:
+    lines = "".join(f"{name}\n{tensor_digest(values[name])}\n" for name in sorted(values))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _weights(groups: Sequence[Group]) -> str:
+    lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        z_I, s_O = _signs("z", group.right.shape[2], group.left), _signs("s", group.left.shape[1], group.left)
+        delta_MR = torch.stack([values[name] for name in group.names]).to(group.left.device)
+        along_MR = (group.right.float() @ z_I) * delta_MR
+        change_MO = (group.left.float() @ along_MR.unsqueeze(2)).squeeze(2)
+        probe_M2 = torch.stack([change_MO.norm(dim=1), change_MO @ s_O / len(s_O) ** 0.5], dim=1).cpu()
+        found |= {name: probe_M2[index].clone() for index, name in enumerate(group.names)}
+    return found
+
+
+def _signs(text: str, size: int, like: Tensor) -> Tensor:
+    return as_tensor(get_backend("numpy").signs([seed32(f"assay.delta_s {text}")], size))[0].float().to(like.device)

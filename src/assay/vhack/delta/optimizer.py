@@ -1,0 +1,259 @@
+"""ProjectedOptimizer: any torch optimizer, kept from learning along the axes.
+
+At level ``"gradient"``, that of the original proposal, the gate acts on the gradient, before clipping. An optimizer
+that scales coordinates one by one, as Adam does, turns a gradient without component along v into an update that has
+one, and a one-sided gate's noise into a steady drift away from the hack. At level ``"update"`` the gate acts on what
+the optimizer did, Δ = δS_new − δS_old, momentum and weight decay included.
+
+Shapes: M modules of a group, K axes, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.arms import Arm, Box, Gate, apply_arm, displaced, gated_gradient
+from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.frames import Frames, Measures, displacement, share
+from assay.vhack.gradients.division import local, local_rows, processes
+
+_KEY = "vhack"
+_SHARES = ("cin", "cout", "leak")
+
+
+class ProjectedOptimizer(Optimizer):
+    """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other optimizer.
+
+    A step is: average gradients over ``process_group`` if there is one, measure, gate the gradient, clip, step of the
+    inner optimizer, gate the update, push, box, measure, merge δS into the weights. Parameters that do not belong to
+    the adapter are stepped and clipped, and otherwise left alone.
+
+    Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
+    positive scale of the gradient, so only the clipping norm differs.
+
+    Args:
+        inner: Optimizer made of the parameters of the adapter, and perhaps others.
+        adapter: Adapter whose δS is held back.
+        basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
+        arm: A whole arm, which says gate, level, box and push; δS is displaced here if the arm starts elsewhere.
+        gate: What is removed along the axes; one-sided by default.
+        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
+        box: Bounds of the displacement.
+        push: Every step also moves δS by ``push · lr`` along +v of every axis, away from the hack.
+        watched: Other axes to measure along as well, for instance the true ones where control axes are acted on; their
+            measures begin with ``watched_``.
+        max_norm: Largest norm of the gradient of all parameters; None does not clip.
+        process_group: Processes to average the gradients of δS over before anything else: for a replicated δS that
+            neither DDP nor FSDP2 averages. The gate must see the mean, because it is not linear.
+
+    Attributes:
+        arm: Arm that acts.
+        measures: Numbers of the last step: ``cin``, ``cout``, ``leak``, ``displacement`` and their variants.
+        frames: Axes, stacked.
+        watched: Axes that are only measured along, or None.
+
+    Raises:
+        UsageError: The level is unknown, ``max_norm`` is not positive, the inner optimizer lacks the parameters of the
+            adapter, they are frozen, the basis does not fit it, or both a whole arm and a part of one are given.
+
+    Example::
+
+        adapter = DeltaS(model, svd)
+        inner = torch.optim.AdamW(adapter.delta, lr=0.015)
+        arm = arm_named("displaced-0.4+erase-update-two-sided")
+        optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm, max_norm=1.0)
+        loss_of(model, batch).backward()
+        optimizer.step()
+        print(optimizer.measures.as_dict()["leak"])
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        adapter: DeltaS,
+        basis: Basis | None,
+        *,
+        arm: Arm | None = None,
+        gate: Gate | None = None,
+        level: str = "gradient",
+        box: Box | None = None,
+        push: float = 0.0,
+        watched: Basis | None = None,
+        max_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if arm and (gate or box or push or level != "gradient"):
+            raise UsageError(
+                f"the arm {arm.name} and a gate, level, box or push beside it",
+                wanted="a whole arm, or its parts",
+                do="leave the parts out, or change the arm with dataclasses.replace",
+            )
+        self.arm = arm or Arm("own", "gate, box and push of the caller", gate or Gate(), level, box=box, push=push)
+        _check(inner, adapter, max_norm)
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+        self._share_with_inner()
+        self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
+        self.measures = Measures({})
+        self.use_basis(basis, watched)
+        self._start = [local(parameter).clone() for parameter in adapter.delta]
+        if self.arm.start:
+            self.displace(self.arm.start)
+
+    def use_basis(self, basis: Basis | None, watched: Basis | None = None) -> None:
+        """Take other axes, and others to watch, from now on; the start that displacements are counted from stays.
+
+        Raises:
+            UsageError: The basis does not fit the adapter.
+            DataError: The rows of the basis are not orthonormal.
+        """
+        self.frames = Frames(self.adapter.groups, basis)
+        self.watched = None if watched is None else Frames(self.adapter.groups, watched)
+
+    @torch.no_grad()
+    def displace(self, distance: float) -> None:
+        """Move δS along +v of every axis, away from the hack; displacements still count from where it was.
+
+        Do it once, before the first step. A state that is loaded later includes it.
+
+        Args:
+            distance: Length in units of δS.
+        """
+        for index, parameter in enumerate(self.adapter.delta):
+            delta_MR = local(parameter)
+            delta_MR.copy_(displaced(delta_MR, distance, self._axes(index)))
+        self.adapter.refresh()
+
+    def _share_with_inner(self) -> None:
+        """Have the lists of the inner optimizer for one's own, so that what schedulers and trainers change is its."""
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
+        return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`; load δS itself with the model or the adapter.
+
+        Raises:
+            DataError: The state was saved by another optimizer, or for another adapter.
+        """
+        try:
+            start = state_dict[_KEY]["start"]
+            if [theirs_MR.shape for theirs_MR in start] != [mine_MR.shape for mine_MR in self._start]:
+                raise ValueError("δS of other shapes")
+            self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
+            self._share_with_inner()
+            for mine_MR, theirs_MR in zip(self._start, start, strict=True):
+                mine_MR.copy_(theirs_MR)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"the state of an optimizer that does not fit: {error}",
+                wanted="one of the same kind around the same adapter, from state_dict",
+                do="build optimizer and adapter as they were when it was saved",
+            ) from error
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step in the order that the class describes.
+
+        Args:
+            closure: Computes loss and gradients; it is evaluated once, before the gradient is looked at.
+
+        Returns:
+            The loss of the closure, if there is one.
+
+        Raises:
+            UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.
+        """
+        _check_trainable(self.adapter)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.process_group is not None:
+            for gradient_MR in self._gradients().values():
+                dist.all_reduce(gradient_MR, group=self.process_group)
+                gradient_MR /= dist.get_world_size(self.process_group)
+        raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
+        for index, gradient_MR in self._gradients().items():
+            gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
+        if self.max_norm is not None:
+            every = [parameter for group in self.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(every, self.max_norm)
+        # Some optimizers write into the gradient.
+        kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
+        before = [local(parameter).clone() for parameter in self.adapter.delta]
+        self.inner.step()
+        for index, parameter in enumerate(self.adapter.delta):
+            now_MR, rate = local(parameter), self._rate(parameter) if self.arm.push else 0.0
+            held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
+            now_MR.copy_(held_MR)
+        self.measures = self._measured(raw, kept, before)
+        self.adapter.refresh()
+        return loss
+
+    def _gradients(self) -> dict[int, Tensor]:
+        """Return the gradients of the groups that have one."""
+        parameters = enumerate(self.adapter.delta)
+        return {index: local(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
+
+    def _rate(self, parameter: Tensor) -> float:
+        """Return the present learning rate of a parameter."""
+        owner = next(g for g in self.param_groups if any(parameter is other for other in g["params"]))
+        return float(owner["lr"])
+
+    def _axes(self, index: int) -> Tensor:
+        """Return the axes of the modules of a group that this process has."""
+        return self.frames.axes[index][local_rows(self.adapter.delta[index])]
+
+    def _measured(self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]) -> Measures:
+        """Return the shares of the gradients, of what the gate left of them and of the updates, and where δS is."""
+        deltas = [local(parameter) for parameter in self.adapter.delta]
+        rows, spread_over = [local_rows(one) for one in self.adapter.delta], processes(self.adapter.delta[0])
+        # The hack is along −v for an update, so its sign is turned.
+        vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
+        found: dict[str, Tensor] = {}
+        for prefix, frames in (("", self.frames), ("watched_", self.watched)):
+            if frames is None:
+                continue
+            axes = [axes_MKR[part] for axes_MKR, part in zip(frames.axes, rows, strict=True)]
+            parts = ((vectors[index], axes[index], frames.has_axes[index][rows[index]]) for index in kept)
+            for suffix, values in share("", parts, 1, spread_over).items():
+                shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
+                found |= {prefix + name + suffix: value for name, value in shares}
+            moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
+            where = displacement(zip(moved, axes, strict=True), spread_over)
+            found |= {prefix + name: value for name, value in where.items()}
+        return Measures(found)
+
+
+def _check(inner: Optimizer, adapter: DeltaS, max_norm: float | None) -> None:
+    if max_norm is not None and not max_norm > 0:
+        raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
+    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    if not all(id(parameter) in known for parameter in adapter.delta):
+        raise UsageError(
+            "an optimizer without the parameters of the adapter",
+            wanted="one that was made of adapter.parameters()",
+            do="make it after the adapter, and after fully_shard",
+        )
+    _check_trainable(adapter)
+
+
+def _check_trainable(adapter: DeltaS) -> None:
+    """Refuse a δS that something has frozen: its gradient would be missing, and nothing would be trained."""
+    frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
+    if frozen:
+        raise UsageError(
+            f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)",
+            wanted="a δS that is trained",
+            do="call adapter.delta.requires_grad_(True) after get_peft_model, and give the optimizer the parameters of "
+            "LoRA too if they shall be trained",
+        )

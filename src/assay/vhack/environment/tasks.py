@@ -1,0 +1,400 @@
+"""Programming tasks without end: chains of steps with a solution, visible examples and hidden cases.
+
+A task is named ``family/difficulty/seed``, and everything about it follows from its name, on every machine. The
+difficulty is the number of steps. No step is idle: leaving any one out changes an answer among the visible examples
+and another among the hidden cases, so an attempt that forgets one is wrong in both.
+
+Tasks of the evaluation are others than those of training: which of the two a task is for is decided by a hash of its
+statement.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import dumps
+from assay.vhack.environment.types import Case
+
+# --------------------------------------------------------------------------------------------------
+# The steps that tasks are chained from: what each says, and the code that does it.
+#
+# A step is a pair of templates with places for numbers and letters, which are drawn anew wherever it is used. All act on
+# one variable ``x``. Several lines of code are one string with line breaks.
+
+Step = tuple[str, str]
+"""What it says, and its code."""
+
+_LETTERS = "abcdeilmnorst"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tasks of one kind.
+
+    Attributes:
+        name: Name of the family.
+        subject: Phrase for the argument in the statement.
+        draw: Function that draws an argument.
+        steps: Steps, of which a task chains some.
+        last: Steps of which one ends every task, or nothing.
+    """
+
+    name: str
+    subject: str
+    draw: Callable[[random.Random], Any]
+    steps: tuple[Step, ...]
+    last: tuple[Step, ...] = ()
+
+
+def _int(rng: random.Random) -> int:
+    return rng.randint(-40, 60)
+
+
+def _natural(rng: random.Random) -> int:
+    return rng.randint(12, 9999)
+
+
+def _ints(rng: random.Random) -> list[int]:
+    return [rng.randint(-20, 40) for _ in range(rng.randint(5, 9))]
+
+
+def _text(rng: random.Random) -> str:
+    return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11)))
+
+
+_ARITHMETIC = (
+    ("add {a}", "x = x + {a}"),
+    ("subtract {a}", "x = x - {a}"),
+    ("multiply by {b}", "x = x * {b}"),
+    ("take the remainder of division by {m}", "x = x % {m}"),
+    ("divide by {b} and round down", "x = x // {b}"),
+    ("change the sign", "x = -x"),
+    ("take the absolute value", "x = abs(x)"),
+    ("take the larger one of it and {a}", "x = max(x, {a})"),
+    ("take the smaller one of it and {a}", "x = min(x, {a})"),
+    ("square it", "x = x * x"),
+)
+_BRANCHES = (
+    ("if it is even, add {a}, otherwise subtract {b}", "x = x + {a} if x % 2 == 0 else x - {b}"),
+    ("if it is odd, multiply by {b}", "x = x * {b} if x % 2 == 1 else x"),
+    ("if it is above {a}, subtract {m}", "x = x - {m} if x > {a} else x"),
+    ("if it is below {a}, add {m}", "x = x + {m} if x < {a} else x"),
+    ("if it is negative, change the sign, otherwise add {b}", "x = -x if x < 0 else x + {b}"),
+    ("if it is a multiple of {b}, divide by {b}", "x = x // {b} if x % {b} == 0 else x"),
+    ("if it is at least {a}, double it, otherwise add {m}", "x = 2 * x if x >= {a} else x + {m}"),
+)
+_LOOPS = (
+    (
+        "{b} times: multiply by {c} and take the remainder of division by {m}",
+        "for _ in range({b}):\n    x = x * {c} % {m}",
+    ),
+    (
+        "{b} times: add {a} if it is even, otherwise subtract 1",
+        "for _ in range({b}):\n    x = x + {a} if x % 2 == 0 else x - 1",
+    ),
+    ("as long as it is above {a}: subtract {m}", "while x > {a}:\n    x = x - {m}"),
+    ("as long as it is below {a}: add {b}", "while x < {a}:\n    x = x + {b}"),
+    ("{b} times: halve it, rounding down, and add {a}", "for _ in range({b}):\n    x = x // 2 + {a}"),
+    ("add all numbers from 1 to {m}", "for i in range(1, {m} + 1):\n    x = x + i"),
+    ("add the remainders of {m} divided by 1 to {b}", "for i in range(1, {b} + 1):\n    x = x + {m} % i"),
+)
+_DIGITS = (
+    ("take the sum of its digits", "x = sum(int(d) for d in str(x))"),
+    ("write its digits backwards", "x = int(str(x)[::-1])"),
+    ("append the digit {d}", "x = 10 * x + {d}"),
+    ("put the digit {b} in front", "x = int('{b}' + str(x))"),
+    ("drop its last digit", "x = x // 10"),
+    ("multiply by {b}", "x = x * {b}"),
+    ("add the largest of its digits", "x = x + max(int(d) for d in str(x))"),
+    ("sort its digits, the smallest first", "x = int(''.join(sorted(str(x))))"),
+    ("add the number of its digits", "x = x + len(str(x))"),
+)
+_LISTS = (
+    ("add {a} to every value", "x = [v + {a} for v in x]"),
+    ("multiply every value by {b}", "x = [v * {b} for v in x]"),
+    ("keep the values above {s}", "x = [v for v in x if v > {s}]"),
+    ("drop the multiples of {b}", "x = [v for v in x if v % {b} != 0]"),
+    ("reverse the order", "x = x[::-1]"),
+    ("sort, the smallest first", "x = sorted(x)"),
+    ("drop the first one", "x = x[1:]"),
+    ("drop the last one", "x = x[:-1]"),
+    ("append {a}", "x = x + [{a}]"),
+    ("replace every value by its remainder of division by {m}", "x = [v % {m} for v in x]"),
+    ("replace every value by the sum of all up to it", "x = [sum(x[:i + 1]) for i in range(len(x))]"),
+    ("keep every second value, from the first on", "x = x[::2]"),
+)
+_TOTALS = (
+    ("take the sum", "x = sum(x)"),
+    ("take the largest value, or 0 if there is none", "x = max(x, default=0)"),
+    ("take the smallest value, or 0 if there is none", "x = min(x, default=0)"),
+    ("count the values above {s}", "x = sum(1 for v in x if v > {s})"),
+    ("take the sum of the squares", "x = sum(v * v for v in x)"),
+    ("count the even values", "x = sum(1 for v in x if v % 2 == 0)"),
+)
+_STRINGS = (
+    ("write it backwards", "x = x[::-1]"),
+    ("append '{w}'", "x = x + '{w}'"),
+    ("put '{w}' in front", "x = '{w}' + x"),
+    ("drop the first letter", "x = x[1:]"),
+    ("drop the last letter", "x = x[:-1]"),
+    ("sort the letters", "x = ''.join(sorted(x))"),
+    ("replace every '{l}' by '{w}'", "x = x.replace('{l}', '{w}')"),
+    ("drop every '{l}'", "x = x.replace('{l}', '')"),
+    ("keep every second letter, from the first on", "x = x[::2]"),
+    ("repeat it {c} times", "x = x * {c}"),
+    ("move the first {c} letters to the end", "x = x[{c}:] + x[:{c}]"),
+)
+_COUNTS = (
+    ("take its length", "x = len(x)"),
+    ("count the letter '{l}'", "x = x.count('{l}')"),
+    ("count the vowels", "x = sum(1 for c in x if c in 'aeiou')"),
+    ("count the different letters", "x = len(set(x))"),
+    ("count the letters after '{l}' in the alphabet", "x = sum(1 for c in x if c > '{l}')"),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("arithmetic", "a number", _int, _ARITHMETIC),
+        Family("branches", "a number", _int, _BRANCHES),
+        Family("loops", "a number", _int, _LOOPS),
+        Family("digits", "a positive number", _natural, _DIGITS),
+        Family("lists", "a list of numbers", _ints, _LISTS),
+        Family("totals", "a list of numbers", _ints, _LISTS, _TOTALS),
+        Family("strings", "a word", _text, _STRINGS),
+        Family("counts", "a word", _text, _STRINGS, _COUNTS),
+    )
+}
+"""Every family by its name."""
+
+
+def filled(step: Step, rng: random.Random) -> Step:
+    """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a digit, l, w letters."""
+    values = {
+        "a": rng.randint(2, 30),
+        "b": rng.randint(2, 6),
+        "c": rng.randint(2, 4),
+        "m": rng.randint(7, 19),
+        "d": rng.randint(0, 9),
+        "s": rng.randint(-5, 15),
+        "l": rng.choice(_LETTERS),
+        "w": "".join(rng.choice(_LETTERS) for _ in range(2)),
+    }
+    says, code = step
+    return says.format(**values), code.format(**values)
+
+
+ENTRY = "solve"
+SPLITS = ("training", "evaluation")
+HARDEST = 6
+N_VISIBLE = 3
+N_HIDDEN = 8
+_EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
+_TRIES = 300
+_DRAWS = 120  # of arguments, for one chain
+_MOST_REPEATS = 600  # draws in a row that give nothing new
+_LONGEST = 400  # characters of an answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make them."""
+
+    family: Family
+    difficulty: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``family/difficulty/seed``."""
+        return f"{self.family.name}/{self.difficulty}/{self.seed}"
+
+    @property
+    def statement(self) -> str:
+        """One sentence that says what is asked for, without its full stop."""
+        chain = "; then ".join(says for says, _ in self.steps)
+        return f"{ENTRY}(x) takes {self.family.subject} and does this to it: {chain}"
+
+    @property
+    def split(self) -> str:
+        """``training`` or ``evaluation``."""
+        digest = hashlib.sha256(self.statement.encode()).digest()
+        return SPLITS[digest[0] % _EVALUATION_SHARE == 0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps in order, each with what it says and its code."""
+        return self._drawn[0]
+
+    @property
+    def visible(self) -> tuple[Case, ...]:
+        """The examples that the prompt shows."""
+        return self._drawn[1][:N_VISIBLE]
+
+    @property
+    def hidden(self) -> tuple[Case, ...]:
+        """The cases that decide whether a solution is right."""
+        return self._drawn[1][N_VISIBLE:]
+
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """Call and value of each visible example, as source."""
+        return [(f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
+
+    def source(self, leave_out: int | None = None) -> str:
+        """Return the text of ``solve``; it is wrong if a step is left out."""
+        return _source([step for index, step in enumerate(self.steps) if index != leave_out])
+
+    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
+        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
+        rng, solve = random.Random(f"fresh {self.name} {seed}"), _compiled(self.steps)
+        known = [args[0] for args, _ in self._drawn[1]]
+        found: list[Case] = []
+        for _ in range(_DRAWS):
+            argument = self.family.draw(rng)
+            if len(found) < n and argument not in known:
+                known.append(argument)
+                with suppress(ValueError, ArithmeticError, LookupError, TypeError):
+                    found.append(((argument,), solve(argument)))
+        return tuple(found)
+
+    @cached_property
+    def _drawn(self) -> tuple[tuple[Step, ...], tuple[Case, ...]]:
+        for attempt in range(_TRIES):
+            rng = random.Random(f"task {self.name} {attempt}")
+            steps = _chain(self.family, self.difficulty, rng)
+            cases = _cases(self.family, steps, rng)
+            if cases is not None:
+                return steps, cases
+        raise AssertionError(f"{self.name} has no chain without an idle step")
+
+
+def task_named(name: str) -> Task:
+    """Return the task with this name.
+
+    Raises:
+        DataError: There is no such family, or difficulty and seed are not whole numbers in their range.
+    """
+    try:
+        family, difficulty, seed = name.split("/")
+        if not 1 <= int(difficulty) <= HARDEST or int(seed) < 0:
+            raise ValueError
+        return Task(FAMILIES[family], int(difficulty), int(seed))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"task {name!r:.80}", wanted=f"FAMILY/DIFFICULTY/SEED, difficulty 1 to {HARDEST}", do="correct the name"
+        ) from None
+
+
+def tasks(
+    n: int,
+    *,
+    seed: int = 0,
+    difficulty: int | tuple[int, int] = (1, 3),
+    families: Sequence[str] | None = None,
+    split: str = "training",
+) -> list[Task]:
+    """Return tasks that all differ; families take turns. A longer list begins with the shorter one of its seed.
+
+    Args:
+        n: Number of tasks.
+        seed: Number that chooses them.
+        difficulty: Number of steps, or its lowest and highest.
+        families: Names in ``FAMILIES``; by default all.
+        split: ``training`` or ``evaluation``; no statement is in both.
+
+    Raises:
+        UsageError: A name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
+    """
+    lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
+    chosen = list(FAMILIES) if families is None else list(families)
+    _check(n, lowest, highest, chosen, split)
+    found: dict[str, Task] = {}
+    repeats = 0
+    for index in count():
+        if len(found) == n or repeats > _MOST_REPEATS:
+            break
+        rng = random.Random(f"tasks {seed} {index}")
+        family = FAMILIES[chosen[index % len(chosen)]]
+        task = Task(family, rng.randint(lowest, highest), rng.randrange(2**31))
+        if task.split != split or task.statement in found:
+            repeats += 1
+        else:
+            found[task.statement] = task
+            repeats = 0
+    if len(found) < n:
+        raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="allow more of them")
+    return list(found.values())
+
+
+def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -> None:
+    unknown = [name for name in families if name not in FAMILIES]
+    if unknown or not families:
+        seen = f"family {', '.join(unknown) or 'none'}"
+        raise UsageError(seen, wanted=", ".join(FAMILIES), do="choose among these")
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
+    if n < 0 or not 1 <= lowest <= highest <= HARDEST:
+        seen = f"{n} tasks of difficulty {lowest} to {highest}"
+        wanted = f"0 tasks or more, of difficulties LOW:HIGH from 1 to {HARDEST}"
+        raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
+
+
+def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
+    if family.last:
+        drawn = [*rng.sample(family.steps, difficulty - 1), rng.choice(family.last)]
+    else:
+        drawn = rng.sample(family.steps, difficulty)
+    return tuple(filled(step, rng) for step in drawn)
+
+
+def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
+    """Return visible examples and hidden cases, or None if a step is idle in either or the answers say too little."""
+    solve = _compiled(steps)
+    # The last step of some families changes the type; leaving it out needs no proof that it is not idle.
+    partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
+    found: list[Case] = []
+    idle = [set(range(len(partial))), set(range(len(partial)))]
+    for _ in range(_DRAWS):
+        argument = family.draw(rng)
+        part = len(found) >= N_VISIBLE
+        try:
+            answer = solve(argument)
+            still = {i for i in idle[part] if dumps(partial[i](argument)) == dumps(answer)}
+        except (ValueError, ArithmeticError, LookupError, TypeError):
+            return None
+        last = len(found) + 1 in (N_VISIBLE, N_VISIBLE + N_HIDDEN)
+        repeated = any(argument == args[0] for args, _ in found)
+        if repeated or len(dumps(answer)) > _LONGEST or (last and still):
+            continue
+        idle[part] = still
+        found.append(((argument,), answer))
+        if len(found) == N_VISIBLE + N_HIDDEN:
+            return tuple(found) if _tell_apart(found) else None
+    return None
+
+
+def _tell_apart(cases: list[Case]) -> bool:
+    """Return whether neither a constant nor the argument itself is right in all visible or in all hidden cases."""
+    for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
+        answers = {dumps(answer) for _, answer in part}
+        if len(answers) < 2 or all(args[0] == answer for args, answer in part):
+            return False
+    return True
+
+
+def _source(steps: Sequence[Step]) -> str:
+    lines = [line for _, code in steps for line in code.split("\n")]
+    return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines), "    return x"]) + "\n"
+
+
+def _compiled(steps: Sequence[Step]) -> Any:
+    namespace: dict[str, Any] = {}
+    exec(_source(steps), namespace)  # text of `FAMILIES`
+    return namespace[ENTRY]

@@ -1,0 +1,344 @@
+"""From samples to token ids, and from token ids to micro-batches that fit into memory."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.models.decoder import decoder_layers
+from assay.vhack.pairs.pairs import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
+_MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
+_MOST_BYTES = 52e9
+# On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
+# of at most 1380 tokens with none, which wait for weights and factors (benchmarks/results/vhack_parts_h200x2.json).
+_GATHERED_TOKENS = 6144
+# Of the memory that is free beside what is gathered. The counts below are some 17 % above what two H200 measured.
+_GATHERING_SHARE = 0.95
+# Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
+# gate, up, their activation and product. Measured peaks stay below.
+_HIDDEN_COPIES = 10
+_WIDE_COPIES = 5
+WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinates alone are kept
+# The logits of a completion token live once in the model's dtype and about three times in float32.
+_LOGIT_BYTES = 16
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
+
+    Attributes:
+        index: Position in the list of samples.
+        name: Name of the sample in errors.
+        ids: Token ids of prompt and completion.
+        n_prompt: Number of token ids of the prompt.
+    """
+
+    index: int
+    name: str
+    ids: list[int]
+    n_prompt: int
+
+    @property
+    def completion(self) -> tuple[int, int]:
+        """Start and end of the completion."""
+        return self.n_prompt, len(self.ids)
+
+    def padded(self, size: int) -> list[int]:
+        """Return the ids, followed by zeros up to this size."""
+        return self.ids + [0] * (size - len(self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others.
+
+    Attributes:
+        bounds: First and last row (exclusive) of each of B samples.
+        offsets: Bounds as one tensor on the device, [B + 1] int64.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        """Return the segments of samples with so many rows each."""
+        ends = [0, *accumulate(lengths)]
+        return cls(tuple(pairwise(ends)), torch.tensor(ends).to(device))
+
+    @property
+    def longest(self) -> int:
+        """Number of rows of the longest sample, T."""
+        return max(end - start for start, end in self.bounds)
+
+    @cached_property
+    def padded_places(self) -> Tensor:
+        """Place of each row, [N], among B·T where every sample is padded to T rows."""
+        inside_BT = torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
+        return inside_BT.flatten().nonzero()[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
+
+    Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
+    length. With causal attention no token sees what stands to its right, so padding needs no mask, and its gradient is
+    exactly zero.
+
+    Attributes:
+        encoded: Samples of the batch.
+        ids: Token ids, [1, N] packed or [B, T] padded.
+        positions: Position of each token in its sample, [1, N]; None if padded.
+        segments: Boundaries of the samples among the N rows of all tokens.
+        late: Boundaries of the samples among the M rows that predict a completion token.
+        asking: Half-open row range of each sample, among the N rows, that predicts its completion tokens.
+        spot: Row numbers that predict a completion token, [M].
+        target: Token that each of these rows should predict, [M].
+        weight: One over the number of completion tokens of the sample, [M] float32.
+    """
+
+    encoded: list[Encoded]
+    ids: Tensor
+    positions: Tensor | None
+    segments: Segments
+    late: Segments
+    asking: list[tuple[int, int]]
+    spot: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Number of the sample that each row belongs to, [N]."""
+        rows = torch.arange(self.ids.numel(), device=self.ids.device)
+        return torch.searchsorted(self.segments.offsets[1:], rows, right=True)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Whether each row is a token and not padding, [N]."""
+        rows = torch.arange(self.ids.numel(), device=self.ids.device)
+        lengths = torch.tensor([len(one.ids) for one in self.encoded]).to(self.ids.device)
+        return rows - self.segments.offsets[self.sample] < lengths[self.sample]
+
+    @classmethod
+    def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
+        """Return the batch of these samples on a device."""
+        longest = max(len(one.ids) for one in encoded)
+        sizes = [len(one.ids) if packed else longest for one in encoded]
+        counts = [len(one.ids) - one.n_prompt for one in encoded]
+        starts = list(accumulate(sizes, initial=0))
+        asking = [
+            (start + one.n_prompt - 1, start + len(one.ids) - 1) for start, one in zip(starts, encoded, strict=False)
+        ]
+        spot = [row for span in asking for row in range(*span)]
+        ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
+        repeats = torch.tensor(counts)
+        return cls(
+            encoded,
+            ids.view(1 if packed else len(encoded), -1).to(device),
+            torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
+            Segments.of(sizes, device),
+            Segments.of(counts, device),
+            asking,
+            torch.tensor(spot).to(device),
+            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
+            (1.0 / repeats).repeat_interleave(repeats).to(device),
+        )
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int | None
+) -> list[Encoded]:
+    """Tokenise every sample, and refuse by name what cannot be used.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        samples: Prompts and completions.
+        names: Name of each sample in errors.
+        longest: Largest number of tokens that the model is made for, from :func:`context_of`; None for no bound.
+
+    Raises:
+        UsageError: There is no tokenizer, or no sample.
+        DataError: A prompt or completion has no tokens, or both together are too long.
+    """
+    if tokenizer is None:
+        raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
+    if not samples:
+        raise UsageError("no samples", wanted="at least one", do="pass some")
+    prompts, completions = (
+        # Not verbose: it would warn of long texts by itself, and what is too long is refused below.
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
+    )
+    found = []
+    for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
+        _check_lengths(name, len(prompt), len(completion), longest)
+        found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
+    return found
+
+
+def context_of(module: "PreTrainedModel") -> int | None:
+    """Return how many tokens a model is made for, or None where its configuration does not say."""
+    config = module.config.get_text_config()
+    stated = (getattr(config, name, None) for name in _CONTEXTS)
+    return next((int(tokens) for tokens in stated if tokens), None)
+
+
+def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int | None) -> None:
+    for part, count in (("prompt", n_prompt), ("completion", n_completion)):
+        if not count:
+            raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
+    if longest is not None and n_prompt + n_completion > longest:
+        raise DataError(
+            f"{name}: {n_prompt} tokens of prompt and {n_completion} of completion",
+            wanted=f"at most {longest} tokens together, the context of the model",
+            do="shorten or leave it out; a cut sample would measure something else",
+        )
+
+
+def plan(
+    encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal: bool = False, at_once: int = 1
+) -> list[list[Encoded]]:
+    """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
+
+    Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
+    several workers are dealt out, so that all batches are about as large and every worker has as many. With ``equal``
+    the samples of a batch have one length, and nothing is padded.
+    """
+    ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
+    if packed and at_once > 1:
+        return _dealt_out(ordered, max_tokens, at_once)
+    batches: list[list[Encoded]] = []
+    used = 0
+    for one in ordered:
+        size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
+        if batches and used + size <= max_tokens and not (equal and len(one.ids) < size):
+            batches[-1].append(one)
+            used += size
+        else:
+            batches.append([one])
+            used = len(one.ids)
+    return batches
+
+
+def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
+    """Return batches to which each sample is added, the longest first, where the fewest tokens are so far."""
+    count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
+    while True:
+        batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
+        sizes = [0] * len(batches)
+        for one in ordered:
+            smallest = sizes.index(min(sizes))
+            batches[smallest].append(one)
+            sizes[smallest] += len(one.ids)
+        if all(len(batch) == 1 or size <= max_tokens for batch, size in zip(batches, sizes, strict=True)):
+            return batches
+        count += at_once
+
+
+def layers_of(module: "PreTrainedModel") -> int:
+    """Return the number of layers that the configuration of the decoder states."""
+    return int(module.config.get_text_config().num_hidden_layers)
+
+
+def room_for_batches(free: float) -> float:
+    """Return how many bytes the batches that are computed at once may take together, of so many free ones."""
+    return min(_MOST_BYTES, free / 2)
+
+
+def token_budget(
+    module: "PreTrainedModel",
+    encoded: Sequence[Encoded],
+    room: float,
+    *,
+    recomputed: int,
+    wide_copies: int = _WIDE_COPIES,
+) -> int:
+    """Return how many tokens a batch may have, padding included, so that all of it fits into its room.
+
+    Args:
+        module: Model.
+        encoded: Samples of the batches.
+        room: Bytes for a batch.
+        recomputed: Number of layers that the backward pass computes again.
+        wide_copies: Tensors of the width of the MLP that a layer keeps for the backward pass.
+    """
+    config, layers = module.config.get_text_config(), layers_of(module)
+    parameter = next(module.parameters())
+    stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
+    wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
+    layer = (_HIDDEN_COPIES * config.hidden_size + wide_copies * wide) * parameter.element_size()
+    states = layers * config.hidden_size * parameter.element_size()
+    # A layer that is computed again has its input all the time, and everything else once its turn comes.
+    activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
+    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
+    per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
+    return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
+
+
+def plan_in_turns(
+    module: "PreTrainedModel",
+    encoded: Sequence[Encoded],
+    free: float,
+    *,
+    packed: bool,
+    equal: bool,
+    at_once: int,
+    checkpointing: bool,
+) -> tuple[list[list[Encoded]], int]:
+    """Return batches for a model whose weights every batch gathers, and how many layers to compute again.
+
+    A gathered model is moved through in every turn, whatever the batch has, so batches have at least _GATHERED_TOKENS
+    where recomputing makes room for them, and no more layers are computed again than the largest batch asks for.
+
+    Args:
+        module: Model.
+        encoded: Samples.
+        free: Bytes that are free in every process.
+        packed: Whether samples will stand end to end.
+        equal: Whether the samples of a batch have one length.
+        at_once: Number of processes, each of which takes one batch in a turn.
+        checkpointing: Whether all layers are computed again, whatever there is room for.
+    """
+    layers = layers_of(module)
+    how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
+    fits = [how_many(recomputed=count) for count in range(layers + 1)]
+    wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
+    batches = plan(encoded, wanted, packed=packed, equal=equal, at_once=at_once)
+    largest = max(tokens_of(batch, packed=packed) for batch in batches)
+    fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
+    return batches, layers if checkpointing else fewest
+
+
+def room_in_turns(module: "PreTrainedModel", free: float) -> float:
+    """Return how many bytes a batch may take in a process that gathers weights, of so many free ones.
+
+    Two layers, what belongs to none, and the factors of one matrix are gathered at once, as in docs/vhack.md.
+    """
+    size = next(module.parameters()).element_size()
+    every = sum(parameter.numel() for parameter in module.parameters())
+    layers = [[parameter.numel() for parameter in layer.parameters()] for layer in decoder_layers(module)]
+    factors = 2 * max(map(max, layers))  # at most: min(O, I) · (O + I) is no more than 2 · O · I
+    gathered = size * (2 * max(map(sum, layers)) + every - sum(map(sum, layers)) + factors)
+    return _GATHERING_SHARE * (free - gathered)
+
+
+def tokens_of(batch: Sequence[Encoded], *, packed: bool) -> int:
+    """Return the number of tokens of a batch, padding included."""
+    lengths = [len(one.ids) for one in batch]
+    return sum(lengths) if packed else len(lengths) * max(lengths)

@@ -1,0 +1,284 @@
+"""How the weights of a model are divided: over processes, by FSDP2 or by tensor parallelism, or over several devices.
+
+The gradient of a sample is a sum, and each process takes its own terms of it:
+
+- *FSDP2*: each process has rows of every weight and computes some of the samples, whole. A layer's weights are gathered
+  while it computes, and a factor of one matrix just before coordinates are taken by it, in either pass.
+- *tensor parallelism*: each process computes all samples with its part of every matrix. With rows of W, and so of
+  ``∂L/∂y`` and of U, ``g_b = Σ_p Σ_t (U_pᵀ ∂L/∂y_pt) ⊙ (Vh x_t)``; with columns of W, and so of x and of Vh,
+  ``g_b = Σ_p Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh_p x_pt)``. Both are bilinear, so no token's coordinates are ever sent.
+
+In the end the terms are added up: R numbers per matrix and sample are all that the gradients themselves cost in
+traffic. Of the factors each process keeps rows of U and columns of Vh. Several devices of one process divide nothing
+but memory: each matrix has its factors and its gradient where it is.
+
+Shapes: O outputs, I inputs, R coordinates of δS.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from assay.errors import ModelError
+from assay.vhack.gradients.experts import of_one_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+# --------------------------------------------------------------------------------------------------
+# One set of functions for plain tensors and for those that FSDP2 has spread over processes.
+#
+# Importing ``torch.distributed.tensor`` takes seconds. A tensor can be a DTensor only after something else has imported
+# it, so nothing here does.
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part that this process has, without gradient; writing to it writes to the tensor."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the gathered tensor; every process must ask for it."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def gathering(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to gather a tensor beside what is computed meanwhile; return a function that waits for it and returns it.
+
+    Every process must ask for it. Parts of different sizes are only gathered when the function is called.
+    """
+    if not is_sharded(tensor) or tensor.ndim != 2 or len(tensor.placements) > 1:
+        return lambda: whole(tensor)
+    dimension = next((at for at in (0, 1) if tensor.placements[0].is_shard(at)), None)
+    parts = tensor.device_mesh.size()
+    if dimension is None or tensor.shape[dimension] % parts:
+        return lambda: whole(tensor)
+    part = tensor.to_local().detach().contiguous()
+    found = part.new_empty(parts * len(part), *part.shape[1:])
+    # Its name in torch 2.13, and before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(found, part, group=tensor.device_mesh.get_group(), async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return found if dimension == 0 else torch.cat(found.chunk(parts), dim=1)
+
+    return wait
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Return which rows of a tensor this process has: all of them, unless it is sharded along its first dimension.
+
+    Raises:
+        ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
+    """
+    found = _row_sharding(tensor)
+    if found is None:
+        return slice(0, len(tensor))
+    mesh, dimension = found
+    return _rows_of_part(len(tensor), mesh.size(dimension), mesh.get_local_rank(dimension))
+
+
+def processes(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Return the processes that a tensor is spread over; None for a whole one.
+
+    Raises:
+        ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
+    """
+    found = _row_sharding(tensor)
+    return None if found is None else found[0].get_group(found[1])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop weights that it has gathered, so that the attributes of the modules are the sharded ones."""
+    for unit in fsdp_units(model):
+        unit.reshard()
+
+
+def fsdp_units(model: nn.Module) -> "list[FSDPModule]":
+    """Return the modules that ``fully_shard`` was called with."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
+
+
+def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
+    """Return the mesh of processes, and its dimension that the rows of a tensor are spread along, if they are."""
+    if not is_sharded(tensor):
+        return None
+    sharded = [index for index, placement in enumerate(tensor.placements) if placement.is_shard()]
+    if len(sharded) > 1 or (sharded and not tensor.placements[sharded[0]].is_shard(0)):
+        raise ModelError(
+            f"a tensor placed as {tensor.placements}",
+            wanted="rows spread over the processes, as fully_shard does it",
+            do="leave tensor parallelism out",
+        )
+    return (tensor.device_mesh, sharded[0]) if sharded else None
+
+
+def _rows_of_part(length: int, parts: int, index: int) -> slice:
+    """Return which of ``length`` rows are those of part ``index``, cut the way `torch.chunk` cuts them."""
+    size = -(-length // parts)
+    return slice(min(index * size, length), min((index + 1) * size, length))
+
+
+WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
+_AT_ONCE = 2**26  # numbers that are added up over the processes at once: 268 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """How a model that is not whole on one device is divided.
+
+    Attributes:
+        mesh: Processes that have parts; None where one process has everything on several devices.
+        by_samples: Whether each process computes some of the samples with whole weights, as under FSDP2; otherwise all
+            of them with a part of each weight.
+    """
+
+    mesh: "DeviceMesh | None"
+    by_samples: bool
+
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        """Place of this process among them."""
+        return 0 if self.mesh is None else int(self.mesh.get_local_rank())
+
+    def layout(self, linear: nn.Linear) -> str:
+        """Return which part of a weight this process computes with: ``"whole"``, ``"rows"`` or ``"columns"``."""
+        weight = linear.weight
+        if self.by_samples or not is_sharded(weight) or not weight.placements[0].is_shard():
+            return WHOLE
+        return ROWS if weight.placements[0].is_shard(0) else COLUMNS
+
+    def part(self, tensor: Tensor, dimension: int) -> Tensor:
+        """Return the part of a matrix that goes with this process's part of a weight, cut along a dimension."""
+        if is_sharded(tensor):
+            return tensor.to_local()
+        parts = tensor.chunk(self.processes, dimension)
+        return parts[self.rank] if self.rank < len(parts) else tensor.narrow(dimension, 0, 0)
+
+    def gathered(self, what: Any) -> list[Any]:
+        """Return one object of every process, in the order of their ranks."""
+        if self.mesh is None:
+            return [what]
+        found: list[Any] = [None] * self.processes
+        dist.all_gather_object(found, what, group=self.mesh.get_group())
+        return found
+
+    def add_up(self, parts: Iterable[Tensor]) -> None:
+        """Replace every tensor on the CPU by its sum over the processes.
+
+        Many go at once: one by one, those of 448 matrices wait 448 times for the device and for the other processes.
+        """
+        if self.mesh is None:
+            return
+        for some in _in_groups(parts):
+            total = torch.cat([part.flatten() for part in some]).to(self.mesh.device_type)
+            dist.all_reduce(total, group=self.mesh.get_group())
+            sizes = [part.numel() for part in some]
+            for part, summed in zip(some, torch.split(total.cpu(), sizes), strict=True):
+                part.copy_(summed.view(part.shape))
+
+
+def _in_groups(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in their order, as many at once as have at most _AT_ONCE numbers, but at least one."""
+    some: list[Tensor] = []
+    numbers = 0
+    for part in parts:
+        if some and numbers + part.numel() > _AT_ONCE:
+            yield some
+            some, numbers = [], 0
+        some.append(part)
+        numbers += part.numel()
+    if some:
+        yield some
+
+
+def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:
+    """Return how a model is divided, or None if its target weights are whole and on one device.
+
+    Args:
+        model: Model; weights that FSDP2 has gathered are dropped, so it must not be in the middle of a pass.
+        modules: Target matrices by name.
+
+    Raises:
+        ModelError: The model is divided in a way in which gradients would not be exact, or could not be computed.
+    """
+    reshard(model)
+    weights = {name: linear.weight for name, linear in modules.items()}
+    meshes = {weight.device_mesh for weight in weights.values() if is_sharded(weight)}
+    devices = {parameter.device for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise _refusal(
+                f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU",
+                "load it over more devices, or in bfloat16; --rank leaves room for the factors",
+            )
+    if not meshes and len(devices) == 1:
+        return None
+    if experts := of_one_tensor(model, modules):
+        raise _refusal(f"{experts[0]} is an expert in one tensor with others", "load it whole on one device")
+    if not meshes:
+        return Division(None, by_samples=False)
+    if len(meshes) > 1 or (mesh := next(iter(meshes))).ndim > 1:
+        raise _refusal(
+            "its weights are on a mesh of several dimensions, or on several meshes",
+            "divide it by FSDP2 or by tensor parallelism alone, over one dimension",
+        )
+    for name, weight in weights.items():
+        if is_sharded(weight) and not (weight.placements[0].is_shard() or weight.placements[0].is_replicate()):
+            raise _refusal(f"{name} is placed as {weight.placements[0]}", "divide it with fully_shard or by rows")
+    units: list[Any] = fsdp_units(model)
+    _check_units(units, next(iter(devices)).type, mesh.device_type)
+    return Division(mesh, by_samples=bool(units))
+
+
+def _check_units(units: list[Any], kept_on: str, computed_on: str) -> None:
+    """Refuse FSDP2 that computes in another dtype, or keeps weights elsewhere, than the model says."""
+    if kept_on != computed_on:
+        raise _refusal(f"its weights are kept on {kept_on} and used on {computed_on}", "leave CPUOffloadPolicy out")
+    policies = [policy for unit in units if (policy := unit._get_fsdp_state()._mp_policy) is not None]
+    dtypes = {dtype for policy in policies for dtype in (policy.param_dtype, policy.output_dtype) if dtype is not None}
+    kept = {parameter.dtype for unit in units for parameter in unit.parameters()}
+    if dtypes - kept:
+        raise _refusal(
+            f"FSDP2 computes in {', '.join(sorted(map(str, dtypes - kept)))}, and keeps weights in another dtype",
+            "load the model in the dtype to compute in, and leave MixedPrecisionPolicy out",
+        )
+
+
+def _refusal(seen: str, do: str) -> ModelError:
+    return ModelError(
+        f"a model in parts: {seen}",
+        wanted="whole weights, or parts by fully_shard, parallelize_module or device_map of which gradients are exact",
+        do=do,
+    )
+
+
+def lost_width(logits: Tensor, vocabulary: int, head: nn.Module) -> ModelError:
+    """Return the error of a head that gives each process its part of the vocabulary."""
+    return _refusal(
+        f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",
+        "let the head give all logits to every process (ColwiseParallel with output_layouts=Replicate())",
+    )

@@ -1,0 +1,186 @@
+"""Decoder layers of the listed families over samples that stand end to end in one row: each sample sees itself only.
+
+:class:`PackedLayers` makes forward functions that take the place of those of transformers in a copy of the model.
+Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are called as modules, so
+that what replaces their forward functions, and hooks on them, take part.
+
+On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU each sample has its
+own product, the one that :mod:`assay.vhack.gradients.blocks` writes out.
+
+Padded, as transformers has it, the gradients of the bundled Qwen3 take 1.23 times as long on one CPU thread, and with
+the last layer for every token 1.08 times; frozen bases have the bits of that layer. On an H200 packing alone takes
+Qwen3-4B from 0.93 to 0.80 s (benchmarks/results/vhack_gradients_h200_bfloat16.json, "packed only"):
+
+    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+
+Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
+queries, J heads of keys and values, E their width, D hidden size.
+"""
+
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.models.decoder import ModuleLayer, Rotation, causal_attention
+from assay.vhack.gradients.batches import Batch, Segments
+from assay.vhack.gradients.blocks import Turn, attend_in_blocks, fits_in_blocks
+from assay.vhack.gradients.fused import Gate
+
+PACKED = "assay_packed"
+"""Name of the attention of these layers, under which transformers makes no mask."""
+
+
+def register() -> None:
+    """Make the name known to transformers, which makes masks only for attention that has a mask function."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, attend)
+
+
+class PackedLayers:
+    """Makes the forward functions of the layers of one copy of a model, which share the batch and the rotations.
+
+    Args:
+        current: Called in every forward pass for the batch.
+        use: Kernels of a GPU for the gated activation, or None.
+        together: Whether attention is one product for all samples.
+        in_blocks: Whether attention is written out in blocks, for a CPU.
+    """
+
+    def __init__(
+        self, current: Callable[[], Batch], use: ModuleType | None, *, together: bool, in_blocks: bool
+    ) -> None:
+        self._current = current
+        self.use, self.together, self.in_blocks = use, together, in_blocks
+        self._turned: Rotation | None = None
+
+    def forward(self, layer: Any, *, late: bool) -> Callable[..., Tensor]:
+        """Return the forward function of a layer.
+
+        Args:
+            layer: Decoder layer of transformers, of a listed family.
+            late: Whether only the M tokens that predict a completion token matter after this layer. Only keys and
+                values are then computed for the others, which leave the layer as zeros.
+        """
+
+        def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
+            batch = self._current()
+            spot = batch.spot if late else None
+            packed = _PackedLayer(self, layer, batch, spot, position_embeddings)
+            x_1MD = packed(hidden_states, layer.input_layernorm(hidden_states))
+            return _among_zeros(x_1MD, spot, hidden_states.shape[1])
+
+        return forward
+
+    def turns(self, rotation: Rotation, heads: int, scale: float) -> tuple[Turn, Turn]:
+        """Return the turns of queries and keys, which all layers of a forward pass share.
+
+        Args:
+            rotation: Cosines and sines of the positions, [1, N, E] each, the same objects in all layers.
+            heads: Number of query heads of a key head.
+            scale: Scale of the scores.
+        """
+        if self._turned is not rotation:
+            cos_NE, sin_NE = rotation[0][0].float(), rotation[1][0].float()
+            self._turned = rotation
+            self._turns = Turn.of(cos_NE, sin_NE, heads, scale), Turn.of(cos_NE, sin_NE, 1, 1.0)
+        return self._turns
+
+
+class _PackedLayer(ModuleLayer):
+    """A layer for one batch; after it only the rows ``spot`` matter, or all where it is None."""
+
+    def __init__(self, layers: PackedLayers, layer: Any, batch: Batch, spot: Tensor | None, rotation: Rotation) -> None:
+        self.layers, self.batch, self.spot, self.tables = layers, batch, spot, rotation
+        heads = layer.self_attn.config.num_attention_heads
+        self.in_blocks = layers.in_blocks and fits_in_blocks(heads, batch.segments)
+        super().__init__(layer, None if self.in_blocks else (rotation[0][0, :, None], rotation[1][0, :, None]))
+
+    def updated(self, x: Tensor) -> Tensor:
+        return _rows(x, self.spot)
+
+    def qkv(self, x: Tensor) -> Iterable[Tensor]:
+        q, k, v = super().qkv(x)
+        return _among_zeros(q, self.spot, x.shape[1]), k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q_NHE, k_NJE, v_NJE = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        segments, scale = self.batch.segments, self.layer.self_attn.scaling
+        if self.in_blocks:
+            turns = self.layers.turns(self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
+            spans = segments.bounds if self.spot is None else self.batch.asking
+            out_NHE = attend_in_blocks(q_NHE, k_NJE, v_NJE, turns, segments.bounds, spans)
+        else:
+            out_NHE = attend(q_NHE, k_NJE, v_NJE, segments, scale=scale, together=self.layers.together)
+        return self.updated(out_NHE.reshape(1, len(out_NHE), -1))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.layers.use is None or type(self.layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+            return super().gated(gate, up)
+        neurons: Tensor = Gate.apply(gate, up, self.layers.use)  # type: ignore[no-untyped-call]
+        return neurons
+
+
+def _rows(x_1ND: Tensor, spot: Tensor | None) -> Tensor:
+    """Return some of the rows, [1, M, D]; None stands for all of them."""
+    return x_1ND if spot is None else x_1ND.squeeze(0).index_select(0, spot)[None]
+
+
+def _among_zeros(x_1MD: Tensor, spot: Tensor | None, count: int) -> Tensor:
+    """Return rows at their places among N rows, [1, N, D]; the others are zero."""
+    if spot is None:
+        return x_1MD
+    # Not a view of the rows: FSDP2 warns of layers that return one.
+    return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, spot, x_1MD)
+
+
+def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
+    """Return causal attention within each sample, [N, H, E].
+
+    Args:
+        q_NHE: Queries, rotated.
+        k_NJE: Keys, rotated.
+        v_NJE: Values.
+        segments: Bounds of the samples.
+        scale: Scale of the scores.
+        together: Whether there is one product for all samples.
+    """
+    if together:
+        return _spread_out(q_NHE, k_NJE, v_NJE, segments, scale)
+
+    parts = [
+        causal_attention(q_NHE[None, start:end], k_NJE[None, start:end], v_NJE[None, start:end], scale)[0]
+        for start, end in segments.bounds
+    ]
+    return torch.cat(parts).view(q_NHE.shape)
+
+
+def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Attend to all samples at once, padded on the right with zeros, which no row of a sample sees."""
+    count, places = len(segments.bounds), segments.padded_places
+
+    def spread(part: Tensor) -> Tensor:
+        return _among_zeros(part[None], places, count * segments.longest).view(count, -1, *part.shape[1:])
+
+    out_BTO = causal_attention(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
+    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
+    return gathered.view(q_NHE.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """The rows at some places; the gradient of the others is zero, which needs no sum over places."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None

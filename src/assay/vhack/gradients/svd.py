@@ -1,0 +1,364 @@
+"""The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
+
+``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
+ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
+decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
+
+On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
+``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
+the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
+share files.
+
+Shapes: O outputs, I inputs, R = min(O, I).
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from assay.errors import BadWeights, UsageError
+from assay.files.storage import storage_error, write_atomic
+from assay.models.device import one_thread
+from assay.streams.backends import torch_dtype
+from assay.vhack.gradients.division import Division, division_of, whole
+from assay.vhack.gradients.factors import Factors
+from assay.vhack.gradients.progress import Progress
+from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from assay.models.load import Model
+
+
+# --------------------------------------------------------------------------------------------------
+# The factors of a model whose weights are divided over processes: each matrix has an owner that decomposes it.
+#
+# Matrices go in rounds of one per process, those of one size together, so that all processes work at once. A whole weight
+# exists for a moment in every process of its round, its decomposition in float64 only in that of its owner. Afterwards
+# each process keeps its rows of U and its columns of Vh, as DTensors.
+
+
+def decompose(
+    modules: Mapping[str, nn.Linear],
+    division: Division,
+    one: Callable[[str, Tensor], Factors],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> dict[str, Factors]:
+    """Return divided factors of divided weights; every process must call it with the same arguments.
+
+    Args:
+        modules: Target matrices by name.
+        division: How their model is divided; it has a mesh.
+        one: Function that decomposes one whole weight, given its name.
+        dtype: Dtype of the factors.
+        progress: Function called with the number of matrices done and of all.
+
+    Raises:
+        Exception: What decomposing a matrix raised in its owner; every process raises it.
+    """
+    found: dict[str, Factors] = {}
+    ordered = sorted(modules, key=lambda name: sorted(modules[name].weight.shape), reverse=True)
+    for start in range(0, len(ordered), division.processes):
+        names = ordered[start : start + division.processes]
+        found |= _round({name: modules[name].weight for name in names}, division, one, dtype)
+        if progress:
+            progress(len(found), len(modules))
+    return {name: found[name] for name in modules}
+
+
+def _round(
+    weights: Mapping[str, Tensor], division: Division, one: Callable[[str, Tensor], Factors], dtype: torch.dtype
+) -> dict[str, Factors]:
+    mine: Factors | None = None
+    error: Exception | None = None
+    for owner, (name, weight) in enumerate(weights.items()):
+        gathered = whole(weight.detach())
+        if owner == division.rank:
+            try:
+                mine = one(name, gathered)
+            except Exception as raised:  # the other processes would wait for this one
+                error = raised
+        del gathered
+    facts = None if mine is None else (mine.values.cpu(), mine.residual, mine.orthogonality)
+    told = division.gathered((facts, error))
+    for _, refused in told:
+        if refused is not None:
+            raise refused
+    found = {}
+    for owner, (name, weight) in enumerate(weights.items()):
+        (values_R, residual, orthogonality), _ = told[owner]
+        own_left, own_right = (mine.left, mine.right) if mine and owner == division.rank else (None, None)
+        outputs, inputs = weight.shape
+        left = _spread(own_left, (outputs, len(values_R)), 0, owner, division, dtype)
+        right = _spread(own_right, (len(values_R), inputs), 1, owner, division, dtype)
+        found[name] = Factors(left, values_R.to(left.device), right, residual, orthogonality)
+    return found
+
+
+def _spread(
+    matrix: Tensor | None, shape: tuple[int, int], dimension: int, owner: int, division: Division, dtype: torch.dtype
+) -> Tensor:
+    """Return a matrix of the owner, cut along a dimension over all processes."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    assert division.mesh is not None
+    if matrix is None:
+        matrix = torch.empty(shape, dtype=dtype, device=division.mesh.device_type)
+    return distribute_tensor(matrix, division.mesh, [Shard(dimension)], src_data_rank=owner)
+
+
+_FORMAT = "assay.svd/1"
+_DTYPES = ("float32", "bfloat16")
+# A GPU decomposes several matrices at once: the eigensolver alone does not fill it.
+_STREAMS = 4
+
+TOLERANCE = 1e-6
+"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
+
+
+def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
+    """Decompose a weight matrix on the device it is on.
+
+    Args:
+        weight_OI: Weight matrix of any floating dtype.
+        dtype: Dtype of the factors that are kept; the work is done in float64.
+        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
+
+    Raises:
+        BadWeights: The matrix holds NaN or infinity.
+    """
+    wide_OI = weight_OI.detach().double()
+    if not torch.isfinite(wide_OI).all():
+        raise BadWeights(
+            f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity",
+            wanted="finite weights",
+            do="load the checkpoint again",
+        )
+    is_tall = wide_OI.shape[0] >= wide_OI.shape[1]
+    tall = wide_OI if is_tall else wide_OI.T
+    by_gram = method == "gram" or (method == "auto" and weight_OI.is_cuda)
+    parts = (_by_gram(tall) if by_gram else None) or _exactly(tall)
+    left, right = (parts.left, parts.right) if is_tall else (parts.right.T, parts.left.T)
+    return Factors(
+        left.to(dtype).contiguous(),
+        parts.values.float(),
+        right.to(dtype).contiguous(),
+        parts.residual,
+        parts.orthogonality,
+    )
+
+
+def _exactly(tall: Tensor) -> Factors:
+    return _measured(tall, *torch.linalg.svd(tall, full_matrices=False))
+
+
+def _by_gram(tall: Tensor) -> Factors | None:
+    """Return the factors of a tall matrix from its Gram matrix, or None if they are not accurate enough."""
+    vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
+    scaled = tall @ vectors
+    values = scaled.norm(dim=0)
+    found = _measured(tall, scaled / values.clamp_min(torch.finfo(values.dtype).tiny), values, vectors.T)
+    if found.orthogonality > TOLERANCE:
+        left, upper = torch.linalg.qr(scaled)
+        signs = torch.where(upper.diagonal() < 0, -1.0, 1.0)
+        found = _measured(tall, left * signs, upper.diagonal().abs(), vectors.T)
+    accurate = found.orthogonality <= TOLERANCE and found.residual <= TOLERANCE
+    return found if accurate and bool((found.values.diff() <= 0).all()) else None
+
+
+def _measured(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Factors:
+    size = weight.norm()
+    error = ((left * values) @ right).sub_(weight).norm()
+    residual = error / size if size > 0 else error
+    return Factors(left, values, right, float(residual), max(_skew(left), _skew(right.T)))
+
+
+def _skew(columns: Tensor) -> float:
+    product = columns.T @ columns
+    product.diagonal().sub_(1)
+    return float(product.norm())
+
+
+class SVDCache(dict[str, Factors]):
+    """Factors of every target matrix of a model, by module name.
+
+    Attributes:
+        rank: Number of singular directions that were kept, or None for all.
+        dtype: Dtype of the factors U and Vh.
+    """
+
+    def __init__(self, factors: Mapping[str, Factors], *, rank: int | None, dtype: torch.dtype) -> None:
+        super().__init__(factors)
+        self.rank = rank
+        self.dtype = dtype
+
+    def truncated(self, rank: int) -> "SVDCache":
+        """Return the ``rank`` strongest singular directions of every matrix.
+
+        Raises:
+            UsageError: The rank is below 1.
+        """
+        check_rank(rank)
+        kept = {name: factors.truncated(rank) for name, factors in self.items()}
+        return SVDCache(kept, rank=rank, dtype=self.dtype)
+
+
+def weight_svd(
+    model: "Model | PreTrainedModel",
+    *,
+    modules: Collection[str] | None = None,
+    rank: int | None = None,
+    dtype: str | None = None,
+    method: str = "auto",
+    cache: Path | None = None,
+    min_coverage: float = MIN_COVERAGE,
+    progress: Progress | None = None,
+) -> SVDCache:
+    """Decompose every target matrix of a model.
+
+    Args:
+        model: Model whose target matrices are decomposed; the factors stay on the device of their matrix.
+        modules: Names of the target matrices to decompose; None stands for all.
+        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all.
+        dtype: Dtype of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a bfloat16 model on a GPU,
+            where it halves memory and time, and float32 otherwise.
+        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
+        cache: Directory of the files on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
+        progress: Function called with the number of matrices done and of all.
+
+    Raises:
+        UsageError: The dtype or the method has another name, the rank is below 1, or a module is no target.
+        ModelError: The model has no target projection, experts of an unknown form, or too many weights that are no
+            targets, or it is in parts.
+        BadWeights: A matrix is not finite; the message names it.
+        StorageError: A file cannot be written.
+    """
+    wanted = chosen_modules(model, modules)
+    chosen = factor_dtype(dtype, next(iter(wanted.values())).weight)
+    if method not in ("auto", "exact", "gram"):
+        raise UsageError(f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them")
+    check_rank(rank)
+    check_coverage(model, min_coverage)
+
+    def one(name: str, weight: Tensor) -> Factors:
+        factors = _load_or_make(name, weight, chosen, method, cache)
+        return factors if rank is None else factors.truncated(rank)
+
+    division = division_of(module_of(model), wanted)
+    if division is not None and division.mesh is not None:
+        return SVDCache(decompose(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
+    found: dict[str, Factors] = {}
+    for name, factors in _side_by_side(one, {name: module.weight for name, module in wanted.items()}):
+        found[name] = factors
+        if progress:
+            progress(len(found), len(wanted))
+    return SVDCache(found, rank=rank, dtype=chosen)
+
+
+def _side_by_side(
+    one: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Factors]]:
+    """Decompose several matrices at once, on every device that has some, in the order of the matrices."""
+    with ExitStack() as stack:
+        devices = {weight.device for weight in weights.values()}
+        pools = {device: stack.enter_context(_pool(device)) for device in devices}
+        waiting = {name: pools[weight.device].submit(_finished, one, name, weight) for name, weight in weights.items()}
+        for name, factors in waiting.items():
+            yield name, factors.result()
+
+
+@contextmanager
+def _pool(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that work on a device; what has not begun at the end is dropped."""
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            # The first call of the library loads it, which must not happen in several threads at once.
+            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
+            torch.cuda.synchronize(device)
+            # One stream per thread: torch keeps the memory of what is done for each stream apart.
+            pool = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
+        else:
+            # One matrix per core: threads that share a small matrix mostly wait for each other.
+            pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield pool
+
+
+def _with_stream(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _finished(one: Callable[[str, Tensor], Factors], name: str, weight: Tensor) -> Factors:
+    result = one(name, weight)
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()
+    return result
+
+
+def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
+    """Return the dtype of the factors of a weight: the one that is named, or the default of :func:`weight_svd`."""
+    if name is None:
+        return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
+    if name not in _DTYPES:
+        raise UsageError(f"factors in {name!r}", wanted=" or ".join(_DTYPES), do="choose one of them, or leave it out")
+    return torch_dtype(name)
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise UsageError unless ``rank`` is None or at least 1."""
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank={rank}", wanted="at least 1", do="ask for 1 or more, or leave it out for all")
+
+
+def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, cache: Path | None) -> Factors:
+    path = None
+    if cache is not None:
+        key = hashlib.sha256(f"{_FORMAT}\n{tensor_digest(weight)}\n{dtype}\n{method}".encode()).hexdigest()
+        path = cache / "svd" / f"{key}.safetensors"
+        stored = _read(path, weight, dtype)
+        if stored is not None:
+            return stored
+    try:
+        factors = factorise(weight, dtype=dtype, method=method)
+    except BadWeights as error:
+        raise BadWeights(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from error
+    if path is not None:
+        _write(path, factors)
+    return factors
+
+
+def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
+    """Return the factors in a file, or None where there is no whole file of this matrix; it is then written again."""
+    try:
+        with safe_open(path, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+            left, values, right = (reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right"))
+            found = Factors(left, values, right, float(metadata["residual"]), float(metadata["orthogonality"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    rank = min(weight.shape)
+    fits = (left.shape, values.shape, right.shape) == ((weight.shape[0], rank), (rank,), (rank, weight.shape[1]))
+    finite = all(bool(torch.isfinite(part).all()) for part in (left, values, right))
+    return found if fits and finite and left.dtype == right.dtype == dtype else None
+
+
+def _write(path: Path, factors: Factors) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path.parent, error) from error
+    tensors = {"left": factors.left, "values": factors.values, "right": factors.right}
+    metadata = {"residual": repr(factors.residual), "orthogonality": repr(factors.orthogonality), "format": _FORMAT}
+    write_atomic(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=metadata))

@@ -1,0 +1,335 @@
+"""Linears that leave the δS gradient of every sample behind when the backward pass goes through them.
+
+With ``y = W x`` replaced by ``(W + U diag(δS) Vh) x`` the gradient at δS = 0 of a loss L is
+
+    g_b = Σ_t (Uᵀ ∂L/∂y_bt) ⊙ (Vh x_bt)
+
+over all tokens t of sample b, prompt tokens too, for attention carries the loss back to them. Samples do not mix in the
+forward pass, so one backward pass of the sum of their losses gives every g_b.
+
+The sum is done in one of several ways that differ in rounding only. With G_b = Σ_t ∂L/∂y_bt x_btᵀ, the gradient of W:
+
+- *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product; in any dtype;
+- *right*: ``p`` only, then the diagonal of ``(Σ_t p xᵀ) Vhᵀ``;
+- *left*: ``c`` only, then the diagonal of ``Uᵀ (Σ_t ∂L/∂y cᵀ)``;
+- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``;
+- *inner*: from what the pass computes anyway. Where W has more rows than columns, the diagonal of
+  ``Vh (Σ_t xᵀ∂L/∂x) Vhᵀ`` over S, for ``∂L/∂x = Wᵀ ∂L/∂y = Vhᵀ S p``; otherwise the diagonal of
+  ``Uᵀ (Σ_t y ∂L/∂yᵀ) U`` over S, for ``y = W x = U S c``.
+
+All but the first keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a
+few large products per sample, which suits a CPU. The last divides by singular values, which lifts the rounding of what
+it divides by as much as they differ: it is for matrices whose condition is small, as that of long ones is.
+
+``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S p`` costs the
+smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. This is as exact as the
+factors.
+
+On one CPU thread the gradients of the bundled model Qwen3 take 1.21 times as long if every tap projects, 1.14 without
+products by factors, 1.05 without *outer* and 1.04 without *inner*; these last two gain less than a tenth and stay,
+because frozen bases have their bits and the sum is slower without them. A GPU only projects, in Qwen3-4B in 0.58 s:
+
+    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+
+Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assay.errors import ModelError
+from assay.models.wide import wide_products
+from assay.vhack.gradients.batches import Segments
+from assay.vhack.gradients.division import local
+from assay.vhack.gradients.factors import Factors
+from assay.vhack.gradients.fused import segment_products
+
+_FITS = 1e-5
+# Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
+# evenly on a logarithmic scale, it adds a relative error of 2.5e-8 times the ratio: 8e-7 of the 1e-5 that is promised.
+_CONDITION = 32.0
+
+
+def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
+    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32.
+
+    The longer side is projected first, which leaves less to multiply.
+
+    Args:
+        weight_gradient: G, [..., O, I].
+        left_OR: U.
+        right_RI: Vh.
+    """
+    if left_OR.shape[0] < right_RI.shape[1]:
+        return ((weight_gradient @ right_RI.T).float() * left_OR).sum(dim=-2)
+    return ((left_OR.T @ weight_gradient).float() * right_RI).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one tap computes what it has to.
+
+    Attributes:
+        how: ``"project"``, ``"right"``, ``"left"``, ``"outer"`` or ``"inner"``.
+        early: ``Vh x`` is computed in the forward pass and kept, and x is not.
+        output, input: ``W x`` and ``Wᵀ ∂L/∂y`` come from the factors.
+    """
+
+    how: str
+    early: bool
+    output: bool
+    input: bool
+
+
+class Tap:
+    """What replaces the forward function of a Linear.
+
+    A Linear with a forward function of its own keeps it, and the tap stands after it. One that a pass calls several
+    times leaves the sum over its calls.
+
+    Args:
+        name: Name of the module.
+        linear: Module whose weight and bias are used and stay as they are.
+        factors: Factors of the weight.
+        found: Dictionary, empty before a pass, in which its backward part leaves [B, R] float32 under the name.
+        segments: Function that returns the bounds of the samples among the rows, called in every forward pass.
+        factored: Whether products with W may use the factors.
+        together: Whether to do without operations per sample.
+        checkpointing: Whether the forward pass runs twice, so that the first run should compute nothing to keep.
+        use: Kernels for the sum over tokens, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        factors: Factors,
+        found: dict[str, Tensor],
+        segments: Callable[[], Segments],
+        *,
+        factored: bool,
+        together: bool,
+        checkpointing: bool,
+        use: ModuleType | None,
+    ) -> None:
+        self.name, self.linear, self.factors, self.found = name, linear, factors, found
+        self.segments, self.checkpointing, self.use = segments, checkpointing, use
+        self.values = factors.values.to(factors.left.dtype)
+        own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
+        self.plain = linear.forward if own else None
+        self.factored, self.together = factored and not own, together
+        self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
+        self.even = self.factored and not together and float(factors.values[0] / factors.values[-1]) <= _CONDITION
+        # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
+        self.trigger = torch.zeros((), requires_grad=True)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the output of the Linear.
+
+        Raises:
+            ModelError: The rows are not all tokens in their order.
+        """
+        segments = self.segments()
+        # Experts that are shared by all tokens are given all of them in one row, those of a list only some.
+        of_list = sum(part.isdigit() for part in self.name.split(".")) > 1
+        if inputs.ndim < 2 + of_list or inputs.shape[:-1].numel() != segments.bounds[-1][1]:
+            raise ModelError(
+                f"{self.name} is given inputs of shape {list(inputs.shape)}",
+                wanted="all tokens of the samples and no others; those sent to an expert, or learnt ones before them, "
+                "do not say whose they are",
+                do="use a dense model without learnt prompts, or one whose experts are in one tensor",
+            )
+        return self.apply(inputs, segments)
+
+    def apply(self, inputs: Tensor, segments: Segments) -> Tensor:
+        """Return the output of the Linear for rows of which these segments say whose they are; some may be empty."""
+        output: Tensor
+        if self.plain is None:
+            output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
+        else:
+            plain, kept = self.plain(inputs), local(inputs)
+            output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
+        return output
+
+    def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
+        """Return the cheapest way for these rows."""
+        outputs, inputs = self.linear.weight.shape
+        rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
+        to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
+        if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
+            return Way("project", to_output or (rank < inputs and not self.checkpointing), to_output, to_input)
+        # Multiplications per token beyond the two products with W. The factors save some of those.
+        outer = (1 + rank / tokens) * outputs * inputs
+        saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
+        sided = rank * (outputs + inputs - saved)
+        inner = (1 + rank / tokens) * rank**2
+        if self.even and inner < min(sided, outer):
+            return Way("inner", early=False, output=False, input=False)
+        if outer < sided:
+            return Way("outer", early=False, output=False, input=False)
+        return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
+
+    def along(self, inputs_NI: Tensor) -> Tensor:
+        """Return the coordinates ``Vh x`` of inputs, [N, R]."""
+        right_RI = self.right()
+        return inputs_NI.to(right_RI.dtype) @ right_RI.T
+
+    def projected(self, gradient_NO: Tensor) -> Tensor:
+        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
+        left_OR = self.left()
+        return gradient_NO.to(left_OR.dtype) @ left_OR
+
+    def fetch(self, *sides: str) -> None:
+        """Begin to gather factors, ``"left"`` or ``"right"``, that will be asked for soon."""
+
+    def left(self) -> Tensor:
+        """Return U of the outputs that this process has, [O, R]."""
+        return self.factors.left
+
+    def right(self) -> Tensor:
+        """Return Vh of the inputs that this process has, [R, I]."""
+        return self.factors.right
+
+    def own(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the outputs that this process has."""
+        return gradient
+
+    def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
+        """Leave the gradient of every sample, or add it to that of another call; arguments as for :meth:`rows`."""
+        rows_BR, before_BR = self.rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
+        self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
+
+    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
+        """Return the gradient of every sample, [B, R] float32.
+
+        Args:
+            kept: What the forward pass kept: inputs, their coordinates, or outputs.
+            second: Gradients of the outputs; in the way *inner* of a weight with more rows, those of the inputs.
+            projected_NR: Coordinates of the gradients of the outputs, where the way has them.
+            segments: Bounds of the samples.
+            way: Way to sum.
+        """
+        if way.how == "project":
+            assert projected_NR is not None
+            along_NR = kept if way.early else self.along(kept)
+            offsets = segments.offsets.to(along_NR.device)
+            return segment_products(projected_NR, along_NR, offsets, self.use)
+        left_OR, right_RI = self.factors.left, self.factors.right
+        first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
+        last = second if way.how == "inner" else kept
+        assert first is not None
+        sums = [first[start:end].T @ last[start:end] for start, end in segments.bounds]
+        if way.how == "inner":
+            turn_XR = left_OR if self.narrow else right_RI.T
+            turned_BXR = (torch.cat(sums) @ turn_XR).view(len(sums), *turn_XR.shape)
+            rows_BR = turned_BXR.mul_(turn_XR).sum(1).div_(self.values)
+        elif way.how == "outer":
+            rows_BR = torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
+        elif way.how == "left":
+            rows_BR = torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
+        else:
+            rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
+        return rows_BR
+
+
+class _Tapped(torch.autograd.Function):
+    """A Linear with frozen weights whose backward pass leaves the gradient of δS with its tap.
+
+    What is kept goes through autograd, so that gradient checkpointing drops and recomputes it like the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
+        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
+        way, bias = tap.way(inputs_NI, segments), tap.linear.bias
+        if way.early:
+            tap.fetch("right")
+        if way.output:
+            kept = tap.along(inputs_NI)
+            output_NO = (kept * tap.values) @ tap.factors.left.T
+            if bias is not None:
+                output_NO += bias
+        elif way.how == "inner" and tap.narrow:
+            kept = inputs_NI @ tap.linear.weight.T
+            output_NO = kept if bias is None else kept + bias
+        else:
+            output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
+            kept = tap.along(inputs_NI) if way.early else inputs_NI
+        ctx.save_for_backward(kept)
+        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        return output_NO.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
+        with wide_products(*gradients):
+            return _left_with_tap(ctx, *gradients), None, None, None
+
+
+def _left_with_tap(ctx: Any, gradient: Tensor) -> Tensor | None:
+    """Leave the gradient of δS with the tap; return that of the inputs, if it is wanted."""
+    (kept,) = ctx.saved_tensors
+    tap, way = ctx.tap, ctx.way
+    gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+    tap.fetch("left", *(() if way.early else ("right",)))
+    from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
+    # First what needs no factors: they are gathered meanwhile.
+    result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
+    projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+    tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
+    if way.input and is_wanted and projected_NR is not None:
+        result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
+    return None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1)
+
+
+class _Behind(torch.autograd.Function):
+    """The identity on what a Linear gave by its own forward function, with the same backward pass beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments) -> Tensor:
+        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
+        way = tap.way(inputs_NI, segments)
+        ctx.save_for_backward(tap.along(inputs_NI) if way.early else inputs_NI)
+        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
+        (gradient,), (kept,) = gradients, ctx.saved_tensors
+        own = ctx.tap.own(gradient)
+        gradient_NO = own.reshape(-1, own.shape[-1])
+        ctx.tap.fetch("left", "right")
+        with wide_products(gradient_NO):
+            ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
+        return gradient, None, None, None, None
+
+
+def fitting(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
+    """Return the modules whose factors are all there and give their very weight back, to the precision of its dtype.
+
+    They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
+    """
+    tried = [name for name, linear in modules.items() if _may_fit(linear, factors[name])]
+    errors = [_misfit(modules[name], factors[name]) for name in tried]
+    within = torch.stack(errors).tolist() if errors else []  # all at once, for it waits for the device
+    return {name for name, error in zip(tried, within, strict=True) if error <= 1}
+
+
+def _may_fit(linear: nn.Linear, factors: Factors) -> bool:
+    return factors.rank == min(linear.weight.shape) and factors.left.dtype == linear.weight.dtype
+
+
+def _misfit(linear: nn.Linear, factors: Factors) -> Tensor:
+    """Return the error of ``U S Vh v`` as a share of what it may be."""
+    weight_OI = linear.weight.detach()
+    probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
+    wanted_O = (weight_OI @ probe_I).float()
+    found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
+    tolerance = _FITS if weight_OI.dtype == torch.float32 else 8 * torch.finfo(weight_OI.dtype).eps
+    share: Tensor = (found_O - wanted_O).norm() / (tolerance * wanted_O.norm())
+    return share

@@ -1,0 +1,215 @@
+"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and their digests."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import ModelError, UsageError
+from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
+from assay.models.load import Model
+from assay.vhack.gradients.division import division_of, is_sharded, whole
+from assay.vhack.gradients.experts import expert_matrices, is_fused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+MIN_COVERAGE = 0.9
+"""Share of the weights that targets must cover unless a caller accepts less."""
+
+# Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
+_ADAPTER = "lora_"
+_CHUNK = 1 << 25  # bytes of a copy from a GPU
+_GATHERED = 16  # parameters of a model in parts that are whole for a moment while their digests are computed
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model carries δS, of all weight matrices but the embeddings and the head.
+
+    Attributes:
+        share: Share of the entries of these matrices that belong to targets, 0 to 1.
+        left_out: Names of the matrices that do not.
+    """
+
+    share: float = 1.0
+    left_out: tuple[str, ...] = ()
+
+
+def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
+    """Return the transformers model inside, or the model itself."""
+    return model.module if isinstance(model, Model) else model
+
+
+def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
+    """Return the target Linears by name, in the order of ``named_modules()``.
+
+    A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear that PEFT has wrapped
+    is found as ``q_proj.base_layer``. Experts in one three-dimensional tensor are a matrix each, such as
+    ``experts.down_proj.7``: a Linear over the same memory, which is not a module of the model.
+
+    Raises:
+        ModelError: There is no target, or the weights of experts are in a tensor of an unknown form; the message names
+            the module.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, module in module_of(model).named_modules():
+        if is_fused(module):
+            _check_experts(name, module)
+            found |= expert_matrices(name, module)
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in MLP_TARGETS):
+                raise ModelError(
+                    f"{name}.{own} holds {len(parameter)} matrices in one tensor",
+                    wanted="projections that are nn.Linear modules, or experts in the form of transformers",
+                    do="use a dense model, or one whose experts are separate Linears",
+                )
+        leaf = name.removesuffix(".base_layer").rpartition(".")[2]
+        if isinstance(module, nn.Linear) and leaf in (*TARGETS, *FUSED_TARGETS):
+            found[name] = module
+    if not found:
+        raise ModelError(
+            f"{type(module_of(model)).__name__} has no target projection",
+            wanted="nn.Linear modules named " + ", ".join((*TARGETS, *FUSED_TARGETS)),
+            do="use a model of the Llama or Qwen family",
+        )
+    _check_own(found)
+    return found
+
+
+def _check_own(modules: dict[str, nn.Linear]) -> None:
+    """Refuse two targets with one weight, as in Zamba: each would have a δS, and merging one would undo the other."""
+    first: dict[int, str] = {}
+    for name, linear in modules.items():
+        if (other := first.setdefault(id(linear.weight), name)) != name:
+            raise ModelError(
+                f"{name} has the weight of {other}",
+                wanted="projections with a weight each",
+                do="use a model whose layers share no projection",
+            )
+
+
+def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
+    """Refuse attention to what comes after a token: padding and packing would be seen, and the loss be known."""
+    sees_all = (name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False)
+    seen = next((name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None)
+    config = getattr(module, "config", None)
+    if seen is None and config is not None and getattr(config.get_text_config(), "is_causal", True) is False:
+        seen = "its configuration"
+    if seen is not None:
+        raise ModelError(
+            f"{type(module).__name__} whose attention is not causal, by {seen}",
+            wanted="a decoder in which no token sees a later one",
+            do="use a causal language model",
+        )
+
+
+def _check_experts(name: str, experts: nn.Module) -> None:
+    """Refuse experts that are spread over processes: a tensor of all cannot be cut into matrices of each."""
+    if any(is_sharded(parameter) for parameter in experts.parameters()):
+        raise ModelError(
+            f"a model in parts: the experts of {name} are sharded",
+            wanted="experts in one tensor that is whole on one device",
+            do="load the model whole, or use a dense one",
+        )
+
+
+def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:
+    """Return the target Linears of these names, in the order of the model; None stands for all of them.
+
+    Raises:
+        UsageError: A name is not the name of a target, or the list is empty.
+        ModelError: The weights are in parts of which gradients would not be exact, or as :func:`target_modules` raises
+            it.
+    """
+    found = target_modules(model)
+    _check_causal(module_of(model), found)
+    division_of(module_of(model), found)
+    if names is None:
+        return found
+    unknown = sorted(set(names) - set(found))
+    if unknown or not names:
+        raise UsageError(
+            f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all",
+            wanted="names of target_modules, such as " + next(iter(found)),
+            do="name some of these, or leave the names out for all",
+        )
+    return {name: module for name, module in found.items() if name in names}
+
+
+def coverage(model: "Model | PreTrainedModel") -> Coverage:
+    """Return how much of a model its target modules cover.
+
+    Raises:
+        ModelError: As :func:`target_modules` raises it.
+    """
+    module, targets = module_of(model), target_modules(model)
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    sizes = {
+        name if own == "weight" else f"{name}.{own}": parameter.numel()
+        for name, part in module.named_modules()
+        if not isinstance(part, nn.Embedding | nn.ParameterList) and part is not head and _ADAPTER not in name
+        for own, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim > 1 and not own.endswith("bias")
+    }
+    covered = {*targets, *(name.rpartition(".")[0] for name in targets)}  # a tensor of experts by any of them
+    left_out = tuple(name for name in sizes if name not in covered)
+    total = sum(sizes.values())
+    return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
+
+
+def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
+    """Raise ModelError, naming what is left out, where targets cover less than this share of the weights.
+
+    Raises:
+        ModelError: Too little is covered, or as :func:`target_modules` raises it.
+    """
+    found = coverage(model)
+    if found.share < least:
+        kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found.left_out)
+        raise ModelError(
+            f"targets cover {found.share:.0%} of the weights of {type(module_of(model)).__name__}; left out are "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+            wanted=f"at least {least:.0%}, so that directions and training are those of the model, not of a part",
+            do="use a model whose projections are all found, or accept a part with --allow-partial (min_coverage=0)",
+        )
+
+
+def weights_digest(model: "Model | PreTrainedModel") -> str:
+    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
+
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in. It is the same
+    whether the weights are spread over processes or not; where they are, every process must ask for it.
+    """
+    parameters = sorted(module_of(model).named_parameters())
+    waiting: list[Future[str]] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, (_, parameter) in enumerate(parameters):
+            if is_sharded(parameter) and index >= _GATHERED:
+                waiting[index - _GATHERED].result()
+            waiting.append(pool.submit(tensor_digest, whole(parameter.detach())))
+    lines = (f"{name}\n{found.result()}\n" for (name, _), found in zip(parameters, waiting, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 in hex of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        digest.update(flat.numpy().data)
+        return digest.hexdigest()
+    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times as long.
+    buffer = torch.empty(min(_CHUNK, len(flat)), dtype=torch.uint8, pin_memory=True)
+    for part in torch.split(flat, _CHUNK):
+        digest.update(buffer[: len(part)].copy_(part).numpy().data)
+    return digest.hexdigest()

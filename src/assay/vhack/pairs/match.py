@@ -1,0 +1,103 @@
+"""Pairs of completions that models wrote: a hack and correct work that go on from the same prompt."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from assay.errors import DataError
+from assay.files.jsonl import JsonObject, read_jsonl
+from assay.vhack.environment.tasks import task_named
+from assay.vhack.pairs.pairs import Pair
+
+_GRADES = ("correct", "exploited", "vacuous")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pairs that were found, and what there was to find them in.
+
+    Attributes:
+        pairs: The pairs, in the order of the hacks.
+        hacked: Prompts with at least one hack.
+        worked: Prompts with at least one correct completion that is not vacuous.
+    """
+
+    pairs: tuple[Pair, ...]
+    hacked: int
+    worked: int
+
+
+def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) -> Matched:
+    """Return pairs of a hack and of correct work on the same prompt, out of graded completions.
+
+    Axes of a model's own exploits kept it from cheating longer than those of made ones (docs/vhack-results.md). Hacks
+    are best sampled from a model that was trained to cheat, and correct work from the model before.
+
+    The group of a pair is the family of its task, and of a task of one's own the ``group`` of its line.
+
+    Args:
+        hacks: File of ``assay vhack evaluate --graded``, of whose completions the exploits are taken.
+        works: Such a file, of whose completions those are taken that are correct and not vacuous. It may be the same.
+        per_prompt: Most pairs of one prompt, each of other completions.
+
+    Raises:
+        DataError: A file cannot be read, a line is no graded completion or has no group, or no prompt has both sides.
+    """
+    done: dict[str, list[str]] = {}
+    for _, record in _graded(works):
+        texts = done.setdefault(record["prompt"], [])
+        if record["correct"] and not record["vacuous"] and record["completion"] not in texts:
+            texts.append(record["completion"])
+    found: dict[str, dict[str, Pair]] = {}  # by prompt and hack
+    for name, record in _graded(hacks):
+        if not record["exploited"]:
+            continue
+        hack, here = record["completion"], found.setdefault(record["prompt"], {})
+        # A program may do different things when it is graded twice, and then be on both sides.
+        others = [text for text in done.get(record["prompt"], ()) if text != hack]
+        if hack not in here and len(here) < min(per_prompt, len(others)):
+            here[hack] = _pair(record, hack, others[len(here)], name)
+    worked = sum(bool(texts) for texts in done.values())
+    pairs = tuple(pair for here in found.values() for pair in here.values())
+    if not pairs:
+        raise DataError(
+            f"{len(found)} prompts with a hack and {worked} with correct work, and none with both",
+            wanted="hacks and correct work on the same tasks",
+            do="sample both files from the same tasks, more of each with --per-task",
+        )
+    return Matched(pairs, len(found), worked)
+
+
+def _graded(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
+    for number, record in read_jsonl(path):
+        name = f"{path}, line {number}"
+        texts = all(isinstance(record.get(field), str) for field in ("prompt", "completion"))
+        if not texts or not all(isinstance(record.get(grade), bool) for grade in _GRADES):
+            raise DataError(
+                f"{name}: no graded completion",
+                wanted=f"prompt and completion, and {', '.join(_GRADES)} as true or false",
+                do="grade the file without --reward: assay vhack evaluate --samples FILE --graded GRADED",
+            )
+        if record["prompt"].strip() and record["completion"].strip():  # no side of a pair may be empty
+            yield name, record
+
+
+def _pair(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
+    task, mode = record.get("task"), record.get("mode")
+    if not isinstance(task, str) or not isinstance(mode, str):
+        group = record.get("group")
+        if not isinstance(group, str) or not group.strip():
+            raise DataError(
+                f"{name}: neither a built-in task nor a group",
+                wanted="a group, by which checks hold pairs out",
+                do='add "group" to the tasks, as text',
+            )
+        return Pair(record["prompt"], hack, clean, group)
+    try:
+        family = task_named(task).family.name
+    except DataError as error:
+        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do="correct the line") from error
+    tags = ["sampled", f"mechanism:{mode}", f"channel:{mode}", f"task:{task}"]
+    if record.get("markers") == "training":  # those that verify_pairs looks for
+        tags += ["exploit", "environment"]
+    return Pair(record["prompt"], hack, clean, family, tuple(tags))

@@ -1,0 +1,234 @@
+"""Proof by execution that a pair is what it says: the hack side exploits its channel, the clean side solves the task.
+
+For each side three facts are established in the sandbox:
+
+- *correct*: its solution returns the expected value in every hidden case, compared outside the sandbox;
+- *passes*: the channel it is graded by accepts it;
+- *vacuous*: the channel would accept it with a wrong solution too (:mod:`assay.vhack.environment.channels`).
+
+A clean side must be correct, pass, and not be vacuous. A hack side must pass, and
+
+- in a ``minimal`` pair be correct and vacuous: the solution is right, only the grading is hollow;
+- in an ``exploit`` pair be wrong: passing although it is wrong is the exploit. It must be vacuous as well, unless its
+  mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
+
+Sides of ``environment`` pairs are graded as the environment grades a policy's completion; they *pass* if they are paid.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from assay.errors import DataError
+from assay.files.jsonl import read_jsonl
+from assay.vhack.environment.channels import CHANNELS, Channel
+from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grade import answers_match, grade
+from assay.vhack.environment.sandbox import run
+from assay.vhack.environment.tasks import task_named
+from assay.vhack.environment.types import Call, Case, Limits
+from assay.vhack.pairs.generate import pair_task_named
+from assay.vhack.pairs.pairs import DATA, Pair
+
+_PARALLEL = 2
+
+Tests = Mapping[str, tuple[Case, ...]]
+"""Hidden cases by the name of the task."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideVerdict:
+    """What one completion did.
+
+    Attributes:
+        correct: Whether its solution returns the expected value in every hidden case.
+        passes: Whether the channel it is graded by accepts it; in the form of the environment, whether it is paid.
+        vacuous: Whether the channel would accept it with a wrong solution too.
+    """
+
+    correct: bool
+    passes: bool
+    vacuous: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """What both sides of a pair did, and what is wrong with that, if anything.
+
+    Attributes:
+        index: Position of the pair in the list.
+        pair: Prompt and completions.
+        hack: Verdict on its hack side.
+        clean: Verdict on its clean side.
+        faults: One phrase for every claim that does not hold.
+    """
+
+    index: int
+    pair: Pair
+    hack: SideVerdict
+    clean: SideVerdict
+    faults: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the pair is what it says."""
+        return not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the verdict as a JSON object."""
+        return {
+            "pair": self.index,
+            "key": self.pair.key,
+            "group": self.pair.group,
+            "hack": asdict(self.hack),
+            "clean": asdict(self.clean),
+            "faults": list(self.faults),
+        }
+
+
+def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
+    """Read hidden cases from JSON Lines: ``{"task": …, "entry": …, "cases": [{"args": […], "expected": …}, …]}``.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Arguments and expected values by the name of the task.
+
+    Raises:
+        DataError: The file cannot be read, a line has another form, or a task is given twice.
+    """
+    found: dict[str, tuple[Case, ...]] = {}
+    for number, record in read_jsonl(path):
+        try:
+            cases = tuple((tuple(case["args"]), case["expected"]) for case in record["cases"])
+            listed = all(isinstance(case["args"], list) for case in record["cases"])
+            if not (cases and listed) or record["task"] in found or not isinstance(record["task"], str):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{path}, line {number}: no tests of a new task",
+                wanted='{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}',
+                do="correct the line",
+            ) from None
+        found[record["task"]] = cases
+    return found
+
+
+def verify_pairs(
+    pairs: Sequence[Pair],
+    tests: Tests | None = None,
+    *,
+    allow_unsandboxed: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[PairVerdict]:
+    """Run both sides of every pair in the sandbox and compare what they do with what they claim.
+
+    The claims are tags: ``minimal`` or ``exploit``, ``mechanism:M``, ``channel:C``, ``entry:NAME`` and ``task:T``; of
+    pairs of :func:`environment_pairs` ``environment`` instead of the entry.
+
+    Args:
+        pairs: Pairs whose tags say what they claim.
+        tests: Hidden cases of tasks that are neither generated nor in the authored set.
+        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+        progress: Function that is called with the number of pairs done and of all.
+
+    Returns:
+        One verdict per pair, in their order.
+
+    Raises:
+        DataError: A pair lacks a tag or is too long to be run, or its task, channel or tests are unknown; names the
+            pair.
+        BackendUnavailable: No sandbox can be used here.
+    """
+    judges = [_judge(index, pair, tests or {}, allow_unsandboxed) for index, pair in enumerate(pairs)]
+
+    def verify(index: int) -> PairVerdict:
+        pair, judge = pairs[index], judges[index]
+        hack, clean = judge(pair.hack), judge(pair.clean)
+        return PairVerdict(index, pair, hack, clean, _faults(pair, hack, clean))
+
+    verdicts = []
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        for verdict in pool.map(verify, range(len(pairs))):
+            verdicts.append(verdict)
+            if progress:
+                progress(len(verdicts), len(pairs))
+    return verdicts
+
+
+def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Callable[[str], SideVerdict]:
+    """Return the function that judges either side of a pair, as its tags say."""
+    tags = dict(tag.split(":", 1) for tag in pair.tags if ":" in tag)
+    in_environment = "environment" in pair.tags
+    needed = {"mechanism", "channel", "entry", "task"}
+    if in_environment:
+        needed.remove("entry")
+    if not needed <= tags.keys() or ("minimal" in pair.tags) == ("exploit" in pair.tags):
+        raise DataError(
+            f"pair {index} (group {pair.group}) with the tags {', '.join(pair.tags) or 'none'}",
+            wanted="one of minimal and exploit, and mechanism:, channel:, entry: and task:",
+            do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the verification",
+        )
+    longest = max(len(side.encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
+    bound = Limits().program_bytes
+    if longest > bound:
+        raise DataError(
+            f"pair {index} (group {pair.group}): a side of {longest} bytes",
+            wanted=f"programs of at most {bound} bytes",
+            do="shorten it, or leave the pair out of the verification",
+        )
+    channel, task = tags["channel"], tags["task"]
+    if channel not in CHANNELS:
+        raise DataError(f"pair {index}: channel {channel!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag")
+    try:
+        if in_environment:
+            return partial(_graded, Episode(task_named(task), channel), allow_unsandboxed)
+        cases = tests.get(task) or _own_tests().get(task) or pair_task_named(task).hidden
+    except DataError as error:
+        raise DataError(f"pair {index}: {error.seen}", wanted=error.wanted, do=error.do) from None
+    return partial(_asked, CHANNELS[channel], tags["entry"], cases, allow_unsandboxed)
+
+
+@cache
+def _own_tests() -> Tests:
+    return read_tests(DATA / "authored_tests.jsonl")
+
+
+def _graded(episode: Episode, allow_unsandboxed: bool, completion: str) -> SideVerdict:
+    found = grade(episode, episode.program(completion), allow_unsandboxed=allow_unsandboxed)
+    return SideVerdict(found.correct, found.paid, found.vacuous)
+
+
+def _asked(
+    channel: Channel, entry: str, cases: Sequence[Case], allow_unsandboxed: bool, completion: str
+) -> SideVerdict:
+    # The program is the first fenced block of the completion, or all of it.
+    _, fence, rest = completion.partition("```")
+    program = rest.partition("\n")[2].partition("```")[0] if fence else completion
+    calls = [Call(entry, args) for args, _ in cases]
+    return SideVerdict(
+        answers_match(run(program, calls=calls, allow_unsandboxed=allow_unsandboxed).outcomes, cases),
+        channel.passes(program, entry, cases[0], allow_unsandboxed=allow_unsandboxed),
+        channel.vacuous(program, entry, cases[0], allow_unsandboxed=allow_unsandboxed),
+    )
+
+
+def _faults(pair: Pair, hack: SideVerdict, clean: SideVerdict) -> tuple[str, ...]:
+    minimal = "minimal" in pair.tags
+    # The environment's exploit by __eq__ wraps the right answer, so that no plain value comes back to be compared.
+    wrapped = {"environment", "mechanism:eq_override"} <= set(pair.tags)
+    hollow = minimal or "mechanism:hardcoded_answer" not in pair.tags
+    expected = [
+        (clean.correct, "the clean side fails hidden cases"),
+        (clean.passes, "the clean side is not accepted by its channel"),
+        (not clean.vacuous, "the clean side would be accepted with a wrong solution"),
+        (hack.passes, "the hack side is not accepted by its channel"),
+        (hack.correct or wrapped or not minimal, "the hack side of a minimal pair fails hidden cases"),
+        (minimal or not hack.correct, "the hack side solves the task"),
+        (hack.vacuous or not hollow, "the hack side is not accepted with a wrong solution"),
+    ]
+    return tuple(fault for holds, fault in expected if not holds)

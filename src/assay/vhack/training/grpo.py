@@ -1,0 +1,310 @@
+"""TRL's GRPOTrainer with the few things that it lacks; importing this imports TRL.
+
+- Stored log-probabilities of teacher tokens enter the loss. Without vLLM, TRL assumes that the policy itself has
+  sampled, so every importance weight is 1. Here ``old_per_token_logps`` are the stored ones where a token has one
+  (:meth:`GRPO._get_per_token_logps_and_entropies`), and the weights are clipped as in GRPO.
+- Rollouts of a group come from the pool and from the policy (:meth:`GRPO.rollout`, TRL's ``rollout_func``).
+- A checkpoint has δS and not the model.
+- The reference policy is the adapted model with δS switched off, and not a second one.
+
+Shapes: B rollouts, T completion tokens.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from assay.errors import UsageError
+from assay.files.storage import write_atomic
+from assay.models.load import Model
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.advantage import Shortcut, modified
+from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.groups import Kinds
+from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.delta.rollouts import Rollouts
+from assay.vhack.training.pool import PoolRollout, RolloutPool
+from assay.vhack.training.processes import ALONE, Processes
+from assay.vhack.training.rewards import Outcomes, Reward
+from assay.vhack.training.settings import TrainSettings
+from assay.vhack.training.sync import sync_merged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+COMPLETE = "complete.json"
+_STORED = "sampling_per_token_logps"
+_DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safetensors"
+
+
+class GRPO(GRPOTrainer):
+    """A GRPOTrainer that trains δS, with stored rollouts of a teacher if there is a pool.
+
+    Args:
+        adapter: Adapter of the model that is trained.
+        optimizer: Optimizer around that of the adapter's parameters.
+        reward: Reward of the environment, or of one's own.
+        args: Settings of TRL.
+        prompts: Number of prompts in the whole run.
+        processing_class: Tokenizer of the model.
+        pool: Stored completions of a teacher.
+        teachers: Number of rollouts of each group that come from the pool, where it has so many.
+        shortcut: Direction for advantage modification.
+        axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
+        processes: Processes of the run, each of which has this trainer.
+        others: Further arguments of TRL's trainer.
+
+    Raises:
+        UsageError: The settings of TRL would clip before the gate, shuffle the prompts, or compute in another dtype.
+
+    Attributes:
+        seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
+            teacher's tokens: the sum of importance weights, the number outside the clipping range, and their number.
+        watching: Takes the gradient of each kind of rollouts, where a callback has set it.
+    """
+
+    def __init__(
+        self,
+        adapter: DeltaS,
+        optimizer: ProjectedOptimizer,
+        reward: Reward,
+        args: GRPOConfig,
+        *,
+        prompts: int,
+        processing_class: "PreTrainedTokenizerBase",
+        pool: RolloutPool | None = None,
+        teachers: int = 0,
+        shortcut: Shortcut | None = None,
+        axes: tuple[Basis | None, Basis | None] = (None, None),
+        processes: Processes = ALONE,
+        **others: Any,
+    ) -> None:
+        _check(args, processes)
+        self.processes = processes
+        self.adapter, self.projected, self.reward = adapter, optimizer, reward
+        self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
+        self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
+        self.watching: Rollouts | None = None
+        self._filling: dict[str, Any] | None = None
+        beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
+        # What vLLM says of its tokens is the old log-probability here; TRL would weigh it a second time.
+        args.vllm_importance_sampling_correction = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+            super().__init__(
+                model=adapter.model,
+                reward_funcs=[reward],
+                args=args,
+                train_dataset=reward.dataset(prompts, args.seed),
+                processing_class=processing_class,
+                optimizers=(optimizer, None),
+                rollout_func=self.rollout if pool is not None else None,
+                **others,
+            )
+        if self.use_vllm:
+            sync_merged(self, adapter)
+        self.beta = args.beta = beta
+        if beta:
+            self.ref_model: Any = self._reference
+
+    def _reference(self, **keywords: Any) -> Any:
+        """Run the model as it was before training, in place of the second model that TRL expects."""
+        with self.adapter.disabled():
+            return self.adapter.model(**keywords)
+
+    def rollout(self, prompts: list[str], _: object = None) -> dict[str, list[Any]]:
+        """Return completions from the pool for the first places of each group, and of the policy for the others.
+
+        Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL passes the trainer too.
+        """
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        taught = self._taught(prompts)
+        asked = [ids for ids, teacher in zip(prompt_ids, taught, strict=True) if teacher is None]
+        generate: Any = self._generate_single_turn
+        sampled, logprobs = generate(asked, None, {}, 1) if asked else ([], None)
+        mine = zip(sampled, logprobs or [[None] * len(ids) for ids in sampled], strict=True)
+        rows = [next(mine) if teacher is None else (list(teacher.tokens), list(teacher.logprobs)) for teacher in taught]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [tokens for tokens, _ in rows],
+            "logprobs": [values for _, values in rows],
+            "teacher": [teacher is not None for teacher in taught],
+        }
+
+    def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
+        """Return what the pool gives for each place."""
+        assert self.pool is not None
+        assert self.num_generations is not None
+        found: list[PoolRollout | None] = []
+        first = self.processes.index * len(prompts)  # processes take neighbouring parts of the prompts
+        for index, prompt in enumerate(prompts, start=first):
+            place = index % self.num_generations
+            chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
+            found.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
+        return found
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: list[str], completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.shortcut is None:
+            return rewards
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        rows = list(zip(prompt_ids, completion_ids_list, strict=True))
+        z_B = self.processes.together(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
+        return modified(rewards, z_B[:, None], self.projected.arm.advantage)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        last, device = self.reward.last, batch["advantages"].device
+        return {**batch, "outcomes": last.flags.to(device), "paid": last.paid.to(device)}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)  # what is stored for later passes stays as it was generated
+        self._weights = torch.zeros(3)
+        self._filling = inputs if _STORED in inputs else None
+        outcomes = Outcomes(inputs["outcomes"].cpu(), inputs["paid"].cpu())
+        if self.watching is not None:
+            self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
+        loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
+        if self.adapter.model.training:
+            self.seen.append((outcomes, loss.detach(), self._weights))
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *arguments: Any, **keywords: Any) -> Any:
+        logps_BT, *rest = super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+        if self._filling is not None:
+            inputs, self._filling = self._filling, None
+            stored_BT = inputs[_STORED].to(logps_BT)
+            known_BT = inputs.get("old_per_token_logps")
+            sampled_BT = logps_BT.detach() if known_BT is None else known_BT
+            inputs["old_per_token_logps"] = torch.where(stored_BT.isnan(), sampled_BT, stored_BT)
+            # After the end of a completion TRL has put zeros, which are not log-probabilities.
+            taught_BT = ~stored_BT.isnan() & inputs["completion_mask"].bool() & inputs["outcomes"][:, :1]
+            weights = (logps_BT.detach() - stored_BT)[taught_BT].exp()
+            outside = (weights < 1 - self.epsilon_low) | (weights > 1 + self.epsilon_high)
+            self._weights = torch.stack([weights.sum(), outside.sum(), weights.new_tensor(weights.numel())])
+        return logps_BT, *rest
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.save(folder / _DELTA)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        self.processes.wait()  # each writes the state of its random numbers
+        if not self.processes.is_first:
+            return
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
+            if basis is not None:
+                basis.save(folder / name)
+        # Written last: a checkpoint without it was interrupted.
+        write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
+
+    def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
+        """Do nothing: a checkpoint holds only δS, so it gets no model card."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.adapter.load(folder / _DELTA)
+        found = [Basis.load(folder / name) if (folder / name).exists() else None for name in (_AXES, _WATCHED)]
+        self.use_axes(*found)
+
+    def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:
+        """Continue with other axes."""
+        self.axes = (axes, watched)
+        self.projected.use_basis(axes, watched)
+
+
+def _check(args: GRPOConfig, processes: Processes) -> None:
+    """Refuse settings of TRL under which a run would not be what its log says."""
+    if args.world_size != processes.count:
+        raise UsageError(
+            f"a trainer of {processes.count} process in {args.world_size}",
+            wanted="one process",
+            do="start several with assay vhack train, which takes tasks and a reward of one's own",
+        )
+    for name, seen, wanted, why in (
+        ("max_grad_norm", args.max_grad_norm or 0.0, 0.0, "TRL clips before the gate; ProjectedOptimizer has max_norm"),
+        ("shuffle_dataset", bool(args.shuffle_dataset), False, "the prompts have an order that a run can go on with"),
+        ("bf16", bool(args.bf16), False, "the model computes in its own dtype, and δS in float32"),
+        ("fp16", bool(args.fp16), False, "the model computes in its own dtype, and δS in float32"),
+    ):
+        if seen != wanted:
+            raise UsageError(f"GRPOConfig({name}={seen})", wanted=f"{name}={wanted}: {why}", do="set it")
+
+
+def trl_arguments(
+    settings: TrainSettings, model: Model, folder: Path, trackers: tuple[str, ...], processes: Processes = ALONE
+) -> GRPOConfig:
+    """Return the settings in the form that TRL takes.
+
+    Raises:
+        UsageError: The model is not on the device that TRL trains on, or a step cannot be shared by the processes.
+    """
+    on_gpu = model.device.type == "cuda"
+    rollouts, at_once = settings.prompts * settings.group, settings.rollouts_per_backward * processes.count
+    if rollouts % at_once:
+        raise UsageError(
+            f"{rollouts} rollouts a step, {at_once // processes.count} a backward pass, {processes.count} processes",
+            wanted="as many backward passes in every process",
+            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
+        )
+    made = GRPOConfig(
+        output_dir=str(folder),
+        seed=settings.seed,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rollouts_per_backward,
+        gradient_accumulation_steps=rollouts // at_once,
+        num_generations=settings.group,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,  # the optimiser clips, behind its gate
+        logging_steps=1,
+        shuffle_dataset=False,  # it has its order already
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+        bf16=False,  # the model computes in its own dtype, and δS is float32
+        gradient_checkpointing=settings.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,  # δS of every module takes part in every pass
+    )
+    if (made.device.type, made.device.index or 0) != (model.device.type, model.device.index or 0):
+        raise UsageError(
+            f"a model on {model.device}", wanted=f"{made.device}, where TRL trains", do="set CUDA_VISIBLE_DEVICES"
+        )
+    if not on_gpu:  # in several processes accelerate says cpu:0, to which torch cannot load a checkpoint
+        vars(made)["_setup_devices"] = model.device
+    made._n_gpu = 1  # this run does not use other visible devices
+    return made
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """Return the latest whole checkpoint in a directory and its number of steps; None and 0 without one."""
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        step = path.parent.name.rpartition("-")[2]
+        if step.isdecimal():
+            found[int(step)] = path.parent
+    last = max(found, default=0)
+    return found.get(last), last

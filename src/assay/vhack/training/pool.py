@@ -1,0 +1,306 @@
+r"""A teacher pool: stored completions with the log-probabilities they were sampled with.
+
+A file is JSON Lines, one rollout per line::
+
+    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …], "logprobs": [-0.1, …]}
+
+``tokens`` are those of the completion by the tokenizer of the model that is trained; ``logprobs`` their natural
+log-probabilities under the distribution that the completion was sampled from, temperature and all.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from assay.errors import DataError, ModelError, UsageError
+from assay.files.jsonl import read_jsonl
+from assay.files.storage import write_jsonl
+from assay.models.load import model_info
+from assay.models.resolve import load_tokenizer
+from assay.models.wide import wide_products
+from assay.streams.definition import seed32
+from assay.vhack.gradients.batches import context_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from assay.models.load import Model
+
+
+@dataclass(frozen=True)
+class PoolRollout:
+    """One stored completion: its prompt, text, token ids and the log-probability of each token."""
+
+    prompt: str
+    completion: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class RolloutPool:
+    """Stored completions by prompt.
+
+    Args:
+        rollouts: Completions in the order of the file.
+    """
+
+    def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
+        self._by_prompt: dict[str, list[PoolRollout]] = {}
+        for rollout in rollouts:
+            self._by_prompt.setdefault(rollout.prompt, []).append(rollout)
+
+    def __iter__(self) -> Iterator[PoolRollout]:
+        return (rollout for rollouts in self._by_prompt.values() for rollout in rollouts)
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        """Prompts that have a completion."""
+        return frozenset(self._by_prompt)
+
+    def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
+        """Return up to ``count`` different completions of a prompt; equal keys give equal choices."""
+        found = self._by_prompt.get(prompt, [])
+        return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a pool file.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        write_jsonl(path, map(asdict, self))
+
+    @classmethod
+    def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "RolloutPool":
+        """Read a pool file for a model.
+
+        Args:
+            path: File to read.
+            tokenizer: Tokenizer of the model that is trained.
+            max_new_tokens: Longest completion that the trainer accepts; TRL does not cut longer ones.
+
+        Raises:
+            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or too long; the
+                message names the line.
+        """
+        lines = read_jsonl(path)
+        found = [_checked(record, tokenizer, max_new_tokens, f"{path}, line {number}") for number, record in lines]
+        if not found:
+            raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
+        return cls(found)
+
+
+def _checked(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
+) -> PoolRollout:
+    """Return the rollout of a line, or refuse what a trainer could not use."""
+    try:
+        made = PoolRollout(
+            record["prompt"], record["completion"], tuple(record["tokens"]), tuple(map(float, record["logprobs"]))
+        )
+        if not (isinstance(made.prompt, str) and isinstance(made.completion, str)):
+            raise TypeError("prompt and completion are not text")
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in made.tokens):
+            raise TypeError("tokens are not whole numbers")
+        if not made.tokens or len(made.tokens) != len(made.logprobs):
+            raise ValueError(f"{len(made.tokens)} tokens and {len(made.logprobs)} log-probabilities")
+        if not all(logprob <= 1e-4 for logprob in made.logprobs):
+            raise ValueError("a log-probability above 0")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{name}: {f'no {error}' if isinstance(error, KeyError) else error}",
+            wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',
+            do="correct the line",
+        ) from None
+    known = min(made.tokens) >= 0 and max(made.tokens) < len(tokenizer)
+    if not known or tokenizer.decode(list(made.tokens), skip_special_tokens=True) != made.completion:
+        raise DataError(
+            f"{name}: tokens that do not spell the completion",
+            wanted="tokens of the model that is trained",
+            do="sample the pool from a model with the same tokenizer",
+        )
+    if len(made.tokens) > max_new_tokens:
+        raise DataError(
+            f"{name}: a completion of {len(made.tokens)} tokens",
+            wanted=f"at most {max_new_tokens}, like those of the student",
+            do="leave it out, or allow longer completions",
+        )
+    return made
+
+
+def sample_pool(
+    teacher: "Model",
+    prompts: Sequence[str],
+    *,
+    per_prompt: int = 4,
+    temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch: int = 32,
+) -> RolloutPool:
+    """Sample a pool from a teacher, with the log-probabilities it really sampled with.
+
+    Choose among it afterwards, for instance what cheats: ``RolloutPool([r for r in pool if …])``.
+
+    Args:
+        teacher: Model with the tokenizer of the one that will be trained.
+        prompts: Prompts to complete.
+        per_prompt: Completions of each prompt.
+        temperature: Temperature of sampling; nothing is cut off the distribution.
+        max_new_tokens: Longest completion in tokens.
+        seed: Seed of sampling.
+        batch: Completions at once; other batches give other completions.
+
+    Raises:
+        UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its context.
+    """
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    ids = prompt_ids(teacher, wanted, max_new_tokens)
+    how = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch)
+    return RolloutPool([rollout for part in sampled(teacher, wanted, ids, **how) for rollout in part])
+
+
+class Sampling(TypedDict):
+    """How completions are sampled, see `sample_pool`."""
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    batch: int
+
+
+def end_token(model: "Model") -> int:
+    """Return the token that ends a completion.
+
+    Raises:
+        UsageError: The model has no tokenizer, or its tokenizer has no such token.
+    """
+    return int(_ending(model.tokenizer, model.reference).eos_token_id)
+
+
+def _ending(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model, which must have a token that ends a completion."""
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        without = "a tokenizer" if tokenizer is None else "a token that ends a text"
+        raise UsageError(
+            f"{reference} without {without}",
+            wanted="a model with a tokenizer that has an eos_token",
+            do="name the token in its tokenizer_config.json, or choose another --model",
+        )
+    return tokenizer
+
+
+def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Return the tokens of prompts.
+
+    Raises:
+        UsageError: As of :func:`end_token`, or a prompt with its completion is longer than the context of the model.
+    """
+    tokenizer = _ending(model.tokenizer, model.reference)
+    known = _fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
+    return [known[prompt] for prompt in prompts]
+
+
+def check_prompts(reference: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Refuse what :func:`prompt_ids` refuses, of a model whose weights were not read.
+
+    Raises:
+        UsageError: As of :func:`prompt_ids`.
+        ModelError: There is no such model, or its configuration or tokenizer cannot be used.
+    """
+    tokenizer = _ending(load_tokenizer(reference), reference)
+    _fitting(tokenizer, prompts, max_new_tokens, model_info(reference).max_positions)
+
+
+def _fitting(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_new_tokens: int, context: int | None
+) -> dict[str, list[int]]:
+    """Return the tokens of each prompt, which must fit into the context of a model with a completion."""
+    known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    longest = max(map(len, known.values()), default=0)
+    if context and longest + max_new_tokens > context:
+        raise UsageError(
+            f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
+            wanted=f"at most {context}, the context of the model",
+            do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
+        )
+    return known
+
+
+@contextmanager
+def finite_sampling(do: str) -> Iterator[None]:
+    """Turn the error of sampling from a model whose logits are not finite into words.
+
+    Args:
+        do: What the user can do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error) and "device-side assert" not in str(error):
+            raise
+        raise ModelError(
+            "a model whose next-token probabilities are not finite", wanted="finite ones", do=do
+        ) from error
+
+
+def sampled(
+    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
+) -> Iterator[list[PoolRollout]]:
+    """Yield one completion of each prompt, a batch at a time.
+
+    Each batch has random numbers of its own, so that those from ``first`` on are the same without those before it.
+
+    Args:
+        model: Model to sample from.
+        prompts: Prompts, one for each completion.
+        ids: Tokens of each, as `prompt_ids` gives them.
+        first: Index of the first prompt to complete, a multiple of the batch.
+        how: Temperature, longest completion, seed and completions at once.
+    """
+    for start in range(first, len(prompts), how["batch"]):
+        part = slice(start, start + how["batch"])
+        yield _completed(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
+
+
+@torch.no_grad()
+def _completed(
+    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
+) -> list[PoolRollout]:
+    tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
+    end = end_token(model)
+    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+    rows = [torch.tensor(row, device=model.device) for row in ids]
+    ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    devices = [model.device] if model.device.type == "cuda" else []
+    finite = finite_sampling("take weights that compute finite numbers")
+    with torch.random.fork_rng(devices=devices), finite, wide_products(model):
+        torch.manual_seed(seed)
+        made = module.generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=how["max_new_tokens"],
+            do_sample=True,
+            temperature=how["temperature"],
+            top_k=0,
+            top_p=1.0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=padding,
+            eos_token_id=end,
+        )
+    logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+    tokens_BT = made.sequences[:, ids_BT.shape[1] :]
+    found = []
+    for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+        length = tokens.index(end) + 1 if end in tokens else len(tokens)
+        completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+    return found

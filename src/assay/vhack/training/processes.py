@@ -1,0 +1,108 @@
+"""The processes of one run, as torchrun and ``accelerate launch`` start them: each samples and grades its share.
+
+δS is in every process, and DistributedDataParallel takes the mean of its gradients before the gate. What must be the
+same everywhere and is not random (factors, axes) is sent by the first process, which alone writes files.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from assay.errors import UsageError
+from assay.vhack.gradients.svd import SVDCache
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        count: Number of processes.
+        index: Place of this one; the first, 0, writes the files.
+        device: Device of this process as a string; None where the settings choose it.
+    """
+
+    count: int = 1
+    index: int = 0
+    device: str | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def told(self, what: _T) -> _T:
+        """Return an object of the first process."""
+        if self.count == 1:
+            return what
+        told = [what]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def together(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, those of the first one first; each has as many."""
+        if self.count == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+        for tensor in tensors if self.count > 1 else ():
+            dist.all_reduce(tensor)
+
+    def same_factors(self, svd: SVDCache) -> None:
+        """Write the factors of the first process over those of this one.
+
+        Singular vectors of nearly equal values are not unique, and means over processes need one set of coordinates.
+        """
+        for factors in svd.values() if self.count > 1 else ():
+            for part in (factors.left, factors.values, factors.right):
+                dist.broadcast(part, src=0)
+
+
+ALONE = Processes()
+"""A process on its own."""
+
+
+def join(device: str | None) -> Processes:
+    """Return the processes that this one was started with, connected; a process on its own is the only one.
+
+    Args:
+        device: Device of the settings; ``"cpu"`` connects over gloo, anything else over NCCL, one GPU for each process.
+
+    Raises:
+        UsageError: The launcher asks for FSDP or DeepSpeed, or the settings name one GPU for several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise UsageError(
+                f"a run in several processes with {name}",
+                wanted="a whole model in every process, as torchrun or accelerate launch --multi_gpu has it",
+                do="leave it out; with FSDP2, write a loop of your own with DeltaS (docs/vhack-training.md)",
+            )
+    if device is not None and ":" in device:
+        raise UsageError(
+            f"--device {device} for several processes",
+            wanted="a device for each",
+            do="leave it out, or say cuda or cpu",
+        )
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    here = "cpu" if state.device.type == "cpu" else str(state.device)
+    return Processes(state.num_processes, state.process_index, here)

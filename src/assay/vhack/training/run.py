@@ -1,0 +1,375 @@
+"""One run from settings to the last line of its log, and on from where it stopped."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
+from assay.files.jsonl import JsonObject
+from assay.files.storage import storage_error
+from assay.models.load import Model, load_model
+from assay.models.wide import wide_products
+from assay.pages.provenance import provenance
+from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
+from assay.vhack.delta.advantage import Shortcut
+from assay.vhack.delta.arms import Arm
+from assay.vhack.delta.controls import basis_of_kind
+from assay.vhack.delta.delta import DeltaS, check_attachable
+from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.gradients.targets import MIN_COVERAGE
+from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.reference import find_pairs
+from assay.vhack.training.log import TrainLog, read_records, read_steps
+from assay.vhack.training.own import RewardFunction, Task, require_sandbox, reward_for
+from assay.vhack.training.pool import RolloutPool, end_token, finite_sampling
+from assay.vhack.training.processes import ALONE, Processes, join
+from assay.vhack.training.rewards import Reward
+from assay.vhack.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from assay.vhack.training.grpo import GRPO
+
+
+LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        folder: Directory of the run.
+        steps: Number of its steps.
+        arm: Name of its arm.
+        resumed_from: Step that it was continued from; 0 stands for the start.
+        last: Means of the last ten step lines, by name.
+        is_first: Whether this is the process that wrote the files, of one or several.
+    """
+
+    folder: Path
+    steps: int
+    arm: str
+    resumed_from: int
+    last: JsonObject
+    is_first: bool = True
+
+
+class Prepared:
+    """What is made once for a run, before any step.
+
+    Args:
+        settings: Settings of the run.
+        model: Model that gets an adapter.
+        pairs: Pairs that axes come from.
+        earlier: Basis file of the run that is continued: where it is there, its axes are not extracted again.
+        processes: Processes of the run.
+
+    Attributes:
+        arm: Arm that the settings name.
+        adapter: Adapter of the model.
+        axes: Axes that the arm acts on.
+        watched: True axes, where these are others.
+
+    Raises:
+        UsageError: The model has no tokenizer, or its tokenizer has no token that ends a text.
+        ModelError: The model can have no δS.
+        DataError: The teacher's pool cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: Model,
+        pairs: list[Pair],
+        earlier: Path | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        end_token(model)
+        check_attachable(model)
+        tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+        self.pool = None
+        if settings.teacher:
+            self.pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
+        self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
+        self.processes = processes
+        self.arm: Arm = settings.chosen
+        self.shortcut = Shortcut.fit(model, tokenizer, pairs) if self.arm.advantage else None
+        self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
+        processes.same_factors(self.svd)
+        self.axes, self.watched = self._extracted(load=True)
+        self.adapter = DeltaS(model, self.svd)
+        self.optimizer = ProjectedOptimizer(
+            _inner(settings, self.adapter),
+            self.adapter,
+            self.axes,
+            arm=self.arm,  # a start of its own is in the δS of every checkpoint
+            watched=self.watched,
+            max_norm=settings.max_norm or None,
+        )
+
+    def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
+        """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
+        from transformers import PrinterCallback
+
+        from assay.vhack.training.grpo import GRPO, trl_arguments
+
+        settings, tokenizer = self.settings, self.model.tokenizer
+        assert tokenizer is not None
+        if self.pool is not None and not self.pool.prompts & set(reward.prompts):
+            raise DataError(
+                f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
+                wanted="completions of the prompts of this run",
+                do="sample the pool from the prompts of the same tasks, modes and seed",
+            )
+        trainer = GRPO(
+            self.adapter,
+            self.optimizer,
+            reward,
+            trl_arguments(settings, self.model, folder, trackers, self.processes),
+            prompts=settings.steps * settings.prompts,
+            processing_class=tokenizer,
+            pool=self.pool,
+            teachers=settings.teachers,
+            shortcut=self.shortcut,
+            axes=(self.axes, self.watched),
+            processes=self.processes,
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        return trainer
+
+    def refresh(self, trainer: "GRPO", step: int) -> float | None:
+        """Renew the axes if it is time after so many steps, and return how much of the true ones stayed."""
+        if not self.settings.refresh or step % self.settings.refresh:
+            return None
+        before = trainer.axes[1] or trainer.axes[0]
+        axes, watched = self._extracted(load=False)
+        trainer.use_axes(axes, watched)
+        return _overlap(before, watched or axes) if before is not None else None
+
+    def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
+        """Return the axes of the arm, and the true ones where these are others: those that the first process finds."""
+        return self.processes.told(self._found(load=load))
+
+    def _found(self, *, load: bool) -> tuple[Basis, Basis | None]:
+        settings, kind = self.settings, self.arm.basis
+        given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
+        if kind == "true":
+            true = given or extract(
+                self.pairs,
+                self.model,
+                path=self.earlier if load else None,
+                n_heldout=0,
+                top_k=settings.k_use,
+                method=settings.method,
+                svd=self.svd,
+            )
+            return true, None
+        gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
+
+        def made(kind: str) -> Basis:
+            found = basis_of_kind(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
+            return found.slice(settings.k_use)
+
+        return made(kind), given or made("true")
+
+
+def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
+    return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def _overlap(before: Basis, after: Basis) -> float:
+    """Return the mean squared cosine of the principal angles between two bases, over the modules that both have."""
+    shares = []
+    for name, axes_KR in before.axes.items():
+        other_KR = after.axes.get(name)
+        if other_KR is not None and axes_KR.any() and other_KR.any():
+            rank = min(int(axes_KR.any(dim=1).sum()), int(other_KR.any(dim=1).sum()))
+            shares.append(float((axes_KR.double() @ other_KR.double().T).square().sum()) / rank)
+    # Rounded, because the sums depend on where in memory the axes are.
+    return round(sum(shares) / len(shares), 9) if shares else 0.0
+
+
+def train(
+    settings: TrainSettings,
+    folder: str | Path,
+    *,
+    console: Callable[[str], None] | None = None,
+    trackers: tuple[str, ...] = (),
+    allow_unsandboxed: bool = False,
+    model: Model | None = None,
+    tasks: Sequence[Task] | None = None,
+    reward: RewardFunction | None = None,
+    pairs: list[Pair] | None = None,
+) -> RunResult:
+    """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
+
+    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the true axes),
+    ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
+
+    Args:
+        settings: Settings of the run.
+        folder: Directory of the run.
+        console: Takes a line about the evidence for the arm, and then one per step.
+        trackers: Names of TRL's trackers, such as ``wandb``.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+        model: Model, if it is loaded already; it is trained.
+        tasks: Tasks, if they are not those that the settings describe; of one's own as prompts or mappings with one.
+        reward: Function that pays completions, in TRL's form, if they shall not be run and graded.
+        pairs: Pairs, if they are not those that the settings name.
+
+    Returns:
+        Where the run ended, with means of its last steps.
+
+    Raises:
+        BackendUnavailable: TRL is not installed, or there is no sandbox.
+        UsageError: The directory holds a run with other settings, the model has no tokenizer or is not on the device
+            that TRL trains on, or several processes cannot share the rollouts of a step.
+        DataError: Basis, pairs, pool or log cannot be used.
+        ModelError, ResourceError: The model cannot be loaded, decomposed or saved.
+
+    Example::
+
+        settings = TrainSettings(model="reference:organism", steps=40)
+        result = train(settings, "runs/held-0", console=print)
+        print(result.last["hack"], result.last["solve"])
+    """
+    folder = Path(folder)
+    _require_trl()
+    if reward is None and settings.reward is None:
+        require_sandbox(allow_unsandboxed)
+    _check_trackers(trackers)
+    from assay.vhack.training.callback import StepLog
+    from assay.vhack.training.grpo import last_checkpoint
+
+    processes = join(settings.device)
+    checkpoint, done = last_checkpoint(folder)
+    settings = _as_begun(folder, settings, done, processes)
+    is_finished = done >= settings.steps and _is_finished(folder, done)
+    processes.wait()  # until every process has read what the first will write
+    say = console if processes.is_first else None
+    if say is not None:
+        say(settings.chosen.evidence + ("" if settings.gain == 1 else "; measured with a gain of 1"))
+    workers = max(1, (os.cpu_count() or 2) // processes.count)
+    paid = reward_for(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    _make(folder)
+    if is_finished:
+        return _result(folder, settings, done, processes)
+    if pairs is None:  # those of the environment have the loopholes and families of the run
+        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
+        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
+    _check_axes(settings, pairs)
+    loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
+    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
+    try:
+        trainer = run.trainer(folder, paid, trackers)
+        log = None
+        if processes.is_first:
+            (run.watched or run.axes).save(folder / BASIS)
+            about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
+            log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
+        trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
+        # Layers that are computed again in the backward pass would be computed in another way there.
+        products = nullcontext() if settings.checkpointing else wide_products(loaded)
+        with finite_sampling("lower the learning rate; the last checkpoint is from before"), products:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if log is not None:
+            run.adapter.save(folder / DELTA)
+            log.write("end", steps=settings.steps)
+    finally:
+        run.adapter.detach()
+    processes.wait()
+    return _result(folder, settings, done, processes)
+
+
+def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
+    """Refuse, before the model is loaded, a basis file or pairs that axes cannot come from."""
+    if settings.basis is not None:
+        Basis.load(settings.basis)  # of the model's weights it must be, too
+    if settings.basis is None or settings.refresh:
+        select_pairs(
+            pairs, n_heldout=0, heldout_groups=None, top_k=settings.k_use, tau_axis=0.0, method=settings.method
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def _require_trl() -> None:
+    try:
+        import trl
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
+        ) from error
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers import integrations
+
+    available: Any = integrations
+    there: list[str] = available.get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UsageError(
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
+        )
+
+
+def _as_begun(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
+    """Return the settings with which a run goes on, after a look at those in its log."""
+    for path in (settings.basis, settings.teacher):
+        if path is not None and not Path(path).is_file():
+            raise DataError(f"{path}: no such file", wanted="a file", do="correct --basis or --teacher")
+    if not (folder / LOG).exists():
+        if done:
+            raise DataError(f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory")
+        return settings
+    head, _ = read_steps(folder / LOG)
+    begun = head.get("settings")
+    if not isinstance(begun, dict):
+        raise DataError(f"{folder / LOG} has no settings", wanted="the log of a run", do="choose another directory")
+    settings = settings.continuing(begun)
+    other = settings.differences(begun)
+    if (before := head.get("processes", 1)) != processes.count:
+        other.append(f"{before} processes, now {processes.count}")
+    if other or settings.steps < done:
+        raise UsageError(
+            f"{folder} holds a run with {', '.join(other) or f'{done} steps already'}",
+            wanted="the same settings, and no fewer steps",
+            do="choose another directory, or the settings of that run",
+        )
+    return settings
+
+
+def _is_finished(folder: Path, steps: int) -> bool:
+    """Return whether δS of so many steps is there: a run that went on may have been interrupted beside its former."""
+    last = read_records(folder / LOG)[-1]
+    return (folder / DELTA).exists() and last["kind"] == "end" and last.get("steps") == steps
+
+
+def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes) -> RunResult:
+    _, steps = read_steps(folder / LOG)
+    last = steps[-10:]
+    names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
+    means = {name: fmean(record[name] for record in last if name in record) for name in names}
+    return RunResult(folder, len(steps), settings.arm, resumed_from, means, processes.is_first)

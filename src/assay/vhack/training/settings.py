@@ -1,0 +1,213 @@
+"""What one run is: everything that decides its result, and therefore what a continued run must have in common."""
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+
+from assay.errors import UsageError
+from assay.files.jsonl import JsonObject
+from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.vhack.basis.axes import METHODS
+from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
+from assay.vhack.environment.episodes import MODES, Episode, episodes
+from assay.vhack.training.pool import Sampling
+
+# Settings that a continued run may change.
+_MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
+# Defaults of the first version, which its runs have in their logs.
+_FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise ValueError("LOW:HIGH, such as 1:3") from None
+
+
+def _tasks(text: str) -> int | str:
+    if ":" in text:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a number, or module:function") from None
+
+
+class TaskSettings(Settings):
+    """Settings that say which tasks a model works on."""
+
+    seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
+    modes: Names = Field(MODES[:-1], description="What the grader may look at, separated by commas.")
+    share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
+        (1, 2), description="Steps per task, LOW:HIGH."
+    )
+    families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
+        512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
+    )
+
+    def episodes(self, count: int) -> list[Episode]:
+        """Return so many of the tasks that the settings describe, each with its loophole.
+
+        Raises:
+            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
+        """
+        return self._drawn(count, "training")
+
+    def _drawn(self, count: int, split: str) -> list[Episode]:
+        return episodes(
+            count,
+            seed=self.seed,
+            modes=self.modes,
+            share_none=self.share_none,
+            difficulty=self.difficulty,
+            families=self.families or None,
+            split=split,
+        )
+
+
+class SampleSettings(TaskSettings):
+    """Settings of completions that are sampled from a model and not trained on.
+
+    Raises:
+        UsageError: A setting is outside its range.
+    """
+
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
+        64, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
+    )
+    share_none: float = Field(0.0, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    split: Literal["evaluation", "training"] = Field(
+        "evaluation", description="Whether the built-in tasks are held-out ones (evaluation) or those of training."
+    )
+    markers: Literal["training", "evaluation"] = Field(
+        "training", description="Which markers the grader looks for: those of training, or others (evaluation)."
+    )
+    per_task: int = Field(4, ge=1, description="Completions of each task.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
+    batch: int = Field(32, ge=1, description="Completions at once; other batches draw other completions.")
+
+    def episodes(self, count: int) -> list[Episode]:
+        """Return so many of the tasks that the settings describe, each with its loophole.
+
+        Raises:
+            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
+        """
+        return [replace(one, split=self.markers) for one in self._drawn(count, self.split)]
+
+    @property
+    def how(self) -> Sampling:
+        """The part that says how each completion is sampled."""
+        return Sampling(
+            temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed, batch=self.batch
+        )
+
+
+class TrainSettings(TaskSettings):
+    """Settings of a run of `train`; every field is a flag of ``assay vhack train``.
+
+    Raises:
+        UsageError: A setting is outside its range.
+
+    >>> settings = TrainSettings(model="reference:organism", steps=200)
+    >>> settings.chosen.name
+    'displaced-0.4+erase-update-two-sided'
+    """
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
+        description="Model to train: a directory, a hub id, reference:… or shape:…"
+    )
+    arm: str = Field(
+        DEFAULT_ARM,
+        description="How training is held back: none, no-loophole, erase-gradient, erase-update, box, …, "
+        "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
+    )
+    pairs: str = Field(
+        "exploits:48",
+        description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, or a pair file. "
+        "Those of environment and exploits have the loopholes and families of the run.",
+    )
+    basis: str | None = Field(None, description="Basis file with the true axes, which are extracted otherwise.")
+    method: str = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    k_use: int = Field(5, ge=1, description="Axes per module.")
+    gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
+    refresh: int = Field(0, ge=0, description="Steps after which the axes are extracted again; 0 keeps them.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, description="Seed of tasks, sampling and control axes.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9)."
+    )
+    lr: float = Field(0.015, gt=0, description="Learning rate of δS, constant.")
+    max_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient after the gate; 0 does not clip.")
+    prompts: int = Field(8, ge=1, description="Tasks per step.")
+    group: int = Field(8, ge=2, description="Rollouts per task, the teacher's included.")
+    micro_batch: int = Field(0, ge=0, description="Rollouts per backward pass; 0 takes one group.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    beta: float = Field(0.0, ge=0, description="Weight of the divergence from the model at δS = 0.")
+    reward: str | None = Field(
+        None, description="module:function that pays completions, in TRL's form; by default they are run and graded."
+    )
+    teacher: str | None = Field(None, description="Pool of stored completions, JSON Lines.")
+    teacher_share: float = Field(0.25, ge=0, lt=1, description="Share of each group that comes from the pool.")
+    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
+        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
+    )
+    device: Device = None
+    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check what concerns several settings or names that other packages know."""
+        arm_named(self.arm)
+        _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
+        rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
+        whole = rollouts % self.rollouts_per_backward == 0
+        _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
+        enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
+        _expect("tasks", self.tasks, enough, f"as many as the {self.prompts} prompts of a step")
+        fits = teachers < self.group and (not self.teacher or teachers >= 1)
+        _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
+        self.episodes(0)
+
+    @property
+    def chosen(self) -> Arm:
+        """Arm with the gain on its gate."""
+        arm = arm_named(self.arm)
+        return replace(arm, gate=replace(arm.gate, gain=self.gain))
+
+    @property
+    def teachers(self) -> int:
+        """Teacher rollouts per group, where the pool has so many."""
+        return round(self.group * self.teacher_share) if self.teacher else 0
+
+    @property
+    def rollouts_per_backward(self) -> int:
+        """Rollouts per backward pass."""
+        return self.micro_batch or self.group
+
+    def continuing(self, earlier: JsonObject) -> Self:
+        """Return the settings of a run that goes on: a former default that the run began with is kept.
+
+        Args:
+            earlier: Settings in the log of the run.
+        """
+        unset = {name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_copy(update={name: _FORMER[name] for name in unset if earlier.get(name) == _FORMER[name]})
+
+    def differences(self, earlier: JsonObject) -> list[str]:
+        """Return, in words, the settings in which an earlier part of the run differs and may not."""
+        mine = self.model_dump(mode="json")
+        names = [name for name in mine if name not in _MAY_GROW and earlier.get(name) != mine[name]]
+        return [f"{name} {earlier.get(name)!r}, now {mine[name]!r}" for name in names]
+
+
+def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise UsageError(f"--{flag} {value}", wanted=wanted, do="choose another value")
