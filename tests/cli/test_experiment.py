@@ -7,7 +7,7 @@ import pytest
 from assay_research.matrix.matrix import Plan
 from assay_research.runs.runs import open_run
 
-from tests.research.experiments.test_matrix import published_cells
+from research.tests.experiments.test_matrix import published_cells
 
 SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "cpu"]
 

@@ -8,10 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from assay_research import cheats
 
 from assay.cli import run
-from assay.poc import Proof
+from assay.poc import Proof, cheats
 from assay.poc.verdict import Ledger
 from tests.poc.verdict.ledgers import filled, honest, update
 

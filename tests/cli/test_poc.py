@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from assay_research import cheats
 
 from assay.models import wide
-from assay.poc import Proof, calibrate
+from assay.poc import Proof, calibrate, cheats
 
 PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24")  # what `prove` proves
 

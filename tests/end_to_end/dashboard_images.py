@@ -8,10 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from assay_research.cheats import rounded
-
 import assay
 from assay.poc import Proof, Round
+from assay.poc.cheats import rounded
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.report_images import save_picture
 from tests.end_to_end.server import Server

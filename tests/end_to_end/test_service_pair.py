@@ -23,9 +23,8 @@ WANTED = 48
 @pytest.fixture(scope="module")
 def int4_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint with its linear weights rounded to four bits."""
-    from assay_research.cheats import rounded
-
     from assay.models import load_model
+    from assay.poc.cheats import rounded
 
     path = tmp_path_factory.mktemp("int4") / "small"
     rounded(load_model(small_checkpoint, dtype="float32", device="cpu")).module.save_pretrained(path)

@@ -3,12 +3,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from assay_research import cheats
 
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
-from assay.poc import Proof, Round, prove
+from assay.poc import Proof, Round, cheats, prove
 from tests.models.storing import store
 
 

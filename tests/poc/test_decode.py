@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from assay_research.cheats import rounded, without_last_layers
 from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model, load_model
 from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, TokenRecord, calibrate, get_pipeline, prove, verify
+from assay.poc.cheats import rounded, without_last_layers
 from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.protocol.record import encoding, pack, packed_size, received, unpack
 from assay.poc.verdict.judge import residuals

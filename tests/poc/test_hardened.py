@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from assay_research import cheats
 
 from assay import streams
 from assay.errors import BadWeights, ProofFormatError
 from assay.models import load_model
 from assay.models.decoder import backbone, decoder_layers
-from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, prove, verify
+from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, cheats, prove, verify
 from assay.poc.protocol.pipelines import Positions
 from assay.poc.protocol.transforms import Transform
 

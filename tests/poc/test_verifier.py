@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from assay_research import cheats
 
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.jsonl import dumps
@@ -21,6 +20,7 @@ from assay.poc import (
     Round,
     VectorRecord,
     calibrate,
+    cheats,
     default_noise,
     judging_batch,
     prove,

@@ -77,7 +77,7 @@ def honest():
 @pytest.fixture(scope="session")
 def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of that model, rounded to four bits."""
-    from assay_research.cheats import rounded
+    from assay.poc.cheats import rounded
 
     path = tmp_path_factory.mktemp("int4") / "qwen3"
     rounded(honest, 4).module.save_pretrained(path)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from assay_research.cheats import rounded
 
 from assay import poc
 from assay.cli import run
 from assay.models import load_model
 from assay.poc import Proof
+from assay.poc.cheats import rounded
 from tests.vllm.conftest import ON_GPU, SEQ_LEN, SMALL
 
 pytestmark = pytest.mark.usefixtures("forked_engines")

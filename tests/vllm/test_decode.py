@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from _vllm import MODEL, chat_once
 from _vllm_forked import ForkedServer
-from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
+from assay.poc.cheats import rounded
 from assay.poc.protocol.record import pack
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, make_round
 

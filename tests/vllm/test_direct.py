@@ -15,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from _vllm import Server, talk
-from assay_research.cheats import rounded
 
 from assay import poc
 from assay.models import load_model
+from assay.poc.cheats import rounded
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
 from assay.models import load_model
 from assay.models.resolve import checkpoint_directory
 from assay.poc import HFEngine
+from assay.poc.cheats import rounded
 from assay.poc.vllm.client import RequestStream, _sampling
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from _vllm import KEY, REFERENCE, choose_forward, talk
 from _vllm_forked import ForkedServer
-from assay_research.cheats import rounded
 
 from assay import poc
 from assay.errors import CalibrationError, ModelError, UsageError
 from assay.models import load_model
 from assay.models.resolve import checkpoint_directory
+from assay.poc.cheats import rounded
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm.start import before_start
 from tests.poc.engines.test_lean import KINDS, SHAPE

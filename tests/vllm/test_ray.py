@@ -4,8 +4,8 @@ import pytest
 from _vllm_answers import SEEDED, begin, mixed
 from _vllm_forked import ForkedServer
 from _vllm_tokens import agreement
-from assay_research.cheats import rounded
 
+from assay.poc.cheats import rounded
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.ray_nodes import OPTIONS, Nodes, installed, with_ray
 from tests.vllm.receiver import Receiver

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from _vllm import KEY, MODEL, POW, Server, chat_once, talk
 from _vllm_forked import ForkedServer
-from assay_research.cheats import rounded
 
 from assay import poc
+from assay.poc.cheats import rounded
 from tests.vllm.conftest import SEQ_LEN, SMALL
 from tests.vllm.receiver import Receiver
 from tests.waiting import until

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from assay_research import cheats
 from assay_research.redteam.experts import (
     ASKED,
     EXPERTS_SAVED,
@@ -13,7 +12,7 @@ from assay_research.redteam.experts import (
 from assay.errors import UsageError
 from assay.models import Model, load_model
 from assay.models.decoder import decoder_layers
-from assay.poc import HFEngine
+from assay.poc import HFEngine, cheats
 
 T, LAYERS = 16, 4
 

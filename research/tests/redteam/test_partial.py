@@ -10,7 +10,7 @@ from assay.errors import UsageError
 from assay.models import Model, load_model
 from assay.models.decoder import backbone, decoder_layers
 from assay.poc.protocol.transforms import unit, weighted_sum
-from tests.research.redteam.conftest import T
+from research.tests.redteam.conftest import T
 
 FULL = Shortcut((3,) * T)
 

@@ -11,7 +11,7 @@ from assay_research.responses.provers import Requests, Served, with_honest_prefi
 from assay.errors import UsageError
 from assay.models import Model
 from assay.poc.responses import respond
-from tests.research.responses.conftest import STEPS
+from research.tests.responses.conftest import STEPS
 
 BY_NAME = {cheat.name: cheat for cheat in CHEATS}
 SILENT = {"cached answer, honest prefill", "int4 tokens, honest prefill", "noise of its own", "stops early"}

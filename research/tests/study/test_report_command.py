@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from assay.cli.vhack import report
 from assay.errors import DataError, UsageError
-from tests.research.study.test_summary import REFERENCE, logs_of
+from research.tests.study.test_summary import REFERENCE, logs_of
 
 
 @pytest.fixture(scope="module")

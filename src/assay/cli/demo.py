@@ -65,9 +65,8 @@ def run_honest(model: "Model", progress: Progress | None) -> list[Case]:
 
 def run_cheaters(model: "Model", honest: Sequence[Case], progress: Progress | None) -> list[Case]:
     """Let four cheaters claim the first honest round; the validator has the real model."""
-    from assay_research import cheats
-
     from assay import poc
+    from assay.poc import cheats
 
     claimed = honest[0].proof
     round, nonces = claimed.round, range(NONCES)

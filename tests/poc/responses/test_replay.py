@@ -6,11 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from assay_research import cheats
 
 from assay.errors import BadWeights, CalibrationError, ProofMismatch, UsageError
 from assay.models import Model, load_model
-from assay.poc import Fingerprint, Pins
+from assay.poc import Fingerprint, Pins, cheats
 from assay.poc.responses import (
     HFPrefill,
     Prompt,

@@ -34,6 +34,7 @@ from assay.files.jsonl import JsonObject
 from assay.models.load import Model, load_model
 from assay.pages.figures import MUTED, SERIES, figure, legend
 from assay.pages.html import Badge, Cell, Report
+from assay.poc import cheats
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.outputs import make_transform
 from assay.poc.protocol.pipelines import FORWARD, Pipeline, Step, get_pipeline
@@ -43,7 +44,6 @@ from assay.poc.verdict.calibrate import distances_from
 from assay.settings import Dtype, Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
-from assay_research import cheats
 from assay_research.matrix.table import PUBLISHED_LIMIT
 from assay_research.runs.report import Table
 from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from assay.models.load import Model, load_model
+from assay.poc import cheats
 from assay.poc.engines.hf.engine import HFEngine
 from assay.streams.backends import dtype_name
-from assay_research import cheats
 from assay_research.redteam.partial import Guesses, Part, PartialForward, Shortcut
 
 Family = Literal["weights", "layers", "positions", "parts", "none"]

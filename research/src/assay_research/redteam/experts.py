@@ -17,10 +17,10 @@ from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.load import Model, load_model
 from assay.models.quiet import quiet
+from assay.poc import cheats
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
-from assay_research import cheats
 from assay_research.redteam.attacks import OnEngine
 from assay_research.redteam.field import Reading
 

@@ -22,8 +22,8 @@ from assay.models.eight_bits import EightBitLinear
 from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.models.load import Model
 from assay.models.wide import wide_products
+from assay.poc.cheats import weight_of
 from assay.poc.protocol.transforms import unit
-from assay_research.cheats import weight_of
 
 RIDGE = 1e-4  # of the mean square of an input coordinate
 

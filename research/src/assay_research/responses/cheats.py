@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from assay.models.load import Model
-from assay_research import cheats
+from assay.poc import cheats
 from assay_research.responses.models import open_model, reads_text, tuned, without_layers
 from assay_research.responses.provers import Float8Cache, Requests, Seeded, Served, Step, decode, with_honest_prefill
 
