@@ -35,7 +35,7 @@ RUN = {
         "vhack-training",
     ),
     "tests/docs/test_pages_of_results.py": (
-        *("experiments", "redteam", "redteam-responses", "gpu", "vllm", "vhack-results", "vhack-experiment-3"),
+        *("experiments", "redteam", "redteam-responses", "gpu", "vllm", "vhack-results"),
     ),
 }
 """Pages whose blocks run, by the test that runs all of them but the lines of docs/blocks.md."""

@@ -127,12 +127,6 @@ def test_noise_between_vllm_and_transformers(folder: Path):
 def test_studies_of_training(folder: Path):
     pytest.importorskip("trl")
     study = {"_results.py OUT --keep": f"_results.py {RESULTS}/vhack_study3 --keep"}
-    steps = "--steps 1 --prompts 2 --group 2 --max-new-tokens 8 --pairs generated:12"
-    held(script("vhack-results", instead=study, small={"assay vhack train": steps}), folder)
+    held(script("vhack-results", instead=study), folder)
     assert "<svg" in (folder / "page.html").read_text()
-    assert (folder / "RUN" / "delta.safetensors").is_file()
-    results = folder / "research" / "results" / "vhack_study3.json"
-    assert results.is_file()
-    results.unlink()
-    held(script("vhack-experiment-3", instead=study), folder)
-    assert results.is_file()
+    assert (folder / "research" / "results" / "vhack_study3.json").is_file()
