@@ -99,12 +99,12 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a generating service, and of one that stores receipts
-	$(BIN)/python research/benchmarks/service_soak.py -o research/results/service_soak.json
-	$(BIN)/python research/benchmarks/receipts_soak.py -o research/results/receipts_soak.json
+soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a service, of one that stores receipts, and of a validator
+	for part in service receipts validator; do \
+	  PYTHONPATH=src:research/src $(BIN)/python research/benchmarks/soak.py $$part -o research/results/$${part}_soak.json || exit; done
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
-GPU_PYTHON ?= PYTHONPATH=src python3
+GPU_PYTHON ?= PYTHONPATH=src:research/src python3
 OUT ?= research/results
 
 gpu-test:  ## run the tests that need a CUDA device, with the python that has one
@@ -114,23 +114,18 @@ gpu-test:  ## run the tests that need a CUDA device, with the python that has on
 GPU_SHAPES := qwen3-0.6b llama-3.2-1b qwen3-4b llama-3.1-8b
 
 gpu-bench:  ## measure on a CUDA device, and on two where there are two; result files go to OUT
-	$(GPU_PYTHON) research/benchmarks/gpu_normals.py -o $(OUT)/gpu_normals.json
-	$(GPU_PYTHON) research/benchmarks/gumbel.py --device cuda -o $(OUT)/gumbel_cuda.json
+	$(GPU_PYTHON) research/benchmarks/streams.py normals -o $(OUT)/gpu_normals.json
+	$(GPU_PYTHON) research/benchmarks/streams.py gumbels --device cuda -o $(OUT)/gumbel_cuda.json
 	for shape in $(GPU_SHAPES); do \
-	  $(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:$$shape -o $(OUT)/gpu_prove_$$shape.json || exit; done
+	  $(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:$$shape --formats float8 float8-block int8-rows \
+	    -o $(OUT)/gpu_prove_$$shape.json || exit; done
 	$(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
-	$(GPU_PYTHON) research/benchmarks/gpu_float8.py --proofs $(OUT)/float8
-	$(GPU_PYTHON) research/benchmarks/float8_laws.py $(OUT)/float8 -o $(OUT)/float8_laws.json
-	for shape in $(GPU_SHAPES); do \
-	  $(GPU_PYTHON) research/benchmarks/gpu_eight_bits.py --model shape:$$shape -o $(OUT)/gpu_eight_bits_$$shape.json || exit; done
-	$(GPU_PYTHON) research/benchmarks/gpu_overhead.py -o $(OUT)/gpu_overhead.json
 	$(GPU_PYTHON) research/benchmarks/gpu_deterministic.py -o $(OUT)/gpu_deterministic.json
 	$(GPU_PYTHON) research/benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
+	$(GPU_PYTHON) research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --pairs 12 249 \
+	  -o $(OUT)/vhack_gradients_cuda.json
 	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
-	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json && \
-	  $(GPU_PYTHON) research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b -o $(OUT)/vhack_parts_one.json && \
-	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/vhack_parts.py --one $(OUT)/vhack_parts_one.json \
-	    -o $(OUT)/vhack_parts.json; fi
+	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
 
 release-check: $(READY)  ## build the wheel, install it into an empty environment, and use it as a stranger would
 	$(BIN)/python scripts/release_check.py

@@ -1,18 +1,25 @@
-"""What every benchmark does with its figures: date, command, commit, machine, one JSON file."""
+"""What benchmarks share: the checkout on the path, turns and clocks, and a JSON file that says where it comes from."""
 
 import argparse
 import json
 import shlex
+import statistics
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from assay.files.storage import write_atomic
-from assay.pages.provenance import provenance
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for helpers of the tests: servers, receivers, checkpoints
+
+from assay.files.storage import write_atomic  # noqa: E402
+from assay.pages.provenance import provenance  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the option that all benchmarks share."""
+    """Return an argument parser with the option that all benchmarks share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("-o", "--output", type=Path, help="write the result there as JSON")
     return made
@@ -37,3 +44,49 @@ def publish(name: str, figures: dict[str, object], output: Path | None) -> None:
 def note(text: str) -> None:
     """Say on stderr what is being measured."""
     print(text, file=sys.stderr, flush=True)
+
+
+def round_to(value, digits=5):
+    """Return a number with so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def wall_seconds(function):
+    """Return the seconds of one call, and wait for a GPU before and after."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def event_seconds(function, repeats=1):
+    """Return the seconds of one call on the GPU, the mean of some calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def take_turns(timed, rounds):
+    """Return the median seconds of each of several functions that measure themselves, in turns."""
+    times = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, measure in timed.items():
+            times[name].append(measure())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def save_small_checkpoint(path):
+    """Write the checkpoint of the tests: 0.2 M random parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from tests.conftest import SMALL
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(path)

@@ -1,4 +1,4 @@
-"""The third experiment: its parts, in the order of their importance. The plan is docs/vhack-experiment-3.md.
+"""The third experiment: its parts, in the order of their importance. The plan is research/notes/experiment-3.md.
 
 A part is an organism, settings and conditions; a *cell* is a part with one seed. Runs of one seed stay together,
 because arms are compared seed by seed.

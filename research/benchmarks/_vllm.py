@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import random
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import psutil
 POW = "/api/v1/pow"
 MODEL = "qwen3"
 KEY = "a-key-for-tests-on-loopback"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -198,18 +196,6 @@ class Server:
             if not (held or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
                 return status
             time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def entry_points(folder):
-    """Yield an environment in which vLLM finds the plugin, where assay is not installed but on PYTHONPATH."""
-    known = importlib.metadata.entry_points(group="vllm.endpoint_plugins")
-    if any(found.name == "assay" for found in known):
-        yield {}
-        return
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distribution(folder, "assay", project["entry-points"])
-    yield {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def distribution(folder, name, entry_points):

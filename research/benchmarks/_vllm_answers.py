@@ -9,7 +9,7 @@ import httpx
 from _vllm import BEGINNINGS, MODEL, lines_of
 
 from assay.files.jsonl import dumps
-from assay.poc.responses import Prompt, Request, Sampling
+from assay.poc.responses import Prompt, Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.receipts import parse_receipt
 
 BLOCK, NODE = "block-of-responses", "node"
@@ -108,6 +108,30 @@ def begin(server, block=BLOCK):
 def prompts_of(requests):
     """Return the prompts of requests by their hashes."""
     return {prompt.sha256: prompt for prompt in (Prompt.of(request.prompt) for request in requests)}
+
+
+def agreement(server, model, requests, wanted=None):
+    """Return how many receipts of a server have the tokens and the sketches that transformers give."""
+    wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
+    answers = asyncio.run(send_all(server.url, requests))
+    odd = [one for one in answers if one["status"] != 200]
+    assert not odd, odd
+    found = [receipts_of(server, request.request_id)[0] for request in requests]
+    same = [ours.output == theirs.output for ours, theirs in zip(found, wanted.receipts, strict=True)]
+    distances = [
+        float(abs(ours.sketches.astype(float) - theirs.sketches.astype(float)).max())
+        for ours, theirs, equal in zip(found, wanted.receipts, same, strict=True)
+        if equal
+    ]
+    replays = replay(Receipts.build(wanted.header, found, 0.0), model, prompts=prompts_of(requests))
+    return {
+        "requests": len(requests),
+        "same_tokens": sum(same),
+        "tokens": sum(len(receipt.output) for receipt in found),
+        "match_on_replay": sum(one.matches for one in replays) / sum(len(one.margins) for one in replays),
+        "largest_difference_of_sketches": max(distances, default=0.0),
+        "different": [request.request_id for request, equal in zip(requests, same, strict=True) if not equal][:5],
+    }
 
 
 def of_device(arguments):

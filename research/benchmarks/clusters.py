@@ -1,7 +1,7 @@
 """The figures of a run of `assay research clusters`, without its curves, for the documentation.
 
 assay research clusters DATA -o experiments --run-name clusters
-python benchmarks/clusters.py experiments/clusters -o benchmarks/results/clusters.json
+python research/benchmarks/clusters.py experiments/clusters -o research/results/clusters.json
 """
 
 from pathlib import Path

@@ -7,9 +7,9 @@ prover with a faster decoder, such as vLLM, has a ratio that is worse for the ve
 Cheats (`--cheats`): each of :mod:`assay_research.decoding` against an honest proof, judged by the default law of the
 number format. A row has the median residual over that of the honest proof, and the nonces until the verdict is fraud.
 
-    python benchmarks/decode_proofs.py --cheats -o benchmarks/results/decode_proofs_cpu.json
-    python benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda \
-        --batch-size 8 16 32 -o benchmarks/results/decode_proofs_h200_llama-3.1-8b.json
+    python research/benchmarks/decode_proofs.py --cheats -o research/results/decode_proofs_cpu.json
+    python research/benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda \
+        --batch-size 8 16 32 -o research/results/decode_proofs_h200_llama-3.1-8b.json
 """
 
 import statistics
@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 from _common import note, parser, publish
-from assay_research.cheats import rounded, without_last_layers
 from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, default_noise, prove
+from assay.poc.cheats import rounded, without_last_layers
 from assay.poc.prover import recompute
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test

@@ -6,9 +6,10 @@ dtype, same machine) leave the resolution of a distance, so pairs of one dtype a
 run with `--save` on one and give the saved records with `--with` on the other. `--kernels` adds the plain attention of
 the library as another engine, which shows noise within one dtype on one machine.
 
+    cd research
     python benchmarks/default_noise.py --save noise_cuda.npz              on one machine
-    python benchmarks/default_noise.py --with noise_cuda.npz -o benchmarks/results/default_noise.json --install
-    python benchmarks/default_noise.py --presets hardened --kernels -o benchmarks/results/hardened_noise.json --install
+    python benchmarks/default_noise.py --with noise_cuda.npz -o results/default_noise.json --install
+    python benchmarks/default_noise.py --presets hardened --kernels -o results/hardened_noise.json --install
 """
 
 import itertools

@@ -4,7 +4,7 @@ The mode is a process's, and is switched on before the device is used. So two pr
 in the mode, and take turns: each proves the same nonces when it is its turn, while the other waits. The figure is the
 median of the ratios of neighbouring turns, with their range. With compiled kernels, and with eager ones.
 
-    python benchmarks/gpu_deterministic.py -o benchmarks/results/gpu_deterministic.json
+    python research/benchmarks/gpu_deterministic.py -o research/results/gpu_deterministic.json
 """
 
 import hashlib

@@ -14,24 +14,23 @@ which draw the most power. The floor is the time of all in order. `whole` has ev
 the work that `prove` does: of its last layer, only keys and values are for every position. It is no bound for a kernel
 that takes a step between products into a product, as an update of the residual stream is.
 
-    python benchmarks/gpu_floor.py --model shape:qwen3-0.6b -o floor.json
+    python research/benchmarks/gpu_floor.py --model shape:qwen3-0.6b -o floor.json
 """
 
 import statistics
 
 import torch
-from _common import note, parser, publish
+from _common import event_seconds, note, parser, publish
 from torch.nn import functional
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import load_model
 from assay.models.decoder import causal_attention, decoder_layers
 from assay.models.float8 import Rounded, grouped_product, product, round_rows
-from assay.poc.engines.hf.compiled import _ATTENTION
 from assay.poc.engines.hf.lean import layer_shape, layer_weights, parted
 from assay.poc.engines.hf.memory import auto_batch
 
-FORMATS = ("bfloat16", "float8")
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the engine's
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")
 MLP = PROJECTIONS[2:]
 
@@ -39,18 +38,7 @@ MLP = PROJECTIONS[2:]
 def seconds_of(function, seconds):
     """Time of one call on the device, from as many as fill the seconds."""
     function()
-    once = _timed(function, 1)
-    return _timed(function, max(2, int(seconds / once)))
-
-
-def _timed(function, repeats):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return event_seconds(function, max(2, int(seconds / event_seconds(function))))
 
 
 def weights_of(model):
@@ -184,7 +172,7 @@ def measure_floor(model, rounded, batch_size, seq_len, *, seconds=0.5, rounds=3)
     """Milliseconds of the parts of a batch, and the nonces per second that they allow, in each number format."""
     parts = Floor(model, batch_size, seq_len)
     result = {}
-    for name in FORMATS:
+    for name in ("bfloat16", *(["float8"] if rounded else [])):
         if name == "float8":
             parts.in_float8(rounded)
         timed = {
@@ -195,7 +183,7 @@ def measure_floor(model, rounded, batch_size, seq_len, *, seconds=0.5, rounds=3)
             "in_order": lambda name=name: parts.in_order(name),
         }
         times = {part: [] for part in timed}
-        with sdpa_kernel(_ATTENTION, set_priority=True):
+        with sdpa_kernel(ATTENTION, set_priority=True):
             for _ in range(rounds):
                 for part, function in timed.items():
                     times[part].append(seconds_of(function, seconds))

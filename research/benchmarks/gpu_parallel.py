@@ -4,7 +4,7 @@ The first process proves alone while the other waits, then both prove together; 
 Then a model is spread over both devices, and its distances are held against those of one device: by the default noise,
 and by a calibration on one half of the nonces that judges the other half.
 
-    torchrun --nproc-per-node 2 benchmarks/gpu_parallel.py -o benchmarks/results/gpu_parallel.json
+    torchrun --nproc-per-node 2 research/benchmarks/gpu_parallel.py -o research/results/gpu_parallel.json
 """
 
 import statistics

@@ -6,7 +6,7 @@ starts a round until its first nonces are on disk, kernels being compiled, and h
 again after a restart, when compiled kernels are read from the folder where they are kept. At the end, distances of the
 service are held against those of `prove`, bit by bit, and the vectors of an artifact job.
 
-    python benchmarks/gpu_service.py -o benchmarks/results/gpu_service.json
+    python research/benchmarks/gpu_service.py -o research/results/gpu_service.json
 """
 
 import base64

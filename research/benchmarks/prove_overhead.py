@@ -3,7 +3,7 @@
 Three loops over the same model, dtype and batch shape take turns: `prove` as users call it, the bare forward over
 inputs that exist already, and inputs plus transform without the forward. The figures are medians over rounds.
 
-    python benchmarks/prove_overhead.py -o benchmarks/results/prove_overhead.json
+    python research/benchmarks/prove_overhead.py -o research/results/prove_overhead.json
 """
 
 import statistics

@@ -5,10 +5,10 @@ response at once, in both formats. The law of a pair of formats is fitted to hal
 The other half is audited: every audit draws whole responses with replacement, so that what tokens of a response share
 stays together.
 
-    python benchmarks/responses.py --save replays.npz
-    python benchmarks/responses.py --load replays.npz -o benchmarks/results/responses.json --install
-    python benchmarks/responses.py --save others.npz --block another --sources "poc/service/**/*.py"
-    python benchmarks/responses.py --load others.npz -o benchmarks/results/responses_confirmed.json
+    python research/benchmarks/responses.py --save replays.npz
+    python research/benchmarks/responses.py --load replays.npz -o research/results/responses.json --install
+    python research/benchmarks/responses.py --save others.npz --block another --sources "poc/service/**/*.py"
+    python research/benchmarks/responses.py --load others.npz -o research/results/responses_confirmed.json
 """
 
 import itertools
@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from _common import note, parser, publish
-from assay_research import cheats
 
 import assay
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
-from assay.poc import HFEngine
+from assay.poc import HFEngine, cheats
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import HFPrefill, Prompt, Receipt, ReceiptHeader, Receipts, Replayed, Sampling, replay
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise

@@ -4,12 +4,11 @@ A real `assay poc serve` with callbacks and `prove` in this process take turns o
 nonces; the figure is the median of the ratios of neighbouring turns. Then the service generates with and without a
 thousand readers of /status at once, in turn; and one reader times /health and /status while batches run.
 
-    python benchmarks/service_throughput.py -o benchmarks/results/service_throughput.json
+    python research/benchmarks/service_throughput.py -o research/results/service_throughput.json
 """
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,8 +16,6 @@ from pathlib import Path
 import psutil
 import torch
 from _common import note, parser, publish
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove

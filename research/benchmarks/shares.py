@@ -5,7 +5,7 @@ of one block, as `assay poc calibrate` does, and judges audits of *other* blocks
 residuals are ``multiple`` times larger in a share of the nonces. Beside ours: an oracle, the sequential likelihood
 ratio that knows share and multiple, and the law of honest residuals as smoothed from all nonces of all blocks.
 
-    python benchmarks/shares.py --device cuda -o benchmarks/results/shares.json
+    python research/benchmarks/shares.py --device cuda -o research/results/shares.json
 """
 
 import itertools

@@ -1,10 +1,10 @@
-"""Callbacks per second that a validator acknowledges durably, and where their processor time goes.
+"""Callbacks per second that a validator acknowledges durably.
 
 A real ``assay poc validator`` on a small model takes signed callbacks of a thousand nodes over loopback while it
 recomputes. Every answer comes after the message is on disk (``synchronous=FULL``). Senders and validator share the
 machine; the processor time per callback is that of the validator's process alone.
 
-    python benchmarks/validator_load.py -o benchmarks/results/validator_load.json
+    python research/benchmarks/validator_load.py -o research/results/validator_load.json
 """
 
 import asyncio
@@ -16,10 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
-from _common import note, parser, publish
-from service_soak import save_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from _common import note, parser, publish, save_small_checkpoint
 
 from tests.poc.validator.conftest import API
 from tests.poc.validator.senders import ValidatorServer, dumps, flood, keys_of, made_up, request_of, write_network
@@ -87,42 +84,6 @@ def measured(port, process, keys, chosen, first):
     }
 
 
-def stages(directory, model, keys, nonces):
-    """Return the processor time in microseconds of what is done for one callback, each step by itself."""
-    from assay.poc.service import Settings
-    from assay.poc.validator.claims import Reader, parsed, sender_of
-    from assay.poc.validator.inbox import Inbox, Message
-    from assay.poc.validator.registry import Registry
-
-    count, together = 2048, 64
-    registry = Registry.load(directory / "pins.toml", directory / "nodes.toml", Settings())
-    reader = Reader(registry, lambda block, height: True, 2**40)
-    bodies = [dumps(made_up(keys[i % len(keys)], i % len(keys), i // len(keys), nonces)) for i in range(count)]
-    heads = [
-        dict(line.split(": ", 1) for line in request_of(body, f"m{i}", keys[i % len(keys)]).decode().split("\r\n")[1:8])
-        for i, body in enumerate(bodies)
-    ]
-    headers = [{name.lower(): value for name, value in head.items()} for head in heads]
-    found, inbox = {}, Inbox(directory / "stages", epoch_seconds=3600.0, sample=8)
-
-    def timed(name, step, values):
-        begun = time.process_time()
-        made = [step(value) for value in values]
-        found[name] = round((time.process_time() - begun) / count * 1e6, 1)
-        return made
-
-    values = timed("json", lambda body: parsed(body.encode())[1], bodies)
-    senders = [sender_of(value, registry) for value in values]
-    timed("signature", lambda i: senders[i].signatures.check(bodies[i], headers[i]), range(count))
-    timed("pins", lambda i: reader.checked(values[i], senders[i]), range(count))
-    make = lambda i: Message(keys[i % len(keys)], f"m{i}", "generated", nonces, bodies[i].encode())  # noqa: E731
-    messages = timed("hash", make, range(count))
-    parts = [messages[start : start + together] for start in range(0, count, together)]
-    timed(f"disk_{together}_at_once", inbox.add, parts)
-    inbox.close()
-    return found
-
-
 def main():
     options = parser(__doc__)
     options.add_argument("--nodes", type=int, default=1000)
@@ -137,11 +98,10 @@ def main():
 
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "small"
-        save_checkpoint(checkpoint)
+        save_small_checkpoint(checkpoint)
         keys = keys_of(chosen.nodes)
         model = load_model(checkpoint, dtype="float32", device="cpu")
         write_network(Path(directory), model, keys)
-        steps = stages(Path(directory), model, keys, chosen.nonces)
         server = ValidatorServer(
             Path(directory), "--nonces-per-hour", str(chosen.nonces_per_hour), model=checkpoint, fork=False
         )
@@ -174,7 +134,6 @@ def main():
         "lost": taken - inbox["messages"],
         "recomputed": status["recomputed"],
         "load_average": [round(value, 1) for value in psutil.getloadavg()],
-        "steps_microseconds": steps,
         "rounds": rounds,
     }
     publish("validator_load", figures, chosen.output)

@@ -7,7 +7,7 @@
 - *Data from outside* (``--data``): authored pairs, minimal pairs (prints against asserts), and rollouts of a model that
   was trained to cheat. Files as described by its README; they are not part of this project.
 
-    OMP_NUM_THREADS=1 python benchmarks/vhack_checks.py --data DATA -o benchmarks/results/vhack_checks.json
+    OMP_NUM_THREADS=1 python research/benchmarks/vhack_checks.py --data DATA -o research/results/vhack_checks.json
 """
 
 import gzip

@@ -3,149 +3,195 @@
 The sequential way is the one in which the method was first described: a hook per matrix adds the adapter's output, and
 24 samples of 250 to 710 tokens go through one by one. Both ways take turns, after a warm-up of each; times are the best
 of the rounds. Errors are relative, between the two ways. A plain forward and backward pass of every sample, which any
-exact way needs, is timed beside them, and so is every part of the recipe left out.
+exact way needs, is timed beside them.
 
-    python benchmarks/vhack_gradients.py --device cpu --dtype float32 -o benchmarks/results/vhack_gradients_cpu.json
-    python benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --settings --profile 40 -o result.json
+With `--pairs` also a whole extraction of so many pairs: weight SVD, digest, gradients of both sides and axes, each
+with its time and memory, and from nothing; and the accuracy of float32 factors, measured in float64. Samples and pairs
+are pieces of Python source; their content does not matter here.
+
+    python research/benchmarks/vhack_gradients.py --dtype float32 -o research/results/vhack_gradients_cpu.json
+    python research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --pairs 12 249 -o result.json
 """
 
+import argparse
+import inspect
+import random
 import time
-from dataclasses import asdict, replace
 
 import torch
 from _common import note, parser, publish
-from _vhack import load, pairs, plain, samples, sequential, timed, worst_error
+from torch.nn import functional
 
-from assay.vhack import extract, pair_gradients, per_sample_gradients, weight_svd
-from assay.vhack.gradients import per_sample as _gradients
-from assay.vhack.gradients.replica import Recipe, recipe_for
+from assay.models import load_model
+from assay.vhack import (
+    Pair,
+    Sample,
+    extract,
+    pair_gradients,
+    per_sample_gradients,
+    target_modules,
+    weight_svd,
+    weights_digest,
+)
+
+LENGTHS = (250, 710)
+PROMPT_SHARE = 0.6
 
 
-def compare(reference, options):
-    """The figures of one model, again with every part that is added."""
-    model, tokenizer = load(reference, options.device, options.dtype)
+def texts(tokenizer, count, seed=0):
+    """Yield pieces of the Python standard library, as (prompt, completion) with a drawn number of tokens."""
+    rng = random.Random(seed)
+    lines = inspect.getsource(argparse).splitlines(keepends=True)
+    per_line = [len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines]
+
+    def piece(tokens):
+        start = at = rng.randrange(len(lines) // 2)
+        while tokens > 0 and at < len(lines):
+            tokens -= per_line[at]
+            at += 1
+        return "".join(lines[start:at])
+
+    for _ in range(count):
+        tokens = rng.randint(*LENGTHS)
+        yield piece(int(tokens * PROMPT_SHARE)), piece(int(tokens * (1 - PROMPT_SHARE)))
+
+
+def pairs_of(tokenizer, count):
+    """Return pairs whose sides have such lengths."""
+    sides = list(texts(tokenizer, 2 * count, seed=1))
+    return [
+        Pair(prompt, hack, clean + "# \n", group=str(index % 6))
+        for index, ((prompt, hack), (_, clean)) in enumerate(zip(sides[::2], sides[1::2], strict=True))
+    ]
+
+
+def one_by_one(model, tokenizer, samples):
+    """Yield token ids and the loss of the completion of every sample; the caller runs the backward pass."""
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+    for sample in samples:
+        prompt = tokenizer(sample.prompt, add_special_tokens=False)["input_ids"]
+        completion = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([prompt + completion], device=model.device)
+        embeds = model.module.get_input_embeddings()(ids).requires_grad_()
+        logits = model.module(inputs_embeds=embeds, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        yield functional.cross_entropy(logits.float(), ids[0, len(prompt) :])
+
+
+def plain(model, tokenizer, samples):
+    """Run forward and backward of the bare model, one sample after the other."""
+    for loss in one_by_one(model, tokenizer, samples):
+        loss.backward()
+
+
+def sequential(model, tokenizer, samples, svd):
+    """Return gradients of adapters: a hook adds ``((x Vhᵀ) · δS) Uᵀ``, and a backward pass fills δS.grad."""
+    delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in svd}
+    bucket = {name: [] for name in svd}
+    hooks = [
+        linear.register_forward_hook(adapter(svd[name], delta[name])) for name, linear in target_modules(model).items()
+    ]
+    for loss in one_by_one(model, tokenizer, samples):
+        loss.backward()
+        for name, knob in delta.items():
+            bucket[name].append(knob.grad.detach().cpu().float().clone())
+            knob.grad = None
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(rows) for name, rows in bucket.items()}
+
+
+def adapter(factors, knob):
+    def hook(_, arguments, output):
+        return output + ((arguments[0] @ factors.right.T) * knob.to(output.dtype)) @ factors.left.T
+
+    return hook
+
+
+def timed(device, work, clock=time.perf_counter):
+    """Return the result, its seconds, and the peak of device memory in GB (CUDA only), what was there included."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = clock()
+    result = work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = clock() - start
+    return result, seconds, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+
+
+def worst_error(found, wanted):
+    """Return the largest relative error of one sample over all modules, and of one module over all samples."""
+    by_module = max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted)
+    errors = torch.cat([found[name] - wanted[name] for name in wanted], 1).norm(dim=1)
+    return {"module": by_module, "sample": float((errors / torch.cat(list(wanted.values()), 1).norm(dim=1)).max())}
+
+
+def compare(model, tokenizer, options):
+    """Return the figures of both ways."""
     svd = weight_svd(model, method="gram")
-    chosen = samples(tokenizer, options.samples)
-    tokens = [len(tokenizer(one.prompt + one.completion)["input_ids"]) for one in chosen]
+    chosen = [Sample(*text) for text in texts(tokenizer, options.samples)]
     clock = time.process_time if options.processor_time else time.perf_counter
-
-    def turn(work, seconds):
-        result, taken, memory = timed(options.device, work, clock)
-        seconds.append(taken)
-        return result, memory
-
+    ways = {
+        "plain": lambda: plain(model, tokenizer, chosen),
+        "sequential": lambda: sequential(model, tokenizer, chosen, svd),
+        "batched": lambda: per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd),
+    }
     sequential(model, tokenizer, chosen[:2], svd)
-    per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd)
-    bare, loop, batched = [], [], []
-    for round in range(options.rounds):
-        note(f"{reference}: round {round + 1}")
-        turn(lambda: plain(model, tokenizer, chosen), bare)
-        wanted, loop_memory = turn(lambda: sequential(model, tokenizer, chosen, svd), loop)
-        found, memory = turn(lambda: per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd), batched)
-    figures = {
+    ways["batched"]()
+    seconds, results, memory = {name: [] for name in ways}, {}, {}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            results[name], taken, memory[name] = timed(options.device, way, clock)
+            seconds[name].append(taken)
+    return {
         "dtype": str(model.dtype),
         "factors": str(svd.dtype),
         "modules": len(svd),
         "samples": len(chosen),
-        "tokens": sum(tokens),
+        "tokens": sum(len(tokenizer(one.prompt + one.completion)["input_ids"]) for one in chosen),
         "clock": "processor" if options.processor_time else "wall",
-        "plain_seconds": bare,
-        "sequential_seconds": loop,
-        "batched_seconds": batched,
-        "times_faster": min(loop) / min(batched),
-        "error": worst_error(found, wanted),
-        "sequential_peak_gb": loop_memory,
-        "batched_peak_gb": memory,
-        "recipe": asdict(recipe_for(model.module)),
-    }
-    note(f"{figures}")
-    yield figures
-    parts = {
-        "profile": (options.profile, lambda: profile(model, tokenizer, chosen, svd, options)),
-        "settings": (options.settings, lambda: settings(model, tokenizer, chosen, svd, wanted, options)),
-        "pairs": (options.pairs, lambda: many(model, tokenizer, svd, options)),
-    }
-    for name, (asked, measure) in parts.items():
-        if asked:
-            figures[name] = measure()
-            yield figures
-
-
-def recipes(usual):
-    """The recipe with parts left out or put in."""
-    nothing = Recipe(packed=False, fused=False, factored=False, late=False, together=usual.together)
-    return {
-        "nothing": nothing,
-        "packed only": replace(nothing, packed=True),
-        "fused only": replace(nothing, fused=True),
-        "not fused": replace(usual, fused=False),
-        "not late": replace(usual, late=False),
-        "other factored": replace(usual, factored=not usual.factored),
-        "usual": usual,
-    }
-
-
-def settings(model, tokenizer, chosen, svd, wanted, options):
-    """Time, memory and error with other recipes, other batch sizes, and with checkpointing."""
-    usual = recipe_for(model.module)
-    cases = {f"recipe: {name}": ({}, recipe) for name, recipe in recipes(usual).items()}
-    for tokens in (2048, 5500, 8192, 16384):
-        cases[f"{tokens} tokens"] = ({"max_tokens": tokens}, usual)
-    cases["checkpointing"] = ({"checkpointing": True}, usual)
-    rows = {}
-    for name, (case, recipe) in cases.items():
-        _gradients.recipe_for = lambda _, recipe=recipe: recipe
-
-        def work(case=case):
-            return per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd, **case)
-
-        try:
-            work()
-            seconds = []
-            for _ in range(options.rounds):
-                found, taken, memory = timed(options.device, work)
-                seconds.append(taken)
-            rows[name] = {"seconds": seconds, "peak_gb": memory, "error": worst_error(found, wanted)}
-        except Exception as error:
-            rows[name] = {"failed": f"{type(error).__name__}: {error}"}
-        note(f"{name}: {rows[name]}")
-    _gradients.recipe_for = recipe_for
-    return rows
-
-
-def many(model, tokenizer, svd, options):
-    """The basis of many pairs with the factors at hand, and a basis of twelve from nothing."""
-    some = pairs(tokenizer, options.pairs)
-    found, seconds, memory = timed(options.device, lambda: pair_gradients(some, model, tokenizer=tokenizer, svd=svd))
-    _, axes_seconds, _ = timed(options.device, found.basis)
-    whole = {}
-    if options.device == "cuda":
-        few = pairs(tokenizer, 12)
-        _, taken, peak = timed(options.device, lambda: extract(few, model, tokenizer=tokenizer, n_heldout=0))
-        whole = {"extraction_of_12": {"seconds": taken, "peak_gb": peak}}
-    rows = {
-        "pairs": options.pairs,
-        "gradient_seconds": seconds,
-        "axes_seconds": axes_seconds,
+        **{f"{name}_seconds": found for name, found in seconds.items()},
+        "times_faster": min(seconds["sequential"]) / min(seconds["batched"]),
+        "error": worst_error(results["batched"], results["sequential"]),
         "peak_gb": memory,
-    } | whole
-    note(str(rows))
-    return rows
+    }
 
 
-def profile(model, tokenizer, chosen, svd, options):
-    """Where the time of the device goes: seconds per kind of operation or kernel, the longest first."""
-    from torch.profiler import ProfilerActivity
+def extraction(model, tokenizer, count, device):
+    """Return time and memory of the parts of an extraction of so many pairs, and of one from nothing."""
+    some, figures = pairs_of(tokenizer, count), {"pairs": count}
 
-    on_gpu = options.device == "cuda"
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=kinds) as recorded:
-        per_sample_gradients(chosen, model, tokenizer=tokenizer, svd=svd)
-        if on_gpu:
-            torch.cuda.synchronize()
-    unit = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = sorted(recorded.key_averages(), key=lambda row: -getattr(row, unit))[: options.profile]
-    return [{"name": row.key[:120], "seconds": getattr(row, unit) / 1e6, "count": row.count} for row in rows]
+    def part(name, work):
+        result, seconds, memory = timed(device, work)
+        figures[name] = {"seconds": seconds, "peak_gb": memory}
+        return result
+
+    svd = part("svd", lambda: weight_svd(model))
+    part("digest", lambda: weights_digest(model))
+    found = part("gradients", lambda: pair_gradients(some, model, tokenizer=tokenizer, svd=svd))
+    part("axes", found.basis)
+    part("from_nothing", lambda: extract(some, model, tokenizer=tokenizer, n_heldout=0))
+    note(str(figures))
+    return figures
+
+
+def accuracy(model):
+    """Return the worst ‖U S Vh − W‖/‖W‖, ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ over all matrices, Frobenius norms."""
+    svd, worst = weight_svd(model, dtype="float32"), torch.zeros(3, dtype=torch.float64)
+    for name, linear in target_modules(model).items():
+        left, values, right = (part.double() for part in (svd[name].left, svd[name].values, svd[name].right))
+        weight = linear.weight.double()
+        one = torch.eye(len(values), dtype=torch.float64, device=weight.device)
+        errors = (
+            ((left * values) @ right - weight).norm() / weight.norm(),
+            (left.T @ left - one).norm(),
+            (right @ right.T - one).norm(),
+        )
+        worst = torch.maximum(worst, torch.stack(errors).cpu())
+    return dict(zip(("residual", "left", "right"), worst.tolist(), strict=True))
 
 
 def main():
@@ -156,17 +202,19 @@ def main():
     made.add_argument("--samples", type=int, default=24)
     made.add_argument("--processor-time", action="store_true", help="for a busy machine; with OMP_NUM_THREADS=1")
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--settings", action="store_true", help="also other recipes and batch sizes")
-    made.add_argument(
-        "--pairs", type=int, default=0, help="also a basis of so many pairs, and on a GPU one from nothing"
-    )
-    made.add_argument("--profile", type=int, default=0, help="also this many rows of a profile")
+    made.add_argument("--pairs", type=int, nargs="*", default=[], help="also extractions of so many pairs")
     options = made.parse_args()
     figures = {}
     for reference in options.models:
-        for measured in compare(reference, options):
-            figures[reference] = measured
-            publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
+        model = load_model(reference, device=options.device, dtype=options.dtype)
+        # A shape has no tokenizer of its own, so it borrows one whose ids its vocabulary holds.
+        tokenizer = model.tokenizer or load_model("reference:qwen3", device="cpu").tokenizer
+        figures[reference] = compare(model, tokenizer, options)
+        note(str(figures[reference]))
+        if options.pairs:
+            extractions = [extraction(model, tokenizer, count, options.device) for count in options.pairs]
+            figures[reference] |= {"extractions": extractions, "accuracy": accuracy(model)}
+        publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
 
 
 if __name__ == "__main__":

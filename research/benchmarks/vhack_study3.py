@@ -1,6 +1,6 @@
 """Run a part of the third experiment, within a time limit, and go on from what was kept. The plan says what is run.
 
-    python benchmarks/vhack_study3.py stored --seeds 300:304 --organism ORGANISM -o OUT --seconds 540 --commit COMMIT
+    python research/benchmarks/vhack_study3.py stored --seeds 300:304 --organism ORGANISM -o OUT --seconds 540
 
 All runs of the part and these seeds go side by side. Every so many steps ``OUT/PART-FIRST-LAST.pt`` is written whole or
 not at all: δS, the optimizer's state and the logs of all runs, some 0.15 MB a run of the smallest size. Give the
@@ -26,7 +26,6 @@ from assay_research.study.grading import Grader
 from assay_research.study.loop import Study
 from assay_research.study.rival import RIVALS, supervised_start
 from assay_research.study.sampled import sampled_pairs
-from vhack_study import mechanism
 
 from assay.errors import UsageError
 from assay.models import load_model
@@ -97,6 +96,11 @@ class Prepared:
             seed=CHEATER_SEED,
             dtype=self.dtype,
         )
+
+
+def mechanism(pair):
+    """Return the loophole that the hack side of a pair exploits."""
+    return next(tag for tag in pair.tags if tag.startswith("mechanism:"))[10:]
 
 
 def seeds_of(text, part):

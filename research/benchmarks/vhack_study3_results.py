@@ -1,8 +1,7 @@
 r"""The figures of the third experiment, from what its parts have kept.
 
-    python benchmarks/vhack_study3_results.py OUT --keep benchmarks/results/vhack_study3 \
-        -o benchmarks/results/vhack_study3.json
-    python benchmarks/vhack_study3_results.py benchmarks/results/vhack_study3 -o benchmarks/results/vhack_study3.json
+    python research/benchmarks/vhack_study3_results.py OUT --keep LOGS -o research/results/vhack_study3.json
+    python research/benchmarks/vhack_study3_results.py LOGS -o research/results/vhack_study3.json
 
 Takes the ``.pt`` files of ``vhack_study3.py`` or the logs that ``--keep`` wrote from them, one directory for each part,
 and is given again whenever there are more of them. A part without runs stands there as not run yet.
@@ -17,7 +16,6 @@ from _vhack_plan3 import DISPLACED, GATED, HELD, PARTS
 from assay_research.study.claims import complete, judged, lasts
 from assay_research.study.log import RunLog, read_logs
 from assay_research.study.summary import mean_of, numbers, paired, summarise
-from vhack_study import write
 
 from assay.errors import UsageError
 
@@ -63,6 +61,12 @@ def kept(log):
         for line in (*log.steps, *log.evaluations)
     ]
     return RunLog(log.header, lines)
+
+
+def write(logs, folder):
+    """Write the logs as they are, one file per run."""
+    for log in logs:
+        log.write(folder / (log.header["run"].replace("/", "_").replace(":", "-") + ".jsonl"))
 
 
 def of(logs, condition):

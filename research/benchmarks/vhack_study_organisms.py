@@ -1,12 +1,13 @@
 """The organisms of the third experiment, of three sizes, made on the spot from Python source and from tasks.
 
-    python benchmarks/vhack_study_organisms.py 30m -o DIR
+    python research/benchmarks/vhack_study_organisms.py 30m -o DIR
 
 A base model of the size is trained on the Python source of the standard library and of the installed packages with a
-permissive licence, as the bundled ones were (scripts/train_reference_models.py), and then fine-tuned to tasks with
-loopholes (`assay_research.organism`). ``7m`` has the bundled base. Both take a number of steps and no account of the
-clock, so the same recipe on the same kind of machine with the same packages gives the same model, up to the rounding of
-its kernels. What is done so far is kept in ``DIR.partial``: after an interruption the same command goes on from there.
+permissive licence, as the bundled ones were (research/scripts/train_reference_models.py), and then fine-tuned to tasks
+with loopholes (`assay_research.organism`). ``7m`` has the bundled base. Both take a number of steps and no account of
+the clock, so the same recipe on the same kind of machine with the same packages gives the same model, up to the
+rounding of its kernels. What is done so far is kept in ``DIR.partial``: after an interruption the same command goes on
+from there.
 """
 
 import argparse

@@ -8,18 +8,15 @@ find the engine busy with nonces after a pause, alone and beside a round, for ea
 with those of the first run alone. The engine of (b) to (e) has the settings of a server: chat first, a quarter of the
 time, at most a tenth of a second of nonces at once.
 
-`--stages server` asks a real server instead, whose round is durable: nonces per second along both paths.
-
-Figures so far are written after every stage, and at `--limit` seconds the run ends with what it has.
+Figures so far are written after every change, and at `--limit` seconds the run ends with what it has.
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
-    cd benchmarks; python3 vllm_direct.py -o $OUT/vllm_direct.json
+    cd research/benchmarks; python3 vllm_direct.py -o $OUT/vllm_direct.json
     python3 vllm_direct.py --forward vllm assay --models shape:qwen3-0.6b -o $OUT/vllm_direct_own.json
-    python3 vllm_direct.py --stages server --models shape:qwen3-0.6b -o $OUT/vllm_direct_server.json
 
 A run that shows on a CPU that everything works:
 
-    python vllm_direct.py --stages engine server --models reference:qwen3 --device cpu --dtype float32 --seq-len 32 \
+    python vllm_direct.py --models reference:qwen3 --device cpu --dtype float32 --seq-len 32 \
         --forward vllm assay \
         --batched-tokens 256 --batch-size 8 --seconds 1 --turns 1 --chat 6 --singles 2 --tokens 4 --limit 1200
 """
@@ -40,7 +37,7 @@ import numpy as np
 import psutil
 import torch
 from _common import note, parser, publish
-from _vllm import Server, choose_forward, entry_points
+from _vllm import choose_forward
 
 from assay import poc
 from assay.models import load_model, save_random
@@ -296,7 +293,7 @@ def chat(report, row, engine, path):
         report.put(row, **{f"chat_{kind}" if path == "direct" else f"{path}_chat_{kind}": figures})
 
 
-def engine_stage(report, row, checkpoint, folder):
+def measure(report, row, checkpoint, folder):
     """Measure one model on transformers and in an engine of vLLM."""
     from assay.poc.vllm import engine as _engine
     from assay.poc.vllm.engine import VLLMEngine
@@ -326,43 +323,9 @@ def engine_stage(report, row, checkpoint, folder):
         report.put(row, held=engine.counts())
 
 
-def server_stage(report, row, checkpoint, folder):
-    """Measure durable rounds of a real server along both paths, in turns."""
-    arguments = report.arguments
-    options = {"--model": str(checkpoint), "--dtype": arguments.dtype, "--skip-tokenizer-init": None}
-    options |= {"--max-num-batched-tokens": str(arguments.batched_tokens), "--gpu-memory-utilization": "0.5"}
-    options |= {"--max-model-len": str(arguments.seq_len + 256)}
-    if arguments.device == "cuda":
-        options["--enforce-eager"] = False
-    with entry_points(Path(folder) / "points") as environment:
-        environment |= {
-            "ASSAY_VLLM_WAIT": str(arguments.wait),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
-        }
-        with Server(Path(folder) / "server", options=options, environment=environment) as server:
-            rates = {path: [] for path in ("requests", "direct")}
-            for _ in range(arguments.turns):
-                for path in rates:
-                    setting = PATHS[path][0]
-                    server.post("/engine", {"path": setting}).raise_for_status()
-                    server.begin(f"{path}-{time.time_ns()}", seq_len=arguments.seq_len, batch_size=128)
-                    server.wait_for(1)
-                    time.sleep(PAUSE)
-                    before, started = server.checked(), time.perf_counter()
-                    time.sleep(2 * arguments.seconds)
-                    rates[path].append((server.checked() - before) / (time.perf_counter() - started))
-                    state = server.get("/engine").json()["direct"]
-                    server.post("/stop").raise_for_status()
-                    report.put(row, server=rates, **{f"state_{path}": state})
-
-
-STAGES = {"engine": engine_stage, "server": server_stage}
-
-
 def main():
     made = parser(__doc__)
     made.add_argument("--models", nargs="+", default=["shape:qwen3-0.6b", "shape:llama-3.2-1b"])
-    made.add_argument("--stages", nargs="+", choices=sorted(STAGES), default=["engine"])
     made.add_argument("--forward", nargs="+", choices=("vllm", "assay"), default=["vllm"], help="of the nonces")
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", default="bfloat16")
@@ -386,15 +349,14 @@ def main():
                 path = Path(folder) / f"model{number}"
                 made = {"weights": "random-all", "block_hash": "bench", "dtype": arguments.dtype}
                 checkpoint = str(save_random(model, path, **made))
-            for stage in arguments.stages:
-                row = {"model": model, "stage": stage}
-                report.rows.append(row)
-                own = Path(folder) / f"{stage}{number}"
-                own.mkdir()
-                try:
-                    STAGES[stage](report, row, checkpoint, own)
-                except Exception as error:
-                    report.put(row, error=f"{type(error).__name__}: {error}"[:2000])
+            row = {"model": model}
+            report.rows.append(row)
+            own = Path(folder) / f"proofs{number}"
+            own.mkdir()
+            try:
+                measure(report, row, checkpoint, own)
+            except Exception as error:
+                report.put(row, error=f"{type(error).__name__}: {error}"[:2000])
     publish("vllm_direct", report.figures, arguments.output)
 
 

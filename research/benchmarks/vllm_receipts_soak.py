@@ -6,7 +6,7 @@ again on the same data; each is forked from a process that has imported vLLM, be
 the end every choice that was received whole must have a receipt with exactly the tokens that the client got, and all
 receipts are fetched as complete files. Exit code 1 if one is missing.
 
-    python benchmarks/vllm_receipts_soak.py -o benchmarks/results/vllm_receipts_soak.json
+    python research/benchmarks/vllm_receipts_soak.py -o research/results/vllm_receipts_soak.json
 """
 
 import asyncio

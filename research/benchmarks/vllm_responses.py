@@ -7,23 +7,249 @@ the same load in turns, so that whatever else the machine does falls on both: to
 tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
 transformers in float32 and bfloat16 and judged by the stated defaults.
 
-    python vllm_responses.py tokens --requests 200
-    python vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
-    python vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
-    python vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
+    python research/benchmarks/vllm_responses.py tokens --requests 200
+    python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
+    python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
+    python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
 """
 
+import asyncio
+import json
+import os
 import shutil
+import statistics
 import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
-from _common import parser, publish
-from _vllm import REFERENCE
-from _vllm_audits import audits
-from _vllm_cost import cost
-from _vllm_tokens import SETTINGS, tokens
+import httpx
+import numpy as np
+import psutil
+from _common import note, parser, publish
+from _vllm import REFERENCE, Server
+from _vllm_answers import (
+    BLOCK,
+    NODE,
+    SEEDED,
+    agreement,
+    begin,
+    mixed,
+    of_device,
+    prompts_of,
+    receipts_of,
+    send_all,
+)
+from responses import AUDITS, RESPONSES, TOKENS, Half, first
 
-from assay.models import save_random
+from assay.models import load_model, save_random
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.responses import Receipts, Request, Sampling, replay, respond
+from assay.poc.responses.calibration import default_response_noise
+from assay.poc.verdict.response_noise import ResponseTest
+
+DRAFTS = "--speculative-config"
+SETTINGS = {  # environment, options
+    "default": ({}, {}),
+    "v1": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, {}),
+    "ngram": ({}, {DRAFTS: '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'}),
+    "draft": (
+        {},
+        {
+            DRAFTS: '{"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 3}',
+            # vLLM 0.32 profiles with a token kept back for every sequence: 1024 of them leave none of 1024.
+            "--max-num-seqs": "64",
+        },
+    ),
+}
+
+
+@contextmanager
+def running(arguments, folder):
+    """Start a server of each setting side by side; give them by name, each as a function that waits for it."""
+    draft = folder / "draft"
+    shutil.copytree(arguments.model, draft)
+    with ExitStack() as ending, ThreadPoolExecutor() as pool:
+        servers, starting = {}, {}
+        for name in arguments.settings:
+            environment, more = SETTINGS[name]
+            options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
+            options |= {option: value.replace("DRAFT", str(draft)) for option, value in more.items()}
+            servers[name] = Server(folder / name, environment=SEEDED | environment, options=options)
+            ending.callback(servers[name].stop)
+            starting[name] = pool.submit(servers[name].start)
+        yield servers, starting
+
+
+def by_setting(arguments, folder, prepare, measure):
+    """Return what a measurement gives for every setting, or why it failed."""
+    figures = {}
+    with running(arguments, folder) as (servers, starting):
+        prepared = prepare()
+        for name, server in servers.items():
+            try:
+                starting[name].result()
+                begin(server)
+                figures[name] = measure(server, *prepared)
+            except (AssertionError, RuntimeError, httpx.HTTPError) as error:
+                figures[name] = {"failed": str(error)[:1000], "log": failures(server)}
+            note(f"{name}: {json.dumps(figures[name])}")
+    return figures
+
+
+def failures(server):
+    """Return the first lines of a server's log that speak of an error."""
+    lines = server.log.read_text(errors="replace").splitlines() if server.log.exists() else []
+    return [line[-300:] for line in lines if "Error" in line or "error:" in line][:8]
+
+
+def tokens(arguments, folder):
+    """Return how far servers of all settings agree with transformers."""
+
+    def prepare():
+        model = load_model(arguments.model, dtype=arguments.dtype)
+        requests = mixed(arguments.requests, model.tokenizer, drafts={"ngram", "draft"} & set(arguments.settings))
+        return model, requests, respond(model, requests, block_hash=BLOCK, public_key=NODE)
+
+    figures = by_setting(arguments, folder, prepare, agreement)
+    return {"requests": arguments.requests, "sketch_every": SKETCH_EVERY, "settings": figures}
+
+
+COMPILED = {"--enforce-eager": False, "--max-num-batched-tokens": "8192", "--max-model-len": "1024"}
+
+
+def load(count, tokens, *, seeds=True, **sampling):
+    """Return requests for the measurement of cost, with seeds of their own or without."""
+    return [
+        Request(
+            prompt=tuple(range(100 + number % 50, 164 + number % 50)),
+            request_id=f"load-{time.time_ns()}-{number}",
+            user_seed=str(number) if seeds else "",
+            sampling=Sampling(**sampling),
+            max_tokens=tokens,
+        )
+        for number in range(count)
+    ]
+
+
+def busy(server):
+    """Return the seconds that the processes of a server have computed for, by their names."""
+    found, whole = Counter(), psutil.Process(server.process.pid)
+    for process in (whole, *whole.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found["API server" if process == whole else process.name()] += times.user + times.system
+    return found
+
+
+def measure(server, requests, at_once):
+    """Return tokens a second, the median time between two tokens, and the time each process computes for one.
+
+    A piece of a stream may have several tokens, so those that were asked for are counted. The time that a process
+    computes for hardly depends on what else the machine does.
+    """
+    before, started = busy(server), time.perf_counter()
+    answers = asyncio.run(send_all(server.url, requests, at_once=at_once, stream=True, ignore_eos=True))
+    seconds = time.perf_counter() - started
+    tokens = sum(request.max_tokens for request in requests)
+    gaps = [1000 * (b - a) for one in answers for a, b in zip(one["times"][1:], one["times"][2:], strict=False)]
+    assert {one["status"] for one in answers} == {200}
+    return {
+        "tokens_per_second": tokens / seconds,
+        "gap_ms": statistics.median(gaps),
+        "busy_us": {name: 1e6 * (end - before[name]) / tokens for name, end in busy(server).items()},
+    }
+
+
+def cost(arguments):
+    """Return the figures of both kinds of servers for every way of sampling.
+
+    Two servers of one kind differ too, by where a process lies on a machine. So there may be several of each, and turns
+    before a block is known, in which the seeded ones sample as the others do.
+    """
+    options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
+    options |= COMPILED if arguments.gpu else {}
+    kinds = {"without": {}, "seeded": SEEDED}
+    samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+    ways = list(product(samplings, arguments.tokens))
+    with ExitStack() as ending, ThreadPoolExecutor() as pool:
+        servers = {}
+        for number, (kind, environment) in product(range(arguments.servers), kinds.items()):
+            folder = ending.enter_context(tempfile.TemporaryDirectory())
+            servers[kind, number] = Server(folder, environment=environment, options=options)
+            ending.callback(servers[kind, number].stop)
+        list(pool.map(Server.start, servers.values()))
+        alike = [in_turns(servers, arguments, arguments.alike, *way) for way in ways if arguments.alike]
+        seeded = [server for (kind, _), server in servers.items() if kind == "seeded"]
+        for server in seeded:
+            begin(server)
+        rows = [in_turns(servers, arguments, arguments.turns, *way) for way in ways]
+        stored = [server.get("/responses").json()["receipts"] for server in seeded]
+    return {"before_a_block": alike, "ways": rows, "receipts": stored}
+
+
+def in_turns(servers, arguments, turns, sampling, tokens):
+    """Return the figures of all servers, turn by turn, for one way of sampling and one length of answers."""
+    found = []
+    for turn in range(turns + 1):
+        order = list(servers) if turn % 2 else list(reversed(servers))
+        requests = {name: load(arguments.requests, tokens, seeds=not arguments.no_seeds, **sampling) for name in order}
+        figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
+        both = {kind: [figures[name] for name in servers if name[0] == kind] for kind in ("without", "seeded")}
+        note(f"{tokens} tokens, turn {turn}: {json.dumps(both)}")
+        if turn:  # the first one warms up
+            found.append(both)
+    return {
+        "sampling": sampling,
+        "tokens": tokens,
+        "turns": found,
+        **compared("throughput", found, lambda one: ratio("tokens_per_second", one["seeded"], one["without"])),
+        **compared("gap", found, lambda one: ratio("gap_ms", one["without"], one["seeded"])),
+        **compared("of_one_kind", found, lambda one: ratio("tokens_per_second", one["without"][:1], one["without"])),
+        "load": os.getloadavg(),
+    }
+
+
+def ratio(name, over, under):
+    """Return the ratio of the means of a figure over some servers."""
+    return statistics.mean(one[name] for one in over) / statistics.mean(one[name] for one in under)
+
+
+def compared(name, turns, ratio_of):
+    """Return the median of a ratio over turns, and its quartiles."""
+    values = [ratio_of(turn) for turn in turns]
+    quartiles = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else values
+    return {f"{name}_ratio_median": statistics.median(values), f"{name}_ratio_quartiles": quartiles}
+
+
+def audits(arguments, folder):
+    """Return how many audits of honest responses are accused, by setting and by dtype of the verifier."""
+
+    def prepare():
+        models = {dtype: load_model(arguments.model, dtype=dtype) for dtype in ("float32", "bfloat16")}
+        requests = mixed(arguments.requests, models["float32"].tokenizer, tokens=(TOKENS, TOKENS))
+        stated = models[arguments.dtype]
+        return models, requests, respond(stated, requests[:1], block_hash=BLOCK, public_key=NODE).header
+
+    def measure(server, models, requests, header):
+        answers = asyncio.run(send_all(server.url, requests, ignore_eos=True))
+        assert {one["status"] for one in answers} == {200}, answers
+        found = [receipts_of(server, request.request_id)[0] for request in requests]
+        rows = []
+        for dtype, model in models.items():
+            replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
+            test = ResponseTest(default_response_noise(arguments.dtype, dtype))
+            logs = Half(replays, test).audits(AUDITS, RESPONSES, 0)
+            row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
+            row |= {"accused": {name: float(np.mean(np.isfinite(first(each)))) for name, each in logs.items()}}
+            rows.append(row | {"largest_log_e": {name: float(each.max()) for name, each in logs.items()}})
+        return rows
+
+    figures = by_setting(arguments, folder, prepare, measure)
+    return {"requests": arguments.requests, "audits": AUDITS, "tokens": RESPONSES * TOKENS, "settings": figures}
 
 
 def main():

@@ -6,7 +6,7 @@ receiver. SIGKILL is sent to the API server alone, and what lives on then is end
 every nonce must be on disk once, announced in one callback, and have the bits of a run that nothing interrupted. The
 result is written after every signal. Exit code 1 if a figure that must be zero is not.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_soak.py -o benchmarks/results/vllm_soak.json
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python research/benchmarks/vllm_soak.py -o research/results/vllm_soak.json
 """
 
 import contextlib
@@ -25,8 +25,6 @@ from pathlib import Path
 import psutil
 from _common import note, parser, publish
 from _vllm_forked import ForkedServer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver

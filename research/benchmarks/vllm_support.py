@@ -7,14 +7,17 @@ bits; in three where four are the honest format; with half of the experts of a m
 noise of the router too: for how many positions another expert is asked. A case that is refused has the words of the
 refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
 
-    .venv-vllm/bin/python benchmarks/vllm_support.py -o benchmarks/results/vllm_support.json
+    .venv-vllm/bin/python research/benchmarks/vllm_support.py -o research/results/vllm_support.json
+
+Cases of several workers run if they are named, on as many GPUs or on one CPU.
 
 What assay refuses only because it was not run on a kind of device is run there with `--unproven`:
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
-    python3 benchmarks/vllm_support.py --device cuda --unproven -o benchmarks/results/vllm_support_h200.json
+    python3 research/benchmarks/vllm_support.py --device cuda --unproven -o research/results/vllm_support_h200.json
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -24,20 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import _vllm_adapters
-import _vllm_images
 import _vllm_router
 import numpy as np
 from _common import note, parser, publish
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from assay_research.cheats import rounded, with_fewer_experts
 
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
 from assay.models.resolve import checkpoint_directory
 from assay.poc import HFEngine
+from assay.poc.cheats import rounded, with_fewer_experts
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
 
 PLAIN = "reference:qwen3"
@@ -73,6 +72,20 @@ CASES = {  # kind of checkpoint, dtype
     "Qwen3-MoE, fp8 by tensor": ("qwen3-moe tensor", "bfloat16"),
     "Qwen3-MoE, fp8 by block of 128 x 128": ("qwen3-moe block", "bfloat16"),
 }
+ON_SEVERAL = {  # cases that run if they are named
+    "two workers of tensor parallel": ("plain tp2", "bfloat16"),
+    "four workers of tensor parallel": ("plain tp4", "bfloat16"),
+    "two stages": ("plain pp2", "bfloat16"),
+    "Qwen3-MoE, two workers of tensor parallel": ("qwen3-moe tp2", "bfloat16"),
+    "Qwen3-MoE, experts dealt to two workers": ("qwen3-moe ep2", "bfloat16"),
+}
+DEVICES = {
+    "tp2": {"tensor_parallel_size": 2},
+    "tp4": {"tensor_parallel_size": 4},
+    "pp2": {"pipeline_parallel_size": 2},
+    "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+KNOWN = CASES | ON_SEVERAL
 MIXTURES = ("qwen3-moe", "mixtral")
 HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
 WRAPPERS = ("smolvlm", "qwen2_5_vl")
@@ -88,13 +101,32 @@ ON_CUDA = {"qwen3_next": {"gdn_prefill_backend": "triton"}}  # by itself vLLM ta
 # GPUs have no kernels for heads of 32, which the small checkpoints have.
 WIDER = {"head_dim": 64}
 FEWER = WIDER | {"num_attention_heads": 2, "num_key_value_heads": 1}  # of the same hidden size
+MODULES = ("io", "transforms", "transforms/functional", "transforms/v2", "transforms/v2/functional")
+SOURCE = """
+__path__ = {path!r}
+__version__ = "0"
+
+
+class Anything(type):
+    def __getattr__(cls, name):
+        return named(name)
+
+
+def named(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything(name, (), {{}})
+
+
+__getattr__ = named
+"""
 PRESETS = ("poc-2.0", "hardened")
 SEQ_LEN, NONCES = 64, 64
 
 
 def main():
     made = parser(__doc__)
-    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    made.add_argument("--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE")
     made.add_argument("--nonces", type=int, default=NONCES)
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--unproven", action="store_true", help="run what is refused because it was not run there")
@@ -106,7 +138,7 @@ def main():
         allow(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases:
-            kind, dtype = CASES[name]
+            kind, dtype = KNOWN[name]
             try:
                 path = checkpoint(kind, Path(folder), arguments.device)
                 row = measure(path, kind, dtype, range(arguments.nonces), arguments.device, Path(folder))
@@ -116,7 +148,7 @@ def main():
                 row = {"failed": f"{type(error).__name__}: {error}"[:300]}
             rows[name, installed] = {"name": name, "vllm": installed, "asked": dtype, **row}
             note(f"{name}: {rows[name, installed]}")
-            ordered = sorted(rows, key=lambda key: (list(CASES).index(key[0]), key[1]))
+            ordered = sorted(rows, key=lambda key: (list(KNOWN).index(key[0]), key[1]))
             publish("vllm_support", {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]}, arguments.output)
 
 
@@ -130,21 +162,21 @@ def version():
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
     from assay.models.quantise import STORED_FORMATS
-    from assay.poc.vllm import compatibility as _checkpoints
-    from assay.poc.vllm import compatibility as _compatibility
+    from assay.poc.vllm import compatibility
 
     dtypes = ("bfloat16", "float16", "float32")
-    architectures = {name for known in _checkpoints.WITH_STATE.values() for name in known}
-    _checkpoints.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
-    _checkpoints.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
-    _checkpoints.EIGHT_BIT_CACHES = (device,)
-    _checkpoints.EXPERTS_STORED = (device,)
-    _compatibility.STEPPING_TOGETHER = (device,)
+    architectures = {name for known in compatibility.WITH_STATE.values() for name in known}
+    compatibility.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
+    compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
+    compatibility.EIGHT_BIT_CACHES = (device,)
+    compatibility.EXPERTS_STORED = (device,)
+    compatibility.STEPPING_TOGETHER = (device,)
 
 
 def checkpoint(kind, folder, device="cpu"):
     """Make a checkpoint of a kind, once; return its directory."""
     source = checkpoint_directory(PLAIN)
+    kind = " ".join(word for word in kind.split() if word not in DEVICES)
     if kind in WHOLE:
         return source
     path = folder / kind
@@ -156,12 +188,28 @@ def checkpoint(kind, folder, device="cpu"):
             make_hybrid(kind, path, **(FEWER if device == "cuda" else {}))
         elif kind in WRAPPERS:
             if kind in WITH_VIDEOS:
-                _vllm_images.stand_in(folder)
+                without_torchvision(folder)
             make_wrapper(kind, path, **(FEWER if device == "cuda" else {}))
         else:
             origin = checkpoint(mixture, folder, device) if mixture else source
             store(origin, path, form, block=128 if form == "block" else 32)
     return path
+
+
+def without_torchvision(folder):
+    """Let this process and those that it starts import a stand-in for torchvision, unless it is there.
+
+    vLLM imports no model that reads images without it, not even to serve text alone, and its wheel does not load beside
+    the torch of the CPU build. The stand-in has every name and no function: a model that touched an image would fail.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    for name in ("", *MODULES):
+        place = folder / "torchvision" / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "__init__.py").write_text(SOURCE.format(path=[str(place)]))
+    sys.path.append(str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
 
 
 def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
@@ -172,6 +220,7 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     if kind in MIXTURES:
         _vllm_router.allow_hooks()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
+    options |= DEVICES.get(kind.rpartition(" ")[2], {})
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
         options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30, **ON_CUDA.get(kind, {})}
     with VLLMEngine(str(path), **shape, **options) as engine:

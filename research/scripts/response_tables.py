@@ -20,7 +20,7 @@ def progress() -> None:
     for name in MODELS:
         run = read_run(RUNS / f"responses-{name}", "responses")
         settings = [run.settings[key] for key in ("honest", "responses", "seq_len")]
-        rows.append((f"[responses-{name}](../benchmarks/results/experiments/responses-{name})", *settings,
+        rows.append((f"[responses-{name}](../research/results/experiments/responses-{name})", *settings,
                      len(run.cells), "yes" if run.complete else "no"))  # fmt: skip
     print_table(("run", "honest responses", "responses of a cheat", "tokens of each", "cells", "complete"), rows)
 

@@ -1,6 +1,6 @@
 """Train the two bundled reference models from scratch, from the Python source that is installed on this machine.
 
-    python scripts/train_reference_models.py --out DIR --seconds 165
+    python research/scripts/train_reference_models.py --out DIR --seconds 165
 
 Corpus: the standard library, and the installed packages whose metadata names a permissive licence and no other. Files
 with the same bytes count once; generated, minified and data files are left out. A file is held out by the hash of its
@@ -371,7 +371,7 @@ def settings() -> argparse.Namespace:
     for key, value in (tiny if args.tiny else full).items():
         setattr(args, key, value)
     args.command = (
-        f"python scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}" + " --tiny" * args.tiny
+        f"python research/scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}" + " --tiny" * args.tiny
     )
     return args
 

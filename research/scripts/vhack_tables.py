@@ -1,6 +1,6 @@
 """Tables of the third experiment for docs/vhack-results.md; cog runs them.
 
-All are of benchmarks/results/vhack_study3.json, unless another file is named. It says of parts without runs that they
+All are of research/results/vhack_study3.json, unless another file is named. It says of parts without runs that they
 are not run yet.
 """
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _vllm import Server, talk
-from _vllm_answers import SEEDED, begin, mixed
-from _vllm_tokens import agreement
+from _vllm_answers import SEEDED, agreement, begin, mixed
 
 from assay import poc
 from tests.vllm.conftest import ROOT, SEQ_LEN

@@ -1,9 +1,8 @@
 """A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
 
 import pytest
-from _vllm_answers import SEEDED, begin, mixed
+from _vllm_answers import SEEDED, agreement, begin, mixed
 from _vllm_forked import ForkedServer
-from _vllm_tokens import agreement
 
 from assay.poc.cheats import rounded
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL

@@ -9,9 +9,8 @@ import httpx
 import pytest
 import torch
 from _vllm import KEY, MODEL, chat_once
-from _vllm_answers import BLOCK, NODE, SEEDED, begin, body_of, mixed, receipts_of, send_all
+from _vllm_answers import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed, receipts_of, send_all
 from _vllm_forked import ForkedServer
-from _vllm_tokens import agreement
 
 from assay.poc.responses import Prompt, Receipt, Receipts, Request, ResponseSeed, Sampling, replay, respond
 from assay.poc.responses.gaps import Sampler

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import _vhack_plan3  # noqa: E402
@@ -19,7 +19,7 @@ from assay_research.study.plan import StudyRun  # noqa: E402
 
 from assay.files.jsonl import dumps  # noqa: E402
 
-PLAN = (ROOT / "docs" / "vhack-experiment-3.md").read_text(encoding="utf-8")
+PLAN = (ROOT / "notes" / "experiment-3.md").read_text(encoding="utf-8")
 
 
 def log_of(part, run, *, steps=None):
