@@ -159,7 +159,7 @@ def commands(group, prefix: str = "") -> dict:
 
 
 def test_flags_are_frozen():
-    """A new flag needs a page in docs/decisions and a line here."""
+    """A new flag needs an entry in research/notes/decisions.md and a line here."""
     surface = commands(typer.main.get_command(app))
     assert surface.keys() == FROZEN.keys()
     for name, flags in FROZEN.items():

@@ -1,4 +1,4 @@
-"""Claims of the third experiment, whose plan fixed these rules before any run was made (docs/vhack-experiment-3.md).
+"""Claims of the third experiment, whose plan fixed these rules before any run was made (research/notes/experiment-3.md).
 
 Five claims are decided together, with 99 % intervals each: by Bonferroni's inequality the chance that any of them is
 decided wrongly is at most 5 %. A claim is only *tested* where plain training learns to cheat and the reference does

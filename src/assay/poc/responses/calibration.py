@@ -46,7 +46,7 @@ LEAST_BETWEEN = 0.2
 """Least spread of ln distance between the sketches of responses: an odd response is in no small sample.
 
 Chosen after one of eight pairs of formats and models accused more honest audits than it should
-(docs/decisions/responses-replay.md).
+(research/notes/decisions.md).
 """
 
 TOLD_APART = 256  # tokens from which the smallest effect is told apart from honest noise

@@ -42,7 +42,7 @@ GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 _OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
-"""The arm of `assay vhack train` unless another is named; docs/decisions/vhack-train-defaults.md says why."""
+"""The arm of `assay vhack train` unless another is named; research/notes/decisions.md says why."""
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 """The axes an arm may act along, besides ``trusted``:
