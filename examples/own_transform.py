@@ -10,11 +10,11 @@ to compare honest noise with what a cheater would hand in.
 import sys
 
 import numpy as np
-from assay_research.cheats import rounded
 
 import assay
 from assay.models import Model
 from assay.poc import PIPELINES, HFEngine, Pipeline, Round
+from assay.poc.cheats import rounded
 from assay.poc.protocol.pipelines import Step
 
 WIDE = Pipeline(

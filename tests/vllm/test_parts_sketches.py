@@ -9,8 +9,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.sketches import sketches
 from assay.poc.responses import Sampling
 from assay.poc.responses.sampling import step_seeds
-from assay.poc.vllm.carried import ARGUMENT, Carried, as_words, carried_by
-from assay.poc.vllm.history import History
+from assay.poc.vllm.carried import ARGUMENT, Carried, History, as_words, carried_by
 from assay.poc.vllm.response_worker import Capture, _next_sketched
 from assay.poc.vllm.worker_state import spans
 

@@ -17,8 +17,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 from assay import streams
 from assay.poc.responses.gaps import Sampler
 from assay.poc.responses.sampling import Sampling
-from assay.poc.vllm.carried import Carried, carried_by
-from assay.poc.vllm.history import History
+from assay.poc.vllm.carried import Carried, History, carried_by
 
 
 @dataclass
