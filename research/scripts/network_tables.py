@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from assay_research.clusters.clusters import HONEST, REAL, SIMULATED
+from assay_research.clusters.clusters import HONEST
 from assay_research.clusters.page import model_table
 from tables import RESULTS, print_table
 
@@ -58,72 +58,3 @@ def honest() -> None:
         for name, row in _rows(HONEST)
     ]  # fmt: skip
     print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
-
-
-def _cheats(sort: str) -> None:
-    """Print how each rule catches cheats: nonces for half and for 99 % of them, those within 60, and called honest."""
-    rows = [
-        (name, _short(row["cheat"]), row["rule"], row["median"] or "never", row["most"] or "never",
-         f"{100 * row['soon']:.1f}", f"{100 * row['accused']:.1f}",
-         f"{100 * row['honest']['64']:.1f} / {100 * row['honest']['300']:.1f}")
-        for name, row in _rows(sort)
-        if sort == REAL or row["rule"] in ("ours", "first version", "count (0.41, 0.1, 0.05)", "oracle")
-    ]  # fmt: skip
-    header = ("build", "cheat", "rule", "half by", "99 % by", "within 60, %", "within 300, %", "honest at 64 / 300, %")
-    print_table(header, rows)
-
-
-def real() -> None:
-    """Print how each rule catches other builds that were passed off as this one."""
-    _cheats(REAL)
-
-
-def simulated() -> None:
-    """Print how each rule catches simulated cheats."""
-    _cheats(SIMULATED)
-
-
-def gap() -> None:
-    """Print the share of simulated cheats caught within 60 nonces by rules between ours and the oracle."""
-    measured = read_json(RESULTS / "clusters_gap.json")
-    rules = ("ours", "ours, without spread", "pair known", "cheat known", "both laws known", "oracle",
-             "half of the weight on the effect", "multiples a factor of 1.41 apart")  # fmt: skip
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in measured["rows"]:
-        if row["cheat"].endswith("× 1.4") or row["cheat"] == "a share × 2":
-            key = _short(row["build"]), _short(row["cheat"])
-            found.setdefault(key, {})[row["rule"]] = f"{100 * row['accused'][0]:.1f}"
-    rows = [(*key, *(row[rule] for rule in rules)) for key, row in found.items()]
-    print_table(("build", "cheat", *rules), rows)
-
-
-def bound() -> None:
-    """Print what the most powerful tests of 60 nonces catch of each cheat, beside our rule and the oracle."""
-    measured = read_json(RESULTS / "clusters_bound.json")
-    tests = ("pair known", "machine unknown", "cheat known", "extreme machines")
-    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in measured["rows"]:
-        key = _short(row["build"]), _short(row["cheat"]).removeprefix("real: ")
-        found.setdefault(key, {})[row["rule"], row["laws"]] = row
-    rows = []
-    for key, of in found.items():
-        kinds = [kind for kind in ("histogram", "fitted") if ("pair known", kind) in of]
-        each = [[of[name, ""]] for name in ("ours", "oracle")] + [[of[name, kind] for kind in kinds] for name in tests]
-        within = [" / ".join(f"{100 * row['caught'][row['nonces'].index(60)]:.1f}" for row in same) for same in each]
-        rows.append((*key, *within))
-    print_table(("build", "cheat", "ours", "oracle", *tests), rows)
-
-
-def bound_nonces() -> None:
-    """Print after how many nonces 99 % of the cheats in all nonces are caught, at best and by our rule."""
-    measured = read_json(RESULTS / "clusters_bound.json")
-    tests = ("ours", "oracle", "pair known", "machine unknown", "cheat known", "extreme machines")
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for row in measured["rows"]:
-        if row["cheat"].endswith("× 1.4"):
-            pairs = zip(row["nonces"], row["caught"], strict=True)
-            first = next((f"{count}" for count, caught in pairs if caught >= 0.99), f"over {row['nonces'][-1]}")
-            key = _short(row["build"]), _short(row["cheat"])
-            found.setdefault(key, {}).setdefault(row["rule"], []).append(first)
-    rows = [(*key, *(" / ".join(of[test]) for test in tests)) for key, of in found.items()]
-    print_table(("build", "cheat", *tests), rows)

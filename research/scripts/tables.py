@@ -20,7 +20,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
 FORMATS = {"bfloat16": "", "float16": "-float16", "float8": "-float8"}
-SHAPES = {"qwen3-0.6b": 28, "llama-3.2-1b": 16, "llama-3.1-8b": 32}
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -29,28 +28,6 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     print(f"|{' --- |' * len(header)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")
-
-
-def approaches(run: str) -> None:
-    """Print every approach of a run, both models side by side."""
-    cells = read_run(RUNS / run, "approaches").cells
-    header = ("approach", "mean", "offset", "spread at 50 %", "spread at 10 %", "breaks structure", "separation", "AUC",
-              "overhead, %")  # fmt: skip
-    rows = []
-    for name in dict.fromkeys(cell["approach"] for cell in cells):
-        both = [cell for cell in cells if cell["approach"] == name]
-        columns = (
-            [f"{cell['mean']:.4f}" for cell in both],
-            [f"{cell['mean_off_in_standard_errors']:.1f}" for cell in both],
-            [f"{100 * cell['spreads'][0]['spread']:.1f}" for cell in both],
-            [f"{100 * cell['spreads'][1]['spread']:.1f}" for cell in both],
-            [cell["breaks_structure"] for cell in both],
-            [f"{cell['separation']:.0f}" for cell in both],
-            [f"{cell['auc']:.3f}" for cell in both],
-            [f"{round(100 * cell['overhead'])}" for cell in both],
-        )
-        rows.append((f"`{name}`", *(" / ".join(column) for column in columns)))
-    print_table(header, rows)
 
 
 def hook_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -121,54 +98,6 @@ def matrix(run: str) -> None:
     print_table(header, rows)
 
 
-def nonce_bands(run: str) -> None:
-    """Print where a band of the nonces alone would end, per model, in points."""
-    found = matrix_configurations(run)
-    rows = [(f.model.partition(":")[2], f"{100 * f.spread.nonces_high:.2f}") for f in found
-            if f.spread is not None and f.mode == "sign-flips"]  # fmt: skip
-    print_table(("model", "band of the nonces alone ends at"), rows)
-
-
-def throughput(run: str) -> None:
-    """Print the live throughput of models that were tested on one block."""
-    rows = [
-        (f"`{found.model}`", found.checked, f"{found.nonces_per_second:.0f}")
-        for found in configurations(read_run(RUNS / run, "matrix").cells)
-        if found.spread is None
-    ]
-    print_table(("model", "nonces", "nonces/s"), rows)
-
-
-def targets() -> None:
-    """Print measured quantiles of distances beside the closed form."""
-    rows = read_json(RESULTS / "r_target_h200.json")["rows"]
-    printed = []
-    for pipeline, rate in dict.fromkeys((row["pipeline"], row["valid_rate"]) for row in rows):
-        both = [row for row in rows if (row["pipeline"], row["valid_rate"]) == (pipeline, rate)]
-        measured = " / ".join(f"{row['measured']:.4f}" for row in both)
-        off = " / ".join(f"{row['off_in_standard_errors']:+.1f}".replace("-", "−") for row in both)
-        printed.append((pipeline, f"{100 * rate:.4g}", f"{both[0]['r_target']:.4f}", measured, off))
-    print_table(("pipeline", "valid, %", "closed form", "measured", "offset"), printed)
-
-
-def targets_of_blocks() -> None:
-    """Print how many single blocks have an interval that holds the closed form, in three ways."""
-    figures = read_json(RESULTS / "r_target.json")
-    rows = []
-    for row in figures["rows"]:
-        if "blocks_inside" in row:
-            inside, rates = row["blocks_inside"], row["valid_rates"]
-            rows.append((
-                row["model"].partition(":")[2],
-                f"{100 * row['valid_rate']:.4g}",
-                f"{100 * min(rates):.1f} to {100 * max(rates):.1f}",
-                *(f"{inside[way]} of {figures['blocks']}" for way in ("nonces_alone", "assumed", "with_factors")),
-            ))  # fmt: skip
-    header = ("model", "valid over blocks, %", "valid in a block, %", "interval of the nonces alone",
-              "assumed effective dimension", "factor by the model")  # fmt: skip
-    print_table(header, rows)
-
-
 def block_law() -> None:
     """Print how the widths of blocks vary, and how far they are from the chord law and from their own."""
     figures = read_json(RESULTS / "chord_law_blocks.json")
@@ -227,35 +156,6 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
     ]
 
 
-def compiled_cost() -> None:
-    """Print the throughput of ``hardened`` over ``poc-2.0`` with compiled kernels, below 0.95 in bold."""
-    rows = []
-    for shape, layers in SHAPES.items():
-        name = f"hardened_throughput_h200_{shape}.json"
-        bfloat16, float16 = read_json(RESULTS / name)["cases"]
-        ratios = [case["hardened_over_poc"] for case in (bfloat16, float16)]
-        across = float16["hardened_over_first_dtype"]["poc-2.0"]["middle"]
-        shown = [f"**{ratio:.3f}**" if ratio < 0.95 else f"{ratio:.3f}" for ratio in (*ratios, across)]
-        rows.append((f"`shape:{shape}`, {layers} layers", *shown))
-    print_table(("compiled, H200", "bfloat16", "float16", "float16 over `poc-2.0` in bfloat16"), rows)
-
-
-def simulated_year() -> None:
-    """Print the simulated year: honest nodes convicted, and what cheaters are paid, under each rule."""
-    header = ("format", "preset", "rule", "honest nodes convicted", "int8 paid", "0.5 % junk paid", "1 % junk paid",
-              "2 % junk paid", "2 % junk, rounds to 99 %")  # fmt: skip
-    printed = []
-    for cell in read_run(RUNS / "simulate", "simulate").cells:
-        rows = {(row["rule"], row["kind"]): row for row in cell["rows"]}
-        for rule in ("published", "count", "sequential"):
-            kinds = ("int8 weights", "0.5% junk", "1.0% junk", "2.0% junk")
-            paid = [f"{rows[rule, kind]['paid']:.1%}" for kind in kinds]
-            caught = rows[rule, "2.0% junk"]["rounds_99"] or "never"
-            convicted = rows[rule, "honest"]["convicted"]
-            printed.append((cell["dtype"], f"`{cell['preset']}`", rule, convicted, *paid, caught))
-    print_table(header, printed)
-
-
 def simulated_lives() -> None:
     """Print what the account of a whole life convicts: honest nodes of unseen machines, and when cheaters go."""
     kinds = {"10% of the nonces cheap": "10 % at 22 ×", "20% of the nonces cheap": "20 % at 10 ×",
@@ -293,31 +193,3 @@ def cheap_shares() -> None:
                 rows.append((f"{name}, `{preset}`, {dtype}", f"{accused:.2f}", f"{worst:.1f}", *caught))
     header = [f"{share:.0%} at {multiple:g} ×" for share, multiple in cheats]
     print_table(("model, preset, format", "accused", "worst pair of blocks", *header), rows)
-
-
-def faulty_clusters() -> None:
-    """Print what pairs of real clusters come out as, by the pattern of their fault, in full and in samples."""
-    clusters = read_json(RESULTS / "places.json")["clusters"]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in clusters["rows"]:
-        found = row["pattern"] if row["verdict"] == "faulty" else "no fault found"
-        groups.setdefault(found if row["fault"] else "sound machines", []).append(row)
-    rows = []
-    for name, pairs in sorted(groups.items(), key=lambda item: -len(item[1])):
-        outcomes = sorted({pair["verdict"] for pair in pairs})
-        samples = [
-            [f"{np.mean([pair[size].get(outcome, 0) for pair in pairs]):.1%}" for outcome in ("faulty", "fraud")]
-            for size in ("300 nonces", "64 nonces")
-        ]
-        rows.append((name, len(pairs), ", ".join(outcomes), *(f"{faulty} ({fraud})" for faulty, fraud in samples)))
-    print_table(("fault", "pairs", "all 1000 nonces", "300: faulty (fraud)", "64: faulty (fraud)"), rows)
-
-
-def faulty_simulated() -> None:
-    """Print how often simulated faults are found, and called fraud instead."""
-    cases = read_json(RESULTS / "places.json")["faults"]["cases"]
-    rows = []
-    for name in dict.fromkeys(case.rsplit(", ", 1)[0] for case in cases):
-        found = [cases[f"{name}, {size} nonces"] for size in (64, 300, 1000)]
-        rows.append((name, *(f"{case.get('faulty', 0):.0%} ({case.get('fraud', 0):.0%})" for case in found)))
-    print_table(("fault", "64 nonces", "300 nonces", "1000 nonces"), rows)

@@ -371,7 +371,7 @@ def settings() -> argparse.Namespace:
     for key, value in (tiny if args.tiny else full).items():
         setattr(args, key, value)
     args.command = (
-        f"python research/scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}" + " --tiny" * args.tiny
+        f"python research/scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}{' --tiny' * args.tiny}"
     )
     return args
 

@@ -19,8 +19,6 @@ from assay_research.study.plan import StudyRun  # noqa: E402
 
 from assay.files.jsonl import dumps  # noqa: E402
 
-PLAN = (ROOT / "notes" / "experiment-3.md").read_text(encoding="utf-8")
-
 
 def log_of(part, run, *, steps=None):
     settings = _vhack_plan3.PARTS[part].settings
@@ -63,11 +61,8 @@ def test_a_cell_has_different_runs_of_one_regime_and_its_reference(name):
         assert {"none", "no-loophole"} <= {run.arm for run in cell}
 
 
-def test_the_plan_names_every_part_and_its_size():
-    for name, part in _vhack_plan3.PARTS.items():
-        assert f"`{name}`" in PLAN or name == "check", name
-        assert part.size in vhack_study_organisms.SIZES
-    assert "104 × 250" in PLAN
+def test_every_part_has_an_organism_of_its_size():
+    assert {part.size for part in _vhack_plan3.PARTS.values()} <= set(vhack_study_organisms.SIZES)
     assert len(_vhack_plan3.PARTS["stored"].runs) * _vhack_plan3.PARTS["stored"].seeds == 104
 
 
@@ -95,14 +90,8 @@ def test_claims_are_decided_by_the_runs_of_their_part(tmp_path, monkeypatch, cap
     assert made["stored"]["rivals"]["from-dpo less " + _vhack_plan3.DISPLACED]["equal"] == "no"
     (tmp_path / "vhack_study3.json").write_text(dumps({"claims": results.claims(read), "parts": made}))
     monkeypatch.setattr(vhack_tables, "RESULTS", tmp_path)
-    for table in (vhack_tables.claims, vhack_tables.parts, vhack_tables.rivals):
-        table()
-    for table in (vhack_tables.arms, vhack_tables.cut_off):
-        table("stored")
-    said = capsys.readouterr().out
-    assert "| `stored` | 7 M | 250 | 78 of 104 | in part | d |" in said
-    assert "adam/none/axes-whole/stored-whole" in said
-    assert "| 306 | 50 | 40 | 0.750 | 0.125 |" in said
+    vhack_tables.claims()
+    assert capsys.readouterr().out.count("**holds**") == 3
 
 
 def test_a_part_without_a_reference_of_its_own_is_compared_with_that_of_the_first():
