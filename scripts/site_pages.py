@@ -2,10 +2,9 @@
 
 Pages are written for a reader of the repository. On the site the README is the front page, a link to a file that is no
 page leads to the repository, a formula is MathML, and what makes a table is left out. A link to nothing is an error.
-llms.txt and docs/README.md list the pages with their first sentences.
+llms.txt lists the pages with their first sentences.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -95,10 +94,6 @@ def _opening(page: str) -> tuple[str, str]:
     return heading.removeprefix("# ").strip(), sentence[0] if sentence else ""
 
 
-def _entry(title: str, address: str, sentence: str) -> str:
-    return f"- [{title}]({address})" + (f": {sentence}" if sentence else "")
-
-
 def overview(name: str, description: str) -> Iterator[str]:
     """Yield the lines of llms.txt: every page by section, with its first sentence."""
     yield f"# {name}\n\n> {description}\n"
@@ -106,18 +101,8 @@ def overview(name: str, description: str) -> Iterator[str]:
         yield f"## {part}\n"
         for page, title, sentence in entries:
             address = page.removesuffix(".md").removesuffix("index")
-            yield _entry(title, address and f"{address}/", sentence)
+            yield f"- [{title}]({address and f'{address}/'})" + (f": {sentence}" if sentence else "")
         yield ""
-
-
-def listed() -> None:
-    """Write the lists of docs/README.md, for cog: the pages of every section, linked from that folder."""
-    paths = {name: path for path, name in pages().items()}
-    for part, entries in sections():
-        print(f"\n## {part}\n")
-        for name, title, sentence in entries:
-            if name not in ("index.md", "pages.md"):
-                print(_entry(title, os.path.relpath(paths[name], ROOT / "docs"), sentence))
 
 
 def main() -> int:

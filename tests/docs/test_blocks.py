@@ -34,9 +34,7 @@ RUN = {
         "vhack-checks",
         "vhack-training",
     ),
-    "tests/docs/test_pages_of_results.py": (
-        *("experiments", "redteam", "redteam-responses", "gpu", "vllm", "vhack-results"),
-    ),
+    "tests/docs/test_pages_of_results.py": (*("experiments", "redteam", "redteam-responses", "gpu", "vllm"),),
 }
 """Pages whose blocks run, by the test that runs all of them but the lines of docs/blocks.md."""
 OWN_WAY = ("vhack-quickstart", "calibration")

@@ -11,7 +11,6 @@ import pytest
 from tests.docs.shell import ROOT, held, script
 
 pytestmark = pytest.mark.usefixtures("warm")
-RESULTS = ROOT / "research" / "results"
 PROOFS = """\
 python - <<'END'
 from assay import load_model
@@ -59,7 +58,6 @@ def folder(tmp_path: Path) -> Path:
     (programs / "results").mkdir(parents=True)
     for path in (ROOT / "research" / "benchmarks").glob("*.py"):
         (programs / path.name).symlink_to(path)
-    (programs / "results" / "vhack_study2").symlink_to(RESULTS / "vhack_study2")
     return tmp_path
 
 
@@ -72,18 +70,11 @@ def test_experiments(folder: Path):
         "assay poc experiment approaches": f"{of_one} --approaches poc-2.0 --nonces 16 --checked 8 --timed 0",
         "assay poc experiment weights": f"{of_one} --nonces 16",
         "assay poc experiment matrix": f"{of_one} --modes sign-flips --duration 1 --public-keys node_A",
-        "assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512",  # b.jsonl is of the other format
-        "python research/benchmarks/chord_law.py": f"{tiny} --nonces 32 --blocks 2",
-        "python research/benchmarks/block_scale.py": f"{tiny} --nonces 16 --blocks 2 --common 32",
-        "python research/benchmarks/r_target.py": f"{tiny} --nonces 32 --blocks 2 --dtype float32 --device cpu",
     }
-    made = proofs(proof="bfloat16", a="bfloat16", b="float32", blocks=8, nonces=512)
-    said = held(script("experiments", before=made, small=small), folder)
-    assert "honest" in said
-    assert {path.name for path in (folder / "experiments").iterdir()} >= {"NAME", "h200", "h200-shapes", "cpu"}
+    held(script("experiments", before=proofs(proof="bfloat16", blocks=8), small=small), folder)
+    runs = {path.name for path in (folder / "experiments").iterdir()}
+    assert runs == {"NAME", "h200", "h200-shapes", "h200-deep", "cpu"}
     assert (folder / "experiments" / "NAME" / "report.html").is_file()
-    made = {path.name for path in (folder / "research" / "results").glob("*.json")}
-    assert made == {"chord_law_blocks.json", "block_scale.json", "r_target_h200.json"}
 
 
 @pytest.mark.slow
@@ -97,7 +88,7 @@ def test_red_teams(folder: Path):
         "--prompt-tokens 16 --seq-len 96 --batch-size 12",
         "assay poc experiment simulate": simulated,
     }
-    assert "| attack |" in held(script("redteam", before=MODELS, small=small), folder)
+    held(script("redteam", before=MODELS, small=small), folder)
     held(script("redteam-responses", small=small), folder)
     runs = {"redteam-llama-float16", "simulate", "simulate-life", "responses-qwen3"}
     assert {path.name for path in (folder / "experiments").iterdir()} == runs
@@ -120,13 +111,3 @@ def test_noise_between_vllm_and_transformers(folder: Path):
     small = {"assay poc verify": "--seq-len 16 --dtype bfloat16"}  # as on a machine without vLLM
     said = held(script("vllm", before=made, instead={"MODEL": "reference:qwen3"}, small=small), folder)
     assert "honest" in said
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_studies_of_training(folder: Path):
-    pytest.importorskip("trl")
-    study = {"_results.py OUT --keep": f"_results.py {RESULTS}/vhack_study3 --keep"}
-    held(script("vhack-results", instead=study), folder)
-    assert "<svg" in (folder / "page.html").read_text()
-    assert (folder / "research" / "results" / "vhack_study3.json").is_file()
