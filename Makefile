@@ -9,7 +9,7 @@ WORKERS ?= 2
 # for itself what it imports, which for vLLM is most of a start: 16 of 27 s of CPU.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-vllm check lock docs man site format soak gpu-test gpu-bench release-check clean
+.PHONY: help setup demo test test-all test-vllm check lock docs man site format soak gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,12 +17,12 @@ help:  ## list the targets
 setup: $(READY)  ## make the virtual environment
 
 # The kernels of the streams are compiled here, by the command that holds them against their definition.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml research/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "assay needs Python 3.11 or newer: set PYTHON=…"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
 	@if command -v uv >/dev/null; then \
-	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
+	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' -e research; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e research; fi
 	@$(BIN)/assay doctor >$(VENV)/doctor.txt || { cat $(VENV)/doctor.txt; exit 1; }
 	@touch $@
 
@@ -33,8 +33,11 @@ demo: $(READY)  ## prove and verify real compute on a bundled model, catch four 
 # the order of tests/conftest.py, not by their number of tests.
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
 
-test: $(READY)  ## run the test suite
-	$(BIN)/python -m pytest $(SPREAD)
+test: $(READY)  ## run the tests of a change, in about eight minutes on two cores
+	$(BIN)/python -m pytest $(SPREAD) -m "not (slow or pages or browser or kill or research or vllm)"
+
+test-all: $(READY)  ## run every test but those of vLLM
+	$(BIN)/python -m pytest $(SPREAD) -m "not vllm"
 
 # vLLM pins versions of its own, so it has a virtual environment of its own, and one more for the older of the two
 # versions that are tested. Its wheels for machines without a GPU ask for torchvision and others that do not go with

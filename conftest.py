@@ -1,4 +1,4 @@
-"""Fixtures that every floor uses: small real checkpoints, made on the spot."""
+"""Fixtures and markers that tests and research share: small real checkpoints, made on the spot."""
 
 import os
 from collections.abc import Iterator
@@ -23,10 +23,18 @@ SMALL = {
 }
 
 
+FOLDERS = {"tests/docs": "pages", "tests/vllm": "vllm", "research/tests": "research"}
+"""Markers of whole folders; `make test` leaves out what they mark."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files of long tests first: a worker that met one at the end would work alone."""
+    """Mark the tests of a folder, and put files of long tests first: one met at the end would run alone."""
+    root = Path(__file__).parent
     longest: dict[Path, float] = {}
     for item in items:
+        for folder, marker in FOLDERS.items():
+            if item.path.is_relative_to(root / folder):
+                item.add_marker(marker)
         limit, slow = item.get_closest_marker("timeout"), item.get_closest_marker("slow")
         seconds = float(limit.args[0]) if limit else 60.0 if slow else 0.0
         longest[item.path] = max(seconds, longest.get(item.path, 0.0))
