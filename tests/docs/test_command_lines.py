@@ -23,7 +23,7 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("*.md")
     if any(shown(path.read_text(encoding="utf-8")))
 )
-NO_PARSER = ("research/benchmarks/redteam_tables.py", "scripts/page_blocks.py")
+NO_PARSER = ("scripts/page_blocks.py",)
 """Programs that read their arguments as they work."""
 
 
@@ -64,7 +64,7 @@ def test_lines_that_fail_are_found(folder: Path):
         "assay vhack train --model M -o run --steps 0",
         "python research/benchmarks/vhack_study3.py PART -o OUT",
         "python research/benchmarks/gpu_floor.py --modle shape:qwen3-0.6b",
-        "python research/benchmarks/vhack_study_many.py second -o OUT --seed 8",
+        "python research/benchmarks/soak.py service --kills many",
     )
     said = refused([shlex.split(line) for line in lines], folder)
     assert said.keys() == set(lines)

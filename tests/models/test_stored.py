@@ -34,7 +34,7 @@ def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of random weights, whose experts are stacked in the file."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from tests.conftest import SMALL
+    from conftest import SMALL
 
     path = tmp_path_factory.mktemp("checkpoint") / "mixture"
     config = SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}

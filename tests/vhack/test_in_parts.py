@@ -6,7 +6,7 @@ import torch
 from assay.vhack import Factors, SVDCache, extract, per_sample_gradients, target_modules, weight_svd, weights_digest
 from assay.vhack.gradients import per_sample as _per_sample
 from assay.vhack.gradients.division import Division
-from tests.conftest import SMALL
+from conftest import SMALL
 from tests.vhack import in_parts
 from tests.vhack.adapter import sequential_gradients, worst_error
 from tests.vhack.two_processes import BACKENDS, needs_two, together

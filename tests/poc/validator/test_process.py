@@ -61,7 +61,7 @@ def test_a_model_that_still_loads_does_not_spoil_the_end(tmp_path, small_model, 
 
 
 def test_kills_of_validator_and_senders_lose_and_repeat_nothing(tmp_path, small_model, small_checkpoint):
-    """`research/benchmarks/validator_soak.py` does this 200 times with a thousand nodes."""
+    """`research/benchmarks/soak.py` does this 200 times with a thousand nodes."""
     outcome = kill_loop(
         tmp_path, small_model, small_checkpoint, nodes=40, kills=4, each=3, senders=2, nonces_per_hour=20_000_000
     )
