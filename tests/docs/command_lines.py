@@ -52,7 +52,7 @@ def shown(text: str) -> Iterator[list[str]]:
 def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
     """Return what programs say of the lines that they refuse, read in a folder with the files that they need."""
     command = [sys.executable, "-m", "tests.docs.command_lines"]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
     environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, input=json.dumps(lines), cwd=folder, env=environment, capture_output=True, text=True, check=False
