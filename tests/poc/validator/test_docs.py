@@ -78,7 +78,7 @@ def test_every_flag_and_route_of_the_page_exists(capsys):
     assert flags
     for flag in flags:
         assert flag in known, flag
-    source = (ROOT / "src" / "assay" / "poc" / "validator" / "_app.py").read_text()
+    source = (ROOT / "src" / "assay" / "poc" / "validator" / "app.py").read_text()
     for route in re.findall(
         rf"`(?:GET |POST |{PREFIX}|…)*(/(?:nodes|verdicts|evidence|commitments|status|events|blocks))", TEXT
     ):
