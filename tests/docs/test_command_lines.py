@@ -15,7 +15,7 @@ from tests.cli.test_app import FROZEN, commands
 from tests.docs.command_lines import VARIABLES, refused, shown
 from tests.docs.shell import ROOT, held, script
 from tests.poc.validator.conftest import pins_text
-from tests.poc.verdict import published
+from research.tests import published
 
 PAGES = sorted(
     path
@@ -39,7 +39,7 @@ def folder(small_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.slow
 def test_every_command_line_is_read_by_its_program(folder: Path):
     lines = [words for path in PAGES for words in shown(path.read_text(encoding="utf-8"))]
-    assert len(lines) > 90
+    assert len(lines) > 60
     for words in lines:
         assert "…" not in " ".join(words)
         assert words[0] == "assay" or (ROOT / words[1]).is_file(), words
