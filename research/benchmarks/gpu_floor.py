@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.models import load_model
 from assay.models.decoder import causal_attention, decoder_layers
 from assay.models.float8 import Rounded, grouped_product, product, round_rows
+from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.lean import layer_shape, layer_weights, parted
-from assay.poc.engines.hf.memory import auto_batch
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the engine's
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")

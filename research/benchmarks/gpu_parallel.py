@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from assay.models import load_model
 from assay.poc import HFEngine, Noise, Proof, Round, calibrate, default_noise, prove
-from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.parallel import ParallelEngine, joined
 from assay.poc.verdict import judge
 

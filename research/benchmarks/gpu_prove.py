@@ -34,7 +34,7 @@ from assay.models import load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, FLOAT8, INT8, float8_blocks
 from assay.poc import HFEngine, Round, default_noise, prove
-from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.hf.engine import auto_batch
 from assay.streams import seed32
 from tests.models.storing import in_eight_bits
 

@@ -43,7 +43,7 @@ from assay import poc
 from assay.models import load_model, save_random
 from assay.poc import HFEngine
 from assay.poc.engines.hf.compiled import worth_compiling
-from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.hf.engine import auto_batch
 
 PATHS = {"requests": ("requests", "vllm"), "direct": ("auto", "vllm"), "own": ("auto", "assay")}
 PAUSE = 1.6  # seconds between single requests, more than the time until an engine counts as idle
