@@ -1,20 +1,14 @@
-"""Are hack directions of the reference models real? The five checks on our pairs, controls, and data from outside.
+"""Are hack directions of the reference models real? The five checks on our pairs, and controls.
 
 - *Generated pairs*, whole task families held out, with each of the three methods; and the basis that ``extract`` makes
   of them when it is asked for nothing else, scored on what it held out.
 - *Controls that must fail*: labels swapped at random, clean-clean pairs, a random basis.
 - *Mechanisms held out*: a basis of the other mechanisms and other families, against one of the same mechanism.
-- *Data from outside* (``--data``): authored pairs, minimal pairs (prints against asserts), and rollouts of a model that
-  was trained to cheat. Files as described by its README; they are not part of this project.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/vhack_checks.py --data DATA -o research/results/vhack_checks.json
+    python research/benchmarks/vhack_checks.py --pairs 192 -o research/results/vhack_checks_models.json
 """
 
-import gzip
-import json
 import random
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,17 +19,13 @@ from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import paired_accuracy
 from assay.vhack import (
     Basis,
-    Pair,
     PairGradients,
-    Sample,
     cin_over_modules,
     pair_gradients,
-    per_sample_gradients,
     split_pairs,
     weight_svd,
 )
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.ranking import check_unpaired
 from assay.vhack.pairs import generate_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 
@@ -44,9 +34,6 @@ SETTINGS = (
     CheckSettings(n_null=59, method="mean-diff", k_use=1),
     CheckSettings(n_null=59, method="lda"),
 )
-MOST_CHARACTERS = 3500
-ROLLOUTS = 60
-MINIMAL = 80
 PARTS = 3
 
 
@@ -72,18 +59,6 @@ def checked(name, gradients, settings, basis=None):
     shown = {c.name: (round(c.measured.value, 3) if c.measured else None, c.verdict) for c in report.checks}
     note(f"{name}: {shown}")
     return summary(report)
-
-
-def subset(gradients, rows, groups=None):
-    """Some pairs, perhaps with other groups."""
-    index = torch.tensor(rows)
-    return PairGradients(
-        {name: part[index] for name, part in gradients.hack.items()},
-        {name: part[index] for name, part in gradients.clean.items()},
-        groups=groups or [gradients.groups[row] for row in rows],
-        keys=[gradients.keys[row] for row in rows],
-        origin=gradients.origin,
-    )
 
 
 def label(settings):
@@ -162,75 +137,6 @@ def ranked(hack, clean, groups):
     }
 
 
-def read(path):
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def outside_pairs(data):
-    authored = [
-        Pair(r["prompt"], r["hack"], r["clean"], r["problem_id"].split("_")[0]) for r in read(data / "hack_pairs.jsonl")
-    ]
-    minimal = [
-        Pair(r["prompt"], r["hack"], r["clean"], str(r["problem_id"]))
-        for r in read(data / "pairs_print_vs_assert.jsonl.gz")
-        if len(r["prompt"] + r["hack"]) <= MOST_CHARACTERS
-    ]
-    return {
-        "hack_pairs": authored,
-        "pairs_print_vs_assert": list({pair.key: pair for pair in minimal}.values())[:MINIMAL],
-    }
-
-
-def rollouts(data):
-    """Rollouts that exploit, and rollouts that are correct but test nothing, by one draw per prompt."""
-    rng = random.Random(0)
-    found = {"exploited": [], "correct": []}
-    for record in read(data / "teacher_pool.jsonl.gz"):
-        for kind, wanted in (("exploited", False), ("correct", True)):
-            fit = [r for r in record["rollouts"] if r["hacked"] and r["gt_pass"] is wanted]
-            fit = [r for r in fit if len(record["prompt"] + r["completion"]) <= MOST_CHARACTERS]
-            if fit:
-                chosen = rng.choice(fit)
-                found[kind].append((Sample(record["prompt"], chosen["completion"]), str(record["problem_id"])))
-    return {kind: rows[:ROLLOUTS] for kind, rows in found.items()}
-
-
-def pools(bases, gradients_of, minimal, data, settings):
-    """Check 1 on pools: exploiting rollouts against clean sides of other problems' pairs, and against correct ones."""
-    drawn = rollouts(data)
-    gradients = {kind: gradients_of([sample for sample, _ in rows]) for kind, rows in drawn.items()}
-    groups = {kind: [group for _, group in rows] for kind, rows in drawn.items()}
-    gradients["clean"], groups["clean"] = minimal.clean, list(minimal.groups)
-    found = {}
-    for name, basis in bases.items():
-        used = basis.slice(settings.k_use)
-        # Only problems that the basis has not seen.
-        rows = {kind: [i for i, g in enumerate(groups[kind]) if g not in basis.origin.groups] for kind in groups}
-        scores = {kind: cin_over_modules(part, used).double().numpy()[rows[kind]] for kind, part in gradients.items()}
-        left = {kind: [groups[kind][i] for i in rows[kind]] for kind in groups}
-        for other in ("clean", "correct"):
-            made = check_unpaired(scores["exploited"], scores[other], left["exploited"], left[other], settings)
-            note(f"pools, basis of {name}: exploited against {other}: {made.measured.value:.3f} {made.verdict}")
-            found[f"basis of {name}: exploited against {other}"] = {
-                "auroc": made.measured.value,
-                "low": made.measured.low,
-                "high": made.measured.high,
-                "p_value": max(made.p_values.values()),
-                "verdict": made.verdict,
-                "samples": [len(scores["exploited"]), len(scores[other])],
-            }
-    return found
-
-
-def halves(gradients):
-    """The pairs of every second group, and of the others."""
-    names = list(dict.fromkeys(gradients.groups))
-    first = set(names[::2])
-    rows = [[i for i, g in enumerate(gradients.groups) if (g in first) is side] for side in (True, False)]
-    return [subset(gradients, part) for part in rows]
-
-
 def by_default(pairs, gradients):
     """What ``extract`` makes of the pairs when it is asked for nothing else, scored on what it held out."""
     kept = {pair.key for pair in split_pairs(pairs)[0]}
@@ -262,7 +168,7 @@ def authored(model, svd, gradients):
 PARTS_OF_A_MODEL = ("generated", "held out by default", "controls", "mechanisms", "our authored pairs")
 
 
-def measure(reference, count, data, wanted):
+def measure(reference, count, wanted):
     model = load_model(reference, device="cpu", dtype="float32")
     svd = weight_svd(model)
     pairs = generate_pairs(count)
@@ -275,63 +181,18 @@ def measure(reference, count, data, wanted):
         lambda: by_mechanism(pairs, gradients),
         lambda: authored(model, svd, gradients),
     )
-    found = {name: part() for name, part in zip(PARTS_OF_A_MODEL, parts, strict=True) if name in wanted}
-    if data:
-        found["outside"] = outside(model, svd, gradients, data)
-    return found
-
-
-def outside(model, svd, gradients, data):
-    found = {}
-    theirs = {}
-    for name, pairs in outside_pairs(data).items():
-        note(f"gradients of {len(pairs)} pairs of {name}")
-        theirs[name] = pair_gradients(pairs, model, svd=svd, max_tokens=1024)
-        found[name] = {label(s): checked(f"{name}, {label(s)}", theirs[name], s) for s in SETTINGS}
-        for s in SETTINGS:
-            basis = gradients.basis(top_k=s.k_use, method=s.method)
-            found[name][f"basis of generated pairs, {label(s)}"] = checked(
-                f"{name} by generated, {label(s)}", theirs[name], s, basis
-            )
-    kept, scored = halves(theirs["pairs_print_vs_assert"])
-    for s in SETTINGS:
-        bases = {
-            "generated pairs": gradients.basis(top_k=s.k_use, method=s.method),
-            "print-against-assert pairs of other problems": kept.basis(top_k=s.k_use, method=s.method),
-        }
-
-        def fresh(samples):
-            return per_sample_gradients(samples, model, svd=svd, max_tokens=1024)
-
-        found.setdefault("teacher_pool", {})[label(s)] = pools(
-            bases, _cached(fresh), scored, data, replace(s, n_resamples=1000)
-        )
-    return found
-
-
-_KEPT = {}
-
-
-def _cached(compute):
-    def gradients(samples):
-        key = tuple(samples)
-        if key not in _KEPT:
-            _KEPT[key] = compute(samples)
-        return _KEPT[key]
-
-    return gradients
+    return {name: part() for name, part in zip(PARTS_OF_A_MODEL, parts, strict=True) if name in wanted}
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, help="folder with the evaluation data from outside")
     options.add_argument("--pairs", type=int, default=240, help="how many generated pairs")
     options.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
     options.add_argument("--parts", nargs="+", default=PARTS_OF_A_MODEL, choices=PARTS_OF_A_MODEL)
     chosen = options.parse_args()
     results = {}
-    for index, reference in enumerate(chosen.models):
-        results[reference] = measure(reference, chosen.pairs, chosen.data if index == 0 else None, chosen.parts)
+    for reference in chosen.models:
+        results[reference] = measure(reference, chosen.pairs, chosen.parts)
     publish("vhack_checks", {"pairs": chosen.pairs, "models": results}, chosen.output)
 
 
