@@ -66,7 +66,7 @@ def test_training(tmp_path: Path):
     trainer = "from pathlib import Path\n\nfrom trl import GRPOConfig\n"
     of_two = "per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True"
     instead = {
-        "environment_pairs(48": "environment_pairs(12",
+        "exploits:48": "exploits:12",
         "DIR": "reference:organism",
         "path/of/a/cheater": "reference:organism",
         "episodes(512": "episodes(4",
