@@ -86,7 +86,7 @@ def save_small_checkpoint(path):
     """Write the checkpoint of the tests: 0.2 M random parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from tests.conftest import SMALL
+    from conftest import SMALL
 
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(path)
