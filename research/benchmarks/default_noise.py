@@ -23,8 +23,7 @@ from assay.files.jsonl import dumps, read_json
 from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.verdict.builds import fit_noise
-from assay.poc.verdict.noise import DEFAULT_LAWS, EFFECT, MARGIN, law_as_dict
+from assay.poc.verdict.noise import DEFAULT_LAWS, EFFECT, MARGIN, fit_noise, law_as_dict
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")

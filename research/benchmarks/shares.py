@@ -22,11 +22,10 @@ from assay.models import load_model
 from assay.poc import HFEngine, Noise, Round, get_pipeline, prove
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.builds import fit_noise
 from assay.poc.verdict.calibrate import SCALED_SPREAD
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.machines import PAIR_SPREAD
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.noise import fit_noise, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "reference:qwen3 random-all", "reference:llama random-all")
 PRESETS, DTYPES = ("poc-2.0", "artifact", "hardened"), ("bfloat16", "float16")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from assay.poc import Calibration, prove
-from tests.poc.verdict import published
+from research.tests import published
 
 
 @pytest.fixture(scope="module")

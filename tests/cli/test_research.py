@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.poc.verdict import published
+from research.tests import published
 
 
 @pytest.fixture

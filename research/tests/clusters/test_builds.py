@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from assay_research.clusters.builds import base_name, builds_of, sound_builds
 from assay_research.clusters.clusters import folds_of
+from assay_research.vector_sets import read_vector_sets
 
-from assay.poc.verdict import read_vector_sets
-from tests.poc.verdict import published
+from research.tests import published
 
 
 def grouped(tmp_path: Path, rows):

@@ -22,7 +22,7 @@ from assay_research.runs.runs import read_run
 
 from assay.errors import UsageError
 from assay.stats import count_test, proportion_interval
-from tests.poc.verdict import published
+from research.tests import published
 
 
 @pytest.fixture(scope="module")

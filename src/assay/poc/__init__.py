@@ -20,10 +20,11 @@ from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import DistanceRecord, Fingerprint, Footer, Header, Record, TokenRecord, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.prover import prove
-from assay.poc.verdict.calibrate import MeasuredTarget, calibrate, measure_r_target
+from assay.poc.verdict.calibrate import calibrate
 from assay.poc.verdict.calibration import Calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.noise import Noise, default_noise
+from assay.poc.verdict.r_target import MeasuredTarget, measure_r_target
 from assay.poc.verifier import check_proof, judging_batch, judging_setup, verify
 
 __all__ = [

@@ -142,8 +142,8 @@ def check_proof(
     if prover_dtype is not None:
         pins = replace(pins, prover_dtype=prover_dtype)
     elif calibration is not None and pins.prover_dtype is None:
-        calibration.check(header)
-        if calibration.is_of_format(header):
+        calibration.find_build(header)
+        if calibration.fixes_format(header):
             pins = replace(pins, prover_dtype=header.fingerprint.dtype)
     pins.check(header)
     _sample_size(proof, sample)
@@ -219,7 +219,7 @@ def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibratio
 
 
 def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
-    judges = [] if calibration is None else calibration.build_of(header).judges(header.fingerprint)
+    judges = [] if calibration is None else calibration.find_build(header).judges(header.fingerprint)
     return [one for one in judges if one.engine == engine]
 
 

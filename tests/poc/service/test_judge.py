@@ -9,9 +9,9 @@ from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration, default_noise
 from assay.poc.service import Settings
-from assay.poc.service.validation import HonestNoise, check_calibration
+from assay.poc.service.judge import HonestNoise, check_calibration
 from assay.poc.verdict import MachineNoise
-from assay.poc.verdict.builds import BuildNoise, machines_of
+from assay.poc.verdict.calibration import BuildNoise, describe_machines
 from assay.poc.verdict.machines import Sizes
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.noise import Spread
@@ -108,7 +108,7 @@ def calibration(rig, digest: str | None) -> Calibration:
         output="distance",
         preset="poc-2.0",
         digest=digest,
-        machines=machines_of([fingerprint, fingerprint]),
+        machines=describe_machines([fingerprint, fingerprint]),
         noise=MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact),
         n=100,
     )
@@ -160,7 +160,7 @@ def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
         law, engine = stats.ScaleNoise(sigma=sigma), replace(proof.header.fingerprint, dtype=dtype)
         measured = MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact)
         about = {"output": "distance", "preset": "poc-2.0", "digest": small_model.digest, "n": 100}
-        builds.append(BuildNoise(**about, machines=machines_of([engine, engine]), noise=measured))
+        builds.append(BuildNoise(**about, machines=describe_machines([engine, engine]), noise=measured))
     noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
     for dtype, sigma in (("float32", 0.001), ("float16", 0.02)):
         found = noise.of(proof.header.pipeline, dtype, small_model.digest, proof.header.round)

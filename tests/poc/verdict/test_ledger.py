@@ -18,7 +18,6 @@ from assay.poc.service.database import Database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
 from assay.poc.verdict.ledger_entries import FAULTY, aside_reasons
-from assay.poc.verdict.ledger_merge import merge_ledgers
 from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
@@ -103,8 +102,6 @@ def test_cheating_at_places_that_are_only_suspected_is_not_honest(tmp_path):
     assert (standing.verdict, standing.evidence.n, standing.recorded) == ("undecided", 192, 384)
     assert standing.evidence.log_e_max < 1
     assert audit_ledger(path).clean
-    (merged,) = merge_ledgers([path])
-    assert (merged.verdict, merged.shares[0].n) == ("undecided", 192)
 
 
 def test_entries_of_before_are_judged_as_they_were(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from assay.poc import Noise
 from assay.poc.verdict import Life
-from assay.poc.verdict.life import EPOCH, share_of_test
+from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.noise import sequential_test
 from assay.stats import LogNoise
 from assay.stats.noise import Spread
@@ -17,7 +17,7 @@ PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")
 
 
 def test_the_shares_of_all_tests_sum_to_one():
-    assert math.fsum(share_of_test(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
+    assert math.fsum(error_share(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_young_life_is_one_test_at_its_share():
@@ -26,8 +26,8 @@ def test_a_young_life_is_one_test_at_its_share():
     alone = sequential_test(NOISE).update(values).result
     found = life.evidence
     assert (found.n, found.tests) == (200, 1)
-    assert found.log_e_max == pytest.approx(math.log(share_of_test(1)) + alone.log_e_max)
-    assert found.log_evidence_honest == pytest.approx(math.log(share_of_test(1)) + alone.log_evidence_honest)
+    assert found.log_e_max == pytest.approx(math.log(error_share(1)) + alone.log_e_max)
+    assert found.log_evidence_honest == pytest.approx(math.log(error_share(1)) + alone.log_evidence_honest)
 
 
 def test_an_honest_past_does_not_protect_a_cheat():

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.cli import run
 from assay.models import Model, load_model, model_info
 from assay.poc import Calibration, Proof, Round, calibrate, prove, verify
-from assay.poc.verdict.builds import ENOUGH_OF_MIXTURE, MIXTURE_DOF
+from assay.poc.verdict.calibration import ENOUGH_OF_MIXTURE, MIXTURE_DOF
 from tests.models.storing import make_mixture
 
 SAYS = "the law rests on 32 distances of a mixture of experts"
@@ -122,6 +121,8 @@ def test_a_file_that_says_it_wrongly_is_refused(mixture: Model, tmp_path: Path) 
 
 
 def test_the_command_says_it_plainly(checkpoint: Path, mixture: Model, tmp_path: Path, capsys) -> None:
+    from assay.cli import run
+
     paths, law = proofs(mixture, tmp_path), tmp_path / "law.json"
     made = ["poc", "calibrate", *map(str, paths), "-o", str(law), "--json"]
     assert run([*made, "--model", str(checkpoint)]) == 0

@@ -11,7 +11,6 @@ from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, loads
 from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
 from assay.poc.verdict.ledger_entries import RESPONSES, Update, response_identity
-from assay.poc.verdict.ledger_merge import merge_ledgers
 from assay.poc.verdict.response_noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
 from assay.stats import LogNoise
 from assay.stats.noise import Spread
@@ -133,11 +132,6 @@ def test_a_ledger_keeps_responses_beside_nonces_and_audits_both(tmp_path: Path):
         ledger.export(tmp_path / "ledger.jsonl")
     for file in (path, tmp_path / "ledger.jsonl"):
         assert audit_ledger(file).clean
-    with Ledger(tmp_path / "other.sqlite3") as other:
-        other.append([update(9, response(9, multiple=30.0), key="node_B")])
-    merged = merge_ledgers([tmp_path / "ledger.jsonl", tmp_path / "other.sqlite3"])
-    (found,) = [one for one in merged if one.account.public_key == "node_B"]
-    assert (found.verdict, found.account.preset) == ("fraud", RESPONSES)
 
 
 def test_an_edited_profile_is_found(tmp_path: Path):

@@ -11,10 +11,10 @@ from assay import stats, streams
 from assay.errors import ProofMismatch, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, measure_block_factor, measure_r_target, prove
-from assay.poc.engines.outputs import make_transform
+from assay.poc.engines.base import make_transform
 from assay.poc.protocol.blocks import block_factor
 from assay.poc.protocol.transforms import block_target
-from assay.poc.verdict.calibrate import distances_from, r_target_from
+from assay.poc.verdict.r_target import compare_r_target, distances_to_target
 from assay.stats.chord import rate_standard_error
 
 D = 8192
@@ -56,10 +56,10 @@ def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
     distances, factors = honest_blocks
     before, assumed, measured = 0, 0, 0
     for of_block, factor in zip(distances, factors, strict=True):
-        alone = r_target_from([of_block], 0.1, D, effective_dimension=math.inf)
+        alone = compare_r_target([of_block], 0.1, D, effective_dimension=math.inf)
         before += alone.agrees
-        assumed += r_target_from([of_block], 0.1, D).agrees
-        measured += r_target_from([of_block], 0.1, D, factors=[factor]).agrees
+        assumed += compare_r_target([of_block], 0.1, D).agrees
+        measured += compare_r_target([of_block], 0.1, D, factors=[factor]).agrees
         assert alone.off_in_standard_errors == pytest.approx(off_in_nonces_alone(alone))
     assert before < 0.85 * BLOCKS
     assert assumed >= 0.9 * BLOCKS
@@ -68,7 +68,7 @@ def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
 
 def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
     distances, factors = honest_blocks
-    widths = np.array([r_target_from([of_block], 0.1, D).widths[0] for of_block in distances])
+    widths = np.array([compare_r_target([of_block], 0.1, D).widths[0] for of_block in distances])
     predicted = np.array([factor.value for factor in factors])
     assert np.corrcoef(widths, predicted)[0, 1] > 0.9
     assert np.log(widths / predicted).std() < 0.05 < 0.08 < np.log(widths).std()
@@ -80,25 +80,27 @@ def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
 
 def test_offsets_are_as_large_as_their_standard_errors_say(honest_blocks):
     distances, factors = honest_blocks
-    alone = [r_target_from([of_block], 0.1, D, effective_dimension=math.inf) for of_block in distances]
-    known = [r_target_from([d], 0.1, D, factors=[f]) for d, f in zip(distances, factors, strict=True)]
+    alone = [compare_r_target([of_block], 0.1, D, effective_dimension=math.inf) for of_block in distances]
+    known = [compare_r_target([d], 0.1, D, factors=[f]) for d, f in zip(distances, factors, strict=True)]
     assert np.std([found.off_in_standard_errors for found in alone]) > 1.5
     assert np.std([found.off_in_standard_errors for found in known]) < 1.5
 
 
 def test_many_blocks_measure_their_own_spread(honest_blocks):
     distances, factors = honest_blocks
-    few, many = r_target_from(distances[:4], 0.1, D), r_target_from(distances, 0.1, D)
+    few, many = compare_r_target(distances[:4], 0.1, D), compare_r_target(distances, 0.1, D)
     assert (few.effective_dimension, few.effective_dimension_from, few.blocks) == (16.0, "assumed", 4)
     assert (many.effective_dimension_from, many.blocks, many.n) == ("blocks", BLOCKS, BLOCKS * NONCES)
     assert many.effective_dimension is not None
     assert 10 < many.effective_dimension < 110
-    assert many.high - many.low < few.high - few.low < r_target_from(distances[:1], 0.1, D).high - few.r_target + 0.01
+    assert (
+        many.high - many.low < few.high - few.low < compare_r_target(distances[:1], 0.1, D).high - few.r_target + 0.01
+    )
     assert many.agrees
-    model = r_target_from(distances, 0.1, D, factors=factors)
+    model = compare_r_target(distances, 0.1, D, factors=factors)
     assert (model.effective_dimension_from, len(model.factors)) == ("model", BLOCKS)
     assert model.agrees
-    assert r_target_from(distances[:1], 0.1, D, effective_dimension=30).effective_dimension_from == "given"
+    assert compare_r_target(distances[:1], 0.1, D, effective_dimension=30).effective_dimension_from == "given"
 
 
 def test_the_interval_of_simulated_blocks_covers_as_often_as_it_says():
@@ -108,7 +110,7 @@ def test_the_interval_of_simulated_blocks_covers_as_often_as_it_says():
     for _ in range(200):
         gamma_M = np.sqrt(rng.chisquare(24, 12) / 24)
         cosines_MN = gamma_M[:, None] * rng.normal(size=(12, 100)) / math.sqrt(D)
-        inside += r_target_from(list(np.sqrt(2 - 2 * cosines_MN)), 0.1, D).agrees
+        inside += compare_r_target(list(np.sqrt(2 - 2 * cosines_MN)), 0.1, D).agrees
     assert inside >= 0.9 * 200
 
 
@@ -144,8 +146,8 @@ def test_presets_whose_blocks_have_a_mean_of_their_own_have_no_factor(small_mode
 @pytest.mark.parametrize("rate", [0.1, 0.5905])
 def test_random_directions_have_the_closed_form(size: int, rate: float):
     round = Round(block_hash="b", public_key="k")
-    found = r_target_from(
-        [distances_from(random_directions(8000, size), round)], rate, size, effective_dimension=math.inf
+    found = compare_r_target(
+        [distances_to_target(random_directions(8000, size), round)], rate, size, effective_dimension=math.inf
     )
     assert abs(found.off_in_standard_errors) < 3
     assert found.low < found.measured < found.high
@@ -159,7 +161,7 @@ def test_the_interval_of_one_block_without_factors_covers_as_often_as_it_says():
     inside = 0
     for _ in range(400):
         cosines = 2 * rng.beta(31.5, 31.5, size=200) - 1  # of a random direction of R^64
-        inside += r_target_from([np.sqrt(2 - 2 * cosines)], 0.2, 64, effective_dimension=math.inf).agrees
+        inside += compare_r_target([np.sqrt(2 - 2 * cosines)], 0.2, 64, effective_dimension=math.inf).agrees
     low, high = stats.proportion_interval(inside, 400, 0.999)
     assert low <= 0.95 + 0.02
     assert high >= 0.95
@@ -170,7 +172,7 @@ def test_the_target_is_the_one_of_the_transform():
     values = np.asarray(streams.get_backend("numpy").normals(streams.seeds(["b_target"]), 12)).ravel()
     assert block_target(round, 12).numpy() == pytest.approx(values / np.linalg.norm(values))
     axis = block_target(round, 12).numpy()
-    assert distances_from(np.stack([axis, -axis, 5 * axis]), round) == pytest.approx([0, 2, 0], abs=1e-7)
+    assert distances_to_target(np.stack([axis, -axis, 5 * axis]), round) == pytest.approx([0, 2, 0], abs=1e-7)
 
 
 def test_a_proof_knows_its_dimension(small_model):
@@ -197,4 +199,4 @@ def test_a_trained_head_needs_its_dimension(small_model):
 @pytest.mark.parametrize(("n", "rate"), [(29, 0.5), (100, 0.0), (100, 1.0), (100, 2.0)])
 def test_too_little_is_refused(n: int, rate: float):
     with pytest.raises(UsageError, match="nonces for a valid rate"):
-        r_target_from([np.full(n, 1.4)], rate, 8192)
+        compare_r_target([np.full(n, 1.4)], rate, 8192)

@@ -35,12 +35,12 @@ from assay.models.load import Model, load_model
 from assay.pages.figures import MUTED, SERIES, figure, legend
 from assay.pages.html import Badge, Cell, Report
 from assay.poc import cheats
+from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.outputs import make_transform
 from assay.poc.protocol.pipelines import FORWARD, Pipeline, Step, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
-from assay.poc.verdict.calibrate import distances_from
+from assay.poc.verdict.r_target import distances_to_target
 from assay.settings import Dtype, Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
@@ -131,7 +131,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     apart = _separability(plan, reference, rounds[0], group)
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
     for pipeline in group:
-        distances = {r.block_hash: distances_from(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
+        distances = {r.block_hash: distances_to_target(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
         size = pipeline.output_size(model.hidden_size, model.vocab_size)
         width = model.hidden_size if pipeline.head == "random" else None
         yield {
@@ -391,7 +391,7 @@ def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObj
     pipeline = get_pipeline(plan.preset)
     round = Round(block_hash=block, public_key=KEY, seq_len=plan.seq_len, preset=pipeline.name)
     values = published(engine, round, [pipeline], range(plan.nonces))[pipeline.name]
-    distances = distances_from(values, round)
+    distances = distances_to_target(values, round)
     size = pipeline.output_size(model.hidden_size, model.vocab_size)
     return {
         "model": reference,

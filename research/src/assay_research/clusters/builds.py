@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from assay import stats
-from assay.poc.verdict.calibrate import VectorSet
+from assay_research.vector_sets import VectorSet
 
 COPIED = 0.5  # share of equal vectors from which a set is a copy of an earlier one
 FEWEST_COMMON = 30  # nonces of a pair that is compared

@@ -21,15 +21,14 @@ from scipy import special
 from assay import stats
 from assay.files.jsonl import JsonObject, read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.builds import fit_noise
-from assay.poc.verdict.calibrate import VectorSet, read_vector_sets
 from assay.poc.verdict.judge import judge_residuals
-from assay.poc.verdict.machines import MachineNoise, effect_from_power, fit_machines
-from assay.poc.verdict.noise import Law, Noise, law_as_dict, sequential_test
+from assay.poc.verdict.machines import MachineNoise, fit_machines, leave_out
+from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Settings
 from assay_research.clusters import cheats
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.runs import Progress, measure_missing
+from assay_research.vector_sets import VectorSet, read_vector_sets
 
 # --------------------------------------------------------------------------------------------------
 # The rules that are held against each other, all with one question: accused after how many nonces?
@@ -138,7 +137,7 @@ def rules_for(
         judge: Validator's machine.
         named: Laws of known cheats; the rule that knows them is left out without any.
     """
-    law = noise.law_of(kind, judge)
+    law = noise.predict_law(kind, judge)
     rules: dict[str, Rule] = {OURS: sequential_test(Noise(law, OURS, noise.spread, effect), alpha=ALPHA, beta=BETA)}
     if named:
         rules[NAMED] = sequential_test(Noise(law, NAMED, noise.spread, effect, named), alpha=ALPHA, beta=BETA)
@@ -232,7 +231,7 @@ class Fold:
         rest = {rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows}
         mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
         noise = fit_machines(rest, build.kinds, fit)
-        effect, left_out = effect_from_power(rest, build.kinds, fit, audits=INSIDE_AUDITS)
+        effect, left_out = leave_out(rest, build.kinds, fit, audits=INSIDE_AUDITS)
         first = fit(np.concatenate(list(rest.values()))).law
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
@@ -446,7 +445,7 @@ def _nearest_noise(group: Build, builds: Sequence[Build]) -> Noise | None:
 
     nearest = max(found, key=alike)
     noise = fit_machines(nearest.distances, nearest.kinds, fit)
-    return Noise(noise.law_of(""), f"machines of {nearest.name}", noise.spread)
+    return Noise(noise.predict_law(""), f"machines of {nearest.name}", noise.spread)
 
 
 def _outcome(pair: Pair, noise: Noise, chosen: Chosen) -> str:

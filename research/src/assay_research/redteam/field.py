@@ -18,16 +18,17 @@ from torch import Tensor
 from assay import stats
 from assay.models.load import Model, load_model
 from assay.models.quantise import in_format
+from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.outputs import make_transform
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
-from assay.poc.verdict.builds import fitted_noise
 from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
-from assay.poc.verdict.noise import Noise, sequential_test
+from assay.poc.verdict.machines import PAIR_SPREAD
+from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.stats.noise import Spread
 from assay_research.redteam.attacks import OnEngine, Program, Scene
 from assay_research.redteam.partial import Guesses
 
@@ -88,7 +89,7 @@ class Judge:
 
     def __init__(self, pipeline: Pipeline, honest_N: FloatArray, noise: Noise | None = None) -> None:
         self.pipeline = pipeline
-        self.noise = noise or fitted_noise(pipeline, honest_N, "the field")
+        self.noise = noise or _fit_pair(pipeline, honest_N)
         self._test = sequential_test(self.noise, alpha=ALPHA)
         self.threshold = float(np.quantile(np.abs(honest_N), HONEST_QUANTILE))
         # For the calibrated count rule; of vectors, which are counted, it is an upper estimate.
@@ -323,3 +324,9 @@ class Field:
     def judges(self) -> dict[str, Judge]:
         """Calibrated rules for every preset."""
         return {p: Judge(get_pipeline(p), calibrating) for p, (calibrating, _) in self.honest_residuals.items()}
+
+
+def _fit_pair(pipeline: Pipeline, honest_N: FloatArray) -> Noise:
+    """Return the noise of one pair of engines, with the error of its size."""
+    fit = fit_noise(pipeline, honest_N)
+    return Noise(fit.reached, "the field", Spread(min(float(np.hypot(fit.error, PAIR_SPREAD)), 0.99)))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import special
 
 from assay import stats
-from assay.poc.verdict.life import EPOCH, share_of_test
+from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.noise import Noise, sequential_test
 from assay.stats.noise import Spread
 
@@ -165,7 +165,7 @@ class ManyLives:
             self._tests[1:], self._since = [self._begin(self._number + 1)], 0
         factor_AP, honest = self._evidence.factor_AP, self._evidence.honest
         for number, path_NP, last_N in self._tests:
-            bound = 1 / (self._alpha * share_of_test(number))
+            bound = 1 / (self._alpha * error_share(number))
             _multiply(path_NP, last_N, factor_AP, places_NC, honest, bound, self.convicted_N)
         self._since += places_NC.shape[1]
         return self.convicted_N

@@ -1,8 +1,6 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
-from assay.poc.verdict.builds import Machine
-from assay.poc.verdict.calibrate import calibrate_vectors, read_vector_sets
-from assay.poc.verdict.calibration import noise_for
+from assay.poc.verdict.calibration import Machine, noise_for
 from assay.poc.verdict.judge import EXIT_CODES, judge, judge_residuals
 from assay.poc.verdict.ledger import Ledger, audit_ledger
 from assay.poc.verdict.ledger_audit import LedgerAudit
@@ -22,10 +20,8 @@ __all__ = [
     "MachineNoise",
     "ResponseNoise",
     "audit_ledger",
-    "calibrate_vectors",
     "fit_machines",
     "judge",
     "judge_residuals",
     "noise_for",
-    "read_vector_sets",
 ]

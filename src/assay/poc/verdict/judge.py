@@ -1,4 +1,4 @@
-"""The judge: received values against recomputed ones of the same nonces, and how far honest engines differ."""
+"""The judge: residuals of received and recomputed values, and the verdict that they give."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ P_MISMATCH = 0.001
 """Honest mismatch rate of vectors that the published rule assumes."""
 
 LARGEST_MARGIN = 4.0
-"""What a token counts for at most: as much as the largest squared distance of two unit vectors."""
+"""Largest margin that a token counts with: the largest squared distance of two unit vectors."""
 
 Outcome = sequential.Verdict | Literal["faulty"]
 """A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
@@ -105,12 +105,12 @@ class Verdict:
 
 
 def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
-    """Return received minus recomputed distance, the L2 distance of the vectors, or that of tokens, [N] in float64.
+    """Return the residual of every nonce, [N] in float64.
 
-    That of tokens is √(mean ‖u − v‖² + mean d), u and v the two sketches of a state and d, at most 4, how far the score
-    of a token is below the best one where it was replayed. Noise m times larger makes each of the two m² times larger.
-
-    A missing or non-finite value gives NaN, which every test counts as a mismatch.
+    The residual of distances is received minus recomputed. That of vectors is their L2 distance. That of tokens is
+    √(mean ‖u − v‖² + mean d): u and v are the two sketches of a state, and d is the score of the best token minus that
+    of the claimed one, at most 4. Noise m times larger makes both terms m² times larger. A missing or non-finite value
+    gives NaN, which every test counts as a mismatch.
     """
     return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
 
@@ -198,11 +198,11 @@ def judge_residuals(
     positions: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> tuple[Outcome, stats.SequentialResult, stats.PlaceTest]:
-    """Judge residuals, with those at faulty places of the batch apart from the others.
+    """Judge residuals, apart from those at faulty places of the batch.
 
     A machine that is wrong at certain places only is faulty and not a cheat. The residuals at its bad places are set
-    aside, and the others are judged as always: where they accuse, the verdict is fraud. Where a dependence on the place
-    is only suspected, large residuals that the suspicion covers are not yet called fraud.
+    aside. The others are judged as always, and if they accuse, the verdict is fraud. If a dependence on the place is
+    only suspected, large residuals at the suspected places are not yet called fraud.
 
     Args:
         errors_N: Residuals in the order in which they were checked; NaN for a missing value.

@@ -47,8 +47,8 @@ from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
 # --------------------------------------------------------------------------------------------------
 # Ledgers as files of other validators: read without a change, exported as JSON Lines, and read back from those.
 #
-# An export begins with the beginning of the ledger and ends with its head. Between them stand the entries, byte for byte,
-# and before the first entry that was judged under a law, that law::
+# An export begins with the genesis of the ledger and ends with its head. Between them stand the entries, byte for byte,
+# and before the first entry under a law, that law::
 #
 #     {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
 #     {"law":{…}}

@@ -35,7 +35,7 @@ from assay.poc.verdict.ledger_entries import (
     excluded_places,
     sha256,
 )
-from assay.poc.verdict.life import verdict_of
+from assay.poc.verdict.life import decide
 from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time
@@ -233,7 +233,7 @@ def _difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Ge
         one, other = getattr(stated, name), getattr(outcome, name)
         if not math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE if name in _NUMBERS else 0.0):
             return f"{name} {one!r}, where the evidence gives {other!r}"
-    follows = verdict_of(
+    follows = decide(
         stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta
     )  # of the numbers as stated: on the threshold, two machines may differ
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"

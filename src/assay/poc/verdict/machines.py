@@ -1,15 +1,17 @@
-"""The noise of a machine that was not measured, from the noise between those that were.
+"""The noise of a machine that was not measured, predicted from the noise between those that were.
 
-Between two machines i and j of one build the residuals of many nonces have a common shape and a size s_ij, their
-median. The shape is fitted to all pairs together. The size of a new machine i against a validator's machine j is
-predicted by the validator's usual size: the median over kinds of machines of the median of its s_kj, without the
-validator's own kind where another was measured, because machines of one kind may agree far more closely than others. If
-machines of i's kind were measured and differ more from j, theirs is taken: a kind of GPU may be noisier, but that it
-once was quieter is no promise. What is left is
-the spread: how far the sizes of machines left out of the measurement lay above their prediction. Few machines say
-little about it, so it is combined with a prior of :data:`PRIOR`, as twelve machines would say.
+The size of the noise between two machines i and j of one build is s_ij, the median of their residuals. All pairs share
+one shape, which is fitted to all of them together. Against a validator's machine j, a new machine is predicted the size
 
-Only larger noise can accuse, so only deviations upwards count.
+    usual_j = median over kinds k of median over machines i of kind k of s_ij.
+
+Machines of one kind may agree far more closely than others. So the validator's own kind is left out where another kind
+was measured. If machines of the new machine's kind were measured and are noisier than usual_j, their size is taken
+instead. If they were quieter, it is not: that promises nothing.
+
+The spread is the root mean square of ln(size/predicted) over machines that were left out of the measurement and lay
+above their prediction. Deviations downwards do not count, because only larger noise can accuse. A few machines say
+little about the spread, so it is combined with the prior :data:`PRIOR`.
 
 Legend of shapes: M machines, N nonces.
 """
@@ -20,24 +22,25 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from assay import stats
-from assay.poc.verdict.noise import Law, Noise, sequential_test
+from assay.poc.verdict.noise import FloatArray, Law, Noise, sequential_test
+from assay.stats.fits import NoiseFit
 from assay.stats.noise import Spread
 
-FloatArray = npt.NDArray[np.float64]
 Pair = tuple[int, int]
+Fit = Callable[[FloatArray], NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]]
+Progress = Callable[[int, int], None]
 
 PRIOR = Spread(sd=0.03, dof=30.0)
 """Spread of ln size between machines of one build that is assumed before any was measured.
 
-Fixed on sets of two quantised mixtures (docs/networks.md). Where a machine was left out, it lay above its prediction by
-.02 in the root mean square for one of them and by up to .07 for the other.
+It was chosen on sets of two quantised mixtures (docs/networks.md). Machines that were left out lay above their
+prediction by .02 in the root mean square for one mixture, and by up to .07 for the other.
 """
 
 PAIR_SPREAD = 0.02
-"""Spread of ln size of one pair of machines between blocks, beside the error of its measurement."""
+"""Spread of ln size of one pair of machines between blocks, added to the error of its measurement."""
 
 AUDITS = 200  # of every left-out machine against every other one
 AUDITED = 300  # nonces of such an audit, or all where fewer were measured
@@ -53,14 +56,14 @@ class Sizes:
 
     Args:
         pairs: Median residual by pair (i, j) with i < j; a pair of which half of the residuals are zero is left out.
-        kinds: Kind of every machine, such as its GPU; empty where it is not known.
+        kinds: Kind of every machine, such as its GPU; empty where it is unknown.
     """
 
     pairs: Mapping[Pair, float]
     kinds: tuple[str, ...]
 
-    def of(self, one: int, other: int) -> float | None:
-        """Return the size between two machines, None where it was not measured."""
+    def between(self, one: int, other: int) -> float | None:
+        """Return the size between two machines; None where it was not measured."""
         return self.pairs.get((min(one, other), max(one, other)))
 
     @property
@@ -72,11 +75,13 @@ class Sizes:
         """Return the sizes of the pairs that a machine is not in."""
         return Sizes({pair: size for pair, size in self.pairs.items() if machine not in pair}, self.kinds)
 
-    def predicted(self, kind: str, validator: int | None = None) -> float:
-        """Return the size that a new machine of a kind should have against a validator's machine, or any of them."""
+    def predict(self, kind: str, validator: int | None = None) -> float:
+        """Return the size to expect of a new machine of a kind against a validator's machine, or against any."""
         machines = range(len(self.kinds))
         judges = [validator] if validator is not None else list(machines)
-        against = {(i, j): size for j in judges for i in machines if i != j and (size := self.of(i, j)) is not None}
+        against = {
+            (i, j): size for j in judges for i in machines if i != j and (size := self.between(i, j)) is not None
+        }
         if not against:  # the validator's machine was measured with none of these
             return self.typical
         foreign = {
@@ -87,35 +92,35 @@ class Sizes:
         return usual if alike is None else max(usual, alike)
 
     def _by_kind(self, sizes: Mapping[Pair, float]) -> dict[str | int, float]:
-        """Return the median size of every kind of the first machine; one that is not known is a kind of its own."""
+        """Return the median size by kind of the first machine; a machine of unknown kind is a kind of its own."""
         found: dict[str | int, list[float]] = {}
         for (i, _), size in sizes.items():
             found.setdefault(self.kinds[i] or i, []).append(size)
         return {kind: float(np.median(values)) for kind, values in found.items()}
 
     def deviations(self) -> FloatArray:
-        """Return ln(size / predicted) of every machine as if it were new, against every other one as the validator."""
+        """Return ln(size / predicted) of every machine as if it were new, against every other machine."""
         found, machines = [], range(len(self.kinds))
         for i in machines:
             rest = self.without(i)
             if rest.pairs:
-                measured = [(j, size) for j in machines if (size := self.of(i, j)) is not None]
-                found += [math.log(size / rest.predicted(self.kinds[i], j)) for j, size in measured]
+                measured = [(j, size) for j in machines if (size := self.between(i, j)) is not None]
+                found += [math.log(size / rest.predict(self.kinds[i], j)) for j, size in measured]
         return np.array(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """How often audits of honest machines accused that were left out of the measurement.
+    """How often honest machines were accused that were left out of the measurement.
 
     Args:
-        accused: Share of the audits.
+        accused: Share of audits that accuse.
         low: Lower end of its 95 % interval over machines (:func:`assay.stats.grouped_share_interval`).
-        high: Upper end of it, at least that of as many machines of which none was accused: few machines do not show
-            that none is unlike them.
+        high: Upper end of that interval. It is at least that of as many machines without an accusation, because few
+            machines do not show that all others are like them.
         worst: Largest share of one pair of machines.
         pairs: Number of ordered pairs.
-        audits: Number of audits of each.
+        audits: Number of audits of each pair.
         checked: Number of nonces of an audit.
     """
 
@@ -129,7 +134,7 @@ class LeftOut:
 
     @property
     def holds(self) -> bool:
-        """Whether the promised bounds hold: one audit in a thousand on average, five in the worst pair."""
+        """Whether at most one audit in a thousand accuses on average, and five in a thousand in the worst pair."""
         return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
 
 
@@ -149,12 +154,9 @@ class MachineNoise:
     spread: Spread
     known: Spread
 
-    def law_of(self, kind: str, validator: int | None = None) -> Law:
+    def predict_law(self, kind: str, validator: int | None = None) -> Law:
         """Return the law of a new machine of a kind against a validator's machine."""
-        return self.law.scaled(self.sizes.predicted(kind, validator) / self.sizes.typical)
-
-
-Fit = Callable[[FloatArray], "stats.NoiseFit[stats.ScaleNoise] | stats.NoiseFit[stats.LogNoise]"]
+        return self.law.scaled(self.sizes.predict(kind, validator) / self.sizes.typical)
 
 
 def fit_machines(
@@ -164,7 +166,7 @@ def fit_machines(
 
     Args:
         residuals: Residuals [N] of pairs (i, j) with i < j.
-        kinds: Kind of every machine; empty where it is not known.
+        kinds: Kind of every machine; empty where it is unknown.
         fit: Function that fits a law to residuals.
         between_blocks: Spread of ln size of one pair between blocks.
     """
@@ -193,72 +195,29 @@ def leave_out(
     kinds: Sequence[str],
     fit: Fit,
     *,
-    effect: float,
+    effects: Sequence[float] = EFFECTS,
     audits: int = AUDITS,
     between_blocks: float = PAIR_SPREAD,
-    progress: Callable[[int, int], None] | None = None,
-) -> LeftOut | None:
-    """Return how often honest machines are accused that were left out of the fit; None with fewer than three.
-
-    Every machine is left out once. Its audits against each other machine, of nonces drawn without replacement, are
-    judged by the law that the others give.
-
-    Args:
-        residuals: Residuals [N] of pairs (i, j) with i < j.
-        kinds: Kind of every machine.
-        fit: Function that fits a law to residuals.
-        effect: Smallest multiple of the noise that counts as another computation.
-        audits: Number of audits of every ordered pair.
-        between_blocks: Spread of ln size of one pair between blocks.
-        progress: Function that is called with (machines done, machines in all).
-    """
-    if len(kinds) < FEWEST_MACHINES:
-        return None
-    rng = np.random.default_rng(0)
-    shares: list[list[float]] = []
-    checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
-    for machine in range(len(kinds)):
-        rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
-        mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
-        if rest and mine:
-            noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
-            shares.append([])
-            for pair, errors_N in mine.items():
-                judge = pair[0] if pair[1] == machine else pair[1]
-                law = noise.law_of(kinds[machine], judge)
-                test = sequential_test(Noise(law, "left out", noise.spread, effect))
-                drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
-                shares[-1].append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
-        if progress:
-            progress(machine + 1, len(kinds))
-    return _summary(shares, audits, checked) if shares else None
-
-
-def effect_from_power(
-    residuals: Mapping[Pair, FloatArray],
-    kinds: Sequence[str],
-    fit: Fit,
-    *,
-    audits: int = AUDITS,
-    between_blocks: float = PAIR_SPREAD,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[float | None, LeftOut | None]:
-    """Return the smallest effect at which machines left out are not accused, and how often they are then.
+    """Return the smallest effect at which machines left out are not accused, and how often they are accused then.
 
-    Both are None with fewer than three machines. Where no effect is large enough, the largest one is returned.
+    Every machine is left out once. Its audits against every other machine draw nonces without replacement, and are
+    judged by the law that the other machines give. If no effect is large enough, the last one is returned. With fewer
+    than three machines both values are None.
 
     Args:
         residuals: Residuals [N] of pairs (i, j) with i < j.
         kinds: Kind of every machine.
         fit: Function that fits a law to residuals.
+        effects: Multiples of the noise that may count as another computation, in ascending order.
         audits: Number of audits of every ordered pair.
         between_blocks: Spread of ln size of one pair between blocks.
         progress: Function that is called with (machines done, machines in all) for every effect.
     """
-    for effect in EFFECTS:
-        left_out = leave_out(
-            residuals, kinds, fit, effect=effect, audits=audits, between_blocks=between_blocks, progress=progress
-        )
+    effect, left_out = None, None
+    for effect in effects if len(kinds) >= FEWEST_MACHINES else ():
+        left_out = _leave_out_at(effect, residuals, kinds, fit, audits, between_blocks, progress)
         if left_out is None:
             return None, None
         if left_out.holds:
@@ -266,22 +225,46 @@ def effect_from_power(
     return effect, left_out
 
 
-def _summary(shares: list[list[float]], audits: int, checked: int) -> LeftOut:
-    values = [share for of_machine in shares for share in of_machine]
-    accused = float(np.mean(values))
-    machines = [i for i, of_machine in enumerate(shares) for _ in of_machine]
-    low, high = stats.grouped_share_interval(values, machines)
+def _leave_out_at(
+    effect: float,
+    residuals: Mapping[Pair, FloatArray],
+    kinds: Sequence[str],
+    fit: Fit,
+    audits: int,
+    between_blocks: float,
+    progress: Progress | None,
+) -> LeftOut | None:
+    rng = np.random.default_rng(0)
+    shares: list[float] = []
+    left: list[int] = []
+    checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
+    for machine in range(len(kinds)):
+        rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
+        mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
+        if rest and mine:
+            noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
+            for pair, errors_N in mine.items():
+                law = noise.predict_law(kinds[machine], pair[0] if pair[1] == machine else pair[1])
+                test = sequential_test(Noise(law, "left out", noise.spread, effect))
+                drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
+                shares.append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
+                left.append(machine)
+        if progress:
+            progress(machine + 1, len(kinds))
+    if not shares:
+        return None
+    low, high = stats.grouped_share_interval(shares, left)
     return LeftOut(
-        accused=accused,
+        accused=float(np.mean(shares)),
         low=low,
         high=high,
-        worst=max(values),
-        pairs=len(values),
+        worst=max(shares),
+        pairs=len(shares),
         audits=audits,
         checked=checked,
     )
 
 
-def pairs_of(count: int) -> list[Pair]:
+def all_pairs(count: int) -> list[Pair]:
     """Return all pairs (i, j) of machines with i < j."""
     return list(combinations(range(count), 2))

@@ -1,18 +1,25 @@
-"""Honest noise: the law that residuals are held against, how well it is known, and what must be told apart from it."""
+"""Honest noise: a law of residuals, how well its scale is known, and the cheats that a verdict must exclude."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, read_json
+from assay.poc.protocol.pipelines import Pipeline
+from assay.stats.fits import NoiseFit, fit_log_noise, fit_scale_noise
 from assay.stats.noise import Spread
 
+T = TypeVar("T")
+FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw
 """Law of honest residuals."""
 
@@ -20,22 +27,23 @@ MARGIN = 2.0
 """Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
 
 EFFECT = {"distance": 4.0, "vector": 2.0}
-"""Smallest multiple of the honest noise that counts as another computation, where no measurement says which.
+"""Smallest multiple of the honest noise that counts as another computation, where no measurement gives one.
 
-Vectors show a multiple in twelve numbers at once, and cheaper models come closer to them: half is enough.
+A vector shows a multiple in twelve numbers at once, and cheaper models come closer to it, so half is enough.
 """
 
 DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
 TEST = 2
-"""Version of the residual test: its cheats, their weights and its scales. Another one computes other evidence."""
+"""Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
+
+VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
 MOST_NAMED = 32  # laws of known cheats
 LONGEST_NAME = 64  # characters of the name of one
-_LARGEST_DOF = 1e6
 _RANGES = {
     "sigma": (0.0, 1e3),
-    "dof": (0.1, _LARGEST_DOF),
+    "dof": (0.1, 1e6),
     "junk_sigma": (1e-9, 1e3),
     "mu": (-100.0, 10.0),
     "sd": (1e-4, 100.0),
@@ -43,21 +51,21 @@ _RANGES = {
     "tail": (1e-3, 30.0),
     "floor": (1e-12, 2.0),
 }
-"""Parameters of laws in files. Wider ones leave no test: their densities are beyond float64."""
+"""Ranges of the parameters of laws in files. Beyond them densities overflow float64, and no test is left."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The honest law, where it comes from, and what an honest verdict must exclude.
+    """The honest law, its source, and what an honest verdict must exclude.
 
     Args:
         law: Law of honest residuals.
-        source: Where it comes from, in words.
+        source: Where the law comes from, in words.
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
         named: Laws of known cheats by name.
-        caution: What makes the law doubtful, in words that a reason ends with; empty where nothing is known to.
-            ``source`` says it in short, which is what is stored.
+        caution: Warning about the law, which ends the reason of a verdict; empty without one. It is not stored:
+            ``source`` says it in short.
     """
 
     law: Law
@@ -96,19 +104,18 @@ class Noise:
             CalibrationError: The values are no noise, or a parameter is not a finite number.
         """
         try:
-            parts = dict(values)
-            source, effect = parts.pop("source", ""), parts.pop("effect", None)
-            if parts.pop("test", TEST) != TEST:
-                raise CalibrationError(
-                    f"noise for version {dict(values)['test']!r:.20} of the residual test",
-                    wanted=f"version {TEST}, whose evidence this release can compute again",
-                    do="read it with the release of assay that wrote it",
-                )
-            spread = spread_from_dict(parts.pop("spread")) if "spread" in parts else Spread()
-            named = named_from_dict(parts.pop("named", {}))
-            if not isinstance(source, str) or not (effect is None or _is_number(effect)):
-                raise ValueError
-            return cls(law_from_dict(parts), source, spread, effect, named)
+            law = dict(values)
+            rest = {name: law.pop(name) for name in ("source", "effect", "spread", "named") if name in law}
+            check_version(law.pop("test", TEST), TEST, "the residual test")
+            return read_fields(
+                cls,
+                {"law": law, "source": ""} | rest,
+                law=read_law,
+                source=read_source,
+                spread=read_spread,
+                effect=lambda value: None if value is None else read_number(value),
+                named=lambda laws: read_named(laws, read_law),
+            )
         except (TypeError, ValueError, AttributeError, UsageError):
             raise _no_noise(values) from None
 
@@ -133,7 +140,19 @@ def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise
             wanted="one of " + ", ".join(laws),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
         )
-    return Noise(law_from_dict(found), f"default for {pair}, of the bundled models")
+    return Noise(read_law(found), f"default for {pair}, of the bundled models")
+
+
+def fit_noise(
+    pipeline: Pipeline, errors: FloatArray, *, most_dof: float = math.inf
+) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
+    """Fit a law to honest residuals [N] of a pipeline; one of distances has at most ``most_dof`` degrees of freedom."""
+    if pipeline.output != "distance":
+        # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
+        floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
+        return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
+    found = fit_scale_noise(errors)
+    return found if found.reached.dof <= most_dof else fit_scale_noise(errors, dof=most_dof)
 
 
 def law_as_dict(law: Law) -> dict[str, Any]:
@@ -141,34 +160,77 @@ def law_as_dict(law: Law) -> dict[str, Any]:
     return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
 
 
-def law_from_dict(values: Any) -> Law:
-    """Read a law back.
+def read_fields(kind: type[T], values: Any, **readers: Callable[[Any], Any]) -> T:
+    """Return a dataclass from the values of its fields; a field without a reader of its own is a finite number.
+
+    Raises:
+        ValueError: A value is not of its kind. TypeError, KeyError, AttributeError and UsageError mean the same.
+    """
+    return kind(**{name: readers.get(name, read_number)(value) for name, value in dict(values).items()})
+
+
+def read_number(value: Any) -> Any:
+    """Return a finite number.
+
+    Raises:
+        ValueError: The value is none.
+    """
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.60} where a finite number belongs")
+    return value
+
+
+def read_source(value: Any) -> str:
+    """Return a text that says where a law comes from.
+
+    Raises:
+        ValueError: The value is no text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"a source of {value!r:.60}")
+    return value
+
+
+def read_law(values: Any) -> Law:
+    """Read a law.
 
     Raises:
         CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
     """
     try:
         parameters = dict(values)
-        kind = _KINDS[parameters.pop("kind")]
-        if not all(_is_number(value) and _in_range(name, value) for name, value in parameters.items()):
+        law = read_fields(_KINDS[parameters.pop("kind")], parameters)
+        if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for name, value in asdict(law).items()):
             raise ValueError
-        return kind(**parameters)
+        return law
     except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
         raise _no_noise(values) from None
 
 
-def named_from_dict(values: Mapping[str, Any]) -> dict[str, Law]:
-    """Read laws of known cheats back.
+def read_spread(values: Any) -> Spread:
+    """Read a spread.
+
+    Raises:
+        ValueError: A value is missing, not a number, or one that no measurement gives. TypeError, AttributeError and
+            UsageError mean the same.
+    """
+    if set(values) != {"sd", "dof"} or any(abs(read_number(value)) > 1e6 for value in values.values()):
+        raise ValueError(f"a spread of {values!r:.60}")
+    return Spread(**values)
+
+
+def read_named(values: Mapping[str, Any], read: Callable[[Any], T]) -> dict[str, T]:
+    """Read the laws of known cheats.
 
     Raises:
         UsageError: A name is empty or too long, or there are too many.
         CalibrationError: A value is not a law.
     """
-    check_names(list(values))
-    return {name: law_from_dict(law) for name, law in values.items()}
+    check_cheat_names(list(values))
+    return {name: read(law) for name, law in values.items()}
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_cheat_names(names: Sequence[str]) -> None:
     """Refuse names of known cheats that a file may not hold.
 
     Raises:
@@ -183,27 +245,29 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def spread_from_dict(values: Mapping[str, Any]) -> Spread:
-    """Read a spread back.
+def check_version(found: Any, wanted: int, test: str) -> None:
+    """Refuse noise for another version of a test.
 
     Raises:
-        ValueError: A value is missing, not a number, or one that no measurement gives. TypeError, AttributeError and
-            UsageError mean the same.
+        CalibrationError: The version is another one.
     """
-    if set(values) != {"sd", "dof"} or not all(_is_number(x) and abs(x) <= _LARGEST_DOF for x in values.values()):
-        raise ValueError(f"a spread of {values!r:.60}")
-    return Spread(**values)
+    if found != wanted:
+        raise CalibrationError(
+            f"noise for version {found!r:.20} of {test}",
+            wanted=f"version {wanted}, whose evidence this release can compute again",
+            do="read it with the release of assay that wrote it",
+        )
 
 
 def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
     """Return a fresh test of residuals against honest noise.
 
-    Every verdict comes from this test: that of `verify`, of the service, of the validator, and of the experiments.
+    Every verdict comes from this test: in `verify`, the service, the validator and the experiments.
 
     Args:
         noise: Honest noise of distances or of vectors.
         alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat is called honest which such a verdict excludes.
+        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
 
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
@@ -222,15 +286,6 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
 @cache
 def _defaults() -> JsonObject:
     return read_json(DEFAULT_LAWS)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _in_range(name: str, value: float) -> bool:
-    low, high = _RANGES.get(name, (-math.inf, math.inf))  # a law refuses names that it does not have
-    return low <= value <= high
 
 
 def _no_noise(values: Any) -> CalibrationError:

@@ -1,15 +1,15 @@
-"""Honest noise of responses: of their tokens and of their sketches, and the test of both.
+"""Honest noise of responses: the laws of their tokens and their sketches, and the test of both.
 
-A response is a cluster of values (:class:`assay.stats.ClusterTest`). Its tokens and its sketches come from the same
-states, so their e-values are not independent and must not be multiplied: the test averages them. It is honest where
-each of the two that has seen anything excludes its cheats.
+The e-value of responses is the average E = (E_tokens + E_sketches)/2. Tokens and sketches come from the same states, so
+their e-values are not independent and must not be multiplied. A response is a cluster of values
+(:class:`assay.stats.ClusterTest`). The verdict is honest when each part that has seen values excludes its cheats.
 
 Suffixes: B blocks of 32 tokens, N tokens, G columns of a profile.
 """
 
 import base64
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
@@ -21,7 +21,18 @@ import numpy.typing as npt
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.poc.protocol.pipelines import SKETCH_EVERY
-from assay.poc.verdict.noise import Noise, check_names, law_as_dict, law_from_dict, sequential_test, spread_from_dict
+from assay.poc.verdict.noise import (
+    Noise,
+    check_version,
+    law_as_dict,
+    read_fields,
+    read_law,
+    read_named,
+    read_number,
+    read_source,
+    read_spread,
+    sequential_test,
+)
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import Spread
 from assay.stats.sequential import Verdict
@@ -32,11 +43,12 @@ TEST = 1
 """Version of the test of responses: its cheats, their weights and its scales."""
 
 FloatArray = npt.NDArray[np.float64]
+PartLaw = stats.TokenNoise | stats.LogNoise
 
 
 @dataclass(frozen=True, eq=False)
 class ResponseBlocks:
-    """The evidence of a response in blocks of 32 tokens: what the ledger calls its nonces.
+    """The evidence of a response in blocks of 32 tokens, which the ledger calls its nonces.
 
     Args:
         distances: L2 distance of the sketch of every block, [B]; NaN where there is no sketch.
@@ -115,11 +127,11 @@ class PartNoise:
         named: Laws of known cheats by name.
     """
 
-    law: stats.TokenNoise | stats.LogNoise
-    spread: Spread = field(default_factory=Spread)
+    law: PartLaw
+    spread: Spread
     between: float = 0.0
     effect: float = 2.0
-    named: Mapping[str, stats.TokenNoise | stats.LogNoise] = field(default_factory=lambda: MappingProxyType({}))
+    named: Mapping[str, PartLaw] = field(default_factory=lambda: MappingProxyType({}))
 
     def scaled(self, factor: float) -> "PartNoise":
         """Return the noise ``factor`` times larger, that of the known cheats included."""
@@ -128,8 +140,15 @@ class PartNoise:
 
     def test(self, *, alpha: float, beta: float) -> stats.ClusterTest:
         """Return a fresh test of this noise."""
-        rates = {"alpha": alpha, "beta": beta, "effect": self.effect}
-        return stats.ClusterTest(self.law, spread=self.spread, between=self.between, named=self.named, **rates)
+        return stats.ClusterTest(
+            self.law,
+            spread=self.spread,
+            between=self.between,
+            named=self.named,
+            alpha=alpha,
+            beta=beta,
+            effect=self.effect,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
@@ -138,22 +157,13 @@ class PartNoise:
         return values | ({"named": {name: _law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
 
     @classmethod
-    def from_dict(cls, values: Any, kind: type) -> Self:
-        """Read what :meth:`as_dict` wrote.
+    def from_dict(cls, values: Any, read: Callable[[Any], PartLaw]) -> Self:
+        """Read what :meth:`as_dict` wrote, with the reader of its laws.
 
         Raises:
-            ValueError: A value is not of this kind. TypeError, KeyError and UsageError mean the same.
+            ValueError: A value is not of its kind. TypeError, KeyError and UsageError mean the same.
         """
-        parts = dict(values)
-        law = _law_from_dict(parts.pop("law"))
-        named = {name: _law_from_dict(one) for name, one in parts.pop("named", {}).items()}
-        check_names(list(named))
-        spread = spread_from_dict(parts.pop("spread"))
-        if any(type(value) not in (int, float) or not math.isfinite(value) for value in parts.values()):
-            raise ValueError("a number that is not finite")
-        if any(type(one) is not kind for one in (law, *named.values())):
-            raise ValueError("a law of another kind")
-        return cls(law=law, spread=spread, named=named, **parts)
+        return read_fields(cls, values, law=read, spread=read_spread, named=lambda laws: read_named(laws, read))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +198,17 @@ class ResponseNoise:
         """
         try:
             parts = dict(values)
-            if parts.pop("kind") != KIND or not isinstance(parts.get("source"), str):
+            if parts.pop("kind") != KIND:
                 raise ValueError
-            if parts.pop("test") != TEST:
-                raise CalibrationError(
-                    f"noise for version {dict(values)['test']!r:.20} of the test of responses",
-                    wanted=f"version {TEST}, whose evidence this release can compute again",
-                    do="read it with the release of assay that wrote it",
-                )
-            tokens = PartNoise.from_dict(parts.pop("tokens"), stats.TokenNoise)
-            sketches = PartNoise.from_dict(parts.pop("sketches"), stats.LogNoise)
-            made = cls(tokens=tokens, sketches=sketches, **parts)
-            ResponseTest(made)  # an error says what no test can be made of
+            check_version(parts.pop("test"), TEST, "the test of responses")
+            made = read_fields(
+                cls,
+                parts,
+                tokens=lambda part: PartNoise.from_dict(part, _read_token_law),
+                sketches=lambda part: PartNoise.from_dict(part, _read_sketch_law),
+                source=read_source,
+            )
+            ResponseTest(made)  # refuses laws of which no test can be made
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError, UsageError):
             raise CalibrationError(
                 f"noise {values!r:.120}",
@@ -300,21 +309,23 @@ def noise_from_dict(values: Any) -> AnyNoise:
     return ResponseNoise.from_dict(values) if of_responses else Noise.from_dict(values)
 
 
-def test_of(noise: AnyNoise, *, alpha: float, beta: float) -> stats.SequentialTest | ResponseTest:
+def new_test(noise: AnyNoise, *, alpha: float, beta: float) -> stats.SequentialTest | ResponseTest:
     """Return a fresh test of residuals, or of responses, against honest noise."""
     if isinstance(noise, ResponseNoise):
         return ResponseTest(noise, alpha=alpha, beta=beta)
     return sequential_test(noise, alpha=alpha, beta=beta)
 
 
-def _law_as_dict(law: stats.TokenNoise | stats.LogNoise) -> dict[str, Any]:
+def _law_as_dict(law: PartLaw) -> dict[str, Any]:
     return {"weights": list(law.weights)} if isinstance(law, stats.TokenNoise) else law_as_dict(law)
 
 
-def _law_from_dict(values: Any) -> Any:
-    if set(values) != {"weights"}:
-        return law_from_dict(values)
-    weights = tuple(values["weights"])
-    if any(type(weight) not in (int, float) for weight in weights):
-        raise ValueError("a weight that is not a number")
-    return stats.TokenNoise(weights)
+def _read_token_law(values: Any) -> stats.TokenNoise:
+    return read_fields(stats.TokenNoise, values, weights=lambda weights: tuple(map(read_number, weights)))
+
+
+def _read_sketch_law(values: Any) -> stats.LogNoise:
+    law = read_law(values)
+    if not isinstance(law, stats.LogNoise):
+        raise ValueError("a law of another kind")
+    return law

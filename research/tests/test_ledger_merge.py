@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assay_research.ledger_merge import StoppedLife, log_mean, merge_ledgers
 
 from assay.errors import DataError, UsageError
 from assay.poc import Noise
-from assay.poc.verdict import Ledger, Life
-from assay.poc.verdict.ledger_merge import log_mean, merge_ledgers
+from assay.poc.verdict import Ledger
 from assay.stats import LogNoise
+from tests.poc.verdict import test_response_noise as responses
 from tests.poc.verdict.ledgers import account, filled, honest, update
 from tests.poc.verdict.test_life import drawn
 
@@ -60,6 +61,20 @@ def test_evidence_once_found_is_not_lost_while_others_catch_up(tmp_path):
     assert merged.log_e_value > standing.evidence.log_e_value
 
 
+def test_doubted_nonces_count_for_honesty_and_responses_are_merged_beside_nonces(tmp_path):
+    path, other = tmp_path / "one.sqlite3", tmp_path / "other.sqlite3"
+    with Ledger(path) as ledger:
+        for seed in range(24):
+            values = [1.2 if place % 2 else value for place, value in enumerate(honest(16, seed))]
+            doubted = dict.fromkeys(range(1, 16, 2), "suspected place")
+            ledger.append([update(seed, residuals=values, excluded=doubted)])
+    with Ledger(other) as ledger:
+        ledger.append([responses.update(9, responses.response(9, multiple=30.0), key="node_B")])
+    nonces, of_responses = merge_ledgers([path, other])
+    assert (nonces.verdict, nonces.shares[0].n) == ("undecided", 192)
+    assert (of_responses.verdict, of_responses.account.preset) == ("fraud", "responses")
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     one, other = filled(tmp_path / "one.sqlite3", 3), filled(tmp_path / "other.sqlite3", 3)
     copy = Path(shutil.copy(one, tmp_path / "copy.sqlite3"))
@@ -87,7 +102,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
 
 def test_a_ledger_of_more_accounts_than_memory_holds_is_refused(tmp_path, monkeypatch):
     path = filled(tmp_path / "l.sqlite3", 3)
-    monkeypatch.setattr("assay.poc.verdict.ledger_merge.MOST_ACCOUNTS", 2)
+    monkeypatch.setattr("assay_research.ledger_merge.MOST_ACCOUNTS", 2)
     with pytest.raises(DataError, match="3 accounts"):
         merge_ledgers([path])
 
@@ -111,7 +126,7 @@ def test_an_honest_node_is_accused_with_chance_alpha_at_most(shared):
         for _ in range(validators):
             own = drawn(LAW, (checked,), rng)
             values = np.where(np.arange(checked) < shared * checked, same, own)
-            life = Life(alpha=alpha, beta=0.01, ledgers=validators)
+            life = StoppedLife(alpha=alpha, beta=0.01, ledgers=validators)
             for part in np.split(values, 3):
                 life.update(noise, part)
             logs.append(life.stopped[0])

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import sqlalchemy as sa
@@ -29,7 +29,8 @@ from assay.errors import DataError, UsageError
 from assay.poc.verdict.ledger import Source, open_source
 from assay.poc.verdict.ledger_audit import AT_ONCE, Noises
 from assay.poc.verdict.ledger_entries import LEDGER, UPDATES, Account, Entry, Genesis
-from assay.poc.verdict.life import Life, verdict_of
+from assay.poc.verdict.life import Life, Residuals, decide, log_average
+from assay.poc.verdict.response_noise import AnyNoise
 from assay.stats.sequential import Verdict
 
 MOST_LEDGERS = 1000
@@ -168,12 +169,50 @@ def _stopped(
         noises = Noises(connection)
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), _owner):
-            life = Life(**rates, ledgers=ledgers)
+            life = StoppedLife(**rates, ledgers=ledgers)
             for entry in entries:
                 life.update(noises[entry.law], entry.counted, doubted=entry.doubted)
             log_e, log_honest = life.stopped
             share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
             yield account, share
+
+
+class StoppedLife(Life):
+    """A life whose tests stop, for `stopped`, after the first audit at which each would decide alone.
+
+    Args:
+        alpha: Bound on the chance that an honest node is ever accused.
+        beta: Bound on the chance that a node that cheats is ever called honest while it does.
+        ledgers: Number of ledgers that the decision is made from.
+    """
+
+    def __init__(self, *, alpha: float, beta: float, ledgers: int) -> None:
+        super().__init__(alpha=alpha, beta=beta)
+        self._levels = (math.log(ledgers / alpha), math.log(ledgers / beta))
+        self._stopped: list[list[float]] = []
+
+    def update(self, noise: AnyNoise, residuals: Residuals, *, doubted: Sequence[float] = ()) -> Self:
+        """Take the residuals of one audit, as `Life` does."""
+        super().update(noise, residuals, doubted=doubted)
+        self._stopped += [[0.0, 0.0] for _ in self.tests[len(self._stopped) :]]
+        for test, stopped in zip(self.tests, self._stopped, strict=True):
+            for which, log in enumerate((test.log_e, test.log_honest)):
+                if test.log_weight + stopped[which] < self._levels[which]:
+                    stopped[which] = log
+        return self
+
+    @property
+    def stopped(self) -> tuple[float, float]:
+        """Logarithms of the e-value and of the evidence for honesty.
+
+        Both have mean 1 at most, the one under honest noise and the other under a cheat, because each test stops by a
+        rule that looks at this test alone. So they can be averaged over ledgers.
+        """
+        both = [(test.log_weight, *stopped) for test, stopped in zip(self.tests, self._stopped, strict=True)]
+        return (
+            log_average([(weight, log_e) for weight, log_e, _ in both]),
+            log_average([(weight, log_honest) for weight, _, log_honest in both[-2:]]),
+        )
 
 
 def _owner(entry: Entry) -> Account:
@@ -188,7 +227,7 @@ def _decide(
     log_honest = log_mean([share.log_evidence_honest for share in shares])
     return MergedStanding(
         account=account,
-        verdict=verdict_of(log_e, log_honest, **rates),
+        verdict=decide(log_e, log_honest, **rates),
         log_e_value=log_e,
         log_evidence_honest=log_honest,
         shares=shares,

@@ -1,4 +1,4 @@
-"""Published sets of vectors: read as they are, and refused in three parts whatever is wrong with them."""
+"""Published sets of vectors: read as they are, refused in three parts when something is wrong, and measured."""
 
 import base64
 import gzip
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assay_research.vector_sets import calibrate_vectors, machine_kind, read_vector_sets
 
-from assay.errors import DataError
-from assay.poc.verdict import read_vector_sets
-from assay.poc.verdict.calibrate import machine_kind
-from tests.poc.verdict import published
+from assay.errors import DataError, ProofMismatch
+from assay.poc import Calibration
+from assay.poc.verdict.noise import sequential_test
+from research.tests import published
 
 
 @pytest.mark.parametrize("name", ["sets.jsonl", "sets.jsonl.gz"])
@@ -106,7 +107,7 @@ def test_a_file_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "sets.jsonl"
     path.write_bytes(changed() + b"\n" + changed(set="another"))
     assert len(read_vector_sets(path)) == 2
-    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_CONTENT", len(changed()))
+    monkeypatch.setattr("assay_research.vector_sets.LARGEST_CONTENT", len(changed()))
     with pytest.raises(DataError, match="longer than"):
         read_vector_sets(path)
 
@@ -118,7 +119,7 @@ def test_hostile_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path.write_bytes(content)
         with pytest.raises(DataError, match="gzip"):
             read_vector_sets(path)
-    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_CONTENT", 1000)
+    monkeypatch.setattr("assay_research.vector_sets.LARGEST_CONTENT", 1000)
     path.write_bytes(gzip.compress(b" " * 10**6))  # a thousand times larger than it is stored
     with pytest.raises(DataError, match="longer than 1000 bytes when unpacked"):
         read_vector_sets(path)
@@ -130,7 +131,7 @@ def test_gzip_of_short_lines_takes_little_more_than_its_content(tmp_path: Path, 
     """A list of the lines would take twenty times as much, and 300 kB of gzip hold half a gigabyte of them."""
     path = tmp_path / "sets.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n" * 2**21))
-    monkeypatch.setattr("assay.poc.verdict.calibrate.LARGEST_FILE", 2**20)  # room that is set aside to read it
+    monkeypatch.setattr("assay_research.vector_sets.LARGEST_FILE", 2**20)  # room that is set aside to read it
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="line 1"):
@@ -141,6 +142,34 @@ def test_gzip_of_short_lines_takes_little_more_than_its_content(tmp_path: Path, 
 
 
 def test_more_sets_than_a_network_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.poc.verdict.calibrate.MOST_SETS", 1)
+    monkeypatch.setattr("assay_research.vector_sets.MOST_SETS", 1)
     with pytest.raises(DataError, match="more than 1 sets"):
         read_vector_sets(published.write(tmp_path / "sets.jsonl", published.network(2, nonces=32)))
+
+
+def test_a_law_of_vectors(tmp_path: Path):
+    rows = [*published.network(4, nonces=120), published.machine("cheat-1", noise=0.5, nonces=120)]
+    *honest, cheat = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
+    measured = calibrate_vectors(honest, digest="a" * 64, against={"int4": [cheat]})
+    (build,) = measured.builds
+    assert (build.preset, build.output, build.digest, build.n) == ("artifact", "vector", "a" * 64, 120)
+    assert [one.kind for one in build.machines] == ["b200", "h100", "h200", "a100"]
+    assert build.effect == 1.25
+    assert build.left_out is not None
+    assert build.left_out.holds
+    noise = build.between(None, None)
+    assert set(noise.named) == {"int4"}
+    assert sequential_test(noise).update(honest[0].distances(cheat)).verdict == "fraud"
+    assert sequential_test(noise).update(honest[0].distances(honest[1])).verdict != "fraud"
+    measured.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == measured
+
+
+def test_vectors_of_different_rounds_are_refused(tmp_path: Path):
+    rows = [published.machine("a"), published.machine("b", block="other")]
+    sets = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
+    with pytest.raises(ProofMismatch, match="different rounds"):
+        calibrate_vectors(sets)
+    same = [sets[0], *read_vector_sets(published.write(tmp_path / "c.jsonl", [published.machine("c")]))]
+    with pytest.raises(ProofMismatch, match="cheat int4 of another round"):
+        calibrate_vectors(same, against={"int4": [sets[1]]})
