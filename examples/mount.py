@@ -12,9 +12,9 @@ import os
 from fastapi import FastAPI
 
 import assay
+from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings, attach
 from assay.poc.service.controller import Controller
-from assay.poc.service.deployment import Deployment
 
 
 def load() -> Deployment:

@@ -27,7 +27,7 @@ from assay.poc.service import Settings
 from assay.poc.service.database import Database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
-from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.receipts import ReceiptKeeper
 from tests.end_to_end import killing as service_kills
 from tests.end_to_end import storing as receipt_kills
 from tests.poc.service.receipts import header, receipt

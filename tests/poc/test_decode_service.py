@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from assay.poc import Proof, Round, prove
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.record import encoding, pack
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Service
 from tests.poc.test_hardened_service import RealRig
 

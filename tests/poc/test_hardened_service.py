@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from assay.poc import HFEngine, Round, prove
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.record import encode_vector
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service
 
 T = 16

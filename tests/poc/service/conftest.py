@@ -14,11 +14,11 @@ import structlog
 import torch
 
 from assay.poc import Fingerprint, Pipeline
-from assay.poc.engines.outputs import plain_outputs
+from assay.poc.engines.base import plain_outputs
+from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings, create_app
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import Database
-from assay.poc.service.deployment import Deployment
 from tests.waiting import until
 
 with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from assay import stats
 from assay.models import load_model
 from assay.poc import prover as _prover
-from assay.poc.service.deployment import Deployment
+from assay.poc.net.deployment import Deployment
 from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
 from tests.poc.service.conftest import PREFIX, ROUND
 from tests.waiting import until
@@ -78,7 +78,7 @@ def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkey
         for batch in compute(header, engine, nonces):
             yield [replace(record, distance=record.distance - 0.012) for record in batch]
 
-    monkeypatch.setattr("assay.poc.service.deployment.compute", shifted)
+    monkeypatch.setattr("assay.poc.net.deployment.compute", shifted)
     rig.deployment = lambda: Deployment.of(llama, compiled=False)
     with serving(seq_len=16) as service:
         _, text = measured(service, 600)

@@ -9,10 +9,10 @@ from assay.errors import OutOfMemory, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import compiled as _compiled
-from assay.poc.engines.hf import memory as _memory
+from assay.poc.engines.hf import engine as _memory
 from assay.poc.engines.hf.engine import is_compiled
-from assay.poc.service import deployment as _deployment
-from assay.poc.service.deployment import Deployment
+from assay.poc.net import deployment as _deployment
+from assay.poc.net.deployment import Deployment
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 

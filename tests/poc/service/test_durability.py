@@ -7,11 +7,11 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.poc import DistanceRecord, prove
-from assay.poc.service import Settings, State
+from assay.poc.net.deployment import Deployment
+from assay.poc.service import Settings
 from assay.poc.service.bodies import InitRequest
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import Database
-from assay.poc.service.deployment import Deployment
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap
@@ -70,7 +70,7 @@ def test_the_records_are_those_of_prove(tmp_path, small_model, round_):
             node_id=0,
             node_count=1,
         )
-        controller.init(body, State.GENERATING)
+        controller.init(body, "init/generate")
         until(lambda: controller.progress.checked >= 40)
         controller.stop()
         records = controller.database["records"]

@@ -5,7 +5,7 @@ import threading
 import pytest
 from fastapi import FastAPI
 
-from assay.poc.engines import outputs as _outputs
+from assay.poc.engines import base as _outputs
 from assay.poc.service import Settings, attach
 from assay.poc.service.bodies import InitRequest
 from assay.poc.service.controller import Controller

@@ -10,9 +10,9 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from assay.poc.net.feed import Feed
 from assay.poc.net.refusals import Refusal
 from assay.poc.service import configure_logs
-from assay.poc.service.feed import Feed, snapshot
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
@@ -24,14 +24,14 @@ def test_a_snapshot_holds_what_the_docs_say(service):
         r"^\| (`[^|]+) \|", DOCS.read_text().partition("## Snapshots")[2].partition("\n## ")[0], flags=re.MULTILINE
     )
     documented = {name for row in table for name in re.findall(r"`(\w+)`", row)}
-    assert documented == snapshot(service.controller).keys()
+    assert documented == service.controller.snapshot().keys()
 
 
 def test_a_snapshot_follows_the_round(service):
     service.post("/init/generate", ROUND)
     until(lambda: service.checked() > 100)
     service.post("/stop")
-    seen = snapshot(service.controller)
+    seen = service.controller.snapshot()
     n = seen["checked"]
     assert seen["valid"] == service.status()["total_valid"]
     assert seen["valid_rate"] == seen["valid"] / n
@@ -76,7 +76,7 @@ def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.net.lifespan.PAUSE", 0.0)
+    monkeypatch.setattr("assay.poc.net.server.PAUSE", 0.0)
     counts, failed = service.controller.outbox.counts, []
 
     def failing() -> dict[str, int]:

@@ -6,7 +6,7 @@ import time
 
 import sqlalchemy as sa
 
-from assay.poc.service import receipt_store as _receipts
+from assay.poc.service import receipts as _receipts
 from assay.poc.service.outbox import Callback
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.receipts import RECEIPTS, files, get, on_disk, receipt, store

@@ -6,7 +6,7 @@ import pytest
 
 from assay.errors import StorageError
 from assay.poc.responses import Receipts
-from assay.poc.service import receipt_store as _receipts
+from assay.poc.service import receipts as _receipts
 from tests.poc.service.receipts import RECEIPTS, files, get, header, receipt, store
 from tests.waiting import until
 
@@ -83,13 +83,13 @@ def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
 
 
 def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.receipt_routes.MOST_FILES", 0)
+    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 0)
     store(service, receipt("a"))
     assert get(service, ".jsonl", 429)["wanted"] == "fewer at once"
 
 
 def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.receipt_routes.MOST_FILES", 1)
+    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
     store(service, receipt("a"))
     receipts, both, go = service.controller.receipts.store, threading.Barrier(2), threading.Event()
     page, lines = receipts.page, receipts.lines

@@ -11,7 +11,7 @@ from assay.poc.service import Settings
 from assay.poc.service.database import Database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
-from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.receipts import ReceiptKeeper
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
 from tests.waiting import until
@@ -72,7 +72,7 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
         first = asyncio.create_task(sink.store(receipt("first")))
         await asyncio.sleep(0)
         keeper.start()
-        while keeper._group.waiting:
+        while keeper.waiting:
             await asyncio.sleep(0.01)
         more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
         await asyncio.sleep(0)

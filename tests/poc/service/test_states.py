@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from assay.poc.service import State
-from assay.poc.service.states import TRANSITIONS
+from assay.poc.service.rounds import TRANSITIONS
 from tests.poc.service.conftest import BLOCK, ROUND
 
 DOCS = Path(__file__).parents[3] / "docs" / "service.md"

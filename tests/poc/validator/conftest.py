@@ -14,11 +14,11 @@ import pytest
 from standardwebhooks import Webhook
 
 from assay.poc import Proof, Round, get_pipeline, prove
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.record import encoding, pack
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
 from assay.poc.validator import ValidatorSettings, create_app
-from assay.poc.validator.controller import Controller
+from assay.poc.validator.controller import ValidatorController
 from tests.waiting import until
 
 with warnings.catch_warnings():
@@ -100,7 +100,7 @@ class Running:
 
     def start(self) -> None:
         deployment = lambda: Deployment.of(self.model, compiled=False)  # noqa: E731
-        self.controller = Controller(deployment, ValidatorSettings(**self.settings), Settings(**self.service))
+        self.controller = ValidatorController(deployment, ValidatorSettings(**self.settings), Settings(**self.service))
         keys = self.service.get("api_keys", ())
         self.headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from assay.poc import Round
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.record import is_valid
-from assay.poc.service.deployment import Deployment
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import BLOCK, HEIGHT, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from assay.poc.validator.inbox import Inbox
-from assay.poc.validator.worker import Worker, recompute
+from assay.poc.validator.worker import Recomputer, recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
 from tests.waiting import until
@@ -18,7 +18,7 @@ class Killed(BaseException):
 @pytest.fixture
 def stopped(validating, small_model, monkeypatch):
     """A validator with one message, whose worker a test runs by hand."""
-    monkeypatch.setattr(Worker, "start", lambda self, loaded: None)
+    monkeypatch.setattr(Recomputer, "start", lambda self: None)
     with validating(sample=16) as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
         until(lambda: running.controller.ready)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from assay.poc import Proof, TokenRecord
-from assay.poc.service.deployment import Deployment
+from assay.poc.net.deployment import Deployment
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict.judge import residuals
 from tests.poc.validator.conftest import BATCH, KEYS, body_of, proof_of

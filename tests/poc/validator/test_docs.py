@@ -10,12 +10,11 @@ import yaml
 
 from assay.cli import run
 from assay.poc.validator import ValidatorSettings
-from assay.poc.validator.budget import EXPECTED
 from assay.poc.validator.claims import REASONS
 from assay.poc.validator.epochs import draw, message_seed
 from assay.poc.validator.intake import PREFIX
-from assay.poc.validator.metrics import Metrics
-from assay.poc.validator.worker import AUDIT
+from assay.poc.validator.metrics import ValidatorMetrics
+from assay.poc.validator.worker import AUDIT, EXPECTED
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "validator.md").read_text()
@@ -36,7 +35,7 @@ def test_the_sample_that_the_page_draws_is_the_validators():
 
 
 def test_every_metric_and_name_that_the_page_mentions_exists():
-    exported = Metrics().text().decode()
+    exported = ValidatorMetrics().text().decode()
     for name in re.findall(r"`(assay_validator_\w+)", TEXT):
         assert name.rstrip("_") in exported, name
     table = TEXT[TEXT.index("| value | refused as |") : TEXT.index("A refusal is one JSON object")]
@@ -52,7 +51,7 @@ def test_every_metric_and_name_that_the_page_mentions_exists():
 def test_every_alert_is_explained_and_asks_for_metrics_that_there_are():
     rules = yaml.safe_load((ROOT / "deploy" / "validator-alerts.yml").read_text())["groups"][0]["rules"]
     assert {rule["alert"] for rule in rules} == set(re.findall(r"^\| (Validator\w+) ", TEXT, flags=re.MULTILINE))
-    exported = Metrics().text().decode()
+    exported = ValidatorMetrics().text().decode()
     for rule in rules:
         row = next(line for line in TEXT.splitlines() if line.startswith(f"| {rule['alert']} "))
         asked = set(re.findall(r"assay_validator_\w+", rule["expr"]))

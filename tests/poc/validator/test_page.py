@@ -9,10 +9,10 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser
 
+from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
 from assay.poc.validator import ValidatorSettings, create_app
-from assay.poc.validator.controller import Controller
+from assay.poc.validator.controller import ValidatorController
 from tests.end_to_end.server import free_port
 from tests.poc.service.dashboard.browser import Watched, chromium
 from tests.poc.validator.conftest import nodes_text, pins_text
@@ -85,7 +85,7 @@ class Shown:
         settings = ValidatorSettings(pins=directory / "pins.toml", nodes=directory / "nodes.toml")
         values = {"data_dir": directory / "data"} | service
         load = lambda: Deployment.of(model, compiled=False)  # noqa: E731
-        self.controller = Controller(load, settings, Settings(**values))
+        self.controller = ValidatorController(load, settings, Settings(**values))
         self.values = snapshot()
         self.controller.snapshot = lambda: self.values  # type: ignore[method-assign]
         self.port = free_port()

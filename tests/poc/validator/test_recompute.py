@@ -3,7 +3,7 @@
 import pytest
 
 from assay.poc import Round
-from assay.poc.service.deployment import Deployment
+from assay.poc.net.deployment import Deployment
 from assay.poc.validator.worker import recompute
 from tests.poc.validator.conftest import BATCH, KEYS, SEQ_LEN, proof_of
 

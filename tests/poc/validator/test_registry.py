@@ -4,10 +4,9 @@ import pytest
 
 from assay.cli.validator import pinned_format
 from assay.errors import AssayError, CalibrationError, UsageError
+from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
-from assay.poc.validator.noises import Noises
-from assay.poc.validator.registry import Registry
+from assay.poc.validator.registry import Noises, Registry
 from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of
 
 SECOND = """[[models.builds]]

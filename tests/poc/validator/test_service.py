@@ -12,12 +12,12 @@ import yaml
 from standardwebhooks import Webhook
 
 from assay.errors import StorageError, UsageError
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.server import listen
 from assay.poc.service import Settings
-from assay.poc.service.deployment import Deployment
 from assay.poc.validator import ValidatorSettings, create_app, validate
 from assay.poc.validator import worker as _worker
-from assay.poc.validator.controller import Controller
+from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
 from tests.poc.service.series import absent_series
 from tests.poc.validator.conftest import API, KEYS, TestClient, body_of, nodes_text, pins_text, proof_of, secret_of
@@ -117,7 +117,10 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
             assert gate.wait(30)
             return Deployment.of(small_model, compiled=False)
 
-        running.controller = Controller(load, ValidatorSettings(**running.settings), Settings(**running.service))
+        values = ValidatorSettings(**running.settings), Settings(**running.service)
+        running.controller = ValidatorController(load, *values)
+            load, ValidatorSettings(**running.settings), Settings(**running.service)
+        )
         running.client = TestClient(create_app(running.controller), base_url="http://127.0.0.1")
         running.client.__enter__()
         assert running.client.get("/ready").status_code == 503
@@ -141,7 +144,7 @@ def test_an_end_while_the_thread_begins_waits_for_it(small_model, tmp_path, monk
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
     monkeypatch.setattr(threading, "Thread", Slow)
-    controller = Controller(lambda: Deployment.of(small_model, compiled=False), settings, service)
+    controller = ValidatorController(lambda: Deployment.of(small_model, compiled=False), settings, service)
     controller.start()
     assert begins.wait(30)
     controller.close()
@@ -159,7 +162,7 @@ def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):
         assert gate.wait(30)
         return Deployment.of(small_model, compiled=False)
 
-    controller = Controller(load, settings, service)
+    controller = ValidatorController(load, settings, service)
     controller.start()
     controller.close()
     assert not controller.ended
@@ -170,7 +173,7 @@ def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):
 def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model).replace(small_model.digest, "0" * 64))
     settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
-    controller = Controller(lambda: Deployment.of(small_model, compiled=False), settings, service)
+    controller = ValidatorController(lambda: Deployment.of(small_model, compiled=False), settings, service)
     controller.start()
     with pytest.raises(UsageError, match=small_model.digest[:12]):
         controller.loaded.result(30)
@@ -180,7 +183,7 @@ def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
 
 def test_two_validators_do_not_share_a_directory(validating):
     with validating() as running, pytest.raises(StorageError, match="another"):
-        Inbox(running.controller.service.data_dir, epoch_seconds=1.0, sample=8)
+        Inbox(running.controller.server.data_dir, epoch_seconds=1.0, sample=8)
 
 
 def test_nodes_are_read_again_when_their_file_changes(validating, small_model, tmp_path):

@@ -1,1 +1,1 @@
-"""What services and validators share below their own parts: HTTP routes and server, keys, signatures, guards, commits."""
+"""What every server of assay has: settings, routes, keys, guards, threads, commits, pages and the server process."""

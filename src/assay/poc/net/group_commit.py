@@ -5,7 +5,6 @@ wait for the disk with that item alone, and all others would wait twice.
 """
 
 import asyncio
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ import structlog
 
 from assay.errors import StorageError, reason_of
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import LoopThread
 
 log = structlog.get_logger("assay.store")
 
@@ -27,51 +27,39 @@ MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may b
 TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
 
 
-class GroupCommit(Generic[Item, Kept]):
-    """Writes items in a thread of its own, in the order in which they came.
+class GroupCommit(LoopThread, Generic[Item, Kept]):
+    """Writes items in a thread of its own, in the order in which they came. A subclass says how.
 
     Args:
         name: Name of the thread.
-        write: Function that writes items in one transaction and returns what is told of each.
-        rest: Function that is called after every transaction with True, and where nothing arrives for a second with
-            False. It raises a StorageError where the disk takes nothing.
-        refusal: Function that makes the refusal of an item from what was found.
         most: Items that wait at the same time; more are refused.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        write: Callable[[list[Item]], Sequence[Kept]],
-        rest: Callable[[bool], None],
-        refusal: Callable[[str], Refusal],
-        most: int,
-    ) -> None:
-        self._name, self._write, self._rest, self._refusal = name, write, rest, refusal
-        self._most = most
-        self._state = threading.Condition()
+    def __init__(self, name: str, *, most: int) -> None:
+        super().__init__(name)
+        self._name, self._most = name, most
         self._queue: deque[tuple[Item, int, asyncio.Future[Kept]]] = deque()
         self._bytes = 0
         self._waking = False
-        self._closed = False
         self.failing = False
         """Whether nothing can be written now."""
         self.error: str | None = None
         """Fault of the code because of which nothing can be written, if it is not the disk."""
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    def _write(self, items: list[Item]) -> Sequence[Kept]:
+        """Write items in one transaction, and return what is told of each."""
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """Write what waits, and end the thread."""
-        with self._state:
-            self._closed = True
-            self._state.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+    def _rest(self, wrote: bool) -> None:
+        """Do what is due after a transaction, or where nothing has arrived for a second.
+
+        Raises:
+            StorageError: The disk takes nothing.
+        """
+
+    def _refusal(self, seen: str) -> Refusal:
+        """Return the refusal of an item."""
+        raise NotImplementedError
 
     @property
     def waiting(self) -> int:

@@ -1,4 +1,4 @@
-"""The work around every handler of the service: key, body, errors, metrics and the headers of the answer.
+"""The work around every handler: key, body, errors, metrics and the headers of the answer.
 
 It lives in the route, not in a middleware, so that mounting these routes leaves the other routes of an application
 as they are. Only a service without keys has a middleware, which guards it against other hosts and pages.
@@ -22,7 +22,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import Counter, Histogram
-from starlette._utils import get_route_path
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Send
@@ -32,9 +32,7 @@ from assay.errors import AssayError
 from assay.files.jsonl import unique_keys
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.service.bodies import Problem
-from assay.poc.service.controller import Controller
-from assay.poc.service.settings import Settings
+from assay.poc.net.settings import ServerSettings
 
 log = structlog.get_logger("assay.http")
 
@@ -68,14 +66,14 @@ class RequestMetrics(Protocol):
 
 
 class Keys:
-    """The keys of a service, kept as digests.
+    """The keys of a server, kept as digests.
 
     Args:
         settings: Settings with the keys. Without any key, every client that reaches the port may do everything.
         needed: Whether requests need a key even without any in the settings, so that all are refused.
     """
 
-    def __init__(self, settings: Settings, *, needed: bool = False) -> None:
+    def __init__(self, settings: ServerSettings, *, needed: bool = False) -> None:
         self._needed = needed
         scopes = list(Scope)  # the widest first
         by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
@@ -97,6 +95,12 @@ class Keys:
             raise Refusal(401, "no valid API key", wanted="Authorization: Bearer KEY", do="send the key you were given")
         if scope not in granted[0]:
             raise Refusal(403, "a key of another scope", wanted=f"one that may {scope}", do="ask for such a key")
+
+
+def route_path(scope: Connection) -> str:
+    """Return the path of a request as the router compares it: without the root path (``--root-path``)."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and f"{path}/".startswith(f"{root}/") else path
 
 
 def is_loopback(host: str) -> bool:
@@ -125,7 +129,7 @@ class LocalOnly:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
-        covered = scope["type"] == "http" and get_route_path(scope).startswith(self._prefix)
+        covered = scope["type"] == "http" and route_path(scope).startswith(self._prefix)
         if covered and not _is_local(dict(scope["headers"])):
             refusal = Refusal(
                 403,
@@ -158,20 +162,38 @@ def needs(scope: Scope) -> dict[str, Any]:
     return {"security": [{"bearer": []}], "x-scope": str(scope)}
 
 
+class Problem(BaseModel):
+    """The reason of a refusal, what was wanted, and what to do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    detail: str
+    wanted: str
+    do: str
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the ``responses`` of a route: the refusals that it may answer with, those of keys among them."""
     return {status: {"model": Problem} for status in (401, 403, *statuses)}
 
 
-def route_class(controller: Controller, keys: Keys) -> type[APIRoute]:
-    """Return the class of the service's routes for one controller."""
-    settings = controller.settings
-    return guarded(keys, Bodies(settings.max_body, settings.max_bodies), controller.metrics)
+class _Received(Request):
+    """A request whose body was received, and parsed where it is JSON."""
+
+    def __init__(self, request: Request, body: bytes, values: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._received, self._values = body, values
+
+    async def body(self) -> bytes:
+        return self._received
+
+    async def json(self) -> Any:
+        return self._values
 
 
-def guarded(keys: Keys, bodies: "Bodies", metrics: RequestMetrics | None = None) -> type[APIRoute]:
+def route_class(keys: Keys, settings: ServerSettings, metrics: RequestMetrics | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
-    budget = LogBudget()
+    bodies, budget = Bodies(settings.max_body, settings.max_bodies), LogBudget()
 
     class Route(APIRoute):
         def get_route_handler(self) -> Handler:
@@ -188,11 +210,8 @@ def guarded(keys: Keys, bodies: "Bodies", metrics: RequestMetrics | None = None)
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
                 async with bodies.read(request) as body:
-                    # Where Starlette keeps both, so that the handler finds them.
-                    request._body = body
-                    if has_body and body and _says_json(request):
-                        request._json = _parsed(body)
-                    return await inner(request)
+                    values = _parsed(body) if has_body and body and _says_json(request) else None
+                    return await inner(_Received(request, body, values))
 
             async def handle(request: Request) -> Response:
                 started = time.perf_counter()

@@ -4,10 +4,9 @@ It needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` 
 """
 
 from assay.poc.net.logs import configure_logs
-from assay.poc.net.server import serve
-from assay.poc.service.app import attach, create_app
+from assay.poc.service.app import attach, create_app, serve
 from assay.poc.service.receiver import create_receiver
+from assay.poc.service.rounds import State
 from assay.poc.service.settings import Settings
-from assay.poc.service.states import State
 
 __all__ = ["Settings", "State", "attach", "configure_logs", "create_app", "create_receiver", "serve"]

@@ -8,34 +8,31 @@ from typing import Annotated, Any, ParamSpec
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.routing import APIRoute
 
-from assay._version import __version__
-from assay.poc.net.lifespan import running
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, not_found, problems, route_class
+from assay.poc.net.app import new_app, operations_router
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.feed import Feed
+from assay.poc.net.page import SHARED, assemble_page, page_router, part
+from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
+from assay.poc.net.server import check_host, listen, run_app, running
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.bodies import (
     AnyInit,
     GenerateRequest,
-    Health,
     InitReply,
     InitRequest,
     JobReply,
-    Problem,
-    Ready,
     Status,
     ValidateReply,
     ValidateRequest,
 )
 from assay.poc.service.controller import Controller
 from assay.poc.service.delivery import Delivery
-from assay.poc.service.feed import Feed, QuickStatus, status_after
-from assay.poc.service.feed import status as current_status
-from assay.poc.service.metrics import CONTENT_TYPE
-from assay.poc.service.page import dashboard_router
-from assay.poc.service.receipt_routes import RECEIPTS_PREFIX, receipts_router
-from assay.poc.service.states import State
+from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
+from assay.poc.service.settings import Settings
+from assay.poc.service.status import QuickStatus, StatusText, status_after
+from assay.poc.service.status import status as current_status
 
 P = ParamSpec("P")
 
@@ -43,6 +40,10 @@ PREFIX = "/api/v1/pow"
 """Path of the published API."""
 PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
+
+DASHBOARD = "assay.poc.service.dashboard"
+SCRIPTS = ("charts.js", "page.js")
+"""The scripts of the page beside those of every page, in the order of their dependence."""
 
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 
@@ -59,15 +60,8 @@ def create_app(controller: Controller) -> FastAPI:
 
     The controller is started when the application starts and closed when it ends.
     """
-    app = FastAPI(
-        title="assay: Proof of Compute",
-        version=__version__,
-        summary="The published API under /api/v1/pow, durable and bounded, and receipts of responses.",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
-    app.add_exception_handler(HTTPException, not_found)
+    summary = "The published API under /api/v1/pow, durable and bounded, and receipts of responses."
+    app = new_app("assay: Proof of Compute", summary=summary)
     attach(app, controller, operations=True)
     app.include_router(_pages(app))
     app.include_router(dashboard_router())
@@ -82,18 +76,19 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
     path ``under`` where the application has its own.
     """
-    keys, feed = Keys(controller.settings), Feed(controller)
-    app.include_router(pow_router(controller, keys, feed))
-    app.include_router(receipts_router(controller, keys))
+    settings, metrics = controller.settings, controller.metrics
+    keys, feed, text = Keys(settings), Feed(controller), StatusText(controller)
+    kind_of_route = route_class(keys, settings, metrics)
+    app.include_router(_pow_router(_Calls(controller, feed, text), kind_of_route))
+    app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
-        app.include_router(operations_router(controller, keys, feed, under))
-    app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, feed=feed)
+        app.include_router(operations_router(feed, metrics, controller.check_ready, kind_of_route, under))
+    app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(host: FastAPI) -> AsyncIterator[Any]:
-        loops = (feed.run, Delivery(controller).run)
-        async with inner(host) as state, running(controller, feed.refresh, *loops):
+        async with inner(host) as state, running(controller, feed, Delivery(controller).run):
             yield state
 
     app.router.lifespan_context = lifespan
@@ -114,10 +109,9 @@ def _pages(app: FastAPI) -> APIRouter:
     return router
 
 
-def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
+def _pow_router(calls: "_Calls", kind_of_route: type[APIRoute]) -> APIRouter:
     """Return the routes of the published API."""
-    calls = _Calls(controller, feed)
-    router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=route_class(controller, keys))
+    router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     changes, works = problems(400, 409, 413, 422, 503), problems(400, 409, 413, 422, 429, 503)
     for path, call in (
         ("/init", calls.init),
@@ -144,20 +138,20 @@ def pow_router(controller: Controller, keys: Keys, feed: Feed) -> APIRouter:
 class _Calls:
     """The handlers of the published API. Those that block are plain functions, which FastAPI calls in threads."""
 
-    def __init__(self, controller: Controller, feed: Feed) -> None:
-        self._controller, self._feed = controller, feed
+    def __init__(self, controller: Controller, feed: Feed, text: StatusText) -> None:
+        self._controller, self._feed, self._text = controller, feed, text
 
     def init(self, body: InitRequest) -> Response:
         """Begin a round, and stay idle."""
-        return self._moved(self._controller.init, body, State.IDLE)
+        return self._moved(self._controller.init, body, "init")
 
     def init_generate(self, body: AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
-        return self._moved(self._controller.init, body, State.GENERATING)
+        return self._moved(self._controller.init, body, "init/generate")
 
     def init_validate(self, body: InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
-        return self._moved(self._controller.init, body, State.VALIDATING)
+        return self._moved(self._controller.init, body, "init/validate")
 
     def phase_generate(self) -> Response:
         """Generate; the round continues at its next nonce."""
@@ -187,7 +181,7 @@ class _Calls:
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(self._feed.status(), media_type="application/json")
+            return Response(self._text.latest(), media_type="application/json")
         return JSONResponse(await self._controller.call(status_after, self._controller, after, limit))
 
     async def snapshot(self) -> Response:
@@ -196,10 +190,7 @@ class _Calls:
 
     async def events(self, request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
-        client = request.client.host if request.client else ""
-        # Behind a proxy all clients have one address, and those with keys are told apart by them.
-        stream = await self._feed.stream((client, request.headers.get("authorization")))
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        return await self._feed.respond(request)
 
     async def generate(self, body: GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
@@ -227,27 +218,37 @@ async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Respo
         return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
 
 
-def operations_router(controller: Controller, keys: Keys, feed: Feed, under: str) -> APIRouter:
-    """Return ``/health``, ``/ready`` and ``/metrics``, behind a path."""
-    router = APIRouter(prefix=under, tags=["operations"], route_class=route_class(controller, keys))
+def dashboard_router() -> APIRouter:
+    """Return the route of the service's page."""
+    return page_router(*render_page())
 
-    @router.get("/health", response_model=Health)
-    async def health() -> Response:
-        """Answer while the process lives."""
-        return JSONResponse({"status": "ok"})
 
-    @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})
-    async def ready() -> Response:
-        """Answer 200 once the model is loaded and nothing has failed."""
-        controller.ready()
-        if controller.error is not None:
-            raise Refusal(503, controller.error, wanted="no failure", do="see the log, then start the phase again")
-        return JSONResponse({"ready": True})
+def render_page() -> tuple[str, dict[str, str]]:
+    """Return the page and the headers that it is served with."""
+    return assemble_page(
+        part("page.html", DASHBOARD),
+        brand="Proof of Compute",
+        name="service",
+        mark="d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'",
+        script="".join(map(part, SHARED)) + "".join(part(name, DASHBOARD) for name in SCRIPTS),
+    )
 
-    @router.get("/metrics", responses=problems(), openapi_extra=READ)
-    async def metrics() -> Response:
-        """Return the Prometheus metrics."""
-        controller.metrics.show(feed.values)
-        return Response(controller.metrics.text(), media_type=CONTENT_TYPE)
 
-    return router
+def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        load: Loads the model and returns its deployment.
+        settings: Settings of the service.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one, which the log names.
+
+    Raises:
+        UsageError: A host that others reach without a key, or an address that cannot be bound.
+        StorageError: The data directory is in use or cannot be written.
+        ModelError: The model cannot be loaded.
+    """
+    check_host(host, settings)
+    with listen(host, port) as listener:
+        controller = Controller(load, settings)
+        run_app(create_app(controller), settings, listener, runtime=controller)

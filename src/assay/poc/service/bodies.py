@@ -237,23 +237,3 @@ class DeletedReceipts(_Reply):
     """How many receipts were deleted."""
 
     deleted: int
-
-
-class Health(_Reply):
-    """The process answers."""
-
-    status: Literal["ok"]
-
-
-class Ready(_Reply):
-    """The model is loaded."""
-
-    ready: bool
-
-
-class Problem(_Reply):
-    """The reason of a refusal, what was wanted, and what to do."""
-
-    detail: str
-    wanted: str
-    do: str

@@ -5,49 +5,53 @@ Its calls block for as long as a transaction takes, so an event loop makes them 
 the attributes that a reader needs (``state``, ``progress``, ``error``) are read without waiting.
 """
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 import structlog
+from typing_extensions import override
 
+from assay._version import __version__
 from assay.errors import AssayError, EngineEnded, StorageError, reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.engines.base import check_supported
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import DistanceRecord, is_distance
-from assay.poc.service.agreed import check_build, check_deployed, check_round
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service.checks import check_job, check_same_model, check_validation, round_values
+from assay.poc.service.checks import (
+    check_build,
+    check_deployed,
+    check_job,
+    check_round,
+    check_same_model,
+    check_validation,
+    round_values,
+)
 from assay.poc.service.database import Database
-from assay.poc.service.deployment import Deployment
 from assay.poc.service.jobs import Jobs
+from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
-from assay.poc.service.progress import Progress
-from assay.poc.service.receipt_keeper import ReceiptKeeper
-from assay.poc.service.rounds import Batch, Rounds, StoredRound
+from assay.poc.service.receipts import ReceiptKeeper
+from assay.poc.service.rounds import EXPECTED, Batch, Progress, Rounds, State, StoredRound, after
 from assay.poc.service.settings import Settings
-from assay.poc.service.states import State, after
-from assay.poc.service.threads import ShareDone, Worker, Writer
-from assay.poc.service.validation import HonestNoise, Judge, check_calibration
+from assay.poc.service.worker import ShareDone, Worker, Writer
 
 log = structlog.get_logger("assay.controller")
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-THREADS = 8  # calls that wait for the database at the same time
+PRUNE_EVERY = 600.0
+SCHEMA = "assay.poc.snapshot/1"
 
 
-class Controller:
+class Controller(Runtime):
     """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
 
     The constructor opens the database and takes the state in which the service was left; :meth:`start`, or a ``with``
@@ -64,21 +68,17 @@ class Controller:
         DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
     """
 
+    metrics: Metrics
+
     def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
+        super().__init__(settings, Metrics())
         self.settings = settings
-        self.metrics = Metrics()
-        self.started_at = time.time()
-        self.closing = threading.Event()
-        self.loaded: Future[Deployment] = Future()
-        """The deployment, or the error that ended loading."""
-        self.deployment: Deployment | None = None
         self.error: str | None = None
-        self.ended = True
+        self._pruned_at = 0.0
         self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self._computed = False  # whether a batch was written since the start
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
-        self._threads = ThreadPoolExecutor(THREADS, "assay-database")
         noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.database = Database(settings.data_dir)
@@ -95,31 +95,21 @@ class Controller:
             opened.pop_all()
         self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
         self._worker = Worker(
-            partial(self._load, load),
+            partial(self.load_model, load),
             put=self.writer.put,
             begins=self._measure_block,
             background=self.jobs.step,
             failed=self._engine_failed,
         )
 
-    def __enter__(self) -> "Controller":
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
+    @override
     def start(self) -> None:
-        """Load the model in the engine's thread, then continue what was interrupted."""
         self.writer.start()
         self.receipts.start()
         self._worker.start()
 
+    @override
     def close(self) -> None:
-        """Finish the running batch, write what is computed, and close.
-
-        :attr:`ended` is False afterwards if the batch did not end in time.
-        """
         self.closing.set()
         with self._lock:
             self._worker.generate(None, self._epoch)
@@ -130,23 +120,18 @@ class Controller:
         self.judge.close()
         self.database.close()
 
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a call that blocks, in a thread kept for that, and wait for its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
-
     # Calls
 
-    def init(self, request: InitRequest | ArtifactInit, then: State) -> None:
-        """Begin or continue a round; ``then`` is the state that the call leads to: IDLE, GENERATING or VALIDATING.
+    def init(self, request: InitRequest | ArtifactInit, call: str) -> None:
+        """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``.
 
         Raises:
             Refusal: 409, 422 or 503.
             StorageError: The database cannot be written.
         """
-        call = {State.IDLE: "init", State.GENERATING: "init/generate", State.VALIDATING: "init/validate"}[then]
-        self._after(call)
+        generates = self._after(call) is State.GENERATING
         deployment = self.ready()
-        values = round_values(request, deployment, self.settings, needs_share=then is State.GENERATING)
+        values = round_values(request, deployment, self.settings, needs_share=generates)
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
             log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
@@ -237,6 +222,16 @@ class Controller:
             )
         return self.deployment
 
+    def check_ready(self) -> None:
+        """Refuse while the model is not loaded, or after a failure.
+
+        Raises:
+            Refusal: 503.
+        """
+        self.ready()
+        if self.error is not None:
+            raise Refusal(503, self.error, wanted="no failure", do="see the log, then start the phase again")
+
     @property
     def paused(self) -> str | None:
         """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
@@ -288,22 +283,21 @@ class Controller:
             progress.measured(factor)
             log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
 
-    def _load(self, load: Callable[[], Deployment]) -> Deployment | None:
-        """Load the model and continue what was interrupted; return None where that fails."""
-        try:
-            deployment = load()
-            check_calibration(self.settings.calibration, deployment)
-            check_deployed(deployment, self.settings)
-        except Exception as error:
-            # The state stays: a service that is started again with the right model continues its round.
-            self.metrics.failures.inc()
-            self.error = reason_of(error)
-            log.error("model not loaded", error=self.error)
-            self.loaded.set_exception(error)
-            return None
+    @override
+    def _check_model(self, deployment: Deployment) -> None:
+        check_calibration(self.settings.calibration, deployment)
+        check_deployed(deployment, self.settings)
+
+    @override
+    def _loading_failed(self, error: Exception) -> None:
+        # The state stays: a service that is started again with the right model continues its round.
+        self.metrics.failures.inc()
+        self.error = reason_of(error)
+
+    @override
+    def _begin(self, deployment: Deployment) -> None:
         with self._lock:
             self.deployment = deployment
-            log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
             try:
                 if self.progress is not None and self.state in (State.GENERATING, State.VALIDATING):
                     self._check_same_model(self.state)
@@ -314,8 +308,6 @@ class Controller:
                 self._generate()
             elif self.jobs.has_open():
                 self._worker.wake()
-        self.loaded.set_result(deployment)
-        return deployment
 
     def _check_same_model(self, state: State) -> StoredRound:
         """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
@@ -354,11 +346,43 @@ class Controller:
             self._unsaved = True
             log.warning("state not written", reason=error.seen)
 
-    def save_if_needed(self) -> None:
-        """Write a state that could not be written before."""
+    @override
+    def tend(self) -> None:
         with self._lock:
-            if self._unsaved:
+            if self._unsaved:  # a state that could not be written before
                 self._persist(self.state)
+        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
+            self.rounds.prune(self.settings.keep_rounds)
+            self.outbox.prune(self.settings.keep_rounds)
+            self.jobs.prune()
+            self._pruned_at = time.monotonic()
+
+    @override
+    def snapshot(self) -> JsonObject:
+        progress, deployment = self.progress, self.deployment
+        return {
+            "schema": SCHEMA,
+            "time": time.time(),
+            "version": __version__,
+            "uptime_seconds": time.time() - self.started_at,
+            "state": str(self.state),
+            "ready": deployment is not None,
+            "paused": self.paused,
+            "error": self.error,
+            "model": deployment
+            and {"reference": deployment.reference, "digest": deployment.digest, "dtype": deployment.dtype},
+            "round": progress and progress.stored.public(),
+            "checked": progress.checked if progress else 0,
+            "valid": progress.valid if progress else 0,
+            "next_nonce": progress.next_nonce if progress else None,
+            "seconds": progress.seconds if progress else 0.0,
+            "nonces_per_second": progress.current_rate if progress and str(self.state) == "GENERATING" else 0.0,
+            **(progress.expectation() if progress else dict.fromkeys(EXPECTED)),
+            "histogram": progress.histogram() if progress else None,
+            "callbacks": self.outbox.counts(),
+            "jobs": self.jobs.counts(),
+            "verdicts": self.judge.last(),
+        }
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import assay.files.database
 
-# --------------------------------------------------------------------------------------------------
 # The tables, as the list of steps that lead to them. A step, once released, is never edited.
 #
 # A record belongs to its round, and a round is unique by block and key, so the primary key of ``records``
 # makes every (block, key, nonce) unique.
 #
-# A receipt is found by ``name``, a hash of its request id. There is no index on ids: where SQLite moves the entries of an
-# index it leaves copies behind, which a deletion does not find. ``line`` is last, so that what precedes it is read
+# A receipt is found by ``name``, a hash of its request id. There is no index on ids: where SQLite moves the entries of
+# an index it leaves copies behind, which a deletion does not find. ``line`` is last, so that what precedes it is read
 # without it.
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (

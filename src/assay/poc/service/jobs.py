@@ -17,16 +17,16 @@ from pydantic import ValidationError
 
 from assay.errors import ProofFormatError, StorageError
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import Record, VectorRecord, encoding, pack, received
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest
 from assay.poc.service.database import Database
-from assay.poc.service.deployment import Deployment
+from assay.poc.service.judge import HonestNoise, judge_vectors
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.settings import Settings
-from assay.poc.service.validation import HonestNoise, judge_vectors
 from assay.poc.verdict.judge import residuals
 
 log = structlog.get_logger("assay.jobs")

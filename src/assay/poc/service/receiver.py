@@ -14,18 +14,18 @@ import structlog
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from assay.errors import DataError, UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, is_deep, loads
+from assay.poc.net.app import new_app
 from assay.poc.net.logs import LogBudget
-from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
+from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.net.server import listen, run_app
+from assay.poc.net.settings import ServerSettings
 from assay.poc.net.signatures import Signatures, message_id, unsigned
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.database import RECEIVED, Database
-from assay.poc.service.settings import Settings
 
 log = structlog.get_logger("assay.receiver")
 
@@ -94,7 +94,7 @@ class Received:
         self._db.change(self._received.delete())
 
 
-def receive(settings: Settings, output: Path, *, host: str, port: int) -> None:
+def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> None:
     """Receive callbacks until SIGTERM or SIGINT.
 
     Args:
@@ -142,14 +142,18 @@ def create_receiver(
     Raises:
         UsageError: A key or a secret that is too weak.
     """
-    settings = Settings(
-        api_keys=keys, api_key_file=None, validate_keys=(), read_keys=read_keys, callback_secrets=secrets
+    settings = ServerSettings(
+        api_keys=keys,
+        api_key_file=None,
+        validate_keys=(),
+        read_keys=read_keys,
+        callback_secrets=secrets,
+        max_body=max_body,
+        max_bodies=MAX_BODIES,
     )
-    kind_of_route = guarded(Keys(settings, needed=bool(secrets)), Bodies(max_body, MAX_BODIES))
     signatures, budget = Signatures(secrets), LogBudget()
-    app = FastAPI(title="assay: receiver of callbacks", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(HTTPException, not_found)
-    app.router.route_class = kind_of_route
+    app = new_app("assay: receiver of callbacks")
+    app.router.route_class = route_class(Keys(settings, needed=bool(secrets)), settings)
     if not secrets:
         app.add_middleware(LocalOnly)
 

@@ -1,6 +1,5 @@
 """The application of a validator: what operators and nodes may ask it, the page, and the way in for messages."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -8,26 +7,22 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
 
-from assay._version import __version__
-from assay.errors import AssayError, UsageError
-from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.broadcast import Broadcast
-from assay.poc.net.lifespan import running
+from assay.errors import UsageError
+from assay.poc.net.app import new_app, operations_router
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.feed import Feed
+from assay.poc.net.page import SHARED, assemble_page, page_router, part
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, guarded, is_loopback, needs, not_found
-from assay.poc.net.server import check_host, listen, run_app
+from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
+from assay.poc.net.server import check_host, listen, run_app, running
+from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.deployment import Deployment
-from assay.poc.service.metrics import CONTENT_TYPE
-from assay.poc.service.page import SHARED, assemble_page, page_router, part
-from assay.poc.service.settings import Settings
-from assay.poc.validator.controller import Controller
-from assay.poc.validator.intake import PREFIX, Intake
-from assay.poc.validator.poll import Poller
+from assay.poc.validator.controller import ValidatorController
+from assay.poc.validator.intake import PREFIX, Intake, Poller
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import account_id
@@ -35,7 +30,6 @@ from assay.poc.verdict.ledger_entries import Account
 
 log = structlog.get_logger("assay.validator")
 
-PERIOD = 1.0
 MOST_EPOCHS = 1000
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
@@ -51,65 +45,30 @@ class BlockBody(BaseModel):
     block_height: Annotated[int, Field(ge=0, le=MAX_NONCE)]
 
 
-def create_app(controller: Controller) -> FastAPI:
+def create_app(controller: ValidatorController) -> FastAPI:
     """Return a validator as an application, which starts and closes the controller."""
-    feed = _Feed(controller)
+    server, feed = controller.server, Feed(controller)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(controller, feed.refresh, feed.run, Poller(controller).run):
+        async with running(controller, feed, Poller(controller).run):
             yield
 
-    app = FastAPI(
-        title="assay: validator",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        lifespan=lifespan,
-    )
-    app.add_exception_handler(HTTPException, not_found)
-    service = controller.service
-    kind_of_route = guarded(Keys(service), Bodies(service.max_body, service.max_bodies), controller.metrics)
-    calls = _Calls(controller, feed)
-    app.include_router(_validator_router(calls, kind_of_route))
-    app.include_router(_operations_router(controller, feed, kind_of_route))
+    app = new_app("assay: validator", lifespan=lifespan)
+    kind_of_route = route_class(Keys(server), server, controller.metrics)
+    app.include_router(_validator_router(_Calls(controller, feed), kind_of_route))
+    app.include_router(operations_router(feed, controller.metrics, controller.check_ready, kind_of_route))
     app.include_router(_page_router())
     app.add_middleware(Intake, controller=controller)
-    if not service.has_keys:
+    if not server.has_keys:
         app.add_middleware(LocalOnly)
     return app
-
-
-class _Feed(Broadcast):
-    """Makes a snapshot every second, for the page, the metrics and ``/status``."""
-
-    def __init__(self, controller: Controller) -> None:
-        service = controller.service
-        super().__init__(controller.closing, most=service.max_streams, most_of_client=service.max_client_streams)
-        self._controller = controller
-        self.values: JsonObject = {}
-
-    async def run(self) -> None:
-        """Refresh until cancelled, and read pins and nodes again where they have changed."""
-        while True:
-            await asyncio.sleep(PERIOD)
-            try:
-                await asyncio.to_thread(self._controller.reread)
-                await self.refresh()
-            except AssayError as error:
-                log.warning("snapshot", reason=error.seen)
-
-    async def refresh(self) -> None:
-        """Make a snapshot now."""
-        self.values = await asyncio.to_thread(self._controller.snapshot)
-        await self.publish(dumps(self.values).encode())
 
 
 class _Calls:
     """The handlers under ``/api/v1/validator``. Those that read the database are plain functions, called in threads."""
 
-    def __init__(self, controller: Controller, feed: _Feed) -> None:
+    def __init__(self, controller: ValidatorController, feed: Feed) -> None:
         self._controller, self._feed = controller, feed
 
     async def status(self) -> Response:
@@ -119,9 +78,7 @@ class _Calls:
 
     async def events(self, request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
-        client = request.client.host if request.client else ""
-        stream = await self._feed.stream((client, request.headers.get("authorization")))
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        return await self._feed.respond(request)
 
     def nodes(self, after: After = 0, limit: Limit = 100) -> Response:
         """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips so many."""
@@ -170,7 +127,7 @@ class _Calls:
         return JSONResponse({"status": "OK", "new": new})
 
 
-def _validator_router(calls: _Calls, kind_of_route: Any) -> APIRouter:
+def _validator_router(calls: _Calls, kind_of_route: type[APIRoute]) -> APIRouter:
     router = APIRouter(prefix=PREFIX, route_class=kind_of_route)
     readers: tuple[tuple[str, Callable[..., Any]], ...] = (
         ("/status", calls.status),
@@ -187,31 +144,6 @@ def _validator_router(calls: _Calls, kind_of_route: Any) -> APIRouter:
     return router
 
 
-def _operations_router(controller: Controller, feed: _Feed, kind_of_route: Any) -> APIRouter:
-    router = APIRouter(route_class=kind_of_route)
-
-    @router.get("/health")
-    async def health() -> Response:
-        """Answer while the process lives."""
-        return JSONResponse({"status": "ok"})
-
-    @router.get("/ready")
-    async def ready() -> Response:
-        """Answer 200 once the model is loaded and nothing has failed. Messages are taken before that."""
-        if controller.error is not None or not controller.ready:
-            seen = controller.error or "the model is being loaded"
-            raise Refusal(503, seen, wanted="a loaded model, and no failure", do="wait, or see the log", retry_after=5)
-        return JSONResponse({"ready": True})
-
-    @router.get("/metrics", openapi_extra=READ)
-    async def metrics() -> Response:
-        """Return the Prometheus metrics."""
-        controller.metrics.show(feed.values)
-        return Response(controller.metrics.text(), media_type=CONTENT_TYPE)
-
-    return router
-
-
 def _page_router() -> APIRouter:
     package = "assay.poc.validator"
     page = assemble_page(
@@ -219,7 +151,7 @@ def _page_router() -> APIRouter:
         brand="Validator",
         name="validator",
         mark="d='M3 8.5 7 12l6-8' stroke-width='1.8'",
-        style=part("page.css") + part("page.css", package),
+        style=part("page.css", package),
         script="".join(map(part, SHARED)) + part("page.js", package),
     )
     return page_router(*page)
@@ -228,7 +160,7 @@ def _page_router() -> APIRouter:
 def validate(
     load: Callable[[], Deployment],
     settings: ValidatorSettings,
-    service: Settings,
+    server: ServerSettings,
     *,
     reference: str,
     host: str,
@@ -239,7 +171,7 @@ def validate(
     Args:
         load: Function that loads the model and returns its deployment.
         settings: Settings of the validator.
-        service: Settings that it shares with a service: keys, secrets, data directory, bounds.
+        server: Settings of the server: keys, secrets, data directory, bounds.
         reference: Name of the model.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one, which the log names.
@@ -250,8 +182,8 @@ def validate(
         DataError: The pins or the nodes file is wrong.
         ModelError: The model cannot be loaded.
     """
-    check_host(host, service)
-    registry = Registry.load(settings.pins, settings.nodes, service, model=reference)
+    check_host(host, server)
+    registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
     if not is_loopback(host) and registry.is_open:
         raise UsageError(
             f"--host {host} with nodes that sign nothing",
@@ -259,5 +191,5 @@ def validate(
             do="pass --callback-secret, or give each node its secrets in the file of --nodes",
         )
     with listen(host, port) as listener:
-        controller = Controller(load, settings, service, reference=reference)
-        run_app(create_app(controller), service, listener, controller=controller)
+        controller = ValidatorController(load, settings, server, reference=reference)
+        run_app(create_app(controller), server, listener, runtime=controller)

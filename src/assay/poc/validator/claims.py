@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from assay.errors import AssayError, DataError, ProofMismatch
-from assay.files.jsonl import JsonObject, loads
+from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.proof import Proof
@@ -57,6 +59,25 @@ class Claim:
         if isinstance(value, (int, float)):
             return DistanceRecord(nonce, float(value))
         return received(nonce, value, pipeline)
+
+    def encode(self) -> bytes:
+        """Return the form in which :meth:`decode` reads a claim without checking it again: the round as JSON on a line,
+        the nonces in eight bytes each, and the distances in eight bytes each or the texts, all of one length."""
+        head = dumps(self.round.as_dict()).encode() + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
+        if isinstance(self.values[0], str):
+            return head + "".join(map(str, self.values)).encode()
+        return head + np.asarray(self.values, "<f8").tobytes()
+
+    @classmethod
+    def decode(cls, kept: bytes, count: int, pipeline: Pipeline) -> "Claim":
+        """Return the claim of ``count`` nonces that :meth:`encode` made."""
+        head, _, rest = kept.partition(b"\n")
+        round, nonces = Round(**loads(head, "claim")), np.frombuffer(rest, "<i8", count).tolist()
+        rest = rest[8 * count :]
+        if pipeline.output == "distance":
+            return cls(round, nonces, np.frombuffer(rest, "<f8", count).tolist())
+        text, size = rest.decode(), len(rest) // count
+        return cls(round, nonces, [text[size * place : size * (place + 1)] for place in range(count)])
 
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
@@ -112,33 +133,16 @@ class Reader:
     def __init__(self, registry: Registry, is_open: Callable[[str, int], bool], positions: int) -> None:
         self.registry, self._is_open, self._positions = registry, is_open, positions
 
+    @property
+    def pins(self) -> str:
+        """Hash of all that a claim is held against, the open blocks aside."""
+        return f"{self.registry.hash}/{self._positions}"
+
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
         """Return what a ``generated`` body claims.
 
         Raises:
             Refusal: 422, a value contradicts the pins, or is not of the published form; names it.
-        """
-        nonces, claimed = self.checked(values, sender)
-        agreed = self.registry.network.round
-        round = Round(
-            block_hash=values["block_hash"],
-            public_key=sender.public_key,
-            block_height=values["block_height"],
-            node_id=values["node_id"],
-            node_count=sender.node_count,
-            model=self.registry.model.reference,
-            preset=self.registry.pipeline.name,
-            seq_len=agreed.seq_len,
-            r_target=agreed.r_target or Round.r_target,
-            strength=agreed.strength,
-        )
-        return Claim(round, nonces, claimed)
-
-    def checked(self, values: JsonObject, sender: Sender) -> tuple[Sequence[int], Sequence[float | str]]:
-        """Return the nonces of a ``generated`` body and their values, after all in it was held against the pins.
-
-        Raises:
-            Refusal: As :meth:`claim`.
         """
         pipeline, node_id = self.registry.pipeline, self.check_share(values, sender)
         vectors = pipeline.output != "distance"
@@ -148,7 +152,20 @@ class Reader:
         claimed: Sequence[float | str]
         nonces, claimed = self._vectors(values) if vectors else self._distances(values)
         self._check_nonces(nonces, node_id, sender.node_count)
-        return nonces, claimed
+        agreed = self.registry.network.round
+        round = Round(
+            block_hash=values["block_hash"],
+            public_key=sender.public_key,
+            block_height=values["block_height"],
+            node_id=node_id,
+            node_count=sender.node_count,
+            model=self.registry.model.reference,
+            preset=pipeline.name,
+            seq_len=agreed.seq_len,
+            r_target=agreed.r_target or Round.r_target,
+            strength=agreed.strength,
+        )
+        return Claim(round, nonces, claimed)
 
     def check_share(self, values: JsonObject, sender: Sender) -> int:
         """Return the machine's number, after the block was compared.
@@ -220,12 +237,25 @@ class Reader:
             raise refused("nonces", last, f"among the first {self._positions} positions of the share (--positions)")
 
 
-def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
-    """Return what a proof claims, after its header was held against the pins.
+def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
+    """Return what a message claims, after all in it was held against the pins.
 
     Raises:
-        Refusal: 422, the header contradicts the pins; names the value.
+        Refusal: A value contradicts the pins, or the body cannot be read.
     """
+    if kind != "proof":
+        values = parsed(body)[1]
+        return reader.claim(values, sender_of(values, reader.registry))
+    try:
+        proof = Proof.parse("the proof", body)
+    except AssayError as error:
+        fields = {"fields": ["format"]}
+        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
+    return _proof_claim(proof, sender_of(proof.round.as_dict(), reader.registry), reader)
+
+
+def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
+    """Return what a proof claims, after its header was held against the pins."""
     registry, stated, header = reader.registry, proof.round, proof.header
     reader.check_share(stated.as_dict(), sender)
     try:
@@ -241,7 +271,7 @@ def proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     except Refusal:
         raise
     except AssayError as error:
-        name = error.name if isinstance(error, ProofMismatch) else ""
+        name = error.field if isinstance(error, ProofMismatch) else ""
         fields = {"fields": [name or "other"]}
         raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
     for name in pins.unpinned(header):

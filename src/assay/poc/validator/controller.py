@@ -1,29 +1,28 @@
 """What a validator is made of, and what it says of itself."""
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 
 import structlog
+from typing_extensions import override
 
 from assay._version import __version__
 from assay.errors import AssayError, UsageError, reason_of
 from assay.files.jsonl import JsonObject
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import Runtime
+from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.builds import Build
 from assay.poc.protocol.round import Round, check_name
-from assay.poc.service.deployment import Deployment
-from assay.poc.service.settings import Settings
-from assay.poc.validator.budget import verdict_of
-from assay.poc.validator.inbox import Inbox
-from assay.poc.validator.metrics import Metrics
-from assay.poc.validator.noises import Noises
-from assay.poc.validator.registry import Registry, modified
+from assay.poc.validator.inbox import Inbox, InboxWriter
+from assay.poc.validator.metrics import ValidatorMetrics
+from assay.poc.validator.registry import Noises, Registry, modified
 from assay.poc.validator.settings import ValidatorSettings
-from assay.poc.validator.worker import Worker, account_id
-from assay.poc.validator.writer import Writer
+from assay.poc.validator.worker import Recomputer, account_id, verdict_of
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.ledger_entries import Standing
 from assay.poc.verdict.noise import Noise
@@ -38,13 +37,13 @@ SHOWN = 200  # nodes of a snapshot
 _RANKS = {"fraud": 0, "faulty": 1, "undecided": 2, "honest": 3}
 
 
-class Controller:
+class ValidatorController(Runtime):
     """Holds the parts of a validator together, and starts and ends them.
 
     Args:
         load: Function that loads the model and returns its deployment; it runs in a thread.
         settings: Settings of the validator.
-        service: Settings that a validator shares with a service.
+        server: Settings of the server: keys, secrets, data directory, bounds and error rates.
         reference: Name of the model, which tells those of the pins apart.
 
     Raises:
@@ -53,28 +52,32 @@ class Controller:
         StorageError: The data directory is in use or cannot be written.
     """
 
+    metrics: ValidatorMetrics
+
     def __init__(
-        self, load: Callable[[], Deployment], settings: ValidatorSettings, service: Settings, *, reference: str = ""
+        self,
+        load: Callable[[], Deployment],
+        settings: ValidatorSettings,
+        server: ServerSettings,
+        *,
+        reference: str = "",
     ) -> None:
-        self.settings, self.service = settings, service
-        self._load, self._reference = load, reference
-        self.started_at = time.time()
-        self.closing = threading.Event()
-        self.loaded: Future[Deployment] = Future()
-        self.metrics = Metrics()
+        super().__init__(server, ValidatorMetrics())
+        self.settings, self._reference = settings, reference
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
         with ExitStack() as opened:
             self.inbox = Inbox(
-                service.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
+                server.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
             )
             opened.callback(self.inbox.close)
-            self.ledger = Ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
+            self.ledger = Ledger(server.data_dir / LEDGER, alpha=server.alpha, beta=server.beta)
             opened.callback(self.ledger.close)
             self._blocks = self.inbox.blocks(settings.open_blocks)
-            self.writer = Writer(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
-            self.worker = Worker(
+            self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
+            self.worker = Recomputer(
+                partial(self.load_model, load),
                 self.inbox,
                 self.ledger,
                 registry=lambda: self.registry,
@@ -84,33 +87,27 @@ class Controller:
             )
             opened.pop_all()
         self._noises: Noises | None = None
-        self._loading = threading.Thread(target=self._load_model, name="assay-load", daemon=True)
-        self.ended = True
 
+    @override
     def start(self) -> None:
-        """Begin to take messages, load the model, and recompute once it is there."""
         self.writer.start()
-        self.worker.start(self.loaded)
-        self._loading.start()
+        self.worker.start()
 
+    @override
     def close(self) -> None:
-        """Keep the messages that wait, finish the batch that runs, and close the files."""
         self.closing.set()
         self.writer.close()
-        self.ended = self.worker.close(self.service.drain) and not self._loading.is_alive()
+        self.ended = self.worker.close(self.server.drain)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self.ledger.close()
         self.inbox.close()
 
-    def _load_model(self) -> None:
-        try:
-            deployment = self._load()
-            self._check_model(deployment)
-            self._noises = Noises(self.service.calibration, self.registry, deployment)
-            self.loaded.set_result(deployment)
-        except Exception as error:  # whatever the loading raises ends the process, with its reason
-            log.error("model not loaded", error=reason_of(error))
-            self.loaded.set_exception(error)
+    @override
+    def _begin(self, deployment: Deployment) -> None:
+        self._noises = Noises(self.server.calibration, self.registry, deployment)
+        super()._begin(deployment)
 
+    @override
     def _check_model(self, deployment: Deployment) -> None:
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
@@ -128,13 +125,14 @@ class Controller:
     # Pins, nodes and blocks
 
     def _read(self) -> Registry:
-        return Registry.load(self.settings.pins, self.settings.nodes, self.service, model=self._reference)
+        return Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
 
     def _modified(self) -> tuple[int, int]:
         return modified(self.settings.pins), modified(self.settings.nodes)
 
-    def reread(self) -> None:
-        """Read the pins and the nodes file again where one has changed; keep the old ones where the new are wrong."""
+    @override
+    def tend(self) -> None:
+        # Pins and nodes are read again where a file has changed; the old ones hold where the new are wrong.
         found = self._modified()
         if found == self._read_at:
             return
@@ -143,8 +141,8 @@ class Controller:
             fresh = self._read()
             if fresh.model.digest != self.registry.model.digest:
                 raise UsageError("pins of another model", wanted="the model of the start", do="restart the validator")
-            if self.loaded.done() and not self.loaded.exception():
-                self._noises = Noises(self.service.calibration, fresh, self.loaded.result())
+            if self.deployment is not None:
+                self._noises = Noises(self.server.calibration, fresh, self.deployment)
         except AssayError as error:
             log.error("the pins or the nodes are wrong, and the old ones hold", reason=error.seen, do=error.do)
             return
@@ -195,7 +193,17 @@ class Controller:
     @property
     def ready(self) -> bool:
         """Whether the model is loaded."""
-        return self.loaded.done() and self.loaded.exception() is None
+        return self.deployment is not None
+
+    def check_ready(self) -> None:
+        """Refuse while the model is not loaded, or something fails. Messages are taken before that.
+
+        Raises:
+            Refusal: 503.
+        """
+        if self.error is not None or not self.ready:
+            seen = self.error or "the model is being loaded"
+            raise Refusal(503, seen, wanted="a loaded model, and no failure", do="wait, or see the log", retry_after=5)
 
     def nodes(self) -> list[JsonObject]:
         """Return every node that is pinned or has sent, the strongest evidence of anything wrong first."""
@@ -204,8 +212,8 @@ class Controller:
         keys = dict.fromkeys([*self.registry.keys, *senders])
         return sorted((_node(key, senders.get(key), standings.get(key), decided) for key in keys), key=_rank)
 
+    @override
     def snapshot(self) -> JsonObject:
-        """Collect what the page and the metrics show. It reads the database, so it runs in a thread."""
         nodes, round = self.nodes(), self.registry.network.round
         return {
             "schema": SCHEMA,

@@ -1,4 +1,8 @@
-"""The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are open."""
+"""The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are open.
+
+A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while nonces are recomputed.
+Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`.
+"""
 
 import hashlib
 import time
@@ -12,14 +16,12 @@ import sqlalchemy as sa
 
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject
+from assay.poc.net.group_commit import GroupCommit
+from assay.poc.net.refusals import Refusal
 from assay.poc.validator.epochs import Epoch, first_turn, message_seed, new_secret
+from assay.poc.validator.metrics import ValidatorMetrics
 
-# --------------------------------------------------------------------------------------------------
-# The tables of a validator, as the list of steps that lead to them. A step, once released, is never edited.
-#
-# A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while nonces are recomputed.
-# Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`.
-
+# The steps that lead to the tables. A step, once released, is never edited.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE senders (
@@ -67,6 +69,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX inbox_waiting",
         "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
     ),
+    (
+        "ALTER TABLE inbox ADD COLUMN claim BLOB",
+        "ALTER TABLE inbox ADD COLUMN pins TEXT",
+    ),
 )
 
 
@@ -84,6 +90,8 @@ class Message:
         kind: What it is: generated, validated, proof or pulled.
         nonces: Number of nonces that may be recomputed; 0 for a message that is no evidence.
         body: Bytes as they were received.
+        claim: What it claims, as `assay.poc.validator.claims.Claim.encode` writes it; None without evidence.
+        pins: Hash of the pins that the claim was held against.
         pulled: Block, machine and highest nonce, where it was pulled.
     """
 
@@ -92,6 +100,8 @@ class Message:
     kind: str
     nonces: int
     body: bytes
+    claim: bytes | None = None
+    pins: str | None = None
     pulled: tuple[str, int, int] | None = None
     digest: bytes = field(init=False)
 
@@ -113,6 +123,9 @@ class Draw:
         drawn: Number of nonces that were drawn before.
         planned: Number of nonces that are drawn after this draw.
         body: Bytes as they were received.
+        nonces: Number of nonces of the message.
+        claim: What the message claims, as it was kept; None where an older version kept it.
+        pins: Hash of the pins that the claim was held against.
     """
 
     seq: int
@@ -124,6 +137,9 @@ class Draw:
     drawn: int
     planned: int
     body: bytes
+    nonces: int
+    claim: bytes | None
+    pins: str | None
 
     @property
     def name(self) -> str:
@@ -197,14 +213,14 @@ class Inbox:
                     seed = message_seed(epoch.secret, message.public_key, message.id, message.digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, message.digest)
                     turn = first_turn(seed, message.nonces, self._sample)
-                    rows.append((*about, message.nonces, turn, message.body))
+                    rows.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
                     tally[0] += 1
                     tally[1] += message.nonces
                 else:
                     tally[2] += 1
             if rows:
-                columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body"
-                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
+                columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
+                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
             change = (
                 "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
             )
@@ -336,7 +352,7 @@ class Inbox:
         return further
 
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
-        columns = "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body"
+        columns = "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body, inbox.nonces, claim, pins"
         query = f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT {limit:d}"
         return [Draw(*row) for row in connection.exec_driver_sql(query)]
 
@@ -400,3 +416,58 @@ class Inbox:
         for sender, size in gone:
             self._kept[sender] -= size
         return len(gone)
+
+
+PRUNE_EVERY = 5.0
+
+
+class InboxWriter(GroupCommit[Message, bool]):
+    """Keeps messages, in a thread of its own.
+
+    Args:
+        inbox: Inbox that this thread alone adds to.
+        metrics: Metrics of the validator.
+        most: Messages that wait at the same time; more are refused.
+        keep: Seconds for which messages are kept.
+    """
+
+    def __init__(self, inbox: Inbox, metrics: ValidatorMetrics, *, most: int, keep: float) -> None:
+        super().__init__("assay-inbox", most=most)
+        self._inbox, self._metrics, self._keep = inbox, metrics, keep
+        self._pruned = time.monotonic()
+
+    async def keep(self, message: Message) -> bool:
+        """Keep a message; return whether it is new. It is on disk when this returns.
+
+        Raises:
+            Refusal: 429, so much of this node is kept already; 503, too many messages wait, or the disk takes nothing.
+        """
+        if self._inbox.is_full(message.public_key, len(message.body)):
+            raise Refusal(
+                429,
+                "so many bytes of this node are kept that there is no room for more",
+                wanted="the room of one node (--max-kept of the validator)",
+                do="send it again later: what is older than --keep is deleted",
+                retry_after=60,
+                fields={"fields": ["room"]},
+            )
+        return await self.put(message, size=len(message.body))
+
+    def _write(self, messages: list[Message]) -> list[bool]:
+        started = time.perf_counter()
+        fresh = self._inbox.add(messages)
+        self._metrics.commit_seconds.observe(time.perf_counter() - started)
+        self._metrics.commit_messages.observe(len(messages))
+        for message, new in zip(messages, fresh, strict=True):
+            self._metrics.messages.labels(message.kind, "new" if new else "repeated").inc()
+        return fresh
+
+    def _refusal(self, seen: str) -> Refusal:
+        return Refusal(503, seen, wanted="room", do="send it again", retry_after=1, fields={"fields": ["busy"]})
+
+    def _rest(self, wrote: bool) -> None:
+        if not wrote:  # what adds messages ends epochs as well
+            self._inbox.roll()
+        if time.monotonic() - self._pruned > PRUNE_EVERY:
+            self._inbox.prune(self._keep)
+            self._pruned = time.monotonic()

@@ -1,12 +1,15 @@
-"""The way in: signed messages are taken before routing, checked against the pins, and answered once they are on disk.
+"""The two ways in: signed messages that nodes send, and nonces that are asked for at the services of nodes.
 
-Routing, parameters and a response object of the framework would cost more processor time than the check of a message:
-``python benchmarks/validator_load.py`` says what a callback costs here.
+A message is taken before routing, checked against the pins, and answered once it is on disk. Routing, parameters and a
+response object of the framework would cost more processor time than the check of a message.
 """
 
 import asyncio
+import hashlib
 import time
+from typing import Any
 
+import httpx
 import structlog
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -14,16 +17,17 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.errors import AssayError, DataError
-from assay.files.jsonl import loads
+from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.guard import Blocked, resolve
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.routes import SAFE_HEADERS, Bodies, answer
 from assay.poc.net.signatures import message_id
-from assay.poc.protocol.proof import Proof
-from assay.poc.validator.claims import Reader, parsed, proof_claim, refused, sender_of
-from assay.poc.validator.controller import Controller
+from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
+from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
-from assay.poc.validator.registry import Registry
+from assay.poc.validator.registry import Registry, Sender
 
 log = structlog.get_logger("assay.validator.intake")
 
@@ -42,11 +46,11 @@ _HEADERS = {
 class Intake:
     """Takes ``POST /generated``, ``/validated`` and ``/proofs``, and passes everything else on."""
 
-    def __init__(self, app: ASGIApp, *, controller: Controller) -> None:
+    def __init__(self, app: ASGIApp, *, controller: ValidatorController) -> None:
         self._app, self._controller = app, controller
-        settings, service = controller.settings, controller.service
-        callbacks = Bodies(service.max_body, service.max_bodies)
-        proofs = Bodies(settings.max_proof, max(service.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
+        settings, server = controller.settings, controller.server
+        callbacks = Bodies(server.max_body, server.max_bodies)
+        proofs = Bodies(settings.max_proof, max(server.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
         paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
         self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
@@ -110,8 +114,10 @@ class Intake:
         # The path is not signed. The body is, and tells the two kinds apart.
         if ("fraud_detected" in values) != (kind == "validated"):
             raise refused("body", "that of another callback", f"one of /{kind}")
-        nonces = len(self._reader(registry).checked(values, sender)[0]) if kind == "generated" else 0
-        return Message(sender.public_key, known_as, kind, nonces, body)
+        if kind == "validated":  # no evidence
+            return Message(sender.public_key, known_as, kind, 0, body)
+        reader = self._reader(registry)
+        return claimed_message(kind, known_as, body, reader.claim(values, sender), reader)
 
     async def _proof(self, body: bytes, headers: dict[str, str]) -> Message:
         """Return a proof as it is kept. The signature is checked before more than its first line is read."""
@@ -127,23 +133,20 @@ class Intake:
         known_as = message_id(headers)
         del text
         async with self._parsing:
-            nonces = await asyncio.to_thread(self._count_nonces, body, registry)
-        return Message(sender.public_key, known_as, "proof", nonces, body)
-
-    def _count_nonces(self, body: bytes, registry: Registry) -> int:
-        """Return how many nonces a proof has, after all in it was held against the pins."""
-        try:
-            proof = Proof.parse("the proof", body)
-        except AssayError as error:
-            fields = {"fields": ["format"]}
-            raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
-        sender = registry.sender(proof.round.public_key)
-        if sender is None:
-            raise refused("public_key", proof.round.public_key, "of a node of the pins", status=403)
-        return len(proof_claim(proof, sender, self._reader(registry)).nonces)
+            reader = self._reader(registry)
+            claim = await asyncio.to_thread(read_claim, "proof", body, reader)
+            return claimed_message("proof", known_as, body, claim, reader)
 
     def _reader(self, registry: Registry) -> Reader:
         return Reader(registry, self._controller.is_open, self._controller.settings.positions)
+
+
+def claimed_message(
+    kind: str, known_as: str, body: bytes, claim: Claim, reader: Reader, pulled: tuple[str, int, int] | None = None
+) -> Message:
+    """Return a message as it is kept, with what it claims."""
+    key, count = claim.round.public_key, len(claim.nonces)
+    return Message(key, known_as, kind, count, body, claim.encode(), reader.pins, pulled)
 
 
 def _name(refusal: Refusal) -> str:
@@ -152,3 +155,115 @@ def _name(refusal: Refusal) -> str:
     if names:
         return str(names[0])
     return {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}.get(refusal.status, "other")
+
+
+LONGEST_ANSWER = 2**20
+LIMIT = 1000  # nonces of one answer
+
+
+class Poller:
+    """Asks every node that has an address, again and again, under the guard of callbacks.
+
+    ``GET /api/v1/pow/status?after=N`` of a node has its valid nonces above N with their distances, its share, length
+    and target. What is pulled goes the way of a callback with the same body, and is kept once. Vectors are not offered
+    there.
+    """
+
+    def __init__(self, controller: ValidatorController) -> None:
+        self._controller, self._server = controller, controller.server
+        self._room = asyncio.Semaphore(controller.server.callback_concurrency)
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        timeout = httpx.Timeout(self._server.callback_timeout)
+        # trust_env off: a proxy from the environment would resolve names by itself.
+        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout) as client:
+            while True:
+                polled = self._controller.registry.polled
+                await asyncio.gather(*(self._poll(client, sender) for sender in polled))
+                await asyncio.sleep(self._controller.settings.poll_interval)
+
+    async def _poll(self, client: httpx.AsyncClient, sender: Sender) -> None:
+        outcome = "failed"
+        async with self._room:
+            try:
+                async with asyncio.timeout(self._server.callback_timeout):
+                    outcome = await self.poll(client, sender)
+            except Refusal as error:
+                outcome = "refused"
+                log.warning("poll", reason=error.seen)
+            except (Blocked, TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, AssayError) as error:
+                log.warning("poll", reason=f"{type(error).__name__}: {error}"[:200])
+        self._controller.metrics.polls.labels(outcome).inc()
+
+    async def poll(self, client: httpx.AsyncClient, sender: Sender) -> str:
+        """Take what a node has found since the last time; return ``taken`` or ``empty``.
+
+        Raises:
+            Refusal: The node says something other than the pins.
+            Blocked: Its address is not allowed.
+            httpx.HTTPError: It does not answer.
+        """
+        state = _state(await self._ask(client, sender, {}))
+        if state is None or state["public_key"] != sender.public_key:
+            return "empty"  # another key's round: nothing of this node
+        block, node_id = state["block_hash"], state["node_id"]
+        inbox = self._controller.inbox
+        after = await asyncio.to_thread(inbox.pulled, sender.public_key, str(block), _number(node_id))
+        values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
+        found = _state(values)
+        if found is None or (found["block_hash"], found["node_id"]) != (block, node_id):
+            return "empty"  # another round began between the two questions
+        self._check(found, sender)
+        body = {name: found[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
+        body |= {"nonces": values.get("valid_nonces"), "dist": values.get("valid_distances")}
+        body["r_target"] = values.get("r_target")
+        if not body["nonces"]:
+            return "empty"
+        registry, settings = self._controller.registry, self._controller.settings
+        reader = Reader(registry, self._controller.is_open, settings.positions)
+        claim = reader.claim(body, sender)
+        text = dumps(body).encode()
+        name = f"pull_{hashlib.sha256(text).hexdigest()}"
+        pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
+        await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
+        return "taken"
+
+    def _check(self, config: JsonObject, sender: Sender) -> None:
+        agreed = self._controller.registry.network.round
+        for name, wanted in (("node_count", sender.node_count), ("seq_len", agreed.seq_len)):
+            if config.get(name) != wanted:
+                raise refused(name, config.get(name), wanted)
+
+    async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
+        """Return the answer of ``/status``, bounded, from an address that was checked."""
+        assert sender.url is not None
+        target = await resolve(sender.url, allow_private=self._server.allow_private_callbacks)
+        headers = {"Host": target.host_header, "User-Agent": "assay"}
+        if sender.read_key is not None:
+            headers["Authorization"] = f"Bearer {sender.read_key}"
+        url = target.pinned.copy_with(path=f"{target.pinned.path.rstrip('/')}/api/v1/pow/status", params=query or None)
+        request = client.build_request("GET", url, headers=headers, extensions={"sni_hostname": target.host})
+        response = await client.send(request, stream=True)
+        try:
+            if not response.is_success:
+                raise httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > LONGEST_ANSWER:
+                    raise httpx.DecodingError(f"an answer of more than {LONGEST_ANSWER} bytes", request=request)
+        finally:
+            await response.aclose()
+        return parsed(bytes(content))[1]
+
+
+def _state(values: JsonObject) -> dict[str, Any] | None:
+    """Return the round of an answer; None where there is no round, or it is not of the published form."""
+    config = values.get("config")
+    names = ("public_key", "block_hash", "block_height", "node_id")
+    return config if isinstance(config, dict) and all(name in config for name in names) else None
+
+
+def _number(value: object) -> int:
+    return value if type(value) is int and 0 <= value <= MAX_NONCE else -1

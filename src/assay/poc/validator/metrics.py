@@ -1,7 +1,9 @@
 """Prometheus metrics of a validator, in base units. Every series exists from the start."""
 
+from typing_extensions import override
+
 from assay.files.jsonl import JsonObject
-from assay.poc.service.metrics import Exported
+from assay.poc.net.metrics import Exported
 from assay.poc.validator.claims import REASONS
 
 KINDS = ("generated", "validated", "proof", "pulled")
@@ -9,7 +11,7 @@ VERDICTS = ("honest", "fraud", "undecided", "faulty")
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-class Metrics(Exported):
+class ValidatorMetrics(Exported):
     """Every figure of a validator. Labels never hold keys, hashes or addresses."""
 
     def __init__(self) -> None:
@@ -46,8 +48,8 @@ class Metrics(Exported):
         for outcome in ("taken", "empty", "refused", "failed"):
             self.polls.labels(outcome)
 
+    @override
     def show(self, snapshot: JsonObject) -> None:
-        """Set the gauges from a snapshot."""
         for verdict in VERDICTS:
             self.nodes.labels(verdict).set(snapshot["verdicts"].get(verdict, 0))
         self.known.set(snapshot["nodes_pinned"])

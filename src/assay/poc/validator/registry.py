@@ -1,5 +1,7 @@
-"""Who may send what: the pins of the network, and the validator's own file with the secrets and builds of nodes."""
+"""Who may send what, and the honest noise of each: the pins, and the validator's file of secrets and builds."""
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,16 +10,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from assay.errors import DataError, UsageError
+from assay.errors import CalibrationError, DataError, UsageError
+from assay.files.jsonl import dumps
 from assay.files.toml import read_toml
 from assay.models.load import ModelInfo
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.guard import check_url
+from assay.poc.net.settings import ServerSettings, check_secrets
 from assay.poc.net.signatures import Signatures
 from assay.poc.protocol.builds import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.service.deployment import Deployment
-from assay.poc.service.settings import Settings
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.calibration import Calibration, find_build_noise
+from assay.poc.verdict.noise import Noise, default_noise
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -84,7 +90,7 @@ class Registry:
         network: Pins of the network.
         model: Reference or digest of the model; needed where the pins have several.
         entries: Nodes of the nodes file.
-        settings: Settings with the shared secrets.
+        settings: ServerSettings with the shared secrets.
 
     Raises:
         UsageError: The pins do not have that model, or neither file lists a node; or a node has an unknown build.
@@ -92,7 +98,7 @@ class Registry:
     """
 
     def __init__(
-        self, network: NetworkPins, model: str | None, entries: Sequence[NodeEntry], settings: Settings
+        self, network: NetworkPins, model: str | None, entries: Sequence[NodeEntry], settings: ServerSettings
     ) -> None:
         self.network = network
         self.model = network.model(model if len(network.models) > 1 else None)
@@ -102,8 +108,7 @@ class Registry:
         self._senders = {}
         listed = dict.fromkeys([*(node.public_key for node in network.nodes), *(entry.public_key for entry in entries)])
         by_key = {entry.public_key: entry for entry in entries}
-        # Settings know which secrets are strong enough, and refuse others without showing them.
-        Settings(callback_secrets=tuple(secret for entry in entries for secret in entry.secrets or ()))
+        check_secrets([secret for entry in entries for secret in entry.secrets or ()])
         shared = Signatures(settings.callback_secrets)
         for public_key in listed:
             entry = by_key.get(public_key) or NodeEntry(public_key=public_key)
@@ -117,6 +122,10 @@ class Registry:
                 url=entry.url,
                 read_key=entry.read_key,
             )
+        builds = [(key, sender.build.model_dump()) for key, sender in self._senders.items()]
+        claimed = dumps([self.model.digest, network.model_dump(mode="json"), builds])
+        self.hash = hashlib.sha256(claimed.encode()).hexdigest()
+        """Hash of all that claims are held against, the open blocks aside."""
         if not self._senders:
             raise UsageError(
                 "pins and nodes files that list no node",
@@ -125,7 +134,7 @@ class Registry:
             )
 
     @classmethod
-    def load(cls, pins: Path, nodes: Path | None, settings: Settings, *, model: str | None = None) -> "Registry":
+    def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
         """Read both files.
 
         Raises:
@@ -186,7 +195,7 @@ class Registry:
             )
         return found[0]
 
-    def _check_url(self, url: str, settings: Settings) -> None:
+    def _check_url(self, url: str, settings: ServerSettings) -> None:
         check_url(url, allow_private=settings.allow_private_callbacks)
         if self.pipeline.output != "distance":
             raise UsageError(
@@ -239,3 +248,60 @@ def _malformed(path: Path, error: ValidationError) -> DataError:
     fault: Any = error.errors(include_url=False, include_input=False)[0]  # the input may be a secret
     place = ".".join(str(part) for part in fault["loc"])
     return DataError(f"{path}: {place}: {fault['msg']:.200}", wanted="tables [[nodes]]", do="see docs/validator.md")
+
+
+KEPT = 256  # noises of builds and blocks
+
+
+class Noises:
+    """Finds the noise of a build: measured, where a calibration was given or pinned, else the stated default.
+
+    Args:
+        given: Calibration of the command line, which takes the place of those of the pins.
+        registry: Pins with their calibrations.
+        deployment: Model that recomputes.
+
+    Raises:
+        CalibrationError: A build of the pins has no noise: a wider law must not take its place.
+        DataError: A pinned file cannot be read, or is another one.
+    """
+
+    def __init__(self, given: Calibration | None, registry: Registry, deployment: Deployment) -> None:
+        self._registry, self._deployment = registry, deployment
+        self._measured: Sequence[Calibration] = (
+            (given,)
+            if given is not None
+            else [Calibration.load(path) for path in registry.network.calibrations(registry.model)]
+        )
+        self._kept: OrderedDict[tuple[str, str], Noise] = OrderedDict()
+        for build in registry.model.builds:
+            self._find(build, None)
+
+    def of(self, build: Build, round: Round) -> Noise:
+        """Return the noise of a node's residuals in a round."""
+        key = (build.model_dump_json(), round.block_hash)
+        if key not in self._kept:
+            self._kept[key] = self._find(build, round)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _find(self, build: Build, round: Round | None) -> Noise:
+        registry = self._registry
+        if len(build.dtype) > 1:
+            raise CalibrationError(
+                f"the build {build.name!r} of {' and '.join(build.dtype)}",
+                wanted="one number format for each build: callbacks do not say in which they were computed",
+                do="list the build once for each format, and name it for each node",
+            )
+        if not self._measured:
+            return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
+        wanted = {"digest": registry.model.digest, "preset": registry.pipeline.name}
+        noise = find_build_noise(self._measured, build, **wanted, round=round)
+        if noise is not None:
+            return noise
+        raise CalibrationError(
+            f"no calibration of the build {build.name!r} with preset {registry.pipeline.name}",
+            wanted="one of this model, preset and build",
+            do="measure it with `assay poc calibrate`, and pin the file or pass --calibration",
+        )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.settings import Settings
+from assay.settings import Flag, Settings
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -18,7 +18,9 @@ class ValidatorSettings(Settings):
         UsageError: A value is of another type or out of range, or a setting has an unknown name.
     """
 
-    pins: Path = Field(description="Pins file: what the network agreed on. `assay poc pins new` writes one.")
+    pins: Annotated[Path, Flag(variable="ASSAY_PINS")] = Field(
+        description="Pins file: what the network agreed on. `assay poc pins new` writes one."
+    )
     nodes: Path | None = Field(
         None, description="File with the secrets, builds and addresses of nodes; docs/validator.md describes it."
     )

@@ -1,16 +1,22 @@
-"""The thread that recomputes: draws of many nodes, in full batches, into the ledger.
+"""The thread that recomputes: it draws nonces of many nodes, in full batches, and puts the evidence into the ledger.
 
 A pass has three steps, of which each may be the last before the process is killed: the draws are written down, their
 evidence is added to the ledger under names, and they are noted as done. A start begins with draws that were not noted;
 they are recomputed, and the ledger refuses those whose names it has.
+
+Of every pass a minimum share goes to nodes that are drawn with equal chances among all that are not convicted, so that
+no node is ever unwatched. The rest goes to undecided nodes, with chances in proportion to 1/N, where N is the number of
+nonces after which the node is expected to be decided at the pace of its evidence so far: an even chance per nonce of a
+decision, so that decisions come as early as they can on average. Convicted nodes get nothing. The draws come from the
+randomness of the system, so no node knows its turn.
 """
 
 import hashlib
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -21,24 +27,114 @@ import structlog
 from assay import stats
 from assay.errors import AssayError, StorageError, reason_of
 from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.refusals import Refusal
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.builds import Build
 from assay.poc.protocol.pack import packs
-from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import Record, TokenRecord
 from assay.poc.protocol.round import Round
-from assay.poc.service.deployment import Deployment
-from assay.poc.validator.budget import Budget, choose, verdict_of
-from assay.poc.validator.claims import Claim, Reader, parsed, proof_claim, sender_of
+from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
-from assay.poc.validator.metrics import Metrics
+from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.validator.registry import Registry, build_name
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Account, Standing, Update, aside_reasons, round_identity
+from assay.poc.verdict.ledger_entries import Account, Standing, Update, name_reasons, round_identity
 from assay.poc.verdict.noise import Noise
+
+EXPECTED = 32.0
+"""Nonces that a node without evidence is expected to need."""
+
+CONVICTED = "fraud"
+UNDECIDED = "undecided"
+
+
+class Budget:
+    """Nonces that may be spent: they come at an even rate, and at most an hour's are saved.
+
+    Args:
+        per_hour: Nonces of an hour.
+    """
+
+    def __init__(self, per_hour: int) -> None:
+        self._per_hour = per_hour
+        self._left, self._at = 0.0, time.monotonic()
+
+    def left(self) -> int:
+        """Return the nonces that may be spent now."""
+        now = time.monotonic()
+        self._left = min(self._per_hour, self._left + (now - self._at) * self._per_hour / 3600)
+        self._at = now
+        return int(self._left)
+
+    def seconds_until(self, nonces: int) -> float:
+        """Return the time after which so many nonces may be spent."""
+        return max(0.0, (min(nonces, self._per_hour) - self.left()) * 3600 / self._per_hour)
+
+    def spend(self, nonces: int) -> None:
+        """Take nonces."""
+        self._left -= nonces
+
+
+def verdict_of(standing: Standing | None) -> str:
+    """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault that is open."""
+    if standing is None:
+        return UNDECIDED
+    if standing.fault is not None and standing.verdict != CONVICTED:
+        return "faulty"
+    return str(standing.verdict)
+
+
+def expected_nonces(standing: Standing | None, *, alpha: float, beta: float) -> float:
+    """Return how many more nonces decide a node, at the pace of its evidence so far; at least 1."""
+    if standing is None or standing.evidence.n == 0:
+        return EXPECTED
+    seen = standing.evidence
+    paces = (
+        (-math.log(beta) - seen.log_evidence_honest, seen.log_evidence_honest / seen.n),
+        (-math.log(alpha) - seen.log_e_value, seen.log_e_value / seen.n),
+    )
+    needed = [missing / pace for missing, pace in paces if pace > 0]
+    # Evidence of neither kind: as many again as were seen.
+    return max(1.0, min(needed, default=max(EXPECTED, float(seen.n))))
+
+
+def choose(
+    waiting: Sequence[str],
+    standings: Mapping[str, Standing],
+    turns: int,
+    *,
+    minimum_share: float,
+    alpha: float,
+    beta: float,
+    chance: random.Random | None = None,
+) -> list[str]:
+    """Return the nodes of which the next messages are drawn, one for each turn.
+
+    Args:
+        waiting: Keys of the nodes that have messages to draw from.
+        standings: Evidence by key.
+        turns: Number of messages.
+        minimum_share: Share of the turns that all nodes have alike.
+        alpha: Chance of accusing an honest node, as the ledger has it.
+        beta: Chance of calling a cheater honest, as the ledger has it.
+        chance: Source of the draws; the randomness of the system when None.
+    """
+    chance = chance or random.SystemRandom()
+    verdicts = {key: verdict_of(standings.get(key)) for key in waiting}
+    watched = [key for key, verdict in verdicts.items() if verdict != CONVICTED]
+    if not watched:
+        return []
+    undecided = [key for key in watched if verdicts[key] == UNDECIDED]
+    weights = [1 / expected_nonces(standings.get(key), alpha=alpha, beta=beta) for key in undecided]
+    even = sum(chance.random() < minimum_share for _ in range(turns)) if undecided else turns
+    chosen = chance.choices(watched, k=even) if even else []
+    if turns > even:
+        chosen += chance.choices(undecided, weights, k=turns - even)
+    return chosen
+
 
 log = structlog.get_logger("assay.validator.worker")
 
@@ -108,10 +204,11 @@ class Checked:
         return stats.place_test(self.errors, positions, batch_size=self.batch_size, honest_size=self.noise.size)
 
 
-class Worker:
+class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
     Args:
+        load: Function that loads the model, or returns None.
         inbox: Inbox that draws come from.
         ledger: Ledger that takes the evidence.
         registry: Function that returns the pins and nodes of now.
@@ -122,18 +219,19 @@ class Worker:
 
     def __init__(
         self,
+        load: Callable[[], Deployment | None],
         inbox: Inbox,
         ledger: Ledger,
         *,
         registry: Callable[[], Registry],
         noise: Callable[[Build, Round], Noise],
         settings: ValidatorSettings,
-        metrics: Metrics,
+        metrics: ValidatorMetrics,
     ) -> None:
+        super().__init__("assay-worker", load)
         self._inbox, self._ledger, self._registry, self._noise = inbox, ledger, registry, noise
         self._settings, self._metrics = settings, metrics
         self._budget = Budget(settings.nonces_per_hour)
-        self._closing, self._beginning = threading.Event(), threading.Lock()
         self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
         self._recording = threading.Lock()
         self.standings: Mapping[str, Standing] = {}
@@ -143,7 +241,6 @@ class Worker:
         """Number of nodes that had something to draw from at the last look."""
         self.error: str | None = None
         """What the engine failed on last; None while it works."""
-        self._thread: threading.Thread | None = None
         self.load_standings()
 
     def load_standings(self) -> None:
@@ -160,42 +257,19 @@ class Worker:
             if standing.account == account_of(standing.account.public_key, registry)
         }
 
-    def start(self, loaded: "Future[Deployment]") -> None:
-        """Start the thread once the model is loaded."""
+    def _turn(self, deployment: Deployment) -> None:
+        pause = self.step(deployment)
+        self.error = None
+        self._wait(pause)
 
-        def begin(future: "Future[Deployment]") -> None:
-            with self._beginning:
-                if not future.exception() and not self._closing.is_set():
-                    self._thread = threading.Thread(
-                        target=self._run, args=(future.result(),), name="assay-worker", daemon=True
-                    )
-                    self._thread.start()
-
-        loaded.add_done_callback(begin)
-
-    def close(self, timeout: float = 30.0) -> bool:
-        """End the thread after its batch; return whether it has ended."""
-        with self._beginning:  # the thread runs by now, or never will
-            self._closing.set()
-        if self._thread is None:
-            return True
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self, deployment: Deployment) -> None:
-        while not self._closing.is_set():
-            try:
-                pause = self.step(deployment)
-                self.error = None
-            except StorageError as error:
-                log.warning("waits", reason=error.seen)
-                pause = FAILURE_PAUSE
-            except Exception as error:  # an engine may raise any error, and messages must still be taken
-                log.exception("a pass failed")
-                self._metrics.failures.inc()
-                self.error = reason_of(error)[:300]
-                pause = FAILURE_PAUSE
-            self._closing.wait(pause)
+    def _turn_failed(self, error: Exception) -> None:
+        if isinstance(error, StorageError):
+            log.warning("waits", reason=error.seen)
+        else:  # an engine may raise any error, and messages must still be taken
+            log.error("a pass failed", exc_info=error)
+            self._metrics.failures.inc()
+            self.error = reason_of(error)[:300]
+        self._wait(FAILURE_PAUSE)
 
     def step(self, deployment: Deployment) -> float:
         """Do one pass; return the seconds until the next one."""
@@ -250,7 +324,10 @@ class Worker:
         """Return what a message claims of its drawn nonces; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            claim = read_claim(source.kind, source.body, reader)
+            if source.claim is not None and source.pins == reader.pins:
+                claim = Claim.decode(source.claim, source.nonces, registry.pipeline)
+            else:
+                claim = read_claim(source.kind, source.body, reader)
         except AssayError as error:
             log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
             self._metrics.dropped.inc()
@@ -283,7 +360,7 @@ class Worker:
             residuals=[float(value) for value in found.errors],
             proof=drawn.source.digest.hex(),
             sample_seed=drawn.source.seed,
-            excluded=aside_reasons(drawn.nonces, places) if places is not None else {},
+            excluded=name_reasons(drawn.nonces, places) if places is not None else {},
             fault=places.pattern if places is not None and places.faulty else None,
             name=drawn.source.name,
         )
@@ -304,23 +381,6 @@ class Worker:
             "seconds": max(0.0, now - self._first.get(key, now)),
             "fault": standing.fault,
         }
-
-
-def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
-    """Return what a kept message claims.
-
-    Raises:
-        Refusal: A value contradicts the pins.
-        ProofFormatError: A proof cannot be read.
-    """
-    if kind != "proof":
-        values = parsed(body)[1]
-        return reader.claim(values, sender_of(values, reader.registry))
-    proof = Proof.parse("a proof", body)
-    sender = reader.registry.sender(proof.round.public_key)
-    if sender is None:
-        raise Refusal(403, "a key that is not pinned", wanted="one of the pins", do="add the node to the pins")
-    return proof_claim(proof, sender, reader)
 
 
 def recompute(

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from assay import stats
-from assay.poc.service.page import render_page
+from assay.poc.service.app import render_page
 
 KEY = "read-key-of-the-test"
 DIMENSION = 8192

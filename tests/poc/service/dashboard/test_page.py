@@ -6,7 +6,7 @@ import re
 
 from fastapi import FastAPI
 
-from assay.poc.service.page import dashboard_router, render_page
+from assay.poc.service.app import dashboard_router, render_page
 
 
 def test_it_is_served_at_the_root_of_the_service_without_a_key(serving):

@@ -6,7 +6,6 @@ the disk is full, or too many callbacks of the round are undelivered, it stays f
 dropped.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -14,11 +13,13 @@ from contextlib import suppress
 from typing import Literal
 
 import structlog
+from typing_extensions import override
 
 from assay.errors import AssayError, BadWeights, StorageError
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.runtime import EngineThread, LoopThread
 from assay.poc.protocol.record import DistanceRecord, Record, is_distance, is_valid
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.deployment import Deployment
 from assay.poc.service.rounds import Batch, Rounds, StoredRound
 from assay.poc.service.settings import Settings
 
@@ -35,7 +36,7 @@ class ShareDone(AssayError):
     """Every nonce of a node's share is computed, so that its round has ended."""
 
 
-class Worker:
+class Worker(EngineThread):
     """A thread that runs everything that touches the engine, one batch at a time.
 
     Validations come first, then the round, then artifact jobs.
@@ -58,21 +59,14 @@ class Worker:
         background: Callable[[Deployment], bool],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._load, self._put, self._background, self._failed = load, put, background, failed
-        self._begins = begins
-        self._state = threading.Condition()
+        super().__init__("assay-engine", load)
+        self._put, self._begins, self._background, self._failed = put, begins, background, failed
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
         self._epoch = 0
         self._stream: Generator[list[Record], None, None] | None = None
         self._stream_epoch = -1
         self._has_background = False
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="assay-engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def generate(self, stored: StoredRound | None, epoch: int) -> None:
         """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after the running batch."""
@@ -95,32 +89,15 @@ class Worker:
             self._has_background = True
             self._state.notify_all()
 
-    def close(self, timeout: float) -> bool:
-        """End the thread after the running batch; return False if it did not end in time."""
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
-
     def _run(self) -> None:
-        deployment = self._load()
-        goes_on = True
-        while deployment is not None and goes_on:
-            try:
-                goes_on = self._turn(deployment)
-            except Exception as error:  # of any kind: it must not end this thread
-                self._failed(error)
-                time.sleep(1.0)
+        super()._run()
         self._drop_stream()
 
-    def _turn(self, deployment: Deployment) -> bool:
-        """Do one piece of work; return False once the thread is to end."""
+    def _turn(self, deployment: Deployment) -> None:
         with self._state:
             self._state.wait_for(lambda: self._closed or self._tasks or self._round or self._has_background)
             if self._closed:
-                return False
+                return
             task = self._tasks.popleft() if self._tasks else None
             stored, epoch = self._round, self._epoch
             if task is None and stored is None:
@@ -133,7 +110,10 @@ class Worker:
             self._generate(deployment, stored, epoch)
         elif self._background(deployment):
             self.wake()
-        return True
+
+    def _turn_failed(self, error: Exception) -> None:
+        self._failed(error)
+        self._wait(1.0)
 
     def _generate(self, deployment: Deployment, stored: StoredRound, epoch: int) -> None:
         """Do one batch of the round."""
@@ -191,7 +171,7 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
     )
 
 
-class Writer:
+class Writer(LoopThread):
     """A thread that commits batches in order, several in one transaction where they have piled up.
 
     Args:
@@ -209,19 +189,13 @@ class Writer:
         committed: Callable[[list[Batch], float], None],
         failed: Callable[[Exception], None],
     ) -> None:
+        super().__init__("assay-writer")
         self._rounds, self._settings = rounds, settings
         self._committed, self._failed = committed, failed
-        self._state = threading.Condition()
         self._queue: deque[Batch] = deque()
         self._epoch = 0
         self._busy = False
-        self._closed = False
         self.paused: Paused | None = None
-        self._thread = threading.Thread(target=self._run, name="assay-writer", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def put(self, batch: Batch) -> bool:
         """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer wanted."""
@@ -248,16 +222,10 @@ class Writer:
                 self._state.notify_all()
                 self._state.wait_for(lambda: not self._busy)
 
-    def close(self) -> None:
-        """Write what is queued and end the thread."""
-        with self._state:
-            epoch = self._epoch + 1
-        self.begin(epoch)
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+    @override
+    def close(self, timeout: float | None = None) -> bool:
+        self.begin(self._epoch + 1)  # what is queued is written
+        return super().close(timeout)
 
     def _run(self) -> None:
         while True:

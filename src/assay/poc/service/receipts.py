@@ -1,19 +1,34 @@
-"""Receipts of responses on disk: one canonical line each, under the header that it would have in a file."""
+"""Receipts of responses: a canonical line each on disk, the thread that writes them, and the routes that read them."""
 
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any
 
 import sqlalchemy as sa
+import structlog
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 
-from assay.errors import StorageError
+from assay.errors import AssayError, StorageError
 from assay.files.jsonl import JsonObject
+from assay.poc.net.group_commit import GroupCommit
+from assay.poc.net.guard import check_url
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.routes import Scope, needs, problems
+from assay.poc.net.runtime import Runtime
+from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
+from assay.poc.responses.sampling import HIGHEST_INDEX
+from assay.poc.service.bodies import DeletedReceipts, ReceiptList, RequestReceipts
 from assay.poc.service.database import Database
+from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
+from assay.poc.service.settings import Settings
 
 MOST_BYTES = 2**25
 """Bytes of the receipts of one answer: 32 MiB, so that no file of receipts has more tokens than may be read."""
@@ -278,3 +293,216 @@ def _unknown() -> Refusal:
         wanted="the id of a request whose receipts are kept",
         do="ask GET /api/v1/receipts for what is kept",
     )
+
+
+ANNOUNCED = 100  # receipts of one callback, whose ids may be long
+PRUNE_EVERY = 60.0
+DAY = 86_400.0
+
+
+class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
+    """Stores receipts in a thread of its own, many in one transaction, and deletes those that are old.
+
+    Args:
+        database: Database of the service.
+        outbox: Outbox for callbacks.
+        settings: Bounds, days and callback URL.
+        metrics: Metrics of the service.
+
+    Raises:
+        Refusal: 422, the callback URL can never be called.
+    """
+
+    def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
+        super().__init__("assay-receipts", most=settings.max_receipts)
+        self._settings, self._metrics = settings, metrics
+        if settings.receipt_callback_url is not None:
+            check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
+        self.store = Receipts(
+            database,
+            outbox,
+            url=settings.receipt_callback_url,
+            interval=settings.callback_interval,
+            most=min(settings.callback_nonces, ANNOUNCED),
+        )
+        self._lost = 0
+        self._pruned_at = float("-inf")
+        self._metrics.receipts_failing.set_function(lambda: float(self.failing))
+
+    def sink(self, header: ReceiptHeader) -> "ReceiptSink":
+        """Return where the receipts go that stand under a header in a file."""
+        return ReceiptSink(self, header, self._settings, self._metrics)
+
+    def delete(self, request_id: str, index: int | None = None) -> int:
+        """Delete the receipts of a request, or of one of its choices; return how many.
+
+        Raises:
+            Refusal: 404, no such receipt.
+            StorageError: The file cannot be written.
+        """
+        count = self.store.delete(request_id, index)
+        self._metrics.receipts_deleted.labels("request").inc(count)
+        return count
+
+    def _write(self, receipts: list[NewReceipt]) -> list[bool]:
+        started = time.perf_counter()
+        self._lost = sum(receipt.size for receipt in receipts)
+        fresh = self.store.add(receipts)
+        self._lost = 0
+        self._metrics.receipt_seconds.observe(time.perf_counter() - started)
+        self._metrics.receipts.labels("new").inc(sum(fresh))
+        self._metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
+        return fresh
+
+    def _refusal(self, seen: str) -> Refusal:
+        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
+
+    def _rest(self, wrote: bool) -> None:
+        """See whether the disk has room again, delete what is old, and leave nothing of it behind."""
+        if self.failing and not wrote:
+            self.store.probe(self._lost)
+        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
+            count = self.store.prune(self._settings.receipt_days * DAY)
+            self._metrics.receipts_deleted.labels("age").inc(count)
+            if not count:  # otherwise there may be more
+                self._pruned_at = time.monotonic()
+        self.store.tidy()
+
+
+class ReceiptSink:
+    """Where receipts of one header go. :meth:`ReceiptKeeper.sink` makes it."""
+
+    def __init__(self, keeper: ReceiptKeeper, header: ReceiptHeader, settings: Settings, metrics: Metrics) -> None:
+        self._keeper, self._header, self._settings, self._metrics = keeper, header, settings, metrics
+        self._header_line = header.line()
+
+    def check(self) -> None:
+        """Refuse a request whose receipt could not be stored now. Call it before the engine works.
+
+        Raises:
+            Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
+        """
+        self._keeper.check()
+
+    async def store(self, receipt: Receipt) -> None:
+        """Store a receipt; it is on disk when this returns. A response may not be complete before that.
+
+        A prompt is stored as a hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the
+        wait for it is cancelled.
+
+        Raises:
+            Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
+            UsageError: It cannot stand under this header in a file.
+        """
+        kept = receipt if self._settings.receipt_prompts else receipt.without_prompt()
+        line = kept.line()
+        Tally(self._header).add(kept, line)
+        row = NewReceipt(
+            header=self._header_line,
+            request_id=kept.request_id,
+            index=kept.index,
+            block_hash=kept.block_hash,
+            tokens=len(kept.output),
+            finish=kept.finish,
+            line=line,
+        )
+        try:
+            await self._keeper.put(row, size=row.size)
+        except Refusal:
+            self._metrics.receipts_refused.inc()
+            raise
+
+
+log = structlog.get_logger("assay.receipts")
+
+RECEIPTS_PREFIX = "/api/v1/receipts"
+MOST_FILES = 8  # files that are streamed at the same time
+READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
+
+After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
+Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
+RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
+
+
+def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> APIRouter:
+    """Return the routes of receipts."""
+    calls = _Calls(runtime, receipts)
+    router = APIRouter(prefix=RECEIPTS_PREFIX, tags=["receipts"], route_class=kind_of_route)
+    router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)(calls.listed)
+    file: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"application/jsonl": {}}, "description": "A complete file of receipts."},
+        204: {"description": "No receipt follows."},
+    }
+    export = router.get(
+        ".jsonl", responses=file | problems(422, 429, 503), response_class=StreamingResponse, openapi_extra=READ
+    )
+    export(calls.file)
+    # A request id may hold slashes.
+    one, refusals = "/{request_id:path}", problems(404, 422, 503)
+    router.get(one, response_model=RequestReceipts, responses=refusals | problems(413), openapi_extra=READ)(
+        calls.of_request
+    )
+    router.delete(one, response_model=DeletedReceipts, responses=refusals, openapi_extra=CONTROL)(calls.delete)
+    return router
+
+
+class _Calls:
+    """The handlers. Those that block are plain functions, which FastAPI calls in threads."""
+
+    def __init__(self, runtime: Runtime, receipts: ReceiptKeeper) -> None:
+        self._runtime, self._receipts = runtime, receipts
+        self._streaming = 0
+
+    def listed(self, after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        """Return what is stored after a sequence number, oldest first, without the receipts themselves."""
+        found = self._receipts.store.listed(after, limit + 1)
+        following = found[limit - 1]["seq"] if len(found) > limit else None
+        return JSONResponse({"receipts": found[:limit], "next": following})
+
+    def of_request(self, request_id: str, index: Index = None) -> Response:
+        """Return the receipts of a request: of each of its choices, or of one."""
+        found = self._receipts.store.of_request(request_id, index)
+        return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
+
+    def delete(self, request_id: str, index: Index = None) -> Response:
+        """Delete the receipts of a request: of each of its choices, or of one."""
+        return JSONResponse({"deleted": self._receipts.delete(request_id, index)})
+
+    async def file(
+        self, after: After = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000, request_id: RequestId = None
+    ) -> Response:
+        """Return receipts after a sequence number as a complete file, which ``assay poc replay`` reads.
+
+        The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is the ``after`` of the
+        next one, and ``Receipts-More`` says whether there is one now.
+        """
+        page = await self._runtime.call(self._receipts.store.page, after, limit, request_id=request_id)
+        headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
+        if page.header is None:
+            return Response(status_code=204, headers=headers)
+        if self._streaming >= MOST_FILES:
+            seen = f"{MOST_FILES} files of receipts are being sent"
+            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        lines = self._lines(page, request_id)
+        await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
+        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
+
+    async def _lines(self, page: Page, request_id: str | None) -> AsyncIterator[str]:
+        """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
+        self._streaming += 1
+        digest, count, tokens = hashlib.sha256(), 0, 0
+        try:
+            yield ""  # taken by file()
+            yield f"{page.header}\n"
+            for low, high in pairwise(page.chunks):
+                found = await self._runtime.call(self._receipts.store.lines, low, high, request_id=request_id)
+                text = "".join(f"{line}\n" for _, line in found)
+                digest.update(text.encode())
+                count, tokens = count + len(found), tokens + sum(number for number, _ in found)
+                yield text
+            # How long the responses took is not stored.
+            yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
+        except AssayError as error:
+            log.warning("file of receipts not finished", reason=error.seen)
+        finally:
+            self._streaming -= 1

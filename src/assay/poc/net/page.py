@@ -1,4 +1,4 @@
-"""Assembles the page from its parts, with a content security policy that allows exactly these parts."""
+"""Assembles a page from its parts, with a content security policy that allows exactly these parts."""
 
 import base64
 import hashlib
@@ -10,14 +10,6 @@ from fastapi.responses import HTMLResponse
 
 SHARED = ("stream.js", "words.js", "dom.js", "link.js")
 """Scripts that every page of assay begins with, in the order of their dependence."""
-
-SCRIPTS = (*SHARED, "charts.js", "page.js")
-"""The scripts in the order of their dependence; the page contains them as one."""
-
-
-def dashboard_router() -> APIRouter:
-    """Return the route of the service's page."""
-    return page_router(*render_page())
 
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:
@@ -31,20 +23,8 @@ def page_router(page: str, headers: dict[str, str]) -> APIRouter:
     return router
 
 
-def render_page() -> tuple[str, dict[str, str]]:
-    """Return the page and the headers that it is served with."""
-    return assemble_page(
-        part("page.html"),
-        brand="Proof of Compute",
-        name="service",
-        mark="d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'",
-        style=part("page.css"),
-        script="".join(map(part, SCRIPTS)),
-    )
-
-
 def assemble_page(
-    body: str, *, brand: str, name: str, mark: str, style: str, script: str
+    body: str, *, brand: str, name: str, mark: str, script: str, style: str = ""
 ) -> tuple[str, dict[str, str]]:
     """Return a page with its frame, style and script, and the headers that it is served with.
 
@@ -56,10 +36,10 @@ def assemble_page(
         brand: Title of the page.
         name: Word for what the page shows.
         mark: Attributes of the path in its icon.
-        style: Rules beside those of the reports.
         script: Module that fills the page.
+        style: Rules beside those of every page.
     """
-    style = part("report.css", "assay.pages") + style
+    style = part("report.css", "assay.pages") + part("page.css") + style
     page = Template(part("frame.html")).substitute(
         body=body, brand=brand, name=name, mark=mark, style=style, script=script
     )
@@ -76,7 +56,7 @@ def assemble_page(
     }
 
 
-def part(name: str, package: str = "assay.poc.service.dashboard") -> str:
+def part(name: str, package: str = "assay.poc.net.assets") -> str:
     """Return a text file of a package: a script, a style or a page."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 

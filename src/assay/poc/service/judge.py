@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from assay import stats
 from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.builds import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.record import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.database import Database
-from assay.poc.service.deployment import Deployment
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
-from assay.poc.verdict.calibration import Calibration, noise_of_build
+from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.ledger_entries import Account, Update, round_identity
@@ -67,12 +67,12 @@ class HonestNoise:
                 return _default(pipeline, dtype)
             fitting = (one for one in mine if not one.known or dtype in {known.dtype for known in one.known})
             measured = [Calibration(builds=(one,)) for one in fitting]
-            return noise_of_build(measured, None, digest=digest, preset=pipeline.name, round=round)
+            return find_build_noise(measured, None, digest=digest, preset=pipeline.name, round=round)
         builds, pinned = self._pinned.get(digest, ((), []))
         if not pinned:
             return _default(pipeline, dtype)
         alike = (build for build in builds if dtype in build.dtype)
-        found = (noise_of_build(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
+        found = (find_build_noise(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
 

@@ -1,0 +1,163 @@
+"""What works behind an application: threads, and a model that is loaded in the background."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+import structlog
+
+from assay.errors import reason_of
+from assay.files.jsonl import JsonObject
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.metrics import Exported
+from assay.poc.net.settings import ServerSettings
+
+log = structlog.get_logger("assay.runtime")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 8  # calls that wait for the database at the same time
+
+
+class LoopThread:
+    """A thread that takes turns until it is closed.
+
+    Args:
+        name: Name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._state = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the thread after its turn; return False if it did not end within ``timeout`` seconds."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def _wait(self, seconds: float) -> None:
+        """Wait so long, or until the thread is to end."""
+        with self._state:
+            self._state.wait_for(lambda: self._closed, seconds)
+
+
+class EngineThread(LoopThread):
+    """A thread that loads the model and then runs everything that touches the engine.
+
+    Args:
+        name: Name of the thread.
+        load: Loads the model, or returns None, which ends the thread. The application answers meanwhile.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Deployment | None]) -> None:
+        super().__init__(name)
+        self._load = load
+
+    def _run(self) -> None:
+        deployment = self._load()
+        while deployment is not None and not self._closed:
+            try:
+                self._turn(deployment)
+            except Exception as error:  # of any kind: it must not end this thread
+                self._turn_failed(error)
+
+    def _turn(self, deployment: Deployment) -> None:
+        """Do one piece of work, or wait for it."""
+        raise NotImplementedError
+
+    def _turn_failed(self, error: Exception) -> None:
+        """Take the error that ended a turn, and wait a moment."""
+        raise NotImplementedError
+
+
+class Runtime:
+    """The base of what works behind an application. A subclass opens its files and makes its threads.
+
+    Args:
+        server: Settings of the server.
+        metrics: Metrics of the application.
+    """
+
+    def __init__(self, server: ServerSettings, metrics: Exported) -> None:
+        self.server = server
+        self.metrics = metrics
+        self.started_at = time.time()
+        self.closing = threading.Event()
+        """Set when the end begins, while connections are still open."""
+        self.loaded: Future[Deployment] = Future()
+        """The deployment, or the error that ended loading."""
+        self.deployment: Deployment | None = None
+        self.ended = True
+        """Whether no thread computes any more."""
+        self._threads = ThreadPoolExecutor(THREADS, "assay-database")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to work, and load the model in the background."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish what runs, and close. :attr:`ended` is False afterwards if that took too long."""
+        raise NotImplementedError
+
+    def snapshot(self) -> JsonObject:
+        """Collect what readers are shown. It reads the database, so it runs in a thread, once a second for all."""
+        raise NotImplementedError
+
+    def tend(self) -> None:
+        """Do what is due every second, in a thread."""
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call that blocks, in a thread kept for that, and wait for its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    def load_model(self, load: Callable[[], Deployment]) -> Deployment | None:
+        """Load the model and begin to work with it, in the engine's thread; return None where that fails."""
+        try:
+            deployment = load()
+            self._check_model(deployment)
+        except Exception as error:  # whatever the loading raises ends the process, with its reason
+            log.error("model not loaded", error=reason_of(error))
+            self._loading_failed(error)
+            self.loaded.set_exception(error)
+            return None
+        log.info("model loaded", model=deployment.reference, dtype=deployment.dtype)
+        self._begin(deployment)
+        self.loaded.set_result(deployment)
+        return deployment
+
+    def _check_model(self, deployment: Deployment) -> None:
+        """Refuse a model that does not fit the settings."""
+
+    def _loading_failed(self, error: Exception) -> None:
+        """Take the error that ended loading."""
+
+    def _begin(self, deployment: Deployment) -> None:
+        """Take the deployment, and continue what was interrupted."""
+        self.deployment = deployment

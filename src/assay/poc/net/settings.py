@@ -1,0 +1,150 @@
+"""The settings that every server of assay has: its directory, keys, bounds, and how it calls others and judges.
+
+A value comes from the argument of that name, else from the environment, else from the default. The setting
+``max_body`` is ``ASSAY_MAX_BODY`` in the environment; ``ASSAY_POC_SERVE_MAX_BODY``, the name that the command line
+gives to its flags, is read as well.
+"""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+import assay.settings
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import read_whole
+from assay.poc.verdict.calibration import Calibration
+from assay.settings import Flag
+
+PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
+LONGEST_KEY_FILE = 2**20  # bytes; room for ten thousand keys
+
+
+def _words(value: Any) -> Any:
+    """Split a list that the environment holds: its items are separated by white space."""
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
+def _calibration(value: Any) -> Any:
+    return Calibration.load(value) if isinstance(value, (str, Path)) else value
+
+
+def _list(flag: str, description: str) -> Any:
+    """Return a list's field, which the environment names as the flag does: in the singular."""
+    names = [prefix + flag.lstrip("-").replace("-", "_").upper() for prefix in (PREFIX, SECOND_PREFIX)]
+    return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
+
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+
+
+class ServerSettings(assay.settings.Settings):
+    """How a server runs. Times are in seconds, sizes in bytes.
+
+    Raises:
+        UsageError: A value is of another type or out of range, or a setting has an unknown name.
+        CalibrationError: ``calibration`` names a file that is not a calibration.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
+    prefixes = (PREFIX, SECOND_PREFIX)
+
+    data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
+    api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
+    api_keys: Annotated[Words, Flag(("--api-key",), secret=True)] = _list(
+        "--api-key", "Keys that may do everything. Those of the file are added to them."
+    )
+    validate_keys: Annotated[Words, Flag(("--validate-key",), secret=True)] = _list(
+        "--validate-key", "Keys that may validate, submit artifact jobs and read."
+    )
+    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
+    max_body: Count = Field(2**20, description="Largest body of a request.")
+    max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
+    max_connections: Count = Field(
+        4096, description="Connections that are open at the same time; more are answered with 503."
+    )
+    max_client_connections: Count = Field(
+        1024,
+        description="Requests that one address, or one /64 of IPv6, has open at the same time. Addresses of this "
+        "machine are not bounded: a proxy on it has one for all its clients.",
+    )
+    max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
+    header_timeout: Seconds = Field(10.0, description="Time for which a connection waits for its next request.")
+    max_streams: Count = Field(32, description="Event streams that are open at the same time.")
+    max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
+    callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
+        "--callback-secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
+    )
+    callback_timeout: Seconds = Field(10.0, description="Time that one delivery may take.")
+    callback_concurrency: Count = Field(8, description="Deliveries that run at the same time.")
+    allow_private_callbacks: bool = Field(
+        False, description="Whether callback URLs may point into private networks and to this machine."
+    )
+    drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
+    alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
+    beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
+    calibration: Annotated[InstanceOf[Calibration] | None, BeforeValidator(_calibration), NoDecode] = Field(
+        None,
+        description="Honest noise that was measured, or its file. Without it, the stated default holds.",
+    )
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        check_secrets(self.callback_secrets)
+        if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
+            raise UsageError(
+                "an API key of fewer than 16 ASCII characters",
+                wanted="a key that cannot be guessed",
+                do="pass another --api-key; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+            )
+
+    @field_validator("api_keys", mode="after")
+    @classmethod
+    def _with_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return keys + _read_keys(info.data.get("api_key_file"))
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return bool(self.api_keys or self.validate_keys or self.read_keys)
+
+
+def check_secrets(secrets: Sequence[str]) -> None:
+    """Refuse webhook secrets outside 24 to 64 bytes, as Standard Webhooks does. The message does not show them."""
+    for secret in secrets:
+        try:
+            size = len(base64.b64decode(secret.removeprefix("whsec_") + "==", validate=False))
+        except ValueError:
+            size = 0
+        if not 24 <= size <= 64:
+            raise UsageError(
+                "a callback secret that cannot be used",
+                wanted="whsec_ and the base64 of 24 to 64 random bytes",
+                do="pass another --callback-secret; make one: python -c 'import base64, secrets; "
+                'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\'',
+            )
+
+
+def _read_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        keys = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
+    except (DataError, UnicodeDecodeError) as error:
+        fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
+        raise UsageError(
+            f"the key file {fault}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
+        ) from None
+    if not keys:
+        raise UsageError(  # its owner believes that the service has one
+            f"the key file {path} without a key",
+            wanted="a key on each line",
+            do="write one into it, or leave --api-key-file out",
+        )
+    return keys
