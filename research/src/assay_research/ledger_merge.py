@@ -166,12 +166,12 @@ def _stopped(
     """Yield every account of a ledger with what it adds, from its evidence."""
     query = sa.select(UPDATES.c.entry).order_by(UPDATES.c.account, UPDATES.c.seq)
     with source.database.read() as connection:
-        noises = Noises(connection)
+        noises = Noises()
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), _owner):
             life = StoppedLife(**rates, ledgers=ledgers)
             for entry in entries:
-                life.update(noises[entry.law], entry.counted, doubted=entry.doubted)
+                life.update(noises.read(connection, entry.law), entry.counted, doubted=entry.doubted)
             log_e, log_honest = life.stopped
             share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
             yield account, share

@@ -17,7 +17,7 @@ from assay.poc import Build, verify
 from assay.poc.service.database import Database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
-from assay.poc.verdict.ledger_entries import FAULTY, aside_reasons
+from assay.poc.verdict.ledger_entries import FAULTY, name_reasons
 from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
@@ -96,7 +96,7 @@ def test_cheating_at_places_that_are_only_suspected_is_not_honest(tmp_path):
             values = [1.2 if place % 2 else value for place, value in enumerate(honest(16, seed))]
             places = place_test(values, range(16), batch_size=32, honest_size=NOISE.size)
             assert (places.faulty, places.suspected) == (False, True)
-            excluded = aside_reasons(range(16), places)
+            excluded = name_reasons(range(16), places)
             standing = ledger.append([update(seed, residuals=values, excluded=excluded)])[0]
             assert set(excluded.values()) == {"suspected place"}
     assert (standing.verdict, standing.evidence.n, standing.recorded) == ("undecided", 192, 384)

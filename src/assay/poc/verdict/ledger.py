@@ -1,4 +1,13 @@
-"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is taken."""
+"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is removed.
+
+An export of a ledger is JSON Lines. It begins with the genesis of the ledger and ends with its head. Between them stand
+the entries, byte for byte, and before the first entry under a law, that law::
+
+    {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
+    {"law":{…}}
+    {"seq":1,"previous":"…",…}
+    {"head":{"count":1,"hash":"…"}}
+"""
 
 import secrets
 import tempfile
@@ -9,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,7 +27,16 @@ from assay.files.database import Database, damaged, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict
-from assay.poc.verdict.ledger_audit import AT_ONCE, Fault, LedgerAudit, audit_database, check_head, text_of
+from assay.poc.verdict.ledger_audit import (
+    AT_ONCE,
+    Fault,
+    LedgerAudit,
+    Noises,
+    audit_database,
+    check_head,
+    other_head,
+    text_of,
+)
 from assay.poc.verdict.ledger_entries import (
     ACCOUNTS,
     LAWS,
@@ -29,199 +47,28 @@ from assay.poc.verdict.ledger_entries import (
     TABLES,
     UPDATES,
     Account,
+    AccountState,
     Entry,
     Genesis,
-    Progress,
     Standing,
     Update,
-    aside_reasons,
-    excluded_places,
-    lasting_fault,
+    find_excluded,
+    find_lasting_fault,
     make_entry,
-    number_of,
+    name_reasons,
     round_identity,
+    select_account,
     sha256,
 )
-from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
-
-# --------------------------------------------------------------------------------------------------
-# Ledgers as files of other validators: read without a change, exported as JSON Lines, and read back from those.
-#
-# An export begins with the genesis of the ledger and ends with its head. Between them stand the entries, byte for byte,
-# and before the first entry under a law, that law::
-#
-#     {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
-#     {"law":{…}}
-#     {"seq":1,"previous":"…",…}
-#     {"head":{"count":1,"hash":"…"}}
-
-MAGIC = b"SQLite format 3\0"
-_DO = "ask for the file again, or write one with `assay poc ledger export`"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A ledger to read: its own file, or an export in a database that is thrown away.
-
-    Args:
-        path: File that was named.
-        database: Database with the tables of the ledger.
-        stated: Head that an export ends with; None for a ledger, whose head is in the database.
-    """
-
-    path: Path
-    database: Database
-    stated: tuple[int, str] | None
-
-    def audit(self, head: str | None = None) -> LedgerAudit:
-        """Audit it.
-
-        Args:
-            head: Hash that was published, and must be in the chain.
-        """
-        found = audit_database(self.database, head=head, whole=self.stated is None)
-        if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
-            return found
-        reason = f"not there, or changed: the head names {self.stated[0]!s:.20} entries and {self.stated[1]:.80}"
-        return replace(found, faults=(Fault(entry=found.entries + 1, reason=reason),))
-
-
-@contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Open a ledger or an export of one to read; the file stays as it is.
-
-    Raises:
-        DataError: It is neither; names the line.
-        StorageError: It cannot be read.
-    """
-    _, start = next(read_lines(path), (1, b""))
-    with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
-        if start.startswith(MAGIC):
-            if LEDGER.name not in tables(path, flag="ledger"):
-                raise _bad(str(path), "a database without a ledger")
-            database, stated = _open(path.parent, path.name, read_only=True), None
-        else:
-            database = _open(Path(folder), "copy.sqlite3", read_only=False)
-            stated = _read_export(path, database)
-        try:
-            yield Source(path, database, stated)
-        finally:
-            database.close()
-
-
-def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
-    """Audit a ledger or an export of one, which stays as it is: every hash, every place and every verdict.
-
-    Args:
-        path: File of the ledger, or export.
-        head: Hash of the head that was published once; entries up to it must still be there.
-
-    Raises:
-        UsageError: The head cannot be one.
-        DataError: The file is neither.
-        StorageError: The file cannot be read.
-    """
-    check_head(head)
-    with open_source(Path(path)) as source:
-        return source.audit(head)
-
-
-def export_ledger(database: Database, path: Path, *, overwrite: bool = False) -> tuple[int, str]:
-    """Write a ledger as JSON Lines, with everything that an audit elsewhere needs; return its head.
-
-    Raises:
-        UsageError: The file exists and ``overwrite`` is not set.
-        StorageError: The file cannot be written.
-    """
-    with PartialFile(path, overwrite=overwrite) as out, database.read() as connection:
-        out.restart()
-        genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
-        out.append_lines([text_of(genesis)])
-        known = set[str]()
-        query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
-        for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
-            lines = []
-            for law, entry in rows:
-                if law not in known:
-                    known.add(law)
-                    text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-                    lines.append(_law_line(text))
-                lines.append(text_of(entry))
-            out.append_lines(lines)
-        out.append({"head": {"count": count, "hash": hash}})
-        out.commit()
-    return int(count), str(hash)
-
-
-def _open(folder: Path, name: str, *, read_only: bool) -> Database:
-    steps = MIGRATIONS if read_only else TABLES
-    return Database(folder, name=name, migrations=steps, exclusive=False, read_only=read_only, flag="ledger")
-
-
-def _read_export(path: Path, database: Database) -> tuple[int, str]:
-    """Fill empty tables with the lines of an export, in their order; return the head that it ends with."""
-    lines = read_lines(path)
-    number, line = next(lines, (1, b""))
-    genesis = Genesis.parse(_text(line, path, number), f"{path}, line {number}")
-    seq, hash, stated = 0, genesis.hash, None
-    with database.write() as connection:
-        for number, line in lines:
-            source, text = f"{path}, line {number}", _text(line, path, number)
-            if stated is not None:
-                raise _bad(source, "a line after the head")
-            if text.startswith('{"law":'):
-                law = dumps(loads(text, source)["law"])
-                if text != _law_line(law):
-                    raise _bad(source, "a law that is not in the form in which it is written")
-                connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
-            elif text.startswith('{"head":'):
-                stated = _head(text, source)
-            else:
-                entry = Entry.parse(text, source)
-                seq, hash = seq + 1, sha256(text)
-                _insert(connection, seq, entry, text, hash, source)
-        connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=seq, hash=hash))
-    if stated is None:
-        raise _bad(f"{path}, line {number}", "the end of the file, where its head should be")
-    return stated
-
-
-def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: str, source: str) -> None:
-    connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(entry.owner)))
-    account = connection.execute(number_of(entry.owner)).scalar_one()
-    columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
-    try:
-        connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": hash}))
-    except sa.exc.IntegrityError as error:
-        raise _bad(source, f"a law that no line before it gives, or a name given twice ({error.orig})") from None
-
-
-def _head(text: str, source: str) -> tuple[int, str]:
-    head = loads(text, source)["head"]
-    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
-    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
-        raise _bad(source, "a head without a count and a hash")
-    return head["count"], head["hash"]
-
-
-def _law_line(law: str) -> str:
-    return f'{{"law":{law}}}'
-
-
-def _text(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise _bad(f"{path}, line {number}", "bytes that are not UTF-8") from None
-
-
-def _bad(source: str, reason: str) -> DataError:
-    return DataError(f"{source}: {reason}", wanted="a ledger, or an export of one", do=_DO)
-
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
 ROUNDS = 1024  # sets of nonces of an account in a round, likewise
+MAGIC = b"SQLite format 3\0"
+
+K = TypeVar("K")
+V = TypeVar("V")
+Migrations = tuple[tuple[str, ...], ...]
 
 
 class Ledger:
@@ -262,18 +109,11 @@ class Ledger:
         self.path = Path(path)
         self._find_change = f"find what was changed: assay poc ledger audit {path}"
         check_ledger(self.path, read_only=read_only)
-        self._db = Database(
-            self.path.parent,
-            name=self.path.name,
-            migrations=MIGRATIONS,
-            exclusive=False,
-            read_only=read_only,
-            flag=_flag(read_only=read_only),
-        )
+        self._db = _open(self.path, MIGRATIONS, read_only=read_only, flag=_flag(read_only=read_only))
         self._appending = threading.Lock()
-        self._states: OrderedDict[int, Progress] = OrderedDict()
+        self._states: OrderedDict[int, AccountState] = OrderedDict()
         self._seen: OrderedDict[tuple[int, str], tuple[int, set[int]]] = OrderedDict()
-        self._noises: OrderedDict[str, AnyNoise] = OrderedDict()
+        self._noises = Noises()
         try:
             if not read_only:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
@@ -327,15 +167,15 @@ class Ledger:
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
-        Nonces at places of the batch that are faulty are recorded and do not count. Those at places that are suspected
-        to be do not accuse, but the life is not honest against them.
+        Nonces at faulty places of the batch are recorded and do not count. Those at suspected places do not accuse, but
+        count against honesty.
 
         Args:
             verdict: Verdict on a sample of a proof.
             proof: SHA-256 of the proof: that of its footer.
-            build: Name of the prover's build; when None, that of the pinned build that its fingerprint is of, or the
-                number format where none is pinned. Everything else in a fingerprint is the prover's word, and a new
-                word must not begin a new life.
+            build: Name of the prover's build. When None, that of the pinned build of its fingerprint, or the number
+                format where none is pinned: anything else in a fingerprint is the prover's word, and a new word must
+                not begin a new life.
 
         Raises:
             UsageError: A value is out of range.
@@ -358,7 +198,7 @@ class Ledger:
             residuals=verdict.residuals,
             proof=proof,
             sample_seed=verdict.sample_seed,
-            excluded=aside_reasons(verdict.nonces, places),
+            excluded=name_reasons(verdict.nonces, places),
             fault=places.pattern if places.faulty else None,
         )
         return self.append([update])[0]
@@ -397,10 +237,10 @@ class Ledger:
         law = dumps(update.noise.as_dict())
         connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
         values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": sha256(law)}
-        values |= {"excluded": excluded_places(update.nonces, seen, update.excluded), "outcome": NOTHING}
+        values |= {"excluded": find_excluded(update.nonces, seen, update.excluded), "outcome": NOTHING}
         entry = make_entry(update, values)
         # The noise is read back from the law, as an audit reads it.
-        entry = entry.model_copy(update={"outcome": state.take(entry, self._noise(connection, entry.law))})
+        entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, entry.law))})
         columns = {"seq": entry.seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
         connection.execute(UPDATES.insert().values(columns | {"entry": entry.line, "hash": entry.hash}))
         connection.execute(LEDGER.update().values(count=entry.seq, hash=entry.hash))
@@ -409,40 +249,26 @@ class Ledger:
         return self._standing(connection, account)
 
     def _account(self, connection: sa.Connection, account: Account) -> int:
-        found = connection.execute(number_of(account)).scalar()
+        found = connection.execute(select_account(account)).scalar()
         if found is None:
             connection.execute(ACCOUNTS.insert().values(**vars(account)))
-            found = connection.execute(number_of(account)).scalar_one()
+            found = connection.execute(select_account(account)).scalar_one()
         return int(found)
 
-    def _state(self, connection: sa.Connection, account: int) -> Progress:
+    def _state(self, connection: sa.Connection, account: int) -> AccountState:
         """Return the state of an account after its last entry, of which another process may have written some."""
-        state = self._states.setdefault(account, Progress(self.genesis))
-        self._states.move_to_end(account)
-        if len(self._states) > LIVES:
-            self._states.popitem(last=False)
+        state = _remember(self._states, account, AccountState(self.genesis), LIVES)
         for entry in self._entries(connection, (UPDATES.c.account == account) & (UPDATES.c.seq > state.last)):
-            state.take(entry, self._noise(connection, entry.law))
+            state.take(entry, self._noises.read(connection, entry.law))
         return state
 
     def _nonces(self, connection: sa.Connection, account: int, round: str) -> set[int]:
         """Return the nonces of a round that an account has entries of."""
-        last, seen = self._seen.setdefault((account, round), (0, set()))
-        self._seen.move_to_end((account, round))
-        if len(self._seen) > ROUNDS:
-            self._seen.popitem(last=False)
+        last, seen = _remember(self._seen, (account, round), (0, set()), ROUNDS)
         same = (UPDATES.c.account == account) & (UPDATES.c.round == round)
         for entry in self._entries(connection, same & (UPDATES.c.seq > last)):
             seen.update(entry.nonces)
         return seen
-
-    def _noise(self, connection: sa.Connection, law: str) -> AnyNoise:
-        if law not in self._noises:
-            text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-            self._noises[law] = noise_from_dict(loads(text, f"{self.path}, law {law[:12]}"))
-            if len(self._noises) > LIVES:
-                self._noises.popitem(last=False)
-        return self._noises[law]
 
     def _entries(self, connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> Iterator[Entry]:
         query = sa.select(UPDATES.c.seq, UPDATES.c.entry).where(chosen).order_by(UPDATES.c.seq)
@@ -461,7 +287,7 @@ class Ledger:
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
         with self._db.read() as connection:
-            found = connection.execute(number_of(account)).scalar()
+            found = connection.execute(select_account(account)).scalar()
             return None if found is None else self._standing(connection, found)
 
     def standings(self) -> Iterator[Standing]:
@@ -478,7 +304,7 @@ class Ledger:
             newest: Number of entries at the end; all when None.
         """
         with self._db.read() as connection:
-            chosen = UPDATES.c.account == number_of(account).scalar_subquery()
+            chosen = UPDATES.c.account == select_account(account).scalar_subquery()
             if newest is not None:
                 last = sa.select(UPDATES.c.seq).where(chosen).order_by(UPDATES.c.seq.desc()).limit(newest)
                 chosen = UPDATES.c.seq.in_(last)
@@ -497,7 +323,7 @@ class Ledger:
             recorded=now.outcome.recorded,
             begun=begun.time,
             last=now.time,
-            fault=lasting_fault(entries[-REMEMBERED:]),
+            fault=find_lasting_fault(entries[-REMEMBERED:]),
         )
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
@@ -511,7 +337,22 @@ class Ledger:
             UsageError: The file exists and ``overwrite`` is not set.
             StorageError: It cannot be written.
         """
-        return export_ledger(self._db, Path(path), overwrite=overwrite)
+        known = set[str]()
+        query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
+        with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
+            out.restart()
+            genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
+            out.append_lines([text_of(genesis)])
+            for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
+                for law, entry in rows:
+                    if law not in known:
+                        known.add(law)
+                        text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+                        out.append_lines([f'{{"law":{text}}}'])
+                    out.append_lines([text_of(entry)])
+            out.append({"head": {"count": count, "hash": hash}})
+            out.commit()
+        return int(count), str(hash)
 
     def close(self) -> None:
         """Close the file."""
@@ -552,6 +393,133 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
         Ledger(path, alpha=alpha, beta=beta).close()
 
 
+def _remember(memory: OrderedDict[K, V], key: K, new: V, most: int) -> V:
+    """Return the value of a key, a new one at first, and forget what was not used for longest."""
+    value = memory.setdefault(key, new)
+    memory.move_to_end(key)
+    if len(memory) > most:
+        memory.popitem(last=False)
+    return value
+
+
 def _flag(*, read_only: bool) -> str:
     """Return what errors call the file: commands that only read a ledger have no flag for it."""
     return "ledger" if read_only else "--ledger"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A ledger to read, in its own database, or an export in a temporary one with the head that it ends with."""
+
+    path: Path
+    database: Database
+    stated: tuple[int, str] | None
+
+    def audit(self, head: str | None = None) -> LedgerAudit:
+        """Audit the chain, in which a published hash must be."""
+        found = audit_database(self.database, head=head, whole=self.stated is None)
+        if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
+            return found
+        return replace(found, faults=(Fault(entry=found.entries + 1, reason=other_head(*self.stated)),))
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a ledger or an export of one to read; the file stays as it is.
+
+    Raises:
+        DataError: It is neither; names the line.
+        StorageError: It cannot be read.
+    """
+    _, start = next(read_lines(path), (1, b""))
+    with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
+        if start.startswith(MAGIC):
+            if LEDGER.name not in tables(path, flag="ledger"):
+                raise _bad(str(path), "a database without a ledger")
+            database, stated = _open(path, MIGRATIONS, read_only=True), None
+        else:
+            database = _open(Path(folder, "copy.sqlite3"), TABLES)
+            stated = _read_export(path, database)
+        try:
+            yield Source(path, database, stated)
+        finally:
+            database.close()
+
+
+def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
+    """Audit a ledger or an export of one, which stays as it is: every hash, every place and every verdict.
+
+    Args:
+        path: File of the ledger, or export.
+        head: Hash of the head that was published once; entries up to it must still be there.
+
+    Raises:
+        UsageError: The head cannot be one.
+        DataError: The file is neither.
+        StorageError: The file cannot be read.
+    """
+    check_head(head)
+    with open_source(Path(path)) as source:
+        return source.audit(head)
+
+
+def _open(path: Path, migrations: Migrations, *, read_only: bool = False, flag: str = "ledger") -> Database:
+    return Database(path.parent, name=path.name, migrations=migrations, exclusive=False, read_only=read_only, flag=flag)
+
+
+def _read_export(path: Path, database: Database) -> tuple[int, str]:
+    """Fill empty tables with the lines of an export, in their order; return the head that it ends with."""
+    lines = read_lines(path)
+    number, line = next(lines, (1, b""))
+    genesis = Genesis.parse(_text(line, path, number), f"{path}, line {number}")
+    seq, hash, stated = 0, genesis.hash, None
+    with database.write() as connection:
+        for number, line in lines:
+            source, text = f"{path}, line {number}", _text(line, path, number)
+            if stated is not None:
+                raise _bad(source, "a line after the head")
+            if text.startswith('{"law":'):
+                law = dumps(loads(text, source)["law"])
+                if text != f'{{"law":{law}}}':
+                    raise _bad(source, "a law that is not in the form in which it is written")
+                connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
+            elif text.startswith('{"head":'):
+                stated = _head(text, source)
+            else:
+                entry = Entry.parse(text, source)
+                seq, hash = seq + 1, sha256(text)
+                _insert(connection, seq, entry, text, hash, source)
+        connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=seq, hash=hash))
+    if stated is None:
+        raise _bad(f"{path}, line {number}", "the end of the file, where its head should be")
+    return stated
+
+
+def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: str, source: str) -> None:
+    connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(entry.owner)))
+    account = connection.execute(select_account(entry.owner)).scalar_one()
+    columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
+    try:
+        connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": hash}))
+    except sa.exc.IntegrityError as error:
+        raise _bad(source, f"a law that no line before it gives, or a name given twice ({error.orig})") from None
+
+
+def _head(text: str, source: str) -> tuple[int, str]:
+    head = loads(text, source)["head"]
+    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
+    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
+        raise _bad(source, "a head without a count and a hash")
+    return head["count"], head["hash"]
+
+
+def _text(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise _bad(f"{path}, line {number}", "bytes that are not UTF-8") from None
+
+
+def _bad(source: str, reason: str) -> DataError:
+    do = "ask for the file again, or write one with `assay poc ledger export`"
+    return DataError(f"{source}: {reason}", wanted="a ledger, or an export of one", do=do)

@@ -1,11 +1,11 @@
-"""The audit of a ledger: every hash, every place, and every verdict again from the evidence.
+"""The audit of a ledger: every hash, every place, and every verdict computed again from the evidence.
 
-The chain is read first, in the order of the entries. Then the entries of each account are taken one after the other as
-when they were written: which nonces count, and what follows from them. The result names the first entry that is not
-what it should be. Numbers may differ in their last digits, as those of two machines do.
+The chain is read first, in the order of the entries. Then the entries of each account are taken one after the other, as
+when they were written. The result names the first entry that is wrong. Numbers may differ in their last digits, as
+those of two machines do.
 
-Whoever rewrites the file from some entry to the end, evidence and hashes alike, leaves a chain without a fault. Only a
-hash of the head that was published before, and is known to others, shows that another chain stood there.
+Whoever rewrites the file from one entry to the end, with its hashes, leaves a chain without a fault. Only a hash of the
+head that was published before shows that another chain stood there.
 """
 
 import math
@@ -28,11 +28,11 @@ from assay.poc.verdict.ledger_entries import (
     REPEATED,
     UPDATES,
     Account,
+    AccountState,
     Entry,
     EntryOutcome,
     Genesis,
-    Progress,
-    excluded_places,
+    find_excluded,
     sha256,
 )
 from assay.poc.verdict.life import decide
@@ -48,11 +48,11 @@ _COUNTS = ("audits", "recorded", "n", "tests")
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Something in a ledger that is not as it was written.
+    """A fault of a ledger.
 
     Args:
-        entry: Number of the entry; None where it is not in one.
-        reason: What was found, in words.
+        entry: Number of the entry; None for a fault outside entries.
+        reason: Fault in words.
     """
 
     entry: int | None
@@ -69,9 +69,9 @@ class LedgerAudit:
     Args:
         entries: Number of entries that were read.
         accounts: Number of accounts.
-        head: Hash of the last entry that is as it should be.
+        head: Hash of the last entry without a fault.
         published: Hash of a head that had to be in the chain; None where none was given.
-        faults: What is wrong, the first entry before later ones; empty for a clean ledger.
+        faults: Faults in the order of the entries; empty for a clean ledger.
     """
 
     entries: int
@@ -123,13 +123,13 @@ def audit_database(database: Database, *, head: str | None = None, whole: bool =
     with database.read() as connection:
         changed = list(_changed_schema(connection)) if whole else []
         if any(fault.reason.startswith("the table") for fault in changed):
-            # What stands in its place may be anything, such as a view without an end.
+            # Anything may stand in its place, such as a view without an end.
             return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
         chain = _Chain(connection, head)
         changed += _damaged_pages(connection)
         faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
         if not faults:
-            faults += _unused(connection)
+            faults += _find_unused(connection)
         if head is not None and not chain.found:
             seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
             faults.append(Fault(entry=None, reason=seen))
@@ -143,10 +143,7 @@ def audit_database(database: Database, *, head: str | None = None, whole: bool =
 
 
 class _Chain:
-    """The entries in their order: form, place, hash, and the columns that repeat parts of them.
-
-    Reading ends at the first fault, because everything after it rests on it.
-    """
+    """The entries in their order, with their form, place, hash and columns, up to the first fault."""
 
     def __init__(self, connection: sa.Connection, head: str | None) -> None:
         self.faults: list[Fault] = []
@@ -161,17 +158,19 @@ class _Chain:
         self.hash = self.genesis.hash
         self.found = head == self.hash
         for row in connection.execute(_ROWS, execution_options={"yield_per": AT_ONCE}):
-            if reason := self._odd(row):
-                self.faults.append(Fault(entry=self.entries + 1, reason=reason))
+            if reason := self._find_fault(row):
+                self._add_fault(reason)
                 return
             self.entries, self.hash = self.entries + 1, row.hash
             self.found = self.found or head == self.hash
         stated = tuple(heads[0]._mapping[name] for name in ("count", "hash"))
         if len(heads) != 1 or stated != (self.entries, self.hash):
-            seen = f"not there, or changed: the head names {stated[0]!r:.20} entries and {stated[1]!r:.80}"
-            self.faults.append(Fault(entry=self.entries + 1, reason=seen))
+            self._add_fault(other_head(*stated))
 
-    def _odd(self, row: sa.Row[Any]) -> str | None:
+    def _add_fault(self, reason: str) -> None:
+        self.faults.append(Fault(entry=self.entries + 1, reason=reason))
+
+    def _find_fault(self, row: sa.Row[Any]) -> str | None:
         """Return what is wrong with the next row."""
         text = text_of(row.entry)
         if row.seq != self.entries + 1:
@@ -192,6 +191,11 @@ class _Chain:
         return None if row.known == entry.law else f"the law {entry.law[:12]} is missing"
 
 
+def other_head(count: object, hash: object) -> str:
+    """Return the reason of a fault where the head names other entries than there are."""
+    return f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
+
+
 _ROWS = (
     sa.select(UPDATES, *(ACCOUNTS.c[name] for name in Account.__dataclass_fields__), LAWS.c.hash.label("known"))
     .select_from(
@@ -205,17 +209,18 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     """Return the first entry that does not follow from the evidence, if any; one account at a time bounds memory."""
     if chain.genesis is None:
         return []
-    noises, faults = Noises(connection), list[Fault]()
-    owner, progress, seen = None, Progress(chain.genesis), defaultdict[str, set[int]](set)
+    noises, faults = Noises(), list[Fault]()
+    owner, state, seen = None, AccountState(chain.genesis), defaultdict[str, set[int]](set)
     query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
     query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
     for account, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
         if account != owner:
-            owner, progress, seen = account, Progress(chain.genesis), defaultdict(set)
+            owner, state, seen = account, AccountState(chain.genesis), defaultdict(set)
         entry = Entry.parse(text, "an entry")
         try:
-            reason = _difference(entry, progress.take(entry, noises[entry.law]), seen[entry.round], chain.genesis)
-        except AssayError as error:  # not a law, or one that no test can be made of
+            outcome = state.take(entry, noises.read(connection, entry.law))
+            reason = _find_difference(entry, outcome, seen[entry.round], chain.genesis)
+        except AssayError as error:  # not a law, or one of which no test can be made
             reason = error.seen
         seen[entry.round].update(entry.nonces)
         if reason:
@@ -223,9 +228,9 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
 
 
-def _difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Genesis) -> str | None:
+def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Genesis) -> str | None:
     """Return how an entry differs from what follows from its evidence."""
-    repeated = [place for place, _ in excluded_places(entry.nonces, seen, {})]
+    repeated = [place for place, _ in find_excluded(entry.nonces, seen, {})]
     if repeated != [place for place, reason in entry.excluded if reason == REPEATED]:
         return "the nonces that do not count are not those that were there before"
     stated = entry.outcome
@@ -239,23 +244,32 @@ def _difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Ge
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
-class Noises(dict[str, AnyNoise]):
+class Noises:
     """Laws by their hash, read when they are first used."""
 
-    def __init__(self, connection: sa.Connection) -> None:
-        super().__init__()
-        self._connection = connection
+    def __init__(self) -> None:
+        self._noises: dict[str, AnyNoise] = {}
 
-    def __missing__(self, law: str) -> AnyNoise:
-        text = text_of(self._connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-        if sha256(text) != law:
-            raise DataError(f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it")
-        if len(self) >= MOST_LAWS:
-            self.clear()
-        return self.setdefault(law, noise_from_dict(loads(text, f"the law {law[:12]}")))
+    def read(self, connection: sa.Connection, law: str) -> AnyNoise:
+        """Return the noise of a law.
+
+        Raises:
+            DataError: The law is missing, or does not have its hash.
+            CalibrationError: It is no noise.
+        """
+        if law not in self._noises:
+            text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+            if sha256(text) != law:
+                raise DataError(
+                    f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it"
+                )
+            if len(self._noises) >= MOST_LAWS:
+                self._noises.clear()
+            self._noises[law] = noise_from_dict(loads(text, f"the law {law[:12]}"))
+        return self._noises[law]
 
 
-def _unused(connection: sa.Connection) -> Iterator[Fault]:
+def _find_unused(connection: sa.Connection) -> Iterator[Fault]:
     """Yield laws and accounts that no entry names: nothing but an entry adds one."""
     for table, key, column in ((LAWS, LAWS.c.hash, UPDATES.c.law), (ACCOUNTS, ACCOUNTS.c.id, UPDATES.c.account)):
         found = connection.execute(sa.select(key).where(key.not_in(sa.select(column))).limit(1)).first()

@@ -1,8 +1,8 @@
-"""The entries of a ledger: what is written of one audit, in one form whose hash the next entry holds.
+"""The entries of a ledger, each with the hash of the one before it, and the tables that hold them.
 
-An entry is one line of canonical JSON. It names its place, the hash of the entry before it, the account, the evidence
-and the outcome; its own hash is the SHA-256 of the line. So nothing in it can change, and no entry can leave its place,
-without another hash in every entry that follows.
+An entry is one line of canonical JSON. It holds its place, the hash of the entry before it, the account, the evidence
+and the outcome. Its own hash is the SHA-256 of the line. So a change of an entry or of its place changes the hash of
+every entry that follows.
 """
 
 import hashlib
@@ -23,19 +23,22 @@ from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
 from assay.stats.sequential import Verdict
 
 REPEATED = "repeated"
-"""Why a nonce does not count that this account has an entry of already, in the same round."""
+"""Reason of a nonce that does not count, because the account has an entry of it in the same round."""
 
 FAULTY = "faulty place"
-"""Why a nonce does not count that stands at a place of the batch where residuals are large."""
+"""Reason of a nonce that does not count, because it stands at a place of the batch where residuals are large."""
 
 SUSPECTED = "suspected place"
-"""Why a nonce counts for nothing but against honesty: too few were checked to show that its place is a faulty one."""
+"""Reason of a nonce that counts only against honesty: its place may be faulty, and too few were checked to show it."""
 
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
 RESPONSES = "responses"
-"""What stands for the preset in the account of responses."""
+"""The preset in an account of responses."""
+
+REMEMBERED = 16
+"""Last audits of an account in which a fault of the place is looked for."""
 
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -46,7 +49,7 @@ Chance = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Account:
-    """Whose life an e-process runs over.
+    """The node, model, build and preset that one e-process runs over.
 
     Args:
         public_key: Key of the node.
@@ -63,22 +66,22 @@ class Account:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one audit found, on its way into a ledger.
+    """The result of one audit, to be added to a ledger.
 
     Args:
         account: Account of the node.
         round: Identity of the round, by :func:`round_identity`; a nonce counts once in it.
         block_hash: Block of the round.
-        noise: Honest noise that the residuals are judged under, chosen without a look at them.
-        nonces: Nonces that were checked.
-        residuals: Residual of each; NaN or an infinity for a value that is missing. Of a response, whose nonces are its
-            blocks of 32 tokens, the distances of the sketches.
+        noise: Honest noise that the residuals are judged under, chosen without looking at them.
+        nonces: Nonces that were checked; the blocks of 32 tokens of a response.
+        residuals: Residual of each nonce, NaN or an infinity for a missing value; the distances of the sketches of a
+            response.
         profiles: Profiles of the tokens of a response, by :attr:`ResponseBlocks.text`; None without tokens.
         proof: SHA-256 of the proof; None for evidence that is no proof.
         sample_seed: Number that drew the nonces; None where they were not drawn by one.
-        excluded: Reasons why some of the nonces must not count, by nonce.
+        excluded: Reasons why nonces must not count, by nonce.
         fault: Pattern of a fault that the audit found; None without one.
-        name: Name of the update: another one of that name changes nothing, so a sender may repeat it safely.
+        name: Name of the update. A second update of that name changes nothing, so a sender may repeat it safely.
     """
 
     account: Account
@@ -106,7 +109,7 @@ class _Model(BaseModel):
             DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
         """
         try:
-            made = cls.model_validate_json(text)  # what it forgives, such as a key given twice, has another form
+            made = cls.model_validate_json(text)  # it forgives a key given twice, which the next line refuses
         except ValidationError as error:
             raise _malformed(source, error) from None
         if made.line != text:
@@ -129,7 +132,7 @@ class _Model(BaseModel):
 
 
 class Genesis(_Model):
-    """The beginning of a ledger, which its first entry names as the one before it.
+    """The beginning of a ledger, whose hash its first entry names.
 
     Args:
         kind: Kind of file.
@@ -176,7 +179,7 @@ class EntryOutcome(_Model):
 
 
 class Entry(_Model):
-    """One row of a ledger. The fields are those of :class:`Update`, with its place before and the outcome after."""
+    """One row of a ledger: its place, the fields of :class:`Update`, and the outcome."""
 
     seq: Annotated[int, Field(ge=1, le=MAX_NONCE)]
     previous: Hash
@@ -230,7 +233,7 @@ class Entry(_Model):
 
     @property
     def counted(self) -> list[float] | ResponseBlocks:
-        """Residuals that count, NaN for missing ones, in their order; or the evidence of a response that does."""
+        """Residuals that count, NaN for missing ones; or the blocks of a response that count."""
         out = self.reasons
         if self.of_response:
             return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
@@ -238,10 +241,10 @@ class Entry(_Model):
 
     @property
     def doubted(self) -> list[float]:
-        """Residuals at places that are only suspected, NaN for missing ones: they do not accuse, and speak for no one.
+        """Residuals at suspected places, NaN for missing ones. They do not accuse, but count against honesty.
 
-        Otherwise a node that cheats at half of its places, and shows too few nonces at a time for a fault, would be
-        judged by the other half alone.
+        Otherwise a node that cheats at half of its places would be judged by the other half alone, as long as each
+        audit checks too few nonces to show a fault.
         """
         if self.of_response:
             return []
@@ -260,8 +263,8 @@ class Standing:
         recorded: Number of nonces in them, those that do not count included.
         begun: Time of its first entry, in seconds.
         last: Time of its last entry, in seconds.
-        fault: Pattern of a fault of the place that one of the last audits found; None without one, or once a later
-            audit of as many nonces found none.
+        fault: Pattern of a fault of the place that one of the last audits found; None without one, or after a later
+            audit of as many nonces that found none.
     """
 
     account: Account
@@ -283,14 +286,10 @@ class Standing:
         return {**asdict(self.account), **asdict(self.evidence), **rest}
 
 
-REMEMBERED = 16
-"""Last audits of an account in which a fault of the place is looked for."""
+def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
+    """Return the last fault that no later audit of as many nonces refutes; entries stand oldest first.
 
-
-def lasting_fault(entries: Sequence[Entry]) -> str | None:
-    """Return the fault that entries of an account, the oldest first, leave open.
-
-    A later audit of fewer nonces that finds none refutes nothing: it may have missed the bad places.
+    An audit of fewer nonces may have missed the bad places.
     """
     most = 0
     for entry in reversed(entries):
@@ -300,8 +299,8 @@ def lasting_fault(entries: Sequence[Entry]) -> str | None:
     return None
 
 
-class Progress:
-    """The state of one account while its entries are taken one after the other.
+class AccountState:
+    """The life of one account, which takes its entries one after the other.
 
     Args:
         genesis: Beginning of the ledger.
@@ -324,13 +323,13 @@ NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
 
 
 def round_identity(round: Round) -> str:
-    """Return what makes two nonces of one key the same computation: SHA-256 of block, preset, length and seed bits."""
+    """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
     names = ("block_hash", "preset", "seq_len", "strength")
     return sha256(dumps({name: getattr(round, name) for name in names}))
 
 
 def response_identity(seed_text: str) -> str:
-    """Return what stands for the round where the nonces are blocks of a response: SHA-256 of its seed text."""
+    """Return SHA-256 of the seed text of a response, which replaces the round for its blocks."""
     return sha256(f"{RESPONSES}:{seed_text}")
 
 
@@ -339,13 +338,13 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def excluded_places(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Return the places of nonces that do not count, with the reason: repeated ones, and those that were named.
+def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Return the places of nonces that do not count, with the reason.
 
     Args:
         nonces: Nonces of one audit.
         seen: Nonces that the account has entries of, in the same round.
-        given: Reasons by nonce.
+        given: Further reasons by nonce.
     """
     before, found = set(seen), []
     for place, nonce in enumerate(nonces):
@@ -356,23 +355,14 @@ def excluded_places(nonces: Sequence[int], seen: Collection[int], given: Mapping
     return found
 
 
-def aside_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
-    """Return the reasons why nonces that a place test sets aside do not count, by nonce.
-
-    Args:
-        nonces: Nonces of one audit, in the order of the test.
-        places: Test of whether their residuals depend on the place in the batch.
-    """
+def name_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
+    """Return why nonces, in the order of a place test, do not count that the test sets aside; by nonce."""
     reason = FAULTY if places.faulty else SUSPECTED
     return {nonce: reason for nonce, aside in zip(nonces, places.set_aside, strict=True) if aside}
 
 
 def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
-    """Return the entry of an update.
-
-    Args:
-        update: What one audit found.
-        values: Fields that the ledger adds.
+    """Return the entry of an update, with the fields that the ledger adds.
 
     Raises:
         UsageError: A value of the update is not what an entry may hold.
@@ -399,17 +389,13 @@ def _malformed(source: str, error: ValidationError) -> DataError:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# The tables of a ledger, as the list of steps that lead to them. A step, once released, is never edited.
-#
-# The columns beside ``entry`` repeat what it holds, for searching; an audit compares them.
-
-
 def _never(table: str, what: str) -> str:
     return f"""CREATE TRIGGER {table}_never_{what.lower()} BEFORE {what} ON {table}
         BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
 
 
+# Steps that lead to the tables of a ledger. A step, once released, is never edited. The columns beside ``entry`` repeat
+# parts of it, for searching; an audit compares them.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE ledger (
@@ -470,7 +456,7 @@ ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
 UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
 
 
-def number_of(account: Account) -> sa.Select[Any]:
+def select_account(account: Account) -> sa.Select[Any]:
     """Return the query of the number that an account has in a ledger."""
     same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
     return sa.select(ACCOUNTS.c.id).where(same)
