@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -209,14 +208,6 @@ def distribution(folder, name, entry_points):
     )
     (info / "entry_points.txt").write_text("\n".join(groups))
     return info.parent
-
-
-def choose_forward(engine, forward):
-    """Choose whose forward pass computes the nonces of an engine of this process, which its fingerprint then says."""
-    throttle = engine._client.throttle
-    throttle.settings = replace(throttle.settings, forward=forward)
-    asyncio.run_coroutine_threadsafe(engine._client.install(), engine._loop).result()
-    vars(engine).pop("fingerprint", None)
 
 
 def end_processes(processes, grace):

@@ -2,22 +2,19 @@
 
 One run per model on one GPU: (a) `prove` on compiled transformers; then one vLLM engine, on which in turns (b) vLLM's
 own prefill of as many random prompts of that length, one token each and all at once, (c) nonces as requests, (d) nonces
-in whole batches inside the workers by vLLM's forward pass, and with `--forward vllm assay` (e) by assay's own decoder
-over vLLM's weights. Then chat, ten requests a second: alone, alone again, and beside a round; and single requests that
-find the engine busy with nonces after a pause, alone and beside a round, for each forward pass. Tokens are compared
-with those of the first run alone. The engine of (b) to (e) has the settings of a server: chat first, a quarter of the
+in whole batches inside the workers. Then chat, ten requests a second: alone, alone again, and beside a round; and
+single requests that find the engine busy with nonces after a pause, alone and beside a round. Tokens are compared
+with those of the first run alone. The engine of (b) to (d) has the settings of a server: chat first, a quarter of the
 time, at most a tenth of a second of nonces at once.
 
 Figures so far are written after every change, and at `--limit` seconds the run ends with what it has.
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
     cd research/benchmarks; python3 vllm_direct.py -o $OUT/vllm_direct.json
-    python3 vllm_direct.py --forward vllm assay --models shape:qwen3-0.6b -o $OUT/vllm_direct_own.json
 
 A run that shows on a CPU that everything works:
 
     python vllm_direct.py --models reference:qwen3 --device cpu --dtype float32 --seq-len 32 \
-        --forward vllm assay \
         --batched-tokens 256 --batch-size 8 --seconds 1 --turns 1 --chat 6 --singles 2 --tokens 4 --limit 1200
 """
 
@@ -37,7 +34,6 @@ import numpy as np
 import psutil
 import torch
 from _common import note, parser, publish
-from _vllm import choose_forward
 
 from assay import poc
 from assay.models import load_model, save_random
@@ -45,7 +41,7 @@ from assay.poc import HFEngine
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import auto_batch
 
-PATHS = {"requests": ("requests", "vllm"), "direct": ("auto", "vllm"), "own": ("auto", "assay")}
+PATHS = {"requests": "requests", "direct": "auto"}
 PAUSE = 1.6  # seconds between single requests, more than the time until an engine counts as idle
 CHECKED = 64  # nonces whose values are compared
 
@@ -154,21 +150,17 @@ def prefill(engine, count):
 
 
 def take(engine, path):
-    """Choose a path and a forward pass; return the engine's counts of the direct one."""
-    throttle, (setting, forward) = engine._client.throttle, PATHS[path]
-    if throttle.settings.forward != forward:
-        throttle.settings = replace(throttle.settings, path="auto")
-        choose_forward(engine, forward)
-    throttle.settings = replace(throttle.settings, path=setting)
+    """Choose a path; return the engine's counts of the direct one."""
+    throttle = engine._client.throttle
+    throttle.settings = replace(throttle.settings, path=PATHS[path])
     return engine._client.direct.describe()
 
 
 def paths(report, row, engine, folder, theirs):
-    """(b) to (e) in turns, and how far the values are apart."""
+    """(b) to (d) in turns, and how far the values are apart."""
     arguments, found = report.arguments, {}
-    chosen = [path for path in PATHS if PATHS[path][1] in arguments.forward]
     works = {"own_prefill": lambda count: prefill(engine, count)}
-    works |= {path: prover(engine, engine.model, folder, path) for path in chosen}
+    works |= {path: prover(engine, engine.model, folder, path) for path in PATHS}
     rates = {name: [] for name in works}
     for turn in range(arguments.turns):
         for name in works if turn % 2 else reversed(works):
@@ -177,10 +169,10 @@ def paths(report, row, engine, folder, theirs):
             rates[name] += measured(works[name], arguments.seconds)
             report.put(row, vllm=rates)
     best = {name: statistics.median(seen) for name, seen in rates.items()}
-    batched = [path for path in chosen if path != "requests"]
+    batched = [path for path in PATHS if path != "requests"]
     for preset, expected in theirs.items():
         taken = {"transformers": expected}
-        for path in chosen:
+        for path in PATHS:
             take(engine, path)
             taken[path] = values(engine, engine.model, preset, arguments.seq_len)
         found[preset] = {
@@ -295,12 +287,9 @@ def chat(report, row, engine, path):
 
 def measure(report, row, checkpoint, folder):
     """Measure one model on transformers and in an engine of vLLM."""
-    from assay.poc.vllm import engine as _engine
     from assay.poc.vllm.engine import VLLMEngine
 
     arguments = report.arguments
-    if arguments.device == "cpu" and "assay" in arguments.forward:
-        _engine.EXTENSION = "_unpacked.Unpacked"
     theirs = {} if arguments.skip_transformers else transformers(report, row, checkpoint, folder)
     gc.collect()
     if arguments.device == "cuda":
@@ -317,16 +306,14 @@ def measure(report, row, checkpoint, folder):
         throttle = engine._client.throttle
         throttle.settings = replace(throttle.settings, wait=arguments.wait, in_flight=0)
         paths(report, row, engine, folder, theirs)
-        for path in ("direct", "own"):
-            if arguments.chat and PATHS[path][1] in arguments.forward and report.left() > 60:
-                chat(report, row, engine, path)
+        if arguments.chat and report.left() > 60:
+            chat(report, row, engine, "direct")
         report.put(row, held=engine.counts())
 
 
 def main():
     made = parser(__doc__)
     made.add_argument("--models", nargs="+", default=["shape:qwen3-0.6b", "shape:llama-3.2-1b"])
-    made.add_argument("--forward", nargs="+", choices=("vllm", "assay"), default=["vllm"], help="of the nonces")
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", default="bfloat16")
     made.add_argument("--seq-len", type=int, default=256)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from assay.poc import Round
-from assay.poc.vllm import compatibility as _checkpoints
+from assay.poc.vllm import compatibility
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "research" / "benchmarks"))
@@ -63,7 +63,7 @@ def forked_engines(quiet_vllm: None) -> Iterator[None]:
 @pytest.fixture
 def with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with AVX-512 for the checks of checkpoints, whatever this machine has."""
-    monkeypatch.setattr(_checkpoints, "processor", lambda device: "x86_64 AVX512")
+    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX512")
 
 
 @pytest.fixture(scope="session")

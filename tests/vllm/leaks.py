@@ -34,9 +34,6 @@ ENVIRONMENT = {
     "ASSAY_VLLM_CHAT_IN_FLIGHT": "8",
     "ASSAY_VLLM_QUIET": "0.2",
 }
-OWN = {"--worker-extension-cls": "_unpacked.Unpacked"}, {"ASSAY_VLLM_FORWARD": "assay"}
-"""Options and environment with which assay's own decoder runs on a CPU."""
-
 VISITORS = 8
 LEAVING = 0.5  # part of the chat requests whose client hangs up
 
@@ -108,13 +105,12 @@ def descriptors(process):
     return dict(found)
 
 
-def rounds(server, seed, first, until, deadline, forward):
+def rounds(server, seed, first, until, deadline):
     """Run rounds until so many nonces are on disk; return the next number, the nonces, and what visitors saw."""
     chosen, number, done = random.Random(seed), first, 0
     with Visitors(server.url, seed) as visitors:
         while done < until and time.monotonic() < deadline:
-            if forward == "vllm":
-                server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
+            server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
             server.begin(f"round-{number}", seq_len=SEQ_LEN, batch_size=chosen.choice((1, 8, 32)))
             server.wait_for(chosen.randrange(50, 400))
             time.sleep(chosen.uniform(0.0, 0.3))
@@ -125,10 +121,9 @@ def rounds(server, seed, first, until, deadline, forward):
     return number, done, visitors
 
 
-def strained(folder, forward):
-    """Return a server with a small cache, whose nonces are computed by one of the forward passes."""
-    options, environment = OWN if forward == "assay" else ({}, {})
-    return ForkedServer(folder, options=OPTIONS | options, environment=ENVIRONMENT | environment)
+def strained(folder):
+    """Return a server with a small cache."""
+    return ForkedServer(folder, options=OPTIONS, environment=ENVIRONMENT)
 
 
 def left_behind(before, after):

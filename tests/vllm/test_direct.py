@@ -1,6 +1,6 @@
 """The direct path on real engines and servers: the same bits as requests, honest, harmless to chat, durable.
 
-How long calls are is in test_parts_direct.py, and what keeps nonces requests in test_parts_direct_engine.py.
+How long calls are is in test_parts_direct.py, with what keeps nonces requests.
 """
 
 import asyncio

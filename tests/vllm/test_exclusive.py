@@ -21,7 +21,7 @@ from tests.waiting import until
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    """Inputs are sent here, and chat is decoded with speculation: two more ways through the engine."""
+    """Chat is decoded with speculation: another way through the engine."""
     folder = tmp_path_factory.mktemp("exclusive")
     in_file = {name: "true" if value is None else value for name, value in (OPTIONS | SMALL).items()}
     del in_file["--scheduling-policy"]
@@ -30,7 +30,6 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     environment = {
         "ASSAY_API_KEY": "",
         "ASSAY_VLLM_MODE": "exclusive",
-        "ASSAY_VLLM_INPUTS": "sent",
         "ASSAY_CALLBACK_INTERVAL": "0.2",
         "ASSAY_CALLBACK_BACKOFF_MAX": "1",
     }

@@ -14,7 +14,7 @@ from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay.errors import AssayError
 from assay.models.device import processor
-from assay.poc.vllm import compatibility as _checkpoints
+from assay.poc.vllm import compatibility
 from tests.models.storing import FOUR_BITS
 from tests.vllm.conftest import ON_GPU, ROOT
 
@@ -38,7 +38,7 @@ REFUSED = {
     "Qwen3-MoE, int8 W8A8, compressed-tensors": "experts in int8-rows on cpu",
 }
 
-WITHOUT_AVX512 = processor(torch.device("cpu")) in _checkpoints.WITHOUT_AVX512
+WITHOUT_AVX512 = processor(torch.device("cpu")) in compatibility.WITHOUT_AVX512
 NEEDS_AVX512 = pytest.mark.skipif(WITHOUT_AVX512, reason="vLLM computes it on a CPU with AVX-512 alone")
 
 

@@ -1,9 +1,8 @@
-"""An engine of our own: agreement with transformers, both ways of making inputs, hostile calls, no rows left behind."""
+"""An engine of our own: agreement with transformers, hostile calls, no rows left behind."""
 
 import asyncio
 import json
-import os
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from assay import poc
 from assay.errors import ModelError, ProofMismatch, UsageError
 from assay.models import load_model
 from assay.models.resolve import checkpoint_directory
-from assay.poc import HFEngine
 from assay.poc.cheats import rounded
-from assay.poc.vllm.client import RequestStream, _sampling
+from assay.poc.vllm.client import RequestStream, sampling_parameters
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 
@@ -62,7 +60,7 @@ def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
     from assay.poc.vllm import compatibility as _gate
 
     assert _gate.check_installed() == engine._version
-    assert _gate._missing(_gate.OF_RUNNER[kind]) == []
+    assert _gate._missing(_gate.USED_BY_RUNNER[kind]) == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -73,24 +71,6 @@ def test_it_agrees_with_transformers(engine, honest, preset: str):
     assert np.abs(published(ours) - published(theirs)).max() <= AGREEMENT[preset]
     assert ours.header.digest == theirs.header.digest
     assert nothing_is_held(engine)
-
-
-def test_inputs_that_are_sent_are_those_of_transformers(engine, honest):
-    reference = HFEngine(honest, batch_size=8, seq_len=SEQ_LEN)
-    assert torch.equal(reference.inputs(make_round(), range(8)), engine.inputs(make_round(), range(8)))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_inputs_made_in_the_workers_and_inputs_sent_give_the_same_bits(engine, preset: str):
-    round, values = make_round(preset, key="bits"), {}
-    for inputs in ("local", "sent"):
-        engine._inputs = inputs
-        # One nonce at a time: the shape of a step may move the last bit, and here only the inputs may.
-        for nonce in range(6):
-            with closing(engine.outputs(round, poc.get_pipeline(preset), [nonce])) as outputs:
-                values[inputs, nonce] = next(outputs)[0]
-    engine._inputs = "local"
-    assert all(np.array_equal(values["local", nonce], values["sent", nonce]) for nonce in range(6))
 
 
 def test_a_nonce_in_company_is_the_nonce_alone(engine):
@@ -124,13 +104,11 @@ def test_the_command_line_judges_on_vllm(engine, honest, tmp_path, monkeypatch, 
     wanted = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": "float32"}
 
     def started(model: str, **asked) -> AbstractContextManager:
-        assert (model, asked) == ("reference:qwen3", wanted | {"forward": os.environ["ASSAY_VLLM_FORWARD"]})
+        assert (model, asked) == ("reference:qwen3", wanted)
         return nullcontext(engine)
 
     monkeypatch.setattr("assay.poc.vllm.VLLMEngine", started)
-    cases = (("good", honest, "vllm", 0, "honest"), ("bad", rounded(honest, 4), "assay", 1, "fraud"))
-    for name, model, forward, code, verdict in cases:
-        monkeypatch.setenv("ASSAY_VLLM_FORWARD", forward)
+    for name, model, code, verdict in (("good", honest, 0, "honest"), ("bad", rounded(honest, 4), 1, "fraud")):
         path = tmp_path / f"{name}.jsonl"
         poc.prove(model, make_round("hardened"), range(64), batch_size=8, output=path)
         words = ["poc", "verify", str(path), "--model", "reference:qwen3", "--engine", "vllm", "--seed", "1", "--json"]
@@ -157,7 +135,7 @@ def on_loop(engine, work):
 async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
     """Send requests past the client's own checks."""
     for name, prompt in prompts.items():
-        async for _ in engine._client._llm.generate(prompt, _sampling(), name):
+        async for _ in engine._client._llm.generate(prompt, sampling_parameters(), name):
             pass
 
 
@@ -206,7 +184,7 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
 def test_requests_that_are_aborted_run_again(engine):
     async def scenario():
         spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
-        stream = RequestStream(engine._client, spec, range(16), 16, SEQ_LEN)
+        stream = RequestStream(engine._client, spec, range(16), 16)
         await stream.open()
         waiting = asyncio.ensure_future(stream.next())
         for _ in range(2):  # a nonce is tried three times
@@ -222,15 +200,10 @@ def test_requests_that_are_aborted_run_again(engine):
     assert nothing_is_held(engine)
 
 
-def test_inputs_that_are_not_finite_fail_alone_and_spoil_nothing(engine, monkeypatch: pytest.MonkeyPatch):
+def test_inputs_of_a_client_that_are_not_finite_spoil_nothing(engine):
     """Left in the blocks of the cache, NaN would come back in the results of later requests."""
     round = make_round(key="nan")
     before = poc.prove(engine.model, round, range(32), engine=engine)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_inputs", "sent")
-        patch.setattr(engine, "inputs", lambda round, nonces: torch.full((1, SEQ_LEN, 256), float("nan")))
-        with pytest.raises(ModelError, match="not finite"):
-            poc.prove(engine.model, round, range(32), engine=engine)
     nan = {"type": "embeds", "prompt_embeds": torch.full((SEQ_LEN, 256), float("inf"))}
     on_loop(engine, hostile(engine, "", {f"from-a-client-{number}": nan for number in range(16)}))
     after = poc.prove(engine.model, round, range(32), engine=engine)

@@ -11,13 +11,12 @@ from tests.vllm.leaks import left_behind, look, measured, rounds, strained
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the cache is too small for the blocks of a GPU's kernels")
 
 
-@pytest.mark.parametrize("forward", ["vllm", "assay"])
-def test_no_row_no_block_and_no_descriptor_is_left_and_chat_goes_on(forward: str, tmp_path: Path):
+def test_no_row_no_block_and_no_descriptor_is_left_and_chat_goes_on(tmp_path: Path):
     deadline = time.monotonic() + 600
-    with strained(tmp_path, forward) as server:
-        number, done, first = rounds(server, 20, 0, 200, deadline, forward)
+    with strained(tmp_path) as server:
+        number, done, first = rounds(server, 20, 0, 200, deadline)
         before = look(server)
-        _, later, rest = rounds(server, 21, number, 400, deadline, forward)
+        _, later, rest = rounds(server, 21, number, 400, deadline)
         after, preempted = look(server), measured(server, "num_preemptions_total")
     assert left_behind(before, after) == {}
     assert min(done, later) >= 200

@@ -59,11 +59,11 @@ def inside(engine, method: Callable[[Any], Any]) -> Any:
 
 def chat(engine) -> Awaitable[list[int]]:
     """Answer a prompt in the engine with its likeliest tokens."""
-    from assay.poc.vllm.client import parameters
+    from assay.poc.vllm.client import sampling_parameters
 
     async def answer() -> list[int]:
         prompt = {"type": "token", "prompt_token_ids": list(range(3, 45))}
-        sampling = parameters(24, ignore_eos=True)
+        sampling = sampling_parameters(24, ignore_eos=True)
         return [out async for out in engine._client._llm.generate(prompt, sampling, "chat")][-1].outputs[0].token_ids
 
     return answer()

@@ -1,4 +1,7 @@
-"""The parts of the direct path that need no vLLM: how long calls are, when nonces are requests, and failures."""
+"""Throttle and direct path without vLLM: how many nonces run, in calls or as requests, and what a pass reads.
+
+Stand-ins are an engine with workers, its settings, and a model runner.
+"""
 
 import asyncio
 from itertools import chain
@@ -8,54 +11,258 @@ import numpy as np
 import pytest
 import torch
 
-from assay.errors import ModelError
-from assay.poc.engines.outputs import Landing
-from assay.poc.vllm import direct_worker as _direct_worker
-from assay.poc.vllm.direct import CALLS, FAILURES, MOST, Pace
-from assay.poc.vllm.direct_stream import DirectStream
-from tests.vllm.direct import SPEC, Workers, run, values_of
+from assay.errors import ModelError, UsageError
+from assay.poc import Round, get_pipeline
+from assay.poc.engines.base import HostCopy
+from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm import direct
+from assay.poc.vllm.client import Client, DirectStream
+from assay.poc.vllm.direct import (
+    CALLS,
+    FAILURES,
+    MOST,
+    CallSizer,
+    DirectPasses,
+    _empty_cache_like,
+    direct_path_blockers,
+)
+from assay.poc.vllm.rows import Spec, split_id
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+
+SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+
+
+class Workers:
+    """An engine whose one worker returns the nonce itself, by either path."""
+
+    def __init__(self, *, batch: int = 4, engines: int = 1, **settings) -> None:
+        self.batch, self.chat, self.broken, self.dead, self.most, self.running = batch, 0, False, False, 0, 0
+        self.called: list[list[int]] = []
+        self.dealt: list[list[list[int]]] = []
+        self.requested: list[int] = []
+        self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
+        self.flushed, self.turn = 0, asyncio.Lock()
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
+        self.client = Client(self, self.throttle, engines)
+        self.engine_core = self
+
+    async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
+        if method == "assay_batch":
+            return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
+        if method == "assay_pass":
+            call, _, shares, _, wait = args
+            self.called.append(shares[engine])
+            if self.dead:
+                raise RuntimeError("EngineCore died")
+            begun = {
+                "call": call,
+                **({"error": "broken"} if self.broken else {"seconds": 0.002, **self.reply(shares[engine])}),
+            }
+            self.running += 1
+            self.most = max(self.most, self.running)
+            async with self.turn:  # a worker takes calls in order
+                before, self.begun[engine] = self.begun.get(engine), begun
+                await asyncio.sleep(0.002)
+                self.running -= 1
+                return [[each for each in (before, self.begun.pop(engine, None) if wait else None) if each]]
+        if method == "assay_flush":
+            async with self.turn:
+                self.flushed += 1
+                return [[self.begun.pop(engine)] if engine in self.begun else []]
+        return [self.reply(args[1]) if method == "assay_collect" else None]
+
+    async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
+        assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
+        self.dealt += [args[2]] if method == "assay_pass" else []
+        return [await self.collective_rpc(method, args, engine) for engine in range(self.client._engines)]
+
+    @staticmethod
+    def reply(nonces):
+        values = np.array(nonces, np.float32)
+        return {"failed": {}, "nonces": nonces, "values": values.tobytes(), "dtype": "float32", "width": 0}
+
+    async def generate(self, prompt, sampling, name, priority):
+        self.requested.append(split_id(name)[1])
+        await asyncio.sleep(0)
+        yield None
+
+
+async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
+    """Return the values of a stream in their order; ``between`` is called with the number of those that are there."""
+    stream = DirectStream(workers.client, SPEC, range(count), batch_size)
+    await stream.open()
+    values: list[float] = []
+    while (batch := await stream.next()) is not None:
+        values += batch.tolist()
+        if between is not None:
+            await between(len(values))
+    await stream.close()
+    return values
+
+
+def run(workers: Workers, count: int, **options) -> list[float]:
+    return asyncio.run(values_of(workers, count, **options))
+
+
+def config(**changed):
+    """The settings that are read of a vLLM configuration, as they are by default."""
+    made = {
+        "scheduler_config": SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=16),
+        "model_config": SimpleNamespace(
+            dtype=torch.float32, enable_sleep_mode=False, uses_mrope=False, get_hidden_size=lambda: 16
+        ),
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, data_parallel_size=1, enable_eplb=False, use_ubatching=False
+        ),
+        "compilation_config": SimpleNamespace(static_forward_context={}, pass_config=SimpleNamespace(enable_sp=False)),
+        "cache_config": SimpleNamespace(),
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+    }
+    for path, value in changed.items():
+        owner, _, name = path.rpartition("__")
+        if owner:
+            setattr(made[owner], name, value)
+        else:
+            made[path] = value
+    return SimpleNamespace(**made)
+
+
+class FullAttentionSpec:
+    pass
+
+
+class MambaSpec:
+    pass
+
+
+def runner(config, *, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", shapes=((9, 2, 4, 8), (9, 2, 4, 8))):
+    """A model runner with one attention layer per shape of cache."""
+    names = [f"layer{index}" for index in range(len(shapes))]
+    known = config.compilation_config.static_forward_context
+    known |= {name: SimpleNamespace(kv_cache=torch.ones(shape)) for name, shape in zip(names, shapes, strict=True)}
+    group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: backend), layer_names=names)
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
+    model = SimpleNamespace()
+    return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mode": "both"}, {"share": 0.0}, {"share": 1.5}, {"share": float("nan")}, {"chat_in_flight": 0}, {"drain": -1.0}],
+)
+def test_settings_of_the_throttle_are_bounded(wrong):
+    with pytest.raises(UsageError):
+        ThrottleSettings(**wrong)
+
+
+class Engine:
+    """Counts what is in an engine."""
+
+    def __init__(self, **settings) -> None:
+        self.chat = 0
+        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
+
+
+def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
+    engine = Engine(chat_in_flight=2, quiet=0.0, in_flight=9)
+    assert engine.throttle.limit == 9
+    engine.chat = 1
+    engine.throttle.settings = ThrottleSettings(chat_in_flight=2, in_flight=9)
+    assert engine.throttle.limit == 2
+    engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=9)
+    assert engine.throttle.limit == 9
+    for chosen, limit in ((5, 5), (0, 16)):
+        engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=chosen)
+        assert engine.throttle.limit == limit
+
+
+def test_nonces_over_the_limit_wait_until_one_leaves():
+    async def scenario() -> list[int]:
+        engine = Engine(chat_in_flight=1, share=1.0)
+        engine.chat = 1
+        seen = []
+        await engine.throttle.admit()
+        waiting = asyncio.ensure_future(engine.throttle.admit())
+        await asyncio.sleep(0.02)
+        seen.append(engine.throttle.in_flight)
+        engine.throttle.leave()
+        await asyncio.wait_for(waiting, 5)
+        seen.append(engine.throttle.in_flight)
+        return seen
+
+    assert asyncio.run(scenario()) == [1, 1]
+
+
+def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
+    async def scenario() -> tuple[bool, bool]:
+        engine = Engine(chat_in_flight=2, share=1e-6)
+        engine.chat = 3
+        await engine.throttle.admit()
+        await engine.throttle.admit()
+        engine.throttle.leave()
+        full = not engine.throttle._may_start()  # one of two has left, and the burst is not over
+        await asyncio.sleep(0.002)
+        engine.throttle.leave()
+        return full, not engine.throttle._may_start()
+
+    assert asyncio.run(scenario()) == (True, True)
+
+
+def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
+    async def scenario() -> tuple[bool, bool]:
+        engine = Engine(mode="exclusive", drain=0.05)
+        engine.chat = 1
+        late = await engine.throttle.drained()
+        waiting = asyncio.ensure_future(engine.throttle.drained())
+        engine.chat = 0
+        return late, await waiting
+
+    assert asyncio.run(scenario()) == (False, True)
 
 
 def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
-    pace = Pace(batch=24)
+    sizer = CallSizer(batch=24)
     counts = []
     for _ in range(16):
-        counts.append(pace.next(0.1, MOST))
-        pace.ran(counts[-1], counts[-1] * 0.001)
+        counts.append(sizer.next(0.1, MOST))
+        sizer.ran(counts[-1], counts[-1] * 0.001)
     assert counts[:5] == [1, 2, 4, 8, 16]
     assert counts[-1] == 96  # of the hundred nonces that fit, whole passes
-    pace.seconds = 1.0
-    assert pace.next(0.1, MOST) == 1
-    pace.seconds = 1e-9
-    pace.nonces = 10 * MOST
-    assert pace.next(0.1, MOST) == MOST - MOST % 24
-    assert pace.next(0.1, 5) == 4
+    sizer.seconds = 1.0
+    assert sizer.next(0.1, MOST) == 1
+    sizer.seconds = 1e-9
+    sizer.nonces = 10 * MOST
+    assert sizer.next(0.1, MOST) == MOST - MOST % 24
+    assert sizer.next(0.1, 5) == 4
 
 
 @pytest.mark.parametrize("batch", [1, 20, 100, MOST, 10 * MOST])
 def test_calls_have_few_sizes(batch: int):
-    pace, sizes = Pace(batch, seconds=0.001, nonces=MOST), set()
+    sizer, sizes = CallSizer(batch, seconds=0.001, nonces=MOST), set()
     for fitting in range(1, MOST + 1):
-        sizes.add(pace.next((fitting + 0.5) / 1000, MOST))
-        assert pace.next((fitting + 0.5) / 1000, MOST) <= fitting
+        sizes.add(sizer.next((fitting + 0.5) / 1000, MOST))
+        assert sizer.next((fitting + 0.5) / 1000, MOST) <= fitting
     assert len({size for size in sizes if size < batch}) <= 2 * batch.bit_length()
     assert all(size % batch == 0 for size in sizes if size > batch)
 
 
 def test_the_first_call_of_a_size_says_nothing_about_the_time_of_a_nonce():
-    pace = Pace(batch=64)
+    sizer = CallSizer(batch=64)
     for seconds in (1.6, 0.01):  # kernels are chosen in the first one
-        pace.ran(1, seconds)
-    assert pace.seconds == 0.01
-    pace.ran(2, 0.5)
-    assert (pace.seconds, pace.nonces) == (0.01, 2)
-    pace.ran(2, 0.012)
-    assert pace.seconds == 0.006
+        sizer.ran(1, seconds)
+    assert sizer.seconds == 0.01
+    sizer.ran(2, 0.5)
+    assert (sizer.seconds, sizer.nonces) == (0.01, 2)
+    sizer.ran(2, 0.012)
+    assert sizer.seconds == 0.006
 
 
 @pytest.fixture(autouse=True)
 def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.poc.vllm.client._sampling", lambda: None)
+    monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
 
 
 def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
@@ -84,9 +291,9 @@ def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
-def worker_of(begin) -> _direct_worker.DirectMethods:
+def worker_of(begin) -> direct.DirectMethods:
     """A worker of one stream, whose passes are those of a function."""
-    worker = _direct_worker.DirectMethods()
+    worker = direct.DirectMethods()
     worker.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
     stream = SimpleNamespace(spec=SPEC, touched=0.0)
     worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get={"key": stream}.get))
@@ -100,7 +307,7 @@ def test_a_worker_runs_the_share_of_its_engine():
 
     def begin(spec, nonces, batch):
         ran.append((nonces, batch))
-        return Landing(torch.tensor(nonces, dtype=torch.float32))
+        return HostCopy(torch.tensor(nonces, dtype=torch.float32))
 
     worker = worker_of(begin)
     assert worker.assay_pass("a", "key", [[1, 3], [2, 4]], 2, True)[0]["nonces"] == [2, 4]
@@ -190,13 +397,13 @@ def test_an_engine_that_dies_fails_its_nonces_in_words():
 def test_the_rest_of_a_stream_says_nothing_about_the_next_call():
     workers = Workers(batch=16)
     run(workers, 500)
-    pace = workers.client.direct._paces[8]
-    before = (pace.seconds, pace.nonces, set(pace.tried))
+    sizer = workers.client.direct._sizers[8]
+    before = (sizer.seconds, sizer.nonces, set(sizer.tried))
     assert before[1] > 3
     workers.called.clear()
     assert run(workers, 3) == list(range(3))
     assert workers.called == [[0, 1, 2]]
-    assert (pace.seconds, pace.nonces, pace.tried) == before
+    assert (sizer.seconds, sizer.nonces, sizer.tried) == before
 
 
 def test_values_are_asked_for_alone_only_where_no_call_follows():
@@ -228,7 +435,7 @@ def test_values_that_the_workers_have_lost_are_computed_again():
 
 def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
     async def scenario(workers: Workers) -> None:
-        closed = DirectStream(workers.client, SPEC, range(2**40), 8, 8)
+        closed = DirectStream(workers.client, SPEC, range(2**40), 8)
         await closed.open()
         others = asyncio.ensure_future(values_of(workers, 400))
         for _ in range(5):
@@ -243,7 +450,7 @@ def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
 
 def test_a_stream_that_is_closed_leaves_no_nonce_in_flight():
     async def scenario(workers: Workers) -> None:
-        stream = DirectStream(workers.client, SPEC, range(2**40), 8, 8)
+        stream = DirectStream(workers.client, SPEC, range(2**40), 8)
         await stream.open()
         await stream.next()
         await stream.close()
@@ -251,3 +458,102 @@ def test_a_stream_that_is_closed_leaves_no_nonce_in_flight():
     workers = Workers()
     asyncio.run(scenario(workers))
     assert workers.client.direct.in_flight == workers.throttle.in_flight == 0
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
+
+
+def test_an_ordinary_engine_takes_calls(newest):
+    made = config()
+    assert direct_path_blockers(runner(made), made, SPEC) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"speculative_config": object()}, "speculative"),
+        ({"lora_config": object()}, "lora"),
+        ({"kv_transfer_config": object()}, "kv-transfer"),
+        ({"model_config__enable_sleep_mode": True}, "sleep"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "stages"),
+        ({"parallel_config__data_parallel_size": 2}, "data parallel"),
+        ({"parallel_config__enable_eplb": True}, "eplb"),
+        ({"parallel_config__use_ubatching": True}, "dbo"),
+        ({"scheduler_config__max_num_batched_tokens": 7}, "longer than a step"),
+    ],
+)
+def test_settings_under_which_nonces_stay_requests_are_named(newest, changed, word: str):
+    made = config(**changed)
+    assert word in " ".join(direct_path_blockers(runner(made), made, SPEC))
+
+
+def test_positions_of_several_dimensions_take_calls_where_they_were_run(newest):
+    made = config(model_config__uses_mrope=True)
+    on_gpu = runner(made)
+    assert direct_path_blockers(on_gpu, made, SPEC) == []
+    on_gpu.device = torch.device("cuda")
+    assert "several dimensions" in direct_path_blockers(on_gpu, made, SPEC)[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"specs": (FullAttentionSpec, FullAttentionSpec)}, "2 kinds"),
+        ({"specs": (MambaSpec,)}, "MambaSpec"),
+        ({"backend": "FLASHINFER"}, "FLASHINFER"),
+        ({"shapes": ((9, 2, 4, 8), (9, 2, 4, 16))}, "several forms"),
+        ({"shapes": ((2, 9, 4, 2, 8),)}, "several forms"),
+    ],
+)
+def test_models_whose_nonces_stay_requests_are_named(newest, changed, word: str):
+    made = config()
+    assert word in " ".join(direct_path_blockers(runner(made, **changed), made, SPEC))
+
+
+def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.2")
+    assert "before 0.32" in direct_path_blockers(None, None, SPEC)[0]
+
+
+@pytest.mark.parametrize(("seq_len", "batch"), [(8, 8), (64, 1), (63, 1), (2, 16), (5, 12)])
+def test_a_pass_fits_into_a_step_of_the_engine(seq_len: int, batch: int):
+    made = config()
+    assert DirectPasses(runner(made), made, lambda spec: None)._batch(seq_len) == batch
+
+
+def test_a_pass_is_shorter_where_its_cache_must_fit_into_the_memory_of_a_step():
+    made = config()
+    per_token = 4 * (2 * 8 + 16)  # keys and values of two heads, and an input, in float32
+    passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * per_token)
+    assert passes._batch(8) == 4
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
+def test_the_private_cache_lies_in_memory_as_that_of_the_engine(order):
+    own = torch.ones([(9, 2, 4, 8)[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
+    made = _empty_cache_like(own, 5)
+    assert (made.shape, made.any().item()) == ((5, 2, 4, 8), False)
+    assert sorted(range(4), key=made.stride) == sorted(range(4), key=own.stride)
+
+
+def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():
+    made = config()
+    over = runner(made)
+    passes = DirectPasses(over, made, lambda spec: None)
+    assert passes.prepare(SPEC) == 8
+    layers = list(made.compilation_config.static_forward_context.values())
+    before = [layer.kv_cache for layer in layers]
+
+    def fail() -> None:
+        with passes._private_cache(partial=True):
+            assert all(layer.kv_cache is passes._cache for layer in layers)
+            passes._cache.fill_(float("nan"))
+            raise ValueError("in a layer")
+
+    with pytest.raises(ValueError, match="in a layer"):
+        fail()
+    assert all(layer.kv_cache is own for layer, own in zip(layers, before, strict=True))
+    with passes._private_cache(partial=True):
+        assert not passes._cache.any()

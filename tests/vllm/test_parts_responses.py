@@ -1,17 +1,121 @@
-"""The serving part of recorded responses, without vLLM: seeds, receipts, and what has neither."""
+"""Recorded responses without vLLM: seeds, receipts, sketches, and the routes that name them."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
+import numpy as np
 import pytest
+import torch
+from fastapi import FastAPI
 
-from assay.errors import ModelError, StorageError
+from assay.errors import ModelError, StorageError, UsageError
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses import Prompt, ResponseSeed, Sampling
 from assay.poc.responses.adapters import Adapter, digest_adapter
-from assay.poc.vllm.carried import ARGUMENT, Carried, as_words, carried_by
-from assay.poc.vllm.recorder import ACCEPTED, Accepted
-from tests.vllm.recording import DIGEST, LLM, Sink, ask, params, recorded
+from assay.poc.responses.sampling import step_seeds
+from assay.poc.vllm.compatibility import check_responses, processor_for
+from assay.poc.vllm.preflight import PluginSettings, response_arguments
+from assay.poc.vllm.recorder import ACCEPTED, Accepted, Beacon, Recorder
+from assay.poc.vllm.response_routes import ReceiptMiddleware, Responses
+from assay.poc.vllm.response_worker import ARGUMENT, Capture, Carried, _next_sketched, carried_by
+from assay.poc.vllm.rows import spans
+
+DIGEST = "0" * 64
+
+
+def params(**values):
+    given = {
+        "n": 1,
+        "seed": None,
+        "extra_args": None,
+        "logit_bias": None,
+        "max_tokens": 9,
+        "detokenize": True,
+        "temperature": 0.7,
+        "top_k": -1,
+    }
+    given |= {"top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+    return SimpleNamespace(output_kind=SimpleNamespace(name="DELTA"), **given | values)
+
+
+class Sink:
+    """Keeps receipts in a list, or refuses them."""
+
+    def __init__(self) -> None:
+        self.receipts = []
+        self.error = None
+
+    def check(self) -> None:
+        """Never refuse."""
+
+    async def store(self, receipt) -> None:
+        if self.error:
+            raise self.error
+        await asyncio.sleep(0)
+        self.receipts.append(receipt)
+
+
+class LLM:
+    """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, some times over."""
+
+    def __init__(self, turns: int = 3, pause: float = 0.0) -> None:
+        self.output_processor = SimpleNamespace(add_request=lambda *given: None, process_outputs=lambda *given: None)
+        self.turns, self.pause = turns, pause
+        self.sent = []
+        self.calls = []
+        self.sketches = True
+
+    async def generate(self, prompt, sampling_params, request_id, **options) -> AsyncGenerator:
+        parent = SimpleNamespace(sampling_params=sampling_params) if sampling_params.n > 1 else None
+        for index in range(sampling_params.n):
+            request = SimpleNamespace(request_id=f"{index}_{request_id}-ab", external_req_id=request_id)
+            plain = {"prompt_embeds": None, "mm_features": None, "lora_request": None, "resumable": False}
+            vars(request).update(plain | options, sampling_params=sampling_params, prompt_token_ids=prompt)
+            self.output_processor.add_request(request, None, parent, index, None)
+            self.sent.append(request)
+        for turn in range(self.turns):
+            finish = "stop" if turn == self.turns - 1 else None
+            mine = [one for one in self.sent if one.external_req_id == request_id]
+            self.output_processor.process_outputs(
+                [SimpleNamespace(request_id=one.request_id, new_token_ids=[0]) for one in mine]
+            )
+            await asyncio.sleep(self.pause)
+            yield SimpleNamespace(
+                outputs=[
+                    SimpleNamespace(index=index, token_ids=[index], finish_reason=finish)
+                    for index in range(sampling_params.n)
+                ]
+            )
+
+    async def collective_rpc(self, method, args):
+        self.calls.append((method, *args))
+        if not self.sketches:
+            return [{}, {}]
+        return [
+            {name: np.arange(*numbers).repeat(12).astype(np.float16).tobytes() for name, numbers in args[0].items()}
+        ]
+
+
+def recorded(llm: LLM, sink: Sink, seeded: bool = True) -> Recorder:
+    return Recorder(llm, sink, public_key="node", digest=DIGEST, seeded=seeded)
+
+
+async def ask(llm: LLM, accepted: Accepted | None, prompts=((5, 6),), stop_after: int = 9, **given) -> int:
+    """Ask as a route does for the prompts of one request; return how many outputs came."""
+    ACCEPTED.set(accepted)
+    calls = [llm.generate(prompt, params(**given), f"cmpl-{i}") for i, prompt in enumerate(prompts)]
+    count = 0
+    for outputs in calls:
+        async for _ in outputs:
+            count += 1
+            if count == stop_after:
+                await outputs.aclose()
+                return count
+    return count
 
 
 def test_every_choice_has_its_seed_and_its_receipt():
@@ -30,7 +134,8 @@ def test_every_choice_has_its_seed_and_its_receipt():
     assert len(llm.calls) == 2  # the choices that end together are collected together
     seed = ResponseSeed(user_seed="11", request_id="r", public_key="node", digest=DIGEST, block_hash="block", index=3)
     carried = carried_by(llm.sent[3].sampling_params)
-    assert carried == Carried(1, as_words(seed.words("sketch")), as_words(seed.words()), sink.receipts[3].sampling)
+    sketch, tokens = (tuple(seed.words(stream).tolist()) for stream in ("sketch", "tokens"))
+    assert carried == Carried(1, sketch, tokens, sink.receipts[3].sampling)
     assert (llm.sent[3].sampling_params.temperature, llm.sent[3].sampling_params.seed) == (0.0, None)
     assert recorder.counts == {"stored": 4, "unrecorded": 0, "failed": 0}
 
@@ -171,3 +276,287 @@ def test_masks_are_named():
     for given in ({}, {"bad_words": ["x"]}, {"min_tokens": 2}, {"structured_outputs": object()}):
         asyncio.run(ask(llm, Accepted("r", "block"), **given))
     assert [one.mask for one in sink.receipts] == [False, True, True, True]
+
+
+WIDTH = 16
+
+
+def test_what_is_carried_comes_back_and_what_others_put_there_does_not():
+    sampling = Sampling(temperature=0.5, logit_bias={3: 1.0, 70: -2.0})
+    for carried in (Carried(5, (1,) * 8, (2,) * 8, sampling), Carried(5, (1,) * 8)):
+        assert carried_by(SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})) == carried
+    for other in (None, {}, {"kv": 1}, {ARGUMENT: [1, 2]}, {ARGUMENT: "x"}):
+        assert carried_by(SimpleNamespace(extra_args=other)) is None
+
+
+class Runner:
+    """A model runner of the V1 kind, whose states name their position."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.execute_model_state = None
+        self.input_batch = None
+
+    def execute_model(self, scheduler_output):
+        """Do nothing."""
+
+    def sample_tokens(self):
+        """Do nothing."""
+
+
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH), speculative_config=None)
+
+
+def state_of(name: str, position: int) -> torch.Tensor:
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(hash(name) % 1000 + position))
+
+
+def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
+    """Run positions [computed, computed + length) of requests."""
+    lengths = {name: length for name, (_, length) in spans.items()}
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens=lengths))
+    rows = [
+        state_of(name, at) for name, (computed, length) in spans.items() for at in range(computed, computed + length)
+    ]
+    runner.input_batch = SimpleNamespace(
+        req_ids=list(spans),
+        num_computed_tokens_cpu=[computed for computed, _ in spans.values()],
+        num_prompt_tokens=[0] * len(spans),
+    )
+    runner.execute_model_state = SimpleNamespace(
+        hidden_states=torch.stack(rows), scheduler_output=SimpleNamespace(num_scheduled_tokens=lengths)
+    )
+    runner.sample_tokens()
+
+
+def new_request(name: str, prompt: int, words):
+    argument = Carried(prompt, tuple(map(int, words))).as_argument()
+    return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args={ARGUMENT: argument}))
+
+
+def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_preemption():
+    runner, words = Runner(), np.arange(8, dtype=np.uint32)
+    capture = Capture(runner, CONFIG)
+    step(runner, {"x": (0, 4), "a": (0, 6)}, [new_request("a", 10, words)])
+    step(runner, {"a": (6, 4), "x": (4, 1)})  # ends the prompt: token 0
+    for at in range(10, 30):
+        step(runner, {"x": (at, 1), "a": (at, 1)})
+    step(runner, {"a": (0, 41)}, [new_request("a", 10, words)])  # preempted, and all computed again: token 31 is next
+    for at in range(41, 80):
+        step(runner, {"a": (at, 1)})
+    given = capture.read({"a": range(3), "x": range(3), "unknown": range(1)})
+    assert (given["x"], given["unknown"]) == (b"", b"")
+    found = np.frombuffer(given["a"], np.float16).reshape(-1, 12)
+    states = torch.stack([state_of("a", 9 + token) for token in (0, 32, 64)])
+    assert found.tolist() == sketch_states(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
+    assert capture.read({"a": range(1, 2)})["a"] == given["a"][24:48]
+    assert capture.errors == 0
+
+
+def test_steps_in_which_nothing_can_be_due_are_not_looked_at(monkeypatch):
+    looked = []
+    monkeypatch.setattr("assay.poc.vllm.response_worker.spans", lambda runner: looked.append(1) or spans(runner))
+    runner, words = Runner(), np.arange(8, dtype=np.uint32)
+    capture = Capture(runner, CONFIG)
+    news = [new_request(name, prompt, words) for name, prompt in (("a", 10), ("b", 6))]
+    step(runner, {"a": (0, 10), "b": (0, 6)}, news)
+    for at in range(10, 80):
+        if at == 30:  # one waits for a step, and its next sketch comes a step later than it would have
+            step(runner, {"a": (at, 1)})
+        else:
+            step(runner, {"a": (at, 1), "b": (at - 4 - (at > 30), 1)})
+    found = capture.read(dict.fromkeys("ab", range(3)))
+    for name, prompt in (("a", 10), ("b", 6)):
+        states = torch.stack([state_of(name, prompt - 1 + token) for token in (0, 32, 64)])
+        made = np.frombuffer(found[name], np.float16).reshape(-1, 12)
+        assert made.tolist() == sketch_states(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
+    assert len(looked) < 12
+    assert capture.errors == 0
+
+
+def test_sketches_behind_one_that_is_missing_are_not_handed_out_at_its_place():
+    runner = Runner()
+    capture = Capture(runner, CONFIG)
+    step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
+    step(runner, {"a": (65, 1)})
+    assert len(capture.read({"a": range(3)})["a"]) == 24
+
+
+def test_requests_that_are_forgotten_are_dropped():
+    runner = Runner()
+    capture = Capture(runner, CONFIG)
+    step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
+    capture.drop(["a", "b"])
+    assert capture.read({"a": range(1)}) == {"a": b""}
+    assert capture.there == {}
+
+
+def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts():
+    """The host's count of positions is a bound there: two tokens too high at first, and right when they come again."""
+    drafting = type("Drafting", (Runner,), {"__module__": "vllm.v1.worker.gpu.model_runner"})
+    runner, words = drafting(), np.arange(8, dtype=np.uint32)
+    speculative = SimpleNamespace(num_speculative_tokens=2)
+    capture = Capture(runner, SimpleNamespace(model_config=CONFIG.model_config, speculative_config=speculative))
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
+    for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
+        batch = {"req_ids": ["a", "padding"], "num_reqs": 1, "query_start_loc_np": np.array([0, len(positions), 99])}
+        batch |= {"num_computed_tokens_np": np.array([bound]), "prefill_len_np": np.array([10])}
+        batch["positions"] = torch.tensor(list(positions))
+        states = torch.stack([state_of(name, at) for at in positions])
+        runner.execute_model_state = SimpleNamespace(hidden_states=states, input_batch=SimpleNamespace(**batch))
+        runner.sample_tokens()
+    found = np.frombuffer(capture.read({"a": range(2)})["a"], np.float16).reshape(-1, 12)
+    wanted = sketch_states(torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32]))
+    assert (found.tolist(), capture.errors) == (wanted.numpy().tolist(), 0)
+
+
+def test_which_tokens_are_sketched():
+    assert _next_sketched(np.arange(-40, 70)).tolist() == [0] * 41 + [SKETCH_EVERY] * 32 + [64] * 32 + [96] * 5
+
+
+def test_a_beacon_gives_the_newest_block_and_waits_for_the_next():
+    async def scenario():
+        beacon = Beacon()
+        assert await beacon.next(0.01) is None
+        beacon.post("a")
+        waiting = asyncio.ensure_future(beacon.next(5))
+        await asyncio.sleep(0)
+        beacon.post("a")  # no news
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        beacon.post("b")
+        return beacon.newest, await waiting
+
+    assert asyncio.run(scenario()) == ("b", "b")
+
+
+def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
+    monkeypatch.setenv("ASSAY_RESPONSES", "seeded")
+    monkeypatch.setenv("ASSAY_RESPONSES_PUBLIC_KEY", "node")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    responses, llm, sink, app = Responses(PluginSettings()), LLM(), Sink(), FastAPI()
+    responses.sink, responses.recorder = sink, recorded(llm, sink)
+
+    @app.post("/v1/completions")
+    async def complete(body: dict) -> dict:
+        outputs = [one async for one in llm.generate((5,), params(seed=body.get("seed")), "cmpl-0")]
+        return {"outputs": len(outputs)}
+
+    app.add_middleware(ReceiptMiddleware, responses=responses)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://x")
+    return responses, sink, client
+
+
+def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
+    async def scenario():
+        responses, sink, client = application(monkeypatch)
+        first = await client.post("/v1/completions", json={})
+        responses.beacon.post("0xé")
+        named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
+        second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
+        third = await client.post("/v1/completions", json={"seed": 5})
+        return first, second, third, sink.receipts
+
+    first, second, third, receipts = asyncio.run(scenario())
+    assert (first.status_code, first.headers["x-assay-receipt"]) == (200, "none")
+    assert (second.headers["x-assay-receipt"], second.headers["x-assay-block"]) == ("mine", "0x%C3%A9")
+    assert [(one.request_id, one.user_seed, one.chosen_by) for one in receipts] == [
+        ("mine", "s", "client"),
+        (third.headers["x-assay-receipt"], "5", "server"),
+    ]
+
+
+@pytest.mark.parametrize("header", ["X-Request-Id", "X-Assay-User-Seed"])
+def test_headers_that_cannot_be_part_of_a_seed_are_refused(monkeypatch, header: str):
+    async def scenario():
+        _, _, client = application(monkeypatch)
+        return await client.post("/v1/completions", json={}, headers={header: "x" * 1025})
+
+    answer = asyncio.run(scenario())
+    assert answer.status_code == 422
+    assert header in answer.json()["detail"]
+
+
+def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatch):
+    async def scenario():
+        responses, sink, client = application(monkeypatch)
+        responses.beacon.post("b")
+        sink.error = StorageError("disk full", wanted="room", do="make room")
+        return await client.post("/v1/completions", json={})
+
+    answer = asyncio.run(scenario())
+    assert (answer.status_code, answer.json()["detail"]) == (503, "disk full")
+
+
+def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypatch):
+    async def scenario():
+        responses, sink, client = application(monkeypatch, ASSAY_RESPONSES_BLOCK="next")
+        responses.beacon.post("old")
+        asking = asyncio.ensure_future(client.post("/v1/completions", json={}))
+        while not responses.beacon._posted._waiters:
+            await asyncio.sleep(0)
+        responses.beacon.post("new")
+        return (await asking).headers["x-assay-block"], [one.block_hash for one in sink.receipts]
+
+    assert asyncio.run(scenario()) == ("new", ["new"])
+
+
+def config(v2: bool = False, speculative=None, **model):
+    return SimpleNamespace(
+        use_v2_model_runner=v2, speculative_config=speculative, model_config=SimpleNamespace(**model)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "version", "refusal"),
+    [
+        (config(speculative=1), "seeded", "0.32.0", "speculative"),
+        (config(speculative=1), "sketched", "0.32.0", "speculative"),
+        (config(v2=True), "seeded", "0.30.1", "V2 runner has no"),
+        (config(logprobs_mode="processed_logprobs"), "seeded", "0.32.0", "logprobs-mode"),
+        (config(v2=True, return_sampling_mask=True), "seeded", "0.32.0", "another sampler"),
+    ],
+)
+def test_engines_that_cannot_record_or_seed_are_refused(given, mode, version, refusal):
+    with pytest.raises(UsageError, match=refusal):
+        check_responses(given, mode, version)
+    check_responses(given, "off", version)
+
+
+def test_engines_that_can_are_taken():
+    for v2, version in ((False, "0.28.0"), (True, "0.31.0"), (True, "0.32.1")):
+        check_responses(config(v2=v2), "seeded", version)
+    check_responses(config(v2=True, speculative=1), "seeded", "0.32.0")
+    check_responses(config(v2=True), "sketched", "0.28.0")
+    assert processor_for(config(v2=True)).endswith(":ProcessorV2")
+    assert processor_for(config()).endswith(":ProcessorV1")
+
+
+def test_the_processor_is_named_behind_those_of_the_operator():
+    own = SimpleNamespace(worker_extension_cls="assay.poc.vllm.WorkerExtension", logits_processors=["a:B"])
+    words = response_arguments(own, config(), "seeded")
+    assert words == [
+        "--worker-extension-cls",
+        "assay.poc.vllm.ResponseExtension",
+        "--logits-processors",
+        "a:B",
+        "assay.poc.vllm:ProcessorV1",
+    ]
+    assert "--logits-processors" not in response_arguments(own, config(), "sketched")
+    own.worker_extension_cls = "mine.Extension"
+    with pytest.raises(UsageError, match=r"mine\.Extension"):
+        response_arguments(own, config(), "seeded")
+
+
+def test_responses_need_the_key_of_the_node(monkeypatch):
+    monkeypatch.setenv("ASSAY_RESPONSES", "seeded")
+    with pytest.raises(UsageError, match="ASSAY_RESPONSES_PUBLIC_KEY"):
+        PluginSettings()
+
+
+def test_the_package_names_no_entry_point_that_moves_a_server_to_another_runner():
+    from importlib.metadata import distribution
+
+    assert "vllm.logits_processors" not in {entry.group for entry in distribution("assay").entry_points}

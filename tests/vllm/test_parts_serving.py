@@ -141,7 +141,6 @@ def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.
         "ASSAY_ALLOW_PRIVATE_CALLBACKS": "1",
         "ASSAY_VLLM_SHARE": "0.5",
         "ASSAY_VLLM_MODE": "exclusive",
-        "ASSAY_VLLM_INPUTS": "sent",
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -150,7 +149,6 @@ def test_settings_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert (read.callback_interval, read.max_nonces, read.drain) == (0.5, 7, 2.0)
     assert read.allow_private_callbacks is True
     assert read.throttle == ThrottleSettings(share=0.5, mode="exclusive")
-    assert read.vllm_inputs == "sent"
     monkeypatch.setenv("ASSAY_DRAIN", "9")
     assert PluginSettings().drain == 9.0
 
@@ -167,7 +165,6 @@ def test_every_setting_of_the_throttle_has_a_name_in_the_environment():
         {"ASSAY_ALLOW_PRIVATE_CALLBACKS": "perhaps"},
         {"ASSAY_VLLM_SHARE": "2"},
         {"ASSAY_VLLM_MODE": "greedy"},
-        {"ASSAY_VLLM_INPUTS": "guessed"},
         {"ASSAY_API_KEY": "short"},
         {"ASSAY_API_KEY_FILE": "/no/such/file"},
     ],

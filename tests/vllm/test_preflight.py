@@ -9,7 +9,7 @@ import pytest
 from _vllm import KEY, OPTIONS, REFERENCE
 
 from assay.models.load import identify
-from assay.poc.vllm.start import before_start
+from assay.poc.vllm import before_start
 from tests.models.storing import make_mixture, store
 from tests.vllm.conftest import ON_GPU
 

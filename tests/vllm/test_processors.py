@@ -8,7 +8,7 @@ import torch
 
 from assay.poc.responses import Sampling
 from assay.poc.responses.sampling import counts_before, scores, step_seeds, tokens_of
-from assay.poc.vllm.carried import ARGUMENT, Carried
+from assay.poc.vllm.response_worker import ARGUMENT, Carried
 
 VOCABULARY = 97
 SAMPLINGS = (
@@ -85,6 +85,18 @@ def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
     processor.update_state(update(removed=[3]))
     made = processor.apply((given := logits(3, 10)).clone())
     assert made[1].tolist() == wanted(given[1], 1, outputs[1])
+
+
+def test_history_counts_what_is_new_and_skips_tokens_that_are_not_there_yet():
+    from assay.poc.vllm.processor_v1 import History
+
+    history = History([[1, 1, 2], [0, 5]], 5, torch.device("cpu"))
+    outputs = [[3], [-1]]
+    history.update(outputs)
+    outputs[0] += [3, 4]
+    seen = history.update(outputs)
+    assert seen["prompt_NV"].tolist() == [[False, True, True, False, False], [True] + [False] * 4]
+    assert seen["counts_NV"].tolist() == [[0, 0, 0, 2, 1], [0] * 5]
 
 
 class States:

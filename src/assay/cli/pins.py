@@ -1,87 +1,90 @@
-"""``assay poc pins``: write and read the file that says what a network agreed on; and ``verify --pins``."""
+"""``assay poc pins``: write and read the file that says what a network agreed on."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from pydantic import Field
 
-from assay.cli.commands import App
-from assay.cli.output import JsonFlag, emit_json, show_values, table
-from assay.cli.settings import settings
+from assay.cli.flags import ARGUMENT, DISTANCE, HASH, KEY, MODEL, MODEL_HELP, NONCES, NUMBER, OUTPUT, POSITIONS
+from assay.cli.output import emit_json, show_values, table
+from assay.cli.poc import poc
 from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
-    from assay.cli.pins_settings import CheckPinsSettings, NewPinsSettings
-    from assay.cli.poc_settings import VerifySettings
     from assay.poc.protocol.builds import Build
-    from assay.poc.protocol.pins import Pins
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.protocol.record import Header
-    from assay.poc.verdict.calibration import Calibration
+
+pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
 
 
-app = App(help="Write and check pins.toml, the file that says what a network agreed on.")
+class NewPinsSettings(Settings):
+    """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
 
-FLAGS = {
-    "block_hash",
-    "public_key",
-    "preset",
-    "seq_len",
-    "strength",
-    "r_target",
-    "node_id",
-    "node_count",
-    "prover_dtype",
-}
+    model: Annotated[str, MODEL] = Field(description=f"{MODEL_HELP}; it is hashed and not run.")
+    output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
+    from_proof: tuple[Path, ...] = Field(
+        (), description="Honest proof whose preset, length, target and build are taken over; one for each build."
+    )
+    calibration: tuple[Path, ...] = Field((), description="Calibration file of this model to pin.")
+    public_key: Annotated[tuple[str, ...], KEY] = Field(
+        (), description="Key of a node that may prove; any key when left out."
+    )
+    preset: Annotated[str | None, Flag(unit="NAME")] = Field(None, description="Preset; that of the proof, or poc-2.0.")
+    seq_len: Annotated[int | None, POSITIONS] = Field(
+        None, description="Positions of a nonce; as in the proof, or 256."
+    )
+    strength: Literal[32, 256] = Field(256, description="Bits of the input seeds; those of 256 cannot collide.")
+    node_count: Annotated[int, NUMBER] = Field(1, ge=1, description="Number of machines of one key.")
+    overwrite: bool = Field(False, description="Replace an existing pins file.")
+    r_target: Annotated[float | None, DISTANCE] = Field(
+        None, description="Target distance; that of the proof, or 1.416."
+    )
+    fewest_nonces: Annotated[int, NONCES] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
+    dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
+        None,
+        description="Number format of the build where there is no proof, as a fingerprint names it; else the first one "
+        "of the preset.",
+    )
 
 
-def expected(chosen: "VerifySettings", header: "Header") -> "tuple[Pins, Calibration | None]":
-    """Return what a proof is held against, and the calibration that was measured with its build.
+class CheckPinsSettings(Settings):
+    """Settings of ``assay poc pins check``: what is known of the round of a proof."""
 
-    Args:
-        chosen: Flags, which must agree with the pins file where there is one.
-        header: Header of the proof. The model that it states must be one of the file; `verify` compares it with the
-            one that is loaded.
+    pins: Annotated[Path, ARGUMENT] = Field(description="Pins file.")
+    proof: Annotated[Path | None, ARGUMENT] = Field(None, description="Proof file that is held against it.")
+    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the round.")
+    public_key: Annotated[str | None, KEY] = Field(
+        None, description="Key of the node; with a list of nodes, the key of the proof."
+    )
+    node_id: Annotated[int | None, NUMBER] = Field(
+        None, description="Share of the node; with a list of nodes, the share of the proof."
+    )
 
-    Raises:
-        UsageError: A flag contradicts the file, or the file needs another flag.
-        ProofMismatch: The header contradicts the flags or the file.
-        CalibrationError: No pinned calibration is of this proof, or a calibration cannot be used.
-        DataError: A file cannot be read.
+
+@pins.add(
+    "new",
+    NewPinsSettings,
+    shown="model output from_proof calibration public_key preset seq_len strength node_count overwrite",
+    example="assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml",
+)
+def new(chosen: NewPinsSettings, as_json: bool) -> None:
+    """Write a pins file for a model.
+
+    Seeds have 256 bits. What only a proof can say is left to be filled in.
     """
-    from assay.poc.protocol.pins import Pins
-    from assay.poc.protocol.pins_file import NetworkPins
-    from assay.poc.protocol.round import Round
-    from assay.poc.verdict.calibration import Calibration, pinned_calibration
-
-    given = Pins(**chosen.model_dump(include=FLAGS))
-    network = NetworkPins.load(chosen.pins) if chosen.pins else None
-    pins = network.for_round(model=header.digest, also=given) if network else given
-    if chosen.nonces is not None:
-        named = {"node_id": pins.node_id, "node_count": pins.node_count}
-        share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        nonces = Round(block_hash="any", public_key="any", **share).nonces(*chosen.nonces)
-        pins = pins.joined(Pins(nonces=nonces), str(chosen.pins))
-    if chosen.calibration is not None:
-        return pins, Calibration.load(chosen.calibration)
-    pins.check(header)
-    return pins, None if network is None else pinned_calibration(network, header)
-
-
-@app.command(epilog="Example: assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml")
-@settings("assay.cli.pins_settings:NewPinsSettings")
-def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
-    """Write a pins file for a model, with 256-bit seeds. What only a proof can say is left to be filled in."""
     from assay import poc
     from assay.files.storage import check_new_file, write_atomic
     from assay.models.load import identify, model_info
-    from assay.poc.engines.hf.memory import check_shape
+    from assay.poc.engines.hf.engine import check_shape
     from assay.poc.protocol.pins_file import UNFILLED, PinnedFile, pins_text
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     headers = [poc.Proof.load(path).header for path in chosen.from_proof]
     asked = _round(chosen, headers)
+    poc.Pins(prover_dtype=chosen.dtype)  # an error names the formats
     builds = _builds(chosen, headers, asked["preset"])
     if chosen.seq_len is not None:  # the default is one to be changed in the file
         steps = poc.get_pipeline(asked["preset"]).steps
@@ -114,52 +117,50 @@ def new(chosen: "NewPinsSettings", as_json: JsonFlag = False) -> None:
     show_values("assay.poc.pins.new/1", values, as_json)
 
 
-@app.command(epilog="Example: assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY")
-@settings("assay.cli.pins_settings:CheckPinsSettings")
-def check(
-    chosen: "CheckPinsSettings",
-    context: typer.Context,
-    pins: Annotated[Path, typer.Argument(help="Pins file.")],
-    proof: Annotated[Path | None, typer.Argument(help="Proof file that is held against it.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Say what a pins file pins and what it leaves open; with a proof, whether its header is allowed.
+@pins.add(
+    "check",
+    CheckPinsSettings,
+    example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY",
+)
+def check(chosen: CheckPinsSettings, as_json: bool) -> int:
+    """Say what a file pins and what it leaves open.
 
-    A proof of which something would be taken on the prover's word gives exit code 2, as with verify.
+    With a proof, it says whether its header is allowed. A proof of which something would be taken on the prover's word
+    gives exit code 2, as with verify.
     """
     from assay import poc
-    from assay.poc.verdict.calibration import pinned_calibration
+    from assay.poc.verdict.calibration import find_pinned_calibration
 
-    network = poc.NetworkPins.load(pins)
+    network = poc.NetworkPins.load(chosen.pins)
     for model in network.models:
         list(network.calibrations(model))  # an error says which one is another file
-    values: dict[str, Any] = {"path": str(pins), "pinned": _pinned(network), "open": _open(network)}
+    values: dict[str, Any] = {"path": str(chosen.pins), "pinned": _pinned(network), "open": _open(network)}
     believed: tuple[str, ...] = ()
-    if proof is not None:
-        header = poc.Proof.load(proof).header
-        known = chosen.model_dump()
+    if chosen.proof is not None:
+        header = poc.Proof.load(chosen.proof).header
+        known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
         if network.nodes:  # a key and a share that the file lists are not only the prover's word
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
             known |= {name: value for name, value in stated.items() if known[name] is None}
         held = network.for_round(model=header.digest, **known)
         held.check(header)
-        measured = pinned_calibration(network, header)
+        measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
         noise = "the stated default: no calibration is pinned for this model"
         if measured is not None:
-            noise = measured.build_of(header).source
-        values |= {"proof": str(proof), "unpinned": believed, "noise": noise}
+            noise = measured.find_build(header).source
+        values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)
     else:
         shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
-        if proof is not None:
+        if chosen.proof is not None:
             shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
         table(("", "value"), [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()])
-    context.exit(2 if believed else 0)
+    return 2 if believed else 0
 
 
-def _round(chosen: "NewPinsSettings", headers: "Sequence[Header]") -> dict[str, Any]:
+def _round(chosen: NewPinsSettings, headers: "Sequence[Header]") -> dict[str, Any]:
     """Return the values of the round: those of the flags, else of the proofs, else the published ones."""
     from assay.poc.protocol.pins import Pins
     from assay.poc.protocol.pipelines import get_pipeline
@@ -184,7 +185,7 @@ def _round(chosen: "NewPinsSettings", headers: "Sequence[Header]") -> dict[str, 
     return asked
 
 
-def _builds(chosen: "NewPinsSettings", headers: "Sequence[Header]", preset: str) -> list[dict[str, Any]]:
+def _builds(chosen: NewPinsSettings, headers: "Sequence[Header]", preset: str) -> list[dict[str, Any]]:
     """Return the builds of the proofs, or one that is to be filled in."""
     from assay.poc.protocol.builds import Build, described
     from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED
@@ -210,7 +211,7 @@ def _check_calibration(path: Path, headers: "Sequence[Header]") -> None:
     measured, reasons = Calibration.load(path), []
     for header in headers:
         try:
-            measured.check(header)
+            measured.find_build(header)
         except CalibrationError as error:
             reasons.append(error)
     if headers and len(reasons) == len(headers):

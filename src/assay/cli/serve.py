@@ -1,74 +1,135 @@
 """``assay poc serve``, ``receive`` and ``callbacks``: the service, a receiver, and its dead letters."""
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
+from pydantic import Field
 
-from assay.cli.commands import App
-from assay.cli.engines import check_loadable, compiles, load
-from assay.cli.output import JsonFlag, emit_json, table
-from assay.cli.settings import settings
+from assay.cli.flags import ARGUMENT, FORMATS, MODEL, MODEL_HELP, OUTPUT, KernelName, NumberFormat
+from assay.cli.output import emit_json, table
+from assay.cli.poc import poc
 from assay.errors import UsageError
+from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
-    from assay.cli.service_settings import ListSettings, ReceiveSettings, ReplaySettings, ServeSettings
-    from assay.poc.service.deployment import Deployment
+    from assay.poc.net.deployment import Deployment
+    from assay.poc.service.settings import Settings as ServiceSettings
+
+SERVICE = "assay.poc.service.settings:Settings"
+PORT = Flag(unit="PORT")
+ADDRESS = Flag(unit="ADDRESS")
+HOST_HELP = "Address to listen on. Addresses that other machines reach need a key."
+PORT_HELP = "Port to listen on. 0 takes a free one."
+
+callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
 
 
-FLAGS = (
-    "model", "host", "port", "dtype", "device", "kernels", "log_format",
-    "data_dir", "api_keys", "api_key_file", "validate_keys", "read_keys", "seq_len", "calibration", "pins",
-    "callback_secrets", "callback_interval", "callback_backoff", "callback_backoff_max", "callback_attempts",
-    "callback_timeout", "allow_private_callbacks", "max_pending", "max_positions", "drain", "ledger",
-)  # fmt: skip
-"""The settings of ``serve`` that have a flag; the others are for the environment alone."""
-RECEIVE_FLAGS = ("host", "port", "output", "log_format", "callback_secrets", "api_keys", "api_key_file", "read_keys")
+class RunSettings(Settings):
+    """Settings of a server: what it runs, and where."""
+
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    host: Annotated[str, ADDRESS] = Field("127.0.0.1", description=HOST_HELP)
+    port: Annotated[int, PORT] = Field(8000, ge=0, le=65535, description=PORT_HELP)
+    dtype: NumberFormat = Field(None, description=f"{FORMATS}; by default that of the pins, else the stored one.")
+    device: Device = None
+    kernels: KernelName = Field("auto", description="Kernels: compiled, eager, or auto (compiled on CUDA).")
+    log_format: Literal["console", "json"] = Field("console", description="Form of the log.")
+
+    def deploy(self, dtype: str | None = None) -> "Deployment":
+        """Load the model and return it with its kernels."""
+        from assay.poc.net.deployment import Deployment
+        from assay.poc.opening import compiles, load
+
+        loaded = load(self.model, self.dtype or dtype, self.device)
+        return Deployment.of(loaded, compiled=compiles(loaded, self.kernels))
 
 
-@settings("assay.cli.service_settings:ServeSettings", only=FLAGS)
-def serve(chosen: "ServeSettings") -> None:
-    """Serve the published API until SIGTERM. A restart continues where the service was stopped.
+class ReceiveSettings(Settings):
+    """Settings of ``assay poc receive``."""
 
-    Settings that have no flag can be set in the environment; docs/configuration.md lists them.
+    host: Annotated[str, ADDRESS] = Field("127.0.0.1", description=HOST_HELP)
+    port: Annotated[int, PORT] = Field(8081, ge=0, le=65535, description=PORT_HELP)
+    output: Annotated[Path, OUTPUT] = Field(
+        Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
+    )
+    log_format: Literal["console", "json"] = Field("console", description="Form of the log.")
+
+
+class CallbackSettings(Settings):
+    """Settings of ``assay poc callbacks replay``."""
+
+    ids: Annotated[tuple[str, ...], ARGUMENT] = Field((), description="Ids of dead callbacks; all when left out.")
+    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
+        Path("assay-data"), description="Directory of the service's database."
+    )
+
+
+class ListSettings(Settings):
+    """Settings of ``assay poc callbacks list``."""
+
+    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
+        Path("assay-data"), description="Directory of the service's database."
+    )
+    every: Annotated[bool, Flag(("--all",))] = Field(False, description="List delivered callbacks too.")
+    limit: Annotated[int, Flag(unit="ROWS")] = Field(100, ge=1, description="Largest number to list, newest first.")
+
+
+@poc.add(
+    "serve",
+    RunSettings,
+    SERVICE,
+    panel="Node",
+    shown="model data_dir host port api_key_file pins ledger device dtype log_format",
+    example="assay poc serve --model reference:qwen3 --api-key-file keys",
+)
+def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
+    """Serve the published API until SIGTERM.
+
+    A restart continues where the service was stopped. Keys and callback secrets come from files or from the variables
+    ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
     from assay.models.load import model_info
-    from assay.poc import service
-    from assay.poc.engines.hf.memory import check_shape
+    from assay.poc.engines.hf.engine import check_shape
+    from assay.poc.net.logs import configure_logs
+    from assay.poc.net.server import serve
+    from assay.poc.opening import check_loadable
     from assay.poc.protocol.round import Round
-    from assay.poc.service.deployment import Deployment
     from assay.poc.verdict.ledger import check_ledger
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
     info = model_info(chosen.model)
-    if chosen.service.seq_len != Round.seq_len:
-        check_shape(info, batch_size=1, seq_len=chosen.service.seq_len)
+    if service.seq_len != Round.seq_len:
+        check_shape(info, batch_size=1, seq_len=service.seq_len)
     check_loadable(chosen.model, chosen.dtype, chosen.device)
-    if chosen.service.ledger is not None:
-        check_ledger(chosen.service.ledger, alpha=chosen.service.alpha, beta=chosen.service.beta)
-    service.configure_logs(chosen.log_format)
-
-    def deploy() -> "Deployment":
-        loaded = load(chosen.model, chosen.dtype, chosen.device)
-        return Deployment.of(loaded, compiled=compiles(loaded, chosen.kernels))
-
-    service.serve(deploy, chosen.service, host=chosen.host, port=chosen.port)
+    if service.ledger is not None:
+        check_ledger(service.ledger, alpha=service.alpha, beta=service.beta)
+    configure_logs(chosen.log_format)
+    serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
 
 
-@settings("assay.cli.service_settings:ReceiveSettings", only=RECEIVE_FLAGS)
-def receive(chosen: "ReceiveSettings") -> None:
-    """Receive callbacks until SIGTERM: check signatures, and keep each callback once."""
-    from assay.poc.service import configure_logs, receiver
+@poc.add(
+    "receive",
+    ReceiveSettings,
+    SERVICE,
+    panel="Node",
+    shown="host port output api_key_file log_format",
+    example="assay poc receive --port 8081",
+)
+def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
+    """Receive callbacks: check and keep each once.
+
+    Signatures are checked with the secrets of ASSAY_CALLBACK_SECRET. It runs until SIGTERM.
+    """
+    from assay.poc.net.logs import configure_logs
+    from assay.poc.service.receiver import receive
 
     configure_logs(chosen.log_format)
-    receiver.receive(chosen.service, chosen.output, host=chosen.host, port=chosen.port)
+    receive(service, chosen.output, host=chosen.host, port=chosen.port)
 
 
-callbacks = App(help="Look at undelivered callbacks, and send dead ones again.")
-
-
-@callbacks.command("list", epilog="Example: assay poc callbacks list --all")
-@settings("assay.cli.service_settings:ListSettings")
-def list_callbacks(chosen: "ListSettings", as_json: JsonFlag = False) -> None:
+@callbacks.add("list", ListSettings, example="assay poc callbacks list --all")
+def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
     from assay.poc.service.outbox import open_outbox
 
@@ -82,25 +143,23 @@ def list_callbacks(chosen: "ListSettings", as_json: JsonFlag = False) -> None:
     table(columns, [[getattr(row, name) for name in columns] for row in rows])
 
 
-@callbacks.command("replay", epilog="Example: assay poc callbacks replay msg_1a2b")
-@settings("assay.cli.service_settings:ReplaySettings")
-def replay(
-    chosen: "ReplaySettings",
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of dead callbacks; all of them when left out.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Make dead callbacks pending again. A running service delivers them, and so does the next start."""
+@callbacks.add("replay", CallbackSettings, example="assay poc callbacks replay msg_1a2b")
+def replay(chosen: CallbackSettings, as_json: bool) -> None:
+    """Make dead callbacks pending again.
+
+    A running service delivers them, and so does the next start.
+    """
     from assay.poc.service.outbox import open_outbox
 
     with open_outbox(chosen.data_dir) as outbox:
-        count = outbox.replay(ids or None)
-    if ids and count < len(ids):
+        count = outbox.replay(list(chosen.ids) or None)
+    if chosen.ids and count < len(chosen.ids):
         raise UsageError(
-            f"{count} of {len(ids)} callbacks were dead",
+            f"{count} of {len(chosen.ids)} callbacks were dead",
             wanted="ids of dead callbacks",
             do="`assay poc callbacks list` shows them",
         )
     if as_json:
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
     else:
-        typer.echo(f"{count} callbacks are pending again")
+        click.echo(f"{count} callbacks are pending again")

@@ -5,8 +5,8 @@ import torch
 
 from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import memory as _memory
-from assay.poc.engines.hf.memory import auto_batch
+from assay.poc.engines.hf import engine as _memory
+from assay.poc.engines.hf.engine import auto_batch
 
 
 @pytest.fixture

@@ -10,12 +10,10 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from assay.models import wide
-from assay.models.decoder import backbone, decoder_layers
+from assay.models.decoder import decoder_layers
 from assay.models.wide import WIDE
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.engines.hf import memory as _memory
-from assay.poc.engines.hf.compiled import LeanForward
-from assay.poc.engines.hf.lean import LeanParts, layer_shape, layer_weights, rotation_of
+from assay.poc.engines.hf import engine as _memory
 from tests.models.narrow import Products, narrow_model
 
 
@@ -68,23 +66,6 @@ def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, rou
     assert kinds == {"float"}
     assert functional.cosine_similarity(states, eager.read(inputs)).min() > 0.999
     assert WIDE in compiled.fingerprint.kernels
-
-
-@pytest.mark.usefixtures("without_fast_products")
-def test_layers_without_a_model_around_them_multiply_in_float32_too(small_checkpoint: Path, round_: Round):
-    """As they run inside vLLM."""
-    model = narrow_model(small_checkpoint)
-    eager = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16)
-    inputs, body = eager.inputs(round_, range(16)), backbone(model.module)
-    rotation = rotation_of(body.rotary_emb, 16, model.dtype, model.device)
-    weights = [layer_weights(layer) for layer in body.layers]
-    forward = LeanForward(LeanParts(layer_shape(body.layers[0]), weights, body.norm.weight.data, rotation))
-    with torch.inference_mode(), Products() as products:
-        states = forward.last_hidden(inputs)
-    assert products.narrow == []
-    assert products.wide
-    assert functional.cosine_similarity(states, eager.read(inputs)).min() > 0.999
-    assert WIDE in forward.kernels
 
 
 @pytest.mark.usefixtures("without_fast_products")

@@ -16,8 +16,8 @@ from pydantic import Field as Setting
 
 from assay import stats
 from assay.files.jsonl import JsonObject
+from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.outputs import make_transform
 from assay.poc.protocol.pipelines import PIPELINES, Positions, get_pipeline
 from assay.poc.protocol.transforms import unit, weighted_sum
 from assay.settings import Names

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.outputs import make_transform
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform

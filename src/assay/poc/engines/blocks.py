@@ -3,9 +3,9 @@
 import torch
 
 from assay.models.load import Model
+from assay.poc.engines.base import StateEngine
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.outputs import StateEngine
 from assay.poc.protocol.blocks import BlockFactor, block_factor
 from assay.poc.protocol.round import Round
 

@@ -22,7 +22,7 @@ from assay import streams
 from assay.poc.engines.base import Engine
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.sketches import sketches
+from assay.poc.protocol.transforms import sketch_states
 
 
 class Decoded(NamedTuple):
@@ -129,5 +129,5 @@ class Draws:
 
     def sketches(self, states_BSD: Float[Tensor, "B S D"]) -> Float16[np.ndarray, "B S K"]:
         """Return the sketches of the states that gave the sketched tokens."""
-        made = sketches(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
+        made = sketch_states(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
         return made.view(*states_BSD.shape[:2], -1).cpu().numpy()

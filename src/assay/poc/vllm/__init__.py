@@ -3,10 +3,15 @@
 ``VLLMEngine`` starts an engine of its own. ``plugin`` is the entry point of ``vllm.endpoint_plugins`` that puts the
 service into a vLLM server, and ``before_start`` that of ``vllm.general_plugins``. ``WorkerExtension`` and
 ``ResponseExtension`` run inside vLLM's workers, ``ProcessorV1`` and ``ProcessorV2`` inside its model runners. Nothing
-here imports vLLM before it is used. docs/vllm.md describes it.
+here is imported before it is used: ``before_start`` runs in every process of vLLM, and vLLM only logs an entry point
+that cannot be imported, and would answer chat and prove nothing. docs/vllm.md describes it.
 """
 
 import importlib
+import multiprocessing
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +21,6 @@ if TYPE_CHECKING:
     from assay.poc.vllm.processor_v1 import ProcessorV1 as ProcessorV1
     from assay.poc.vllm.processor_v2 import ProcessorV2 as ProcessorV2
     from assay.poc.vllm.response_worker import ResponseExtension as ResponseExtension
-    from assay.poc.vllm.start import before_start as before_start
     from assay.poc.vllm.worker import WorkerExtension as WorkerExtension
 
 _PLACES = {
@@ -26,7 +30,6 @@ _PLACES = {
     "ResponseExtension": "response_worker",
     "VLLMEngine": "engine",
     "WorkerExtension": "worker",
-    "before_start": "start",
     "plugin": "plugin",
 }
 
@@ -42,8 +45,45 @@ __all__ = [
 ]
 
 
+_SERVERS = ("api_server.py", "entry.py")
+"""Files that ``python -m`` runs as a server: the second one since vLLM 0.32, where the first is deprecated."""
+
+
+def before_start() -> None:
+    """Refuse a server that could not prove, in the first seconds, and set what float32 and responses need.
+
+    It reads the command line and a ``--config`` file with vLLM's own parser, and the settings of the model with vLLM's
+    own configuration. Only the first process of a server with the plugin, or with its worker extension, is checked; all
+    others are left alone.
+
+    Raises:
+        SystemExit: Exit code 1 with the refusal, or whatever vLLM's parser raises for arguments that it refuses itself.
+    """
+    if multiprocessing.parent_process() is not None:
+        return
+    if not (sys.argv[1:2] == ["serve"] or Path(sys.argv[0]).name in _SERVERS):
+        return
+    from assay.errors import AssayError, UsageError
+    from assay.poc.vllm.compatibility import EXTENSION, OLD_NAMES
+
+    chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
+    try:
+        if chosen:
+            from assay.poc.vllm.preflight import check_server
+
+            check_server()
+        elif any(name in word for name in (EXTENSION, *OLD_NAMES) for word in sys.argv):
+            raise UsageError(
+                "vLLM with the worker extension of assay and without VLLM_PLUGINS=assay",
+                wanted="the plugin too: without it the server has no /api/v1/pow and proves nothing",
+                do="set VLLM_PLUGINS=assay, with the names of the other plugins that you need",
+            )
+    except AssayError as error:
+        raise SystemExit(f"assay refuses to start: {error}") from None
+
+
 def __getattr__(name: str) -> Any:
-    """Import a name on first use: ``before_start`` runs in every process of vLLM and may refuse before the rest loads."""
+    """Import a name when it is used."""
     if name in _PLACES:
         return getattr(importlib.import_module(f"assay.poc.vllm.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,10 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
-A stream of nonces is admitted one by one, collected a batch at a time, and returned in order. Everything here runs in
-the event loop of the engine.
+A stream of nonces is admitted one by one, collected a batch at a time, and returned in order. :class:`RequestStream`
+runs inputs as requests, :class:`DirectStream` whole batches in calls where it can, and :class:`TokenStream` nonces that
+decode. Everything here runs in the event loop of the engine.
+
+Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a sketch.
 """
 
 import asyncio
@@ -10,16 +13,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, reason_of
-from assay.poc.vllm.compatibility import own_forward_refused, refuse_missing
-from assay.poc.vllm.direct import DirectPath
+from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
+from assay.poc.engines.decoding import Decoded, Replayed, drawn_prompts
+from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, sketch_steps
+from assay.poc.vllm.compatibility import refuse_missing
+from assay.poc.vllm.decoding import CLAIMED
+from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpacked
 from assay.poc.vllm.throttle import Throttle
 
@@ -36,15 +41,12 @@ COLLECTED = 256  # nonces whose rows are collected in one call
 Values = NDArray[np.floating[Any]]
 
 
-class Asked(NamedTuple):
+class TokenRequest(NamedTuple):
     """A request of token ids, and what vLLM is to do with them, a ``SamplingParams``."""
 
     ids: list[int]
     sampling: Any
 
-
-Prompt = Callable[[int], Tensor | Asked] | int
-"""A function that returns the inputs or the request of a nonce; or the number of placeholders that the workers fill."""
 
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
 """Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
@@ -81,13 +83,9 @@ class Client:
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
-            UsageError: Assay's own forward pass is asked for, and cannot run over what they hold.
         """
-        replies = await self._call("assay_install", self.throttle.settings.forward)
+        replies = await self._call("assay_install")
         refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
-        refused = next((reply["refused"] for reply in replies if reply["refused"]), None)
-        if refused is not None:
-            raise own_forward_refused(refused, "a dense decoder as vLLM holds it on one GPU")
         self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
 
     async def open(self, spec: Spec) -> str:
@@ -110,14 +108,13 @@ class Client:
         """Return what every worker holds."""
         return await self._call("assay_counts")
 
-    async def run(self, key: str, nonce: int, prompt: Tensor | Asked | int) -> Any:
-        """Run one nonce: on inputs [T, D] that are sent, on token ids, or on placeholders that the workers fill.
-
-        Returns the last output of vLLM.
-        """
+    async def run(self, key: str, nonce: int, request: TokenRequest) -> Any:
+        """Run one nonce, and return the last output of vLLM."""
         name, last = request_id(key, nonce), None
-        sampling = prompt.sampling if isinstance(prompt, Asked) else _sampling()
-        async for output in self._llm.generate(_prompt(prompt, name), sampling, name, priority=self._priority):
+        # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests
+        # would find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
+        prompt = {"type": "token", "prompt_token_ids": request.ids, "cache_salt": name}
+        async for output in self._llm.generate(prompt, request.sampling, name, priority=self._priority):
             last = output
         return last
 
@@ -193,12 +190,10 @@ class RequestStream:
         spec: Round, and the pipeline that names what is published.
         nonces: Nonces in the order of the results, perhaps more than will ever be run.
         batch_size: Number of nonces that are handed out at a time.
-        prompt: Inputs of the nonces.
     """
 
-    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int, prompt: Prompt) -> None:
-        self._client, self._spec, self._nonces = client, spec, nonces
-        self._batch_size, self._prompt = batch_size, prompt
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
+        self._client, self._spec, self._nonces, self._batch_size = client, spec, nonces, batch_size
         self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
@@ -258,9 +253,9 @@ class RequestStream:
         return await self._launch(self._nonces[place])
 
     async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
-        prompt = self._prompt if isinstance(self._prompt, int) else await asyncio.to_thread(self._prompt, nonce)
+        request = await asyncio.to_thread(self._request, nonce)
         await self._client.throttle.admit()
-        task = self._start(self._client.run(self._key, nonce, prompt))
+        task = self._start(self._client.run(self._key, nonce, request))
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
@@ -269,6 +264,10 @@ class RequestStream:
         starts = range(0, len(wanted), COLLECTED)
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
+
+    def _request(self, nonce: int) -> TokenRequest:
+        """Return the request of a nonce: as many placeholders as it has positions, which the workers fill."""
+        return TokenRequest([0] * self._spec.round.seq_len, sampling_parameters())
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
         """Return whether a request ran to its end, as far as its last output says."""
@@ -308,23 +307,7 @@ class RequestStream:
         )
 
 
-def _prompt(prompt: Tensor | Asked | int, salt: str) -> dict[str, Any]:
-    # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests would
-    # find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
-    if not isinstance(prompt, Tensor):
-        ids = [0] * prompt if isinstance(prompt, int) else prompt.ids
-        return {"type": "token", "prompt_token_ids": ids, "cache_salt": salt}
-    # A copy: pickling a view would send the whole tensor that it shows a part of.
-    return {"type": "embeds", "prompt_embeds": prompt.detach().cpu().clone(), "cache_salt": salt}
-
-
-@cache
-def _sampling() -> Any:
-    """Return the parameters of every nonce of one pass; vLLM's ``InputProcessor`` clones them for each request."""
-    return parameters()
-
-
-def parameters(max_tokens: int = 1, **other: Any) -> Any:
+def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
     """Return the ``SamplingParams`` of a nonce; vLLM requires ``max_tokens`` of at least 1."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -337,3 +320,141 @@ def parameters(max_tokens: int = 1, **other: Any) -> Any:
         skip_reading_prefix_cache=True,
         **other,
     )
+
+
+class TokenStream(RequestStream):
+    """Runs nonces that decode, or replays tokens of others.
+
+    Args:
+        client: Client that runs single nonces.
+        spec: Round, and its pipeline.
+        nonces: Nonces in the order of the results.
+        batch_size: Number of nonces that are handed out at a time.
+        vocab_size: Number V of rows of the embedding.
+        claimed_MN: Tokens that are replayed, for every nonce; None decodes.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        spec: Spec,
+        nonces: Sequence[int],
+        batch_size: int,
+        *,
+        vocab_size: int,
+        claimed_MN: NDArray[np.uint32] | None = None,
+    ) -> None:
+        super().__init__(client, spec, nonces, batch_size)
+        self._vocab_size, self._steps = vocab_size, spec.pipeline.steps
+        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
+        self._passes = 1 if self._claimed is not None else self._steps
+        self._tokens: dict[int, list[int]] = {}
+        self._done = 0
+
+    def decoded(self, values: Values) -> Decoded:
+        """Return the tokens and sketches of the next batch, of which the workers gave some values."""
+        nonces = self._nonces[self._done : self._done + len(values)]
+        self._done += len(values)
+        tokens_BN = np.array([self._tokens.pop(nonce) for nonce in nonces], dtype=np.uint32)
+        return Decoded(tokens_BN, self._split(values)[0])
+
+    def replayed(self, values: Values) -> Replayed:
+        """Return the margins and sketches of a batch, of which the workers gave some values."""
+        sketches_BSK, margins_BN = self._split(values)
+        return Replayed(margins_BN, sketches_BSK)
+
+    def _split(self, values: Values) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        if np.isnan(values).any():  # an infinite margin is that of an id without a token
+            raise not_finite("vLLM returned NaN or infinity")
+        count = len(sketch_steps(self._steps))
+        sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)
+        return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(np.float32)
+
+    def _request(self, nonce: int) -> TokenRequest:
+        """Return the request of a nonce: its prompt and the steps, or its prompt and the tokens that are replayed."""
+        shape = {"seq_len": self._spec.round.seq_len, "vocab_size": self._vocab_size}
+        prompt: list[int] = drawn_prompts(self._spec.round, [nonce], **shape)[0].tolist()
+        if self._claimed is None:
+            # Nothing may end the text early.
+            return TokenRequest(prompt, sampling_parameters(self._steps, ignore_eos=True))
+        claimed = self._claimed[nonce]
+        given = np.minimum(claimed[:-1], self._vocab_size - 1)
+        return TokenRequest(prompt + given.tolist(), sampling_parameters(extra_args={CLAIMED: claimed.tolist()}))
+
+    def _whole(self, nonce: int, outcome: Any) -> bool:
+        """Return whether a nonce has all of its tokens, and keep them."""
+        if isinstance(outcome, Exception) or outcome is None:
+            return False
+        if self._claimed is None:
+            self._tokens[nonce] = list(outcome.outputs[0].token_ids)
+        return self._claimed is not None or len(self._tokens[nonce]) == self._steps
+
+
+def check_room(seq_len: int, pipeline: Pipeline, most_positions: int) -> None:
+    """Refuse prompts and tokens that are longer than an engine takes.
+
+    Raises:
+        UsageError: They are; says which length fits.
+    """
+    if seq_len + pipeline.steps - 1 > most_positions:
+        room = most_positions + 1 - pipeline.steps
+        raise UsageError(
+            f"{seq_len} positions and {pipeline.steps} tokens on this vLLM engine",
+            wanted=f"at most {most_positions + 1} together",
+            do=f"pass --seq-len {room}, or raise --max-model-len" if room > 0 else "raise --max-model-len",
+        )
+
+
+class DirectStream(RequestStream):
+    """Runs nonces on inputs that the workers make, and hands out the values of each batch in order.
+
+    Args:
+        client: Client that runs nonces.
+        spec: Round, and the pipeline that names what is published.
+        nonces: Nonces in the order of the results, perhaps more than will ever be run.
+        batch_size: Number of nonces that are handed out at a time.
+    """
+
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
+        super().__init__(client, spec, nonces, batch_size)
+        self._batches = asyncio.Queue(AHEAD + CALLS * client.direct.most // batch_size)
+        self._sizer = CallSizer(0)
+        self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._call: asyncio.Task[Any] | None = None  # the last one
+        self._covered = 0  # places of nonces that have begun
+
+    async def _produce(self) -> None:
+        self._sizer = await self._client.direct.open(self._key, self._spec.round.seq_len)
+        await super()._produce()
+
+    async def _begin(self, place: int) -> "asyncio.Task[Any]":
+        """Return the task of the nonce at a place: the last call if it has this nonce, a new one, or its request."""
+        if place < self._covered and self._call is not None:
+            return self._call
+        count = await self._client.direct.admit(self._sizer)
+        if not count:  # beside chat, or where there are no calls
+            self._covered = place + 1
+            return await self._launch(self._nonces[place])
+        nonces = list(self._nonces[place : place + count])
+        self._covered = place + len(nonces)
+        self._call = self._start(self._run_call(nonces, admitted=count))
+        self._call.add_done_callback(lambda _: self._client.direct.leave(count))
+        self._calls.add(self._call)
+        return self._call
+
+    async def _run_call(self, nonces: list[int], *, admitted: int) -> dict[int, Values]:
+        """Return the values of nonces that run inside the workers, none of them if they could not."""
+        replies = await self._client.direct.run(self._key, self._sizer, nonces, admitted=admitted)
+        return {nonce: values for reply in replies for nonce, values in unpacked(reply).items()}
+
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+        """Take the values of calls, and collect those of requests. What a call did not run is requested."""
+        values: dict[int, Values] = {}
+        for call in {task for task in running if task in self._calls}:
+            values |= await asyncio.shield(call)  # other batches wait for it too
+        left = [(nonce, task) for nonce, task in zip(wanted, running, strict=True) if nonce not in values]
+        if left:
+            requests = [await self._launch(nonce) if task in self._calls else task for nonce, task in left]
+            missing = [nonce for nonce, _ in left]
+            values |= dict(zip(missing, await super()._collect(missing, requests), strict=True))
+        return np.stack([values[nonce] for nonce in wanted])

@@ -23,10 +23,9 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc.engines.decoding import drawn_seeds, margins
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.sketches import sketches
+from assay.poc.protocol.transforms import sketch_states
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import Decode, RowStream
-from assay.poc.vllm.worker_state import Chunk
+from assay.poc.vllm.rows import Chunk, Decode, RowStream
 
 CLAIMED = "assay_claimed"
 """Key of ``extra_args`` of a request that replays: the tokens [N] that another node states."""
@@ -126,7 +125,7 @@ class Decoding:
         states = kept_MW[:, :size].reshape(-1, self._width)
         at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
         spans = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
-        made = torch.cat([sketches(states[span], seeds[span]) for span in spans])
+        made = torch.cat([sketch_states(states[span], seeds[span]) for span in spans])
         return torch.cat([made.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
 
     def _keep(self, states_ND: Tensor, found: Found, decode: Decode) -> None:

@@ -1,17 +1,43 @@
-"""The direct path as the serving side sees it: how many nonces a call into the workers may hold, and when.
+"""The direct path: without chat, whole batches of nonces run in calls into the workers, beside vLLM's scheduler.
 
-While a call runs the engine schedules nothing, so chat that arrives waits for it. The length of a call therefore
-follows from the measured time per nonce and the time that chat may wait, and with chat there are no calls: its nonces
-are requests.
+vLLM hands calls to a worker one after the other, so a call runs between two steps. While it runs the engine schedules
+nothing, so chat that arrives waits for it. The size of a call therefore follows from the measured time per nonce and
+the time that chat may wait. With chat there are no calls: nonces are requests.
+
+Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden size, P blocks of a nonce.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from assay import streams
+from assay.errors import reason_of
+from assay.poc.engines.base import HostCopy, noise_inputs
+from assay.poc.protocol.transforms import Transform, weighted_sum
+from assay.poc.vllm.compatibility import SINCE, older_version
+from assay.poc.vllm.rows import (
+    LONGEST_REASON,
+    MAX_SUMMED,
+    MAX_VALUES,
+    Spec,
+    is_first_of_group,
+    is_first_stage,
+    is_last_stage,
+    packed,
+)
 from assay.poc.vllm.throttle import Throttle
+from assay.streams.backends import dtype_name, torch_dtype
+
+log = logging.getLogger("assay.vllm")
 
 CALLS = 2
 """Calls at once: the second one is queued behind the first, so that no device waits for it. Chat waits for both."""
@@ -25,7 +51,7 @@ FAILURES = 3
 
 
 @dataclass(eq=False)
-class Pace:
+class CallSizer:
     """How nonces of one length are dealt out to calls.
 
     A call has few sizes: below a whole pass those of two significant bits, above it whole passes. The first pass of a
@@ -77,40 +103,39 @@ class DirectPath:
         """Nonces of a call at most."""
         self._engines = engines
         self._throttle, self._call = throttle, call
-        self._paces: dict[int, Pace] = {}
+        self._sizers: dict[int, CallSizer] = {}
         self._running = self._failures = 0
         self._names = count()
         self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
         self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
 
-    async def open(self, key: str, seq_len: int) -> Pace:
-        """Prepare the workers for the calls of a stream; return the pace of nonces of its length."""
+    async def open(self, key: str, seq_len: int) -> CallSizer:
+        """Prepare the workers for the calls of a stream; return the sizer of nonces of its length."""
         if self._throttle.settings.path == "requests":
             self.reason = "ASSAY_VLLM_PATH=requests"
-            return Pace(0)
-        own = self._throttle.settings.forward == "assay"  # whose nonces cannot be requests
-        if self._failures >= FAILURES and not own:
-            return Pace(0)  # the reason stays that of the last failure
+            return CallSizer(0)
+        if self._failures >= FAILURES:
+            return CallSizer(0)  # the reason stays that of the last failure
         replies = await self._call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
-        pace = self._paces.setdefault(seq_len, Pace(0))
-        pace.batch = 0 if self.reason else min(reply["batch"] for reply in replies) * self._engines
-        return pace
+        sizer = self._sizers.setdefault(seq_len, CallSizer(0))
+        sizer.batch = 0 if self.reason else min(reply["batch"] for reply in replies) * self._engines
+        return sizer
 
-    async def admit(self, pace: Pace) -> int:
+    async def admit(self, sizer: CallSizer) -> int:
         """Wait until a call may begin; return its number of nonces, or 0 if the next nonce must be a request.
 
         The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
         """
-        while self._may_call(pace) and self._running >= CALLS:
+        while self._may_call(sizer) and self._running >= CALLS:
             self._left.clear()
             await self._left.wait()
-        if not self._may_call(pace):
+        if not self._may_call(sizer):
             return 0
         settings = self._throttle.settings
         most = min(self.most, max(1, settings.in_flight // CALLS)) if settings.in_flight else self.most
-        count = pace.next(settings.wait / CALLS, most)
+        count = sizer.next(settings.wait / CALLS, most)
         self._running += 1
         self.in_flight += count
         return count
@@ -122,7 +147,7 @@ class DirectPath:
         self._throttle.look()
         self._left.set()
 
-    async def run(self, key: str, pace: Pace, nonces: list[int], *, admitted: int) -> list[dict[str, Any]]:
+    async def run(self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int) -> list[dict[str, Any]]:
         """Run nonces in the workers, and return the replies that have values; none if they did not run.
 
         ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
@@ -132,7 +157,7 @@ class DirectPath:
         waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
         try:
-            await self._ask("assay_pass", name, key, shares, pace.batch // self._engines, not is_whole)
+            await self._ask("assay_pass", name, key, shares, sizer.batch // self._engines, not is_whole)
             while not waiting.done():
                 others = set(self._asked)
                 timeout = None if others else FOLLOWS
@@ -151,7 +176,7 @@ class DirectPath:
             self.nonces += len(nonces)
             found = [reply for reply in replies if "values" in reply]
             if is_whole:
-                pace.ran(admitted, max((reply["seconds"] for reply in found), default=0.0))
+                sizer.ran(admitted, max((reply["seconds"] for reply in found), default=0.0))
             return found
         self._failures += 1
         self.reason = failed
@@ -183,12 +208,425 @@ class DirectPath:
         now = self.reason is None and self._quiet()
         return {"now": now, "reason": self.reason, "calls": self.calls, "nonces": self.nonces}
 
-    def _may_call(self, pace: Pace) -> bool:
+    def _may_call(self, sizer: CallSizer) -> bool:
         self._throttle.look()
         allowed = self._throttle.settings.path == "auto" and self._failures < FAILURES
-        return pace.batch > 0 and allowed and self._quiet()
+        return sizer.batch > 0 and allowed and self._quiet()
 
     def _quiet(self) -> bool:
         """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one comes."""
         throttle = self._throttle
         return not (throttle.chat if throttle.settings.mode == "exclusive" else throttle.busy)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inside vLLM's workers.
+#
+# A pass that only prefills reads in every layer nothing but the keys and values that this layer has just written: one
+# private cache of one layer's size serves all layers in turn, and blocks of vLLM's own cache are neither needed nor
+# touched. A layer looks its cache up when it is called (``get_attention_context`` in
+# ``model_executor/layers/attention/attention.py``), so it is given the private one for the time of a pass. Every other
+# tensor is made anew: the persistent ones of a model runner may still be read by a step. CUDA graphs are not replayed,
+# for they have vLLM's own cache in them.
+
+BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
+"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the runner."""
+
+CACHE_SPECS = {"FullAttentionSpec"}
+"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from step to step."""
+
+MAX_TABLES = 8  # shapes of passes whose metadata is kept
+SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """A call that is queued, or why it is not.
+
+    Args:
+        call: Name of the call.
+        nonces: Nonces of this engine.
+        values: What is published of them; None where this worker does not answer.
+        timer: Time that the device takes for them.
+        error: Reason for which they do not run.
+    """
+
+    call: str
+    nonces: list[int] = field(default_factory=list)
+    values: HostCopy | None = None
+    timer: "DeviceTimer | None" = None
+    error: str | None = None
+
+    def reply(self) -> dict[str, Any]:
+        """Wait for the values, and return them as :meth:`DirectMethods.assay_pass` does."""
+        error, found = self.error, {}
+        if self.values is not None:
+            try:
+                found = packed(self.nonces, self.values.numpy())
+                found["seconds"] = self.timer.seconds() if self.timer else 0.0
+            except Exception as raised:
+                error = describe_failure(raised)
+        return {"call": self.call, **found} if error is None else {"call": self.call, "error": error}
+
+
+class DeviceTimer:
+    """Measures the time in which a device works on what is queued until :meth:`stop`, without waiting for it.
+
+    Args:
+        device: Device whose current stream gets the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._events: list[Any] = []
+        self._seconds = -time.perf_counter()
+        if self._on_cuda:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """Take the end of the work; a CPU has done it by now."""
+        self._seconds += time.perf_counter()
+        if self._on_cuda:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Wait for the end, and return the time of the device."""
+        if not self._on_cuda:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+
+
+def describe_failure(error: Exception) -> str:
+    """Return an error in words, which are reported so that the engine lives."""
+    log.warning("a batch of nonces did not run", exc_info=error)
+    return reason_of(error)[:LONGEST_REASON]
+
+
+class DirectMethods:
+    """The methods of :class:`WorkerExtension` that run nonces beside the scheduler."""
+
+    # Attributes of vLLM's worker, and what ``assay_install`` has set.
+    model_runner: Any
+    vllm_config: Any
+    assay_hooks: Any
+    assay_passes: "DirectPasses"
+
+    assay_pending: PendingBatch | None = None
+    """The last call, until something asks for its values."""
+
+    def assay_batch(self, key: str) -> dict[str, Any]:
+        """Prepare a stream for passes beside the scheduler.
+
+        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
+        requests.
+        """
+        try:
+            spec = self.assay_hooks.rows.get(key).spec
+            blockers = direct_path_blockers(self.model_runner, self.vllm_config, spec)
+            reason = blockers[0] if blockers else None
+            batch = 0 if reason else self.assay_passes.prepare(spec)
+        except Exception as error:  # memory, or a name of vLLM
+            log.warning("nonces do not run in batches", exc_info=True)
+            batch, reason = 0, reason_of(error)[:LONGEST_REASON]
+        return {"batch": batch, "reason": reason}
+
+    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[dict[str, Any]]:
+        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
+
+        A device that had to wait for the reply to one call and for the next to be queued would idle for some
+        milliseconds between the two. With ``wait`` the values of this call are returned as well.
+
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
+        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
+        did not run.
+        """
+        before, self.assay_pending = self.assay_pending, self.assay_begin(call, key, shares, batch)
+        replies = [] if before is None else [before.reply()]
+        return replies + self.assay_flush() if wait else replies
+
+    def assay_flush(self) -> list[dict[str, Any]]:
+        """Return what the last call has computed, if nothing has asked for it yet."""
+        pending, self.assay_pending = self.assay_pending, None
+        return [] if pending is None else [pending.reply()]
+
+    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> PendingBatch:
+        """Queue this engine's share of a call."""
+        stream = self.assay_hooks.rows.get(key)
+        if stream is None:
+            return PendingBatch(call, error="the stream has ended")
+        stream.touched = time.monotonic()
+        # An engine that steps by itself keeps its rank under this name only.
+        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
+        if not nonces:
+            return PendingBatch(call)
+        try:
+            timer = DeviceTimer(self.model_runner.device)
+            values = self.assay_passes.begin(stream.spec, nonces, batch)
+            timer.stop()
+            return PendingBatch(call, nonces, values, timer)
+        except Exception as error:
+            return PendingBatch(call, error=describe_failure(error))
+
+
+def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
+    """Return the reasons for which nonces of a round must be requests; none where they may run in calls."""
+    if older_version():
+        return ["vLLM before {}.{}".format(*SINCE)]
+    scheduler = config.scheduler_config
+    model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
+    groups = runner.kv_cache_config.kv_cache_groups
+    specs = {type(group.kv_cache_spec).__name__ for group in groups}
+    backends = {group.backend.get_name() for outer in runner.attn_groups for group in outer}
+    layers = _attention_layers(runner, config)
+    shared = [getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers]
+    checks = (
+        (spec.pipeline.steps, "nonces that decode"),
+        (spec.round.seq_len > scheduler.max_num_batched_tokens, "nonces longer than a step of the engine"),
+        (len(groups) != 1, f"layers of {len(groups)} kinds"),
+        (specs - CACHE_SPECS, f"a cache of {', '.join(sorted(specs))}"),
+        (backends - BACKENDS, f"attention by {', '.join(sorted(backends))}"),
+        (any(shared), "layers that share a cache"),
+        (len({_cache_layout(layer.kv_cache) for layer in layers} | {None}) != 2, "caches of several forms"),
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.lora_config is not None, "--enable-lora"),
+        (config.kv_transfer_config is not None, "--kv-transfer-config"),
+        (model.enable_sleep_mode, "--enable-sleep-mode: the weights may be away"),
+        (model.uses_mrope and runner.device.type != "cpu", "positions of several dimensions, which ran on a CPU only"),
+        (getattr(runner.model, "requires_raw_input_tokens", False), "a model that reads the tokens themselves"),
+        (parallel.pipeline_parallel_size > 1, "stages: one that fails would leave the others waiting"),
+        (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
+        (parallel.enable_eplb, "--enable-eplb"),
+        (parallel.use_ubatching, "--enable-dbo"),
+        (getattr(compilation.pass_config, "enable_sp", False), "sequence parallelism"),
+    )
+    return [reason for blocks, reason in checks if blocks]
+
+
+class DirectPasses:
+    """Forward passes of one worker over batches of nonces.
+
+    Args:
+        runner: Model runner of the worker, of either version.
+        config: vLLM's ``VllmConfig``.
+        transform: Function that returns the transform of a round.
+        activations: Bytes that vLLM measured for the activations of its largest step; 0 where it measured none.
+    """
+
+    def __init__(
+        self, runner: Any, config: Any, transform: Callable[[Spec], Transform], *, activations: int = 0
+    ) -> None:
+        self._runner, self._config, self._transform = runner, config, transform
+        self._width = int(config.model_config.get_hidden_size())
+        self._dtype = dtype_name(config.model_config.dtype)
+        self._streams = streams.get_backend("auto", runner.device.type)
+        self._activations = activations
+        self._cache: Tensor | None = None
+        self._tables_of: dict[tuple[int, int], tuple[dict[str, Any], Tensor, Tensor]] = {}
+
+    def prepare(self, spec: Spec) -> int:
+        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
+        batch, own = self._batch(spec.round.seq_len), self._layer_cache()
+        blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
+        if self._cache is None or self._cache.shape[0] < blocks:
+            self._cache = None  # freed before the larger one is made
+            self._cache = _empty_cache_like(own, blocks)
+        return batch
+
+    def _batch(self, seq_len: int) -> int:
+        """Return B, at least 1.
+
+        A pass is shorter than vLLM's largest step by so much that inputs and private cache fit into the memory that
+        vLLM has measured for the activations of that step, and left free.
+        """
+        scheduler, cache = self._config.scheduler_config, self._layer_cache()
+        largest = int(scheduler.max_num_batched_tokens)
+        most = largest // seq_len
+        if self._activations:
+            blocks = -(-seq_len // int(cache.shape[2]))
+            own = blocks * cache[0].numel() * cache.element_size()
+            own += seq_len * self._width * torch_dtype(self._dtype).itemsize
+            most = min(most, int(self._activations / (seq_len / largest * self._activations + own)))
+        return max(1, min(most, int(scheduler.max_num_seqs)))
+
+    @torch.inference_mode()
+    def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
+        """Queue passes, and return what the pipeline publishes of nonces; None where this worker does not answer.
+
+        Args:
+            spec: Round and pipeline.
+            nonces: Nonces in the order of the result.
+            batch: Number of nonces of a pass, for which :meth:`prepare` was called; the last pass has the rest.
+
+        Raises:
+            RuntimeError: A step of vLLM is not finished.
+        """
+        if self._runner.execute_model_state is not None:
+            raise RuntimeError("a step of vLLM is not finished")
+        parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
+        rows = [self._rows(spec, part) for part in parts]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(parts) or not is_first_of_group():
+            return None
+        return HostCopy(self._transform(spec)(torch.cat(found).float(), nonces))
+
+    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor | None:
+        """Return what is read of the hidden states of one pass, [B, D]; None before the last stage."""
+        seq_len = spec.round.seq_len
+        states = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
+        if states is None:
+            return None
+        states_BTD = states[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
+        if spec.pipeline.read == "last":
+            return states_BTD[:, -1].clone()  # a view would keep the states of every pass
+        return self._summed(spec, nonces, states_BTD)
+
+    def _summed(self, spec: Spec, nonces: list[int], states_BTD: Tensor) -> Tensor:
+        """Return the weighted sums [B, D] of the states of nonces."""
+        seq_len, device = spec.round.seq_len, states_BTD.device
+        drawn_BT = self._transform(spec).weights(nonces, seq_len)
+        assert drawn_BT is not None
+        weights_BT = drawn_BT.to(device)
+        at_once = max(1, MAX_SUMMED // (seq_len * self._width))
+        pairs = zip(torch.split(states_BTD, at_once), torch.split(weights_BT, at_once), strict=True)
+        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in pairs])
+
+    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Return the inputs [N, D] of one pass."""
+        seq_len, device = spec.round.seq_len, self._runner.device
+        at_once = max(1, MAX_VALUES // (seq_len * self._width))
+        shape = {"seq_len": seq_len, "hidden_size": self._width}
+        made = [
+            noise_inputs(self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape).to(device)
+            for at in range(0, len(nonces), at_once)
+        ]
+        return (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
+
+    def _forward(
+        self, spec: Spec, nonces: list[int], metadata: dict[str, Any], slots: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """Run the layers of this stage; return the hidden states [N, D] of the last one."""
+        from vllm.distributed import get_pp_group, get_tp_group
+        from vllm.forward_context import set_forward_context
+        from vllm.sequence import IntermediateTensors
+
+        stage, shared = get_pp_group(), {"all_gather_group": get_tp_group()}
+        inputs = self._inputs(spec, nonces) if is_first_stage() else None
+        earlier = None if is_first_stage() else IntermediateTensors(stage.recv_tensor_dict(**shared))
+        by_layer = dict.fromkeys(metadata, slots)
+        with (
+            self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
+            set_forward_context(metadata, self._config, num_tokens=len(slots), slot_mapping=by_layer),
+        ):
+            states = self._runner.model(
+                input_ids=None, positions=positions, intermediate_tensors=earlier, inputs_embeds=inputs
+            )
+        if is_last_stage():
+            return states  # type: ignore[no-any-return]
+        stage.send_tensor_dict(states.tensors, **shared)
+        return None
+
+    @contextmanager
+    def _private_cache(self, *, partial: bool) -> Iterator[None]:
+        """Give every layer the private cache.
+
+        Behind the last position of a nonce a block has values of earlier passes, which kernels load and then mask:
+        NaN among them would come through, so where a block is not filled the cache begins with zeros.
+        """
+        assert self._cache is not None
+        layers = _attention_layers(self._runner, self._config)
+        own = [layer.kv_cache for layer in layers]
+        if partial:
+            self._cache.zero_()
+        try:
+            for layer in layers:
+                layer.kv_cache = self._cache
+            yield
+        finally:
+            for layer, cache in zip(layers, own, strict=True):
+                layer.kv_cache = cache
+
+    def _tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions.
+
+        The positions are [N], or [3, N] for a model that has time, height and width: all are the same in text.
+        """
+        if (batch, seq_len) not in self._tables_of:
+            while len(self._tables_of) >= MAX_TABLES:
+                self._tables_of.pop(next(iter(self._tables_of)))
+            self._tables_of[batch, seq_len] = self._make_tables(batch, seq_len)
+        return self._tables_of[batch, seq_len]
+
+    def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        device, block_size = self._runner.device, int(self._layer_cache().shape[2])
+        blocks = -(-seq_len // block_size)
+        starts = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
+        lengths = torch.full((batch,), seq_len, dtype=torch.int32)
+        positions_N = torch.arange(seq_len).repeat(batch)
+        table_BP = torch.zeros(batch, blocks + SPARE_BLOCKS, dtype=torch.int32)
+        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(batch, blocks)  # block 0 is vLLM's null block
+        block_N = table_BP[:, :blocks].repeat_interleave(block_size, 1)[:, :seq_len].reshape(-1)
+        slots_N = (block_N.long() * block_size + positions_N % block_size).to(device)
+        positions_N = positions_N.to(device)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=batch,
+            num_actual_tokens=batch * seq_len,
+            max_query_len=seq_len,
+            max_seq_len=seq_len,
+            block_table_tensor=table_BP.to(device),
+            slot_mapping=slots_N,
+            causal=True,
+            positions=positions_N,
+            is_prefilling=torch.ones(batch, dtype=torch.bool),
+        )
+        metadata: dict[str, Any] = {}
+        with set_current_vllm_config(self._config):
+            for group in self._runner.attn_groups[0]:
+                # A builder of its own: that of the runner keeps buffers, and fixes settings at its first use.
+                kept = group.get_metadata_builder()
+                builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
+                built = builder.build(0, common, fast_build=True)
+                metadata |= dict.fromkeys(kept.layer_names, built)
+        model = self._config.model_config
+        return metadata, slots_N, positions_N.repeat(model.mrope_num_dims, 1) if model.uses_mrope else positions_N
+
+    def _layer_cache(self) -> Tensor:
+        """Return vLLM's own cache of the first layer of this worker."""
+        cache: Tensor = _attention_layers(self._runner, self._config)[0].kv_cache
+        return cache
+
+
+def _attention_layers(runner: Any, config: Any) -> list[Any]:
+    """Return the attention layers of this worker."""
+    known = config.compilation_config.static_forward_context
+    return [known[name] for group in runner.attn_groups for part in group for name in part.layer_names]
+
+
+def _cache_layout(cache: Any) -> Any:
+    """Return what the caches of all layers must share: shape of a block, dtype, order in memory.
+
+    None for a cache that is not of blocks, heads, positions and values.
+    """
+    if not isinstance(cache, Tensor) or cache.ndim != 4:
+        return None
+    return tuple(cache.shape[1:]), cache.dtype, tuple(_axis_order(cache))
+
+
+def _axis_order(cache: Tensor) -> list[int]:
+    """Return the axes of a tensor as they lie in memory, the slowest first."""
+    return sorted(range(cache.ndim), key=cache.stride, reverse=True)
+
+
+def _empty_cache_like(cache: Tensor, blocks: int) -> Tensor:
+    """Return an empty cache of so many blocks whose axes lie in memory as those of another cache do."""
+    order, shape = _axis_order(cache), (blocks, *cache.shape[1:])
+    memory = torch.zeros([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
+    return memory.permute([order.index(axis) for axis in range(cache.ndim)])

@@ -1,43 +1,102 @@
-"""The engines that the prover, the verifier and the service use: in front of any ``AsyncLLM``, or with one of its own.
-
-Legend of shapes: B nonces of a batch, T positions, D hidden size.
-"""
+"""What all starts of vLLM share, for nonces and for replays: what the machine needs, and the words of a failure."""
 
 import asyncio
+import os
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from assay import streams
-from assay.errors import EngineEnded, UsageError
+from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
 from assay.models.load import identify
 from assay.models.resolve import checkpoint_directory
-from assay.poc.engines.base import check_batch_size, check_supported, noise_inputs
+from assay.poc.engines.base import check_batch_size, check_supported
 from assay.poc.engines.decoding import Decoded, Replayed
 from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.vllm.client import Client, Prompt, RequestStream
+from assay.poc.vllm.client import Client, DirectStream, RequestStream, TokenStream, check_room
 from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed
-from assay.poc.vllm.direct_stream import DirectStream, OwnStream
 from assay.poc.vllm.rows import Spec
-from assay.poc.vllm.starting import explained_start, fit_machine
-from assay.poc.vllm.throttle import Forward, NoncePath, Throttle, ThrottleSettings
-from assay.poc.vllm.token_requests import TokenStream, check_room
+from assay.poc.vllm.throttle import NoncePath, Throttle, ThrottleSettings
+
+CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces and replays need a little
+
+
+def runs_on_cpu() -> bool:
+    """Return whether the installed build of vLLM is that for CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def fit_machine(dtype: str | None, options: Mapping[str, Any]) -> dict[str, int]:
+    """Prepare this process for an engine of its own, and return the engine arguments that the machine asks for.
+
+    On a CPU they bound the cache, unless the options say how much vLLM may take. On a GPU vLLM starts its processes
+    anew: by itself it forks this one, and a forked process cannot use a GPU once this one has counted GPUs.
+
+    Args:
+        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
+        options: Engine arguments of vLLM that were asked for.
+    """
+    if runs_on_cpu():
+        return {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": CPU_KV_BYTES}
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    multiply_exactly(dtype)
+    return {}
+
+
+def multiply_exactly(dtype: str | None) -> None:
+    """Have triton multiply float32 as float32, for this process and its children, unless told otherwise.
+
+    By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU vLLM's attention in
+    float32 is such a kernel: distances were up to 3e-5 from those of other engines, where honest noise is 3e-7, and an
+    honest node was found to be a fraud. Models in other formats are left alone: they do not need it, and some of their
+    kernels would be slower.
+
+    Args:
+        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
+    """
+    if dtype in ("float32", "float"):
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
+
+@contextmanager
+def explained_start() -> Iterator[None]:
+    """Say what went wrong where vLLM reads its options and starts.
+
+    Raises:
+        UsageError: vLLM has no such option, or refuses its value.
+        ModelError: vLLM does not start.
+    """
+    try:
+        yield
+    except AssayError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
+        ) from None
+    except Exception as error:  # vLLM fails to start in many ways
+        raise ModelError(
+            f"vLLM does not start: {reason_of(error)}"[:500], wanted="an engine", do="see its log above"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# The engines that the prover, the verifier and the service use: in front of any ``AsyncLLM``, or with one of its own.
+#
+# Legend of shapes: B nonces of a batch, T positions, D hidden size.
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
-
-Inputs = Literal["local", "sent"]
-"""Where the inputs of a nonce are made: in the workers; or in this process, from which they are sent."""
 
 T = TypeVar("T")
 
@@ -52,7 +111,6 @@ class RequestEngine:
         batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
         seq_len: T, the number of positions of every nonce.
         most_positions: Length of the longest prompt that the engine takes.
-        inputs: Where inputs are made: ``local`` in the workers, or ``sent`` from here, bit for bit the same.
 
     Raises:
         UsageError: The sequence is longer than the engine takes, or the batch is out of range.
@@ -67,11 +125,10 @@ class RequestEngine:
         batch_size: int,
         seq_len: int,
         most_positions: int,
-        inputs: Inputs = "local",
     ) -> None:
         _check_shape(batch_size, seq_len, most_positions)
         self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
-        self._client, self._loop, self._version, self._inputs = client, loop, version, inputs
+        self._client, self._loop, self._version = client, loop, version
         worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
@@ -79,16 +136,6 @@ class RequestEngine:
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
         return fingerprint_of(self._client.description, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
-
-    @cached_property
-    def _streams(self) -> streams.Backend:
-        """The backend that makes inputs; it takes a second to load, and is not needed where the workers make them."""
-        return streams.get_backend("auto", "cpu")
-
-    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
-        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
-        shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
-        return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
     def supports(self, pipeline: Pipeline) -> bool:
         """Return whether a pipeline runs on vLLM."""
@@ -102,7 +149,7 @@ class RequestEngine:
             ModelError: vLLM did not run a nonce, or has ended.
         """
         check_supported(self, pipeline)
-        yield from self._run(self._stream(Spec(round, pipeline), nonces))
+        yield from self._run(DirectStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         """Decode the tokens of nonces, each as one request of as many steps.
@@ -127,15 +174,6 @@ class RequestEngine:
         stream = self._tokens(round, pipeline, nonces, tokens_MN)
         for values in self._run(stream):
             yield stream.replayed(values)
-
-    def _stream(self, spec: Spec, nonces: Sequence[int]) -> RequestStream:
-        """Return the stream of nonces over noise, which run beside the scheduler if the workers make their inputs."""
-        if self._inputs == "local":
-            stream = OwnStream if self._client.throttle.settings.forward == "assay" else DirectStream
-            return stream(self._client, spec, nonces, self.batch_size, self.seq_len)
-        self._client.direct.reason = "inputs that the server sends (ASSAY_VLLM_INPUTS=sent)"
-        prompt: Prompt = lambda nonce: self.inputs(spec.round, [nonce])[0]  # noqa: E731
-        return RequestStream(self._client, spec, nonces, self.batch_size, prompt)
 
     def _tokens(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
@@ -212,7 +250,6 @@ def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq
             *worker["experts_over"],
             "eager" if worker["eager"] else "compiled",
             *worker["products"],
-            *worker.get("forward", ()),
         ),
     )
 
@@ -242,7 +279,6 @@ class VLLMEngine(RequestEngine):
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
         path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
-        forward: Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -260,12 +296,11 @@ class VLLMEngine(RequestEngine):
         dtype: str | None = None,
         in_flight: int = 0,
         path: NoncePath = "auto",
-        forward: Forward = "vllm",
         **options: Any,
     ) -> None:
         version = check_installed()
-        settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path, forward=forward)
-        config = _configured(str(checkpoint_directory(reference)), dtype, options, forward)
+        settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
+        config = _configured(str(checkpoint_directory(reference)), dtype, options)
         _check_shape(batch_size, seq_len, most_positions(config))
         with ExitStack() as ends:
             thread = self._thread = ends.enter_context(closing(_Loop()))
@@ -318,7 +353,7 @@ class _Loop:
         self.loop.close()
 
 
-def _configured(directory: str, dtype: str | None, options: dict[str, Any], forward: Forward) -> Any:
+def _configured(directory: str, dtype: str | None, options: dict[str, Any]) -> Any:
     """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
     from vllm import AsyncEngineArgs
 
@@ -330,7 +365,7 @@ def _configured(directory: str, dtype: str | None, options: dict[str, Any], forw
     chosen = own | options | fixed
     with explained_start():
         config = AsyncEngineArgs(**chosen).create_engine_config()
-        check_config(config, forward=forward)
+        check_config(config)
         return config
 
 

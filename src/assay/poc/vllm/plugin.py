@@ -16,25 +16,22 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.models.load import identify
-from assay.poc.net.lifespan import kept_running
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
-from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
+from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class, route_path
+from assay.poc.net.server import kept_running
 from assay.poc.protocol.builds import with_cache
-from assay.poc.service.app import PREFIX, PREFIXES, attach
+from assay.poc.service.app import PREFIX, PREFIXES, attach, dashboard_router
 from assay.poc.service.controller import Controller
-from assay.poc.service.deployment import Deployment
-from assay.poc.service.page import dashboard_router
 from assay.poc.vllm.client import Client
-from assay.poc.vllm.compatibility import check_config, check_installed
+from assay.poc.vllm.compatibility import check_config, check_installed, check_responses
 from assay.poc.vllm.engine import RequestEngine, capacity, most_positions
 from assay.poc.vllm.preflight import PluginSettings, check_arguments, check_key
 from assay.poc.vllm.response_routes import WITHOUT_ENGINE, ReceiptMiddleware, Responses, responses_router
-from assay.poc.vllm.response_settings import check_responses
 from assay.poc.vllm.servers import PassOn, Place, Shared, serve_owner
 from assay.poc.vllm.throttle import Throttle
 
@@ -114,7 +111,7 @@ class AssayPlugin:
         assert self._settings is not None
         version = check_installed()
         config = engine_client.vllm_config
-        check_config(config, forward=self._settings.vllm_forward)
+        check_config(config)
         check_responses(config, self._settings.responses, version)
         count = self._share(engine_client.output_processor.get_num_unfinished_requests)
         if not self._place.owns:
@@ -186,7 +183,7 @@ class AssayPlugin:
     def _deploy(self) -> Deployment:
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
         assert self._settings is not None
-        running, inputs = self._running.result(), self._settings.vllm_inputs
+        running = self._running.result()
         dtype = running.client.description["dtype"]
         model = identify(running.model, dtype=dtype)
 
@@ -198,7 +195,6 @@ class AssayPlugin:
                 batch_size=batch_size,
                 seq_len=seq_len,
                 most_positions=running.positions,
-                inputs=inputs,
             )
 
         return Deployment(
@@ -224,8 +220,8 @@ class ChatBarrier:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 503."""
-        works = scope["type"] == "http" and scope["method"] == "POST" and get_route_path(scope) not in WITHOUT_ENGINE
-        if not works or get_route_path(scope).startswith(self._prefix) or not self._closed():
+        works = scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) not in WITHOUT_ENGINE
+        if not works or route_path(scope).startswith(self._prefix) or not self._closed():
             await self._app(scope, receive, send)
             return
         await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
@@ -247,7 +243,11 @@ def _engine_router(controller: Controller, running: Callable[[], _Running]) -> A
 
     Reading takes a key that may read, changing one that may do everything.
     """
-    router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=route_class(controller, Keys(controller.settings)))
+    router = APIRouter(
+        prefix=PREFIX,
+        tags=["vLLM"],
+        route_class=route_class(Keys(controller.settings), controller.settings, controller.metrics),
+    )
 
     @router.get("/engine", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:
@@ -263,7 +263,6 @@ def _engine_router(controller: Controller, running: Callable[[], _Running]) -> A
                 "share": throttle.settings.share,
                 "chat_in_flight": throttle.settings.chat_in_flight,
                 "path": throttle.settings.path,
-                "forward": throttle.settings.forward,
                 "direct": engine.direct.describe(),
                 "nonces": throttle.in_flight + engine.direct.in_flight,
                 "nonces_limit": throttle.limit,

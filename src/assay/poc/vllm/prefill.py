@@ -22,10 +22,9 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefilled, Whole
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
-from assay.poc.vllm.carried import keeping_states
-from assay.poc.vllm.compatibility import check_installed, refuse_missing
-from assay.poc.vllm.response_settings import EXTENSION
-from assay.poc.vllm.starting import explained_start, fit_machine, runs_on_cpu
+from assay.poc.vllm.compatibility import RESPONSE_EXTENSION, check_installed, refuse_missing
+from assay.poc.vllm.engine import explained_start, fit_machine, runs_on_cpu
+from assay.poc.vllm.response_worker import keeping_states
 
 LIKELIEST = 1024
 """Number of the largest logits that are asked for at every position."""
@@ -92,7 +91,7 @@ class VLLMPrefill:
                 max_logprobs=self._likeliest,
                 enable_prefix_caching=False,  # a prompt of the cache has no logits
                 skip_tokenizer_init=True,
-                worker_extension_cls=EXTENSION,
+                worker_extension_cls=RESPONSE_EXTENSION,
                 **options,
             )
 

@@ -1,9 +1,12 @@
 """The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
 
+import logging
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,15 +19,26 @@ from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name
 from assay.poc.service.settings import Settings
-from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed, check_several_servers, rounded_cache
-from assay.poc.vllm.engine import Inputs, most_positions
-from assay.poc.vllm.response_settings import EXTENSION as RESPONSE_EXTENSION
-from assay.poc.vllm.response_settings import Mode as ResponseMode
-from assay.poc.vllm.response_settings import check_responses, processor_for
+from assay.poc.vllm.compatibility import (
+    EXTENSION,
+    OLD_NAMES,
+    RESPONSE_EXTENSION,
+    Refusal,
+    ResponseMode,
+    check_config,
+    check_installed,
+    check_responses,
+    processor_for,
+    refuse_first,
+    refuse_older,
+    rounded_cache,
+)
+from assay.poc.vllm.engine import most_positions, multiply_exactly
 from assay.poc.vllm.servers import check_folder
-from assay.poc.vllm.starting import multiply_exactly
-from assay.poc.vllm.throttle import Forward, Mode, NoncePath, ThrottleSettings
+from assay.poc.vllm.throttle import Mode, NoncePath, ThrottleSettings
 from assay.streams.backends import dtype_name
+
+log = logging.getLogger("assay.vllm")
 
 DEFAULT = ThrottleSettings()
 
@@ -42,7 +56,6 @@ class PluginSettings(Settings):
 
     drain: float = Field(2.0, ge=0, allow_inf_nan=False, description="Time that a stopping server waits for its batch.")
     reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
-    vllm_inputs: Inputs = Field("local", description="Where inputs are made: in the workers, or sent by the server.")
     vllm_mode: Mode = Field(DEFAULT.mode, description="Whether chat goes first, or a round has the engine to itself.")
     vllm_share: float = Field(DEFAULT.share, description="Part of the time that nonces may run while there is chat.")
     vllm_chat_in_flight: int = Field(DEFAULT.chat_in_flight, description="Nonces at once while there is chat.")
@@ -56,9 +69,6 @@ class PluginSettings(Settings):
     vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
     vllm_path: NoncePath = Field(
         DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
-    )
-    vllm_forward: Forward = Field(
-        DEFAULT.forward, description="Whose forward pass computes nonces: vLLM's, or assay's own over vLLM's weights."
     )
 
     responses: ResponseMode = Field(
@@ -74,13 +84,7 @@ class PluginSettings(Settings):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        forward = self.throttle.forward  # refuses what is out of range
-        if (forward, self.vllm_inputs) == ("assay", "sent"):
-            raise UsageError(
-                "ASSAY_VLLM_INPUTS=sent with ASSAY_VLLM_FORWARD=assay",
-                wanted="inputs local: inputs that are sent go into a request, which runs vLLM's forward pass",
-                do="leave one of them out",
-            )
+        _ = self.throttle  # refuses what is out of range
         if self.responses != "off":
             check_name(
                 "ASSAY_RESPONSES_PUBLIC_KEY", self.responses_public_key, do="set it to the key that the network knows"
@@ -101,7 +105,6 @@ def check_server() -> None:
     """
     version = check_installed()
     arguments, settings = _arguments(), PluginSettings()
-    _check_frontend(arguments)
     check_arguments(arguments, settings)
     if not getattr(arguments, "headless", False):  # else it has no port
         check_key(arguments, settings)
@@ -109,7 +112,7 @@ def check_server() -> None:
     config = _config(arguments)
     if config is None:
         return
-    check_config(config, forward=settings.vllm_forward)
+    check_config(config)
     check_responses(config, settings.responses, version)
     if settings.pins is not None:
         check_pins(settings.pins, arguments.model, config, version)
@@ -118,38 +121,55 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server that would share its round with others, or whose checkpoint has no digest.
+    """Refuse a server without plugins, one that would share its round with others, or a checkpoint without a digest.
 
     Raises:
         UsageError: It is one.
     """
-    engines = getattr(arguments, "data_parallel_size", None) or 1
+    refuse_first(_argument_refusals(arguments, settings))
     servers = getattr(arguments, "api_server_count", None) or 1
+    if servers > 1:
+        check_folder(settings.data_dir, servers)
+
+
+def _argument_refusals(arguments: Any, settings: PluginSettings) -> Iterator[Refusal]:
+    given, responses = partial(getattr, arguments), settings.responses
+    # Under these front ends `vllm serve` never builds the application that plugins extend.
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+    python = "the Python server for HTTP, to which assay adds /api/v1/pow"
+    unset = "unset VLLM_USE_RUST_FRONTEND"
+    yield Refusal(rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, unset)
+    yield Refusal(given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out")
+    servers = given("api_server_count", None) or 1
     for count, what, wanted in (
-        (engines, "data-parallel engines", "one engine, whose workers hold the sketches of every answer"),
+        (
+            given("data_parallel_size", None) or 1,
+            "data-parallel engines",
+            "one engine, whose workers hold the sketches of every answer",
+        ),
         (servers, "API servers", "one, which sees every answer"),
     ):
-        if count > 1 and settings.responses != "off":
-            raise UsageError(
-                f"ASSAY_RESPONSES={settings.responses} with {count} {what}",
-                wanted=wanted,
-                do="start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out",
-            )
-    if servers > 1:
-        check_several_servers()
-        check_folder(settings.data_dir, servers)
-    if getattr(arguments, "data_parallel_multi_port_external_lb", False):
-        raise UsageError(
-            "--data-parallel-multi-port-external-lb",
-            wanted="one server, which deals out the nonces of a round",
-            do="leave it out, or start one server per engine, each with its own node_id and data directory",
+        yield Refusal(
+            count > 1 and responses != "off",
+            f"ASSAY_RESPONSES={responses} with {count} {what}",
+            wanted,
+            "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out",
         )
-    if getattr(arguments, "revision", None):
-        raise UsageError(
-            f"--revision {arguments.revision}",
-            wanted="a checkpoint whose digest the proof can name",
-            do="download it, and serve the directory",
-        )
+    yield refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
+    yield Refusal(
+        given("data_parallel_multi_port_external_lb", False),
+        "--data-parallel-multi-port-external-lb",
+        "one server, which deals out the nonces of a round",
+        "leave it out, or start one server per engine, each with its own node_id and data directory",
+    )
+    yield Refusal(
+        given("revision", None),
+        f"--revision {given('revision', None)}",
+        "a checkpoint whose digest the proof can name",
+        "download it, and serve the directory",
+    )
+    if (named := given("worker_extension_cls", None)) in OLD_NAMES:
+        log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", named, OLD_NAMES[named])
 
 
 def check_key(arguments: Any, settings: PluginSettings) -> None:
@@ -181,15 +201,16 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
     Raises:
         UsageError: The operator has a worker extension of another kind.
     """
-    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION):
+    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION, *OLD_NAMES):
         raise UsageError(
             f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}",
             wanted=EXTENSION,
             do="leave the other extension out, or ASSAY_RESPONSES=off",
         )
-    processors = [] if mode != "seeded" else [*(arguments.logits_processors or ()), processor_for(config)]
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]
-    return words + (["--logits-processors", *processors] if processors else [])
+    if mode != "seeded":
+        return words
+    return [*words, "--logits-processors", *(arguments.logits_processors or ()), processor_for(config)]
 
 
 def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
@@ -228,21 +249,6 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
             wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),
             do="serve with a build of the network, or with the pins that hold now (ASSAY_PINS)",
         )
-
-
-def _check_frontend(arguments: Any) -> None:
-    """Refuse the front ends under which ``vllm serve`` never builds the application that plugins extend."""
-    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
-    for used, setting, do in (
-        (rust, "VLLM_USE_RUST_FRONTEND=1", "unset VLLM_USE_RUST_FRONTEND"),
-        (getattr(arguments, "grpc", False), "--grpc", "leave --grpc out"),
-    ):
-        if used:
-            raise UsageError(
-                f"{setting}, a server without plugins",
-                wanted="the Python server for HTTP, to which assay adds /api/v1/pow",
-                do=do,
-            )
 
 
 def _arguments() -> Namespace:

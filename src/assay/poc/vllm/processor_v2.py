@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 from assay import streams
 from assay.poc.responses.gaps import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses.sampling import Sampling
-from assay.poc.vllm.carried import carried_by
+from assay.poc.vllm.response_worker import carried_by
 
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""

@@ -14,19 +14,18 @@ from urllib.parse import quote
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
 from assay.models.load import identify
 from assay.poc.net.refusals import refusal_of
-from assay.poc.net.routes import Keys, Scope, answer, needs, route_class
+from assay.poc.net.routes import Keys, Scope, answer, needs, route_class, route_path
 from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.service.app import PREFIX, PREFIXES
 from assay.poc.service.controller import Controller
-from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.receipts import ReceiptKeeper
 from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.compatibility import refuse_missing
 from assay.poc.vllm.engine import fingerprint_of
@@ -131,7 +130,7 @@ class ReceiptMiddleware:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        path = get_route_path(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
+        path = route_path(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
         if not path or path in WITHOUT_ENGINE or path.startswith(PREFIXES):
             await self._app(scope, receive, send)
             return
@@ -221,7 +220,11 @@ def responses_router(controller: Controller, responses: Responses) -> APIRouter:
 
     Reading takes a key that may read, posting a block one that may do everything.
     """
-    router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=route_class(controller, Keys(controller.settings)))
+    router = APIRouter(
+        prefix=PREFIX,
+        tags=["vLLM"],
+        route_class=route_class(Keys(controller.settings), controller.settings, controller.metrics),
+    )
 
     @router.get("/responses", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:

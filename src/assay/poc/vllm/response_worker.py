@@ -1,10 +1,11 @@
-"""The part inside vLLM's workers: it keeps a sketch of the hidden state behind every 32nd token of a response.
+"""The part inside vLLM's workers that keeps a sketch of the hidden state behind every 32nd token of a response.
 
-Two methods of the model runner are wrapped as :class:`assay.poc.vllm.WorkerExtension` does it, and for its
-reasons: ``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are
-there. The state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
-the next such state is known, and those before it are not looked at. States are copied once a step, all together, and
-become sketches a few dozen at a time.
+What a worker must know of a response comes with its request, in ``extra_args`` of its ``SamplingParams``. Two methods
+of the model runner are wrapped as :class:`assay.poc.vllm.WorkerExtension` does it, and for its reasons:
+``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are there. The
+state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of the next
+such state is known, and those before it are not looked at. States are copied once a step, all together, and become
+sketches a few dozen at a time.
 
 On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device without the next. So
 places go there from pinned memory, and sketches are made on a stream of their own, of the steps that the device has
@@ -24,12 +25,12 @@ from torch import Tensor
 
 from assay import streams
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.sketches import sketches
+from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses.gaps import to_device
-from assay.poc.vllm.carried import carried_by
+from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.compatibility import missing_in_runner, runner_kind
+from assay.poc.vllm.rows import call_before, is_first_of_group, spans
 from assay.poc.vllm.worker import WorkerExtension
-from assay.poc.vllm.worker_state import call_before, is_first_of_group, spans
 
 MOST_NORMALS = 2**22
 """Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
@@ -42,6 +43,53 @@ STEPS_AHEAD = 4
 
 NEVER = 2**40
 """Length of a prompt that never ends."""
+
+ARGUMENT = "assay"
+"""Key of ``extra_args``. What a client puts there is thrown away before a request reaches the workers."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What the workers need to know of one response.
+
+    Args:
+        prompt: Number of tokens of the prompt.
+        sketch: Words of the stream of projections, 8 integers in [0, 2**32).
+        tokens: Words of the stream of noise; None where the engine samples by itself.
+        sampling: Parameters of sampling, where it does not.
+    """
+
+    prompt: int
+    sketch: tuple[int, ...]
+    tokens: tuple[int, ...] | None = None
+    sampling: Sampling | None = None
+
+    def as_argument(self) -> dict[str, Any]:
+        """Return plain values, which vLLM sends from process to process."""
+        if self.sampling is None:
+            return dict(vars(self))
+        # MessagePack has no maps with integer keys where vLLM decodes them.
+        biases = [[token, bias] for token, bias in self.sampling.logit_bias.items()]
+        return vars(self) | {"sampling": vars(self.sampling) | {"logit_bias": biases}}
+
+
+def keeping_states(prompt: int) -> dict[str, Any]:
+    """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the prompt on."""
+    return {ARGUMENT: Carried(prompt, (0,) * 8).as_argument()}
+
+
+def carried_by(params: Any) -> Carried | None:
+    """Return what a ``SamplingParams`` of vLLM carries; None for requests that are not recorded."""
+    values = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)
+    if not isinstance(values, dict):
+        return None
+    sampling = values["sampling"]
+    return Carried(
+        prompt=values["prompt"],
+        sketch=tuple(values["sketch"]),
+        tokens=None if values["tokens"] is None else tuple(values["tokens"]),
+        sampling=None if sampling is None else Sampling(**sampling | {"logit_bias": dict(sampling["logit_bias"])}),
+    )
 
 
 class ResponseExtension(WorkerExtension):
@@ -241,7 +289,7 @@ class Capture:
         tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
         seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
         spans = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
-        return torch.cat([sketches(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
+        return torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
 
 
 def _next_sketched(tokens: Any) -> Any:

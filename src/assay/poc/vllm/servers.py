@@ -21,7 +21,6 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from starlette._utils import get_route_path
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Send
@@ -30,7 +29,7 @@ from starlette.types import Scope as Connection
 from assay.errors import UsageError
 from assay.files.storage import storage_error
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import answer
+from assay.poc.net.routes import answer, route_path
 
 SOCKET = "owner.sock"
 COUNTS = "servers.counts"
@@ -151,7 +150,7 @@ class PassOn:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on; answer 503 while the owner does not listen."""
-        if scope["type"] != "http" or not get_route_path(scope).startswith(self._prefix):
+        if scope["type"] != "http" or not route_path(scope).startswith(self._prefix):
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
@@ -225,7 +224,7 @@ async def serve_owner(app: ASGIApp, *, prefix: tuple[str, ...], path: Path) -> N
     """
 
     async def only(scope: Connection, receive: Receive, send: Send) -> None:
-        if not get_route_path(scope).startswith(prefix):
+        if not route_path(scope).startswith(prefix):
             refusal = Refusal(404, scope["path"], wanted="a path of the service", do="ask the port of vLLM")
             await answer(refusal)(scope, receive, send)
             return

@@ -16,10 +16,7 @@ Mode = Literal["chat-first", "exclusive"]
 NoncePath = Literal["auto", "requests"]
 """How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
 
-Forward = Literal["vllm", "assay"]
-"""Whose forward pass computes nonces: that of vLLM, or assay's own decoder over vLLM's weights."""
-
-_WORDS = {"mode": get_args(Mode), "path": get_args(NoncePath), "forward": get_args(Forward)}
+_WORDS = {"mode": get_args(Mode), "path": get_args(NoncePath)}
 """What the settings that are words may be."""
 
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
@@ -40,8 +37,6 @@ class ThrottleSettings:
         drain: Time that exclusive mode waits for running chat. What is unfinished then goes on beside the nonces.
         path: Either ``auto``: without chat, nonces run as whole batches inside the workers where the engine allows it;
             or ``requests``. A change holds from the next round on.
-        forward: Either ``vllm``; or ``assay``, with which every nonce that is one pass runs in a call into the workers,
-            beside chat too, and a round that cannot run so is refused.
 
     Raises:
         UsageError: A value is out of range.
@@ -55,7 +50,6 @@ class ThrottleSettings:
     quiet: float = 1.0
     drain: float = 30.0
     path: NoncePath = "auto"
-    forward: Forward = "vllm"
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
@@ -65,12 +59,6 @@ class ThrottleSettings:
                     wanted=" or ".join(words),
                     do=f"correct ASSAY_VLLM_{name.upper()}",
                 )
-        if (self.forward, self.path) == ("assay", "requests"):
-            raise UsageError(
-                "ASSAY_VLLM_PATH=requests with ASSAY_VLLM_FORWARD=assay",
-                wanted="path auto: a request runs vLLM's forward pass",
-                do="leave one of them out",
-            )
         if not 0 < self.share <= 1:
             raise UsageError(f"share {self.share!r}", wanted="a part in (0, 1]", do="correct ASSAY_VLLM_SHARE")
         for field in fields(self):
@@ -94,8 +82,6 @@ class Throttle:
     def __init__(self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int) -> None:
         self.settings = settings
         self.in_flight = 0
-        self.in_calls = 0
-        """Those of them that are in calls into the workers, and no requests."""
         self._unfinished = unfinished
         self._fills = max(1, capacity)
         self._left = asyncio.Event()
@@ -115,7 +101,7 @@ class Throttle:
     @property
     def chat(self) -> int:
         """Number of requests in the engine that are not nonces."""
-        return max(0, self._unfinished() - (self.in_flight - self.in_calls))
+        return max(0, self._unfinished() - self.in_flight)
 
     @property
     def busy(self) -> bool:
@@ -156,15 +142,6 @@ class Throttle:
         self.in_flight += 1
         self._burst += 1
 
-    def admit_more(self, most: int) -> int:
-        """Count further nonces, at most so many, that may run together with one just admitted; return their number."""
-        found = 0
-        while found < most and self._may_start():
-            self.in_flight += 1
-            self._burst += 1
-            found += 1
-        return found
-
     def leave(self, passes: int = 1) -> None:
         """Count a nonce that has run, or was given up; one that decodes took a pass for every token."""
         self.in_flight -= 1
@@ -190,8 +167,6 @@ class Throttle:
 
     def _may_start(self) -> bool:
         if self.in_flight >= self.limit:
-            return False
-        if self.in_calls and self.chat:  # the engine takes every call that waits before its next step
             return False
         if not self._paces:
             return True

@@ -25,19 +25,21 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import missing_in_runner
 from assay.poc.vllm.decoding import Decoding, Found, obstacle
-from assay.poc.vllm.direct_worker import DirectMethods, DirectPasses
-from assay.poc.vllm.own_passes import OwnPasses, why_not_over
-from assay.poc.vllm.rows import LONGEST_REASON, Rows, RowStream, Spec, packed
-from assay.poc.vllm.throttle import Forward
-from assay.poc.vllm.worker_state import (
+from assay.poc.vllm.direct import DirectMethods, DirectPasses
+from assay.poc.vllm.rows import (
+    LONGEST_REASON,
     MAX_SUMMED,
     MAX_VALUES,
     Chunk,
+    Rows,
+    RowStream,
+    Spec,
     call_before,
     chunks,
     describe,
     is_first_of_group,
     is_first_stage,
+    packed,
 )
 from assay.streams.backends import dtype_name
 
@@ -53,38 +55,19 @@ class WorkerExtension(DirectMethods):
 
     assay_hooks: "Hooks"
 
-    def assay_install(self, forward: Forward = "vllm") -> dict[str, Any]:
-        """Wrap the model runner once, choose the forward pass of nonces, and describe this worker.
+    def assay_install(self) -> dict[str, Any]:
+        """Wrap the model runner once, and describe this worker.
 
         ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
-        whether it takes the presets that decode. ``refused`` is the reason for which assay's own forward pass cannot
-        run here, and ``forward`` names its kernels.
+        whether it takes the presets that decode.
         """
         runner, config = self.model_runner, self.vllm_config
         problems = missing_in_runner(runner)
         if not problems and not hasattr(self, "assay_hooks"):
             self.assay_hooks = Hooks(runner, config)
-        refused, kernels = (None, []) if problems else self.assay_choose(forward)
-        said = {"problems": problems, "refused": refused, "decodes": obstacle(runner, config) is None}
-        return {**said, "forward": kernels, **describe(runner, config)}
-
-    def assay_choose(self, forward: Forward) -> tuple[str | None, list[str]]:
-        """Choose the forward pass of nonces in batches; return why it was refused, and what its kernels are."""
-        runner, config, measured = self.model_runner, self.vllm_config, getattr(self, "peak_activation_memory", 0)
-        shared = (runner, config, self.assay_hooks._transform)
-        self.assay_passes = DirectPasses(*shared, activations=int(measured))
-        if forward == "vllm":
-            return None, []
-        try:
-            refused = why_not_over(runner.get_model(), config)
-            if refused is None:
-                own = OwnPasses(*shared, activations=int(measured))
-                kernels = ["forward assay", *own.load()]
-                self.assay_passes = own
-                return None, kernels
-        except Exception as error:  # the server says it, and ends in good order
-            refused = reason_of(error)[:LONGEST_REASON]
-        return refused, []
+            measured = int(getattr(self, "peak_activation_memory", 0))
+            self.assay_passes = DirectPasses(runner, config, self.assay_hooks.transform, activations=measured)
+        return {"problems": problems, "decodes": obstacle(runner, config) is None, **describe(runner, config)}
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
         """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
@@ -120,7 +103,7 @@ class Hooks:
         self.errors = 0
         self._runner, self._config, self._model = runner, config, config.model_config
         self._width = int(self._model.get_hidden_size())
-        self._transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
+        self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
         self._decoding: Decoding | None = None
         on_cuda = runner.device.type == "cuda"
@@ -132,7 +115,7 @@ class Hooks:
         """Begin a stream, and make what depends on the block now, so that no step waits for it."""
         if not spec.pipeline.steps:
             with torch.inference_mode():
-                self._transform(spec)
+                self.transform(spec)
         elif self._decoding is None:
             self._decoding = Decoding(self._runner, self._config)
         self.rows.open(key, spec)
@@ -156,7 +139,7 @@ class Hooks:
     def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
         if self._decoding is not None and stream.spec.pipeline.steps:
             return self._decoding.values(stream, nonces, rows)
-        return self._transform(stream.spec)(torch.stack(rows).float(), nonces)
+        return self.transform(stream.spec)(torch.stack(rows).float(), nonces)
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
@@ -248,7 +231,7 @@ class Hooks:
 
     def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
-        drawn_BT = self._transform(stream.spec).weights([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
+        drawn_BT = self.transform(stream.spec).weights([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
         assert drawn_BT is not None
         spans = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
         weights_BN = torch.stack([drawn_BT[row, at.computed : at.computed + length] for row, at, length in spans])

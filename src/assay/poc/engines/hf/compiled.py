@@ -6,10 +6,9 @@ Legend of shapes: B nonces, T positions, D hidden size.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.load import Model
-from assay.models.wide import WIDE, is_wide, wide_products
-from assay.poc.engines.hf.fused import FUSED, fused_steps, fusible, runs_on
-from assay.poc.engines.hf.lean import (
-    LeanDecoder,
-    LeanLayers,
-    LeanParts,
-    Shape,
-    Steps,
-    layer_shape,
-    lean_decoder,
-    mixture_of,
-    plain_steps,
-)
+from assay.models.wide import wide_products
+from assay.poc.engines.hf.fused import fused_steps, fusible
+from assay.poc.engines.hf.lean import LeanDecoder, Shape, Steps, layer_shape, lean_decoder, mixture_of, plain_steps
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -149,93 +138,32 @@ class CompiledForward:
             return self._hidden(inputs_BTD)
 
 
-class LeanForward:
-    """Runs lean layers one kernel after the other, on inputs of any number of nonces: nothing is compiled or recorded.
-
-    A large pass keeps a GPU busy for longer than the host needs to queue it, and then a recorded graph saves nothing.
-    The bits are those of :class:`CompiledForward` with the same kernels.
-
-    Args:
-        parts: What the decoder is made of.
-    """
-
-    def __init__(self, parts: LeanParts) -> None:
-        self._device, self._dtype, self._shape = parts.norm.device, parts.norm.dtype, parts.shape
-        self._parts = parts
-        self._fused = runs_on(self._device)
-        self._layers = LeanLayers(parts, fused_steps if self._fused else plain_steps)
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """What computes, as a fingerprint names it: the kernel that attends, and those between the products."""
-        attention = _attention_name(self._shape, self._dtype, self._device)
-        if self._fused:
-            return attention, f"triton {version('triton')}", FUSED
-        return (attention, WIDE) if is_wide(self._device, self._dtype) else (attention,)
-
-    def places(self) -> tuple[int, ...]:
-        """Return where everything lies that a pass reads besides its inputs: weights, and cosines and sines."""
-        read = (self._parts.norm, *self._parts.rotation, *self._parts.layers)
-        return tuple(tensor.data_ptr() for tensor in _tensors(read))
-
-    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the last position's state after the final norm, [B, D] in float32."""
-        if not _last_alone(self._device, len(inputs_BTD)):
-            return self.hidden(inputs_BTD)[:, -1].float()
-        with _settings(inputs_BTD):
-            return self._layers.last_hidden(inputs_BTD)
-
-    def hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        with _settings(inputs_BTD):
-            return self._layers.hidden(inputs_BTD)
-
-
-def _tensors(parts: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among parts, which may be nested tuples or None."""
-    for part in parts:
-        if isinstance(part, Tensor):
-            yield part
-        elif part is not None:
-            yield from _tensors(part)
-
-
 def _last_alone(device: torch.device, batch_size: int) -> bool:
     """Return whether the last layer may serve the last position alone: its products have enough rows, on CUDA."""
     return device.type == "cuda" and batch_size >= ROWS_OF_A_PRODUCT
 
 
-class Recording:
-    """A run of a function of one tensor, recorded as a CUDA graph: a replay costs the host one launch.
+class _Graph:
+    """A function of one tensor of fixed shape, recorded as a CUDA graph at its first call: a replay is one launch.
 
-    It keeps nothing alive but its input and output, so what the function reads besides must stay where it is.
-
-    Args:
-        function: Function of a tensor of fixed shape. It runs once before it is recorded, to load every kernel.
-        given: Tensor of that shape.
-        pool: Memory that is shared with other recordings, none of which runs at the same time; None is its own.
-        stream: Stream on which it is recorded, one for all that share a pool; None is its own. Torch's own choice is
-            one stream for the whole process, and on that the products of a graph write to memory that another graph
-            may give back; and that stream is of one device, so of a function on another one nothing would be recorded.
+    It keeps nothing alive but its input and output, so what the function reads besides must stay where it is. It is
+    recorded on a stream of its own, of the device of its input. Torch's own choice is one stream for the whole process:
+    on that the products of a graph write to memory that another graph may give back; and it is of one device, so of a
+    function on another one nothing would be recorded.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        given: Tensor,
-        *,
-        pool: Any = None,
-        stream: "torch.cuda.Stream | None" = None,
-    ) -> None:
-        self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
-        function(self._input)  # compiles; nothing may be compiled while a graph is recorded
-        stream = stream or _stream(given.device)
-        # Other threads, such as those of a service, may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._output = function(self._input)
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, given: Tensor) -> Tensor:
-        """Return what the function gives for another tensor of the shape."""
+        """Return what the function gives for a tensor."""
+        if self._graph is None:
+            self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
+            self._function(self._input)  # compiles; nothing may be compiled while a graph is recorded
+            # Other threads, such as those of a service, may use the device meanwhile.
+            with torch.cuda.graph(self._graph, stream=_stream(given.device), capture_error_mode="thread_local"):
+                self._output = self._function(self._input)
         self._input.copy_(given)
         self._graph.replay()
         return self._output.clone()
@@ -244,55 +172,6 @@ class Recording:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Return another stream of a device."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-class _Graph:
-    """A function of one tensor of fixed shape, recorded at its first call and replayed after."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function = function
-        self._recording: Recording | None = None
-
-    def __call__(self, given: Tensor) -> Tensor:
-        if self._recording is None:
-            self._recording = Recording(self._function, given)
-        return self._recording(given)
-
-
-class RecordedPasses:
-    """Recorded passes of :class:`LeanForward` over weights that belong to someone else, by the shape of their inputs.
-
-    The host needs several milliseconds to queue a pass kernel by kernel, however small it is; a recorded one takes it a
-    fraction of one. A pass is recorded again when something that it reads lies elsewhere than before.
-
-    Args:
-        most: Number of shapes that are kept.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-        self._made: dict[tuple[int, ...], tuple[tuple[int, ...], Recording]] = {}
-
-    def hidden(self, forward: LeanForward, inputs_BTD: Tensor) -> Tensor:
-        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype.
-
-        Args:
-            forward: The pass over the weights as they are now.
-            inputs_BTD: Inputs on a CUDA device.
-        """
-        shape, places = tuple(inputs_BTD.shape), forward.places()
-        if shape not in self._made or self._made[shape][0] != places:
-            self._made.pop(shape, None)  # freed before the next one is made
-            while len(self._made) >= self._most:
-                self._made.pop(next(iter(self._made)))
-            if not self._made:  # what torch has given up with its last recording takes no other one
-                self._pool = torch.cuda.graph_pool_handle()
-            self._stream = self._stream or _stream(inputs_BTD.device)
-            recording = Recording(forward.hidden, inputs_BTD, pool=self._pool, stream=self._stream)
-            self._made[shape] = places, recording
-        return self._made[shape][1](inputs_BTD)
 
 
 def _compiled_steps(shape: Shape) -> Steps:

@@ -1,37 +1,268 @@
-"""The engine on transformers: the definition, and the default on CPU and CUDA."""
+"""Whether a batch fits, asked before it runs: a CPU that runs out kills the process instead of raising."""
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from assay import streams
 from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
 from assay.models.decoder import backbone, decoder_layers
-from assay.models.device import processor
-from assay.models.load import Model
+from assay.models.device import free_bytes, processor
+from assay.models.load import Model, ModelInfo
 from assay.models.wide import WIDE, is_wide, wide_products
-from assay.poc.engines.base import MAX_BATCH, noise_inputs
-from assay.poc.engines.decoding import Decoded, Draws, Replayed
+from assay.poc.engines.base import MAX_BATCH, check_batch_size, noise_inputs, overlapped_outputs, plain_outputs
+from assay.poc.engines.decoding import Decoded, Draws, Replayed, margins
 from assay.poc.engines.hf.compiled import CompiledForward
-from assay.poc.engines.hf.decoding import decoded, replayed
 from assay.poc.engines.hf.fused import FUSED
-from assay.poc.engines.hf.memory import check_fits, check_shape, fitting_batch
-from assay.poc.engines.outputs import overlapped_outputs, plain_outputs
 from assay.poc.protocol.pipelines import LayerStep, Pipeline
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import project, reflect, unit, weighted_sum
+from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT, project, reflect, unit, weighted_sum
 from assay.streams.backends import as_tensor, dtype_name
+
+# Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
+# product, q, k, v and the attention output. Measured peaks stay under this.
+_HIDDEN_COPIES = 8
+_WIDE_COPIES = 3
+
+# Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is filled by fewer.
+_ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
+
+
+def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, steps: int = 0) -> None:
+    """Refuse a shape that no engine runs. What :func:`assay.models.model_info` says is enough: no weights are read.
+
+    Args:
+        model: Model that is to run, or its facts.
+        batch_size: Rows of a batch.
+        seq_len: Positions of a row, or those of its prompt.
+        steps: Tokens that are decoded after the prompt.
+
+    Raises:
+        UsageError: The batch is out of range, or a row has no position or more than the model.
+    """
+    check_batch_size(batch_size)
+    if not 1 <= seq_len <= model.max_positions - steps:
+        fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
+        raise UsageError(
+            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
+            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
+            do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
+        )
+
+
+def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
+    """Estimate the peak of the activations of one batch, in bytes."""
+    config = model.config
+    chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)  # a row for each expert of a position
+    wide = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * model.hidden_size, chosen * model.hidden_size)
+    per_position = _HIDDEN_COPIES * model.hidden_size + _WIDE_COPIES * wide
+    return batch_size * seq_len * per_position * max(model.dtype.itemsize, 2)
+
+
+def fitting_batch(model: Model, seq_len: int) -> int:
+    """Return the largest batch that fits into what is free now, by the estimate; 0 where not even one row does."""
+    return _room(model) // max(1, peak_bytes(model, 1, seq_len))
+
+
+def _room(model: Model) -> int:
+    """Return the bytes that the activations of a batch may take."""
+    if not is_wide(model.device, model.dtype):
+        return _free(model.device)
+    # Each weight in its turn is there in float32 as well.
+    largest = max(part.numel() for part in model.module.parameters())
+    return max(0, _free(model.device) - torch.float32.itemsize * largest)
+
+
+def _free(device: torch.device) -> int:
+    """Return the bytes that a batch may take: what is free, less what recorded CUDA graphs keep for their replay.
+
+    Torch has reserved that for them and nothing is in it between two replays, so it looks free and is not.
+    """
+    if device.type != "cuda":
+        return free_bytes(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    kept = (s for s in segments if s["device"] == index and tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
+    return free_bytes(device) - sum(int(segment["total_size"]) - int(segment["allocated_size"]) for segment in kept)
+
+
+def auto_batch(model: Model, seq_len: int) -> int:
+    """Return the batch size for a device: the largest useful power of two that fits into half of the free memory.
+
+    A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last word.
+    """
+    most = min(_ENOUGH_POSITIONS[model.device.type] // seq_len, fitting_batch(model, seq_len) // 2)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
+    """Refuse a batch that would not fit, and name the largest one that would."""
+    free = _room(model)
+    need = peak_bytes(model, batch_size, seq_len)
+    if need <= free:
+        return
+    fits = fitting_batch(model, seq_len)
+    gib = 2**30
+    raise OutOfMemory(
+        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free",
+        wanted="a batch that fits into memory",
+        do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding on transformers: a loop with a key-value cache, and the one forward pass that checks it.
+#
+# Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vocabulary, D hidden size, S sketches.
+
+_TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
+
+
+class Decoder(Protocol):
+    """What decoding needs of an engine."""
+
+    model: Model
+    batch_size: int
+    seq_len: int
+    vocab_size: int
+    device: torch.device
+
+    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+        """Return what is drawn for nonces."""
+
+
+def decoded(engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+    """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
+        with wide_products(engine.model):
+            tokens_BN, states_BSD = _decode(engine, draws)
+        count = len(wanted)
+        sketches_BSK = draws.sketches(states_BSD)[:count]
+        _check_finite(engine.model, sketches_BSK)
+        yield Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), sketches_BSK)
+
+
+def replayed(
+    engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+) -> Generator[Replayed]:
+    """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        pad = rows - len(wanted)
+        given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
+        tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
+        count = len(wanted)
+        with wide_products(engine.model):
+            states_BND = _prefill(engine, draws, tokens_BN)
+            found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
+        sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
+        margins_BN = torch.stack(found).cpu().numpy()
+        _check_finite(engine.model, sketches_BSK, margins_BN)
+        yield Replayed(margins_BN, sketches_BSK)
+
+
+def _rows(engine: Decoder, pipeline: Pipeline) -> int:
+    """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
+
+    Raises:
+        UsageError: Prompt and tokens are longer than the model's positions.
+        OutOfMemory: They do not fit.
+    """
+    model, positions = engine.model, engine.seq_len + pipeline.steps
+    check_shape(model, batch_size=engine.batch_size, seq_len=engine.seq_len, steps=pipeline.steps)
+    rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
+    check_fits(model, rows, positions)
+    return rows
+
+
+@torch.inference_mode()
+def _decode(engine: Decoder, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
+    """Return the decoded tokens, and the states behind the sketched ones."""
+    body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
+    inputs_BT, tokens, states = draws.prompts_BP, [], []
+    seen = 0
+    for step in range(draws.steps):
+        positions_T = torch.arange(seen, seen + inputs_BT.shape[1], device=engine.device)
+        output = body(
+            input_ids=inputs_BT,
+            position_ids=positions_T.expand_as(inputs_BT),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        state_BD = output.last_hidden_state[:, -1]
+        if step in draws.sketched:
+            states.append(state_BD.float())
+        scores_BV = _logits(engine, state_BD)
+        draws.add_noise(scores_BV, step)
+        tokens.append(scores_BV.argmax(dim=-1))
+        seen += inputs_BT.shape[1]
+        inputs_BT = tokens[-1].unsqueeze(1)
+    return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
+
+
+@torch.inference_mode()
+def _prefill(engine: Decoder, draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
+    given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
+    positions_T = torch.arange(given_BT.shape[1], device=engine.device)
+    body = backbone(engine.model.module)
+    output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
+    states_BTD: Tensor = output.last_hidden_state
+    return states_BTD[:, draws.prompts_BP.shape[1] - 1 :]
+
+
+@torch.inference_mode()
+def _margins(
+    engine: Decoder, draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
+) -> Float32[Tensor, " N"]:
+    """Return how far the score of every token of a nonce is below the best one.
+
+    The products are of one nonce's states, so no other nonce has a part in their bits.
+    """
+    parts = []
+    for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
+        chosen = slice(start, start + _TOKENS_AT_ONCE)
+        scores_NV = _logits(engine, states_ND[chosen])
+        draws.add_noise_of(row, scores_NV, start)
+        parts.append(margins(scores_NV, tokens_N[chosen]))
+    return torch.cat(parts)
+
+
+def _logits(engine: Decoder, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
+    """Return the product of states with the model's own head matrix; no bias, no capping of logits.
+
+    It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
+    logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has that
+    in it.
+    """
+    weight_VD: Tensor = engine.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+
+
+def _check_finite(model: Model, *computed: np.ndarray) -> None:
+    if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
+        raise not_finite(f"{model.reference} returned NaN or infinity")
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine on transformers: the definition, and the default on CPU and CUDA.
 
 # --------------------------------------------------------------------------------------------------
 # Transforms between the decoder layers, for the pipelines that change the model's own computation.

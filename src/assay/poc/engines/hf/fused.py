@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from assay.models.decoder import Rotation, causal_attention
 from assay.models.eight_bits import Arithmetic
@@ -39,12 +40,8 @@ _UPDATES = ("o_proj", "down_proj")
 def fusible(model: Model) -> bool:
     """Return whether the kernels serve a model whose decoder is lean: on CUDA, with triton and this activation."""
     in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
-    return runs_on(model.device) and in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
-
-
-def runs_on(device: torch.device) -> bool:
-    """Return whether the kernels run on a device."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    runs = model.device.type == "cuda" and find_spec("triton") is not None
+    return runs and in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
 
 
 @cache
@@ -88,6 +85,7 @@ class KernelLayer(FusedLayer):
         super().__init__(shape, weights, rotation)
         self.by = shape.arithmetic
 
+    @override
     def project(self, name: str, x: Any) -> Any:
         if self.by is not None and not isinstance(x, Rounded):
             x = kernels().rounded(x, self.by)
@@ -95,9 +93,11 @@ class KernelLayer(FusedLayer):
             return Update(x, *getattr(self.weights, name))
         return projected(x, getattr(self.weights, name), self.by)
 
+    @override
     def norm(self, name: str, x: Any) -> Any:
         return x.normed(getattr(self.weights, name), self.shape.epsilon, self.by)
 
+    @override
     def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = self.shape
         qkv_BTR = self.project("qkv", x)
@@ -114,12 +114,15 @@ class KernelLayer(FusedLayer):
             x, norms, self.rotation, self.shape.epsilon, **counts, width=self.head_width, first_position=first_position
         )
 
+    @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v, self.shape.scale).contiguous()
 
+    @override
     def mlp(self, x: Any) -> Any:
         return self.project("down_proj", kernels().gated(self.project("gate_up", x), self.by))
 
+    @override
     def add(self, h: Any, update: Any) -> Any:
         return h.with_product(update) if isinstance(update, Update) else Residual(h.states, update)
 
@@ -127,11 +130,13 @@ class KernelLayer(FusedLayer):
 class LastKernelLayer(KernelLayer):
     """The last layer for the last position; only keys and values are computed for every one."""
 
+    @override
     def updated(self, x: Any) -> Any:
         if isinstance(x, Residual):
             return Residual(x.states[:, -1].contiguous())
         return Rounded(*(part[:, -1].contiguous() for part in x)) if isinstance(x, Rounded) else x[:, -1].contiguous()
 
+    @override
     def heads(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape, rows = self.shape, self.shape.heads * self.head_width
         q, kv = parted(self.weights.qkv, rows, self.by)
@@ -142,6 +147,7 @@ class LastKernelLayer(KernelLayer):
         k_BTKE, v_BTKE = kv_BTR.view(*kv_BTR.shape[:-1], -1, self.head_width).chunk(2, dim=-2)
         return q_BR.view(len(q_BR), -1, self.head_width), k_BTKE, v_BTKE
 
+    @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return last_attention(q, k, v, self.shape.scale)
 
@@ -149,9 +155,11 @@ class LastKernelLayer(KernelLayer):
 class MixtureLayer(KernelLayer):
     """A layer with a mixture of experts, whose router reads its input unrounded."""
 
+    @override
     def norm(self, name: str, x: Any) -> Any:
         return x.normed(getattr(self.weights, name), self.shape.epsilon, None)
 
+    @override
     def mlp(self, x: Any) -> Tensor:
         use, weights = kernels(), self.weights
         rows_ND = x.flatten(0, -2)

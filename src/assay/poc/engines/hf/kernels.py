@@ -29,7 +29,6 @@ from assay.models.float8 import SMALLEST, STEP, Rounded
 
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
 
 
 _SMALLEST, _STEP, _INT8_STEP = tl.constexpr(SMALLEST), tl.constexpr(STEP), tl.constexpr(INT8_STEP)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from assay.models.decoder import DecoderLayer, Rotation, backbone, causal_attention, decoder_layers, has_hooks
 from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
@@ -40,18 +41,27 @@ class Steps(NamedTuple):
     last: Run
 
 
-class LeanLayers:
-    """The layers of a model as functions of tensors, ready to run on inputs of one length.
+class LeanDecoder:
+    """The layers of a model of transformers as functions of tensors, ready to run on inputs of one length.
+
+    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
 
     Args:
-        parts: What the decoder is made of.
+        model: Model for which :func:`lean_decoder` is true.
+        seq_len: Number of positions, T.
         steps: Maker of the steps from the shape of a layer; None is :func:`plain_steps`.
     """
 
-    def __init__(self, parts: "LeanParts", steps: "Callable[[Shape], Steps] | None" = None) -> None:
-        self._weights, self._rotation = parts.layers, parts.rotation
-        self._norms = [*(weights.input_layernorm for weights in parts.layers), parts.norm]
-        self._steps = (steps or plain_steps)(parts.shape)
+    def __init__(self, model: Model, seq_len: int, steps: "Callable[[Shape], Steps] | None" = None) -> None:
+        body: Any = backbone(model.module)
+        layers: list[Any] = list(decoder_layers(model.module))
+        cos_1TE, sin_1TE = body.rotary_emb(
+            torch.empty(0, dtype=model.dtype, device=model.device), torch.arange(seq_len, device=model.device)[None]
+        )
+        self._rotation: Rotation = cos_1TE[0][:, None], sin_1TE[0][:, None]
+        self._weights = [layer_weights(layer) for layer in layers]
+        self._norms = [*(weights.input_layernorm for weights in self._weights), body.norm.weight]
+        self._steps = (steps or plain_steps)(layer_shape(layers[0]))
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
@@ -68,32 +78,6 @@ class LeanLayers:
         for weights, next_norm in zip(self._weights[:-1], self._norms[1:-1], strict=True):
             h, x = self._steps.full(h, x, weights, self._rotation, next_norm)
         return last(h, x, self._weights[-1], self._rotation, self._norms[-1])
-
-
-class LeanDecoder(LeanLayers):
-    """The layers of a model of transformers.
-
-    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
-
-    Args:
-        model: Model for which :func:`lean_decoder` is true.
-        seq_len: Number of positions, T.
-        steps: Maker of the steps, as in :class:`LeanLayers`.
-    """
-
-    def __init__(self, model: Model, seq_len: int, steps: "Callable[[Shape], Steps] | None" = None) -> None:
-        body: Any = backbone(model.module)
-        layers: list[Any] = list(decoder_layers(model.module))
-        rotation = rotation_of(body.rotary_emb, seq_len, model.dtype, model.device)
-        weights = [layer_weights(layer) for layer in layers]
-        super().__init__(LeanParts(layer_shape(layers[0]), weights, body.norm.weight, rotation), steps)
-
-
-def rotation_of(rotary: Run, seq_len: int, dtype: torch.dtype, device: torch.device) -> Rotation:
-    """Return the cosines and sines [T, 1, E] of so many positions, from a rotary embedding of transformers."""
-    positions = torch.arange(seq_len, device=device)[None]
-    cos_1TE, sin_1TE = rotary(torch.empty(0, dtype=dtype, device=device), positions)
-    return cos_1TE[0][:, None], sin_1TE[0][:, None]
 
 
 def plain_steps(shape: "Shape", wrap: Callable[[Run], Run] = lambda run: run) -> Steps:
@@ -216,22 +200,6 @@ class LayerWeights(NamedTuple):
     router: Tensor | None = None  # E, D
 
 
-class LeanParts(NamedTuple):
-    """What a decoder is made of, in whichever engine its weights are.
-
-    Attributes:
-        shape: Shape of the layers.
-        layers: Weights of the layers in their order.
-        norm: Weight of the final norm, [D].
-        rotation: Cosines and sines of the positions of an input, [T, 1, E].
-    """
-
-    shape: Shape
-    layers: Sequence[LayerWeights]
-    norm: Tensor
-    rotation: Rotation
-
-
 class FusedLayer(DecoderLayer):
     """A layer for every position; cosines and sines of the positions are [T, 1, E]."""
 
@@ -242,23 +210,29 @@ class FusedLayer(DecoderLayer):
         self.shape = shape
         self.weights = weights
 
+    @override
     def project(self, name: str, x: Tensor) -> Tensor:
         return projected(x, getattr(self.weights, name), self.shape.arithmetic)
 
+    @override
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight: Tensor | None = getattr(self.weights, name)
         return x if weight is None else rms_norm(x, weight, self.shape.epsilon)
 
+    @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v, self.shape.scale)
 
+    @override
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.shape.activation(gate) * up
 
+    @override
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
         widths = [heads * self.head_width for heads in (self.shape.heads, self.shape.key_heads, self.shape.key_heads)]
         return torch.split(self.project("qkv", x), widths, dim=-1)
 
+    @override
     def gate_up(self, x: Tensor) -> Iterable[Tensor]:
         return self.project("gate_up", x).chunk(2, dim=-1)
 
@@ -270,9 +244,11 @@ class LastLayer(FusedLayer):
         cos_T1E, sin_T1E = rotation
         super().__init__(shape, weights, rotation, (cos_T1E[-1], sin_T1E[-1]))
 
+    @override
     def updated(self, x: Tensor) -> Tensor:
         return x[:, -1]
 
+    @override
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
         rows = self.shape.heads * self.head_width
         q, kv = parted(self.weights.qkv, rows, self.shape.arithmetic)
@@ -280,6 +256,7 @@ class LastLayer(FusedLayer):
         q_BR = projected(self.updated(x), q, self.shape.arithmetic)
         return q_BR, *kv_BTR.chunk(2, dim=-1)
 
+    @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return last_attention(q, k, v, self.shape.scale)
 

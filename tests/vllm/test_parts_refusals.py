@@ -1,4 +1,4 @@
-"""What is refused before anything starts: versions, settings of vLLM, several servers."""
+"""What is refused before anything starts: versions, settings of vLLM, checkpoints, several servers."""
 
 import re
 import sys
@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.load import identify
 from assay.poc import NetworkPins, get_pipeline
 from assay.poc.protocol.builds import CACHES
-from assay.poc.vllm import compatibility as _compatibility
-from assay.poc.vllm import compatibility as _versions
+from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
 from assay.poc.vllm.compatibility import other_cache, rounded_cache
 from assay.poc.vllm.plugin import plugin
-from assay.poc.vllm.start import before_start
+from assay.poc.vllm.rows import products
+from tests.models.storing import described
 from tests.vllm.conftest import ROOT
 
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
@@ -27,27 +27,27 @@ REFERENCE = ROOT / "src/assay/models/reference/qwen3"
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_a_runner_that_lacks_something_is_described_not_wrapped(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_compatibility, "OF_RUNNER", {kind: {}})
-    monkeypatch.setattr(_compatibility, "runner_kind", lambda runner: kind)
-    missing = _compatibility.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
+    monkeypatch.setattr(compatibility, "USED_BY_RUNNER", {kind: {}})
+    monkeypatch.setattr(compatibility, "runner_kind", lambda runner: kind)
+    missing = compatibility.missing_in_runner(SimpleNamespace(device="cpu", execute_model=None))
     assert any(name.endswith("sample_tokens") for name in missing)
     assert not any(name.endswith("device") for name in missing)
 
 
 @pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "1.0", "what"])
 def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_versions, "installed_version", lambda: version)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     with pytest.raises(BackendUnavailable, match="tested"):
-        _compatibility.check_installed()
+        compatibility.check_installed()
 
 
 def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
-    used = {"json:JSONDecoder": ("decode", "sing"), "json:Nothing": ()}
-    used |= {"assay.poc:Round": ("block_hash", "colour"), "no.such.module:X": ("y",)}
-    monkeypatch.setattr(_compatibility, "USED", used)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    used = {"json:JSONDecoder": "decode sing", "json:Nothing": ""}
+    used |= {"assay.poc:Round": "block_hash colour", "no.such.module:X": "y"}
+    monkeypatch.setattr(compatibility, "USED", used)
     with pytest.raises(BackendUnavailable) as refusal:
-        _compatibility.check_installed()
+        compatibility.check_installed()
     seen = refusal.value.seen
     assert all(name in seen for name in ("JSONDecoder.sing", "json.Nothing", "Round.colour", "no.such.module.X"))
     assert "decode" not in seen
@@ -56,20 +56,20 @@ def test_a_version_without_something_that_is_used_is_refused_by_its_name(monkeyp
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     def absent(name: str) -> str:
-        raise _versions.importlib.metadata.PackageNotFoundError(name)
+        raise compatibility.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(_versions.importlib.metadata, "version", absent)
+    monkeypatch.setattr(compatibility.importlib.metadata, "version", absent)
     with pytest.raises(BackendUnavailable, match=r"'\.\[vllm\]'"):
-        _compatibility.check_installed()
+        compatibility.check_installed()
 
 
 def check_config_says(config: Any, words: str | None) -> None:
     """Check that settings of vLLM are refused with these words; ``None`` for settings it takes."""
     if words is None:
-        _compatibility.check_config(config)
+        compatibility.check_config(config)
         return
     with pytest.raises(UsageError) as refusal:
-        _compatibility.check_config(config)
+        compatibility.check_config(config)
     assert words in str(refusal.value)
 
 
@@ -106,7 +106,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
 
 
 def test_the_settings_that_docs_recommend_pass_the_gate():
-    _compatibility.check_config(settings_of_vllm())
+    compatibility.check_config(settings_of_vllm())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_settings_that_docs_recommend_pass_the_gate():
 )
 def test_settings_that_move_nothing_pass(changes):
     assert (other_cache(settings_of_vllm(**changes)), rounded_cache(settings_of_vllm(**changes))) == ([], "")
-    _compatibility.check_config(settings_of_vllm(**changes))
+    compatibility.check_config(settings_of_vllm(**changes))
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_settings_that_move_nothing_pass(changes):
 )
 def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
     with pytest.raises(UsageError) as refusal:
-        _compatibility.check_config(settings_of_vllm(**{path: value}))
+        compatibility.check_config(settings_of_vllm(**{path: value}))
     assert words in str(refusal.value)
 
 
 def test_adapters_in_float32_are_refused_where_kernels_for_gpus_assert_against_them():
     changes = {"device_config.device_type": "cuda", "lora_config": SimpleNamespace(), "model_config.dtype": "float32"}
     with pytest.raises(UsageError, match=r"--enable-lora in float32 on a GPU(.|\n)*--dtype bfloat16"):
-        _compatibility.check_config(settings_of_vllm(**changes))
+        compatibility.check_config(settings_of_vllm(**changes))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_adapters_in_float32_are_refused_where_kernels_for_gpus_assert_against_t
 def test_workers_are_run_only_in_ways_that_were_tried(
     executor: str, key: str, second: bool, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_versions, "installed_version", lambda: version)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     platform = SimpleNamespace(ray_device_key=key, device_name="cpu")
     vllm = SimpleNamespace(
         envs=SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second),
@@ -214,7 +214,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
 def test_a_cache_in_eight_bits_is_taken_where_it_was_run(
     changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_versions, "installed_version", lambda: version)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     config = settings_of_vllm(**{"cache_config.cache_dtype": "fp8"} | changes)
     assert rounded_cache(config) == CACHES[0]
     check_config_says(config, words)
@@ -245,23 +245,23 @@ ENGINES = {
 def test_engines_share_a_round_behind_one_server_and_engines_of_a_mixture_on_a_gpu(
     changes: dict, missing: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_compatibility, "_missing", lambda names: missing)
+    monkeypatch.setattr(compatibility, "_missing", lambda names: missing)
     config = settings_of_vllm(**ENGINES | changes)
     if words is None:
-        _compatibility.check_config(config)
+        compatibility.check_config(config)
         return
     with pytest.raises(UsageError, match=words) as refusal:
-        _compatibility.check_config(config)
+        compatibility.check_config(config)
     assert "one server per engine" in refusal.value.do
 
 
 def test_workers_on_several_hosts_need_a_vllm_on_which_they_were_run(monkeypatch: pytest.MonkeyPatch):
     config = settings_of_vllm(**{"parallel_config.nnodes": 2})
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
-    _compatibility.check_config(config)
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.0")
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    compatibility.check_config(config)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.31.0")
     with pytest.raises(UsageError, match=r"vLLM 0\.31\.0 with workers on several hosts"):
-        _compatibility.check_config(config)
+        compatibility.check_config(config)
 
 
 def test_receipts_and_several_engines_are_refused_together():
@@ -283,7 +283,7 @@ def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
     name: str, value, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.0")
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.31.0")
     app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(**{name: value})))
     with pytest.raises(UsageError) as refusal:
         plugin().attach_router(app)
@@ -402,3 +402,197 @@ def test_the_recipe_of_the_page_installs_what_the_tests_run_on():
     assert len(pins) == 3
     assert all(pin in makefile for pin in pins)
     assert "uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec" in makefile
+
+
+pytestmark = pytest.mark.usefixtures("with_avx512")
+
+HYBRID = {
+    "model_config.is_hybrid": True,
+    "model_config.architecture": "FalconH1ForCausalLM",
+    "compilation_config.is_custom_op_enabled": lambda name: True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "words"),
+    [
+        ({}, "0.32.0", None),
+        ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
+        ({"device_config.device_type": "cuda"}, "0.32.0", None),
+        ({"device_config.device_type": "cuda", "model_config.dtype": "torch.float32"}, "0.32.0", "--dtype bfloat16"),
+        (
+            {"device_config.device_type": "cuda", "model_config.architecture": "Qwen3NextForCausalLM"},
+            "0.32.0",
+            "pass --gdn-prefill-backend triton",
+        ),
+        (
+            {
+                "device_config.device_type": "cuda",
+                "model_config.architecture": "Qwen3NextForCausalLM",
+                "additional_config": {"gdn_prefill_backend": "triton"},
+            },
+            "0.32.0",
+            None,
+        ),
+        ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
+        ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
+        (
+            {"model_config.architecture": "Qwen3NextForCausalLM", "model_config.dtype": "torch.float32"},
+            "0.32.0",
+            "pass --dtype bfloat16",
+        ),
+        ({"model_config.architecture": "Lfm2ForCausalLM"}, "0.32.0", '"-rotary_embedding"'),
+        (
+            {
+                "model_config.architecture": "Lfm2ForCausalLM",
+                "compilation_config.is_custom_op_enabled": lambda name: name != "rotary_embedding",
+            },
+            "0.32.0",
+            None,
+        ),
+    ],
+)
+def test_a_model_with_state_runs_only_where_it_was_run(
+    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
+    config = settings_of_vllm(**HYBRID | changes)
+    check_config_says(config, words)
+
+
+def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
+    """The settings of a server of a checkpoint that is stored so."""
+    model = SimpleNamespace(quantization_config=described(form))
+    sizes = SimpleNamespace(hidden_size=256, moe_intermediate_size=256)
+    changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
+    changes = {"model_config.hf_text_config": sizes, "parallel_config.tensor_parallel_size": 1} | changes
+    return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "name"),
+    [
+        ("int8", "float32", "int8-rows"),
+        ("int8", "bfloat16", "int8-rows"),
+        ("packed", "bfloat16", "int4-groups"),
+        ("awq", "float16", "int4-groups"),
+        ("gptq", "bfloat16", "int4-groups"),
+    ],
+)
+def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    compatibility.check_config(stored(form, dtype))
+    assert compatibility.stored_as(stored(form, dtype)) == name
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (stored("int8"), "a checkpoint in int8-rows"),
+        (stored("packed"), "a checkpoint in int4-groups"),
+        (settings_of_vllm(**{"cache_config.cache_dtype": "fp8"}), "--kv-cache-dtype fp8"),
+    ],
+)
+def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    compatibility.check_config(config)
+    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX2")
+    check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
+    config.device_config.device_type = "cuda"
+    compatibility.check_config(config)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("form", ["tensor", "channel-tensors", "block", "int8", "packed", "gptq"])
+def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    compatibility.check_config(stored(form, **{"device_config.device_type": "cuda", "model_config.is_moe": experts}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({}, {"moe_intermediate_size": 64}, None),
+        ({}, {"moe_intermediate_size": None, "intermediate_size": 64}, None),
+        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 128}, None),
+        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 64}, "32 of their columns in a worker"),
+        (
+            {"parallel_config.tensor_parallel_size": 2, "parallel_config.enable_expert_parallel": True},
+            {"moe_intermediate_size": 64},
+            None,
+        ),
+        ({}, {"moe_intermediate_size": 32}, "32 of their columns in a worker and one scale for 32"),
+        ({}, {"moe_intermediate_size": 32, "hidden_size": 32}, None),
+        ({}, {"hidden_size": 32}, "256 of their columns"),
+    ],
+)
+@pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
+def test_experts_whose_scales_vllm_would_mix_up_are_refused(
+    form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    of_gpu = {"device_config.device_type": "cuda", "model_config.is_moe": True}
+    config = stored(form, "float16" if form == "awq" else "bfloat16", **of_gpu | changes)
+    vars(config.model_config.hf_text_config).update(sizes)
+    check_config_says(config, words)
+
+
+def test_engines_that_step_together_cut_experts_among_the_workers_of_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(compatibility, "_missing", lambda names: [])
+    engines = ENGINES | {"parallel_config.tensor_parallel_size": 4, "device_config.device_type": "cuda"}
+    config = stored("packed", **engines | {"model_config.is_moe": True})
+    check_config_says(config, "32 of their columns in a worker")
+    config.parallel_config.enable_expert_parallel = True
+    check_config_says(config, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
+        (stored("block"), "a checkpoint in float8-block on cpu"),
+        (stored("tensor"), "a checkpoint in float8 on cpu"),
+        (
+            stored("int8", "float32", **{"device_config.device_type": "cuda"}),
+            "a checkpoint in int8-rows and --dtype float32 on cuda",
+        ),
+        (stored("int8", **{"device_config.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
+        (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
+        (stored("int8", **{"model_config.quantization_config": SimpleNamespace()}), "--quantization-config"),
+    ],
+)
+def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    with pytest.raises(UsageError, match=words) as refusal:
+        compatibility.check_config(config)
+    assert refusal.value.wanted
+    assert refusal.value.do
+
+
+def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
+    config = stored("gptq")
+    config.model_config.hf_config.quantization_config["desc_act"] = True
+    with pytest.raises(ModelError, match="desc_act True"):
+        compatibility.check_config(config)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.28.0")
+    with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
+        compatibility.check_config(stored("int8"))
+
+
+def test_the_products_of_quantised_layers_are_named_and_of_no_others():
+    class CPUInt8:
+        def _apply_weights_onednn(self) -> None: ...
+
+        linear_method = _apply_weights_onednn
+
+    class Experts: ...
+
+    layers = [
+        SimpleNamespace(quant_method=SimpleNamespace(), scheme=SimpleNamespace(kernel=CPUInt8())),
+        SimpleNamespace(quant_method=SimpleNamespace(experts_cls=Experts)),
+        SimpleNamespace(quant_method=SimpleNamespace()),
+        SimpleNamespace(),
+    ]
+    assert products(SimpleNamespace(modules=lambda: layers)) == ["CPUInt8 onednn", "experts Experts"]
+    assert products(SimpleNamespace(modules=lambda: layers[2:])) == []
