@@ -15,7 +15,7 @@ KINDS = [kind for kind in vars(assay.errors).values() if isinstance(kind, type) 
     "error",
     [
         *(kind("seen", wanted="wanted", do="do") for kind in KINDS),
-        ProofMismatch("seen", wanted="wanted", do="do", name="digest"),
+        ProofMismatch("seen", wanted="wanted", do="do", field="digest"),
         Refusal(503, "seen", wanted="wanted", do="do", retry_after=3, fields={"fields": ["busy"]}),
     ],
     ids=lambda error: type(error).__name__,

@@ -36,10 +36,12 @@ class AssayError(Exception):
         seen: Fault that was found, with the offending value.
         wanted: Description of what would have been right.
         do: Next action for the person who reads it.
+        field: Parameter that the fault is about, where one alone is; a command line names its flag.
     """
 
-    def __init__(self, seen: str, *, wanted: str, do: str) -> None:
+    def __init__(self, seen: str, *, wanted: str, do: str, field: str = "") -> None:
         self.seen, self.wanted, self.do = map(visible, (seen, wanted, do))
+        self.field = field
         super().__init__(self.seen, self.wanted, self.do)
 
     def __str__(self) -> str:
@@ -87,18 +89,7 @@ class ProofFormatError(ProofError):
 
 
 class ProofMismatch(ProofError):
-    """A proof made for another model, round or pipeline.
-
-    Args:
-        seen: Fault that was found, with the offending value.
-        wanted: Description of what would have been right.
-        do: Next action for the person who reads it.
-        name: Name under which the value is pinned; empty where it is no value of a header.
-    """
-
-    def __init__(self, seen: str, *, wanted: str, do: str, name: str = "") -> None:
-        super().__init__(seen, wanted=wanted, do=do)
-        self.name = name
+    """A proof made for another model, round or pipeline. ``field`` is the name under which the value is pinned."""
 
 
 class CalibrationError(ProofError):

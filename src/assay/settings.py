@@ -1,7 +1,7 @@
 """Settings that are declared once, as a class whose fields carry their meaning, default and bounds.
 
-``assay.cli`` makes the flags, environment variables and configuration keys of a command from such a class, and
-docs/configuration.md is generated from it::
+``assay.cli`` makes the options and configuration keys of a command from such a class, and docs/configuration.md is
+generated from it::
 
     class Plan(Settings):
         nonces: int = Field(1024, ge=2, description="Nonces per block.")        # --nonces 1024
@@ -14,31 +14,37 @@ from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, GetCoreSchemaHandler, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from assay.errors import UsageError
 
+NEAR = 0.75
+"""Similarity from which on a word may be the one that was meant."""
+
 
 @dataclass(frozen=True)
 class Flag:
-    """Metadata of a field whose flag is not simply ``--its-name``, or that has an environment variable of its own.
+    """Metadata of a field: how a command line writes it.
 
     Args:
         names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
         variable: Environment variable, such as ``ASSAY_MODEL``.
         secret: Whether errors must not show the value.
+        unit: What a value is or counts, such as ``SECONDS``, for the help.
+        argument: Whether the field is a positional argument.
     """
 
     names: tuple[str, ...] = ()
     variable: str | None = None
     secret: bool = False
+    unit: str = ""
+    argument: bool = False
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """Metadata of a field that is written as one word in flags, variables and configuration files.
+    """Metadata of a field that is written as one word in flags and configuration files.
 
     Args:
         read: Turns the text into the value; raises ValueError, saying what is wanted.
@@ -69,7 +75,7 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-    Flag(variable="ASSAY_DEVICE"),
+    Flag(variable="ASSAY_DEVICE", unit="DEVICE"),
     Field(description="Device that runs the model: cpu or cuda; by default cuda where there is one."),
 ]
 
@@ -108,63 +114,65 @@ class Settings(BaseSettings):
         return init_settings, *(EnvSettingsSource(settings_cls, env_prefix=prefix) for prefix in cls.prefixes)
 
     @classmethod
-    def flags(cls, field: str) -> tuple[str, ...]:
-        """Return the names of a field's flag, the long one last."""
-        named = [about.names for about in _abouts(cls.model_fields[field]) if about.names]
-        return named[0] if named else (f"--{field.replace('_', '-')}",)
+    def flag(cls, field: str) -> Flag:
+        """Return how a command line writes a field, from all that is said of it."""
+        found = [entry for entry in cls.model_fields[field].metadata if isinstance(entry, Flag)]
+        names = next((one.names for one in found if one.names), (f"--{field.replace('_', '-')}",))
+        return Flag(
+            names,
+            next((one.variable for one in found if one.variable), None),
+            any(one.secret for one in found),
+            next((one.unit for one in found if one.unit), ""),
+            any(one.argument for one in found),
+        )
+
+    @classmethod
+    def spelling(cls, field: str) -> str:
+        """Return how a user writes a field: its long flag, or the name of its argument in capitals."""
+        flag = cls.flag(field)
+        return field.upper() if flag.argument else flag.names[-1]
 
     @classmethod
     def environment_name(cls, field: str) -> str | None:
-        """Return the variable that sets a field, or None where it has only the one that every flag has."""
-        named = [about.variable for about in _abouts(cls.model_fields[field]) if about.variable]
-        prefix, flag = cls.model_config.get("env_prefix"), cls.flags(field)[-1]
-        return named[0] if named else prefix and f"{prefix}{flag.lstrip('-').replace('-', '_').upper()}"
+        """Return the variable that sets a field, or None where there is none."""
+        flag, prefix = cls.flag(field), cls.model_config.get("env_prefix")
+        return flag.variable or (prefix and f"{prefix}{flag.names[-1].lstrip('-').replace('-', '_').upper()}") or None
 
 
-def _abouts(field: FieldInfo) -> list[Flag]:
-    return [entry for entry in field.metadata if isinstance(entry, Flag)]
+def words_of(annotation: Any) -> list[Any]:
+    """Return the words of a ``Literal``, alone or beside None."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in words_of(part)]
 
 
 def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     """Return the first fault of a validation in three parts, naming the flag."""
     fault: ErrorDetails = error.errors(include_url=False)[0]
-    name, field = "", None
-    for place in fault["loc"]:
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            kind, field = field.annotation, None
-        if field is None:
-            name = str(place)
-            field = kind.model_fields.get(name)
+    name = next((str(place) for place in fault["loc"]), "")
+    field = kind.model_fields.get(name)
     if field is None:
-        known = get_close_matches(name, kind.model_fields)
+        known = get_close_matches(name, kind.model_fields, cutoff=NEAR)
         return UsageError(
             f"a setting {name!r}",
             wanted=f"a field of {kind.__name__}",
             do=f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})",
         )
-    flag, variable = kind.flags(name)[-1], kind.environment_name(name)
+    flag, variable = kind.spelling(name), kind.environment_name(name)
     if variable and not kind.has_flags:
         flag, variable = variable, None
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    near = get_close_matches(str(fault["input"]).lower(), _words_of(field.annotation), cutoff=0.52)
-    secret = any(about.secret for about in _abouts(field))
-    correct = (
-        f"correct {flag}{f' or {variable}' if variable else ''}{'' if field.is_required() else ', or leave it out'}"
-    )
+    near = get_close_matches(str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR)
+    correct = f"correct {flag}{f' or {variable}' if variable else ''}"
     return UsageError(
-        flag if secret else f"{flag} {_shown(fault['input'])}",
+        flag if kind.flag(name).secret else f"{flag} {_shown(fault['input'])}",
         wanted=wanted,
-        do=f"did you mean {flag} {near[0]}?" if near else correct,
+        do=f"did you mean {flag} {near[0]}?"
+        if near
+        else correct + ("" if field.is_required() else ", or leave it out"),
     )
-
-
-def _words_of(annotation: Any) -> list[str]:
-    """Return the words of a ``Literal``, alone or beside None."""
-    if get_origin(annotation) is Literal:
-        return [str(word) for word in get_args(annotation)]
-    return [word for part in get_args(annotation) for word in _words_of(part)]
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The root of the command line: shared options, configuration, and what becomes of errors."""
+"""The root of the command line: the groups of commands, options of all, and what becomes of errors."""
 
 import os
 import signal
@@ -7,89 +7,68 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
+from click.shell_completion import shell_complete
 
 from assay._version import __version__
-from assay.cli import demo as _demo
-from assay.cli import doctor as _doctor
-from assay.cli import models as _models
-from assay.cli import poc as _poc
-from assay.cli import research as _research
-from assay.cli import streams as _streams
-from assay.cli import vhack as _vhack
-from assay.cli.commands import CONTINUES, App, Group, Stopped, in_assay_words
+from assay.cli import ledger, pins, responses, serve, validator, vhack_models  # noqa: F401  (each adds its commands)
+from assay.cli.config import config
+from assay.cli.demo import DemoSettings, demo
+from assay.cli.doctor import doctor
+from assay.cli.framework import CONTINUES, Command, Group, Stopped, in_assay_words, in_three_parts
+from assay.cli.models import models
 from assay.cli.output import errors
-from assay.cli.usage import ParserError, in_three_parts
-from assay.errors import AssayError, UsageError
-
-LONGEST_CONFIG = 2**20  # bytes; one that sets every flag has twenty thousand
-
-
-class _Root(Group):
-    """The root command, which turns errors of the parser and the operating system into assay errors and exit codes."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        with _answered():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, context: Any) -> Any:
-        with _answered():
-            return super().invoke(context)
+from assay.cli.poc import poc
+from assay.cli.streams import streams
+from assay.cli.vhack import vhack
+from assay.errors import AssayError
 
 
-@contextmanager
-def _answered() -> Iterator[None]:
-    """Raise the parser's and the system's errors as assay's, before typer answers a closed pipe with code 1: fraud."""
-    try:
-        yield
-    except ParserError as error:
-        raise in_three_parts(error) or error from None
-    except BrokenPipeError:
-        raise _ReaderLeft from None
-    except OSError as error:
-        raise in_assay_words(error) from error
-
-
-app = App(
-    name="assay",
-    cls=_Root,
-    help="Measure what a language model really computed, and what its training really learns.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ASSAY"},
-)
-app.command("demo", epilog="Example: assay demo -o demo")(_demo.demo)
-app.command("doctor", epilog="Example: assay doctor --json")(_doctor.doctor)
-app.add_typer(_streams.app, name="streams")
-app.add_typer(_poc.app, name="poc")
-app.add_typer(_vhack.app, name="vhack")
-app.add_typer(_models.app, name="models")
-app.add_typer(_research.app, name="research")
-
-
-def _show_version(wanted: bool) -> None:
+def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
-        typer.echo(f"assay {__version__}")
-        raise typer.Exit
+        click.echo(f"assay {__version__}")
+        context.exit()
 
 
-@app.callback()
-def root(
-    context: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Configuration file (TOML); a table per command, such as [poc.prove].", envvar="ASSAY_CONFIG"
+def _keep_config(context: click.Context, option: click.Parameter, path: str | None) -> None:
+    context.obj = Path(path) if path else _user_config()
+
+
+app = Group(
+    "",
+    "Measure what a language model really computed, and what its training really learns.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    params=[
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            envvar="ASSAY_CONFIG",
+            callback=_keep_config,
+            expose_value=False,
+            help="Configuration file (TOML) with a table per command.",
         ),
-    ] = None,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
-    ] = False,
-) -> None:
-    """Read the configuration file before any command sees its options."""
-    context.default_map = _load_config(config, context.command)
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            callback=_show_version,
+            expose_value=False,
+            help="Print the version and exit.",
+        ),
+    ],
+)
+for _command in (
+    Command("demo", demo, (DemoSettings,), example="assay demo -o demo"),
+    Command("doctor", doctor, example="assay doctor --json"),
+    poc,
+    vhack,
+    models,
+    streams,
+    config,
+):
+    app.add_command(_command)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -98,26 +77,51 @@ def run(arguments: list[str] | None = None) -> int:
     0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by signal n (141: the
     reader of stdout left).
     """
-    command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a terminal of another encoding has no sign for is escaped
             stream.reconfigure(errors="backslashreplace")
+    if instruction := os.environ.get("_ASSAY_COMPLETE"):
+        return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
     try:
-        with _stoppable():
-            command.main(args=arguments, prog_name="assay")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else 0
-    except AssayError as error:
-        errors(error)
-        _drop_output()
+        with _stoppable(), app.make_context("assay", sys.argv[1:] if arguments is None else list(arguments)) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as done:
+        return _flushed(done.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
         return 2
+    except click.ClickException as error:
+        return _failed(in_three_parts(error))
+    except AssayError as error:
+        return _failed(error)
     except Stopped as stop:
-        typer.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
+        click.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
         return 128 + stop.number
-    except _ReaderLeft:
+    except BrokenPipeError:
         _drop_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _failed(in_assay_words(error))
     return 0
+
+
+def _failed(error: AssayError) -> int:
+    errors(error)
+    _drop_output()
+    return 2
+
+
+def _flushed(code: int) -> int:
+    """Return an exit code once stdout has taken all; Python itself would complain at exit and change it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _failed(in_assay_words(error))
+    return code
 
 
 def _drop_output() -> None:
@@ -129,10 +133,6 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _ReaderLeft(BaseException):
-    """Nobody reads our stdout any more."""
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Turn the two signals into an exception, unless the shell said to ignore them."""
@@ -142,7 +142,7 @@ def _stoppable() -> Iterator[None]:
         caught.append(Stopped(number))
         raise caught[-1]
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:
@@ -157,31 +157,6 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _load_config(path: Path | None, command: Any) -> dict[str, Any]:
-    chosen = path or _user_config()
-    if chosen is None:
-        return {}
-    from assay.files.toml import parse_toml
-
-    try:
-        return _defaults(parse_toml(_read_config(chosen)), command)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"configuration file {chosen}: {error}",
-            wanted='a readable TOML file, for instance [poc.prove] with model = "reference:qwen3"',
-            do="correct the file, or leave --config out",
-        ) from None
-
-
-def _read_config(path: Path) -> str:
-    """Return the text of the file, which may be a pipe, and is read no further than its bound."""
-    with path.open("rb") as file:
-        text = file.read(LONGEST_CONFIG + 1)
-    if len(text) > LONGEST_CONFIG:
-        raise ValueError(f"more than {LONGEST_CONFIG} bytes")
-    return text.decode("utf-8")
-
-
 def _user_config() -> Path | None:
     """The user's own file, if there is one that can be seen."""
     try:
@@ -190,26 +165,3 @@ def _user_config() -> Path | None:
         return found if found.is_file() else None
     except (OSError, RuntimeError):  # there is no home directory, or it cannot be read
         return None
-
-
-def _defaults(table: dict[str, Any], command: Any) -> dict[str, Any]:
-    """Return a table as the parser wants it: keys are written like flags (seq-len) or like names (seq_len).
-
-    Raises:
-        ValueError: A key is no command or flag, or is a table where a value should be, or the other way round.
-    """
-    commands = getattr(command, "commands", {})
-    flags = {_name(flag): parameter.name for parameter in command.params for flag in parameter.opts}
-    found = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and key in commands:
-            found[key] = _defaults(value, commands[key])
-        elif not isinstance(value, dict) and _name(key) in flags:
-            found[flags[_name(key)]] = value
-        else:
-            raise ValueError(f"{key} is not a {'command' if isinstance(value, dict) else 'flag'} of {command.name}")
-    return found
-
-
-def _name(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")

@@ -4,17 +4,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import numpy as np
-import typer
+from pydantic import Field
 
-from assay.cli.output import JsonFlag, emit_json, progress_bar, table
-from assay.cli.settings import settings, without_collection
+from assay.cli.flags import MODEL, OUTPUT
+from assay.cli.framework import without_collection
+from assay.cli.output import emit_json, progress_bar, table
 from assay.cli.vhack import check_table, print_checks
+from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.cli.plain_settings import DemoSettings
     from assay.models.load import Model
     from assay.pages.html import BadgeKind, Cell, Report
     from assay.poc.protocol.proof import Proof
@@ -198,16 +201,25 @@ PAIRS = 40  # the least for which lda passes every check on the bundled models
 DRAWS = {"n_null": 49, "n_splits": 10, "n_resamples": 1000}  # half of those of `assay vhack check`
 
 
-@settings("assay.cli.plain_settings:DemoSettings")
-def demo(chosen: "DemoSettings", as_json: JsonFlag = False) -> None:
-    """Prove and verify real compute, catch four cheaters, test hack directions, and write an HTML report."""
+class DemoSettings(Settings):
+    """Settings of ``assay demo``."""
+
+    model: Annotated[str, MODEL] = Field("reference:qwen3", description="Model that proves.")
+    output: Annotated[Path, OUTPUT] = Field(Path("demo"), description="Directory of the report.")
+
+
+def demo(chosen: DemoSettings, as_json: bool) -> None:
+    """Try both instruments on a bundled model.
+
+    Proves and verifies real compute, catches four cheaters, tests hack directions, and writes an HTML report.
+    """
     # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with without_collection():
         _run(chosen, as_json)
 
 
-def _run(chosen: "DemoSettings", as_json: bool) -> None:
+def _run(chosen: DemoSettings, as_json: bool) -> None:
     from assay.models.load import load_model, model_info
     from assay.pages.html import Report
 
@@ -242,11 +254,11 @@ def _run(chosen: "DemoSettings", as_json: bool) -> None:
     table(COLUMNS, rows([*honest, *cheaters]), title="Proof of Compute")
     print_checks(checked, title="v_hack")
     held = sum(check.verdict == "pass" for check in checked.checks)
-    typer.echo(
+    click.echo(
         f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n"
         f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s"
     )
-    typer.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")
+    click.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")
 
 
 def _run_checks(model: "Model", progress: Progress | None) -> "CheckReport":

@@ -4,9 +4,9 @@ import importlib.util
 import shutil
 from typing import Any
 
-import typer
+import click
 
-from assay.cli.output import JsonFlag, emit_json, table
+from assay.cli.output import emit_json, table
 from assay.errors import BackendUnavailable, how_to_install
 
 # What a user may miss, what for, and how to get it.
@@ -19,8 +19,11 @@ OPTIONAL = {
 PROGRAMS = {"bwrap": ("isolation of untrusted code", "apt-get install bubblewrap")}
 
 
-def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Report versions and devices, and test that every backend gives the same bits. Exit code 1 if one does not."""
+def doctor(as_json: bool) -> int:
+    """Report versions, devices, and exact streams.
+
+    Every backend must give the same bits. Exit code 1 if one does not.
+    """
     from assay.pages.provenance import provenance as origin
 
     backends = _backends()
@@ -31,7 +34,7 @@ def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
         emit_json("assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **provenance})
     else:
         _print(provenance, backends, missing)
-    context.exit(0 if exact else 1)
+    return 0 if exact else 1
 
 
 def _backends() -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def _print(provenance: dict[str, Any], backends: list[dict[str, Any]], missing: 
     if missing:
         needs = [(item["name"], item["needed_for"], item["get_it"]) for item in missing]
         table(("missing", "needed for", "how to get it"), needs)
-    typer.echo(f"{len(streams.BACKENDS)} backends known; compare the SHA-256 column between two machines.")
+    click.echo(f"{len(streams.BACKENDS)} backends known; compare the SHA-256 column between two machines.")
 
 
 def _short(digests: dict[str, str] | None) -> str:

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
-import typer
+import click
 from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -22,8 +22,6 @@ WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
 LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter
 PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
 
 def emit_json(schema: str, values: dict[str, Any]) -> None:
     """Print one JSON object with its schema field on stdout."""
@@ -32,7 +30,7 @@ def emit_json(schema: str, values: dict[str, Any]) -> None:
 
 def emit_document(values: dict[str, Any]) -> None:
     """Print one JSON object that names its schema itself on stdout."""
-    typer.echo(json.dumps(values, allow_nan=False))
+    click.echo(json.dumps(values, allow_nan=False))
 
 
 def show_values(schema: str, values: dict[str, Any], as_json: bool) -> None:
@@ -47,9 +45,9 @@ def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
     if os.environ.get("ASSAY_ERRORS") == "json":
         parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
-        typer.echo(json.dumps(parts), err=True)
+        click.echo(json.dumps(parts), err=True)
     else:
-        typer.echo(f"error: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
 
 
 class _Console(Console):
@@ -93,7 +91,7 @@ def _lines(label: str, unit: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= PAUSE:
             last = now
-            typer.echo(f"{label}: {done} of {total} {unit}, {done / (now - begun):.1f} {unit}/s", err=True)
+            click.echo(f"{label}: {done} of {total} {unit}, {done / (now - begun):.1f} {unit}/s", err=True)
 
     return update
 

@@ -1,63 +1,229 @@
 """``assay poc``: prove, verify, calibrate."""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from pydantic import Field
 
-from assay.cli import experiment as _experiment
-from assay.cli import ledger as _ledger
-from assay.cli import pins as _pins
-from assay.cli import replay as _replay
-from assay.cli import respond as _respond
-from assay.cli import serve as _serve
-from assay.cli import validator as _validator
-from assay.cli.calibrate import run_calibrate
-from assay.cli.commands import App, Resumable
-from assay.cli.engines import check_judging, judging_engine, proving_engine
-from assay.cli.output import JsonFlag, emit_document, progress_bar, show_values, table
-from assay.cli.settings import settings
+from assay.cli.flags import (
+    ARGUMENT,
+    DISTANCE,
+    FORMATS,
+    HASH,
+    KEY,
+    LEDGER,
+    MODEL,
+    MODEL_HELP,
+    NONCES,
+    NUMBER,
+    OUTPUT,
+    PINS,
+    POSITIONS,
+    PROBABILITY,
+    TEXT,
+    EngineName,
+    KernelName,
+    NumberFormat,
+)
+from assay.cli.framework import Group, extension
+from assay.cli.output import emit_document, progress_bar, show_values, table
+from assay.errors import ProofMismatch, UsageError
+from assay.settings import Device, Flag, Names, Settings, Spelling
 
 if TYPE_CHECKING:
-    from assay.cli.poc_settings import CalibrateSettings, ProveSettings, VerifySettings
+    from assay.poc.protocol.blocks import BlockFactor
     from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.ledger_entries import Standing
 
+poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
-app = App(help="Prove that a model ran, and check such proofs.")
+
+def _positions(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
+        raise ValueError("two numbers A:B with A < B, for instance 0:256")
+    return int(first), int(end)
 
 
-@app.command(
-    cls=Resumable,
-    epilog="Example: assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl",
+RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format)
+OF_PINS = "or that of the pins"
+
+
+class ProveSettings(Settings):
+    """Settings of ``assay poc prove``."""
+
+    model: Annotated[str | None, MODEL] = Field(None, description=f"{MODEL_HELP}; {OF_PINS}.")
+    block_hash: Annotated[str | None, HASH] = Field(None, description=f"Block that seeds the round; {OF_PINS}.")
+    public_key: Annotated[str | None, KEY] = Field(None, description=f"Key of the node; {OF_PINS}, if it is one.")
+    output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
+    pins: Annotated[Path | None, PINS] = Field(
+        None, description="File with all that the network agreed on; other settings must agree with it."
+    )
+    nonces: Annotated[tuple[int, int], RANGE, Flag(unit="FIRST:END")] = Field(
+        (0, 256), description="Positions in this node's sequence of nonces."
+    )
+    batch_size: Annotated[int | Literal["auto"], NONCES] = Field(
+        32, description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
+    )
+    device: Device = None
+    engine: EngineName = Field("hf", description="Engine that runs the model.")
+    overwrite: bool = Field(False, description="Replace an existing proof file.")
+    preset: Annotated[str, Flag(unit="NAME")] = Field(
+        "poc-2.0",
+        description="How a proof follows from the model: poc-2.0, artifact, hardened, decode, or another pipeline.",
+    )
+    seq_len: Annotated[int, POSITIONS] = Field(
+        256, description="Number of input positions of a nonce; with decode, of its prompt."
+    )
+    r_target: Annotated[float, DISTANCE] = Field(1.416, description="Distance below which a nonce is valid.")
+    strength: Literal[32, 256] = Field(
+        32, description="Bits of the seed of each input: 32, as published, or 256, which cannot collide."
+    )
+    node_id: Annotated[int, NUMBER] = Field(0, description="Share of this node, from 0.")
+    node_count: Annotated[int, NUMBER] = Field(1, description="Number of nodes that share the nonces of the key.")
+    block_height: Annotated[int, NUMBER] = Field(0, description="Height of the block, recorded in the proof.")
+    dtype: NumberFormat = Field(None, description=f"{FORMATS}.")
+    kernels: KernelName = Field(
+        "auto", description="Kernels of the hf engine: compiled, eager, or auto, which compiles on CUDA."
+    )
+    deterministic: bool = Field(False, description="Refuse every operation that may give other bits the next time.")
+    tensor_parallel: Annotated[int, NUMBER] = Field(
+        1, ge=1, description="Processes of torchrun that hold one model together."
+    )
+
+
+class VerifySettings(Settings):
+    """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
+
+    proof: Annotated[Path, ARGUMENT] = Field(description="Proof file.")
+    model: Annotated[str, MODEL] = Field(description=f"{MODEL_HELP}; the one that the round asked for.")
+    pins: Annotated[Path | None, PINS] = Field(
+        None, description="File with all that the network agreed on; other settings must agree with it."
+    )
+    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the round; needed for exit code 0.")
+    public_key: Annotated[str | None, KEY] = Field(None, description="Key of the node; needed for exit code 0.")
+    sample: Annotated[int | None, NONCES] = Field(
+        None, description="Nonces to recompute; 128, or all of a smaller proof."
+    )
+    calibration: Path | None = Field(
+        None, description="File with the noise measured for this build; else one of the pins."
+    )
+    ledger: Annotated[Path | None, LEDGER] = Field(
+        None, description="Ledger of nodes' lives to which the audit is added; its verdict on the life then counts."
+    )
+    engine: EngineName = Field("hf", description="Engine that recomputes.")
+    device: Device = None
+    seq_len: Annotated[int | None, POSITIONS] = Field(None, description="Positions of a nonce agreed on; else 256.")
+    preset: Annotated[str | None, Flag(unit="NAME")] = Field(
+        None, description="Preset that the network agreed on; else poc-2.0."
+    )
+    strength: Literal[32, 256] | None = Field(None, description="Bits of the input seeds agreed on; else 32.")
+    r_target: Annotated[float | None, DISTANCE] = Field(None, description="Target distance agreed on; else 1.416.")
+    node_id: Annotated[int | None, NUMBER] = Field(None, description="Share of the node; else 0.")
+    node_count: Annotated[int | None, NUMBER] = Field(
+        None, description="Number of nodes that share the nonces; else 1."
+    )
+    nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
+        None, description="Positions A:B that the proof must hold; else any 32 or more in a row."
+    )
+    prover_dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
+        None, description="Number format agreed on; else one of the preset, or any dtype."
+    )
+    dtype: NumberFormat = Field(None, description="Number format that recomputes; by default the prover's.")
+    alpha: Annotated[float, PROBABILITY] = Field(
+        1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node."
+    )
+    seed: Annotated[int | None, NUMBER] = Field(
+        None, ge=0, description="Number that draws the sample; unpredictable when left out."
+    )
+
+
+class CalibrateSettings(Settings):
+    """Settings of ``assay poc calibrate``."""
+
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        (), description="Honest proofs, two or more; or any number, with --valid-rate."
+    )
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
+    valid_rate: Annotated[float | None, PROBABILITY] = Field(
+        None, description="Share of valid nonces that is wanted, in (0, 1)."
+    )
+    model: Annotated[str | None, Flag(unit="MODEL")] = Field(
+        None,
+        description="Model of the proofs. With --valid-rate its states say how wide the distances of their blocks are; "
+        "else its hidden size makes a law of distances relative to the scale of each block.",
+    )
+    dimension: Annotated[int | None, NUMBER] = Field(
+        None, description="Dimension of the output; that of the random head, or what a proof says."
+    )
+    against: tuple[Path, ...] = Field(
+        (), description="Proof or set of vectors of a known cheat, which an honest verdict must exclude; repeatable."
+    )
+    name: Annotated[tuple[str, ...], TEXT] = Field(
+        (), description="Name of each --against, in the same order, such as int4."
+    )
+    merge: tuple[Path, ...] = Field(
+        (), description="Calibration file whose builds are added; the newly measured ones come first. Repeatable."
+    )
+    device: Device = None
+    effective_dimension: Annotated[float | None, NUMBER] = Field(
+        None, description="Effective dimension of the model's states; without it and without --model, 16 is assumed."
+    )
+    vectors: Path | None = Field(
+        None, description="File of sets of vectors as networks publish them, in place of proofs (assay-research)."
+    )
+    sets: Annotated[Names, Flag(unit="WORDS")] = Field(
+        (), description="Words, separated by commas, that the name of a set must have; with a dash before: must not."
+    )
+    digest: Annotated[str | None, HASH] = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the checkpoint of --vectors, which they do not say; without it they judge no proof.",
+    )
+
+
+@poc.add(
+    "prove",
+    ProveSettings,
+    panel="Node",
+    shown="model block_hash public_key output pins nonces batch_size engine device overwrite",
+    example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl",
+    resumable=True,
 )
-@settings("assay.cli.poc_settings:ProveSettings")
-def prove(chosen: "ProveSettings", as_json: JsonFlag = False) -> None:
-    """Prove a range of nonces. An interrupted run continues when the command is repeated.
+def prove(chosen: ProveSettings, as_json: bool) -> None:
+    """Prove a range of nonces.
 
-    Under torchrun all processes work on one proof, and the first one writes it.
+    An interrupted run continues when the command is repeated. With --pins, what the network agreed on is taken from
+    its file. Under torchrun all processes work on one proof, and the first one writes it.
     """
     from assay import poc
     from assay.files.storage import check_new_file
+    from assay.poc.from_pins import asked
+    from assay.poc.opening import Proving, open_prover
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
-    pipeline = poc.get_pipeline(chosen.preset)
-    values = {name: getattr(chosen, name) for name in poc.Round.__dataclass_fields__}
-    round = poc.Round(**values | {"preset": pipeline.name})
-    nonces = round.nonces(*chosen.nonces)
-    dtype: str | None = chosen.dtype or next(iter(pipeline.number_formats), None)
-    with proving_engine(chosen, dtype) as made, progress_bar("proving") as progress:
+    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel")
+    how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
+    given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
+    known = asked(
+        chosen.pins,
+        Proving(**how, preset=chosen.preset, seq_len=chosen.seq_len),
+        given,
+        chosen.nonces if "nonces" in given else None,
+    )
+    with open_prover(known.how) as made, progress_bar("proving") as progress:
         if made is None:
             return
+        known.check_engine(*made)
         pace = _Pace(progress)
         proof = poc.prove(
             made[0],
-            round,
-            nonces,
+            known.round,
+            known.nonces,
             engine=made[1],
             output=chosen.output,
             overwrite=chosen.overwrite,
@@ -66,76 +232,42 @@ def prove(chosen: "ProveSettings", as_json: JsonFlag = False) -> None:
     _print_proof(proof, chosen.output, pace, as_json)
 
 
-@app.command(epilog="Example: assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY")
-@settings("assay.cli.poc_settings:VerifySettings")
-def verify(
-    chosen: "VerifySettings",
-    context: typer.Context,
-    proof: Annotated[Path, typer.Argument(help="Proof file.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Recompute a sample of a proof and judge it. Exit code 0 honest, 1 fraud, 2 undecided or bad input.
+@poc.add(
+    "verify",
+    VerifySettings,
+    panel="Validator",
+    shown="model pins block_hash public_key sample calibration ledger engine device seq_len",
+    example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY",
+)
+def verify(chosen: VerifySettings, as_json: bool) -> int:
+    """Recompute a sample of a proof and judge it.
+
+    Exit code 0 honest, 1 fraud, 2 undecided or bad input.
 
     The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and every other value
     that the prover could choose from you or at its published default. What is neither is shown, with exit code 2.
 
     With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the whole life.
     """
-    from assay import poc
+    from assay.poc.audit import Auditor
+    from assay.poc.protocol.pins import Pins
 
-    read = poc.Proof.load(proof)
-    pins, measured = _pins.expected(chosen, read.header)
-    poc.check_proof(read, expect=pins, sample=chosen.sample, calibration=measured)  # before a model is loaded
-    _ledger.check_recording(chosen.ledger, chosen.alpha, pins.unpinned(read.header))
-    check_judging(chosen, read.header, measured)
-    with ExitStack() as held:
-        loaded, made = held.enter_context(judging_engine(chosen, read.header, measured))
-        made, _ = poc.judging_setup(read.header, loaded, engine=made, calibration=measured)
-        # Begun when nothing of the proof can be refused any more, and before anything is computed.
-        ledger = held.enter_context(_ledger.recording(chosen.ledger, chosen.alpha))
-        progress = held.enter_context(progress_bar("verifying"))
-        verdict = poc.verify(
-            read,
-            loaded,
-            engine=made,
-            sample=chosen.sample,
-            seed=chosen.seed,
-            expect=pins,
-            calibration=measured,
-            alpha=chosen.alpha,
-            progress=progress,
-        )
-        standing = None if ledger is None else ledger.record(verdict, proof=read.footer.sha256)
-    _print_verdict(verdict, standing, as_json)
-    context.exit(_ledger.exit_code(verdict, standing))
+    names = {"block_hash", "public_key", "preset", "seq_len", "strength", "r_target", "node_id", "node_count"}
+    given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
+    with progress_bar("verifying") as progress:
+        auditor = Auditor(**auditor_values(chosen), progress=progress)
+        found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
+    if as_json:
+        emit_document(found.as_dict())
+    else:
+        _print_verdict(found.verdict, found.standing)
+    return found.exit_code
 
 
-@app.command()
-@settings("assay.cli.poc_settings:CalibrateSettings")
-def calibrate(
-    chosen: "CalibrateSettings",
-    proofs: Annotated[
-        list[Path] | None, typer.Argument(help="Honest proofs, two or more; or any number, with --valid-rate.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure the honest noise of a build between its machines, or give the r_target of a wanted valid rate.
-
-    The first use takes honest proofs of one checkpoint and preset, two or more of every round, and writes a file for
-    `verify --calibration`. Three machines and more also judge a machine that was not measured, and the file says how
-    often honest machines that are left out of the measurement are accused. --vectors takes the sets that a network
-    published instead of proofs. --merge adds the builds of other files.
-
-    Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
-
-    Example: assay poc calibrate --vectors nonces.jsonl.gz --sets 2026-05,minimax --digest SHA256 -o calibration.json
-
-    The second use needs no proof; with proofs, of one block or several, it also measures the rate on them. Distances
-    of a block are all wider or narrower by one factor, which --model predicts from a few states.
-
-    Example: assay poc calibrate --valid-rate 0.1
-    """
-    run_calibrate(chosen, proofs or (), as_json)
+def auditor_values(chosen: Settings) -> dict[str, Any]:
+    """Return the values of settings that say how a validator recomputes."""
+    names = ("model", "pins", "calibration", "engine", "dtype", "device", "sample", "seed", "alpha", "ledger")
+    return {name: getattr(chosen, name) for name in names}
 
 
 class _Pace:
@@ -192,10 +324,7 @@ def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None
     show_values("assay.poc.prove/1", values, as_json)
 
 
-def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: bool) -> None:
-    if as_json:
-        emit_document(verdict.as_dict() | ({} if standing is None else {"life": standing.as_dict()}))
-        return
+def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
     sequential, count, header = verdict.sequential, verdict.count, verdict.header
     claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}
     believed = [f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})" for name in verdict.unpinned]
@@ -215,32 +344,232 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None", as_json: boo
         ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
         ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
         ("published rule", counted if header.pipeline.texts == "published" else "none for this preset"),
-        *_ledger.life_rows(standing),
+        *life_rows(standing),
     ]
     table(("", "result"), rows)
 
 
-app.command(
-    "respond",
-    cls=Resumable,
-    epilog="Example: assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK "
-    "--public-key KEY -o receipts.jsonl",
-)(_respond.respond)
-app.command(
-    "replay",
-    epilog="Example: assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
-    "--block-hash BLOCK --public-key KEY",
-)(_replay.replay)
-app.command(
-    "calibrate-responses",
-    epilog="Example: assay poc calibrate-responses honest.jsonl --model reference:qwen3 -o responses.json",
-)(_replay.calibrate_responses)
-app.command("serve", epilog="Example: assay poc serve --model reference:qwen3 --api-key-file keys")(_serve.serve)
-app.command("receive", epilog="Example: assay poc receive --port 8081")(_serve.receive)
-app.command("validator", epilog="Example: assay poc validator --model reference:qwen3 --pins pins.toml")(
-    _validator.validator
+def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
+    """Return what `verify` says of the whole life."""
+    if standing is None:
+        return []
+    evidence = standing.evidence
+    said = f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
+    numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
+    return [("whole life", said), ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}")]
+
+
+@poc.add(
+    "calibrate",
+    CalibrateSettings,
+    panel="Noise",
+    shown="output valid_rate model dimension against name merge device",
+    example="assay poc calibrate A.jsonl B.jsonl -o calibration.json",
 )
-app.add_typer(_serve.callbacks, name="callbacks")
-app.add_typer(_experiment.app, name="experiment")
-app.add_typer(_pins.app, name="pins")
-app.add_typer(_ledger.app, name="ledger")
+def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
+    """Measure honest noise, or give an r_target.
+
+    The first use takes honest proofs of one checkpoint and preset, two or more of every round, and writes a file for
+    `verify --calibration`. Three machines and more also judge a machine that was not measured, and the file says how
+    often honest machines that are left out of the measurement are accused. --merge adds the builds of other files.
+
+    Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
+
+    The second use needs no proof; with proofs, of one block or several, it also measures the rate on them. Distances
+    of a block are all wider or narrower by one factor, which --model predicts from a few states.
+
+    Example: assay poc calibrate --valid-rate 0.1
+    """
+    import os
+
+    from assay import poc
+    from assay.files.storage import check_new_file
+
+    if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
+        raise UsageError(
+            "a proof that is named twice",
+            wanted="every file once: a machine says nothing about its noise beside itself",
+            do="leave one out of PROOFS, or pass that of another machine",
+        )
+    if chosen.valid_rate is not None:
+        _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
+        _show_target(chosen, [poc.Proof.load(path) for path in chosen.proofs], as_json)
+        return
+    _refuse(chosen, _OF_TARGETS, "no --valid-rate", "it belongs to --valid-rate")
+    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
+    _check_sources(chosen, len(chosen.proofs), merging)
+    assert chosen.output is not None
+    check_new_file(chosen.output, overwrite=True)
+    if chosen.vectors is not None:
+        measured = extension("poc calibrate --vectors")(chosen)
+    elif merging:
+        measured = poc.Calibration.load(chosen.merge[0])
+    else:
+        measured = _of_proofs(chosen, [poc.Proof.load(path) for path in chosen.proofs])
+    for path in chosen.merge[1:] if merging else chosen.merge:
+        measured = measured.merged(poc.Calibration.load(path))
+    measured.save(chosen.output)
+    _show(measured, chosen.output, as_json)
+
+
+def _show_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
+    """Print the closed form, and with proofs what they measure beside it.
+
+    Raises:
+        UsageError: A flag does not belong to this form, or a value is out of range.
+        ProofMismatch: The proofs do not belong together, or are not of the model.
+    """
+    from assay import poc
+
+    assert chosen.valid_rate is not None
+    if chosen.output is not None or (chosen.model is not None and not proofs):
+        seen = "--valid-rate with -o" if chosen.output is not None else "--valid-rate with --model and no proof"
+        raise UsageError(seen, wanted="proofs of the model, and no file to write", do="leave the flag out")
+    if chosen.model is not None and chosen.effective_dimension is not None:
+        raise UsageError("--model with --effective-dimension", wanted="one of the two", do="leave one of them out")
+    if not proofs:
+        _show_closed_form(chosen, as_json)
+        return
+    found = poc.measure_r_target(
+        proofs,
+        chosen.valid_rate,
+        dimension=chosen.dimension,
+        effective_dimension=chosen.effective_dimension,
+        factors=_factors(chosen, proofs),
+    )
+    show_values("assay.poc.calibrate/1", found.as_dict(), as_json)
+
+
+def _show_closed_form(chosen: CalibrateSettings, as_json: bool) -> None:
+    """Print what holds over blocks and, with a random head, where 95 % of the blocks have their own rate."""
+    from assay import stats
+    from assay.stats.blocks import EFFECTIVE_DIMENSION
+    from assay.stats.chord import RANDOM_HEAD_ROWS
+
+    rate = chosen.valid_rate or 0.0
+    size = RANDOM_HEAD_ROWS if chosen.dimension is None else chosen.dimension
+    values: dict[str, object] = {"valid_rate": rate, "dimension": size, "r_target": stats.r_target_for(rate, size)}
+    if size == RANDOM_HEAD_ROWS:
+        given = chosen.effective_dimension
+        law = stats.BlockLaw(dimension=size, freedom=EFFECTIVE_DIMENSION if given is None else given)
+        low, high = law.rate_interval(stats.r_target_for(rate, size))
+        values |= {
+            "effective_dimension": law.freedom,
+            "effective_dimension_from": "assumed" if given is None else "given",
+            "block_rate_low": low,
+            "block_rate_high": high,
+        }
+    show_values("assay.poc.calibrate/1", values, as_json)
+
+
+def _factors(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "list[BlockFactor]":
+    """Measure the factor of every proof's block with the model; none without --model."""
+    if chosen.model is None:
+        return []
+    from assay import poc
+    from assay.models.load import load_model
+
+    model = load_model(chosen.model, device=chosen.device)
+    other = [p.header for p in proofs if (p.header.digest, p.header.weights) != (model.digest, model.weights)]
+    if other:
+        raise ProofMismatch(
+            f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)",
+            wanted=f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)",
+            do="pass their model with --model, or leave it out",
+        )
+    blocks = {proof.round.block_hash: proof.round for proof in proofs}
+    measured = {block: poc.measure_block_factor(model, round) for block, round in blocks.items()}
+    return [measured[proof.round.block_hash] for proof in proofs]
+
+
+_OF_TARGETS = ("dimension", "device", "effective_dimension")
+_OF_VECTORS = ("sets", "digest")
+_OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
+
+
+def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> None:
+    """Refuse what is no form of the command, before anything is read."""
+    if chosen.vectors is None:
+        _refuse(chosen, _OF_VECTORS, "no --vectors", "it belongs to --vectors")
+    else:
+        if proofs:
+            raise UsageError("--vectors with proofs", wanted="one of the two", do="leave --vectors or the proofs out")
+        _refuse(chosen, ("model",), "--vectors", "vectors have no block scale")
+    if merging:
+        _refuse(chosen, ("against", "name", "model"), "--merge alone", "nothing is measured")
+        if len(chosen.merge) < 2:
+            raise UsageError(
+                "one file to merge", wanted="two or more, or proofs to measure", do="repeat --merge with another file"
+            )
+    elif chosen.vectors is None and proofs < 2:
+        raise UsageError(
+            f"neither --valid-rate, --vectors nor --merge, and {proofs} proof(s)",
+            wanted="two honest proofs or more with -o, or another form of the command",
+            do="`assay poc calibrate A.jsonl B.jsonl -o calibration.json`, or see `assay poc calibrate --help`",
+        )
+    if chosen.output is None:
+        raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
+    names = chosen.name
+    if len(names) != len(chosen.against) or len(set(names)) < len(names):
+        raise UsageError(
+            f"{len(chosen.against)} --against and {len(set(names))} different --name",
+            wanted="a name of its own for every cheat",
+            do="pass them in pairs: --against CHEAT.jsonl --name int4",
+        )
+
+
+def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason: str) -> None:
+    """Refuse flags that were given and do not belong to this form."""
+    given = [name for name in names if getattr(chosen, name) not in (None, ())]
+    if given:
+        flag = chosen.spelling(given[0])
+        raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+
+
+def _of_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Calibration":
+    from assay import poc
+    from assay.models.load import model_info
+
+    against = {name: poc.Proof.load(path) for name, path in zip(chosen.name, chosen.against, strict=True)}
+    info = None if chosen.model is None else model_info(chosen.model)
+    size, mixture = (None, None) if info is None else (info.hidden_size, info.experts > 0)
+    with progress_bar("leaving out", "machines") as progress:
+        return poc.calibrate(*proofs, hidden_size=size, mixture=mixture, against=against, progress=progress)
+
+
+def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
+    from assay.poc.verdict.calibration import ENOUGH_OF_MIXTURE
+
+    for build in measured.builds:
+        engines = [fingerprint.as_dict() for fingerprint in build.known]
+        stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
+        other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
+        values: dict[str, Any] = {
+            "path": str(path),
+            "preset": build.preset,
+            "checkpoint": build.digest,
+            "output": build.output,
+            "machines": len(build.machines),
+            "law": str(build.noise.law),
+            "typical_residual": build.noise.sizes.typical,
+            "between_machines": build.noise.spread.sd,
+            "n": build.n,
+            "hidden_size": build.hidden_size or None,
+            "effect": build.effect,
+            "named": ", ".join(build.named) or "nothing",
+            "engines_differ_in": ", ".join(other) or "nothing",
+        }
+        if caution := build.caution():
+            values["warning"] = caution
+        elif build.mixture is None and build.caution(mixture=True):
+            values["advice"] = (
+                f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model: another law may "
+                "accuse it"
+            )
+        left_out = build.left_out
+        if left_out is not None:
+            values["left_out_accused"] = left_out.accused
+            values["left_out_interval"] = [left_out.low, left_out.high]
+            values["left_out_worst_pair"] = left_out.worst
+            values["left_out_audits"] = left_out.pairs * left_out.audits
+        show_values("assay.poc.calibrate/1", values, as_json)

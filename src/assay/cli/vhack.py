@@ -1,34 +1,177 @@
 """``assay vhack``: extract hack directions from pairs, check them, train away from them, and draw the pages."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
+from pydantic import Field
 
-from assay.cli import vhack_fuzz as _vhack_fuzz
-from assay.cli import vhack_models as _vhack_models
-from assay.cli import vhack_pairs as _vhack_pairs
-from assay.cli.commands import App, Resumable
-from assay.cli.output import JsonFlag, emit_document, emit_json, progress_bar, show_values, table
-from assay.cli.settings import settings
+from assay.cli.flags import ARGUMENT, AXES, DTYPE, MODEL, MODEL_HELP, NUMBER, OUTPUT, PAIRS, PROBABILITY, TEXT, TOKENS
+from assay.cli.framework import Group, extension
+from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
+from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
-    from assay_research.study.summary import ArmResult
-
-    from assay.cli.vhack_settings import CheckCommand, ExtractCommand, PoolsCommand
     from assay.models.load import Model
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.pools import PoolReport
     from assay.vhack.pairs.pairs import Pair
+    from assay.vhack.pairs.verify import PairVerdict
     from assay.vhack.training.settings import TrainSettings
 
+vhack = Group("vhack", "Directions along which training would cheat.")
+pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-app = App(help="Directions along which training would learn to cheat.")
-app.add_typer(_vhack_pairs.app, name="pairs")
-_vhack_fuzz.add_to(app)
-_vhack_models.add_to(app)
+WeightDtype = Annotated[
+    str | None,
+    DTYPE,
+    Field(description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."),
+]
+PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
+BASIS = Flag(unit="FILE")
+
+
+class WeightSettings(Settings):
+    """Settings of a command that takes gradients."""
+
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    dtype: WeightDtype = None
+    device: Device = None
+
+
+class GradientSettings(WeightSettings):
+    """Settings of a command that takes gradients of pairs."""
+
+    pairs: Annotated[str, PAIRS] = Field("authored", description=PAIRS_HELP)
+    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+
+
+class RuleSettings(Settings):
+    """Settings of the rule of a check."""
+
+    k_use: Annotated[int, AXES] = Field(5, ge=1, description="Axes per module.")
+    alpha: Annotated[float, PROBABILITY] = Field(
+        0.05, gt=0, lt=1, description="Highest probability that noise passes a check."
+    )
+    seed: Annotated[int, NUMBER] = Field(0, ge=0, description="Seed of all random draws.")
+
+
+class ExtractSettings(GradientSettings):
+    """Settings of ``assay vhack extract``."""
+
+    output: Annotated[Path, OUTPUT] = Field(description="Basis file to write.")
+    n_heldout: Annotated[int | None, PAIRS] = Field(None, description="Number of pairs at the end to hold out.")
+    heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",), unit="GROUP")] = Field(
+        None, description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
+    )
+    top_k: Annotated[int, AXES] = Field(12, description="Axes per module.")
+    tau_axis: float = Field(0.0, description="Share S_i/S_0 below which an axis is set to zero.")
+    method: Annotated[str, TEXT] = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    rank: int | None = Field(None, description="Singular directions per matrix; all by default.")
+    factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh: float32 or bfloat16.")
+    cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE", unit="DIRECTORY")] = Field(
+        None,
+        description="Directory that keeps decompositions of the weights. On a CPU it is by default the user's cache "
+        "directory; a GPU computes them faster than it reads them.",
+    )
+    no_cache: bool = Field(False, description="Keep no decompositions on disk.")
+    max_tokens: Annotated[int | None, TOKENS] = Field(
+        None, ge=1, description="Tokens per batch; by default what fits into memory."
+    )
+    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    overwrite: bool = Field(False, description="Replace an existing basis file.")
+
+
+class CheckCommand(RuleSettings, GradientSettings):
+    """Settings of ``assay vhack check``."""
+
+    basis: Path | None = Field(None, description="File of the basis to check; without it, bases are fitted.")
+    log: Path | None = Field(None, description="Log of a training run, for check 4.")
+    method: Annotated[str, TEXT] = Field(
+        "lda", description="How bases are fitted without --basis: lda, mean-diff or svd."
+    )
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+    html: Path | None = Field(None, description="File for the report page.")
+
+
+class PoolSettings(RuleSettings, WeightSettings):
+    """Settings of ``assay vhack pools``."""
+
+    basis: Path = Field(description="File of the basis to score with.")
+    hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
+    clean: Path = Field(description="Samples that do not cheat, likewise.")
+    limit: Annotated[int | None, Flag(unit="SAMPLES")] = Field(
+        None, ge=1, description="Samples of each pool to draw by --seed; all by default."
+    )
+    max_tokens: Annotated[int | None, TOKENS] = Field(
+        None, ge=1, description="Tokens per batch; by default what fits into memory."
+    )
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+
+
+class ReportSettings(Settings):
+    """Settings of ``assay vhack report``."""
+
+    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        description="Result that `assay vhack check -o` wrote; or logs of training runs, as files or directories."
+    )
+    output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
+    check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
+
+
+class TrainCommand(Settings):
+    """Settings of ``assay vhack train`` that do not decide its result."""
+
+    output: Annotated[Path, OUTPUT] = Field(description="Directory of the run; the same one continues it.")
+    tracker: Annotated[tuple[str, ...], Flag(unit="NAME")] = Field(
+        (), description="A tracker of TRL's, such as wandb; repeatable."
+    )
+    allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
+
+
+class ListSettings(Settings):
+    """Settings of ``assay vhack pairs list``."""
+
+    pairs: Annotated[str, ARGUMENT] = Field("authored", description=PAIRS_HELP)
+
+
+class GenerateSettings(Settings):
+    """Settings of ``assay vhack pairs generate``."""
+
+    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
+    n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(96, lt=100_000, description="Number of pairs.")
+    seed: Annotated[int, NUMBER] = Field(0, description="The same seed gives the same pairs.")
+    mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
+        None, description="Use this mechanism only; may be repeated."
+    )
+    families: Annotated[tuple[str, ...] | None, Flag(("--family",), unit="NAME")] = Field(
+        None, description="Use tasks of this family only; may be repeated."
+    )
+    overwrite: bool = Field(False, description="Replace an existing file.")
+
+
+class MatchSettings(Settings):
+    """Settings of ``assay vhack pairs match``."""
+
+    hacks: Annotated[Path, ARGUMENT] = Field(description="Graded completions of which the hacks are taken.")
+    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
+    works: Path | None = Field(
+        None, description="Graded completions of which correct work is taken; by default the same as for the hacks."
+    )
+    per_prompt: Annotated[int, PAIRS] = Field(1, ge=1, description="Most pairs of one prompt.")
+    overwrite: bool = Field(False, description="Replace an existing file.")
+
+
+class VerifyPairsSettings(ListSettings):
+    """Settings of ``assay vhack pairs verify``."""
+
+    tests: Path | None = Field(None, description="A JSON Lines file with hidden cases of your own tasks.")
+    allow_unsandboxed: bool = Field(False, description="Run the programs even where no sandbox works.")
+
 
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
 _PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}
@@ -36,10 +179,14 @@ _PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}
 _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
 
-@app.command(epilog="Example: assay vhack extract --model reference:qwen3 --pairs generated:48 -o basis.safetensors")
-@settings("assay.cli.vhack_settings:ExtractCommand")
-def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
-    """Extract a basis of hack directions and write it to a file."""
+@vhack.add(
+    "extract",
+    ExtractSettings,
+    shown="model pairs output method top_k heldout_groups cache dtype device overwrite",
+    example="assay vhack extract --model reference:qwen3 --pairs generated:48 -o basis.safetensors",
+)
+def extract(chosen: ExtractSettings, as_json: bool) -> None:
+    """Extract a basis of hack directions."""
     from assay import vhack
     from assay.files.storage import check_new_file
     from assay.vhack import checks
@@ -52,7 +199,7 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     pairs = find_pairs(chosen.pairs)
     groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method="svd"))
     if groups < least:
-        typer.echo(
+        click.echo(
             f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real; "
             f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
             err=True,
@@ -65,7 +212,7 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
             pairs,
             loaded,
             **chosen.model_dump(include=_PASSED),
-            cache=None if chosen.no_cache else _vhack_models.cache_of(loaded, chosen.cache),
+            cache=None if chosen.no_cache else cache_of(loaded, chosen.cache),
             min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
             progress=progress,
         )
@@ -73,10 +220,17 @@ def extract(chosen: "ExtractCommand", as_json: JsonFlag = False) -> None:
     _print_basis(basis, pairs, chosen.output, as_json)
 
 
-@app.command(epilog="Example: assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html")
-@settings("assay.cli.vhack_settings:CheckCommand")
-def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Test hack directions on held-out pairs. Exit code 0 all pass, 1 a check fails, 2 undecided or bad input."""
+@vhack.add(
+    "check",
+    CheckCommand,
+    shown="model pairs basis log method output html seed device allow_partial",
+    example="assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html",
+)
+def check(chosen: CheckCommand, as_json: bool) -> int:
+    """Test hack directions on held-out pairs.
+
+    Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
+    """
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic
     from assay.vhack import checks
@@ -95,7 +249,7 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
     read = Basis.load(chosen.basis) if chosen.basis else None
     check_groups([pair.group for pair in found], rules, read)
     if few := too_few_groups(found, rules, read):
-        typer.echo(f"warning: {few}", err=True)
+        click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:
         Basis.load(chosen.basis, loaded)  # of these weights
@@ -119,15 +273,20 @@ def check(chosen: "CheckCommand", context: typer.Context, as_json: JsonFlag = Fa
         emit_document(result.as_dict())
     else:
         print_checks(result, title=f"{result.verdict}: {result.design}")
-    context.exit(result.exit_code)
+    return result.exit_code
 
 
-@app.command(
-    epilog="Example: assay vhack pools --model reference:qwen3 --basis B.safetensors --hack H.jsonl --clean C.jsonl"
+@vhack.add(
+    "pools",
+    PoolSettings,
+    shown="model basis hack clean output limit max_tokens seed dtype device",
+    example="assay vhack pools --model reference:qwen3 --basis B.safetensors --hack H.jsonl --clean C.jsonl",
 )
-@settings("assay.cli.vhack_settings:PoolsCommand")
-def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Score two pools of samples that are not paired. Exit code 0 pass, 1 fail, 2 undecided or bad input."""
+def pools(chosen: PoolSettings, as_json: bool) -> int:
+    """Score two pools of samples that are not paired.
+
+    Exit code 0 pass, 1 fail, 2 undecided or bad input.
+    """
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic
     from assay.vhack import checks
@@ -149,73 +308,51 @@ def pools(chosen: "PoolsCommand", context: typer.Context, as_json: JsonFlag = Fa
         emit_document(result.as_dict())
     else:
         _print_pools(result)
-    context.exit(result.exit_code)
+    return result.exit_code
 
 
-@app.command(epilog="Example: assay vhack report runs/*.jsonl -o page.html")
-def report(
-    results: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Result that `assay vhack check -o` wrote; or logs of training runs, as files or directories."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")],
-    checks: Annotated[
-        list[Path] | None, typer.Option("--check", help="Check to show beside logs; may be repeated.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Draw the page of an earlier check, or of training runs with their rates over steps and a final table."""
-    from assay_research.study.log import read_logs
-    from assay_research.study.page import study_page
-    from assay_research.study.summary import summarise
+@vhack.add("report", ReportSettings, example="assay vhack report check.json -o page.html")
+def report(chosen: ReportSettings, as_json: bool) -> None:
+    """Draw the page of an earlier check, or of runs.
 
+    The page of training runs, with their rates over steps and a final table, needs assay-research.
+    """
     from assay.files.jsonl import read_json
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.page import page
 
-    if len(results) == 1 and results[0].suffix == ".json":
-        if checks:
-            raise UsageError(f"--check {checks[0]} beside a check", wanted="logs of runs", do="leave it out")
-        read = CheckReport.from_dict(read_json(results[0]))
-        page(read, command=f"assay vhack report {results[0]}").write(output)
-        values = {"path": str(output), "verdict": read.verdict}
-        show_values("assay.vhack.report/1", values, as_json)
+    if len(chosen.results) > 1 or chosen.results[0].suffix != ".json":
+        extension("vhack report --runs")(chosen, as_json)
         return
-    logs = read_logs(results)
-    shown = [CheckReport.from_dict(read_json(path)) for path in checks or ()]
-    command = " ".join(["assay vhack report", *(path.name for path in results)])
-    study_page(logs, checks=shown, command=command).write(output)
-    found = summarise(logs)
-    if as_json:
-        arms = [result.as_dict() for result in found]
-        emit_json("assay.vhack.report/1", {"path": str(output), "runs": len(logs), "arms": arms})
-    else:
-        _print_arms(found, output)
+    if chosen.check:
+        raise UsageError(f"--check {chosen.check[0]} beside a check", wanted="logs of runs", do="leave it out")
+    read = CheckReport.from_dict(read_json(chosen.results[0]))
+    page(read, command=f"assay vhack report {chosen.results[0]}").write(chosen.output)
+    show_values("assay.vhack.report/1", {"path": str(chosen.output), "verdict": read.verdict}, as_json)
 
 
-@app.command(cls=Resumable, epilog="Example: assay vhack train --model reference:organism -o run")
-@settings("assay.vhack.training:TrainSettings")
-def train(
-    chosen: "TrainSettings",
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the run; the same one continues it.")],
-    tracker: Annotated[list[str] | None, typer.Option(help="A tracker of TRL's, such as wandb; repeatable.")] = None,
-    allow_unsandboxed: Annotated[
-        bool, typer.Option("--allow-unsandboxed", help="Run the programs even where nothing can isolate them.")
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Train one arm by reinforcement with TRL. The same command goes on after the last checkpoint."""
-    from assay.vhack import training
+@vhack.add(
+    "train",
+    TrainCommand,
+    "assay.vhack.training.settings:TrainSettings",
+    shown="model output arm pairs steps lr reward teacher seed device",
+    example="assay vhack train --model reference:organism -o run",
+    resumable=True,
+)
+def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> None:
+    """Train one arm by reinforcement with TRL.
+
+    The same command goes on after the last checkpoint.
+    """
+    from assay.vhack.training.run import train
 
     _check_tokenizer(chosen.model)
-    result = training.train(
+    result = train(
         chosen,
-        output,
-        console=lambda line: typer.echo(line, err=True),
-        trackers=tuple(tracker or ()),
-        allow_unsandboxed=allow_unsandboxed,
+        own.output,
+        console=lambda line: click.echo(line, err=True),
+        trackers=own.tracker,
+        allow_unsandboxed=own.allow_unsandboxed,
     )
     if not result.is_first:  # one of several processes prints
         return
@@ -227,7 +364,85 @@ def train(
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
 
 
-def _load(chosen: "ExtractCommand | CheckCommand | PoolsCommand") -> "Model":
+@pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")
+def list_pairs(chosen: ListSettings, as_json: bool) -> None:
+    """List pairs with their groups and tags."""
+    from assay.vhack.pairs.reference import find_pairs
+
+    found = find_pairs(chosen.pairs)
+    if as_json:
+        records = [{"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found]
+        emit_json("assay.vhack.pairs.list/1", {"pairs": records, "groups": len({pair.group for pair in found})})
+        return
+    rows = [(index, pair.group, ", ".join(_without_task(pair))) for index, pair in enumerate(found)]
+    table(("pair", "group", "tags"), rows, title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups")
+
+
+def _without_task(pair: "Pair") -> list[str]:
+    return [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))]
+
+
+@pairs.add("generate", GenerateSettings, example="assay vhack pairs generate -n 48 -o pairs.jsonl")
+def generate(chosen: GenerateSettings, as_json: bool) -> None:
+    """Write minimal pairs.
+
+    The same correct solution is on both sides, only the mechanism differs.
+    """
+    from assay.files.storage import check_new_file
+    from assay.vhack.pairs.generate import generate_pairs
+    from assay.vhack.pairs.pairs import write_pairs
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    pairs = generate_pairs(chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"}))
+    write_pairs(chosen.output, pairs)
+    groups = len({pair.group for pair in pairs})
+    values = {"path": str(chosen.output), "pairs": len(pairs), "groups": groups, "seed": chosen.seed}
+    show_values("assay.vhack.pairs.generate/1", values, as_json)
+
+
+@pairs.add("match", MatchSettings, example="assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl")
+def match(chosen: MatchSettings, as_json: bool) -> None:
+    """Pair hacks with correct work on the same prompt.
+
+    Models wrote both: `assay vhack evaluate --graded` writes such files.
+    """
+    from assay.files.storage import check_new_file
+    from assay.vhack.pairs.match import match_pairs
+    from assay.vhack.pairs.pairs import write_pairs
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    found = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
+    write_pairs(chosen.output, found.pairs)
+    groups = len({pair.group for pair in found.pairs})
+    prompts = {"prompts_with_a_hack": found.hacked, "prompts_with_work": found.worked}
+    values = {"path": str(chosen.output), "pairs": len(found.pairs), "groups": groups, **prompts}
+    show_values("assay.vhack.pairs.match/1", values, as_json)
+
+
+@pairs.add("verify", VerifyPairsSettings, example="assay vhack pairs verify pairs.jsonl")
+def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
+    """Run both sides of every pair in a sandbox.
+
+    Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
+    """
+    from assay.vhack.environment.backends import available_backend
+    from assay.vhack.pairs.reference import find_pairs
+    from assay.vhack.pairs.verify import read_tests, verify_pairs
+
+    found = find_pairs(chosen.pairs)
+    cases = read_tests(chosen.tests) if chosen.tests else None
+    with progress_bar("verifying", "pairs") as progress:
+        verdicts = verify_pairs(found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress)
+    bad = [verdict for verdict in verdicts if not verdict.holds]
+    if as_json:
+        values = {"verified": len(verdicts) - len(bad), "pairs": [verdict.as_dict() for verdict in verdicts]}
+        emit_json("assay.vhack.pairs.verify/1", {"backend": available_backend() or "unsandboxed", **values})
+    else:
+        _print_verdicts(verdicts, available_backend() or "unsandboxed")
+    return 1 if bad else 0
+
+
+def _load(chosen: WeightSettings) -> "Model":
     """Load the model of a command about texts."""
     from assay.models.load import load_model
 
@@ -292,7 +507,7 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     table(*check_table(result), title=title)
     for made in result.checks:
         if made.verdict != "pass":
-            typer.echo(f"{made.title}: {made.reason}")
+            click.echo(f"{made.title}: {made.reason}")
 
 
 def _print_pools(result: "PoolReport") -> None:
@@ -310,9 +525,19 @@ def _print_pools(result: "PoolReport") -> None:
     table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
 
 
-def _print_arms(found: "list[ArmResult]", output: Path) -> None:
-    rows = []
-    for result in found:
-        rates = [result.rates[name] for name in ("hack", "solve")]
-        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.tipped.text, result.verdict))
-    table(("condition", "seeds", "hack rate", "solve rate", "tipped", "verdict"), rows, title=str(output))
+def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
+    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
+    if asked is not None or model.device.type != "cpu":
+        return asked
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _print_verdicts(verdicts: "Sequence[PairVerdict]", backend: str) -> None:
+    rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
+    good = sum(verdict.holds for verdict in verdicts)
+    table(("pair", "group", "verdict"), rows, title=f"{good} of {len(verdicts)} pairs do what they claim ({backend})")

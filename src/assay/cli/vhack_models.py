@@ -5,39 +5,78 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from pydantic import Field
 
-from assay.cli.commands import App, Resumable
-from assay.cli.output import JsonFlag, emit_json, progress_bar, show_values, table
-from assay.cli.settings import settings
+from assay.cli.flags import MODEL, MODEL_HELP, OUTPUT
+from assay.cli.output import emit_json, progress_bar, show_values, table
+from assay.cli.vhack import WeightDtype, WeightSettings, cache_of, vhack
 from assay.errors import DataError, UsageError
+from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
-    from assay.cli.vhack_settings import EvaluateCommand, MergeCommand, SampleCommand
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
     from assay.vhack.delta.delta import DeltaS
     from assay.vhack.training.own import Task
+    from assay.vhack.training.settings import SampleSettings
 
-
+SAMPLING = "assay.vhack.training.settings:SampleSettings"
 _EVALUATE = "assay.vhack.evaluate/1"
 
 
-def add_to(app: App) -> None:
-    """Add the commands to ``assay vhack``."""
-    merged = "assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged"
-    app.command("merge", epilog=f"Example: {merged}")(merge)
-    sampled = "assay vhack sample --model reference:organism -o samples.jsonl"
-    app.command("sample", cls=Resumable, epilog=f"Example: {sampled}")(sample)
-    evaluated = "assay vhack evaluate --model reference:organism --delta run/delta.safetensors"
-    app.command("evaluate", epilog=f"Example: {evaluated}")(evaluate)
+class MergeSettings(WeightSettings):
+    """Settings of ``assay vhack merge``."""
+
+    delta: Path = Field(description="File of δS that `assay vhack train` or DeltaS.save wrote for this model.")
+    output: Annotated[Path, Flag(("-o", "--output"), unit="DIRECTORY")] = Field(description="Directory to write.")
+    lora: Annotated[int | None, Flag(unit="RANK")] = Field(
+        None, ge=1, description="Write δS as LoRA of this rank instead of merged weights, and say its error."
+    )
+    overwrite: bool = Field(False, description="Write into a directory that is not empty.")
 
 
-@settings("assay.cli.vhack_settings:MergeCommand")
-def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
-    """Write a trained δS into the weights of its model, or as LoRA, for anything that loads such a directory."""
+class SampleCommand(Settings):
+    """Settings of ``assay vhack sample`` beside those of sampling."""
+
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    delta: Path | None = Field(None, description="File of δS that was trained for this model, merged before sampling.")
+    dtype: WeightDtype = None
+    device: Device = None
+    output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
+    overwrite: bool = Field(False, description="Replace files that exist.")
+
+
+class EvaluateCommand(Settings):
+    """Settings of ``assay vhack evaluate`` beside those of sampling."""
+
+    model: Annotated[str | None, MODEL] = Field(None, description=f"{MODEL_HELP}; it is sampled from.")
+    samples: Path | None = Field(
+        None, description="Completions to grade, as assay vhack sample writes them; no model is loaded then."
+    )
+    delta: Path | None = Field(None, description="File of δS that was trained for this model, merged before sampling.")
+    reward: Annotated[str | None, Flag(unit="MODULE:FUNCTION")] = Field(
+        None, description="Function that pays completions, in TRL's form; by default they are run and graded."
+    )
+    graded: Path | None = Field(None, description="File for the completions with the grade of each, JSON Lines.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+    dtype: WeightDtype = None
+    device: Device = None
+    overwrite: bool = Field(False, description="Replace files that exist.")
+    allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
+
+
+@vhack.add(
+    "merge",
+    MergeSettings,
+    example="assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged",
+)
+def merge(chosen: MergeSettings, as_json: bool) -> None:
+    """Write a trained δS into the weights of its model.
+
+    The result is a directory for anything that loads such: of merged weights, or of an adapter with --lora.
+    """
     from assay.files.storage import storage_error
     from assay.models.load import load_model
     from assay.streams.backends import dtype_name
@@ -68,26 +107,43 @@ def merge(chosen: "MergeCommand", as_json: JsonFlag = False) -> None:
     show_values("assay.vhack.merge/1", values, as_json)
 
 
-@settings("assay.cli.vhack_settings:SampleCommand")
-def sample(chosen: "SampleCommand", as_json: JsonFlag = False) -> None:
-    """Sample completions of tasks from a model into a file. The same command continues an interrupted one."""
+@vhack.add(
+    "sample",
+    SampleCommand,
+    SAMPLING,
+    shown="model delta output tasks per_task temperature max_new_tokens seed device overwrite",
+    example="assay vhack sample --model reference:organism -o samples.jsonl",
+    resumable=True,
+)
+def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
+    """Sample completions of tasks into a file.
+
+    The same command continues an interrupted one.
+    """
     from assay.files.storage import check_new_file
     from assay.vhack.training.own import tasks_of
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
-    tasks, _ = tasks_of(chosen, least=1, why="to complete")
-    tasks = [task for task in tasks for _ in range(chosen.per_task)]
-    records, first = _sampled(chosen, chosen.model, tasks, chosen.output)
-    values = {"path": str(chosen.output), "completions": len(records), "resumed_from": first}
+    check_new_file(own.output, overwrite=own.overwrite)
+    tasks, _ = tasks_of(how, least=1, why="to complete")
+    tasks = [task for task in tasks for _ in range(how.per_task)]
+    records, first = _sampled(own, how, own.model, tasks, own.output)
+    values = {"path": str(own.output), "completions": len(records), "resumed_from": first}
     show_values("assay.vhack.sample/1", {**values, "at_limit": _at_limit(records)}, as_json)
 
 
-@settings("assay.cli.vhack_settings:EvaluateCommand")
-def evaluate(chosen: "EvaluateCommand", context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Say how often a model, or a file of completions, solves its tasks and how often it hacks, by loophole.
+@vhack.add(
+    "evaluate",
+    EvaluateCommand,
+    SAMPLING,
+    shown="model samples delta reward graded output tasks seed device overwrite",
+    example="assay vhack evaluate --model reference:organism --delta run/delta.safetensors",
+)
+def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None:
+    """Say how often tasks are solved and hacked.
 
-    Nothing is kept of an interrupted call. For a long one write completions with assay vhack sample, which goes on
-    where it was, and grade that file with --samples.
+    It grades completions of a model, or of a file, and counts by loophole. Nothing is kept of an interrupted call. For
+    a long one write completions with assay vhack sample, which goes on where it was, and grade that file with
+    --samples.
     """
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic, write_jsonl
@@ -95,35 +151,34 @@ def evaluate(chosen: "EvaluateCommand", context: typer.Context, as_json: JsonFla
     from assay.vhack.training.own import check_gradable, named_function, tasks_of
     from assay.vhack.training.samples import read_samples
 
-    if chosen.samples is None and chosen.model is None:
+    if own.samples is None and own.model is None:
         raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
-    given = context.get_parameter_source("model")
-    has_model = given is not None and given.name == "COMMANDLINE"  # ASSAY_MODEL is for all commands
-    for flag, is_given in (("--model", has_model), ("--delta", chosen.delta is not None)):
-        if chosen.samples is not None and is_given:
+    has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
+    for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
+        if own.samples is not None and is_given:
             raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
-    for path in filter(None, (chosen.output, chosen.graded)):
-        check_new_file(path, overwrite=chosen.overwrite)
-    reward = named_function(chosen.reward, "--reward") if chosen.reward else None
-    tasks, source = tasks_of(chosen, least=1, why="to evaluate")
+    for path in filter(None, (own.output, own.graded)):
+        check_new_file(path, overwrite=own.overwrite)
+    reward = named_function(own.reward, "--reward") if own.reward else None
+    tasks, source = tasks_of(how, least=1, why="to evaluate")
     records: list[JsonObject] = []
-    if chosen.samples is not None:
-        (records, tasks), source = read_samples(chosen.samples, tasks), str(chosen.samples)
+    if own.samples is not None:
+        (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)
     if reward is None:
-        check_gradable(tasks, source, allow_unsandboxed=chosen.allow_unsandboxed)
-    if chosen.samples is None:
-        assert chosen.model is not None
-        tasks = [task for task in tasks for _ in range(chosen.per_task)]
+        check_gradable(tasks, source, allow_unsandboxed=own.allow_unsandboxed)
+    if own.samples is None:
+        assert own.model is not None
+        tasks = [task for task in tasks for _ in range(how.per_task)]
         with TemporaryDirectory() as folder:
-            records, _ = _sampled(chosen, chosen.model, tasks, Path(folder) / "samples.jsonl")
+            records, _ = _sampled(own, how, own.model, tasks, Path(folder) / "samples.jsonl")
     completions = [record["completion"] for record in records]
     with progress_bar("grades", "completions") as progress:
         found = training.evaluate(
-            tasks, completions, reward=reward, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
+            tasks, completions, reward=reward, allow_unsandboxed=own.allow_unsandboxed, progress=progress
         )
-    if chosen.graded:
+    if own.graded:
         grades = [{name: value for name, value in asdict(one).items() if value is not None} for one in found.grades]
-        write_jsonl(chosen.graded, [record | grade for record, grade in zip(records, grades, strict=True)])
+        write_jsonl(own.graded, [record | grade for record, grade in zip(records, grades, strict=True)])
     origins = {dumps(record.get("origin")): record.get("origin") for record in records}
     values = {
         **found.as_dict(),
@@ -131,24 +186,12 @@ def evaluate(chosen: "EvaluateCommand", context: typer.Context, as_json: JsonFla
         "by_mechanism": {name: part.as_dict() for name, part in found.by_mechanism().items()},
         "origin": origins.popitem()[1] if len(origins) == 1 else None,
     }
-    if chosen.output:
-        write_atomic(chosen.output, dumps({"schema": _EVALUATE, **values}) + "\n")
+    if own.output:
+        write_atomic(own.output, dumps({"schema": _EVALUATE, **values}) + "\n")
     if as_json:
         emit_json(_EVALUATE, values)
     else:
         _print_rates(values)
-
-
-def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
-    if asked is not None or model.device.type != "cpu":
-        return asked
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
-        return None
-    return folder if os.access(folder, os.W_OK) else None
 
 
 def _adapted(loaded: "Model", path: Path, lengths: dict[str, int]) -> "DeltaS":
@@ -170,7 +213,7 @@ def _adapted(loaded: "Model", path: Path, lengths: dict[str, int]) -> "DeltaS":
 
 
 def _sampled(
-    chosen: "SampleCommand | EvaluateCommand", reference: str, tasks: "list[Task]", path: Path
+    own: SampleCommand | EvaluateCommand, how: "SampleSettings", reference: str, tasks: "list[Task]", path: Path
 ) -> "tuple[list[JsonObject], int]":
     """Return completions that are sampled into a file, and how many of them an earlier call had left there."""
     from assay.files.jsonl import read_jsonl
@@ -180,16 +223,14 @@ def _sampled(
     from assay.vhack.training.pool import check_prompts
     from assay.vhack.training.samples import sample_tasks
 
-    lengths = delta_lengths(chosen.delta) if chosen.delta else {}
-    check_prompts(reference, [prompt_of(task) for task in tasks], chosen.max_new_tokens)
-    loaded, origin = load_model(reference, dtype=chosen.dtype, device=chosen.device), {}
-    if chosen.delta:
-        _adapted(loaded, chosen.delta, lengths).merge()
-        origin = {"delta": sha256(chosen.delta.read_bytes()).hexdigest()}
+    lengths = delta_lengths(own.delta) if own.delta else {}
+    check_prompts(reference, [prompt_of(task) for task in tasks], how.max_new_tokens)
+    loaded, origin = load_model(reference, dtype=own.dtype, device=own.device), {}
+    if own.delta:
+        _adapted(loaded, own.delta, lengths).merge()
+        origin = {"delta": sha256(own.delta.read_bytes()).hexdigest()}
     with progress_bar("completions", "completions") as progress:
-        first = sample_tasks(
-            path, loaded, tasks, origin=origin, overwrite=chosen.overwrite, progress=progress, **chosen.how
-        )
+        first = sample_tasks(path, loaded, tasks, origin=origin, overwrite=own.overwrite, progress=progress, **how.how)
     return [record for _, record in read_jsonl(path)], first
 
 

@@ -5,9 +5,12 @@ runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset w
 and then every field after its length, so that no two streams share a text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any, Literal
+
+import numpy as np
 
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import find_pipeline
@@ -95,6 +98,7 @@ class Round:
                 f"r_target is {self.r_target!r}",
                 wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
                 do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate",
+                field="r_target",
             )
         if self.strength not in (32, 256) or not isinstance(self.strength, int):
             raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
@@ -151,20 +155,28 @@ class Round:
         self.check_nonces(chosen)
         return chosen
 
-    def check_nonces(self, nonces: range | Iterable[int]) -> None:
-        """Refuse nonces that do not ascend, are out of range, or belong to another node.
+    def check_nonces(self, nonces: Iterable[int]) -> Sequence[int]:
+        """Return nonces of any kind, a generator or a numpy array too, as a range or a list.
 
         Raises:
-            UsageError: A nonce is wrong; names the first one.
+            UsageError: There are none or too many, or one is out of range, belongs to another node, or does not ascend;
+                names the first one.
         """
-        if isinstance(nonces, range) and nonces and nonces.step > 0 and nonces.step % self.node_count == 0:
-            nonces = sorted({nonces[0], nonces[-1]})  # the ends decide for all
+        most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
+        if isinstance(nonces, range):
+            chosen: Sequence[int] = nonces[:most]
+        else:
+            given: Iterable[Any] = islice(nonces, most) if isinstance(nonces, Iterable) else ()
+            chosen = [int(nonce) if isinstance(nonce, np.integer) else nonce for nonce in given]
+        if not 0 < len(chosen) < most:
+            seen = f"more than {MAX_COUNT} nonces" if chosen else f"no nonces in {nonces!r:.60}"
+            raise UsageError(
+                seen, wanted=f"1 to {MAX_COUNT} in one proof", do="give a range, such as --nonces 0:256 or range(256)"
+            )
+        regular = isinstance(chosen, range) and chosen.step > 0 and chosen.step % self.node_count == 0
         last = -1
-        for nonce in nonces:
-            if not isinstance(nonce, int) or isinstance(nonce, bool) or not 0 <= nonce <= MAX_NONCE:
-                raise UsageError(
-                    f"nonce {nonce!r}", wanted=f"a whole number in [0, {MAX_NONCE}]", do="choose nonces from 0 upwards"
-                )
+        for nonce in sorted({chosen[0], chosen[-1]}) if regular else chosen:  # the ends of a range decide for all
+            check_number("nonce", nonce, 0, MAX_NONCE)
             if nonce % self.node_count != self.node_id:
                 raise UsageError(
                     f"nonce {nonce} on node {self.node_id} of {self.node_count}",
@@ -174,6 +186,7 @@ class Round:
             if nonce <= last:
                 raise UsageError(f"nonce {nonce} after {last}", wanted="ascending nonces, each once", do="sort them")
             last = nonce
+        return chosen
 
     def with_model(self, reference: str) -> "Round":
         """Return the round with its model named, if it was not."""
@@ -197,7 +210,9 @@ def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
         UsageError: The value is not such a text.
     """
     if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
-        raise UsageError(f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do)
+        raise UsageError(
+            f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do, field=name
+        )
 
 
 def check_number(name: str, value: object, low: int, high: int) -> None:
@@ -207,7 +222,9 @@ def check_number(name: str, value: object, low: int, high: int) -> None:
         UsageError: Names the value and the range.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}")
+        raise UsageError(
+            f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}", field=name
+        )
 
 
 def prefixed(*parts: object) -> str:

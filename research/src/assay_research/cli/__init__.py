@@ -1,0 +1,1 @@
+"""Commands of research, which ``assay`` finds by the entry points of this package (research/pyproject.toml)."""

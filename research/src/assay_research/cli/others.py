@@ -1,0 +1,236 @@
+"""``assay research``, ``vhack fuzz``, ``poc ledger merge``, and parts of ``poc calibrate`` and ``vhack report``."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+from pydantic import Field
+
+from assay.cli.flags import ARGUMENT, KEY, NUMBER, OUTPUT, PROBABILITY
+from assay.cli.framework import Command, Group
+from assay.cli.output import emit_json, progress_bar, show_values, table
+from assay.errors import UsageError
+from assay.settings import Flag, Settings
+
+if TYPE_CHECKING:
+    from assay.cli.poc import CalibrateSettings
+    from assay.cli.vhack import ReportSettings
+    from assay.poc.verdict.calibration import Calibration
+    from assay_research.clusters.clusters import ClusterPlan
+    from assay_research.vector_sets import VectorSet
+
+_FUZZ = "assay.vhack.fuzz/1"
+_COLUMNS = (
+    *("cases", "accepted", "exploited", "raised", "timed_out", "overflowed", "crashed"),
+    *("grader_raised", "ended_a_step", "graded_as_right"),
+)
+
+research = Group("research", "Measure on data that networks published.", panel="Research")
+
+
+class ClusterSettings(Settings):
+    """Data and folder of a run of ``assay research clusters``."""
+
+    data: Annotated[Path, ARGUMENT] = Field(description="Sets of nonce vectors: JSON Lines, or gzip of them.")
+    run_name: Annotated[str | None, Flag(unit="NAME")] = Field(
+        None, description="Folder of the run; one of the data's name and digest by default."
+    )
+    output: Annotated[Path, OUTPUT] = Field(
+        Path("experiments"), description="Directory that holds the folders of all runs."
+    )
+
+
+class FuzzSettings(Settings):
+    """Settings of ``assay vhack fuzz``."""
+
+    count: Annotated[int, Flag(("-n", "--count"), unit="CASES")] = Field(1000, ge=1, description="Number of cases.")
+    seed: Annotated[int, NUMBER] = Field(0, ge=0, description="The same seed gives the same cases.")
+    kinds: Annotated[tuple[str, ...] | None, Flag(("--kind",), unit="NAME")] = Field(
+        None, description="Use cases of this kind only; may be repeated."
+    )
+    seconds: Annotated[float, Flag(unit="SECONDS")] = Field(
+        1.0, gt=0, description="Time limit of a run; what hangs is stopped then."
+    )
+    workers: Annotated[int, NUMBER] = Field(2, ge=1, description="Programs that run at the same time.")
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+
+
+class MergeSettings(Settings):
+    """Settings of ``assay poc ledger merge``."""
+
+    ledgers: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        description="Ledgers of different validators, or exports of them."
+    )
+    public_key: Annotated[str | None, KEY] = Field(
+        None, description="Key of the node to decide on; all nodes if left out."
+    )
+    alpha: Annotated[float | None, PROBABILITY] = Field(
+        None, description="Bound on the chance that this decision accuses an honest node; else that of the ledgers."
+    )
+    beta: Annotated[float | None, PROBABILITY] = Field(
+        None, description="Bound on the chance that this decision calls a cheater honest; else that of the ledgers."
+    )
+
+
+@research.add(
+    "clusters",
+    ClusterSettings,
+    "assay_research.clusters.clusters:ClusterPlan",
+    example="assay research clusters nonces.jsonl.gz",
+    resumable=True,
+)
+def clusters(own: ClusterSettings, plan: "ClusterPlan", as_json: bool) -> None:
+    """Hold every rule against nonces of real clusters.
+
+    Honest machines are left out, other builds are passed off as this one, and cheats are simulated.
+    """
+    from assay_research.clusters.clusters import REAL, SIMULATED, run_clusters, run_name_of
+    from assay_research.clusters.page import cheat_table, fault_table, honest_table, model_table, summarise
+    from assay_research.runs.report import build_report
+    from assay_research.runs.runs import read_run, run_folder
+
+    folder = run_folder(own.output, own.run_name or run_name_of(own.data))
+    with progress_bar("measuring", "cells") as progress:
+        run_clusters(plan, own.data, folder, progress=progress)
+    page, run = build_report(folder), read_run(folder, "clusters")
+    summary = summarise(run.cells)
+    if as_json:
+        values = {"folder": str(folder), "report": str(page), "settings": run.settings, **summary}
+        emit_json("assay_research.clusters/1", values)
+        return
+    table(*model_table(summary), title="sets")
+    table(*fault_table(summary), title="pairs with a fault of the place")
+    table(*honest_table(summary), title="honest machines left out of the law")
+    table(*cheat_table(summary, REAL), title="other builds passed off as this one")
+    table(*cheat_table(summary, SIMULATED), title="simulated cheats at 1.4 times the honest median")
+    click.echo(f"report: {page}")
+
+
+def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
+    """Grade hostile programs and reports in the sandbox.
+
+    Exit code 0 if the grader holds, 1 if not, 2 on bad input.
+    """
+    from assay.files.jsonl import dumps
+    from assay.files.storage import check_new_file, write_atomic
+    from assay.pages.provenance import provenance
+    from assay.vhack.environment.backends import available_backend
+    from assay.vhack.environment.fuzz import fuzz
+    from assay.vhack.environment.hostile import HOSTILE_KINDS
+    from assay.vhack.environment.types import Limits
+
+    if chosen.output:
+        check_new_file(chosen.output, overwrite=True)
+    with progress_bar("grading", "cases") as progress:
+        report = fuzz(
+            chosen.count,
+            seed=chosen.seed,
+            kinds=chosen.kinds or HOSTILE_KINDS,
+            limits=Limits(seconds=chosen.seconds),
+            workers=chosen.workers,
+            progress=progress,
+        )
+    values = {"seed": chosen.seed, "seconds": chosen.seconds, "backend": available_backend(), **report.as_dict()}
+    if chosen.output:
+        origin = {"command": shlex.join(["assay", *sys.argv[1:]]), **provenance()}
+        write_atomic(chosen.output, dumps({"schema": _FUZZ, **origin, **values}) + "\n")
+    if as_json:
+        emit_json(_FUZZ, values)
+        return 0 if report.holds else 1
+    rows = [
+        (kind, *(found[name] for name in _COLUMNS)) for kind, found in [*report.counts.items(), ("all", report.total)]
+    ]
+    said = "the grader holds" if report.holds else "the grader does not hold"
+    title = f"{said}: {report.total['cases']} hostile cases and {report.honest} honest programs"
+    table(("kind", *(name.replace("_", " ") for name in _COLUMNS)), rows, title=title)
+    for case, did in report.failures:
+        click.echo(f"{case}: {did}")
+    return 0 if report.holds else 1
+
+
+fuzz = Command("fuzz", run_fuzz, (FuzzSettings,), example="assay vhack fuzz --count 1000")
+
+
+def run_merge(chosen: MergeSettings, as_json: bool) -> int:
+    """Decide from the ledgers of several validators.
+
+    Exit code 0 all honest, 1 a fraud, 2 undecided or bad input. The e-values are averaged, which is valid although the
+    validators saw the same proofs. Which ledgers are merged, and when, must not depend on what they say.
+    """
+    from assay.cli.ledger import names_of
+    from assay_research.ledger_merge import merge_ledgers
+
+    merged = merge_ledgers(list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta)
+    merged = [one for one in merged if chosen.public_key in (None, one.account.public_key)]
+    if as_json:
+        emit_json("assay.poc.ledger.merge/1", {"accounts": [one.as_dict() for one in merged]})
+    else:
+        columns = ("key", "model", "build", "preset", "ledgers", "log e", "verdict")
+        counts = [sum(share.n > 0 for share in one.shares) for one in merged]
+        rows = [
+            (*names_of(one.account), f"{count} of {len(chosen.ledgers)}", f"{one.log_e_value:.1f}", one.verdict)
+            for one, count in zip(merged, counts, strict=True)
+        ]
+        table(columns, rows)
+    verdicts = {one.verdict for one in merged}
+    return 1 if "fraud" in verdicts else 0 if verdicts == {"honest"} else 2
+
+
+merge = Command(
+    "merge",
+    run_merge,
+    (MergeSettings,),
+    example="assay poc ledger merge mine.sqlite3 theirs.jsonl --public-key KEY",
+)
+
+
+def calibrate_sets(chosen: "CalibrateSettings") -> "Calibration":
+    """Return the calibration of the sets that ``assay poc calibrate --vectors`` names."""
+    from assay_research.vector_sets import calibrate_vectors, read_vector_sets
+
+    assert chosen.vectors is not None
+    sets = read_vector_sets(chosen.vectors)
+    found = [one for one in sets if _is_chosen(one, chosen.sets)]
+    if len(found) < 2:
+        names = ", ".join(one.name for one in sets)
+        raise UsageError(
+            f"{len(found)} of the {len(sets)} sets of --vectors chosen",
+            wanted="two or more of one build",
+            do=f"choose with --sets among {names:.300}",
+        )
+    against = {name: read_vector_sets(other) for name, other in zip(chosen.name, chosen.against, strict=True)}
+    with progress_bar("leaving out", "machines") as progress:
+        return calibrate_vectors(found, digest=chosen.digest, against=against, progress=progress)
+
+
+def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
+    """Return whether a set's name has all of the words, and none of those that begin with a dash."""
+    return all(word[1:] not in one.name if word.startswith("-") else word in one.name for word in words)
+
+
+def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
+    """Draw the page of training runs for ``assay vhack report``."""
+    from assay.files.jsonl import read_json
+    from assay.vhack.checks.judge import CheckReport
+    from assay_research.study.log import read_logs
+    from assay_research.study.page import study_page
+    from assay_research.study.summary import summarise
+
+    logs = read_logs(list(chosen.results))
+    shown = [CheckReport.from_dict(read_json(path)) for path in chosen.check]
+    command = " ".join(["assay vhack report", *(path.name for path in chosen.results)])
+    study_page(logs, checks=shown, command=command).write(chosen.output)
+    found = summarise(logs)
+    if as_json:
+        arms = [result.as_dict() for result in found]
+        show_values("assay.vhack.report/1", {"path": str(chosen.output), "runs": len(logs), "arms": arms}, as_json)
+        return
+    rows = []
+    for result in found:
+        rates = [result.rates[name] for name in ("hack", "solve")]
+        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.tipped.text, result.verdict))
+    columns = ("condition", "seeds", "hack rate", "solve rate", "tipped", "verdict")
+    table(columns, rows, title=str(chosen.output))

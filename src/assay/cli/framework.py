@@ -1,0 +1,483 @@
+"""Commands that are made from settings classes: options, environment, configuration file, help and errors.
+
+A command is a function of objects of settings classes. Every field of a class is an option. At most ten of a command
+are in its help; the others belong into the configuration file and are still read as options for one release, with a
+warning. A value comes from the command line, else from the variable of its field, else from the file.
+"""
+
+import errno
+import gc
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import click
+from click.core import ParameterSource
+from pydantic.fields import FieldInfo
+
+from assay.errors import AssayError, StorageError, UsageError
+from assay.settings import NEAR, Settings, Spelling, words_of
+
+EXTENSIONS = "assay.commands"
+"""Entry-point group of commands that other packages add, by the words that call them: ``poc experiment``."""
+OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
+CONTINUES = "what is done is kept, and the same command continues it"
+RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
+"""Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
+LONGEST_CONFIG = 2**20  # bytes; one that sets every field has twenty thousand
+_RESULTS = ("output", "html", "graded")
+_EXTENDED = "merge"
+"""The field that is a source and may be the result: builds are added to a calibration file."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, raised as an exception so that files and pools can clean up.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.resumable = False
+
+
+class Setting:
+    """A field of a settings class, as a command shows and reads it."""
+
+    def __init__(self, kind: type[Settings], name: str) -> None:
+        self.kind, self.name = kind, name
+        self.field: FieldInfo = kind.model_fields[name]
+        self.flag, self.spelling = kind.flag(name), kind.spelling(name)
+        self.text = next((entry for entry in self.field.metadata if isinstance(entry, Spelling)), None)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the option takes no value."""
+        return self.field.annotation is bool
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the option may be given several times."""
+        annotation = self.field.annotation
+        kinds = (annotation, *get_args(annotation))
+        return self.text is None and any(get_origin(one) is tuple for one in kinds)
+
+    @property
+    def default(self) -> Any:
+        """The default as a user writes it; None where there is none."""
+        if self.field.is_required():
+            return None
+        value = self.field.get_default(call_default_factory=True)
+        if self.text is not None and value is not None:
+            return self.text.show(value)
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help: its words, its unit, or what kind of thing it is."""
+        words = words_of(self.field.annotation)
+        if not self.flag.unit and 1 < len(words) < 6:
+            return "|".join(map(str, words))
+        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
+        return self.flag.unit or ("FILE" if is_path else self.name.upper())
+
+    @property
+    def help(self) -> str:
+        """The description with the default behind it."""
+        is_none = self.default is None or self.default is False or self.default in ("", [])
+        shown = "" if is_none else f"  [default: {self.default}]"
+        return f"{self.field.description or ''}{'  [required]' if self.field.is_required() else shown}"
+
+    def parameter(self, hidden: bool) -> click.Parameter:
+        """Return the option or the argument of click's. Settings check the values, so it takes any text."""
+        if self.flag.argument:
+            return click.Argument(
+                [self.name], nargs=-1 if self.repeats else 1, required=False, metavar=self.name.upper()
+            )
+        if self.is_switch:
+            return click.Option([self.name, *self.flag.names], is_flag=True, help=self.help, hidden=hidden)
+        names = [self.name, *self.flag.names]
+        return click.Option(names, multiple=self.repeats, help=self.help, hidden=hidden, metavar=self.metavar, type=str)
+
+    def read(self, value: Any) -> Any:
+        """Return a value of a command line or a file as the settings class takes it."""
+        if isinstance(value, int | float) and not isinstance(value, bool) and self.field.annotation is str:
+            return str(value)
+        return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
+
+
+class Command(click.Command):
+    """A command of ``assay``: a function of objects of its settings classes, which returns the exit code or None.
+
+    Args:
+        name: Name of the command.
+        function: What it does; a parameter ``as_json`` gives it the flag ``--json``.
+        kinds: Settings classes, or the module and name of one that takes long to import. If several have a field of
+            one name, the last of them gets the value.
+        shown: Fields whose options are in the help, separated by spaces; all by default.
+        panel: Heading under which the help of the group lists the command.
+        example: A command line for the help.
+        resumable: Whether an interrupted command continues when it is repeated.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., int | None],
+        kinds: Sequence[type[Settings] | str] = (),
+        *,
+        shown: str = "",
+        panel: str = "Commands",
+        example: str = "",
+        resumable: bool = False,
+    ) -> None:
+        text = inspect.cleandoc(function.__doc__ or "")
+        super().__init__(name, help=text, short_help=text.splitlines()[0], epilog=f"Example: {example}")
+        self.function, self.panel, self.resumable = function, panel, resumable
+        self._kinds, self._shown = kinds, shown.split()
+
+    @cached_property
+    def kinds(self) -> list[type[Settings]]:
+        """The settings classes."""
+        return [_imported(kind) if isinstance(kind, str) else kind for kind in self._kinds]
+
+    @cached_property
+    def settings(self) -> dict[str, Setting]:
+        """The fields of the settings classes by name."""
+        return {
+            name: Setting(kind, name) for kind in self.kinds for name in kind.model_fields if not _is_nested(kind, name)
+        }
+
+    def is_shown(self, name: str) -> bool:
+        """Return whether the help of the command shows a field."""
+        return name in (self._shown or self.settings) or self.settings[name].flag.argument
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters, which are made when they are first asked for."""
+        if not self.params:
+            ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
+            self.params += [self.settings[name].parameter(not self.is_shown(name)) for name in ordered]
+            if self.settings:
+                self.params.append(_config_option())
+            if "as_json" in inspect.signature(self.function).parameters:
+                self.params.append(click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."))
+        return super().get_params(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write how to get the other settings, and the example."""
+        words = ctx.command_path.split()[1:]
+        hidden = sum(not self.is_shown(name) for name in self.settings)
+        formatter.write_paragraph()
+        if hidden:
+            formatter.write_text(f"{hidden} more settings in a file for --config: assay config {' '.join(words)}")
+        formatter.write(f"{self.epilog}\n")
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
+        words = ctx.command_path.split()[1:]
+        given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+        table = own_table(given.pop("config", None) or ctx.obj, ctx.find_root().command, words)
+        as_json = bool(given.pop("as_json", table.pop("json", False)))
+        self._warn(words, given)
+        values = self._named(table, ctx.command_path) | self._environment() | given
+        values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
+        refuse_own_sources(self.settings, values)
+        made = [
+            kind(
+                **{
+                    name: values[name]
+                    for name in kind.model_fields
+                    if name in values and self.settings[name].kind is kind
+                }
+            )
+            for kind in self.kinds
+        ]
+        options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
+        with self._named_errors():
+            code = self.function(*made, **options)
+        ctx.exit(code or 0)
+
+    def _environment(self) -> dict[str, str]:
+        found = {name: os.environ.get(one.kind.environment_name(name) or "", "") for name, one in self.settings.items()}
+        return {name: value for name, value in found.items() if value}
+
+    def _named(self, table: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """Return the values of a configuration file by field; a key is the name of one, or of its flag."""
+        known = {one.spelling.lstrip("-").replace("-", "_"): name for name, one in self.settings.items()}
+        known |= {name: name for name in self.settings}
+        for key in table:
+            if key.replace("-", "_") not in known:
+                near = get_close_matches(key.replace("-", "_"), known, n=1, cutoff=NEAR)
+                raise UsageError(
+                    f"{key} in the configuration file is not a setting of {path}",
+                    wanted="one of " + ", ".join(sorted(self.settings)),
+                    do=f"did you mean {near[0]}?" if near else "remove it",
+                )
+        return {known[key.replace("-", "_")]: value for key, value in table.items()}
+
+    def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
+        """Say of options and variables of earlier releases where their values belong now."""
+        table = ".".join(words)
+        for name in given:
+            one = self.settings[name]
+            if one.flag.secret:
+                variable = one.kind.environment_name(name)
+                _say(f"{one.spelling} shows a secret to all users of this machine: use a file, or {variable}")
+            elif not self.is_shown(name):
+                _say(f"{one.spelling} will go: write `{name} = …` under [{table}] in a file for --config")
+        prefix = "_".join(("ASSAY", *words, "")).upper().replace("-", "_")
+        for name, one in self.settings.items():
+            variables = {prefix + one.spelling.lstrip("-").replace("-", "_").upper(), prefix + name.upper()}
+            variables |= {f"ASSAY_{name.upper()}"} if name in RETIRED else set()
+            for variable in sorted(variables & os.environ.keys()):
+                if "://" not in os.environ[variable]:  # Kubernetes sets ASSAY_PORT=tcp://… for a service of this name
+                    _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` under [{table}] for --config")
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the flag in errors of the library, and say of an interruption that nothing is lost."""
+        try:
+            yield
+        except Stopped as stop:
+            stop.resumable = self.resumable
+            raise
+        except BrokenPipeError:
+            raise
+        except (OSError, AssayError) as error:
+            found = in_assay_words(error) if isinstance(error, OSError) else error
+            one = self.settings.get(found.field)
+            if one is not None and one.spelling not in str(found):
+                found.do += f" ({one.spelling})"
+            cause = found.__cause__ or error
+            if self.resumable and isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG):
+                found.do += f"; {CONTINUES}"
+            if found is error:
+                raise
+            raise found from error
+
+
+class Group(click.Group):
+    """A group of commands, in whose help they stand under their panels.
+
+    Args:
+        path: Words that call the group, such as ``poc ledger``; empty for the root.
+        help: What the commands are for.
+        panel: Heading under which the help of the group above lists this one.
+    """
+
+    def __init__(self, path: str, help: str, *, panel: str = "Commands", **options: Any) -> None:
+        super().__init__(path.rpartition(" ")[2] or "assay", help=help, no_args_is_help=True, **options)
+        self.path, self.panel = path, panel
+
+    def add(self, name: str, *kinds: type[Settings] | str, **options: Any) -> Callable[[F], F]:
+        """Return a decorator that makes a function a command of the group; see :class:`Command`."""
+
+        def decorate(function: F) -> F:
+            self.add_command(Command(name, function, kinds, **options))
+            return function
+
+        return decorate
+
+    def group_of(self, name: str, help: str, *, panel: str = "Commands") -> "Group":
+        """Return a new group inside this one."""
+        made = Group(f"{self.path} {name}".strip(), help, panel=panel)
+        self.add_command(made)
+        return made
+
+    def _extensions(self) -> dict[str, str]:
+        """Return the names of commands that other packages add to this group, and the words that call them."""
+        names = {point.name for point in entry_points(group=EXTENSIONS)} | set(OF_RESEARCH)
+        placed = {name: name.rpartition(" ") for name in names if "-" not in name}
+        return {last: name for name, (path, _, last) in placed.items() if path == self.path}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, those of other packages included that are installed."""
+        installed = {point.name for point in entry_points(group=EXTENSIONS)}
+        return [*self.commands, *(name for name, words in sorted(self._extensions().items()) if words in installed)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, also one of another package."""
+        words = self._extensions().get(cmd_name)
+        if cmd_name in self.commands or words is None:
+            return self.commands.get(cmd_name)
+        found: click.Command = extension(words)
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is called; name the nearest one where there is no such."""
+        if self.get_command(ctx, args[0]) is None:
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=NEAR)
+            look = f"see {ctx.command_path} --help"
+            do = f"did you mean {near[0]}? Else {look}" if near else look
+            raise UsageError(args[0], wanted=f"a command of {ctx.command_path}", do=do)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their panels."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            assert command is not None
+            panel = getattr(command, "panel", "Commands") if name in self.commands else "Research"
+            panels.setdefault(panel, []).append((name, command.get_short_help_str(60)))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+def extension(words: str) -> Any:
+    """Return what another package has put under some words into the entry-point group of commands.
+
+    Raises:
+        UsageError: No package that is installed has it.
+    """
+    for point in entry_points(group=EXTENSIONS, name=words):
+        return point.load()
+    raise UsageError(
+        f"assay {words}, which the package assay does not have",
+        wanted="the package assay-research",
+        do="install assay-research (research/ of the repository)",
+    )
+
+
+def own_table(path: Path | None, root: click.Command, words: Sequence[str]) -> dict[str, Any]:
+    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file.
+
+    Raises:
+        UsageError: The file cannot be read, or has a table that is of no command.
+    """
+    if path is None:
+        return {}
+    from assay.files.toml import parse_toml
+
+    try:
+        with Path(path).open("rb") as file:  # it may be a pipe, and is read no further than its bound
+            content = file.read(LONGEST_CONFIG + 1)
+        if len(content) > LONGEST_CONFIG:
+            raise ValueError(f"more than {LONGEST_CONFIG} bytes")
+        return dict(_inner(parse_toml(content.decode("utf-8")), root, words))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"configuration file {path}: {error}",
+            wanted="a TOML file with a table per command, as `assay config COMMAND` prints it",
+            do="correct the file, or leave --config out",
+        ) from None
+
+
+def _inner(table: Mapping[str, Any], command: click.Command, words: Sequence[str]) -> Mapping[str, Any]:
+    if not isinstance(command, Group):
+        return table
+    names = command.list_commands(click.Context(command))
+    for key, value in table.items():
+        if key not in names or not isinstance(value, dict):
+            raise ValueError(f"{key} is not a {'command' if isinstance(value, dict) else 'table'} of {command.name}")
+    child = command.get_command(click.Context(command), words[0])
+    return _inner(table.get(words[0], {}), child, words[1:]) if child else {}
+
+
+def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
+    """Refuse a result that would replace a file from which it is made, or another result.
+
+    Raises:
+        UsageError: Names both flags.
+    """
+    for result in (name for name in _RESULTS if name in values):
+        for name, given in values.items():
+            if name in (result, _EXTENDED):
+                continue
+            for one in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(one, str) and _same_file(Path(values[result]), Path(one)):
+                    raise UsageError(
+                        f"{settings[result].spelling} {values[result]}, which is {settings[name].spelling} too",
+                        wanted="a file of its own for every result",
+                        do=f"choose another name with {settings[result].spelling}",
+                    )
+
+
+def _same_file(result: Path, other: Path) -> bool:
+    """Return whether two paths are one file, or will be; a directory may hold both."""
+    try:
+        return result.resolve() == other.resolve() and not result.is_dir()
+    except (OSError, ValueError, RuntimeError):  # a text that is no path, or links that lead to themselves
+        return False
+
+
+def in_assay_words(error: OSError) -> StorageError:
+    """Return an error of the operating system in the three parts of every error."""
+    from assay.files.storage import storage_error
+
+    return storage_error(Path(str(error.filename or "output")), error)
+
+
+def in_three_parts(error: click.ClickException) -> UsageError:
+    """Return an error of click's parser with what was seen, wanted and to do."""
+    context = getattr(error, "ctx", None)
+    name = context.command_path if context else "assay"
+    look = f"see {name} --help"
+    if isinstance(error, click.NoSuchOption):
+        known = [flag for one in context.command.get_params(context) for flag in one.opts] if context else []
+        near = get_close_matches(error.option_name, known, n=1, cutoff=NEAR)
+        do = f"did you mean {near[0]}? Else {look}" if near else look
+        return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
+    if isinstance(error, click.BadOptionUsage):
+        wanted = "no value behind this flag" if "not take" in error.message else "a value behind this flag"
+        return UsageError(error.option_name, wanted=wanted, do=look)
+    return UsageError(f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look)
+
+
+def _config_option() -> click.Option:
+    kind = click.Path(path_type=Path)
+    return click.Option(["--config"], type=kind, metavar="FILE", help="TOML file with further settings.")
+
+
+def _imported(where: str) -> Any:
+    module, _, name = where.partition(":")
+    with without_collection():
+        return getattr(import_module(module), name)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Stop the garbage collector during imports, or during a command that is soon over.
+
+    It would walk all that is there again and again while torch and transformers come in: a second of the four to five
+    that they take, and 1.6 of the 18 s of ``assay demo``, which needs no more memory without it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _is_nested(kind: type[Settings], name: str) -> bool:
+    """Return whether a field holds settings itself, which a command gets as a class of their own."""
+    annotation = kind.model_fields[name].annotation
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def _say(warning: str) -> None:
+    click.echo(f"warning: {warning}", err=True)
+
+
+def leaves(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Command]]:
+    """Yield the words and the object of every command of the package below a group."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, (*path, name))
+        elif isinstance(command, Command):
+            yield (*path, name), command

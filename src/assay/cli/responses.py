@@ -1,0 +1,276 @@
+"""``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run again and judged."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from assay.cli.flags import (
+    ARGUMENT,
+    DTYPE,
+    FORMATS,
+    HASH,
+    KEY,
+    LEDGER,
+    MODEL,
+    MODEL_HELP,
+    NUMBER,
+    OUTPUT,
+    PINS,
+    PROBABILITY,
+    RESPONSES,
+    TEXT,
+    TOKENS,
+    EngineName,
+    NumberFormat,
+)
+from assay.cli.output import emit_document, progress_bar, show_values, table
+from assay.cli.poc import auditor_values, life_rows, poc
+from assay.settings import Device, Settings
+
+if TYPE_CHECKING:
+    from assay.poc.audit import Audit
+    from assay.poc.responses.judge import ResponseVerdict
+
+_BATCH = "Number of responses that are run at once, at most; 1 where bits must not depend on the others."
+
+
+class RespondSettings(Settings):
+    """Settings of ``assay poc respond``."""
+
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
+    block_hash: Annotated[str, HASH] = Field(description="Block that became known after the requests were accepted.")
+    public_key: Annotated[str, KEY] = Field(description="Key of the node.")
+    output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
+    user_seed: Annotated[str, TEXT] = Field("", description="Client's seed, for prompts that have none.")
+    temperature: float = Field(1.0, description="Divisor of the logits; 0 takes the likeliest token.")
+    top_k: int = Field(0, description="Number of likeliest tokens to keep; 0 keeps all.")
+    top_p: float = Field(1.0, description="Probability that the kept tokens have together at least.")
+    min_p: float = Field(0.0, description="Probability of a kept token at least, relative to the likeliest one.")
+    repetition_penalty: float = Field(1.0, description="Divisor of positive logits of tokens in prompt or output.")
+    frequency_penalty: float = Field(
+        0.0, description="Number subtracted from a logit for every time the token was made."
+    )
+    presence_penalty: float = Field(0.0, description="Number subtracted from a logit if the token was made.")
+    max_tokens: Annotated[int, TOKENS] = Field(64, ge=1, description="Number of tokens after which a response ends.")
+    hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
+    dtype: NumberFormat = Field(None, description=f"{FORMATS}.")
+    device: Device = None
+    overwrite: bool = Field(False, description="Replace an existing file of receipts.")
+
+
+class ReplaySettings(Settings):
+    """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses again."""
+
+    receipts: Annotated[Path, ARGUMENT] = Field(description="File of receipts.")
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    pins: Annotated[Path | None, PINS] = Field(None, description="File with all that the network agreed on.")
+    requests: Path | None = Field(None, description="Requests that were sent; needed for exit code 0.")
+    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the responses; needed for exit code 0.")
+    public_key: Annotated[str | None, KEY] = Field(None, description="Key of the node; needed for exit code 0.")
+    prover_dtype: Annotated[str | None, DTYPE] = Field(None, description="Number format agreed on; else any dtype.")
+    evidence: Literal["both", "tokens", "sketches"] = Field(
+        "both", description="What receipts must have for exit code 0: seeded tokens, sketches, or both."
+    )
+    lora: Path | None = Field(
+        None, description="Directory of the LoRA adapter with which receipts that name one are replayed."
+    )
+    sample: Annotated[int | None, RESPONSES] = Field(None, description="Responses to replay; all when left out.")
+    calibration: Path | None = Field(None, description="File with the measured noise; else the stated default.")
+    batch_size: Annotated[int, RESPONSES] = Field(16, ge=1, le=1024, description=_BATCH)
+    dtype: NumberFormat = Field(None, description="Number format that replays; by default the node's.")
+    device: Device = None
+    engine: EngineName = Field("hf", description="Engine that replays.")
+    alpha: Annotated[float, PROBABILITY] = Field(
+        1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node."
+    )
+    seed: Annotated[int | None, NUMBER] = Field(
+        None, ge=0, description="Number that draws the sample; unpredictable when left out."
+    )
+    ledger: Annotated[Path | None, LEDGER] = Field(
+        None, description="Ledger of nodes' lives to which the replay is added."
+    )
+
+
+class CalibrateResponsesSettings(Settings):
+    """Settings of ``assay poc calibrate-responses``."""
+
+    receipts: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        description="Files of receipts of honest nodes of one build."
+    )
+    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
+    requests: Path | None = Field(
+        None, description="Requests that were sent, for receipts that have hashes of prompts alone."
+    )
+    batch_size: Annotated[int, RESPONSES] = Field(16, ge=1, le=1024, description=_BATCH)
+    dtype: NumberFormat = Field(None, description="Number format that replays; by default that of the first receipts.")
+    device: Device = None
+    engine: EngineName = Field("hf", description="Engine that replays.")
+
+
+@poc.add(
+    "respond",
+    RespondSettings,
+    panel="Node",
+    shown="model prompts block_hash public_key output user_seed max_tokens dtype device overwrite",
+    example="assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK --public-key KEY "
+    "-o receipts.jsonl",
+    resumable=True,
+)
+def respond(chosen: RespondSettings, as_json: bool) -> None:
+    """Answer prompts with seeds, and write receipts.
+
+    An interrupted run continues when it is repeated.
+
+    A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
+    token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
+    """
+    from assay.files.storage import check_new_file
+    from assay.poc import responses
+    from assay.poc.audit import with_token_ids
+    from assay.poc.opening import load
+    from assay.poc.protocol.round import check_name
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    for name in ("block_hash", "public_key"):
+        check_name(name, getattr(chosen, name), do=f"pass --{name.replace('_', '-')} as the chain prints it")
+    names = set(responses.Sampling.__dataclass_fields__) - {"logit_bias"}
+    sampling = responses.Sampling(**{name: getattr(chosen, name) for name in names})
+    requests = responses.read_requests(
+        chosen.prompts, sampling=sampling, user_seed=chosen.user_seed, max_tokens=chosen.max_tokens
+    )
+    requests = with_token_ids(requests, chosen.model)
+    loaded = load(chosen.model, chosen.dtype, chosen.device)
+    with progress_bar("answering", "tokens") as progress:
+        made = responses.respond(
+            loaded,
+            requests,
+            **chosen.model_dump(include={"block_hash", "public_key", "hash_prompts", "output", "overwrite"}),
+            progress=progress,
+        )
+    footer = made.footer
+    values = {
+        "path": str(chosen.output),
+        "model": made.header.reference,
+        "receipts": footer.receipts,
+        "tokens": footer.tokens,
+        "seconds": footer.seconds,
+        "tokens_per_second": round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0,
+        "sha256": footer.sha256,
+    }
+    show_values("assay.poc.respond/1", values, as_json)
+
+
+@poc.add(
+    "replay",
+    ReplaySettings,
+    panel="Validator",
+    shown="model pins requests block_hash public_key sample calibration engine device ledger",
+    example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl --block-hash BLOCK "
+    "--public-key KEY",
+)
+def replay(chosen: ReplaySettings, as_json: bool) -> int:
+    """Run the responses of receipts again and judge.
+
+    Exit code 0 honest, 1 fraud, 2 undecided or bad input. Each response takes one prefill of prompt and output. Tokens
+    that were sampled with seeds are held against the verifier's own scores, sketches against its hidden states.
+
+    The node wrote the receipts. Exit code 0 needs the block, the key and the requests from you. What is neither pinned
+    nor at its default is shown, with exit code 2; so are requests without a receipt, and those whose answer was
+    aborted.
+
+    With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of the whole life.
+    """
+    from assay.poc.audit import Auditor
+    from assay.poc.protocol.pins import Pins
+
+    with progress_bar("replaying", "responses") as progress:
+        auditor = Auditor(**auditor_values(chosen), progress=progress)
+        found = auditor.audit_receipts(
+            chosen.receipts,
+            given=Pins(**chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"})),
+            **chosen.model_dump(include={"requests", "evidence", "lora", "batch_size"}),
+        )
+    if as_json:
+        emit_document(found.as_dict())
+    else:
+        _print(found)
+    return found.exit_code
+
+
+@poc.add(
+    "calibrate-responses",
+    CalibrateResponsesSettings,
+    panel="Noise",
+    example="assay poc calibrate-responses honest.jsonl --model reference:qwen3 -o responses.json",
+)
+def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> None:
+    """Measure the honest noise of responses.
+
+    Receipts of nodes of one build are replayed by this verifier. Files of different public keys say how far machines of
+    the build differ.
+    """
+    from assay.files.storage import check_new_file
+    from assay.poc import responses
+    from assay.poc.audit import requests_of
+    from assay.poc.opening import open_prefill
+    from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
+    from assay.poc.responses.replay import check_adapter, check_runnable
+
+    check_new_file(chosen.output, overwrite=True)
+    files = [responses.Receipts.load(path) for path in chosen.receipts]
+    for read in files:
+        check_adapter(read, None)
+    check_one_checkpoint([read.header for read in files])
+    check_enough_tokens(files)
+    prompts = responses.ReceiptPins(requests=requests_of(chosen.requests, chosen.model)).prompts
+    how = chosen.model_dump(include={"engine", "dtype", "device", "batch_size"})
+    with (
+        open_prefill(chosen.model, files, **how) as (loaded, engine),
+        progress_bar("replaying", "responses") as progress,
+    ):
+        for read in files:
+            check_runnable(read, loaded, prompts=prompts)
+        measured = [
+            (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
+            for read in files
+        ]
+        calibration = responses.calibrate_responses(measured, engine.fingerprint)
+    calibration.save(chosen.output)
+    tokens, sketches = calibration.noise.tokens, calibration.noise.sketches
+    values = {
+        "path": str(chosen.output),
+        "checkpoint": calibration.digest,
+        "machines": len({read.header.public_key for read in files}),
+        "responses": calibration.responses,
+        "tokens": calibration.tokens,
+        "matching": round(calibration.matches / calibration.tokens, 5) if calibration.tokens else 0.0,
+        "typical_difference_of_logits": tokens.law.size,
+        "tokens_between_responses": tokens.between,
+        "tokens_effect": tokens.effect,
+        "typical_distance_of_sketches": sketches.law.size,
+        "sketches_between_responses": sketches.between,
+    }
+    show_values("assay.poc.calibrate-responses/1", values, as_json)
+
+
+def _print(found: "Audit[ResponseVerdict]") -> None:
+    verdict = found.verdict
+    result, header = verdict.result, verdict.receipts.header
+    share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
+    e_values = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+    rows = [
+        ("verdict", verdict.verdict),
+        ("reason", verdict.reason),
+        ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
+        ("tokens that match", share),
+        ("e-value at most", f"e^{result.log_e_max:.1f}: {e_values}"),
+        ("honest noise", verdict.noise.source),
+        ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
+        ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
+        *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
+        *life_rows(found.standing),
+    ]
+    table(("", "result"), rows)

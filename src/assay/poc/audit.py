@@ -1,0 +1,231 @@
+"""Audits: hold a proof or receipts against what was agreed, recompute a sample, judge, and note it in a ledger.
+
+Both go the same way: read, compare with the pins, refuse what can be refused before a model is loaded, load, recompute,
+judge, and add the verdict to the ledger of nodes' lives where there is one.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from assay.errors import UsageError
+from assay.models.load import model_info
+from assay.models.resolve import load_tokenizer
+from assay.poc.from_pins import expected
+from assay.poc.opening import EngineName, check_judge, check_loadable, open_judge, open_prefill
+from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.proof import Proof
+from assay.poc.prover import Progress
+from assay.poc.responses.adapters import load_adapter
+from assay.poc.responses.calibration import ResponseCalibration
+from assay.poc.responses.judge import ResponseVerdict, judge_responses, noise_between, sampled
+from assay.poc.responses.pins import Evidence, ReceiptPins, chosen_receipts
+from assay.poc.responses.receipts import Receipts
+from assay.poc.responses.replay import check_adapter, check_runnable, replay
+from assay.poc.responses.requests import Request, encoded, read_requests
+from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.ledger import Ledger, check_ledger
+from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verifier import check_proof, judging_setup, verify
+
+V = TypeVar("V", Verdict, ResponseVerdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auditor:
+    """How a validator recomputes, and where it notes what it found.
+
+    Args:
+        model: Reference of the model that the network agreed on.
+        pins: File with all that the network agreed on.
+        calibration: File with the measured honest noise; one of the pins, else the stated default, when None.
+        engine: Engine that recomputes.
+        dtype: Number format that recomputes; the node's when None.
+        device: Device of the model.
+        sample: Number of nonces or responses to recompute.
+        seed: Number that draws the sample; unpredictable when None.
+        alpha: Bound on the chance that an honest node is ever accused.
+        ledger: Ledger of nodes' lives to which the audit is added.
+        progress: Function that is called with (done, in all) after every batch.
+    """
+
+    model: str
+    pins: Path | None = None
+    calibration: Path | None = None
+    engine: EngineName = "hf"
+    dtype: str | None = None
+    device: str | None = None
+    sample: int | None = None
+    seed: int | None = None
+    alpha: float = 1e-3
+    ledger: Path | None = None
+    progress: Progress | None = None
+
+    def _how(self) -> dict[str, Any]:
+        return {"engine": self.engine, "dtype": self.dtype, "device": self.device}
+
+    def audit_proof(
+        self, path: Path, *, given: Pins | None = None, positions: tuple[int, int] | None = None
+    ) -> "Audit[Verdict]":
+        """Recompute a sample of a proof and judge it.
+
+        Args:
+            path: Proof file.
+            given: Values that are known beside those of the pins file, which must agree with it.
+            positions: Positions in the share of the node that the proof must hold.
+
+        Raises:
+            UsageError: A value contradicts the pins file or is out of range.
+            ProofError: The proof is malformed or contradicts what is known, or a calibration is of other engines.
+            ModelError: The model cannot be loaded or run.
+            StorageError: The ledger cannot be written.
+        """
+        proof = Proof.load(path)
+        pins, measured = expected(proof.header, self.pins, given or Pins(), positions, self.calibration)
+        check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
+        self._check_ledger(pins.unpinned(proof.header))
+        check_judge(self.model, proof.header, calibration=measured, **self._how())
+        with open_judge(self.model, proof.header, calibration=measured, **self._how()) as (loaded, made):
+            engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
+            with self._ledger() as ledger:
+                verdict = verify(
+                    proof,
+                    loaded,
+                    engine=engine,
+                    sample=self.sample,
+                    seed=self.seed,
+                    expect=pins,
+                    calibration=measured,
+                    alpha=self.alpha,
+                    progress=self.progress,
+                )
+                standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
+        return Audit(verdict, standing)
+
+    def audit_receipts(
+        self,
+        path: Path,
+        *,
+        given: Pins | None = None,
+        requests: Path | None = None,
+        evidence: Evidence = "both",
+        lora: Path | None = None,
+        batch_size: int = 16,
+    ) -> "Audit[ResponseVerdict]":
+        """Run the responses of receipts again and judge them.
+
+        Args:
+            path: File of receipts.
+            given: Values that are known beside those of the pins file, which must agree with it.
+            requests: File of the requests that were sent.
+            evidence: What the receipts must have.
+            lora: Directory of the LoRA adapter of receipts that name one.
+            batch_size: Number of responses that are run at once, at most.
+
+        Raises:
+            AssayError: As of :meth:`audit_proof`.
+        """
+        read = Receipts.load(path)
+        network = None if self.pins is None else NetworkPins.load(self.pins)
+        asked = requests_of(requests, self.model)
+        pins = ReceiptPins.of_network(network, given or Pins(), read.header, requests=asked, evidence=evidence)
+        pins.check(read)  # before a model is loaded
+        size = chosen_receipts(read, self.sample)
+        adapter = None if lora is None else load_adapter(lora)
+        check_adapter(read, adapter)
+        measured = None if self.calibration is None else ResponseCalibration.load(self.calibration)
+        if measured is not None:
+            measured.check(read.header)
+        self._check_ledger(pins.unpinned(read))
+        if self.engine == "hf":
+            check_loadable(self.model, self.dtype, self.device)
+        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
+        sample = sampled(read, size, seed) if self.sample is not None else read
+        how = self._how() | {"batch_size": batch_size, "adapter": adapter}
+        with open_prefill(self.model, [read], **how) as (loaded, engine):
+            check_runnable(sample, loaded, prompts=pins.prompts)
+            noise = noise_between(read.header, engine.fingerprint, measured)
+            with self._ledger() as ledger:
+                found = replay(
+                    sample, loaded, prompts=pins.prompts, adapter=adapter, engine=engine, progress=self.progress
+                )
+                drawn = seed if self.sample is not None else None
+                verdict = judge_responses(found, read, noise, pins=pins, alpha=self.alpha, sample_seed=drawn)
+                standing = None if ledger is None else ledger.append(verdict.updates())[-1]
+        return Audit(verdict, standing)
+
+    def _check_ledger(self, believed: Sequence[str]) -> None:
+        """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""
+        if self.ledger is None:
+            return
+        if believed:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
+            raise UsageError(
+                f"--ledger with {', '.join(believed)} taken on the prover's word",
+                wanted="evidence about the node that is named, in a round that was asked for",
+                do=f"pass {flags}",
+            )
+        check_ledger(self.ledger, alpha=self.alpha)
+
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger | None]:
+        """Open the ledger when nothing can be refused any more, and before anything is computed."""
+        if self.ledger is None:
+            yield None
+            return
+        with Ledger(self.ledger, alpha=self.alpha) as ledger:
+            yield ledger
+
+
+@dataclass(frozen=True)
+class Audit(Generic[V]):
+    """What an audit found.
+
+    Args:
+        verdict: Verdict on the proof or the receipts.
+        standing: What the whole life of the node says; None without a ledger.
+    """
+
+    verdict: V
+    standing: Standing | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 honest, 1 fraud, 2 undecided. With a ledger, fraud and honesty are those of the whole life.
+
+        A life that is honest does not cover a proof that, taken alone, is not.
+        """
+        verdict, standing = self.verdict, self.standing
+        unanswered = isinstance(verdict, ResponseVerdict) and verdict.unanswered
+        if standing is None:
+            return verdict.exit_code or (2 if unanswered else 0)
+        if standing.verdict == "fraud":
+            return 1
+        holds = standing.verdict == "honest" and verdict.verdict in ("honest", "undecided")
+        return 0 if holds and not unanswered else 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return values for JSON: those of the verdict, and the life of the node where there is a ledger."""
+        return self.verdict.as_dict() | ({} if self.standing is None else {"life": self.standing.as_dict()})
+
+
+def requests_of(path: Path | None, model: str) -> list[Request] | None:
+    """Return the requests of a file, with token ids for prompts; None without a file."""
+    return None if path is None else with_token_ids(read_requests(path), model)
+
+
+def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
+    """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
+    info = model_info(model)
+    has_text = any(isinstance(request.prompt, str) for request in requests)
+    return encoded(
+        requests,
+        load_tokenizer(model) if has_text else None,
+        reference=model,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+    )
