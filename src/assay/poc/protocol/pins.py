@@ -153,7 +153,7 @@ class Pins:
                     f"a proof with {name} {claims[name]!r:.60}",
                     wanted=f"{name} {getattr(self, name)!r:.60}",
                     do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
-                    name=name,
+                    field=name,
                 )
         self._check_engine(header)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
@@ -161,7 +161,7 @@ class Pins:
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
                 wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
                 do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
-                name="seq_len",
+                field="seq_len",
             )
 
     def _check_engine(self, header: Header) -> None:
@@ -173,7 +173,7 @@ class Pins:
                 wanted=f"one made in {' or '.join(formats)}",
                 do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
                 f"--prover-dtype {stated.dtype}",
-                name="prover_dtype",
+                field="prover_dtype",
             )
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
@@ -182,7 +182,7 @@ class Pins:
                 "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
                 wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
                 do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
-                name="builds",
+                field="builds",
             )
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:
