@@ -92,7 +92,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import serve
+    from assay.poc.service.app import serve
     from assay.poc.opening import check_loadable
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.ledger import check_ledger
@@ -104,8 +104,8 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     check_loadable(chosen.model, chosen.dtype, chosen.device)
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=service.alpha, beta=service.beta)
-    configure_logs(chosen.log_format)
-    serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
+    library.configure_logs(chosen.log_format)
+    library.serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
 
 
 @poc.add(

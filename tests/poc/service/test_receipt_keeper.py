@@ -37,7 +37,7 @@ def test_a_full_disk_refuses_responses_until_there_is_room(service):
     assert found == ["before", *kept]  # none of the refused transaction
     assert service.client.get("/health").status_code == 200
     limit[0] = 2**30
-    until(lambda: not service.controller.receipts._group.failing)
+    until(lambda: not service.controller.receipts.failing)
     sink.check()
     store(service, receipt("after"))
     assert get(service, "/after")

@@ -119,8 +119,6 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
 
         values = ValidatorSettings(**running.settings), Settings(**running.service)
         running.controller = ValidatorController(load, *values)
-            load, ValidatorSettings(**running.settings), Settings(**running.service)
-        )
         running.client = TestClient(create_app(running.controller), base_url="http://127.0.0.1")
         running.client.__enter__()
         assert running.client.get("/ready").status_code == 503
