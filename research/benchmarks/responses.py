@@ -29,7 +29,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import HFPrefill, Prompt, Receipt, ReceiptHeader, Receipts, Replayed, Sampling, replay
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
 from assay.poc.responses.gaps import Sampler
-from assay.poc.responses.sketches import sketches
+from assay.poc.responses.prefill import sketch_response
 from assay.poc.verdict.response_noise import ResponseBlocks, ResponseTest
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -80,7 +80,9 @@ def decoded(model: Any, header: ReceiptHeader, made: list[dict[str, Any]]) -> li
         Receipt(
             **one,
             output=tuple(output_BN[row].tolist()),
-            sketches=sketches(hidden_BSD[row], seeds[row].words("sketch"), range(0, TOKENS, SKETCH_EVERY)).numpy(),
+            sketches=sketch_response(
+                hidden_BSD[row], seeds[row].words("sketch"), range(0, TOKENS, SKETCH_EVERY)
+            ).numpy(),
             finish="length",
         )
         for row, one in enumerate(made)

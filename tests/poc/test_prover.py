@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
-from assay.poc import HFEngine, Proof, Round, prove
+from assay.poc import HFEngine, Proof, Round, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
 from tests.docs.shell import ENVIRONMENT
 
@@ -79,6 +79,36 @@ def test_streaming_to_a_file_gives_the_same_proof(small_model, round_: Round, pr
     assert list(tmp_path.iterdir()) == [path]
 
 
+class OneBatchShort:
+    """An engine whose stream ends a batch early, or whose last batch lacks a row."""
+
+    def __init__(self, engine: HFEngine, rows_of_the_last: int = 0) -> None:
+        self._engine, self._rows = engine, rows_of_the_last
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+    def outputs(self, round: Round, pipeline, nonces):
+        *whole, last = self._engine.outputs(round, pipeline, nonces)
+        yield from whole
+        if self._rows:
+            yield last[: self._rows]
+
+
+@pytest.mark.parametrize("rows_of_the_last", [0, 7])
+def test_an_engine_that_ends_early_gives_no_proof_and_no_verdict(
+    rows_of_the_last: int, small_model, round_: Round, proof: Proof, tmp_path: Path
+):
+    short = OneBatchShort(HFEngine(small_model, batch_size=8, seq_len=16), rows_of_the_last)
+    with pytest.raises(ModelError, match=f"{rows_of_the_last} results for a batch of 8 nonces"):
+        prove(small_model, round_, range(40), engine=short, output=tmp_path / "proof.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["proof.jsonl.partial"]
+    with pytest.raises(ModelError, match=f"{rows_of_the_last} results for a batch of 8 nonces"):
+        verify(proof, small_model, engine=short, sample=40, expect=round_)
+    with pytest.raises(UsageError, match="39 records for 40 nonces"):
+        Proof.build(proof.header, proof.records[:-1], 1.0)
+
+
 class Stop(Exception):
     """Raised by a test in the middle of a proof."""
 
@@ -117,7 +147,7 @@ def test_resuming_another_round_is_refused(small_model, round_, tmp_path: Path):
     path = tmp_path / "proof.jsonl"
     with pytest.raises(Stop):
         prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
-    with pytest.raises(UsageError, match="another round"):
+    with pytest.raises(UsageError, match="was begun with other arguments"):
         prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8, output=path)
 
 

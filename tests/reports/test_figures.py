@@ -104,7 +104,7 @@ def test_refuses_data_that_cannot_be_drawn():
 
 def test_pyplot_is_never_loaded():
     code = (
-        "import sys; from assay.files import figure; from assay.pages.figures import to_svg;"
+        "import sys; from assay.pages.figures import figure, to_svg;"
         "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -58,7 +58,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 def test_neither_torch_nor_matplotlib_is_imported():
     code = (
-        "import sys; from assay.files import provenance; provenance();"
+        "import sys; from assay.pages.provenance import provenance; provenance();"
         "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

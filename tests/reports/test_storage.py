@@ -66,7 +66,7 @@ def test_lines_of_an_earlier_run_are_not_appended_to_by_accident(tmp_path):
 def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
     code = """
         import os, signal, sys
-        from assay.files import PartialFile
+        from assay.files.storage import PartialFile
         file = PartialFile(sys.argv[1])
         file.append({"nonce": 0})
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_two_writers_of_one_file(tmp_path):
     code = """
         import sys
         from assay.errors import StorageError
-        from assay.files import PartialFile
+        from assay.files.storage import PartialFile
         try:
             PartialFile(sys.argv[1])
         except StorageError as error:
@@ -182,7 +182,7 @@ def test_a_file_size_limit_leaves_a_file_that_resumes(tmp_path):
     code = """
         import resource, sys
         from assay.errors import StorageError
-        from assay.files import PartialFile
+        from assay.files.storage import PartialFile
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         with PartialFile(sys.argv[1]) as file:
             try:

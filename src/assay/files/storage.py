@@ -10,13 +10,15 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from assay.errors import AssayError, DataError, StorageError, UsageError
 from assay.files.jsonl import dumps, loads
+
+T = TypeVar("T")
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -137,6 +139,19 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     write_atomic(path, "".join(dumps(record) + "\n" for record in records))
 
 
+def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = False) -> None:
+    """Write a whole file of lines of canonical JSON; the final name appears when all are on disk.
+
+    Raises:
+        UsageError: The file exists and ``overwrite`` is not set.
+        StorageError: It cannot be written.
+    """
+    with PartialFile(path, overwrite=overwrite) as out:
+        out.restart()
+        out.append_lines(lines)
+        out.commit()
+
+
 class PartialFile:
     """A JSON Lines file written as it grows, crash-safe and resumable, by one writer at a time.
 
@@ -215,6 +230,36 @@ class PartialFile:
             self._file.truncate(size)
         self._recovered = True
         return lines
+
+    def resume(self, first: str, most: int, read: Callable[[int, bytes], T]) -> list[T]:
+        """Return what an earlier run left after the first line; a file without lines begins with it.
+
+        A run that died between its last line and the final name left more than ``most``; those are cut off.
+
+        Args:
+            first: First line, without its line end.
+            most: Number of lines that may follow it.
+            read: Function that reads a line: called with its number, from 2, and its bytes.
+
+        Raises:
+            UsageError: The file begins with another line.
+        """
+        lines = self.recover()
+        if not lines:
+            self.append_lines([first])
+            return []
+        if lines[0] != first:
+            raise UsageError(
+                f"{self.partial} was begun with other arguments, another model or another engine",
+                wanted="the same command as the interrupted one",
+                do="repeat that command, or remove the partial file to start again",
+            )
+        kept = lines[: most + 1]
+        values = [read(number, f"{line}\n".encode()) for number, line in enumerate(kept[1:], start=2)]
+        if len(lines) > len(kept):
+            self.restart()
+            self.append_lines(kept)
+        return values
 
     def restart(self) -> None:
         """Drop what an earlier writer left.

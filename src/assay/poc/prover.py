@@ -1,28 +1,31 @@
 """The prover: nonces in, records out, in batches of one fixed shape."""
 
-import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from assay.errors import UsageError, not_finite
+from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.poc.engines.base import Engine, check_supported
-from assay.poc.engines.decoding import DecodingEngine, decodes
+from assay.poc.engines.decoding import decodes
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Proof, parse_record_line
-from assay.poc.protocol.record import DistanceRecord, Header, Record, TokenRecord, VectorRecord
-from assay.poc.protocol.round import MAX_COUNT, Round
+from assay.poc.protocol.record import DistanceRecord, Header, Record, TokenRecord, VectorRecord, runs_of
+from assay.poc.protocol.round import Round
 
+T = TypeVar("T")
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]
@@ -87,25 +90,24 @@ def prove(
             wanted="one of the two: the batch shape belongs to the engine",
             do="leave batch_size out, or make the engine with it",
         )
-    header = make_header(model, round, nonces, engine)
+    chosen = round.check_nonces(nonces)
+    header = make_header(model, round, chosen, engine)
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
-        records = _recover(out, header) if out else []
-        todo = list(itertools.islice(header.all_nonces(), len(records), None))
+        records: list[Record] = []
+        if out:
+            first = dumps(header.as_dict())
+            read = partial(_read_left_record, out.partial, header, chosen)
+            records = out.resume(first, len(chosen), read)
         if progress:
-            progress(len(records), header.count)
-        # Hashed as they come: while a device runs the next batch, this costs no time.
-        digest = hashlib.sha256(_encoded(map(header.line, records)))
-        for batch in compute(header, engine, todo):
+            progress(len(records), len(chosen))
+        for batch in compute(header, engine, chosen[len(records) :]):
             records.extend(batch)
-            lines = [header.line(record) for record in batch]
-            digest.update(_encoded(lines))
             if out:
-                out.append_lines(lines)
+                out.append_lines(map(header.line, batch))
             if progress:
-                progress(len(records), header.count)
-        seconds = float(f"{time.perf_counter() - started:.3f}")
-        proof = Proof.build(header, records, seconds, sha256=digest.hexdigest())
+                progress(len(records), len(chosen))
+        proof = Proof.build(header, records, float(f"{time.perf_counter() - started:.3f}"))
         if out:
             out.append(proof.footer.as_dict())
             out.commit()
@@ -124,10 +126,8 @@ def check_length(engine: Engine, round: Round) -> None:
         )
 
 
-def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engine) -> Header:
+def make_header(model: Model, round: Round, nonces: Sequence[int], engine: Engine) -> Header:
     """Return the header of a proof of these nonces on this engine."""
-    chosen = _listed(nonces)
-    round.check_nonces(chosen)
     check_length(engine, round)
     pipeline = get_pipeline(round.preset)
     check_supported(engine, pipeline)
@@ -137,71 +137,68 @@ def make_header(model: Model, round: Round, nonces: Iterable[int], engine: Engin
         digest=model.digest,
         weights=model.weights,
         fingerprint=engine.fingerprint,
-        nonces=tuple(_runs(chosen)),
+        nonces=runs_of(nonces),
     )
 
 
-def _listed(nonces: Iterable[int]) -> Sequence[int]:
-    """Return nonces of any kind, a generator or a numpy array too, as a range or list of Python numbers."""
-    most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
-    if isinstance(nonces, range):
-        chosen: Sequence[int] = nonces[:most]
-    else:
-        given: Iterable[Any] = itertools.islice(nonces, most) if isinstance(nonces, Iterable) else ()
-        chosen = [int(nonce) if isinstance(nonce, np.integer) else nonce for nonce in given]
-    if not 0 < len(chosen) < most:
-        seen = f"more than {MAX_COUNT} nonces" if chosen else f"no nonces in {nonces!r:.60}"
-        raise UsageError(
-            seen, wanted=f"1 to {MAX_COUNT} in one proof", do="give a range, such as --nonces 0:256 or range(256)"
-        )
-    return chosen
-
-
 def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
-    """Compute the records of nonces, one list per batch."""
-    round = header.round
-    check_supported(engine, header.pipeline)
-    if decodes(engine) and header.pipeline.steps:
-        yield from _decode(header, engine, nonces)
+    """Compute the records of nonces, one list per batch.
+
+    Raises:
+        ModelError: The engine gives fewer or more results than nonces.
+    """
+    round, pipeline = header.round, header.pipeline
+    check_supported(engine, pipeline)
+    if decodes(engine) and pipeline.steps:
+        for batch, made in _in_batches(engine, nonces, engine.decoded(round, pipeline, nonces)):
+            yield [TokenRecord(*row) for row in zip(batch, *made, strict=True)]
         return
-    with closing(engine.outputs(round, header.pipeline, nonces)) as outputs:
-        for start, values in zip(range(0, len(nonces), engine.batch_size), outputs, strict=False):
-            if not np.isfinite(values).all():
-                raise not_finite(
-                    f"{round.model} gives {round.preset} a value that is NaN or infinite in {engine.dtype}",
-                    wanted="logits that are finite and not all zero",
-                )
-            wanted = nonces[start : start + engine.batch_size]
-            yield [_record(nonce, value) for nonce, value in zip(wanted, values, strict=True)]
+    for batch, (values,) in _in_batches(engine, nonces, engine.outputs(round, pipeline, nonces)):
+        if not np.isfinite(values).all():
+            raise not_finite(
+                f"{round.model} gives {round.preset} a value that is NaN or infinite in {engine.dtype}",
+                wanted="logits that are finite and not all zero",
+            )
+        yield [_record(nonce, value) for nonce, value in zip(batch, values, strict=True)]
 
 
 def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Iterator[list[Record]]:
     """Recompute the nonces of received records, one list per batch; tokens are replayed and not decoded again.
 
     Tokens that follow a wrong one are judged as what the model says after it, so one forward pass judges them all.
+
+    Raises:
+        ModelError: The engine gives fewer or more results than nonces.
     """
     nonces = [record.nonce for record in received]
     check_supported(engine, header.pipeline)
     if not (decodes(engine) and header.pipeline.steps):
         yield from compute(header, engine, nonces)
         return
-    tokens_MN = np.stack([record.tokens for record in received if isinstance(record, TokenRecord)])
-    with closing(engine.replayed(header.round, header.pipeline, nonces, tokens_MN)) as batches:
-        for start, batch in zip(range(0, len(nonces), engine.batch_size), batches, strict=False):
-            rows = zip(nonces[start:], tokens_MN[start:], batch.sketches, batch.margins, strict=False)
-            yield [TokenRecord(*row) for row in rows]
+    given = [record for record in received if isinstance(record, TokenRecord)]
+    tokens_MN = np.stack([record.tokens for record in given])
+    for batch, made in _in_batches(engine, given, engine.replayed(header.round, header.pipeline, nonces, tokens_MN)):
+        yield [
+            replace(record, margins=margins, sketches=sketches)
+            for record, margins, sketches in zip(batch, *made, strict=True)
+        ]
 
 
-def _decode(header: Header, engine: DecodingEngine, nonces: Sequence[int]) -> Iterator[list[Record]]:
-    with closing(engine.decoded(header.round, header.pipeline, nonces)) as batches:
-        for start, batch in zip(range(0, len(nonces), engine.batch_size), batches, strict=False):
-            rows = zip(nonces[start:], batch.tokens, batch.sketches, strict=False)
-            yield [TokenRecord(*row) for row in rows]
-
-
-def _encoded(lines: Iterable[str]) -> bytes:
-    """Return lines as they stand in the file."""
-    return "".join(f"{line}\n" for line in lines).encode()
+def _in_batches(
+    engine: Engine, items: Sequence[T], outputs: Generator[Any]
+) -> Iterator[tuple[Sequence[T], tuple[NDArray[Any], ...]]]:
+    """Yield every batch of items with the arrays that the engine made for it, of one row for each item."""
+    with closing(outputs):
+        for start, made in itertools.zip_longest(range(0, len(items), engine.batch_size), outputs):
+            batch = items[:0] if start is None else items[start : start + engine.batch_size]
+            arrays = made if isinstance(made, tuple) else () if made is None else (made,)
+            if {len(array) for array in arrays} != {len(batch)}:
+                raise ModelError(
+                    f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of {len(batch)} nonces",
+                    wanted="one result for each nonce",
+                    do="start the engine again; if that does not help, use --engine hf",
+                )
+            yield batch, arrays
 
 
 def _record(nonce: int, value: np.ndarray) -> Record:
@@ -211,37 +208,6 @@ def _record(nonce: int, value: np.ndarray) -> Record:
     return DistanceRecord(nonce, float(str(np.float32(value))))
 
 
-def _recover(out: PartialFile, header: Header) -> list[Record]:
-    """Return the records that an interrupted run left, or start the file with the header."""
-    lines = out.recover()
-    if not lines:
-        out.append(header.as_dict())
-        return []
-    if lines[0] != dumps(header.as_dict()):
-        raise UsageError(
-            f"{out.partial} was begun with another round, model or engine",
-            wanted="the same command as the interrupted one",
-            do="repeat that command, or remove the partial file to start again",
-        )
-    # A run that died between the footer and its final name left a line too many: it is written again.
-    kept = lines[1 : header.count + 1]
-    records = [
-        parse_record_line(out.partial, number, f"{line}\n".encode(), header, nonce)
-        for number, (line, nonce) in enumerate(zip(kept, header.all_nonces(), strict=False), start=2)
-    ]
-    if len(lines) > header.count + 1:
-        out.restart()
-        out.append_lines(lines[: header.count + 1])
-    return records
-
-
-def _runs(nonces: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Write ascending nonces as few ``(first, end, step)`` runs."""
-    start = 0
-    while start < len(nonces):
-        step = nonces[start + 1] - nonces[start] if start + 1 < len(nonces) else 1
-        end = start + 1
-        while end < len(nonces) and nonces[end] - nonces[end - 1] == step:
-            end += 1
-        yield (nonces[start], nonces[end - 1] + step, step)
-        start = end
+def _read_left_record(path: Path, header: Header, nonces: Sequence[int], number: int, line: bytes) -> Record:
+    """Read a line that an interrupted run left below the header; the records begin in line 2."""
+    return parse_record_line(path, number, line, header, nonces[number - 2])

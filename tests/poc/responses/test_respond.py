@@ -12,10 +12,9 @@ from assay.errors import BadWeights, ModelError, ProofFormatError, UsageError
 from assay.models import Model, load_model
 from assay.poc.protocol.transforms import unit
 from assay.poc.responses import Receipts, Request, Sampling, respond
-from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.prefill import CachedForward, sketch_response
 from assay.poc.responses.respond import stop_tokens
 from assay.poc.responses.sampling import counts_before, scores, tokens_of
-from assay.poc.responses.sketches import sketches
 from tests.poc.responses.conftest import REQUESTS
 
 COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}
@@ -43,7 +42,7 @@ def test_one_prefill_gives_the_tokens_again(place: int, small_model, responses: 
     receipt = responses.receipts[place]
     assert tuple(found.argmax(axis=1).tolist()) == receipt.output
     steps = range(0, len(receipt.output), 32)
-    again = sketches(states[list(steps)], responses.header.seed(receipt).words("sketch"), steps)
+    again = sketch_response(states[list(steps)], responses.header.seed(receipt).words("sketch"), steps)
     assert np.abs(again.numpy().astype(float) - receipt.sketches).max() < 1e-3
     lengths = torch.linalg.vector_norm(torch.from_numpy(receipt.sketches.astype(np.float32)), dim=1)
     np.testing.assert_allclose(lengths.numpy(), 1, atol=2e-3)
@@ -157,10 +156,10 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines[:2]))
     other = replace(REQUESTS[3], sampling=Sampling(temperature=0.5))
     for requests, common in (([other], COMMON), (REQUESTS[3:], COMMON | {"block_hash": "x"}), (REQUESTS[:1], COMMON)):
-        with pytest.raises(UsageError, match="was begun with other"):
+        with pytest.raises(UsageError, match="was begun with other|a partial file with the answer"):
             respond(small_model, requests, **common, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text('{"kind":"assay.poc.proof"}\n{"nonce":0}\n')
-    with pytest.raises(UsageError, match="was begun with other"):
+    with pytest.raises(UsageError, match="was begun with other|a partial file with the answer"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text(lines[0] + lines[1].replace('"output":[', '"output":[-1,'))
     with pytest.raises(ProofFormatError, match="line 2"):

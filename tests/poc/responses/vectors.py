@@ -15,8 +15,8 @@ from assay import streams
 from assay.poc import Fingerprint
 from assay.poc.protocol.record import encode_vector
 from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, ResponseSeed, Sampling
+from assay.poc.responses.prefill import sketch_response
 from assay.poc.responses.sampling import counts_before, scores, tokens_of
-from assay.poc.responses.sketches import sketches
 
 FOLDER = Path(__file__).parents[2] / "vectors"
 STEPS = [0, 1, 31, 32, 2**32 - 1]
@@ -72,7 +72,7 @@ def token_case(sampling: Sampling, step: int) -> dict[str, Any]:
 def sketch_case(size: int) -> dict[str, Any]:
     state = np.random.default_rng(size).normal(0, 3, size).astype(np.float32)
     words = SEEDS[0].words("sketch")
-    made = sketches(torch.from_numpy(state)[None], words, [32])
+    made = sketch_response(torch.from_numpy(state)[None], words, [32])
     return {"state": numbers(state), "step": 32, "sketch": encode_vector(made[0].numpy())}
 
 
@@ -107,7 +107,7 @@ def vectors() -> dict[str, Any]:
 def receipts() -> Receipts:
     """A file with every kind of receipt."""
     states = np.random.default_rng(0).normal(0, 1, (2, 64)).astype(np.float32)
-    of_two = sketches(torch.from_numpy(states), SEEDS[1].words("sketch"), [0, 32]).numpy()
+    of_two = sketch_response(torch.from_numpy(states), SEEDS[1].words("sketch"), [0, 32]).numpy()
     header = ReceiptHeader(
         public_key="node_A",
         reference="reference:example",

@@ -14,10 +14,9 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import HFPrefill, Prefilled, Whole
+from assay.poc.responses.prefill import HFPrefill, Prefilled, Whole, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed, replay
-from assay.poc.responses.sketches import sketches
 from assay_research.responses.provers import Requests, Served
 from assay_research.responses.rivals import Reply
 
@@ -76,7 +75,7 @@ def _receipt(requests: Requests, served: Served, row: int) -> Receipt:
         block_hash=seed.block_hash,
         prompt=Prompt.of(requests.prompts[row].tolist()),
         output=tuple(served.tokens[row].tolist()),
-        sketches=sketches(states_ND[::SKETCH_EVERY], seed.words("sketch"), every).cpu().numpy(),
+        sketches=sketch_response(states_ND[::SKETCH_EVERY], seed.words("sketch"), every).cpu().numpy(),
         sampling=requests.sampling,
         finish="length",
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from assay.errors import AssayError, ProofFormatError
+from assay.errors import AssayError, ProofFormatError, UsageError
 from assay.files.jsonl import dumps
-from assay.files.storage import PartialFile
+from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import (
     KIND,
@@ -81,12 +81,8 @@ class Proof:
         Raises:
             StorageError: The file cannot be written.
         """
-        with PartialFile(path, overwrite=overwrite) as out:
-            out.restart()
-            out.append(self.header.as_dict())
-            out.append_lines(map(self.header.line, self.records))
-            out.append(self.footer.as_dict())
-            out.commit()
+        ends = dumps(self.header.as_dict()), dumps(self.footer.as_dict())
+        write_lines(path, [ends[0], *map(self.header.line, self.records), ends[1]], overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> "Proof":
@@ -143,7 +139,16 @@ class Proof:
             records: Records of all its nonces, in order.
             seconds: Time that the proof took, as it is written; see :class:`Footer`.
             sha256: Hash of the record lines, if the caller has it already.
+
+        Raises:
+            UsageError: The header announces another number of records.
         """
+        if len(records) != header.count:
+            raise UsageError(
+                f"{len(records)} records for {header.count} nonces",
+                wanted="one record for each nonce of the header",
+                do="compute the nonces that are missing",
+            )
         if sha256 is None:
             sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
         valid = sum(header.is_valid(record) for record in records)

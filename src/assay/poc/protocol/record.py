@@ -13,7 +13,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -333,6 +333,20 @@ class Footer:
         return {"footer": asdict(self)}
 
 
+def runs_of(nonces: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Return ascending nonces as few runs ``(first, end, step)``."""
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    while start < len(nonces):
+        step = nonces[start + 1] - nonces[start] if start + 1 < len(nonces) else 1
+        end = start + 1
+        while end < len(nonces) and nonces[end] - nonces[end - 1] == step:
+            end += 1
+        runs.append((nonces[start], nonces[end - 1] + step, step))
+        start = end
+    return tuple(runs)
+
+
 def is_valid(distance: float, r_target: float) -> bool:
     """Return whether a nonce counts: its distance is strictly below the target."""
     return distance < r_target
@@ -371,7 +385,7 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
             f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
             wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
             do="ask the node for consecutive nonces of its share, or agree on --strength 256",
-            name="nonces",
+            field="nonces",
         )
 
 

@@ -1,7 +1,7 @@
 """The steps of a pipeline: from hidden states to a distance or a vector.
 
 Legend of shapes: B nonces of a batch, T positions, D hidden size, V output dimension, R reflections, K picked or
-projected.
+projected, S sketches.
 
 Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
 rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol.pipelines import Pipeline, Positions, Step
+from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.streams.backends import as_tensor
@@ -62,6 +62,18 @@ def random_projection(
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
     return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+
+
+@torch.inference_mode()
+def sketch_states(states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]) -> Float16[Tensor, "S K"]:
+    """Return unit(P · unit(h)) of every state h after the final norm, with P [12, D] the normals of its seed.
+
+    Whoever prefills prompt and tokens once has the same states, and so the same sketches up to rounding. A projection
+    that nobody knows before the seed leaves nothing to prepare, and reads all coordinates of the state alike.
+    """
+    backend = streams.get_backend("auto", str(states_SD.device))
+    normals_SN = as_tensor(backend.normals(seeds_S, SKETCH_SIZE * states_SD.shape[1]))
+    return unit(random_projection(unit(states_SD.float()), normals_SN, SKETCH_SIZE)).to(torch.float16)
 
 
 def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float32[Tensor, " V"]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError
 from assay.poc.responses.sampling import Sampling, check_biased, check_rows, counts_before, tokens_of
-from assay.stats.tokens import COLUMNS, SCALES, stored
+from assay.stats.tokens import COLUMNS, SCALES, round_profiles
 from assay.streams.backends import as_tensor
 
 # --------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def measure_margins(
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
     if not margins:
         return Margins(np.zeros(0, np.float32), np.zeros((0, COLUMNS)))
-    return Margins(np.concatenate(margins), stored(np.concatenate(profiles)))
+    return Margins(np.concatenate(margins), round_profiles(np.concatenate(profiles)))
 
 
 def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:

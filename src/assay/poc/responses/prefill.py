@@ -1,9 +1,9 @@
-"""Prefills: whole responses through a model at once, and what gave their tokens.
+"""Run responses through a model of transformers: whole ones at once, or one token after the other.
 
-Sequences of a batch are filled up at their ends, which a decoder that looks back only does not see. The head is given
+Sequences of a batch are filled up at their ends, which a decoder that only looks back does not see. The head computes
 the positions that are asked for and no others.
 
-Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits.
+Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits, S sketches of K numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float16, Float32
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
@@ -22,101 +24,11 @@ from assay.models.wide import wide_products
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses.adapters import Lora
+from assay.poc.responses.sampling import step_seeds
 
-# --------------------------------------------------------------------------------------------------
-# One sequence through a model of transformers: the states that the head reads, and the logits that it gives.
-
-
-class CachedForward:
-    """Runs one sequence at a time, with a cache of keys and values, so no other request enters its numbers.
-
-    Args:
-        model: Model to run.
-
-    Raises:
-        ModelError: The model has no head that reads the last hidden state.
-
-    Shapes: T positions, D hidden size, V logits.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._head = head_of(model.module)
-        self._cache: Any = None
-
-    def restart(self) -> None:
-        """Forget the sequence."""
-        self._cache = None
-
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int], *, last: int = 1) -> tuple[Float32[Tensor, "T V"], Float32[Tensor, "T D"]]:
-        """Append tokens to the sequence; return logits and hidden states of the last positions, in float32.
-
-        Args:
-            ids: Tokens to append.
-            last: Number of positions to return; 0 returns all of the tokens appended.
-
-        Raises:
-            BadWeights: A state or a logit is NaN, or a state is infinite.
-            OutOfMemory: The device ran out of memory.
-            ModelError: The architecture cannot be run with a cache.
-        """
-        states: list[Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-        try:
-            with wide_products(self.model):
-                output = self.model.module(
-                    input_ids=torch.tensor([list(ids)], device=self.model.device),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=last,
-                )
-            self._cache = output.past_key_values
-        except Exception as error:  # every architecture fails in its own way
-            raise explained(self.model, error, on=f"a prompt of {len(ids)} tokens", cached=True) from error
-        finally:
-            hook.remove()
-        rows = slice(-last, None) if last else slice(None)  # some architectures return all of them
-        logits_TV, hidden_TD = output.logits[0, rows].float(), states[-1][0, rows].float()
-        check_finite(self.model, hidden_TD, logits_TV)
-        return logits_TV, hidden_TD
-
-
-def explained(model: Model, error: Exception, *, on: str, cached: bool) -> ModelError | OutOfMemory:
-    """Return the error that explains why a forward pass failed.
-
-    Args:
-        model: Model that ran.
-        error: Error that it ended with.
-        on: Words for what it ran on.
-        cached: Whether the model read one request with a cache, or a batch without.
-    """
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            f"the device ran out of memory on {on}",
-            wanted=f"room for the activations {'and the cache of one request' if cached else 'of one batch'}",
-            do=f"use {'shorter prompts, or a smaller dtype' if cached else 'a smaller --batch-size or dtype'}",
-        )
-    return ModelError(
-        f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}",
-        wanted=f"a decoder that takes tokens{' and a cache of keys and values' if cached else ''}",
-        do="use another architecture, such as Llama, Qwen3 or Mistral",
-    )
-
-
-def check_finite(model: Model, hidden_TD: Tensor, logits_TV: Tensor) -> None:
-    """Refuse what a forward pass gave if a state is NaN or infinite, or a logit is NaN or beyond the largest number.
-
-    Raises:
-        BadWeights: It is.
-    """
-    bad = torch.isnan(logits_TV) | (logits_TV == torch.inf)
-    if not bool(torch.isfinite(hidden_TD).all()) or bool(bad.any()):
-        seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
-        raise not_finite(seen, wanted="finite hidden states and logits")
-
-
+SKETCHES_AT_ONCE = 64  # projections of 12 · D normals each
 MOST_POSITIONS = 2**13  # of a batch, beside a single sequence that is longer
 MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
 
@@ -141,13 +53,13 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """What gave the tokens of one output.
+    """Logits and hidden states that gave the tokens of one output.
 
     Args:
         logits: Logits in front of every token of the output, [N, V].
         hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them all.
-        sketched: Those of the tokens that are sketched, every 32nd from the first.
-        whole: Whether there is a logit of every token; those that an engine did not give are -inf.
+        sketched: Hidden states of every 32nd token from the first, [S, D].
+        whole: Whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf.
     """
 
     logits: Float32[Tensor, "N V"]
@@ -180,7 +92,7 @@ class HFPrefill:
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
         self.model, self.batch_size = model, batch_size
-        self._head = head_of(model.module)
+        head_of(model.module)  # refuses a model without one before any response is read
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -224,22 +136,120 @@ class HFPrefill:
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             columns += range(len(response.prompt) - 1, len(ids))
             rows += [row] * len(response.output)
-        states: list[Tensor] = []
-
-        def only_outputs(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            states.append(inputs[0][rows, columns])
-            return states[-1][None], *inputs[1:]
-
-        hook = self._head.register_forward_pre_hook(only_outputs)
-        try:
-            with wide_products(self.model):
-                output = self.model.module(input_ids=ids_BT.to(self.model.device), use_cache=False)
-            logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
-        except Exception as error:  # every architecture fails in its own way
-            raise explained(self.model, error, on=f"{ids_BT.numel()} positions", cached=False) from error
-        finally:
-            hook.remove()
-        check_finite(self.model, hidden_ND, logits_NV)
+        on = f"{ids_BT.numel()} positions"
+        logits_NV, hidden_ND, _ = _run_model(self.model, ids_BT, (rows, columns), on=on, use_cache=False)
         sizes = [len(response.output) for response in responses]
         parts = zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True)
         return [Prefilled(logits, hidden, hidden[::SKETCH_EVERY]) for logits, hidden in parts]
+
+
+class CachedForward:
+    """Runs one sequence at a time, with a cache of keys and values, so no other request enters its numbers.
+
+    Args:
+        model: Model to run.
+
+    Raises:
+        ModelError: The model has no head that reads the last hidden state.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        head_of(model.module)
+        self._cache: Any = None
+
+    def restart(self) -> None:
+        """Forget the sequence."""
+        self._cache = None
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], *, last: int = 1) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"]]:
+        """Append tokens to the sequence; return logits and hidden states of the last positions.
+
+        Args:
+            ids: Tokens to append.
+            last: Number of positions to return; 0 returns all of the tokens appended.
+
+        Raises:
+            BadWeights: A state or a logit is NaN, or a state is infinite.
+            OutOfMemory: The device ran out of memory.
+            ModelError: The architecture cannot be run with a cache.
+        """
+        on = f"a prompt of {len(ids)} tokens"
+        options = {"past_key_values": self._cache, "use_cache": True}
+        places = 0, slice(-last or None, None)
+        logits_NV, hidden_ND, self._cache = _run_model(self.model, torch.tensor([list(ids)]), places, on=on, **options)
+        return logits_NV, hidden_ND
+
+
+def _run_model(
+    model: Model, ids_BT: Tensor, places: tuple[Any, Any], *, on: str, **options: Any
+) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
+    """Return the logits and the hidden states at some places of a batch, and the cache of keys and values.
+
+    Args:
+        model: Model to run.
+        ids_BT: Token ids.
+        places: Rows and columns of the batch for which the head computes logits; it is given no others.
+        on: Words for the batch, in errors.
+        options: Options of the forward pass.
+    """
+    states: list[Tensor] = []
+
+    def keep_places(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states.append(inputs[0][places])
+        return states[-1][None], *inputs[1:]
+
+    hook = head_of(model.module).register_forward_pre_hook(keep_places)
+    try:
+        with wide_products(model):
+            output = model.module(input_ids=ids_BT.to(model.device), **options)
+        logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
+    except Exception as error:  # every architecture fails in its own way
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"the device ran out of memory on {on}",
+                wanted="room for the activations and the keys and values of one batch",
+                do="use a smaller --batch-size, shorter prompts or a smaller dtype",
+            ) from error
+        raise ModelError(
+            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}",
+            wanted="a decoder that takes tokens, and a cache of keys and values",
+            do="use another architecture, such as Llama, Qwen3 or Mistral",
+        ) from error
+    finally:
+        hook.remove()
+    check_finite(model, hidden_ND, logits_NV)
+    return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
+
+
+def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
+    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity.
+
+    Raises:
+        BadWeights: The model gives one.
+    """
+    bad = torch.isnan(logits_NV) | (logits_NV == torch.inf)
+    if not bool(torch.isfinite(hidden_ND).all()) or bool(bad.any()):
+        seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
+        raise not_finite(seen, wanted="finite hidden states and logits")
+
+
+def sketch_response(
+    hidden_SD: Float[Tensor, "S D"], words: NDArray[np.uint32], steps: Sequence[int]
+) -> Float16[Tensor, "S K"]:
+    """Return the sketches of the states of a response, on their device.
+
+    Args:
+        hidden_SD: Hidden states after the final norm that gave the tokens of the steps.
+        words: Words of the response's seed for the stream ``sketch``, uint32 [8].
+        steps: Steps of the states.
+
+    Raises:
+        BadWeights: A state is NaN or infinite.
+    """
+    if not bool(torch.isfinite(hidden_SD).all()):
+        raise not_finite("a hidden state that is NaN or infinite")
+    seeds_S = step_seeds(words, steps)
+    spans = [slice(start, start + SKETCHES_AT_ONCE) for start in range(0, max(1, len(seeds_S)), SKETCHES_AT_ONCE)]
+    return torch.cat([sketch_states(hidden_SD[span], seeds_S[span]) for span in spans])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
-from assay.files.storage import PartialFile
+from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import parse_model
 from assay.poc.protocol.record import (
@@ -346,12 +346,8 @@ class Receipts:
         Raises:
             StorageError: The file cannot be written.
         """
-        with PartialFile(path, overwrite=overwrite) as out:
-            out.restart()
-            out.append_lines([self.header.line()])
-            out.append_lines(receipt.line() for receipt in self.receipts)
-            out.append_lines([self.footer.line()])
-            out.commit()
+        parts = (self.header, *self.receipts, self.footer)
+        write_lines(path, (part.line() for part in parts), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> "Receipts":

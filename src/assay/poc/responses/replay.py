@@ -14,9 +14,8 @@ from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.gaps import measure_margins
-from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, Whole
+from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, Whole, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
-from assay.poc.responses.sketches import sketches
 from assay.poc.verdict.response_noise import ResponseBlocks
 from assay.stats.tokens import COLUMNS
 
@@ -172,7 +171,7 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: P
     residuals = np.zeros(0)
     if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))
-        own = sketches(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
+        own = sketch_response(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
         residuals = np.linalg.norm(receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1)
     return Replayed(receipt, margins, profiles, residuals)
 

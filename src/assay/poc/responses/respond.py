@@ -14,11 +14,10 @@ from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
 from assay.poc.responses.gaps import Sampler
-from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.prefill import CachedForward, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts, parse_receipt
 from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encoded
 from assay.poc.responses.sampling import ResponseSeed, Sampling, tokens_of
-from assay.poc.responses.sketches import sketches
 from assay.streams.backends import as_tensor
 
 Progress = Callable[[int, int], None]
@@ -98,9 +97,15 @@ def respond(
             wanted="a seed of its own for every response",
             do="give one of them another request_id",
         )
+
+    def read_left(number: int, line: bytes) -> Receipt:
+        receipt = parse_receipt(line, source=str(output), number=number)
+        loop.check_answers(receipt, requests[number - 2])
+        return receipt
+
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
-        receipts = _recover(out, header, loop, requests) if out else []
+        receipts = out.resume(header.line(), len(requests), read_left) if out else []
         pace = _Pace(progress, requests, receipts)
         for request in requests[len(receipts) :]:
             receipt = loop.answer(request, pace.token)
@@ -183,10 +188,13 @@ class _Loop:
                 states.append(hidden_D)
             tokens.append(token)
             made()
+        made_sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
         return self.receipt(
             request,
             output=tuple(tokens),
-            sketches=sketches(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy(),
+            sketches=sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
+            .cpu()
+            .numpy(),
             finish="stop" if tokens[-1] in self._stop else "length",
         )
 
@@ -225,10 +233,15 @@ class _Loop:
         )
         return receipt.without_prompt() if self._hash_prompts else receipt
 
-    def answers(self, receipt: Receipt, request: Request) -> bool:
-        """Return whether a receipt is one of this request."""
+    def check_answers(self, receipt: Receipt, request: Request) -> None:
+        """Refuse a receipt that an interrupted run left if it is of another request."""
         made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
-        return receipt.line() == self.receipt(request, **made).line()
+        if receipt.line() != self.receipt(request, **made).line():
+            raise UsageError(
+                f"a partial file with the answer to request {receipt.request_id!r:.80}",
+                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
+                do="repeat that command, or remove the partial file to start again",
+            )
 
 
 class _Pace:
@@ -262,30 +275,3 @@ def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str,
             )
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
-
-
-def _recover(out: PartialFile, header: ReceiptHeader, loop: _Loop, requests: Sequence[Request]) -> list[Receipt]:
-    """Return the receipts that an interrupted run left, or start the file with the header."""
-    lines = out.recover()
-    if not lines:
-        out.append_lines([header.line()])
-        return []
-    receipts: list[Receipt] = []
-    same = lines[0] == header.line()
-    if same:  # else the lines below it may be of anything
-        receipts = [
-            parse_receipt(f"{line}\n".encode(), source=out.partial, number=number)
-            for number, line in enumerate(lines[1 : len(requests) + 1], start=2)
-        ]
-        same = all(map(loop.answers, receipts, requests))
-    if not same:
-        raise UsageError(
-            f"{out.partial} was begun with other requests, another model or engine",
-            wanted="the same command as the interrupted one",
-            do="repeat that command, or remove the partial file to start again",
-        )
-    # A run that died between the footer and its final name left a line too many: it is written again.
-    if len(lines) > len(requests) + 1:
-        out.restart()
-        out.append_lines(lines[: len(requests) + 1])
-    return receipts
