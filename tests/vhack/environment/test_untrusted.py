@@ -6,15 +6,14 @@ import logging
 import random
 
 import pytest
+from assay_research.hostile import UNREADABLE, hostile_report
 
 from assay.errors import BackendUnavailable
 from assay.vhack.environment import Call, Episode, Limits, grade, run, sandbox, tasks
 from assay.vhack.environment import backends as _backends
 from assay.vhack.environment import grade as _grade
-from assay.vhack.environment.attacks import UNREADABLE
 from assay.vhack.environment.channels import CHANNELS
 from assay.vhack.environment.grade import grade_many
-from assay.vhack.environment.hostile import hostile_report
 
 TASKS = tasks(8, seed=5, difficulty=(1, 2))
 MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")

@@ -118,9 +118,9 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     from assay.files.storage import check_new_file, write_atomic
     from assay.pages.provenance import provenance
     from assay.vhack.environment.backends import available_backend
-    from assay.vhack.environment.fuzz import fuzz
-    from assay.vhack.environment.hostile import HOSTILE_KINDS
     from assay.vhack.environment.types import Limits
+    from assay_research.fuzz import fuzz
+    from assay_research.hostile import HOSTILE_KINDS
 
     if chosen.output:
         check_new_file(chosen.output, overwrite=True)

@@ -4,14 +4,14 @@ import dataclasses
 import json
 
 import pytest
+from assay_research import fuzz as _fuzz
+from assay_research.fuzz import fuzz
+from assay_research.hostile import HOSTILE_KINDS, hostile_case
 
 from assay.cli import run as run_command
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.environment import Limits, sandbox
-from assay.vhack.environment import fuzz as _fuzz
 from assay.vhack.environment import grade as _grade
-from assay.vhack.environment.fuzz import fuzz
-from assay.vhack.environment.hostile import HOSTILE_KINDS, hostile_case
 
 
 @pytest.fixture
