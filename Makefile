@@ -16,7 +16,6 @@ help:  ## list the targets
 
 setup: $(READY)  ## make the virtual environment
 
-# The kernels of the streams are compiled here, by the command that holds them against their definition.
 $(READY): pyproject.toml research/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "assay needs Python 3.11 or newer: set PYTHON=…"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
@@ -47,10 +46,8 @@ VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
-# Its numba is older than that of the tests. Both would keep compiled kernels in one place, and numba writes which file
-# holds a kernel before it writes the file: another process could read the kernel of the other version there.
 test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
-	NUMBA_CACHE_DIR=$(CURDIR)/$(VLLM)/numba OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default \
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
 $(VLLM)/.ready: pyproject.toml

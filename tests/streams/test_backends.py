@@ -65,11 +65,10 @@ def test_dense_sample_of_all_uniforms(backend, definition, index):
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1], ids=["under the logarithm", "under the cosine"])
 def test_every_uniform_there_is(definition, index):
-    others = [get_backend("numba"), get_backend("torch")]
     for hashes in distinct_uniforms():
         crafted = seed_for(hashes, index)
         expected = digest(definition.normals(crafted, 2))
-        assert [digest(other.normals(crafted, 2)) for other in others] == [expected, expected]
+        assert digest(get_backend("torch").normals(crafted, 2)) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -118,11 +117,11 @@ def test_batch_mates_do_not_matter(backend):
 def test_cpu_backends_agree_on_anything(words, n, dtype, sub_seeds):
     crafted = np.array([[(w + 77 * s) % 2**32 for s in range(sub_seeds)] for w in words], np.uint32)
     crafted = crafted.reshape(len(words), sub_seeds)
-    made = {digest(get_backend(name).normals(crafted, n, dtype)) for name in ("numpy", "numba", "torch")}
+    made = {digest(get_backend(name).normals(crafted, n, dtype)) for name in ("numpy", "torch")}
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_no_fused_reflections_on_the_cpu(name):
     """The caller then has the formula itself."""
     assert get_backend(name).reflected(torch.zeros(5, 16), seeds(TEXTS)) is None
@@ -193,7 +192,7 @@ def test_bad_dtype(backend, dtype):
         backend.normals([1], 4, dtype)
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_no_room_is_one_clear_error(name):
     many = np.zeros(1 << 22, np.uint32)  # 2**22 streams of 2**32 - 1 normals are 64 petabytes
     with pytest.raises(OutOfMemory, match="fewer streams"):

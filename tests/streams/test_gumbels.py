@@ -59,12 +59,11 @@ def test_many_streams_have_the_same_bits(backend, definition):
 @pytest.mark.parametrize("is_upper", [True, False], ids=["upper half", "lower half"])
 def test_every_gumbel_there_is(definition, is_upper):
     """One hash for every float32 under the first logarithm, on either side of the middle."""
-    others = [get_backend("numba"), get_backend("torch")]
     for hashes in distinct_uniforms():
         smaller = hashes[hashes < 2**31]
         crafted = seed_for(smaller if is_upper else ~smaller, 0)
         expected = digest(definition.gumbels(crafted, 1))
-        assert [digest(other.gumbels(crafted, 1)) for other in others] == [expected, expected]
+        assert digest(get_backend("torch").gumbels(crafted, 1)) == expected
 
 
 def test_prefixes_and_batch_mates_do_not_matter(backend):

@@ -1,29 +1,34 @@
+"""Backends by name, their arrays, and the self-test that compares machines."""
+
+import hashlib
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.streams import BACKENDS, Backend, get_backend
+from assay.streams import BACKENDS, DTYPES, Backend, get_backend, selftest
 from assay.streams import backends as _registry
+from assay.streams.backends import SELFTEST_EXPECTED, as_tensor, digest
 
 
-def test_auto_is_the_compiled_one_on_the_cpu():
-    assert get_backend().name == "numba"
+def test_auto_is_torch_on_the_cpu():
+    assert get_backend().name == "torch"
     assert get_backend().device == "cpu"
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_by_name(name):
     backend = get_backend(name)
     assert isinstance(backend, Backend)
     assert (backend.name, backend.device) == (name, "cpu")
 
 
-@pytest.mark.parametrize("name", ["Numba", "cuda", "", "murmur"])
+@pytest.mark.parametrize("name", ["Torch", "cuda", "", "murmur", "numba"])
 def test_unknown_name(name):
-    with pytest.raises(UsageError, match="numpy, numba, torch, triton"):
+    with pytest.raises(UsageError, match="numpy, torch, triton"):
         get_backend(name)
 
 
@@ -33,10 +38,9 @@ def test_unknown_device(device):
         get_backend("torch", device)
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba"])
-def test_cpu_backends_stay_on_the_cpu(name):
+def test_the_definition_stays_on_the_cpu():
     with pytest.raises(UsageError, match="device cpu"):
-        get_backend(name, "cuda")
+        get_backend("numpy", "cuda")
 
 
 @pytest.mark.parametrize("name", ["torch", "auto"])
@@ -72,3 +76,61 @@ def test_auto_on_cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     assert get_backend("auto", "cuda").name in ("triton", "torch")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.uint32, np.int8])
+def test_digest_of_array_and_tensor(dtype):
+    array = np.array([[1, 2, 3], [4, 5, 6]]).astype(dtype)
+    expected = hashlib.sha256(array.tobytes()).hexdigest()
+    assert digest(array) == digest(as_tensor(array)) == expected
+    assert digest(np.asfortranarray(array)) == expected
+    assert digest(as_tensor(array.T.copy()).T) == expected
+
+
+def test_digest_is_little_endian():
+    assert (
+        digest(np.array([1, 2], ">u4"))
+        == digest(np.array([1, 2], "<u4"))
+        == hashlib.sha256(bytes([1, 0, 0, 0, 2, 0, 0, 0])).hexdigest()
+    )
+
+
+def test_digest_of_nothing():
+    assert digest(np.zeros((2, 0), np.float32)) == digest(torch.zeros(2, 0)) == hashlib.sha256().hexdigest()
+
+
+def test_digest_of_bfloat16_is_that_of_its_bytes():
+    values = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    assert digest(values) == hashlib.sha256(values.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_every_backend(name, dtype):
+    assert as_tensor(get_backend(name).normals([1], 10, dtype)).dtype == getattr(torch, dtype)
+    assert as_tensor(get_backend(name).hashes([1], 4)).dtype == torch.uint32
+
+
+def test_tensors_and_arrays_share_memory():
+    array = np.ones(3)
+    tensor = as_tensor(array)
+    assert as_tensor(tensor) is tensor
+    array[1] = 2
+    assert tensor.tolist() == [1, 2, 1]
+
+
+def test_every_backend_passes(backend):
+    assert selftest(backend) == SELFTEST_EXPECTED
+
+
+def test_a_wrong_backend_is_found(definition):
+    class OneBitOff(type(definition)):
+        def _normals(self, seeds_BS, n, dtype):
+            normals = super()._normals(seeds_BS, n, dtype)
+            as_tensor(normals).view(torch.int16)[-1, -1] ^= 1
+            return normals
+
+    found = selftest(OneBitOff("cpu"))
+    assert {name for name in found if found[name] != SELFTEST_EXPECTED[name]} == {
+        name for name in SELFTEST_EXPECTED if name.startswith("normal")
+    }

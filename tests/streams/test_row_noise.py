@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from assay.errors import OutOfMemory, UsageError
 from assay.streams import Backend, get_backend, seeds, step_seeds
-from assay.streams import numba_backend as compiled
 from assay.streams.backends import as_tensor, digest
 
 from .gumbel_vectors import PATH
@@ -100,16 +99,6 @@ def test_numpy_scores_change_too():
     assert torch.from_numpy(made).equal(expected_sum(scores(), SEEDS))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_change_the_bits(monkeypatch, threads):
-    monkeypatch.setattr(compiled, "_NOISE_TILE", 1000)
-    backend = get_backend("numba")
-    monkeypatch.setattr(backend, "_threads", threads)
-    made = scores()
-    backend.add_gumbels(made, SEEDS)
-    assert made.equal(expected_sum(scores(), SEEDS))
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -128,7 +117,7 @@ def test_threads_do_not_change_the_bits(monkeypatch, threads):
         ({"rows_N": np.arange(-1, 5)}, "rows from -1 to 4 of 6"),
     ],
 )
-@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_arguments_that_are_refused(name, wrong, message):
     arguments = {"scores_RV": scores(), "seeds_N": SEEDS} | wrong
     with pytest.raises(UsageError, match=message):

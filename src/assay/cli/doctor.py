@@ -44,7 +44,7 @@ def _backends() -> list[dict[str, Any]]:
     rows = []
     for name in streams.BACKENDS:
         for device in ("cpu", "cuda"):
-            if device == "cuda" and name in ("numpy", "numba"):
+            if device == "cuda" and name == "numpy":
                 continue
             row: dict[str, Any] = {"backend": name, "device": device, "available": True, "exact": True}
             try:

@@ -31,7 +31,7 @@ class NumberSettings(Settings):
     n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(
         ge=1, le=PRINTABLE, description="Number of values. Normal values of another number begin differently."
     )
-    backend: Literal["auto", "numpy", "numba", "torch", "triton"] = Field(
+    backend: Literal["auto", "numpy", "torch", "triton"] = Field(
         "auto", description="Implementation that computes the values."
     )
     device: Annotated[str, Flag(unit="DEVICE")] = Field("cpu", description="Device that computes: cpu or cuda.")

@@ -1,6 +1,6 @@
 """Portable random streams: the same bits from every backend, on every machine.
 
-:mod:`assay.streams.definition` is the page to read: the whole format, in numpy. Its twins are compiled for the CPU,
+:mod:`assay.streams.definition` is the page to read: the whole format, in numpy. Its twins are
 written in torch for CPU and CUDA, and fused for CUDA; :func:`get_backend` finds the one for a device. docs/streams.md
 explains the format and how two machines compare their streams in one line.
 """

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -26,10 +25,6 @@ from assay.streams.definition import UInts, seeds
 
 if TYPE_CHECKING:
     import torch
-
-
-# --------------------------------------------------------------------------------------------------
-# Number formats and arrays, whichever library they come from: numpy and torch as one.
 
 Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
@@ -48,25 +43,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy dtype of that name; bfloat16 is that of ml_dtypes."""
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a torch dtype, for example ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def as_tensor(array: Array) -> torch.Tensor:
-    """Return a tensor over the memory of a numpy array (bfloat16 included), or the tensor that was given."""
+    """Return a tensor over the memory of a numpy array, or the tensor that was given."""
     import torch
 
-    if isinstance(array, torch.Tensor):
-        return array
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
 
 
 def digest(array: Array) -> str:
@@ -78,24 +64,14 @@ def digest(array: Array) -> str:
     return hashlib.sha256(little.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------
-# What is wanted of arrays that are on the device already: shapes, dtypes and places, but no values, which would wait.
-#
-# Shapes: ``N`` rows that get noise, ``R`` rows of scores, ``V`` columns.
-
 WORDS = 8
 """Words of a stream of strength 256."""
 
 _SEEDS = ("uint32", "int32")
-_INTEGERS = ("int64", "int32", "uint32")
 
 
-def check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """Check the arguments of :meth:`assay.streams.Backend.add_gumbels`.
-
-    Raises:
-        UsageError: They are not as its documentation says.
-    """
+def _check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Check shapes, dtypes and devices; values only on the CPU, since reading them would wait for a GPU."""
     _check("scores", scores, device, ("float32",), 2)
     count, columns = scores.shape
     if (columns > 1 and scores.stride(1) != 1) or (count > 1 and scores.stride(0) < columns):
@@ -122,23 +98,7 @@ def check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: tor
         )
 
 
-def check_steps(device: str, words: torch.Tensor, steps: torch.Tensor) -> None:
-    """Check the arguments of :meth:`assay.streams.Backend.row_seeds`.
-
-    Raises:
-        UsageError: They are not as its documentation says.
-    """
-    _check("words", words, device, _SEEDS, 2)
-    _check("steps", steps, device, _INTEGERS, 1)
-    if words.shape != (len(steps), WORDS):
-        raise UsageError(
-            f"words of shape {tuple(words.shape)} for {len(steps)} steps",
-            wanted=f"{WORDS} words for each step",
-            do="repeat the words of a stream for each of its steps",
-        )
-
-
-def as_int32(integers: torch.Tensor) -> torch.Tensor:
+def _as_int32(integers: torch.Tensor) -> torch.Tensor:
     """Return integers as contiguous int32 with the same low 32 bits."""
     import torch
 
@@ -176,8 +136,8 @@ MAX_N = 2**32 - 1
 class Backend:
     """The streams on one device. This class makes them plainly, with numpy; every backend gives the same bits.
 
-    ``numpy`` and ``numba`` return numpy arrays (bfloat16 as :data:`ml_dtypes.bfloat16`); ``torch`` and ``triton``
-    return tensors on their device, of the dtypes of the same names. All streams of a batch are made in one call.
+    ``numpy`` returns numpy arrays, and tensors for bfloat16, which numpy lacks; ``torch`` and ``triton`` return tensors
+    on their device. All streams of a batch are made in one call.
 
     Every method raises :class:`~assay.errors.UsageError` for seeds that are not integers in [0, 2**32) of the shape it
     names, and for ``n`` outside [0, 2**32); and :class:`~assay.errors.OutOfMemory` when the result does not fit.
@@ -260,10 +220,10 @@ class Backend:
         """
         scores, seeds = as_tensor(scores_RV).detach(), as_tensor(seeds_N)
         rows = None if rows_N is None else as_tensor(rows_N)
-        check_rows(self.device, scores, seeds, rows)
+        _check_rows(self.device, scores, seeds, rows)
         if len(seeds) and scores.shape[1]:
             with self._room_for(scores.shape[1]):
-                self._add_gumbels(scores, as_int32(seeds), None if rows is None else rows.contiguous())
+                self._add_gumbels(scores, _as_int32(seeds), None if rows is None else rows.contiguous())
 
     def row_seeds(self, words_N8: Array, steps_N: Array) -> torch.Tensor:
         """Return the seed of one step for each row, uint32 ``[N]``, as a tensor on the device, without waiting for it.
@@ -278,8 +238,15 @@ class Backend:
             UsageError: A shape, dtype or device is another one.
         """
         words, steps = as_tensor(words_N8), as_tensor(steps_N)
-        check_steps(self.device, words, steps)
-        return self._row_seeds(as_int32(words), as_int32(steps)).view(torch_dtype("uint32"))
+        _check("words", words, self.device, _SEEDS, 2)
+        _check("steps", steps, self.device, ("int64", *_SEEDS), 1)
+        if words.shape != (len(steps), WORDS):
+            raise UsageError(
+                f"words of shape {tuple(words.shape)} for {len(steps)} steps",
+                wanted=f"{WORDS} words for each step",
+                do="repeat the words of a stream for each of its steps",
+            )
+        return self._row_seeds(_as_int32(words), _as_int32(steps)).view(torch_dtype("uint32"))
 
     def reflected(self, x_BD: torch.Tensor, seeds_BR: Seeds) -> torch.Tensor | None:
         """Reflect every row in R hyperplanes drawn for it, one after the other: ``x - 2 (x v) / (v v) v``, v normal.
@@ -336,7 +303,10 @@ class Backend:
         return definition.picks(seeds_B, n, k)
 
     def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> Array:
-        return definition.normals(seeds_BS, n).astype(numpy_dtype(dtype), copy=False)
+        values = definition.normals(seeds_BS, n)
+        if dtype == "bfloat16":
+            return as_tensor(values).to(torch_dtype(dtype))
+        return values.astype(dtype, copy=False)
 
     def _gumbels(self, seeds_B: UInts, n: int) -> Array:
         return definition.gumbels(seeds_B, 0, n)
@@ -407,24 +377,20 @@ def _checked(seeds: Seeds) -> UInts:
     """Return seeds in any accepted form as a contiguous ``seeds_BS``."""
     try:
         array = np.asarray(seeds)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise _bad_seeds(seeds) from error
+    except (ValueError, TypeError, OverflowError):
+        array = np.asarray(None)  # refused below
     if array.size == 0 and array.ndim == 1:
         array = array.astype(np.uint32)
     if array.ndim == 1:
         array = array[:, None]
     well_formed = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] > 0
     if not well_formed or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= 0xFFFFFFFF):
-        raise _bad_seeds(seeds)
+        raise UsageError(
+            f"seeds {seeds!r:.80}",
+            wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
+            do="make them with assay.streams.seeds(texts)",
+        )
     return np.ascontiguousarray(array, dtype=np.uint32)
-
-
-def _bad_seeds(seeds: object) -> UsageError:
-    return UsageError(
-        f"seeds {seeds!r:.80}",
-        wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
-        do="make them with assay.streams.seeds(texts)",
-    )
 
 
 def _count(n: int) -> int:
@@ -441,18 +407,15 @@ def _index(value: int, name: str) -> int:
         raise UsageError(f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Backends by name: ``<Name>Backend`` in the module ``_<name>.py`` beside this one, and the definition in numpy.
-
-BACKENDS = ("numpy", "numba", "torch", "triton")
-"""Names of the backends: the definition, the compiled CPU one, torch on CPU and CUDA, and fused CUDA kernels."""
+BACKENDS = ("numpy", "torch", "triton")
+"""Names of the backends: the definition, torch on CPU and CUDA, and fused CUDA kernels."""
 
 
 def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     """Return the backend of that name on a device.
 
     Args:
-        name: One of :data:`BACKENDS`, or ``auto``: ``numba`` on the CPU; on CUDA ``triton`` if it runs, else ``torch``.
+        name: One of :data:`BACKENDS`, or ``auto``: ``torch``, and on CUDA ``triton`` where it runs.
         device: ``cpu``, ``cuda`` or ``cuda:<number>``.
 
     Raises:
@@ -460,28 +423,21 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
         BackendUnavailable: The backend, or its device, is not on this machine.
     """
     if name not in (*BACKENDS, "auto"):
-        raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do="choose one of these")
+        do = "use torch, which replaced it" if name == "numba" else "choose one of these"
+        raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do=do)
     device = str(device)
     # Torch reads a number that it cannot hold as another one, or not at all.
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", device):
         raise UsageError(f"device {device!r}", wanted="cpu, cuda or cuda:<number>", do="choose one of these")
-    if name in ("numpy", "numba") and device != "cpu":
-        raise UsageError(
-            f"backend {name} on device {device!r}", wanted="device cpu", do="use backend torch or auto there"
-        )
-    if name != "auto":
-        return _create(name, device)
-    if device == "cpu":
-        return _create("numba", device)
-    try:
-        return _create("triton", device)
-    except BackendUnavailable:
-        return _create("torch", device)
-
-
-def _create(name: str, device: str) -> Backend:
     if name == "numpy":
+        if device != "cpu":
+            raise UsageError(f"backend numpy on device {device!r}", wanted="device cpu", do="use backend auto there")
         return Backend(device)
+    if name == "auto":
+        try:
+            return get_backend("torch" if device == "cpu" else "triton", device)
+        except BackendUnavailable:
+            return get_backend("torch", device)
     try:
         module = importlib.import_module(f"assay.streams.{name}_backend")
     except ImportError as error:

@@ -45,9 +45,7 @@ class TritonBackend(TorchBackend):
 
     def __init__(self, device: str) -> None:
         if device == "cpu":
-            raise BackendUnavailable(
-                "backend triton on the cpu", wanted="a CUDA device", do="use backend numba, the fast one on the CPU"
-            )
+            raise BackendUnavailable("backend triton on the cpu", wanted="a CUDA device", do="use backend torch there")
         super().__init__(device)
         self._numbered = torch.device(device).index is not None
 

@@ -25,7 +25,6 @@ from assay.streams import definition
 
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
 
 
 LANES = 8
