@@ -53,12 +53,6 @@ def test_the_tail_is_chosen_by_the_data():
     assert fit_log_noise(np.exp(RNG.normal(-3, 0.3, 4000))).law.tail >= 2.0
 
 
-def test_a_small_sample_is_not_taken_for_one_without_a_tail():
-    """Of a few nonces two neighbouring tails are equally likely: the heavier one is taken."""
-    chosen = [fit_scale_noise(RNG.standard_t(6, 48)).law.dof for _ in range(60)]
-    assert np.median(chosen) <= 4
-
-
 @pytest.mark.parametrize(("size", "quantile"), [(48, 0.9), (192, 0.95), (1024, 0.95)])
 def test_log_noise_follows_the_tail_of_a_small_sample(size: int, quantile: float):
     """A narrow core with a tail that falls more slowly than that of the law, as the vectors of one position have it."""
@@ -74,17 +68,10 @@ def test_identical_hardware_gives_the_resolution():
     assert SequentialTest(fit.law, effect=4.0).update(np.zeros(6)).verdict == "honest"
 
 
-def test_one_large_value_hardly_moves_the_scale_but_shows_in_the_tail():
+def test_one_large_value_hardly_moves_the_scale():
     sample = RNG.standard_t(6, 500) * 2e-5
-    spoiled = np.append(sample, 5e-3)
-    before, after = fit_scale_noise(sample), fit_scale_noise(spoiled)
+    before, after = fit_scale_noise(sample), fit_scale_noise(np.append(sample, 5e-3))
     assert after.law.sigma < 1.05 * before.law.sigma
-    assert before.tail_p > 0.01 > after.tail_p
-
-
-def test_fitted_parameters_are_passed_on():
-    law = fit_scale_noise(RNG.normal(0, 1e-5, 64), dof=4, junk_sigma=0.01).law
-    assert (law.dof, law.junk_sigma) == (4, 0.01)
 
 
 def test_log_noise_finds_location_and_spread():
@@ -93,7 +80,6 @@ def test_log_noise_finds_location_and_spread():
     assert fit.estimate.sd == pytest.approx(0.5, rel=0.1)
     assert fit.law.mu > fit.estimate.mu
     assert fit.law.sd > fit.estimate.sd
-    assert fit.tail_p > 0.01
 
 
 def test_log_noise_of_equal_vectors_rests_on_the_floor():
@@ -118,10 +104,10 @@ def test_refuses_parameters_out_of_range():
         fit_log_noise(-np.ones(32))
 
 
-def test_false_accusations_stay_bounded_when_the_law_is_itself_measured():
-    accused = 0
-    for _ in range(400):
+def test_false_accusations_stay_bounded_when_the_law_is_itself_measured(fewer):
+    accused, repeats = 0, 400 // fewer
+    for _ in range(repeats):
         law = fit_scale_noise(RNG.standard_t(6, 64) * 2e-5).law
         accused += SequentialTest(law, effect=4.0, alpha=0.01).update(RNG.standard_t(6, 200) * 2e-5).verdict == "fraud"
-    assert accused <= 400 * 0.01 + 3 * math.sqrt(400 * 0.01)
+    assert accused <= repeats * 0.01 + 3 * math.sqrt(repeats * 0.01)
     assert isinstance(law, ScaleNoise)

@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import TokenNoise
-from assay.stats.tokens import COLUMNS, SCALES, fit_token_noise, stored, token_profile
+from assay.stats.tokens import COLUMNS, SCALES, fit_token_noise, round_profiles, token_profile
 from tests.stats.tokens import drawn, law_at
 
 
@@ -36,7 +36,7 @@ def test_noise_twice_as_large_is_the_next_scale():
 
 
 def test_a_profile_is_stored_in_float16_and_its_end_is_kept():
-    values = stored([[-math.inf, -1e9, -1.0, 0.0]])
+    values = round_profiles([[-math.inf, -1e9, -1.0, 0.0]])
     assert values.tolist() == [[-60000.0, -60000.0, -1.0, 0.0]]
     assert np.array_equal(values, values.astype(np.float16))
 

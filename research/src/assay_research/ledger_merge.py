@@ -29,9 +29,9 @@ from assay.errors import DataError, UsageError
 from assay.poc.verdict.ledger import Source, open_source
 from assay.poc.verdict.ledger_audit import AT_ONCE, Noises
 from assay.poc.verdict.ledger_entries import LEDGER, UPDATES, Account, Entry, Genesis
-from assay.poc.verdict.life import Life, Residuals, decide, log_average
+from assay.poc.verdict.life import Life, Residuals, log_average
 from assay.poc.verdict.response_noise import AnyNoise
-from assay.stats.sequential import Verdict
+from assay.stats.sequential import Verdict, decide
 
 MOST_LEDGERS = 1000
 MOST_ACCOUNTS = 100_000  # of one ledger, of which every account is held in memory

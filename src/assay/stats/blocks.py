@@ -1,19 +1,18 @@
-"""The law of a block: the chord law, narrower or wider by a factor that all nonces of a block share.
+"""The law of a block: the chord law, with all cosines of the block wider or narrower by one factor γ.
+
+    γ² ~ χ²_ν/ν,    ν = 1/‖M‖²,    M = E[x xᵀ]
 
 All distances of a block are measured along one vector v, N(0, I) over blocks: the random head, folded onto the target.
-States x of unit length with second moments M = E[x xᵀ] have products v·x of variance γ² = vᵀMv, while the chord law is
-that of variance one. So within a block the cosines of the distances are γ times as wide as the law says. Over blocks γ²
-is Σ λᵢχ²₁ with the eigenvalues λ of M, of mean one and variance 2‖M‖², and with those two moments it is near
+Unit states x with second moments M have products v·x of variance γ² = vᵀMv, where the chord law has variance one. Over
+blocks γ² is Σ λᵢχ²₁ with the eigenvalues λ of M, which has mean one and variance 2‖M‖². The law above has the same two
+moments (Satterthwaite 1946; Box 1954, theorem 3.1). γ varies by about 1/√(2ν).
 
-    γ² ~ χ²_ν/ν,    ν = 1/‖M‖²
+ν is the *effective dimension* of the states. It is D where all directions of R^D occur alike, and much less where a few
+coordinates carry most of a trained state. Signs drawn per nonce make M diagonal and keep the energy of a coordinate. A
+reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at
+D = 256.
 
-(Satterthwaite 1946; Box 1954, theorem 3.1). ν is the *effective dimension* of the states: D where all directions of R^D
-occur alike, and much less where a few coordinates carry most of a trained state. γ varies by about 1/√(2ν).
-
-Signs drawn per nonce make M diagonal and leave the energy of a coordinate where it is. A reflection in a random
-hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at D = 256.
-
-Legend of shapes: N nonces, D hidden size.
+Suffixes: N nonces, D hidden size.
 """
 
 import math
@@ -23,10 +22,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
-from scipy.optimize import brentq
 
 from assay.errors import UsageError
-from assay.stats.chord import FloatArray, chord_cdf, r_target_for, rate_standard_error
+from assay.stats.chord import FloatArray, chord_cdf, rate_standard_error
 from assay.stats.rates import TAIL
 
 EFFECTIVE_DIMENSION = 16.0
@@ -60,13 +58,13 @@ def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLaw:
-    """The law of the distances of a block, as far as its factor γ is known: γ² ~ scale²·χ²_ν/ν.
+    """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
 
     Args:
         dimension: Dimension d of the chord law.
-        freedom: Degrees of freedom ν: the effective dimension of the states where nothing is known of the block, more
-            where something is, and infinity where γ equals ``scale``.
-        scale: What is known of γ; 1.0 for any block.
+        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, more if
+            something is, and infinity if γ equals ``scale``.
+        scale: Known scale of γ; 1.0 for any block.
 
     Raises:
         UsageError: A value is not positive.
@@ -129,21 +127,10 @@ class BlockLaw:
             raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
         return float(self.cdf(r_target))
 
-    def r_target_for(self, rate: float) -> float:
-        """Return the ``r_target`` at which a share ``rate`` of the nonces of such blocks is valid.
-
-        Raises:
-            UsageError: ``rate`` is outside (0, 1].
-        """
-        chord = r_target_for(rate, self.dimension)  # refuses the rate
-        if rate == 1.0:
-            return chord
-        return float(brentq(lambda x: float(self.cdf(x)) - rate, 1e-9, 2.0, xtol=1e-12))
-
     def rate_error(self, r_target: float, n: int | None = None) -> float:
-        """Return the standard error of the valid rate of such a block: that of γ, and of n nonces if given.
+        """Return the standard error of the valid rate of such a block: that of γ, and that of n nonces if given.
 
-        That of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), and nothing at one half.
+        The error of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half.
 
         Raises:
             UsageError: ``r_target`` is outside (0, 2], or n is below 1.
@@ -152,10 +139,9 @@ class BlockLaw:
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
 
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
-        """Return where the valid rate of such a block falls with a probability of 95 %.
+        """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
 
-        The two causes, γ and the n nonces, are joined end by end: the squares of their distances from the expected rate
-        add up (Zou and Donner 2008).
+        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008).
 
         Raises:
             UsageError: ``r_target`` is outside (0, 2], or n is below 1.
@@ -168,7 +154,7 @@ class BlockLaw:
         return max(0.0, rate - low), min(1.0, rate + high)
 
     def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
-        """Return where a block has its own quantile if that of an average block is ``r_target``."""
+        """Return the interval of the quantile of a block, if that of an average block is ``r_target``."""
         tail = (1 - confidence) / 2
         cosine = 1 - r_target**2 / 2
         ends = sorted(float(_chord(cosine * self.factor(q))) for q in (tail, 1 - tail))
@@ -189,16 +175,15 @@ class BlockLaw:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredBlockLaw:
-    """The law of the distances of a block by its head and states of the model.
+    """The law of the distances of a block by its head and states: a cosine is N(±jump, width²).
 
-    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. Where one coordinate outweighs
-    the others, as in the widest blocks, that is not normal but one of two values, blurred by the rest. So the cosine of
-    a state is taken as a normal variable about ±jump.
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
+    others, as in the widest blocks, the product is not normal, but near one of two values.
 
     Args:
         dimension: Dimension d of the chord law.
-        jumps: Size of the part of every state along the coordinate that counts most in this block, in standard
-            deviations 1/√d of a cosine.
+        jumps: Part of every state along the coordinate that counts most in this block, in standard deviations 1/√d of a
+            cosine.
         widths: Standard deviation of all other parts, in the same unit.
     """
 
@@ -252,8 +237,8 @@ class MeasuredBlockLaw:
 def _law_error(shares: FloatArray, normal: FloatArray) -> FloatArray:
     """Return the standard error of shares expected from N states [N, ...].
 
-    The states give one part. One coordinate apart and all others normal is an approximation, so half of what it
-    corrects of the ``normal`` shares is the other: nothing in most blocks, and half a point in the widest ones.
+    One part is the error of the mean over states. The other is half of the correction of the ``normal`` shares, because
+    taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
     """
     states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
     return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))

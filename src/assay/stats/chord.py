@@ -1,18 +1,16 @@
-"""The chord law: how far a random direction is from a fixed one.
+"""The chord law: the distance x of a random direction in R^d from a fixed one.
 
-Draw a direction uniformly on the unit sphere of R^d, at angle θ from a fixed unit vector. Then (1 + cos θ)/2 has the
-law Beta(a, a) with a = (d − 1)/2 (Fang, Kotz and Ng 1990, §3.1). The chord between the two is x = √(2 − 2 cos θ), so
+    (x/2)² ~ Beta(a, a),    a = (d − 1)/2
 
-    (x / 2)² ~ Beta(a, a).
-
-Everything below is exact and follows from that line. For large d it is close to N(√2, 1/√(2d)).
+The direction is uniform on the unit sphere, at angle θ from the fixed one, with (1 + cos θ)/2 ~ Beta(a, a) (Fang, Kotz
+and Ng 1990, §3.1) and x = √(2 − 2 cos θ). Everything below is exact. For large d the law is close to N(√2, 1/√(2d)).
 """
 
 import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import special
 
 from assay.errors import UsageError
 
@@ -31,10 +29,10 @@ def _half_dimension(d: int) -> float:
 
 
 def _log_mean_over_sqrt2(d: int) -> float:
-    """ln(E[x] / √2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½)).
+    """Return ln(E[x]/√2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½)).
 
-    The series is that of ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), taken at a
-    and at 2a.
+    The series is that of ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), at a
+    and 2a.
     """
     a = _half_dimension(d)
     if a > _SERIES_FROM:
@@ -69,14 +67,11 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
 
 
 def chord_pdf(x: npt.ArrayLike, d: int) -> FloatArray:
-    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2].
-
-    The factor x of the substitution is drawn into the density of the beta law: apart, they are 0 and infinite at x = 0
-    in the plane, where the density is 1/π.
-    """
+    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
     x_N = np.asarray(x, dtype=np.float64)
     a = _half_dimension(d)
     half_N = np.clip(x_N, 0.0, 2.0) / 2
+    # The factor x of the substitution is part of the power: apart from it, the plane has 0 times infinity at x = 0.
     log_N = special.xlogy(d - 2, half_N) + special.xlog1py(a - 1, -(half_N**2)) - special.betaln(a, a)
     return np.asarray(np.where((x_N < 0) | (x_N > 2), 0.0, np.exp(log_N)), dtype=np.float64)
 
@@ -115,29 +110,3 @@ def rate_standard_error(rate: float, n: int) -> float:
     if not 0.0 <= rate <= 1.0 or n < 1:
         raise UsageError(f"rate {rate} of {n} nonces", wanted="a rate in [0, 1] of at least 1 nonce", do="check both")
     return math.sqrt(rate * (1 - rate) / n)
-
-
-def noise_band(rate: float, n: int, groups: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return where the spread (largest − smallest) of block means falls when nothing but sampling differs.
-
-    Args:
-        rate: Common valid rate.
-        n: Number of nonces behind each block mean.
-        groups: Number of block means compared.
-        confidence: Probability that the spread lies in the band, half of the rest on either side.
-
-    Returns:
-        (low, high) in units of the rate: quantiles of the range of ``groups`` normals, times the standard error.
-
-    Raises:
-        UsageError: There are fewer than 2 groups, or a rate, n or confidence is out of range.
-    """
-    if groups < 2:
-        raise UsageError(f"{groups} group", wanted="at least 2 block means", do="measure more blocks")
-    if not 0.0 < confidence < 1.0:
-        raise UsageError(f"confidence {confidence}", wanted="a number strictly between 0 and 1", do="use 0.95")
-    tail = (1 - confidence) / 2
-    error = rate_standard_error(rate, n)
-    # A studentized range whose standard deviation is known has infinitely many degrees of freedom.
-    low, high = (float(stats.studentized_range.ppf(q, groups, math.inf)) for q in (tail, 1 - tail))
-    return error * low, error * high

@@ -1,19 +1,16 @@
 """The residual test for values that come in clusters, such as the tokens of one response.
 
-Values of one cluster share more than the law says: a long prompt, a repeated phrase, a batch mate. So a cluster has a
-scale u of its own, drawn once for it with ln u ~ between · t, beside the scale r of the machine, drawn once for a life.
-With f_s the likelihood at noise s times that of the law, a cluster x_1 … x_n of an honest machine has the likelihood
+    h_r = Σ_u q_u Π_i f_ru(x_i)
+    E = Σ_r w_r Σ_g v_g Π_clusters g_r  /  Σ_r w_r Π_clusters h_r
 
-    h_r = Σ_u q_u Π_i f_ru(x_i),
+h_r is the likelihood of a cluster x_1 … x_n of an honest machine, with f_s the likelihood at noise s times that of the
+law. The scale r of the machine is drawn once for a life. The scale u of the cluster is drawn once for it, ln u ~
+between · t, because values of one cluster share more than the law says: a long prompt, a repeated phrase, a batch mate.
 
-and that of a cheat is one of: noise m times larger in all values, h_rm; a share π of the values, with
-(1 − π)·f_ru + π·f_rum in place of f_ru; or a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. With weights w over scales
-and v over cheats, the e-value is
-
-    E = Σ_r w_r Σ_g v_g Π_clusters g_r  /  Σ_r w_r Π_clusters h_r,
-
-which under honest noise is a non-negative martingale that starts at 1, at every value and not only at the end of a
-cluster. Everything is evaluated on one grid of ln scale, so that r, u and m are steps on it.
+g_r is the likelihood of a cluster of a cheat: noise m times larger in all values, h_rm; in a share π of the values,
+with (1 − π)·f_ru + π·f_rum in place of f_ru; or in a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. w and v are weights
+over scales and cheats. Under honest noise E is a non-negative martingale that starts at 1, at every value and not only
+at the end of a cluster. Everything is evaluated on one grid of ln scale, so that r, u and m are steps on it.
 
 Suffixes: N values, B ends of blocks, C points of the grid, H scales of honest machines, J scales of cheats, U scales of
 clusters, M multiples, K paths.
@@ -32,7 +29,7 @@ from scipy import stats
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
 from assay.stats.noise import REACH, LogNoise, Spread
-from assay.stats.sequential import CHEAP, FAR, NAMED_WEIGHT, Verdict, log_sum, multiples
+from assay.stats.sequential import CHEAP, FAR, NAMED_WEIGHT, Verdict, decide, grid_of_multiples, log_sum
 from assay.stats.tokens import STEP, TokenNoise, cluster_scales
 
 ClusteredLaw = TokenNoise | LogNoise
@@ -55,8 +52,7 @@ class ClusterResult:
     """All numbers behind the verdict of one test.
 
     Args:
-        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
-            else ``undecided``.
+        verdict: Verdict by :func:`assay.stats.sequential.decide`.
         n: Number of values.
         clusters: Number of clusters.
         log_e_value: Natural logarithm of the e-value after the last value.
@@ -124,7 +120,7 @@ class ClusterTest:
         weight_H = stats.t.pdf(machines * STEP / sd, spread.dof)
         weight_J = stats.t.pdf(few * STEP / sd, spread.dof)
         cheap, fours = max(CHEAP, self.effect), math.log(max(_largest(self.law), FAR) / FAR) / math.log(4)
-        self._multiples = multiples(_LEAST, FAR * 4.0 ** math.ceil(fours), [self.effect, cheap])
+        self._multiples = grid_of_multiples(_LEAST, FAR * 4.0 ** math.ceil(fours), [self.effect, cheap])
         steps = np.rint(np.log(self._multiples) / STEP).astype(int)
         self._excluded = int(np.argmin(np.abs(self._multiples - self.effect)))
         self._cheap = int(np.argmin(np.abs(self._multiples - cheap)))
@@ -139,27 +135,23 @@ class ClusterTest:
         self._at_HU, self._at_JU, self._at_JMU = (
             np.searchsorted(points, each) for each in (points_HU, points_JU, points_JMU)
         )
-        size = few.size * steps.size
-        parts = [log_H]
         cheats_JM = (self._log_J[:, None] - np.log(steps.size) + np.zeros((1, steps.size))).ravel()
         named = len(self.named)
         rest = 1 - NAMED_WEIGHT if named else 1.0
-        parts += [cheats_JM + math.log(_WEIGHTS["whole"] * rest)]
-        parts += [cheats_JM + math.log(_WEIGHTS["within"] * rest / len(WITHIN))] * len(WITHIN)
-        parts += [cheats_JM + math.log(_WEIGHTS["clusters"] * rest / len(CLUSTERS))] * len(CLUSTERS)
-        parts += [np.full(named, math.log(NAMED_WEIGHT / max(named, 1)))]
-        self._log_prior_K = np.concatenate(parts)
-        self._honest, self._size = log_H.size, size
+        kinds = (("whole", 1), ("within", len(WITHIN)), ("clusters", len(CLUSTERS)))
+        cheats = [cheats_JM + math.log(_WEIGHTS[kind] * rest / count) for kind, count in kinds for _ in range(count)]
+        self._log_prior_K = np.concatenate([log_H, *cheats, np.full(named, math.log(NAMED_WEIGHT / max(named, 1)))])
+        self._honest, self._size = log_H.size, cheats_JM.size
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
-        """Return what the values of one cluster add to every path up to each end of a block, [B, K].
+        """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].
 
         Args:
             values: Values of the cluster in their order.
             ends: Number of values before the end of each block; they do not descend.
         """
         logs_NC = _log_likelihoods(self.law, values, self._logs_C)
-        sums_BC = _at(logs_NC, ends)
+        sums_BC = _sum_to_ends(logs_NC, ends)
         log_U = self._log_U
         honest_BH = log_sum(sums_BC[:, self._at_HU] + log_U)
         own_BJ = log_sum(sums_BC[:, self._at_JU] + log_U)
@@ -168,13 +160,14 @@ class ClusterTest:
         plain_NJ1U = logs_NC[:, self._at_JU][:, :, None]
         for share in WITHIN:
             mixed = np.logaddexp(plain_NJ1U + math.log1p(-share), logs_NC[:, self._at_JMU] + math.log(share))
-            parts.append(log_sum(_at(mixed, ends) + log_U).reshape(len(sums_BC), -1))
+            parts.append(log_sum(_sum_to_ends(mixed, ends) + log_U).reshape(len(sums_BC), -1))
         for share in CLUSTERS:
             either = np.logaddexp(own_BJ[:, :, None] + math.log1p(-share), whole_BJM + math.log(share))
             parts.append(either.reshape(len(sums_BC), -1))
         logs_U = (cluster_scales(self.between)[0] * STEP).astype(np.float64)
         parts += [
-            log_sum(_at(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None] for law in self.named.values()
+            log_sum(_sum_to_ends(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None]
+            for law in self.named.values()
         ]
         return np.concatenate(parts, axis=1)
 
@@ -224,10 +217,8 @@ class ClusterTest:
         """The verdict with every number that it rests on."""
         evidence = self.evidence
         weakest = min(evidence, key=lambda name: evidence[name])
-        honest = evidence[weakest] >= -math.log(self.beta)
-        fraud = self._log_e_max >= -math.log(self.alpha)
         return ClusterResult(
-            verdict="fraud" if fraud else "honest" if honest else "undecided",
+            verdict=decide(self._log_e_max, evidence[weakest], alpha=self.alpha, beta=self.beta),
             n=self.n,
             clusters=self.clusters,
             log_e_value=float(self.log_e(self._path_K)),
@@ -244,7 +235,7 @@ def _log_likelihoods(law: ClusteredLaw, values: Any, logs_C: FloatArray) -> Floa
     return np.stack([law.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
 
 
-def _at(values: FloatArray, ends: Sequence[int]) -> FloatArray:
+def _sum_to_ends(values: FloatArray, ends: Sequence[int]) -> FloatArray:
     """Return the sums of the values before each end, [B, ...]."""
     total = np.concatenate([np.zeros((1, *values.shape[1:])), values.cumsum(axis=0)])
     return total[np.asarray(ends, dtype=np.int64)]

@@ -1,4 +1,4 @@
-"""The fit of noise laws to honest residuals: a family chosen by the data, whose tail is never thinner than seen.
+"""The fit of noise laws to honest residuals: the data choose the tail, and the law reaches the quantiles of the sample.
 
 Suffixes: N values.
 """
@@ -28,15 +28,15 @@ TAILS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Starts of the exponential tail of ln L2 among which vectors choose, the heaviest first; 3 is nearly log-normal."""
 
 INDIFFERENT = 0.5
-"""Loss of log-likelihood, a natural logarithm, up to which a wider law is taken in place of the likeliest one.
+"""Loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one.
 
-A sample seldom tells two neighbouring tails or spreads apart, so the heaviest is taken that is not less likely by this
-much: what a sample does not show is not taken for absent. Tails of distances lighter than with 6 degrees of freedom are
-not offered: single nonces far out, such as routing flips, are in no small sample.
+A sample seldom tells two neighbouring tails or spreads apart, so the heaviest within this loss is taken. Tails of
+distances lighter than with 6 degrees of freedom are not offered, because no small sample holds a nonce far out, such as
+a routing flip.
 """
 
-# A fitted law also reaches the quantiles of its sample up to that which three values lie beyond, or to the furthest:
-# one for distances, one for logarithms. Chosen by what laws from 30 to 4096 nonces accuse (benchmarks/heavy_tails.py).
+# A fitted law also reaches the quantiles of its sample, up to the quantile that three values lie beyond or the furthest
+# one here. Chosen by what laws from 30 to 4096 nonces accuse (benchmarks/heavy_tails.py).
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98)
 _BEYOND = 3
 _FURTHEST_SCALE, _FURTHEST_LOG = 0.985, 0.95
@@ -49,18 +49,16 @@ LawT = TypeVar("LawT", bound=NoiseLaw)
 class NoiseFit(Generic[LawT]):
     """A noise law measured on honest residuals.
 
-    A test needs a law that is at least as large as the true noise, or one that knows how far it may be off. The first
-    is ``law``, which adds a confidence margin; the second is ``reached`` with the ``error`` of its scale.
+    A test needs either ``law``, which is at least as large as the true noise with the stated confidence, or ``reached``
+    with the ``error`` of its scale.
 
     Args:
-        law: Upper law, which holds with the stated confidence.
+        law: Upper law.
         reached: Law that reaches every trusted upper quantile of the sample, without a margin.
         estimate: Likeliest law of the family, to report.
         error: Standard error of the logarithm of the scale.
         n: Number of honest residuals that it rests on.
         confidence: One-sided confidence that ``law`` is not smaller than the noise.
-        tail_p: Probability, under ``law``, of a maximum as large as the one seen. Below 1 % the tail is heavier than
-            any of the family: find out what the largest residual is.
     """
 
     law: LawT
@@ -69,7 +67,6 @@ class NoiseFit(Generic[LawT]):
     error: float
     n: int
     confidence: float
-    tail_p: float
 
 
 def fit_scale_noise(
@@ -102,7 +99,7 @@ def fit_scale_noise(
     reached = ScaleNoise(max(estimate.sigma, widest), nu, junk_sigma)
     error = math.sqrt((nu + 3) / (2 * nu * size_N.size))
     law = reached.scaled(math.exp(float(special.ndtri(confidence)) * error))
-    return NoiseFit(law, reached, estimate, error, size_N.size, confidence, _tail_p(law, size_N))
+    return NoiseFit(law, reached, estimate, error, size_N.size, confidence)
 
 
 def fit_log_noise(
@@ -115,7 +112,7 @@ def fit_log_noise(
 ) -> NoiseFit[LogNoise]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
 
-    The location is the median. Only the upper half matters for accusations, so only it decides on spread and tail.
+    The location is the median. Only large distances accuse, so the upper half alone gives spread and tail.
     Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
 
     Args:
@@ -145,7 +142,7 @@ def fit_log_noise(
     error = reached.sd * reached.standard_mass / (2 * root)
     upper_sd = reached.sd * math.exp(z / (math.sqrt(2) * root))
     law = LogNoise(mu + z * error, upper_sd, dimension, estimate.tail, floor)
-    return NoiseFit(law, reached, estimate, error, size_N.size, confidence, _tail_p(law, size_N))
+    return NoiseFit(law, reached, estimate, error, size_N.size, confidence)
 
 
 def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
@@ -162,7 +159,7 @@ def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
 
 
 def _heaviest_likely(fitted: list[LawT], size_N: FloatArray) -> LawT:
-    """Return the first law, of those with the heaviest tail first, that the values do not speak against."""
+    """Return the first law whose log-likelihood is within `INDIFFERENT` of the best; the heaviest tail stands first."""
     likelihoods = [float(law.log_density(size_N, 1.0).sum()) if size_N.size else 0.0 for law in fitted]
     return next(law for law, found in zip(fitted, likelihoods, strict=True) if found >= max(likelihoods) - INDIFFERENT)
 
@@ -199,8 +196,3 @@ def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float]
     trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
     reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]
     return max(seen / expected for seen, expected in reached if expected > 0)
-
-
-def _tail_p(law: NoiseLaw, magnitudes_N: FloatArray) -> float:
-    beyond = float(law.survival(magnitudes_N.max(keepdims=True))[0])
-    return -math.expm1(magnitudes_N.size * math.log1p(-beyond)) if beyond < 1 else 1.0

@@ -1,8 +1,7 @@
-"""Noise laws: what honest recomputation looks like, and what the same values look like otherwise.
+"""Noise laws: the density f_1 of an honest residual, and the family f_m of the same noise m times larger.
 
-A law describes a residual by its honest density f₁ and a family f_m, the same noise m times larger. Both laws here have
-monotone likelihood ratios: f_m(x)/f₁(x) never falls as the residual grows. So a value closer to the recomputed one
-never counts against a node, and noise smaller than calibrated only makes the test more cautious (docs/statistics.md).
+Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
+never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md).
 
 Suffixes: N values.
 """
@@ -210,14 +209,14 @@ NoiseLaw = ScaleNoise | LogNoise
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How far the noise of one machine may lie from a law: ln(its scale over that of the law) ~ sd · t.
+    """The law of the scale of one machine over that of a noise law: ln scale ~ sd · t.
 
-    A law is measured on some machines, and judges another. Whoever judges as if the scale were known accuses honest
+    A law is measured on some machines, and judges another. A test that takes the scale for known accuses honest
     machines that are a little noisier than those measured.
 
     Args:
         sd: Scale of the logarithm; 0 where the scale is known.
-        dof: Degrees of freedom of Student's t: how well the scale of the logarithm is known itself.
+        dof: Degrees of freedom of Student's t: few where ``sd`` itself is hardly known.
 
     Raises:
         UsageError: A parameter is out of range.
@@ -232,15 +231,15 @@ class Spread:
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:
-        """A few multiples of the scale and their probabilities, [J] each, for what may lose evidence between two."""
+        """A few multiples of the scale and their probabilities, [J] each, for the likelihoods of cheats."""
         return self._grid(_ATOMS)
 
     @property
     def fine(self) -> tuple[FloatArray, FloatArray]:
-        """Multiples of the scale and their probabilities, [H] each, so close that no life tells them apart.
+        """Multiples of the scale and their probabilities, [H] each, so close that no life tells neighbours apart.
 
-        Between scales that lie too far apart, a cheat in a small share explains an honest machine better than either:
-        with :attr:`atoms`, a sixth of all honest nodes were accused over 58 400 nonces, with these none.
+        Between scales too far apart, a cheat in a small share explains an honest machine better than either scale.
+        With :attr:`atoms`, a sixth of all honest nodes were accused over 58 400 nonces; with these, none.
         """
         points = 2 * math.ceil(REACH * max(4, self.sd / _CLOSE)) + 1
         return self._grid(np.linspace(-REACH, REACH, points))
@@ -253,7 +252,7 @@ class Spread:
 
 
 REACH = 4.5
-"""Scales of a machine that a test averages over lie so many spreads to either side."""
+"""Number of spreads to either side over which a test averages the scale of a machine."""
 
 _ATOMS = np.linspace(-3.0, 3.0, 7)  # in spreads too
 _CLOSE = 0.0125  # distance of ln scale

@@ -1,4 +1,4 @@
-"""Shares, ranks and their intervals: the published count test, AUROC, and resampling with groups kept together."""
+"""Shares, ranks and their intervals: the published count test, AUROC, and resampling of whole groups."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,10 +78,10 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
 def grouped_proportion_interval(hits: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share where samples of one group resemble each other.
 
-    It is the interval of Clopper and Pearson for an effective number of samples (Korn and Graubard, 1998): as many as
-    would give a share of independent samples the variance that it has between groups, less what few groups know of
-    that variance, and never more than there are. Where no sample is a hit, or every one, nothing is known of the
-    variance, and each group counts as one sample. A bootstrap over groups would give such a share no width at all.
+    It is the interval of Clopper and Pearson for an effective number of samples (Korn and Graubard, 1998): the number
+    of independent samples whose share would have the variance found between groups, corrected for few groups, and at
+    most the number of samples. If no sample is a hit, or all are, the variance is unknown and each group counts as one
+    sample; a bootstrap over groups would give such a share no width.
 
     Args:
         hits: Whether each sample is one of those that are counted, [N].
@@ -175,11 +175,8 @@ def group_bootstrap(
     """Return a statistic with the interval of its percentile bootstrap over groups.
 
     Samples of one group (the same task, the same block) resemble each other. Drawing single samples would treat them as
-    independent and make every interval too short, so whole groups are drawn.
-
-    Each resample draws as many groups as there are, with replacement, and hands every sample the rows of those
-    groups; a group drawn twice brings its rows twice. The draw is common to all samples, so what was paired stays
-    paired.
+    independent and make every interval too short. So each resample draws whole groups with replacement, as many as
+    there are; a group drawn twice gives its rows twice. The draw is common to all samples, so pairs stay pairs.
 
     Args:
         statistic: Function that is called as ``statistic(*samples)``, with arrays of the same rank as given.
@@ -219,11 +216,11 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     """Return the 95 % confidence interval of the mean share of a group, where shares of one group resemble each other.
 
     Each group counts once, with the mean of its shares. The ends are Gaffke's bounds for means in [0, 1] (Gaffke 2005;
-    Learned-Miller and Thomas 2019): quantiles of the mean of the groups and one more at the end of the range, with
-    random weights. Where every group is at 0 or 1 that is the exact interval of so many groups, and where groups agree
-    it is narrower. Few groups may all be unlike those that are seldom met, so where none or hardly any share is above 0
-    the interval stays wide. A bootstrap over groups does not know that: with seven groups it holds the truth in half
-    of the cases (tests/stats/test_resampling.py). Of a single group nothing is known, so the interval is (0, 1).
+    Learned-Miller and Thomas 2019): quantiles of the mean of the groups and of one more at the end of the range, with
+    random weights. If every group is at 0 or 1, that is the exact interval of so many groups. If groups agree, it is
+    narrower. If no share or hardly any is above 0, it stays wide, because few groups may miss rare ones: with seven
+    groups, a bootstrap holds the truth in half of the cases (tests/stats/test_rates.py). For a single group the
+    interval is (0, 1).
 
     Args:
         shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].

@@ -1,19 +1,16 @@
 """The residual test: a mixture likelihood ratio whose false-accusation bound holds however long one looks.
 
-Residuals are independent with density f_r, honest noise r times that of the law. The scale r of a machine that was not
-measured is not known: it has the law of a `Spread`, drawn once for the whole life of a test. A cheat is
+    E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i),    g = (1 − π)·f_r + π·f_rm
 
-    g = (1 − π)·f_r + π·f_rm,
+Residuals x_i are independent with density f_r: honest noise, r times that of the law. The scale r of a machine that was
+not measured is unknown. It has the law of a `Spread`, with weights w_r, and is drawn once for the whole life of a test.
+A cheat g has a share π of nonces whose residuals are m times larger, on a grid of both with weights v_g: all nonces
+from another computation (π = 1), some computed cheaply, or a few invented (m at the size of junk). A cheat can also be
+a named alternative: a law that was measured on a known cheat.
 
-a share π of the nonces whose residuals are m times larger, on a grid of both: all nonces from another computation
-(π = 1), some of them computed cheaply, or a few invented (m at the size of junk); or a named alternative, a law that
-was measured on a known cheat. With weights w over scales and v over cheats, the e-value is
-
-    E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i).
-
-Under honest noise it is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
-Grünwald, Vovk and Shafer 2023). Fraud is declared when its running maximum reaches 1/α. The same ratio the other way
-round, for one cheat at a time, bounds the chance that this cheat, or a larger one, is taken for honest.
+Under honest noise E_n is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
+Grünwald, Vovk and Shafer 2023). The verdict is fraud when the running maximum of E_n reaches 1/α. The same ratio the
+other way round, for one cheat at a time, bounds the chance that this cheat or a larger one is called honest.
 
 Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats, A named
 alternatives.
@@ -33,35 +30,57 @@ from assay.errors import UsageError
 from assay.stats.chord import FloatArray
 from assay.stats.noise import NoiseLaw, Spread
 
-# --------------------------------------------------------------------------------------------------
-# The multiples of honest noise that the tests look for.
+Verdict = Literal["honest", "fraud", "undecided"]
+"""Verdict of a sequential test."""
 
 CHEAP = 5.0
 """Multiple of honest noise at which a share of the nonces counts as computed cheaply."""
 
 FAR = 16.0
-"""Multiple beyond which neighbours are further apart."""
+"""Multiple beyond which neighbours on the grid are further apart."""
 
 NAMED_WEIGHT = 0.25
 """Weight in an e-value of all named alternatives together."""
 
 
-def multiples(low: float, high: float, also: Sequence[float] = ()) -> FloatArray:
-    """Return the multiples from ``low`` to ``high`` and those besides, in ascending order, [M].
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+"""Shares π of a node's nonces that the e-value looks for."""
 
-    Neighbours are at most a factor of two apart, and far out four, where honest noise explains either no better:
-    between two of them the loss of evidence per value is small, and every multiple costs the others some weight.
+_SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
+
+EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
+"""Shares π of cheaply computed nonces that an honest verdict excludes, each with a factor c.
+
+A nonce gives at most −ln(1 − π) of evidence against a share, and most give less. So the smallest share is excluded for
+which n nonces can give c times the evidence that is needed.
+"""
+
+_CHUNK = 256
+_SIMULATED = 20_000  # values simulated at a time, to bound memory
+_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
+_ROUNDING = 1e-6  # of logarithms of e-values
+_LARGEST_RATIO = 500.0  # of logarithms of densities, whose exp must not overflow
+
+
+def decide(log_e_max: float, log_evidence_honest: float, *, alpha: float, beta: float) -> Verdict:
+    """Return ``fraud`` if log_e_max ≥ ln 1/alpha, else ``honest`` if the evidence ≥ ln 1/beta, else ``undecided``."""
+    if log_e_max >= -math.log(alpha):
+        return "fraud"
+    return "honest" if log_evidence_honest >= -math.log(beta) else "undecided"
+
+
+def grid_of_multiples(low: float, high: float, also: Sequence[float] = ()) -> FloatArray:
+    """Return the multiples from ``low`` to ``high`` and ``also``, in ascending order, [M].
+
+    Neighbours are at most a factor of two apart, and of four beyond `FAR`, where honest noise explains no multiple.
+    Between neighbours little evidence per value is lost, and every further multiple takes weight from the others.
     """
     near = max(min(FAR, high), low)
-    return np.unique(np.concatenate([_grid(low, near, 2.0), _grid(near, high, 4.0), also]))
+    return np.unique(np.concatenate([_geometric(low, near, 2.0), _geometric(near, high, 4.0), also]))
 
 
-def _grid(low: float, high: float, factor: float) -> FloatArray:
+def _geometric(low: float, high: float, factor: float) -> FloatArray:
     return np.geomspace(low, high, math.ceil(math.log(high / low) / math.log(factor)) + 1) if low < high else np.ones(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Sums of likelihoods that are kept as logarithms.
 
 
 def log_sum(path: FloatArray) -> FloatArray:
@@ -70,35 +89,12 @@ def log_sum(path: FloatArray) -> FloatArray:
     return np.asarray(top[..., 0] + np.log(np.exp(path - top).sum(axis=-1)), dtype=np.float64)
 
 
-Verdict = Literal["honest", "fraud", "undecided"]
-"""Verdict of a sequential test."""
-
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
-"""Shares π of a node's nonces that the e-value looks for."""
-
-_SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
-
-EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
-"""Shares of cheaply computed nonces that an honest verdict excludes, the smallest that its nonces can exclude.
-
-A nonce at the honest size speaks against a share π with at most −ln(1 − π). Most nonces say less, so a share is to be
-excluded only where that sum is the second number times the evidence that is needed.
-"""
-
-_CHUNK = 256
-_SIMULATED = 20_000  # values simulated at a time, to bound memory
-_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
-_ROUNDING = 1e-6  # of logarithms of e-values
-_LARGEST_RATIO = 500.0  # of logarithms of densities: beyond it only that it is large matters
-
-
 @dataclass(frozen=True, slots=True)
 class SequentialResult:
     """All numbers behind a verdict.
 
     Args:
-        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
-            else ``undecided``.
+        verdict: Verdict by :func:`decide`.
         n: Number of residuals seen, non-finite ones included.
         log_e_value: Natural logarithm of the e-value after the last residual; it does not depend on their order.
         log_e_max: Running maximum of that, which decides fraud; it depends on the order.
@@ -130,26 +126,11 @@ class SequentialResult:
     effect: float
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The sums that an e-value is made of: E is Σ exp over the cheats' paths, over Σ exp over the honest ones.
-
-    Args:
-        prior: Value at which every path begins, [P].
-        steps: What every residual adds to every path, [N, P].
-        honest: Number of paths of honest noise; they are the first ones.
-    """
-
-    prior: FloatArray
-    steps: FloatArray
-    honest: int
-
-
 class SequentialTest:
     """The residual test for one noise law: feed it residuals as they come, read the verdict at any time.
 
     The bound alpha belongs to one object, over everything it will ever see: keep one per node and calibration, or
-    divide alpha among several. An object holds a few hundred numbers and can be pickled.
+    divide alpha among several. An object can be pickled.
 
     Args:
         law: Law of honest noise, and of its larger versions.
@@ -173,12 +154,12 @@ class SequentialTest:
         effect: float,
         named: Mapping[str, NoiseLaw] = MappingProxyType({}),
     ) -> None:
-        _check_rates(law, alpha, beta, effect)
+        _refuse_rates(law, alpha, beta, effect)
         self.law, self.named = law, dict(named)
         self.spread = spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
         junk = law.junk_multiple
-        self._multiples_M = multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
+        self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count, names = self._multiples_M.size, len(self.named)
@@ -187,7 +168,7 @@ class SequentialTest:
         self._log_named_A = np.full(names, math.log(NAMED_WEIGHT / max(names, 1)))
         # All paths stand in one row: honest [H], cheats [J·K], named [A].
         self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
-        self._log_path = self._prior()
+        self._log_path = self.prior
         self._log_e_max = 0.0
         self._n = 0
         self._gross = 0
@@ -212,7 +193,7 @@ class SequentialTest:
     def simulated(
         self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Return what would become of R new nodes with C residuals each; this object keeps its state.
+        """Return the verdicts on R new nodes with C residuals each; this object keeps its state.
 
         Args:
             values_RC: Residuals in the order in which they are checked.
@@ -242,10 +223,10 @@ class SequentialTest:
         accused_RC: npt.NDArray[np.bool_],
         honest_RA: npt.NDArray[np.bool_],
     ) -> None:
-        """Write what becomes of nodes whose residuals stand in a table, each until it is accused."""
+        """Write the verdicts of nodes whose residuals stand in a table, each until it is accused."""
         first, needed = self._columns[0], -math.log(self.alpha)
         left_R = np.arange(len(which_RC))
-        path = np.tile(self._prior(), (left_R.size, 1))
+        path = np.tile(self.prior, (left_R.size, 1))
         for column in range(which_RC.shape[1]):
             path += steps_U[which_RC[left_R, column]]
             # A sum is at most its largest term times their number, so most e-values need not be computed.
@@ -261,17 +242,23 @@ class SequentialTest:
                 clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
                 honest_RA[left_R, asked] = clear
 
-    def paths(self, values: npt.ArrayLike) -> Paths:
-        """Return what residuals add to the sums of the e-value, for simulations of many nodes at a time."""
-        return Paths(self._prior(), self._steps(self.law.magnitudes(values)), int(self._columns[0]))
-
-    def _prior(self) -> FloatArray:
-        """Return the logarithms of the weights with which all paths begin."""
+    @property
+    def prior(self) -> FloatArray:
+        """The logarithms of the weights with which all paths begin: the honest ones first, then the cheats'."""
         cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
         return np.concatenate([self._log_honest_H, cheats_JK.ravel(), self._log_named_A])
 
+    @property
+    def honest_paths(self) -> int:
+        """Number of paths of honest noise. E is Σ exp over the other paths, over Σ exp over these."""
+        return int(self._columns[0])
+
+    def steps(self, values: npt.ArrayLike) -> FloatArray:
+        """Return what each residual adds to every path, for simulations of many nodes at a time."""
+        return self._steps(self.law.magnitudes(values))
+
     def _steps(self, size_N: FloatArray) -> FloatArray:
-        """Return what every value adds to every path, as logarithms over the density of the law, [N, H + J·K + A]."""
+        """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K + A]."""
         base_N = self.law.log_density(size_N, 1.0)
         shares_P1 = np.array(SHARES)[:-1, None]
         honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
@@ -327,7 +314,7 @@ class SequentialTest:
 
     @property
     def verdict(self) -> Verdict:
-        """``honest``, ``fraud`` or ``undecided``, by the rule of `SequentialResult.verdict`."""
+        """Verdict by :func:`decide`."""
         return self.result.verdict
 
     @property
@@ -335,10 +322,8 @@ class SequentialTest:
         """The verdict with every number it rests on."""
         evidence = self._evidence(self._log_path, self._n)
         weakest = min(evidence, key=lambda name: evidence[name])
-        fraud = self._log_e_max >= -math.log(self.alpha)
-        honest = evidence[weakest] >= -math.log(self.beta)
         return SequentialResult(
-            verdict="fraud" if fraud else "honest" if honest else "undecided",
+            verdict=decide(self._log_e_max, evidence[weakest], alpha=self.alpha, beta=self.beta),
             n=self._n,
             log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
             log_e_max=self._log_e_max,
@@ -364,7 +349,7 @@ class SequentialTest:
         return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
 
 
-def _check_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
+def _refuse_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
     if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
         raise UsageError(
             f"alpha {alpha}, beta {beta}, effect {effect}",

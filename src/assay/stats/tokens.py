@@ -1,15 +1,13 @@
-"""Laws of sampled tokens: how likely a claimed token is where the scores of two engines differ by a little.
+"""Laws of sampled tokens: the chance of a claimed token where the scores of two engines differ by a little.
 
-With seeded noise the token of every step is the argmax of scores that a verifier computes again. Its *gap* is the least
-change of scores, in units of the logits, with which the claimed token wins: 0 where both engines agree. Where their
-scores differ at the scale σ, a token v is taken with the probability
+    p_σ(v) = exp(−gap_v/σ) / Σ_w exp(−gap_w/σ)
 
-    p_σ(v) = exp(−gap_v/σ) / Σ_w exp(−gap_w/σ),
-
-which is exact for differences with Gumbel's law and sums to 1 over the vocabulary whatever the truth is. The *profile*
-of a claimed token is its log p_σ on a fixed grid of σ, with the logarithm of 1/V beside it: the law of a token that has
-nothing to do with the scores. An honest law is a mixture over that grid, so every law, every larger noise and every
-share of it is one vector of weights.
+With seeded noise the token of every step is the argmax of scores that a verifier computes again. The *gap* of a token
+is the least change of scores, in units of the logits, with which it wins: 0 where both engines agree. p_σ is the chance
+of token v where scores differ at the scale σ. It is exact for differences with Gumbel's law, and sums to 1 over the
+vocabulary for any gaps. The *profile* of a claimed token is its log p_σ on a fixed grid of σ, and ln 1/V: the law of a
+token that does not depend on the scores. An honest law is a mixture over that grid. So every law, every larger noise
+and every share of it is one vector of weights.
 
 Suffixes: N tokens, G columns of a profile, C scales.
 """
@@ -37,14 +35,13 @@ LEAST_LOG = -6e4
 """Logarithm of the smallest probability of a profile, which float16 holds."""
 
 UNSEEN = 3.0
-"""Tokens that a fitted law adds in places where it saw no token: what is in none of n tokens may be in 3/n of them."""
+"""Tokens that a fitted law adds, spread over all columns: what none of n tokens shows may be in 3/n of them."""
 
 LEAST_STRAY = 1e-6
-"""Least share of tokens that have nothing to do with the scores."""
+"""Least share of tokens that do not depend on the scores."""
 
 BETWEEN = (0.2, 0.4, 0.7, 1.1)
-"""Spreads of ln scale between clusters among which honest ones choose; none is not among them, as an odd response is in
-no small sample."""
+"""Spreads of ln scale between clusters that a fit chooses from; not zero, as no small sample holds an odd response."""
 
 CLUSTER_DOF = 4.0
 """Degrees of freedom of the law of the scales of clusters."""
@@ -62,7 +59,7 @@ _CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
 
 @dataclass(frozen=True, slots=True)
 class TokenNoise:
-    """The law of claimed tokens: weights of the scales in :data:`SCALES`, and of tokens from nowhere.
+    """The law of claimed tokens: weights of the scales in :data:`SCALES`, and of tokens that ignore the scores.
 
     Args:
         weights: Weight of every column of a profile; they sum to 1.
@@ -84,10 +81,7 @@ class TokenNoise:
 
     @property
     def size(self) -> float:
-        """The scale that nine tenths of the differences do not exceed, in units of the logits.
-
-        How far the smaller ones go down is not to be seen: no token flips there.
-        """
+        """The scale that nine tenths of the differences do not exceed, in units of the logits."""
         within = np.cumsum(self.weights[:-1])
         return float(SCALES[int(np.searchsorted(within, 0.9 * within[-1]))])
 
@@ -103,14 +97,14 @@ class TokenNoise:
     def weights_at(self, logs_C: FloatArray) -> FloatArray:
         """Return the weights of the law with all its scales multiplied by exp(logs), [G, C]."""
         own = np.array(self.weights)
-        return np.stack([shifts(float(log)) @ own for log in logs_C], axis=1)
+        return np.stack([shift_matrix(float(log)) @ own for log in logs_C], axis=1)
 
     def log_likelihoods(self, profiles_NG: FloatArray, logs_C: FloatArray) -> FloatArray:
         """Return the log-probability of tokens under the law with its scales multiplied by exp(logs), [N, C]."""
         return np.asarray(np.log(np.exp(profiles_NG) @ self.weights_at(logs_C)), dtype=np.float64)
 
 
-def shifts(log: float) -> FloatArray:
+def shift_matrix(log: float) -> FloatArray:
     """Return the matrix [G, G] that takes weights to those of the law with all scales multiplied by exp(log).
 
     A scale between two of the grid is a mixture of these. What leaves the grid stays at its end.
@@ -139,10 +133,10 @@ def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray
     own_N = gaps[np.arange(len(gaps)), tokens]
     logs = [-own_N / scale - special.logsumexp(-gaps / scale, axis=1) for scale in SCALES]
     stray = np.full(len(gaps), -math.log(gaps.shape[1]))
-    return stored(np.column_stack([*logs, stray]))
+    return round_profiles(np.column_stack([*logs, stray]))
 
 
-def stored(profiles_NG: npt.ArrayLike) -> FloatArray:
+def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
     """Return profiles as they are stored: not below :data:`LEAST_LOG`, and rounded to float16."""
     rounded = np.maximum(np.asarray(profiles_NG, dtype=np.float64), LEAST_LOG).astype(np.float16)
     return rounded.astype(np.float64)
@@ -168,9 +162,8 @@ class TokenFit:
 def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz 1956), with EM.
 
-    The weights are fitted for every spread between clusters in :data:`BETWEEN`; the largest spread counts that is not
-    half a natural logarithm less likely than the best. What a sample does not show is not taken for absent:
-    :data:`UNSEEN` tokens are added, spread over all columns.
+    The weights are fitted for every spread between clusters in :data:`BETWEEN`. The largest spread is taken whose
+    log-likelihood is within `INDIFFERENT` of the best. :data:`UNSEEN` tokens are added.
 
     Args:
         clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says nothing.
@@ -228,11 +221,11 @@ def _likeliest(
 ) -> tuple[FloatArray, float]:
     """Return the likeliest weights for one spread between clusters, and the logarithm of their likelihood.
 
-    The search begins at ``weights``, of which no one is 0. EM by itself takes thousands of rounds here, and ends far
-    from the likeliest law where it is stopped before: its rounds are extrapolated (SQUAREM, Varadhan and Roland 2008).
+    The search begins at ``weights``, none of which is 0. EM alone takes thousands of rounds here, so its rounds are
+    extrapolated (SQUAREM, Varadhan and Roland 2008).
     """
     steps, weight_U = cluster_scales(between)
-    moved = [chances_NG @ shifts(step * STEP) for step in steps]
+    moved = [chances_NG @ shift_matrix(step * STEP) for step in steps]
     sizes = np.diff([*starts, len(chances_NG)])
 
     def improved(given: FloatArray) -> tuple[FloatArray, float]:

@@ -14,7 +14,7 @@ import pytest
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.poc import Build, verify
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
 from assay.poc.verdict.ledger_entries import FAULTY, name_reasons
@@ -199,7 +199,7 @@ def test_a_life_has_one_error_rate(tmp_path):
 
 
 def test_what_is_no_ledger_stays_as_it_is(tmp_path):
-    Database(tmp_path).close()
+    open_database(tmp_path).close()
     service = tmp_path / "service.sqlite3"
     before = service.read_bytes()
     text = tmp_path / "notes.txt"

@@ -23,7 +23,7 @@ from scipy import stats as distributions
 
 from assay import stats
 from assay.errors import UsageError
-from assay.stats.chord import RANDOM_HEAD_ROWS, noise_band, rate_standard_error
+from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
 
 CONFIDENCE = 0.95
 
@@ -77,8 +77,10 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
     n = distributions.hmean(checked)
     if not 0 < common < 1:  # nothing varies, so every spread but zero is beyond chance
         return Spread(rates, max(rates) - min(rates), 0.0, 0.0, 0.0, 1.0)
-    low, high = noise_band(common, round(n), len(rates), CONFIDENCE)
     nonce_error = rate_standard_error(common, round(n))
+    # The range of normals with a known standard deviation: a studentized one with infinitely many degrees of freedom.
+    ends = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    low, high = (nonce_error * float(distributions.studentized_range.ppf(q, len(rates), math.inf)) for q in ends)
     law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=width or math.inf)
     error = math.hypot(nonce_error, law.rate_error(stats.r_target_for(common, law.dimension)))
     value, factor = max(rates) - min(rates), error / nonce_error

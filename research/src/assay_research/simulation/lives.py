@@ -128,14 +128,14 @@ class SizeEvidence:
     """
 
     def __init__(self, noise: Noise, sizes_A: FloatArray) -> None:
-        paths = sequential_test(noise).paths(sizes_A)
+        test = sequential_test(noise)
+        steps, self.honest = test.steps(sizes_A), test.honest_paths
         # Paths that fall fastest under honest noise come last, so that the dropped ones need not be visited.
         width_A = np.ones(sizes_A.size) if isinstance(noise.law, stats.LogNoise) else sizes_A
-        fall_P = (np.exp(noise.law.log_density(sizes_A, 1.0)) * width_A) @ paths.steps
-        order = np.concatenate([np.arange(paths.honest), paths.honest + np.argsort(-fall_P[paths.honest :])])
-        self.honest = paths.honest
-        self.prior_P = np.exp(paths.prior[order])
-        self.factor_AP = np.exp(paths.steps[:, order]).astype(np.float32, order="C")
+        fall_P = (np.exp(noise.law.log_density(sizes_A, 1.0)) * width_A) @ steps
+        order = np.concatenate([np.arange(self.honest), self.honest + np.argsort(-fall_P[self.honest :])])
+        self.prior_P = np.exp(test.prior[order])
+        self.factor_AP = np.exp(steps[:, order]).astype(np.float32, order="C")
 
 
 class ManyLives:

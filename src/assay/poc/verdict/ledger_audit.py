@@ -35,8 +35,8 @@ from assay.poc.verdict.ledger_entries import (
     find_excluded,
     sha256,
 )
-from assay.poc.verdict.life import decide
 from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
+from assay.stats.sequential import decide
 
 AT_ONCE = 256  # rows that are read at a time
 MOST_LAWS = 1024  # laws that are kept in memory

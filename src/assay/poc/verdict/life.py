@@ -26,7 +26,7 @@ from assay import stats
 from assay.errors import DataError
 from assay.files.jsonl import dumps
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks, ResponseTest, new_test
-from assay.stats.sequential import Verdict
+from assay.stats.sequential import Verdict, decide
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
@@ -44,8 +44,7 @@ class Evidence:
     """What a life says after its last residual.
 
     Args:
-        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
-            else ``undecided``.
+        verdict: Verdict by :func:`assay.stats.sequential.decide`.
         n: Number of residuals that count.
         tests: Number of tests that have begun.
         log_e_value: Natural logarithm of the e-value: the weighted average over the tests.
@@ -181,13 +180,6 @@ class LifeTest:
 def error_share(number: int) -> float:
     """Return the share of the error rates that a test has: .9 for k = 1, else .1/(k(k − 1)); all shares sum to 1."""
     return FIRST_WEIGHT if number == 1 else (1 - FIRST_WEIGHT) / (number * (number - 1))
-
-
-def decide(log_e: float, log_evidence_honest: float, *, alpha: float, beta: float) -> Verdict:
-    """Return the verdict that two numbers give: fraud first, then honest, else undecided."""
-    if log_e >= -math.log(alpha):
-        return "fraud"
-    return "honest" if log_evidence_honest >= -math.log(beta) else "undecided"
 
 
 def log_average(tests: Sequence[tuple[float, float]]) -> float:

@@ -35,7 +35,7 @@ from assay.poc.verdict.noise import (
 )
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import Spread
-from assay.stats.sequential import Verdict
+from assay.stats.sequential import Verdict, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
 KIND = "responses"
@@ -223,8 +223,7 @@ class ResponseResult:
     """All numbers behind a verdict on responses; the logarithms are natural ones.
 
     Args:
-        verdict: ``fraud`` when ``log_e_max`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
-            else ``undecided``.
+        verdict: Verdict by :func:`assay.stats.sequential.decide`.
         n: Number of blocks of 32 tokens.
         responses: Number of responses.
         log_e_value: Logarithm of the average of the e-values of tokens and sketches.
@@ -281,10 +280,8 @@ class ResponseTest:
         """The verdict with every number that it rests on."""
         tokens, sketches = self.tokens.result, self.sketches.result
         evidence = min((part.log_evidence_honest for part in (tokens, sketches) if part.n), default=0.0)
-        fraud = self._log_e_max >= -math.log(self.alpha)
-        honest = evidence >= -math.log(self.beta)
         return ResponseResult(
-            verdict="fraud" if fraud else "honest" if honest else "undecided",
+            verdict=decide(self._log_e_max, evidence, alpha=self.alpha, beta=self.beta),
             n=self._n,
             responses=self._responses,
             log_e_value=self._log_e,

@@ -1,12 +1,89 @@
+"""Shares, ranks and their intervals: the binomial test, AUROC, and what resampling of groups covers."""
+
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 from assay.errors import UsageError
-from assay.stats import auroc, group_bootstrap, grouped_share_interval, proportion_interval
-from assay.stats.rates import grouped_proportion_interval
+from assay.stats import auroc, count_test, group_bootstrap, grouped_share_interval, proportion_interval
+from assay.stats.rates import grouped_proportion_interval, paired_accuracy
+
+
+# Smallest number of mismatches that convicts, computed from the binomial tail.
+@pytest.mark.parametrize(
+    ("n", "p_mismatch", "alpha", "critical"),
+    [(200, 5e-4, 0.01, 2), (32, 5e-4, 0.01, 2), (200, 1e-3, 0.01, 3), (10, 1e-3, 0.01, 1), (200, 0.1, 0.05, 28)],
+)
+def test_critical_counts(n, p_mismatch, alpha, critical):
+    assert count_test(critical, n, p_mismatch, alpha).fraud
+    assert not count_test(critical - 1, n, p_mismatch, alpha).fraud
+
+
+def test_p_value_is_the_binomial_tail():
+    tail = 1 - sum(math.comb(5, k) * 0.02**k * 0.98 ** (5 - k) for k in range(2))
+    assert count_test(2, 5, 0.02, 0.01).p_value == pytest.approx(tail, rel=1e-9)
+
+
+def test_nothing_checked_is_no_evidence():
+    result = count_test(0, 0, 5e-4, 0.01)
+    assert (result.p_value, result.fraud) == (1.0, False)
+
+
+def test_certain_mismatch_never_convicts():
+    assert not count_test(7, 7, 1.0, 0.01).fraud
+
+
+@pytest.mark.parametrize("arguments", [(3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1), (1, 2, 0.1, math.nan)])
+def test_refuses_impossible_arguments(arguments):
+    with pytest.raises(UsageError):
+        count_test(*arguments)
+
+
+def test_interval_with_no_successes_is_the_rule_of_three():
+    low, high = proportion_interval(0, 300, 0.9)
+    assert low == 0.0
+    assert high == pytest.approx(1 - 0.05 ** (1 / 300), rel=1e-6)
+
+
+def test_interval_of_nothing_is_everything():
+    assert proportion_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(UsageError):
+        proportion_interval(1, 0)
+
+
+SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
+
+
+@given(SCORES, SCORES)
+def test_auroc_is_the_share_of_ordered_pairs(positive, negative):
+    wins = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert auroc(positive, negative) == pytest.approx(np.mean(wins))
+
+
+@given(SCORES, SCORES)
+def test_auroc_of_the_swapped_sides_is_the_rest(positive, negative):
+    assert auroc(positive, negative) + auroc(negative, positive) == pytest.approx(1)
+
+
+def test_paired_accuracy_counts_ties_as_half():
+    assert paired_accuracy([1, 2, 3, 4], [0, 2, 4, 1]) == (1 + 0.5 + 0 + 1) / 4
+
+
+def test_paired_accuracy_needs_pairs():
+    with pytest.raises(UsageError, match="2 positive and 1 negative"):
+        paired_accuracy([1, 2], [1])
+
+
+@pytest.mark.parametrize("function", [auroc, paired_accuracy])
+@pytest.mark.parametrize("bad", [[], [math.nan, 1.0], [math.inf, 1.0], [[1.0, 2.0]]])
+def test_refuses_missing_scores(function, bad):
+    with pytest.raises(UsageError, match="finite"):
+        function(bad, [1.0, 2.0])
+    with pytest.raises(UsageError, match="finite"):
+        function([1.0, 2.0], bad)
 
 
 def mean(values):
@@ -42,24 +119,18 @@ def test_pairs_stay_paired_across_samples():
     assert (interval.low, interval.high) == (1.0, 1.0)
 
 
-def test_interval_covers_the_truth_when_rows_of_a_group_are_alike():
+def test_interval_covers_the_truth_when_rows_of_a_group_are_alike(fewer):
     rng = np.random.default_rng(0)
-    covered = naive = 0
-    for trial in range(200):
+    covered, naive, trials = 0, 0, 200 // fewer
+    for trial in range(trials):
         values = np.repeat(rng.normal(size=25), 4) + rng.normal(scale=0.1, size=100)
         groups = np.repeat(np.arange(25), 4).tolist()
         whole = group_bootstrap(mean, [values], [groups], n_resamples=200, seed=trial)
         single = group_bootstrap(mean, [values], [list(range(100))], n_resamples=200, seed=trial)
         covered += whole.low <= 0 <= whole.high
         naive += single.low <= 0 <= single.high
-    assert covered / 200 > 0.87
-    assert naive / 200 < 0.75
-
-
-def test_rows_may_be_vectors():
-    rows = np.arange(24.0).reshape(8, 3)
-    interval = group_bootstrap(lambda x: float(x[:, 0].mean()), [rows], [list("aabbccdd")], n_resamples=50)
-    assert interval.low <= interval.value <= interval.high
+    assert covered / trials > 0.87
+    assert naive / trials < 0.75
 
 
 def test_a_draw_that_leaves_a_sample_empty_is_drawn_again():
@@ -156,32 +227,18 @@ RATES = {
 
 @pytest.mark.parametrize("machines", [4, 7])
 @pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
-def test_interval_of_shares_covers_the_mean_of_machines(rates, machines: int):
+def test_interval_of_shares_covers_the_mean_of_machines(rates, machines: int, fewer: int):
     truth = rates(np.random.default_rng(1), 1_000_000).mean()
-    seen = rates(np.random.default_rng(2), (200, machines))
+    seen = rates(np.random.default_rng(2), (200, machines))[: 200 // fewer]
     intervals = [grouped_share_interval(row, range(machines)) for row in seen]
     assert np.mean([low <= truth <= high for low, high in intervals]) >= 0.95
 
 
-@pytest.mark.parametrize("machines", [4, 7])
-def test_other_intervals_of_shares_do_not_cover_the_mean_of_machines(machines: int):
-    """Why it is not the bootstrap, which it was, nor Student's t over machines."""
-    rates = RATES["one machine of ten is accused"]
-    seen = rates(np.random.default_rng(2), (200, machines))
-    truth, some = 0.005, seen[seen.any(axis=1)]  # where none is accused both have no width
-    drawn = [group_bootstrap(mean, [row], [range(machines)], n_resamples=200) for row in some]
-    half = stats.t.ppf(0.975, machines - 1) * seen.std(axis=1, ddof=1) / math.sqrt(machines)
-    assert sum(one.low <= truth <= one.high for one in drawn) / len(seen) < 0.6
-    assert np.mean(np.abs(seen.mean(axis=1) - truth) <= half) < 0.6
-
-
-@pytest.mark.parametrize(
-    ("shares", "labels"), [([0.02, 0.02, 0.02], "abc"), ([0.0, 0.02, 0.02, 0.0], "aabb"), ([0.1] * 21, "abc" * 7)]
-)
-def test_groups_that_happen_to_have_one_share_leave_it_unknown(shares, labels):
-    low, high = grouped_share_interval(shares, labels)
-    assert low < np.mean(shares) < high
-    assert high - low > 0.1
+def test_a_bootstrap_does_not_cover_the_mean_of_machines():
+    """Why :func:`grouped_share_interval` is none."""
+    seen = RATES["one machine of ten is accused"](np.random.default_rng(2), (60, 7))
+    drawn = [group_bootstrap(mean, [row], [range(7)], n_resamples=100) for row in seen if row.any()]
+    assert sum(one.low <= 0.005 <= one.high for one in drawn) / len(seen) < 0.6
 
 
 @pytest.mark.parametrize(("shares", "labels"), [([0.5, 0.5], ["a"]), ([0.5, 1.5], ["a", "b"]), ([math.nan], ["a"])])
