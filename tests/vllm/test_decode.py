@@ -114,17 +114,6 @@ def test_prompts_and_tokens_that_do_not_fit_are_refused_before_they_run(engine):
     assert "--max-model-len" in raised.value.do
 
 
-def test_drafts_are_refused_by_name():
-    from assay.poc.vllm.engine import VLLMEngine
-
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    options = {"enforce_eager": True, "max_model_len": 160, "speculative_config": drafts}
-    options |= SMALL_ENGINE
-    made = VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=PROMPT, **options)
-    with made as engine, pytest.raises(UsageError, match="speculative"):
-        proof_of(engine.model, engine, 4)
-
-
 # The plugin of a server
 
 
@@ -188,15 +177,3 @@ def test_what_does_not_fit_the_server_is_refused_before_it_runs(server):
     long = job_of(4)
     long["params"]["preset"] = "decode-1024"
     assert server.post("/generate", long).status_code == 422
-
-
-def test_a_server_in_bfloat16_decodes_what_transformers_replay_and_judges_theirs(tmp_path):
-    options = SMALL | {"--dtype": "bfloat16"}
-    with ForkedServer(tmp_path, options=options, environment={"ASSAY_SEQ_LEN": str(PROMPT)}) as running:
-        made = running.post("/generate", job_of(16)).json()["artifacts"]
-        judged(running, "bfloat16")
-    tokens = np.stack([np.frombuffer(one, "<u4") for one in tokens_of(made)])
-    model = load_model("reference:qwen3", dtype="bfloat16", device="cpu")
-    engine, round = HFEngine(model, batch_size=8, seq_len=PROMPT), make_round(PRESET, seq_len=PROMPT)
-    batches = list(engine.replayed(round, poc.get_pipeline(PRESET), range(16), tokens))
-    assert np.mean(np.concatenate([batch.margins for batch in batches]) == 0) > 0.95

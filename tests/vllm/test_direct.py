@@ -190,26 +190,3 @@ def test_the_documented_commands_serve_chat_and_prove(server):
         server.post("/stop").raise_for_status()
     finally:
         receiver.close()
-
-
-@pytest.mark.parametrize("end", ["kill", "stop"])
-def test_a_round_goes_on_after_sigkill_and_sigterm(server, honest, end: str):
-    """Nothing is lost and nothing doubled; the values are those of transformers."""
-    block = f"direct-{end}"
-    server.begin(block)
-    server.wait_for(48)
-    getattr(server, end)()
-    server.start()
-    before = server.checked()
-    assert before >= 48
-    server.wait_for(before + 48)
-    assert server.get("/engine").json()["direct"]["nonces"] >= 48
-    server.post("/stop").raise_for_status()
-    page = server.get("/status", after=-1, limit=10_000).json()
-    nonces, distances = page["valid_nonces"], page["valid_distances"]
-    assert nonces == list(range(len(nonces)))
-    round = poc.Round(block_hash=block, public_key="node", block_height=1, seq_len=SEQ_LEN, r_target=2.0)
-    theirs = [record.distance for record in poc.prove(honest, round, nonces, batch_size=8).records]
-    apart = np.abs(np.array(distances) - np.array(theirs))  # of bfloat16 from float32; other nonces are 0.04 away
-    assert np.median(apart) <= 5e-4
-    assert apart.max() <= 1e-2

@@ -7,11 +7,8 @@ import pytest
 from _vllm_forked import ForkedServer
 
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
-from tests.vllm.receiver import Receiver
-from tests.vllm.test_exclusive import stored
 from tests.vllm.test_nodes import check_chat
-from tests.vllm.test_server import make, proved
-from tests.waiting import until
+from tests.vllm.test_server import make
 
 pytestmark = pytest.mark.skipif(ONE_GPU, reason="two engines need two GPUs")
 
@@ -55,22 +52,3 @@ def test_nonces_run_on_both_engines_and_are_those_of_transformers(server, honest
 
 def test_chat_on_both_engines_is_the_same_beside_nonces(server):
     check_chat(server, 24)
-
-
-def test_nothing_is_lost_and_nothing_doubled_by_sigkill_and_sigterm(server):
-    receiver = Receiver()
-    try:
-        server.begin("ended", url=receiver.url)
-        reached = server.wait_for(32)
-        server.kill()
-        server.start()
-        reached = server.wait_for(reached + 32)
-        assert server.stop(grace=240.0) == 0, server.tail()
-        server.start()
-        assert server.get("/status").json()["state"] == "GENERATING"
-        server.wait_for(reached + 32)
-        server.post("/stop").raise_for_status()
-        until(lambda: receiver.nonces("ended") == proved(server), 240)
-        assert stored(server, "ended") == list(range(len(receiver.nonces("ended"))))
-    finally:
-        receiver.close()

@@ -1,19 +1,146 @@
-"""A server whose clients hang up, whose rounds are stopped and whose cache is too small: nothing of it stays."""
+"""A vLLM server whose clients leave, whose rounds are stopped and whose cache is too small, and what is left of it.
 
+Rounds run one after the other, those with odd numbers as requests only, and each is stopped in its middle, which aborts
+the nonces inside. Beside them clients chat, and part of them hang up while they are answered. The cache has blocks for
+few of them, so vLLM preempts. The figures in research/results/vllm_leaks.json are those of ten thousand nonces.
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+from _vllm import chat_once
+from _vllm_forked import ForkedServer
 
 from tests.vllm.conftest import ON_GPU
-from tests.vllm.leaks import left_behind, look, measured, rounds, strained
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="the cache is too small for the blocks of a GPU's kernels")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU, reason="the cache is too small for the blocks of a GPU's kernels"),
+]
+
+SEQ_LEN = 32
+OPTIONS = {
+    "--block-size": "32",
+    "--num-gpu-blocks-override": "16",
+    "--max-model-len": "256",
+    "--max-num-batched-tokens": "80",  # two nonces and a half: nonces are cut into chunks
+    "--max-num-seqs": "16",
+}
+ENVIRONMENT = {
+    "ASSAY_SEQ_LEN": str(SEQ_LEN),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "ASSAY_VLLM_SHARE": "1",
+    "ASSAY_VLLM_CHAT_IN_FLIGHT": "8",
+    "ASSAY_VLLM_QUIET": "0.2",
+}
+VISITORS = 8
+LEAVING = 0.5  # part of the chat requests whose client hangs up
+
+
+class Visitors:
+    """Clients that chat until they are told to go, from a thread of their own."""
+
+    def __init__(self, url, seed):
+        self.seen, self.fullest = Counter(), 0.0
+        self._url, self._random, self._going = url, random.Random(seed), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._going.set()
+        self._thread.join()
+
+    async def _all(self):
+        await asyncio.gather(*(self._one(index) for index in range(VISITORS)))
+
+    async def _one(self, index):
+        while not self._going.is_set():
+            index += VISITORS
+            async with httpx.AsyncClient(base_url=self._url, timeout=120.0) as client:
+                tokens = self._random.randrange(32, 224)
+                answer = asyncio.ensure_future(chat_once(client, index, tokens=tokens))
+                if self._random.random() < LEAVING:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(answer, self._random.uniform(0.01, 0.8))
+                    self.seen["left" if answer.cancelled() else "answered"] += 1
+                else:
+                    self.seen["answered" if (await answer)["status"] == 200 else "refused"] += 1
+            await asyncio.sleep(self._random.uniform(0.0, 1.5))
+
+
+def measured(server, name):
+    """Return the sum of a metric of vLLM."""
+    found = re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", server.client.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def look(server):
+    """Return what an idle server holds."""
+    held = server.idle_counts()
+    # vLLM says how full its cache is at the end of a step only.
+    server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x = ", "max_tokens": 1}).raise_for_status()
+    processes = {"server": psutil.Process(server.process.pid)}
+    processes |= {f"child {place}": child for place, child in enumerate(server._children())}
+    return {
+        "rows": sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in held["workers"]),
+        "errors": sum(worker["errors"] for worker in held["workers"]),
+        "requests": held["chat"] + held["nonces"] + measured(server, "num_requests_(?:running|waiting)"),
+        "cache_used": measured(server, "kv_cache_usage_perc"),
+        "descriptors": {name: descriptors(process) for name, process in processes.items()},
+        "threads": {name: process.num_threads() for name, process in processes.items()},
+        "mib": {name: process.memory_info().rss >> 20 for name, process in processes.items()},
+    }
+
+
+def descriptors(process):
+    """Return the number of open file descriptors of a process, those of the database by themselves."""
+    found = Counter({"other": 0})
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            found["database" if "service.sqlite3" in str(descriptor.readlink()) else "other"] += 1
+    return dict(found)
+
+
+def rounds(server, seed, first, until, deadline):
+    """Run rounds until so many nonces are on disk; return the next number, the nonces, and what visitors saw."""
+    chosen, number, done = random.Random(seed), first, 0
+    with Visitors(server.url, seed) as visitors:
+        while done < until and time.monotonic() < deadline:
+            server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
+            server.begin(f"round-{number}", seq_len=SEQ_LEN, batch_size=chosen.choice((1, 8, 32)))
+            server.wait_for(chosen.randrange(50, 400))
+            time.sleep(chosen.uniform(0.0, 0.3))
+            visitors.fullest = max(visitors.fullest, measured(server, "kv_cache_usage_perc"))
+            server.post("/stop").raise_for_status()
+            done += server.checked()
+            number += 1
+    return number, done, visitors
+
+
+def left_behind(before, after):
+    """Return what an idle server holds at the end, by name: nothing if nothing leaks."""
+    found = {name: after[name] for name in ("rows", "errors", "requests", "cache_used") if after[name]}
+    for name, count in before["descriptors"].items():
+        if after["descriptors"][name]["other"] > count["other"]:
+            found[f"descriptors of {name}"] = after["descriptors"][name]["other"] - count["other"]
+    return found
 
 
 def test_no_row_no_block_and_no_descriptor_is_left_and_chat_goes_on(tmp_path: Path):
     deadline = time.monotonic() + 600
-    with strained(tmp_path) as server:
+    with ForkedServer(tmp_path, options=OPTIONS, environment=ENVIRONMENT) as server:
         number, done, first = rounds(server, 20, 0, 200, deadline)
         before = look(server)
         _, later, rest = rounds(server, 21, number, 400, deadline)

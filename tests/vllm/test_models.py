@@ -14,11 +14,10 @@ import pytest
 from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay import poc
-from assay.errors import AssayError
 from assay.models import load_model
 from tests.models.storing import make_hybrid
 from tests.vllm import states
-from tests.vllm.conftest import ON_GPU, SEQ_LEN, make_round
+from tests.vllm.conftest import ON_GPU, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
 
 pytestmark = [
@@ -26,11 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("forked_engines"),
 ]
 
-REFUSED = {
-    "Jamba": "vLLM with JambaForCausalLM on cpu",
-    "Qwen3-Next in float32": "vLLM with Qwen3NextForCausalLM and --dtype float32 on cpu",
-    "LFM2 by vLLM's own rotation": '"-rotary_embedding"',
-}
+
 LONG = 192
 """Positions of a nonce with state: more than a block of the cache, so that its state is kept where the block ends."""
 
@@ -112,22 +107,3 @@ def test_a_checkpoint_that_reads_images_is_honest_as_text_on_both_engines(tmp_pa
         assert found["cheat_on_vllm"] == "fraud", found
         assert found["residual_median"] < found["cheat_median"] / 2
         assert found["beside_the_scheduler"]["nonces"] > 0
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_was_not_run_with_state_is_refused_before_an_engine_is_loaded(case: str, tmp_path: Path, monkeypatch):
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from assay.poc.vllm.engine import VLLMEngine
-
-    def started(*args: object, **kwargs: object) -> None:
-        raise AssertionError("an engine was loaded")
-
-    monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
-    kind = {"Jamba": "jamba", "Qwen3-Next in float32": "qwen3_next"}.get(case, "lfm2")
-    path = make_hybrid(kind, tmp_path / kind)
-    with pytest.raises(AssayError) as refusal:
-        VLLMEngine(str(path), dtype="float32", seq_len=SEQ_LEN, enforce_eager=True, max_model_len=256)
-    assert REFUSED[case] in str(refusal.value)
-    assert refusal.value.wanted
-    assert refusal.value.do

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import os
-import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import prefill as _vllm_prefill
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explained_start, fit_machine
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explained_start
 from assay.poc.vllm.plugin import plugin
 from assay.poc.vllm.prefill import VLLMPrefill
 from assay.poc.vllm.rows import Spec
@@ -103,27 +102,6 @@ def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     client = _client.Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
     asyncio.run(client.install())
     assert client.description["device"] == named
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "words"),
-    [
-        (ValueError("no such option"), UsageError, "options of vLLM: no such option"),
-        (KeyError("rope_type"), ModelError, "vLLM does not start: KeyError: 'rope_type'"),
-    ],
-)
-def test_what_vllm_cannot_read_is_named(error: Exception, kind, words: str, monkeypatch: pytest.MonkeyPatch):
-    def fail() -> None:
-        raise error
-
-    known = {
-        "vllm": {"AsyncEngineArgs": lambda **_: SimpleNamespace(create_engine_config=fail)},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
-    }
-    for name, content in known.items():
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
-    with pytest.raises(kind, match=words):
-        _engine._configured("directory", None, {})
 
 
 @pytest.mark.parametrize(
@@ -287,12 +265,6 @@ def test_an_engine_whose_workers_are_not_as_they_must_be_is_ended(
     with pytest.raises(error, match=words):
         VLLMPrefill("reference:qwen3", dtype="float32")
     assert started["engine"].ended == 1
-
-
-def test_a_share_of_the_memory_is_not_overruled_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_engine, "runs_on_cpu", lambda: True)
-    assert fit_machine("float32", {"max_num_seqs": 1}) == {"kv_cache_memory_bytes": _engine.CPU_KV_BYTES}
-    assert fit_machine("float32", {"gpu_memory_utilization": 0.3}) == {}
 
 
 @pytest.mark.parametrize("chosen", [None, "fork"])

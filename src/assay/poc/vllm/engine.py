@@ -1,4 +1,9 @@
-"""What all starts of vLLM share, for nonces and for replays: what the machine needs, and the words of a failure."""
+"""The engines that the prover, the verifier and the service use: in front of any ``AsyncLLM``, or with one of its own.
+
+What all starts of vLLM share comes first: what the machine needs, and the words of a failure.
+
+Legend of shapes: M nonces, N tokens of each.
+"""
 
 import asyncio
 import os
@@ -90,11 +95,6 @@ def explained_start() -> Iterator[None]:
             f"vLLM does not start: {reason_of(error)}"[:500], wanted="an engine", do="see its log above"
         ) from error
 
-
-# --------------------------------------------------------------------------------------------------
-# The engines that the prover, the verifier and the service use: in front of any ``AsyncLLM``, or with one of its own.
-#
-# Legend of shapes: B nonces of a batch, T positions, D hidden size.
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
 

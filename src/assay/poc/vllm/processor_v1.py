@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
 from assay import streams
-from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.response_worker import Carried, carried_by
 
@@ -107,7 +107,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         seen = {} if batch.history is None else batch.history.update([row.output for row in batch.rows])
         steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(self._device, non_blocking=True)
         seeds_N = self._streams.row_seeds(batch.words, steps_N)
-        s_NV = batch.sampler.noisy(batch.sampler.penalised(l_NV, **seen), seeds_N, in_place=True)
+        s_NV = batch.sampler.add_noise(batch.sampler.penalise(l_NV, **seen), seeds_N, in_place=True)
         return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
 
     def _made(self, height: int, vocab_size: int) -> Batch:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from assay import streams
-from assay.poc.responses.gaps import NUMBERS, Sampler, numbers_of, to_device
+from assay.poc.responses.sampler import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.response_worker import carried_by
 
@@ -110,17 +110,17 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         seen = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
         at_once = max(1, MOST_VALUES // logits.shape[1])
         if len(logits) <= at_once:
-            return sampler.noisy(sampler.penalised(logits, **seen), seeds_R, in_place=True)
+            return sampler.add_noise(sampler.penalise(logits, **seen), seeds_R, in_place=True)
         for start in range(0, len(logits), at_once):
             rows = slice(start, start + at_once)
             part = sampler.rows(torch.arange(len(logits), device=self._device)[rows])
-            l_RV = part.penalised(logits[rows], **{name: values[rows] for name, values in seen.items()})
-            logits[rows] = part.noisy(l_RV, seeds_R[rows])
+            l_RV = part.penalise(logits[rows], **{name: values[rows] for name, values in seen.items()})
+            logits[rows] = part.add_noise(l_RV, seeds_R[rows])
         return logits
 
     def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> Batch:
         biases = [self._biases[slot] for slot in slots_N]
-        sampler = Sampler.of_numbers(self._numbers_M8[slots_N], biases if any(biases) else (), vocab_size, self._device)
+        sampler = Sampler(self._numbers_M8[slots_N], vocab_size, self._device, biases=biases if any(biases) else ())
         batch = Batch(slots_N.copy(), sampler)
         if self._drafts:
             batch.words = to_device(self._words_M8[slots_N].view(np.int32), self._device)
