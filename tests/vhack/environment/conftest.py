@@ -2,9 +2,9 @@
 
 import pytest
 
-from assay.vhack.environment import backends as _backends
 from assay.vhack.environment import sandbox
-from assay.vhack.environment import server as _server
+from assay.vhack.environment import sandbox as _backends
+from assay.vhack.environment import sandbox as _server
 
 
 @pytest.fixture

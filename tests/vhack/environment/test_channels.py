@@ -1,7 +1,7 @@
 import pytest
 
 from assay.vhack.environment import Call, run
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 
 SOLVE = "def solve(x):\n    return x + 1\n"
 CASE = ((1,), 2)

@@ -4,8 +4,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.vhack.environment import Episode, episodes, tasks
-from assay.vhack.environment.channels import MARKERS
-from assay.vhack.environment.episodes import MODES
+from assay.vhack.environment.grading import MARKERS, MODES
 
 TASK = tasks(1, difficulty=2)[0]
 

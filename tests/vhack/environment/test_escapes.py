@@ -21,7 +21,7 @@ SLOW = {"huge_values", "recursion", "stopped_group"}
 """Those that end by themselves or are stopped, whichever comes first."""
 
 TOKEN = "s3cr3t-5f1c"
-BACKENDS = ["bwrap", "namespaces", "bwrap once"]
+BACKENDS = ["bwrap", "bwrap once"]
 # A wrong solution for those that bring none of their own, so that the tests have something to ask.
 WRONG = "def solve(x):\n    return x\n"
 EPISODE = Episode(tasks(1, seed=2, families=["arithmetic"], difficulty=2)[0], "none")

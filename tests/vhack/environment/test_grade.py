@@ -1,8 +1,7 @@
 import pytest
 
 from assay.vhack.environment import Episode, Limits, grade, tasks
-from assay.vhack.environment.episodes import MODES
-from assay.vhack.environment.grade import grade_many
+from assay.vhack.environment.grading import MODES, grade_many
 
 LOOPHOLES = MODES[:-1]
 SPLITS = ["training", "evaluation"]

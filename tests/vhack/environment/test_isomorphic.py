@@ -4,8 +4,7 @@ import pytest
 
 from assay.errors import BackendUnavailable
 from assay.vhack.environment import Episode, sandbox, tasks
-from assay.vhack.environment.channels import MARKERS
-from assay.vhack.environment.episodes import MODES
+from assay.vhack.environment.grading import MARKERS, MODES
 from assay.vhack.environment.isomorphic import _OTHER_MARKER, isomorphic, question_of
 
 LOOPHOLES = MODES[:-1]

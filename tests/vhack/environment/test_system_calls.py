@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import BackendUnavailable
 from assay.vhack.environment import sandbox
-from assay.vhack.environment.backends import ALLOWED, ARCHITECTURES, RESTRICTED, seccomp_filter
+from assay.vhack.environment.sandbox import ALLOWED, ARCHITECTURES, RESTRICTED, seccomp_filter
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),

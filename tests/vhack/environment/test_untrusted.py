@@ -10,10 +10,9 @@ from assay_research.hostile import UNREADABLE, hostile_report
 
 from assay.errors import BackendUnavailable
 from assay.vhack.environment import Call, Episode, Limits, grade, run, sandbox, tasks
-from assay.vhack.environment import backends as _backends
-from assay.vhack.environment import grade as _grade
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.grade import grade_many
+from assay.vhack.environment import grading as _grade
+from assay.vhack.environment import sandbox as _backends
+from assay.vhack.environment.grading import CHANNELS, grade_many
 
 TASKS = tasks(8, seed=5, difficulty=(1, 2))
 MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")
@@ -147,7 +146,7 @@ def prefix(request, monkeypatch, tmp_path):
     forget()
 
 
-@pytest.mark.parametrize("prefix", ["bwrap", "namespaces"], indirect=True)
+@pytest.mark.parametrize("prefix", ["bwrap"], indirect=True)
 def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
     program = (
         f"import os\nprint(open({str(prefix / 'lib' / 'shown.txt')!r}).read())\n"

@@ -20,12 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Unpack
 
-from assay.vhack.environment.channels import Channel
-from assay.vhack.environment.episodes import Episode
-from assay.vhack.environment.grade import answers_match
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment.grading import Channel, Episode, answers_match
+from assay.vhack.environment.sandbox import Bounds, Call, Case, run
 from assay.vhack.environment.tasks import ENTRY
-from assay.vhack.environment.types import Bounds, Call, Case
 
 VARIANTS = ("values", "order", "names", "answers")
 """Names of the variants."""

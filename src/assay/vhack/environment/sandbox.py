@@ -1,27 +1,565 @@
 """Run a program that no one has read, and learn from outside what it does.
 
-What is covered, and what is not, is in the table of docs/vhack-training.md. The verdict rests on one rule: the parent
-compares *values*, and what it compares them with never enters the sandbox. A program that returns the right values for
-hidden arguments has solved the task, by whatever means; one that prints, exits or writes on the report descriptor can
-only say things about itself, for it shares a process with the harness. Reports are bounded before they are read,
-programs before they are run, and no text of a program is parsed outside.
-
-Without a sandbox (``allow_unsandboxed``) there are only resource limits, an empty environment and the filter of system
-calls. The program then can make no process, thread, socket or signal, but it reads and writes this machine's files with
-the rights of the user, among them the memory of that user's processes by way of /proc.
+Covered: files (a read-only root and one small directory in memory), network, other processes, capabilities, system
+calls (an allow list), time, memory, output, the length of program and report.
+Not covered: faults of the kernel, and what a program says of itself. It shares a process with the harness, so a report
+is never believed: the parent compares *values*, and what it compares them with never enters the sandbox.
+Without a sandbox (``allow_unsandboxed``) only limits, an empty environment and the filter of system calls are left: the
+program reads and writes this machine's files with the rights of the user.
 """
 
+import atexit
+import csv
+import os
+import platform
 import secrets
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypedDict
 
-from assay.errors import BackendUnavailable, DataError
-from assay.files.jsonl import loads
-from assay.vhack.environment.backends import BACKENDS, available_backend, unusable
-from assay.vhack.environment.server import Ended, job_text, perform_once, server
-from assay.vhack.environment.types import Call, Limits, Outcome, Result
+from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.files.jsonl import dumps, loads
+
+Case = tuple[tuple[Any, ...], Any]
+"""Arguments and expected value of one test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        seconds: Wall clock from start to end, start of the interpreter included; CPU seconds are bounded by it too.
+        memory_mib: Address space of the one process, in MiB.
+        output_bytes: Bytes of stdout and of stderr each; a program that writes more is stopped.
+        report_bytes: Bytes of everything it returns by value.
+        disk_mib: Room in its working directory, in MiB; also the largest file.
+        program_bytes: Length of its source text in UTF-8; a longer program is not run.
+
+    Raises:
+        UsageError: A limit is not positive.
+    """
+
+    seconds: float = 5.0
+    memory_mib: int = 512
+    output_bytes: int = 65536
+    report_bytes: int = 1 << 20
+    disk_mib: int = 8
+    program_bytes: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        if not all(value > 0 for value in asdict(self).values()):
+            raise UsageError(f"{self}", wanted="positive limits", do="leave a limit out to have its default")
+
+
+class Bounds(TypedDict, total=False):
+    """How a program is run, see `run`."""
+
+    limits: Limits | None
+    allow_unsandboxed: bool
+
+
+_NOTHING: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One question to a program after it has run: a call, or with ``args`` None the value of a name.
+
+    Attributes:
+        target: A name at module level, or ``Class.method`` (the class is instantiated without arguments),
+            or ``name.attribute``.
+        args: Positional arguments, of JSON types; None reads the target instead of calling it.
+        equals: Where it is given, the answer is whether ``result == equals`` by the program's own ``==``.
+    """
+
+    target: str
+    args: tuple[Any, ...] | None = None
+    equals: Any = _NOTHING
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON form that is sent into the sandbox."""
+        asked: dict[str, Any] = {"target": self.target, "args": self.args}
+        if self.equals is not _NOTHING:
+            asked["equals"] = self.equals
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer to one `Call`.
+
+    Attributes:
+        kind: One of ``value``; ``error``, the target raised or is missing; ``opaque``, a result that is not made of
+            plain builtin values; ``none``, the program ended before it was asked.
+        value: Plain value, for ``value``. Tuples come back as lists, subclasses as the builtin value below them.
+        name: Type of the exception or of the opaque result.
+    """
+
+    kind: str
+    value: Any = None
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one run left behind, as seen by the parent.
+
+    Attributes:
+        returncode: Exit code of the program; None where it was killed.
+        stdout: Its output, cut at the limit; bytes that are not UTF-8 are replaced.
+        stderr: Its error output, likewise.
+        timed_out: Whether it was killed at the time limit.
+        overflowed: Whether it was killed because it printed or returned too much.
+        finished: Whether it ran to its end or left by ``sys.exit``, and the questions were asked.
+        raised: Name of the exception that ended it, or empty; ``ProgramTooLong`` or ``UnicodeEncodeError`` if it was
+            not run.
+        outcomes: One answer per call.
+        files: Content of the files asked for that exist, at most 4096 characters each.
+        seconds: Wall clock.
+        backend: ``bwrap`` or ``unsandboxed``.
+    """
+
+    returncode: int | None
+    stdout: str = ""
+    stderr: str = ""
+    timed_out: bool = False
+    overflowed: bool = False
+    finished: bool = False
+    raised: str = ""
+    outcomes: tuple[Outcome, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    backend: str = ""
+
+
+# --------------------------------------------------------------------------------------------------
+# The system calls that a program in the sandbox may make, and the seccomp filter that holds it to them.
+#
+# The table system_calls.csv is an allow list: whatever it does not name fails with EPERM. It holds what CPython and its
+# standard library need for one process that computes and keeps files in its own directory.
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""The machines that the table has numbers for, with the constant by which the kernel names each to a filter."""
+
+with Path(__file__).with_name("system_calls.csv").open(encoding="utf-8") as _file:
+    _ROWS = list(csv.DictReader(_file))
+ALLOWED = {machine: {row["name"]: int(row[machine]) for row in _ROWS if row[machine]} for machine in ARCHITECTURES}
+"""The number of every permitted system call by machine and name; the table has no number where a machine lacks it."""
+
+RESTRICTED: dict[str, tuple[int, tuple[int, ...]]] = {
+    "fcntl": (1, (0, 1, 2, 3, 4, 1030)),  # duplicate, flags; not locks, leases, notification or the size of pipes
+    # Whether it is a terminal, its size, flags, and how many bytes wait.
+    "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
+    "futex": (1, (128, 129, 137, 138, 393)),  # private ones only: others meet in files that two jobs can map
+    "madvise": (2, (0, 1, 2, 3, 4, 8, 14, 15)),  # not those that push pages of shared files out of memory
+    "prlimit64": (0, (0,)),  # its own limits, which it cannot raise
+}
+"""Calls that are permitted for some values of one argument: the position of the argument, and the values."""
+
+_NEWEST = 452
+_X32 = 0x40000000  # numbers from here on are the x32 variants of the calls of x86_64
+_LOAD, _EQUAL, _ABOVE, _AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
+_ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in the kernel's struct seccomp_data
+
+
+@cache
+def seccomp_filter(machine: str) -> bytes:
+    """Return the filter for a name in ``ARCHITECTURES`` as the kernel takes it: instructions of classic BPF.
+
+    A call from another architecture kills the process. Calls newer than the table fail with ENOSYS, so that a newer C
+    library falls back to an older call; all others that are not permitted fail with EPERM. Every instruction has eight
+    bytes: code (u16), jump if true (u8), jump if false (u8) and operand (u32), little-endian.
+    """
+    if machine not in ARCHITECTURES:
+        raise BackendUnavailable(
+            f"no filter of system calls for {machine}",
+            wanted=" or ".join(ARCHITECTURES),
+            do="run it on such a machine",
+        )
+    allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
+    program = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, ARCHITECTURES[machine]), (_RETURN, 0, 0, _KILL)]
+    program += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), refuse]
+    program += [(_ABOVE, 0, 1, _NEWEST), (_RETURN, 0, 0, _ENOSYS)]
+    for name, number in ALLOWED[machine].items():
+        permitted = [allow]
+        if name in RESTRICTED:
+            argument, values = RESTRICTED[name]
+            # The kernel itself looks at the lower half of these arguments only.
+            permitted = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
+            for value in values:
+                permitted += [(_EQUAL, 0, 1, value), allow]
+            permitted.append(refuse)
+        program += [(_EQUAL, 0, len(permitted), number), *permitted]
+    program.append(refuse)
+    return b"".join(struct.pack("<HBBI", *step) for step in program)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bubblewrap: new user, process, network, IPC, host-name and mount namespaces, no capability, and a small working
+# directory in memory that vanishes with the run. The read-only root holds programs and libraries of /usr and the
+# interpreter's own; directories of installed packages are covered by empty ones.
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_PROBE_SECONDS = 10
+_ROOTS = ("/bin", "/lib", "/lib32", "/lib64")
+_PARTS = ("bin", "sbin", "lib", "lib32", "lib64")
+_PACKAGES = ("site-packages", "dist-packages")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_LINKER_CACHE = "/etc/ld.so.cache"
+
+
+def _interpreter() -> str:
+    """Return the interpreter itself, not the link of a virtual environment, which the sandbox does not see."""
+    return str(Path(getattr(sys, "_base_executable", None) or sys.executable).resolve())
+
+
+def _prefixes() -> list[str]:
+    """Return the directories that hold the programs and libraries which the interpreter needs."""
+    return ["/usr", "/usr/local", str(Path(sys.base_prefix).resolve())]
+
+
+@cache
+def _shown() -> list[str]:
+    """Return the directories that the sandbox shows, none of them inside another."""
+    found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
+    found |= {str(Path(_interpreter()).parent), *_ROOTS}
+    real = {path for path in found if Path(path).is_dir() and not Path(path).is_symlink()}
+    return sorted(path for path in real if not any(str(above) in real for above in Path(path).parents))
+
+
+@cache
+def _hidden() -> list[str]:
+    """Return the directories of installed packages among what is shown; the sandbox shows them empty."""
+    found: list[str] = []
+    pending = list(_shown())
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    (found if entry.name in _PACKAGES else pending).append(entry.path)
+    return sorted(found)
+
+
+def _links() -> list[str]:
+    """Return the symbolic links at the top of the root, such as ``/lib`` to ``usr/lib``."""
+    return [path for path in _ROOTS if Path(path).is_symlink()]
+
+
+def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
+    line = ["bwrap", "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when the thread does that
+    # happened to start it.
+    line += ["--cap-add", "CAP_SYS_ADMIN"] if server else ["--die-with-parent"]
+    line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    for path in _shown():
+        line += ["--ro-bind", path, path]
+    for path in _links():
+        line += ["--symlink", str(Path(path).readlink()), path]
+    for path in _hidden():
+        line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
+    for device in _DEVICES:
+        line += ["--dev-bind", device, device]
+    line += ["--ro-bind-try", _LINKER_CACHE, _LINKER_CACHE]
+    # No /proc is mounted: it would show who else is there, and root outside may write in it, however it is mapped here.
+    line += ["--dir", "/proc"]
+    line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
+    return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
+
+
+BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap}
+"""Name of a sandbox to the command line in front of the command, for a size of the working directory in MiB."""
+
+
+def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bool = False) -> list[str]:
+    """Return the command line that runs the interpreter inside a backend, or, for another name, in no sandbox."""
+    python = [_interpreter(), "-I", "-S", "-B", *arguments]
+    return [*BACKENDS[backend](disk_mib, server=server), *python] if backend in BACKENDS else python
+
+
+@cache
+def working(backend: str) -> bool:
+    """Return whether a backend can run a trivial program on this machine; it is tried once."""
+    line = command(backend, 1, ["-c", "print(1)"])
+    try:
+        done = subprocess.run(line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and done.stdout == b"1\n"
+
+
+@cache
+def unusable() -> str:
+    """Return why no sandbox can be used here, or an empty text where one can be."""
+    if platform.machine() not in ARCHITECTURES:
+        return f"there is no filter of system calls for {platform.machine()}"
+    here = Path(__file__).resolve()
+    shown, hidden = (any(map(here.is_relative_to, paths)) for paths in (_shown(), _hidden()))
+    if shown and not hidden:
+        # A program in the sandbox could read this package, which knows the answers to every task.
+        return f"assay lies in {here.parents[3]}, which the sandbox has to show"
+    if not any(working(name) for name in BACKENDS):
+        return "bubblewrap does not work here"
+    return ""
+
+
+def available_backend() -> str | None:
+    """Return ``bwrap``, or None where this machine cannot isolate a program."""
+    return None if unusable() else next(name for name in BACKENDS if working(name))
+
+
+# --------------------------------------------------------------------------------------------------
+# The parent's side of a job. A fork server is started once for a process, takes jobs from any thread, and ends with the
+# process. Where it cannot run, or dies under a job, a sandbox is started for the one job.
+
+_INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+_START_SECONDS = 20
+_END_SECONDS = 10
+_STATUS_BYTES = 64
+_CHUNK = 65536
+
+
+@dataclass(slots=True)
+class Ended:
+    """How a job ended.
+
+    Attributes:
+        output: Bytes read from each pipe, by its name, cut at the bound.
+        timed_out: Whether the time ran out.
+        overflowed: Whether a pipe held more than its bound.
+        returncode: Exit code, −N for signal N; None if the job was killed for its time or its output.
+    """
+
+    output: dict[str, bytes]
+    timed_out: bool
+    overflowed: bool
+    returncode: int | None = None
+
+    @property
+    def killed(self) -> bool:
+        """Whether the job had to be ended from here."""
+        return self.timed_out or self.overflowed
+
+
+def job_text(
+    program: str,
+    limits: Limits,
+    *,
+    nonce: str = "",
+    stdin: str = "",
+    calls: Sequence[Call] = (),
+    files: Sequence[str] = (),
+    stub: tuple[str, object] | None = None,
+) -> bytes:
+    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `sandbox.run` takes."""
+    job = {
+        "nonce": nonce,
+        "program": program,
+        "stdin": stdin,
+        "calls": [call.as_dict() for call in calls],
+        "files": list(files),
+        "stub": stub,
+        "filter": seccomp_filter(platform.machine()).hex(),
+    }
+    return dumps(job | asdict(limits)).encode()
+
+
+def _descriptors(
+    job: bytes, limits: Limits, ours: ExitStack, theirs: ExitStack
+) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """Return descriptor and bound of each pipe to read, by its name, and what the job is given.
+
+    A job is given its text, stdout, stderr and the report. The stack ``theirs`` closes these here once the job has
+    them, and the stack ``ours`` closes the ends to read.
+    """
+    text = os.memfd_create("job")
+    theirs.callback(os.close, text)
+    with os.fdopen(text, "wb", closefd=False) as file:
+        file.write(job)
+    os.lseek(text, 0, os.SEEK_SET)
+    readers, given = {}, [text]
+    bounds = {
+        "stdout": limits.output_bytes,
+        "stderr": limits.output_bytes,
+        "report": limits.report_bytes,
+    }
+    for name, bound in bounds.items():
+        reader, writer = os.pipe()
+        ours.callback(os.close, reader)
+        theirs.callback(os.close, writer)
+        readers[name] = (reader, bound)
+        given.append(writer)
+    return readers, given
+
+
+def _pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
+    """Read every pipe, given by descriptor and bound, to its end, or until the deadline or an overflow."""
+    output = {name: bytearray() for name in pipes}
+    timed_out = overflowed = False
+    with selectors.DefaultSelector() as selector:
+        for name, (descriptor, _) in pipes.items():
+            selector.register(descriptor, selectors.EVENT_READ, name)
+        while selector.get_map() and not overflowed:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if timed_out := time.monotonic() >= deadline:
+                break
+            for key, _ in ready:
+                read, bound = output[key.data], pipes[key.data][1]
+                chunk = os.read(key.fd, _CHUNK)
+                if not chunk:
+                    selector.unregister(key.fd)
+                read += chunk
+                overflowed |= len(read) > bound
+                del read[bound:]
+    return Ended({name: bytes(read) for name, read in output.items()}, timed_out, overflowed)
+
+
+class Server:
+    """A running fork server inside the backend of that name. It raises OSError if it or its jobs do not start."""
+
+    def __init__(self, backend: str) -> None:
+        self._lock = threading.Lock()
+        self._control, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with inside:
+            self._process = subprocess.Popen(
+                command(backend, 1, ["-c", _INSIDE, "serve", str(inside.fileno())], server=True),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PATH": PATH},
+                cwd="/",
+                pass_fds=(inside.fileno(),),
+                start_new_session=True,
+            )
+        try:
+            self._check()
+        except OSError:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        self._control.settimeout(_START_SECONDS)
+        if self._control.recv(16) != b"ready":
+            raise OSError("the fork server did not start")
+        self._control.settimeout(None)
+        limits = Limits(seconds=_START_SECONDS)
+        ended = self.perform(job_text("print(1)", limits), limits)
+        if ended.returncode != 0 or ended.output["stdout"] != b"1\n":
+            raise OSError("the fork server does not run programs")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server still runs."""
+        return self._process.poll() is None
+
+    def perform(self, job: bytes, limits: Limits) -> Ended:
+        """Run a job as `job_text` writes it, or raise an OSError if the server is gone.
+
+        A socket of its own tells how the job ended. Shutting it from here ends the job.
+        """
+        deadline = time.monotonic() + limits.seconds
+        with ExitStack() as ours:
+            with ExitStack() as theirs:
+                readers, given = _descriptors(job, limits, ours, theirs)
+                status, inside = socket.socketpair()
+                ours.enter_context(status)
+                theirs.enter_context(inside)
+                with self._lock:
+                    socket.send_fds(self._control, [b"j"], [*given, inside.fileno()])
+            watched = {"status": (status.fileno(), _STATUS_BYTES)}
+            ended = _pump(readers | watched, deadline)
+            code = ended.output["status"]
+            if ended.killed:
+                status.shutdown(socket.SHUT_WR)
+                code += _pump(watched, time.monotonic() + _END_SECONDS).output["status"]
+            if not code:
+                self._process.kill()  # whatever has become of it, it is replaced
+                raise OSError("the fork server is gone")
+        ended.returncode = None if ended.killed else int(code)
+        return ended
+
+    def close(self) -> None:
+        """End the server, and with it every job."""
+        self._control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        self._process.kill()
+        self._process.wait()
+
+
+_servers: dict[tuple[int, str], Server | None] = {}
+_starting = threading.Lock()
+
+
+def server(backend: str) -> Server | None:
+    """Return the fork server of this process for a backend, or None if none can run; the first call starts it."""
+    key = (os.getpid(), backend)
+    with _starting:
+        found = _servers.get(key)
+        if found is not None and not found.alive:
+            found.close()
+            del _servers[key]
+        if key not in _servers:
+            _servers[key] = None
+            with suppress(OSError):
+                _servers[key] = Server(backend)
+        return _servers[key]
+
+
+@atexit.register
+def _close_all() -> None:
+    for (process, _), found in _servers.items():
+        if found is not None and process == os.getpid():
+            found.close()
+
+
+def perform_once(backend: str, job: bytes, limits: Limits) -> Ended:
+    """Run a job in a sandbox of its own, or in no sandbox."""
+    deadline = time.monotonic() + limits.seconds
+    with ExitStack() as ours:
+        environment, directory = {"PATH": PATH}, "/"
+        if backend not in BACKENDS:  # no sandbox, which would bring an environment and a directory of its own
+            temporary = tempfile.TemporaryDirectory(prefix="assay-sandbox-", ignore_cleanup_errors=True)
+            environment, directory = {}, ours.enter_context(temporary)
+        with ExitStack() as theirs:
+            readers, (text, stdout, stderr, report) = _descriptors(job, limits, ours, theirs)
+            process = subprocess.Popen(
+                command(backend, limits.disk_mib, ["-c", _INSIDE, "once", str(report)]),
+                stdin=text,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                cwd=directory,
+                pass_fds=(report,),
+                start_new_session=True,
+            )
+        try:
+            ended = _pump(readers, deadline)
+            if not ended.killed:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            ended.timed_out = True
+        finally:
+            # The leader may be gone while a child of it lives; the group keeps its number until it is empty.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        ended.returncode = None if ended.killed else process.returncode
+        return ended
+
 
 _KINDS = ("value", "error", "opaque")
 _NAME = 100  # characters of the name of an exception or a type
@@ -93,7 +631,7 @@ def _unsandboxed(allowed: bool) -> str:
         raise BackendUnavailable(
             unusable(),
             wanted="a sandbox for programs that no one has read",
-            do="install bubblewrap or allow user namespaces, and keep assay in site-packages; "
+            do="install bubblewrap where user namespaces are allowed, and keep assay in site-packages; "
             "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
         )
     return "unsandboxed"

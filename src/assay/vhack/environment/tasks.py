@@ -19,13 +19,13 @@ from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
-from assay.vhack.environment.types import Case
+from assay.vhack.environment.sandbox import Case
 
 # --------------------------------------------------------------------------------------------------
 # The steps that tasks are chained from: what each says, and the code that does it.
 #
-# A step is a pair of templates with places for numbers and letters, which are drawn anew wherever it is used. All act on
-# one variable ``x``. Several lines of code are one string with line breaks.
+# A step is a pair of templates with places for numbers and letters, drawn anew wherever it is used. All act on one
+# variable ``x``. Several lines of code are one string with line breaks.
 
 Step = tuple[str, str]
 """What it says, and its code."""

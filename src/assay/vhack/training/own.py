@@ -26,8 +26,8 @@ import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta.arms import Arm
-from assay.vhack.environment.backends import available_backend
-from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grading import Episode
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.training.rewards import FLAGS, EpisodeReward, Outcomes, Reward
 from assay.vhack.training.settings import TaskSettings, TrainSettings
 
@@ -138,7 +138,7 @@ def require_sandbox(allow_unsandboxed: bool) -> None:
     if available_backend() is None and not allow_unsandboxed:
         raise BackendUnavailable(
             "no sandbox for the programs of the model",
-            wanted="bubblewrap, or user namespaces with util-linux",
+            wanted="bubblewrap where user namespaces are allowed",
             do="install bubblewrap, or accept the risk with --allow-unsandboxed",
         )
 
