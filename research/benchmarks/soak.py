@@ -24,7 +24,7 @@ from _common import note, parser, publish, save_small_checkpoint
 
 from assay.models import load_model
 from assay.poc.service import Settings
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
@@ -70,7 +70,7 @@ def validator(folder, chosen):
 def stored(folder, together, seconds):
     """Return how many receipts of 256 tokens are stored in a second, and how long a response waits for its own."""
     note(f"{together} responses at the same time")
-    database, waits = Database(folder), []
+    database, waits = open_database(folder), []
     keeper = ReceiptKeeper(database, Outbox(database), Settings(data_dir=folder), Metrics())
     keeper.start()
     sink, started = keeper.sink(header()), time.perf_counter()
@@ -89,7 +89,7 @@ def stored(folder, together, seconds):
     asyncio.run(respond_together())
     taken = time.perf_counter() - started
     keeper.close()
-    assert len(keeper.store.listed(0, len(waits) + 1)) == len(waits)
+    assert len(keeper.listed(0, len(waits) + 1)) == len(waits)
     database.close()
     return {
         "together": together,

@@ -5,6 +5,7 @@ import pytest
 from tests.end_to_end.storing import MUST_BE_ZERO, kill_loop
 
 
+@pytest.mark.kill
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_six_kills_lose_no_receipt(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from tests.end_to_end.killing import kill_loop
 
 
+@pytest.mark.kill
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_twenty_kills_lose_nothing(tmp_path, small_checkpoint):

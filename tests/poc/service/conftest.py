@@ -13,12 +13,12 @@ import sqlalchemy as sa
 import structlog
 import torch
 
+from assay.files.database import Database
 from assay.poc import Fingerprint, Pipeline
 from assay.poc.engines.base import plain_outputs
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings, create_app
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import Database
 from tests.waiting import until
 
 with warnings.catch_warnings():

@@ -6,12 +6,13 @@ import pytest
 import sqlalchemy as sa
 
 from assay.errors import StorageError
+from assay.files.database import Database
 from assay.poc import DistanceRecord, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.service.bodies import InitRequest
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap
@@ -164,7 +165,7 @@ def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatc
 
 
 def test_a_nonce_is_never_written_twice(tmp_path):
-    database = Database(tmp_path)
+    database = open_database(tmp_path)
     outbox = Outbox(database)
     rounds = Rounds(database, outbox)
     values = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
@@ -198,22 +199,22 @@ def test_results_that_collide_end_the_round(service):
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
-    Database(tmp_path).close()
+    open_database(tmp_path).close()
     with sqlite3.connect(tmp_path / "service.sqlite3") as database:
         database.execute("INSERT INTO migrations VALUES (99, 0)")
     database.close()
     with pytest.raises(StorageError, match="schema 99"):
-        Database(tmp_path)
+        open_database(tmp_path)
 
 
 def test_what_is_no_database_is_refused(tmp_path):
     (tmp_path / "service.sqlite3").write_bytes(b"not a database" * 1000)
     with pytest.raises(StorageError):
-        Database(tmp_path)
+        open_database(tmp_path)
 
 
 def test_commits_are_durable(tmp_path):
-    database = Database(tmp_path)
+    database = open_database(tmp_path)
     with database.read() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"

@@ -22,14 +22,6 @@ def computed(service, nonces: list[int]) -> list[float]:
     return service.post("/validate", body)["computed_distances"]
 
 
-def test_fault_01_init_then_phase_is_possible(service):
-    service.post("/init", ROUND)
-    assert service.post("/phase/generate")["pow_status"]["state"] == "GENERATING"
-    until(lambda: service.checked() > 0)
-    assert service.post("/phase/validate")["pow_status"]["state"] == "VALIDATING"
-    assert len(computed(service, [0, 1])) == 2
-
-
 def test_fault_02_defaults_of_the_api_are_the_librarys(service):
     fields = InitRequest.model_fields
     assert (fields["use_sign_flips"].default, fields["use_layer_hooks"].default) == (True, False)
@@ -50,16 +42,6 @@ def test_fault_03_init_without_ids_has_no_negative_nonces(service):
     assert found
     assert min(found) >= 0
     service.post("/init/generate", body | {"public_key": "B"}, status=400)
-
-
-@pytest.mark.parametrize("call", ["init", "init/generate", "init/validate"])
-def test_fault_04_init_while_generating_is_refused_and_changes_nothing(service, call):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
-    service.post(f"/{call}", ROUND | {"block_hash": "block_beta"}, status=409)
-    before = service.checked()
-    until(lambda: service.checked() > before)
-    assert service.status()["config"]["block_hash"] == "block_alpha"
 
 
 @pytest.mark.parametrize("change", [{"block_hash": "block_beta"}, {"block_height": 8}])
@@ -165,12 +147,6 @@ def test_fault_11_a_long_batch_blocks_nothing(service):
     assert service.checked() == 0
 
 
-def test_fault_12_the_engine_needs_no_attention_backend(service):
-    """The fake engine has neither attention nor layers: all the service knows is the Engine protocol."""
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
-
-
 def test_fault_13_an_engine_is_made_once_per_shape(service):
     service.post("/init/generate", ROUND)
     until(lambda: service.rig.batches >= 5)
@@ -269,13 +245,6 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
         for call in calls:
             call.join()
         assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 3
-
-
-@pytest.mark.parametrize("path", ["/init/generate", "/stop", "/validate", "/generate", "/status", "/events"])
-def test_fault_18_a_service_with_keys_answers_nobody_without_one(serving, path):
-    with serving(api_keys=("k" * 20,)) as service:
-        method = "GET" if path in ("/status", "/events") else "POST"
-        assert service.client.request(method, PREFIX + path).status_code == 401
 
 
 @pytest.mark.parametrize(

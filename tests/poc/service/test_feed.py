@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import re
 import time
 
 import pytest
@@ -15,16 +14,6 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.service import configure_logs
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
-
-
-def test_a_snapshot_holds_what_the_docs_say(service):
-    from tests.poc.service.test_states import DOCS
-
-    table = re.findall(
-        r"^\| (`[^|]+) \|", DOCS.read_text().partition("## Snapshots")[2].partition("\n## ")[0], flags=re.MULTILINE
-    )
-    documented = {name for row in table for name in re.findall(r"`(\w+)`", row)}
-    assert documented == service.controller.snapshot().keys()
 
 
 def test_a_snapshot_follows_the_round(service):

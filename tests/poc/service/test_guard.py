@@ -3,9 +3,10 @@
 import asyncio
 import socket
 
+import httpx
 import pytest
 
-from assay.poc.net.guard import Blocked, check_url, resolve
+from assay.poc.net.guard import Blocked, call, check_url, resolve
 from assay.poc.net.refusals import Refusal
 
 PRIVATE = [
@@ -92,6 +93,22 @@ def test_one_private_address_among_several_blocks_the_name(monkeypatch):
     with pytest.raises(Blocked, match=r"10\.0\.0\.5"):
         asyncio.run(resolve("http://rebinding.example/", allow_private=False))
     answers.pop()
-    target = asyncio.run(resolve("http://rebinding.example:8080/hook?a=1", allow_private=False))
-    assert str(target.pinned) == "http://93.184.215.14:8080/hook?a=1"
-    assert target.host_header == "rebinding.example:8080"
+
+
+def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
+    answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 8443))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **kwargs: [answer])
+    sent = []
+
+    async def ask() -> None:
+        transport = httpx.MockTransport(lambda request: sent.append(request) or httpx.Response(200))
+        async with httpx.AsyncClient(transport=transport) as client:
+            url = "https://rebinding.example:8443/hook/?a=1"
+            await call(
+                client, "POST", url, "/generated", allow_private=False, headers={"webhook-id": "m"}, content=b"x"
+            )
+
+    asyncio.run(ask())
+    assert str(sent[0].url) == "https://93.184.215.14:8443/hook/generated?a=1"
+    assert sent[0].headers["host"] == "rebinding.example:8443"
+    assert sent[0].extensions["sni_hostname"] == "rebinding.example"

@@ -12,15 +12,14 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from assay.errors import AssayError, EngineEnded, ProofMismatch, StorageError, UsageError
+from assay.errors import EngineEnded, ProofMismatch, StorageError
 from assay.poc.net import guard as _callback_guard
-from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
 from assay.poc.service import checks as _checks
 from assay.poc.service import delivery as _delivery
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.service.outbox import open_outbox
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.poc.service.test_durability import nonces_on_disk
@@ -153,25 +152,25 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
 
 
 def test_the_lock_is_on_the_database_itself(tmp_path):
-    database = Database(tmp_path)
+    database = open_database(tmp_path)
     for file in tmp_path.iterdir():
         if file.name == "lock":
             file.unlink()
     with pytest.raises(StorageError, match="another service runs"):
-        Database(tmp_path)
+        open_database(tmp_path)
     with open_outbox(tmp_path) as beside:
         assert beside.counts()["pending"] == 0
     database.close()
-    Database(tmp_path).close()
+    open_database(tmp_path).close()
 
 
 def test_a_database_that_is_refused_is_not_locked(tmp_path):
-    Database(tmp_path).close()
+    open_database(tmp_path).close()
     with sqlite3.connect(tmp_path / "service.sqlite3") as database:
         database.execute("INSERT INTO migrations VALUES (99, 0)")
     database.close()
     with pytest.raises(StorageError):
-        Database(tmp_path)
+        open_database(tmp_path)
     descriptor = os.open(tmp_path / "service.sqlite3", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
@@ -182,7 +181,7 @@ def test_a_database_that_is_refused_is_not_locked(tmp_path):
     ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"],
 )
 def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
-    Database(tmp_path).close()
+    open_database(tmp_path).close()
     with sqlite3.connect(tmp_path / "service.sqlite3") as database:
         database.execute(damage)
     database.close()
@@ -290,22 +289,3 @@ def test_a_silent_name_server_holds_up_no_database_call(serving, monkeypatch):
                 await asyncio.gather(*lookups, return_exceptions=True)
 
         assert asyncio.run(look_up_and_read()) == {"pending": 0, "dead": 0}
-
-
-def test_an_error_of_a_blocked_address_names_the_flag(serving):
-    with pytest.raises(_callback_guard.Blocked, match="--allow-private-callbacks"):
-        asyncio.run(_callback_guard.resolve("http://2130706433/", allow_private=False))
-
-
-def test_a_refusal_is_not_an_error_of_usage():
-    assert issubclass(Refusal, AssayError)
-    assert not issubclass(Refusal, UsageError)
-
-
-def test_counters_of_alerts_exist_before_their_first_event(service):
-    """Prometheus sees no increase in a series that begins at 1: the first fraud would raise no alert."""
-    text = service.client.get("/metrics").text
-    for word in ("honest", "fraud", "undecided"):
-        assert f'assay_poc_verdicts_total{{verdict="{word}"}} 0.0' in text
-    for word in ("delivered", "failed", "dead"):
-        assert f'assay_poc_callback_attempts_total{{outcome="{word}"}} 0.0' in text

@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from assay.errors import StorageError
+from assay.files.database import Database
 from assay.poc.protocol.record import decode_vector, encode_vector
-from assay.poc.service.database import Database
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.waiting import until

@@ -111,6 +111,7 @@ def changed(text: str, changes: dict[str, str]) -> str:
     return text
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(NGINX is None, reason="needs nginx: apt install nginx-light")
 def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
     secure, plain = ports(2)
@@ -138,6 +139,7 @@ def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
         check_proxy(secure, plain, certificates / "node.example.pem")
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(CADDY is None, reason="needs caddy: apt install caddy")
 def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
     secure, plain = ports(2)
@@ -145,9 +147,9 @@ def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
         f"\n{name} {{": f"\n{name} {{\n\ttls {certificates}/{name}.pem {certificates}/{name}.key\n\tbind 127.0.0.1"
         for name in NAMES
     }
-    text = changed((DEPLOY / "Caddyfile").read_text(), sites | {"127.0.0.1:8000": f"127.0.0.1:{upstream}"})
-    head = f"{{\n\tadmin off\n\thttp_port {plain}\n\thttps_port {secure}\n}}\n"
-    (tmp_path / "Caddyfile").write_text(head + text)
+    options = {"\n\tservers {": f"\n\tadmin off\n\thttp_port {plain}\n\thttps_port {secure}\n\tservers {{"}
+    text = changed((DEPLOY / "Caddyfile").read_text(), sites | options | {"127.0.0.1:8000": f"127.0.0.1:{upstream}"})
+    (tmp_path / "Caddyfile").write_text(text)
     command = [CADDY, "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
     with running(command, tmp_path, secure):
         check_proxy(secure, plain, certificates / "node.example.pem")

@@ -67,12 +67,12 @@ def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service
     with service.controller.database.write() as connection:
         connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
     monkeypatch.setattr(_receipts, "_PRUNED", 3)
-    assert keeper.store.prune(30 * day) == 0
+    assert keeper.prune(30 * day) == 0
     real = time.time
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() + 400 * day)
-        assert keeper.store.prune(30 * day) == 0
-    assert [keeper.store.prune(28 * day) for _ in range(3)] == [3, 2, 0]
+        assert keeper.prune(30 * day) == 0
+    assert [keeper.prune(28 * day) for _ in range(3)] == [3, 2, 0]
     assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
 
 

@@ -54,14 +54,14 @@ def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
 def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkeypatch):
     monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
     store(service, *(receipt(f"chat-{i}") for i in range(6)))
-    real = service.controller.receipts.store.lines
+    real = service.controller.receipts.lines
 
     def lines(low, high, **more):
         if low == 2:
             service.controller.receipts.delete("chat-4")
         return real(low, high, **more)
 
-    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
     (found,) = files(service)
     assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
 
@@ -69,14 +69,14 @@ def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkey
 def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
     monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
     store(service, receipt("a"), receipt("b"))
-    real = service.controller.receipts.store.lines
+    real = service.controller.receipts.lines
 
     def lines(low, high, **more):
         if low:
             raise StorageError("gone", wanted="a file", do="wait")
         return real(low, high, **more)
 
-    monkeypatch.setattr(service.controller.receipts.store, "lines", lines)
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
     answer = service.client.get(f"{RECEIPTS}.jsonl")
     with pytest.raises(Exception, match="truncated"):
         Receipts.parse("export", answer.content)
@@ -91,7 +91,7 @@ def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
 def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
     monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
     store(service, receipt("a"))
-    receipts, both, go = service.controller.receipts.store, threading.Barrier(2), threading.Event()
+    receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
     page, lines = receipts.page, receipts.lines
 
     def paged(*given, **more):

@@ -8,7 +8,7 @@ import pytest
 
 from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
@@ -49,15 +49,15 @@ def test_a_full_disk_refuses_responses_until_there_is_room(service):
 def held(tmp_path, monkeypatch):
     """A keeper whose disk is slow until the event is set."""
     settings = Settings(data_dir=tmp_path, max_receipts=3)
-    database = Database(tmp_path)
+    database = open_database(tmp_path)
     keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
-    go, real = threading.Event(), keeper.store.add
+    go, real = threading.Event(), keeper.add
 
     def add(receipts):
         assert go.wait(20)
         return real(receipts)
 
-    monkeypatch.setattr(keeper.store, "add", add)
+    monkeypatch.setattr(keeper, "add", add)
     yield keeper, go
     go.set()
     keeper.close()
@@ -83,7 +83,7 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
 
     outcome = asyncio.run(scenario())
     assert [isinstance(each, Refusal) for each in outcome] == [False, False, False, False, True]
-    times = [entry["stored_at"] for entry in keeper.store.listed(0, 10)]
+    times = [entry["stored_at"] for entry in keeper.listed(0, 10)]
     assert len(times) == 4
     assert times[1] == times[2] == times[3]
 
@@ -102,7 +102,7 @@ def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
         await asyncio.gather(*(ending(number) for number in range(3)))
 
     asyncio.run(scenario())
-    assert len({entry["stored_at"] for entry in keeper.store.listed(0, 10)}) == 1
+    assert len({entry["stored_at"] for entry in keeper.listed(0, 10)}) == 1
 
 
 def test_bytes_that_wait_are_bounded(held, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_client_that_leaves_still_has_its_receipt(held):
     asyncio.run(scenario())
     keeper.start()
     go.set()
-    until(lambda: keeper.store.listed(0, 10))
+    until(lambda: keeper.listed(0, 10))
 
 
 def test_the_end_stores_what_waits_and_takes_nothing_more(held):
@@ -153,11 +153,11 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
             await sink.store(receipt("late"))
 
     asyncio.run(scenario())
-    assert [entry["request_id"] for entry in keeper.store.listed(0, 10)] == ["chat"]
+    assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["chat"]
 
 
 def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real, calls = service.controller.receipts.store.add, []
+    real, calls = service.controller.receipts.add, []
 
     def add(receipts):
         calls.append(1)
@@ -165,7 +165,7 @@ def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
             raise RuntimeError("something else")
         return real(receipts)
 
-    monkeypatch.setattr(service.controller.receipts.store, "add", add)
+    monkeypatch.setattr(service.controller.receipts, "add", add)
     with pytest.raises(Refusal, match="could not be written"):
         store(service, receipt("chat"))
     store(service, receipt("chat"))

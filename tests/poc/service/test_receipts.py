@@ -17,7 +17,7 @@ from assay.poc.responses import Prompt
 from assay.poc.service import Settings, attach
 from assay.poc.service.app import PREFIXES
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import MIGRATIONS, Database
+from assay.poc.service.database import MIGRATIONS, open_database
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
 from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
@@ -217,7 +217,7 @@ def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
 
 def test_a_database_without_receipts_keeps_its_rounds(serving, tmp_path, monkeypatch):
     """The schema as it was before receipts: its first step alone."""
-    Database(tmp_path / "data", migrations=MIGRATIONS[:1]).close()
+    open_database(tmp_path / "data", migrations=MIGRATIONS[:1]).close()
     with serving() as service:
         service.post("/init/generate", ROUND)
         until(lambda: service.checked() >= 8)

@@ -1,13 +1,9 @@
 """The settings: one class behind the flags, the environment and the plugin."""
 
 import pytest
-from typer.main import get_command
 
-from assay.cli import app
-from assay.cli.serve import FLAGS
 from assay.errors import AssayError, UsageError
 from assay.poc.service import Settings
-from assay.poc.service.settings import SECOND_PREFIX
 
 KEY, OTHER = "k" * 20, "o" * 20
 
@@ -16,13 +12,10 @@ KEY, OTHER = "k" * 20, "o" * 20
 def clean(monkeypatch):
     """No setting comes from the machine that runs the tests."""
     for name in Settings.model_fields:
-        variable = Settings.environment_name(name)
-        monkeypatch.delenv(variable, raising=False)
-        monkeypatch.delenv(variable.replace("ASSAY_", SECOND_PREFIX, 1), raising=False)
+        monkeypatch.delenv(Settings.environment_name(name), raising=False)
 
 
-@pytest.mark.parametrize("prefix", ["ASSAY_", "ASSAY_POC_SERVE_"])
-def test_both_spellings_of_the_environment_are_read(monkeypatch, prefix, tmp_path):
+def test_the_environment_is_read(monkeypatch, tmp_path):
     values = {
         "API_KEY": f"{KEY} {OTHER}",
         "DRAIN": "3",
@@ -31,7 +24,7 @@ def test_both_spellings_of_the_environment_are_read(monkeypatch, prefix, tmp_pat
         "DATA_DIR": str(tmp_path),
     }
     for name, value in values.items():
-        monkeypatch.setenv(prefix + name, value)
+        monkeypatch.setenv(f"ASSAY_{name}", value)
     read = Settings()
     assert (read.api_keys, read.drain, read.allow_private_callbacks) == ((KEY, OTHER), 3.0, True)
     assert (read.max_body, read.data_dir) == (77, tmp_path)
@@ -78,34 +71,19 @@ def test_a_wrong_value_is_an_error_in_three_parts(values):
     assert error.value.do
 
 
-def test_every_field_has_a_sentence():
-    for name, field in Settings.model_fields.items():
-        assert (field.description or "").endswith("."), name
-
-
-def test_the_flags_have_the_defaults_of_the_settings():
-    made = get_command(app).commands["poc"].commands["serve"].params
-    defaults = {parameter.opts[-1]: parameter.default for parameter in made}
-    flags = [name for name in FLAGS if name in Settings.model_fields]
-    assert len(flags) == 19
-    for name in flags:
-        wanted = Settings.model_fields[name].default
-        assert defaults[Settings.flags(name)[-1]] == (None if wanted == () else wanted), name
-
-
-def test_the_command_leaves_the_environment_to_the_settings(monkeypatch, tmp_path):
-    """A flag is stronger than both names of the environment, and both are stronger than the default."""
+def test_an_option_is_stronger_than_the_environment_and_that_than_the_file(monkeypatch, tmp_path):
     from assay.cli import run
     from assay.poc import service
 
     seen = []
     monkeypatch.setattr(service, "serve", lambda load, settings, **kwargs: seen.append(settings))
     monkeypatch.setenv("ASSAY_DRAIN", "3")
-    monkeypatch.setenv("ASSAY_POC_SERVE_MAX_PENDING", "5")
-    monkeypatch.setenv("ASSAY_POC_SERVE_MAX_STREAMS", "6")
+    monkeypatch.setenv("ASSAY_MAX_PENDING", "5")
     monkeypatch.setenv("ASSAY_API_KEY", KEY)
-    command = ["poc", "serve", "--model", "reference:qwen3", "--data-dir", str(tmp_path / "flag")]
-    assert run(command) == run([*command, "--drain", "4", "--api-key", OTHER]) == 0
+    config = tmp_path / "serve.toml"
+    config.write_text("[poc.serve]\ndrain = 2.0\nmax_pending = 9\nmax_streams = 6\n")
+    command = ["poc", "serve", "--model", "reference:qwen3", "--data-dir", str(tmp_path / "flag"), "--config"]
+    assert run([*command, str(config)]) == run([*command, str(config), "--drain", "4", "--api-key", OTHER]) == 0
     assert [(s.drain, s.max_pending, s.max_streams, s.api_keys) for s in seen] == [
         (3.0, 5, 6, (KEY,)),
         (4.0, 5, 6, (OTHER,)),

@@ -1,6 +1,4 @@
-"""The transition table: one in the code, the same in the docs, and the one that HTTP obeys."""
-
-from pathlib import Path
+"""The transition table, which HTTP obeys."""
 
 import pytest
 
@@ -8,7 +6,6 @@ from assay.poc.service import State
 from assay.poc.service.rounds import TRANSITIONS
 from tests.poc.service.conftest import BLOCK, ROUND
 
-DOCS = Path(__file__).parents[3] / "docs" / "service.md"
 BODIES = {
     "init": ROUND,
     "init/generate": ROUND,
@@ -21,17 +18,6 @@ REACH = {
     State.VALIDATING: ["init/validate"],
     State.STOPPED: ["init/validate", "stop"],
 }
-
-
-def test_the_table_in_the_docs_is_the_one_in_the_code():
-    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
-    head = next(i for i, line in enumerate(lines) if line.startswith("| call "))
-    columns = [cell.strip() for cell in lines[head].strip("|").split("|")][1:]
-    drawn = {}
-    for line in lines[head + 2 : head + 2 + len(TRANSITIONS)]:
-        call, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        drawn[call] = {State(c): State(v) for c, v in zip(columns, cells, strict=True) if v != "409"}
-    assert drawn == TRANSITIONS
 
 
 @pytest.mark.parametrize("state", list(State))

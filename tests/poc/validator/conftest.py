@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 
 from assay.poc import Proof, Round, get_pipeline, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.record import encoding, pack
+from assay.poc.protocol.record import describe_packing, pack_record
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController
@@ -74,9 +74,9 @@ def body_of(proof: Proof, **changes: Any) -> dict[str, Any]:
         name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")
     }
     if proof.header.pipeline.output != "distance":
-        packed = {record.nonce: base64.b64encode(pack(record)).decode() for record in proof.records}
+        packed = {record.nonce: base64.b64encode(pack_record(record)).decode() for record in proof.records}
         body["artifacts"] = [{"nonce": nonce, "vector_b64": text} for nonce, text in packed.items()]
-        body["encoding"] = encoding(proof.header.pipeline)
+        body["encoding"] = describe_packing(proof.header.pipeline)
     else:
         valid = [record for record in proof.records if proof.header.is_valid(record)]
         body |= {"nonces": [r.nonce for r in valid], "dist": [r.distance for r in valid], "r_target": round.r_target}

@@ -113,7 +113,7 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
 
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1))
     (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
-    stopped.controller.reread()
+    stopped.controller.tend()
     assert stopped.controller.registry.sender("node_A") is None
     stopped.controller.inbox.plan(["node_A"], 100)
     _steps(stopped)

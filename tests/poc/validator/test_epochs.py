@@ -3,7 +3,9 @@
 import hashlib
 import hmac
 import json
+import re
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +186,15 @@ def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
         assert running.client.get("/api/v1/validator/nodes").status_code == 401
         found = running.get("/commitments")["commitments"]
         assert [row["secret"] for row in found] == [None, None]
+
+
+def test_the_sample_that_the_page_draws_is_the_validators():
+    text = (Path(__file__).parents[3] / "docs" / "validator.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    found: dict = {}
+    exec(code, found)
+    nonces = list(range(5, 500, 7))
+    body = b'{"public_key":"node_A"}'
+    seed = message_seed(b"s" * 32, "node_A", "msg_1", hashlib.sha256(body).digest())
+    wanted = [nonces[place] for place in draw(seed, nonces, 0, len(nonces))]
+    assert found["order"](b"s" * 32, "node_A", "msg_1", body, nonces) == wanted

@@ -3,20 +3,22 @@
 import copy
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser
 
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController
 from tests.end_to_end.server import free_port
-from tests.poc.service.dashboard.browser import Watched, chromium
+from tests.poc.service.dashboard import browser as chromium
 from tests.poc.validator.conftest import nodes_text, pins_text
 from tests.waiting import until
+
+browser, watch = chromium.browser, chromium.watch  # fixtures
+pytestmark = pytest.mark.browser
 
 LIVE = "document.body.dataset.link === 'live'"
 NODE = {
@@ -104,31 +106,16 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
-
-
-@pytest.fixture
-def shown(small_model, tmp_path) -> Iterator[Shown]:
-    made = Shown(small_model, tmp_path)
+def running(small_model, tmp_path_factory) -> Iterator[Shown]:
+    made = Shown(small_model, tmp_path_factory.mktemp("shown"))
     yield made
     made.close()
 
 
 @pytest.fixture
-def watch(browser: Browser) -> Iterator[Callable[..., Watched]]:
-    opened: list[Watched] = []
-
-    def run(url: str, **options) -> Watched:
-        watched = Watched(browser, **options)
-        opened.append(watched)
-        watched.page.goto(url)
-        return watched
-
-    yield run
-    for watched in opened:
-        watched.page.close()
+def shown(running) -> Shown:
+    running.values = snapshot()
+    return running
 
 
 def test_it_shows_nodes_verdicts_and_what_is_accepted(shown, watch):

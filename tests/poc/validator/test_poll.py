@@ -86,7 +86,7 @@ def polling(validating, node, tmp_path) -> Callable:
                 text = nodes_text(("node_B", "node_C"))
                 text += f'[[nodes]]\npublic_key = "node_A"\nurl = "{node.url}"\nread_key = "{READ_KEY}"\n'
                 (tmp_path / "nodes.toml").write_text(text)
-                self.running.controller.reread()
+                self.running.controller.tend()
                 return self.running
 
             def __exit__(self, *about):

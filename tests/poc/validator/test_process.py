@@ -60,6 +60,7 @@ def test_a_model_that_still_loads_does_not_spoil_the_end(tmp_path, small_model, 
         validator.close()
 
 
+@pytest.mark.kill
 def test_kills_of_validator_and_senders_lose_and_repeat_nothing(tmp_path, small_model, small_checkpoint):
     """`research/benchmarks/soak.py` does this 200 times with a thousand nodes."""
     outcome = kill_loop(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from assay.cli.validator import pinned_format
 from assay.errors import AssayError, CalibrationError, UsageError
+from assay.poc.from_pins import pinned_format
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator.registry import Noises, Registry

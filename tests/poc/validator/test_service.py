@@ -165,7 +165,7 @@ def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):
     controller.close()
     assert not controller.ended
     gate.set()
-    controller.loaded.result(30)
+    until(controller.worker.close)
 
 
 def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
@@ -191,7 +191,7 @@ def test_nodes_are_read_again_when_their_file_changes(validating, small_model, t
         until(lambda: running.controller.registry.sender("node_A").signatures)
         until(lambda: _status_of(running, body) == 401)
         (tmp_path / "nodes.toml").write_text("[[nodes]]\npublic_key = 7\n")
-        running.controller.reread()
+        running.controller.tend()
         assert _status_of(running, body) == 401  # a file that is wrong changes nothing
         (tmp_path / "nodes.toml").write_text(nodes_text())
         until(lambda: _status_of(running, body) == 200)
@@ -266,7 +266,7 @@ def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, 
             first = senders.submit(running.send, bodies[0], id="first")
             assert begun.wait(30)
             more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
-            until(lambda: running.controller.writer._group.waiting == 5)
+            until(lambda: running.controller.writer.waiting == 5)
             running.send(bodies[6], id="over", status=503)
             gate.set()
             assert all(sent.result(30)["new"] for sent in [first, *more])

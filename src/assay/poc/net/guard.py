@@ -9,7 +9,6 @@ import ipaddress
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import httpx
 
@@ -38,14 +37,6 @@ _DNS = ThreadPoolExecutor(4, "assay-dns")
 
 class Blocked(Exception):
     """A host whose addresses are not allowed."""
-
-
-class Target(NamedTuple):
-    """Where a callback goes: its URL with the checked address in the place of the host, and what named the host."""
-
-    pinned: httpx.URL
-    host: str
-    host_header: str
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
@@ -77,8 +68,46 @@ def check_url(url: str, *, allow_private: bool) -> None:
         raise _refusal(f"callback URL to the private address {address}")
 
 
-async def resolve(url: str, *, allow_private: bool) -> Target:
-    """Resolve a URL's host and check every address it has.
+def new_client(timeout: float, connections: int) -> httpx.AsyncClient:
+    """Return a client for :func:`call`, which never follows a redirect."""
+    # trust_env off: a proxy from the environment would resolve names by itself.
+    limits = httpx.Limits(max_connections=connections)
+    return httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout, limits=limits)
+
+
+async def call(
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    path: str,
+    *,
+    allow_private: bool,
+    headers: dict[str, str],
+    content: bytes | None = None,
+    params: dict[str, int] | None = None,
+) -> httpx.Response:
+    """Call the path below a URL at an address of it that was checked; return the response, whose body is not read.
+
+    Raises:
+        Blocked: An address of the host is not public.
+        OSError: The name cannot be resolved.
+        httpx.HTTPError: There was no answer.
+    """
+    host = httpx.URL(url)
+    address = await resolve(url, allow_private=allow_private)
+    target = host.copy_with(host=address, path=f"{host.path.rstrip('/')}{path}")
+    request = client.build_request(
+        method,
+        target.copy_merge_params(params) if params else target,
+        content=content,
+        headers=headers | {"Host": host.netloc.decode("ascii"), "User-Agent": "assay"},
+        extensions={"sni_hostname": host.host},
+    )
+    return await client.send(request, stream=True)
+
+
+async def resolve(url: str, *, allow_private: bool) -> str:
+    """Return an address of a URL's host, after every address that it has was checked.
 
     Raises:
         Blocked: One of them is not public.
@@ -96,8 +125,7 @@ async def resolve(url: str, *, allow_private: bool) -> Target:
         for address in addresses:
             if not _is_public(_address(address)):
                 raise Blocked(f"{parsed.host} has the private address {address}, which needs --allow-private-callbacks")
-    pinned = parsed.copy_with(host=addresses[0].partition("%")[0])
-    return Target(pinned, parsed.host, parsed.netloc.decode("ascii"))
+    return addresses[0].partition("%")[0]
 
 
 def _address(text: str) -> Address:

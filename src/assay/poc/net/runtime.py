@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 import structlog
+from typing_extensions import override
 
 from assay.errors import reason_of
 from assay.files.jsonl import JsonObject
@@ -69,10 +70,15 @@ class EngineThread(LoopThread):
 
     def __init__(self, name: str, load: Callable[[], Deployment | None]) -> None:
         super().__init__(name)
-        self._load = load
+        self._load, self._loading = load, True
+
+    @override
+    def close(self, timeout: float | None = None) -> bool:
+        return super().close(0.0 if self._loading else timeout)  # nothing is lost with a model that still loads
 
     def _run(self) -> None:
         deployment = self._load()
+        self._loading = False
         while deployment is not None and not self._closed:
             try:
                 self._turn(deployment)
@@ -141,6 +147,8 @@ class Runtime:
         """Load the model and begin to work with it, in the engine's thread; return None where that fails."""
         try:
             deployment = load()
+            if self.closing.is_set():
+                return None
             self._check_model(deployment)
         except Exception as error:  # whatever the loading raises ends the process, with its reason
             log.error("model not loaded", error=reason_of(error))

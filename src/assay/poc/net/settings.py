@@ -1,8 +1,7 @@
 """The settings that every server of assay has: its directory, keys, bounds, and how it calls others and judges.
 
 A value comes from the argument of that name, else from the environment, else from the default. The setting
-``max_body`` is ``ASSAY_MAX_BODY`` in the environment; ``ASSAY_POC_SERVE_MAX_BODY``, the name that the command line
-gives to its flags, is read as well.
+``max_body`` is ``ASSAY_MAX_BODY`` in the environment.
 """
 
 import base64
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
@@ -19,7 +18,7 @@ from assay.files.jsonl import read_whole
 from assay.poc.verdict.calibration import Calibration
 from assay.settings import Flag
 
-PREFIX, SECOND_PREFIX = "ASSAY_", "ASSAY_POC_SERVE_"
+PREFIX = "ASSAY_"
 LONGEST_KEY_FILE = 2**20  # bytes; room for ten thousand keys
 
 
@@ -34,8 +33,8 @@ def _calibration(value: Any) -> Any:
 
 def _list(flag: str, description: str) -> Any:
     """Return a list's field, which the environment names as the flag does: in the singular."""
-    names = [prefix + flag.lstrip("-").replace("-", "_").upper() for prefix in (PREFIX, SECOND_PREFIX)]
-    return Field((), validate_default=True, validation_alias=AliasChoices(*names), description=description)
+    name = PREFIX + flag.lstrip("-").replace("-", "_").upper()
+    return Field((), validate_default=True, validation_alias=name, description=description)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -53,7 +52,7 @@ class ServerSettings(assay.settings.Settings):
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
-    prefixes = (PREFIX, SECOND_PREFIX)
+    prefixes = (PREFIX,)
 
     data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
     api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
@@ -101,7 +100,7 @@ class ServerSettings(assay.settings.Settings):
             raise UsageError(
                 "an API key of fewer than 16 ASCII characters",
                 wanted="a key that cannot be guessed",
-                do="pass another --api-key; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                do="choose another; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
             )
 
     @field_validator("api_keys", mode="after")
@@ -126,7 +125,7 @@ def check_secrets(secrets: Sequence[str]) -> None:
             raise UsageError(
                 "a callback secret that cannot be used",
                 wanted="whsec_ and the base64 of 24 to 64 random bytes",
-                do="pass another --callback-secret; make one: python -c 'import base64, secrets; "
+                do="choose another; make one: python -c 'import base64, secrets; "
                 'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\'',
             )
 

@@ -8,7 +8,7 @@ from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.guard import check_url
 from assay.poc.net.refusals import Refusal
-from assay.poc.protocol.builds import Build, described, nearest_build
+from assay.poc.protocol.builds import Build, describe_build, nearest_build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import Fingerprint, check_distinct_seeds
@@ -108,7 +108,7 @@ def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Sett
     """
     build, names = nearest_build(_builds(deployment, settings.pins), fingerprint)
     if names:
-        stated = {name: described(fingerprint)[name] for name in names}
+        stated = {name: describe_build(fingerprint)[name] for name in names}
         raise _refusal(names, stated, {name: getattr(build, name) for name in names})
 
 

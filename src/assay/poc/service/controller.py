@@ -35,7 +35,7 @@ from assay.poc.service.checks import (
     check_validation,
     round_values,
 )
-from assay.poc.service.database import Database
+from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
@@ -81,7 +81,7 @@ class Controller(Runtime):
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
-            self.database = Database(settings.data_dir)
+            self.database = open_database(settings.data_dir)
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
             self.rounds = Rounds(self.database, self.outbox)

@@ -13,7 +13,7 @@ import structlog
 from standardwebhooks import Webhook
 
 from assay.errors import StorageError
-from assay.poc.net.guard import Blocked, resolve
+from assay.poc.net.guard import Blocked, call, new_client
 from assay.poc.service.controller import Controller
 from assay.poc.service.outbox import Callback
 
@@ -37,15 +37,7 @@ class Delivery:
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
-        limits = httpx.Limits(max_connections=self._settings.callback_concurrency)
-        timeout = httpx.Timeout(self._settings.callback_timeout)
-        # trust_env off: a proxy from the environment would resolve names by itself.
-        async with httpx.AsyncClient(
-            follow_redirects=False,
-            trust_env=False,
-            limits=limits,
-            timeout=timeout,
-        ) as client:
+        async with new_client(self._settings.callback_timeout, self._settings.callback_concurrency) as client:
             self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
             try:
                 while True:
@@ -66,17 +58,17 @@ class Delivery:
                 await self._wake.wait()
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
-        outbox, call = self._controller.outbox, self._controller.call
+        outbox, wait_for = self._controller.outbox, self._controller.call
         started_at = _since_start()
         if started_at < self._started_at - SET_BACK:
             log.warning("the clock was set back, so every pending callback is due now")
-            await call(outbox.retry_now)
+            await wait_for(outbox.retry_now)
         self._started_at = started_at
-        await call(outbox.close_open, self._settings.callback_interval)
+        await wait_for(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
             return
-        for callback, body in await call(outbox.due, room, besides=list(self._sending)):
+        for callback, body in await wait_for(outbox.due, room, besides=list(self._sending)):
             self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
 
     async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
@@ -93,15 +85,15 @@ class Delivery:
         """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
-                target = await resolve(callback.url, allow_private=self._settings.allow_private_callbacks)
-                request = client.build_request(
+                response = await call(
+                    client,
                     "POST",
-                    target.pinned.copy_with(path=f"{target.pinned.path.rstrip('/')}/{callback.kind}"),
+                    callback.url,
+                    f"/{callback.kind}",
+                    allow_private=self._settings.allow_private_callbacks,
+                    headers=self._headers(callback.id, body),
                     content=body.encode(),
-                    headers=self._headers(callback.id, body) | {"Host": target.host_header},
-                    extensions={"sni_hostname": target.host},
                 )
-                response = await client.send(request, stream=True)
                 await response.aclose()
         except Blocked as error:
             return str(error), float("inf")
@@ -117,7 +109,6 @@ class Delivery:
         now = datetime.now(UTC)
         headers = {
             "Content-Type": "application/json",
-            "User-Agent": "assay",
             "webhook-id": callback_id,
             "webhook-timestamp": str(int(now.timestamp())),
         }

@@ -16,14 +16,14 @@ import structlog
 from pydantic import ValidationError
 
 from assay.errors import ProofFormatError, StorageError
+from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import Record, VectorRecord, encoding, pack, received
+from assay.poc.protocol.record import Record, VectorRecord, describe_packing, pack_record, unpack_or_nan
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest
-from assay.poc.service.database import Database
 from assay.poc.service.judge import HonestNoise, judge_vectors
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.settings import Settings
@@ -196,7 +196,7 @@ class Jobs:
         pipeline, round = get_pipeline(request.params.preset), job_round(request, deployment.reference)
         if request.validation is None:
             artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
-            return {"artifacts": artifacts, "encoding": encoding(pipeline)}
+            return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         errors = residuals(_received(request), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
         return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
@@ -290,7 +290,7 @@ def _received(request: GenerateRequest) -> list[Record]:
     assert request.validation is not None
     pipeline = get_pipeline(request.params.preset)
     sent = {artifact.nonce: artifact.vector_b64 for artifact in request.validation.artifacts}
-    return [received(nonce, sent[nonce], pipeline) for nonce in request.nonces]
+    return [unpack_or_nan(nonce, sent[nonce], pipeline) for nonce in request.nonces]
 
 
 def _packed(record: Record) -> str:
@@ -300,4 +300,4 @@ def _packed(record: Record) -> str:
             wanted="finite vectors",
             do="check the checkpoint and the device",
         )
-    return base64.b64encode(pack(record)).decode("ascii")
+    return base64.b64encode(pack_record(record)).decode("ascii")

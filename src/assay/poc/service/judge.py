@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
+from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.builds import Build
@@ -18,7 +19,6 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.record import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
-from assay.poc.service.database import Database
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings

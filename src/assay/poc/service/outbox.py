@@ -18,10 +18,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import UsageError
+from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import encoding
-from assay.poc.service.database import FILE, Database
+from assay.poc.protocol.record import describe_packing
+from assay.poc.service.database import FILE, open_database
 
 OWED = ("open", "pending")
 RECEIPTS = "receipts"
@@ -188,7 +189,7 @@ class Outbox:
         body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
         if found and found[0].vector is not None:
             artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
-            return body | {"artifacts": artifacts, "encoding": encoding(get_pipeline(round.preset))}
+            return body | {"artifacts": artifacts, "encoding": describe_packing(get_pipeline(round.preset))}
         nonces, distances = [r.nonce for r in found], [r.distance for r in found]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 
@@ -250,7 +251,7 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
         raise UsageError(
             f"no database in {data_dir}", wanted="the data directory of a service", do="pass its --data-dir"
         )
-    database = Database(data_dir, exclusive=False)
+    database = open_database(data_dir, exclusive=False)
     try:
         yield Outbox(database)
     finally:

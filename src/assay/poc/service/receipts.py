@@ -4,9 +4,9 @@ import hashlib
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
 import structlog
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from assay.errors import AssayError, StorageError
+from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.group_commit import GroupCommit
 from assay.poc.net.guard import check_url
@@ -25,48 +26,37 @@ from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
 from assay.poc.service.bodies import DeletedReceipts, ReceiptList, RequestReceipts
-from assay.poc.service.database import Database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.settings import Settings
 
+log = structlog.get_logger("assay.receipts")
+
+RECEIPTS_PREFIX = "/api/v1/receipts"
+MOST_FILES = 8  # files that are streamed at the same time
+READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
+
+After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
+Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
+RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
 MOST_BYTES = 2**25
 """Bytes of the receipts of one answer: 32 MiB, so that no file of receipts has more tokens than may be read."""
 
 _CHUNK_BYTES = 2**20  # of the lines that are read at a time
 _NAME_BYTES = 16
 _PRUNED = 500  # receipts that one transaction deletes: more would hold up those that are written
+ANNOUNCED = 100  # receipts of one callback, whose ids may be long
+PRUNE_EVERY = 60.0
+DAY = 86_400.0
 _ROOM = (2**16, 2**24)  # least and most bytes that are written to see whether there is room again
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewReceipt:
-    """A receipt on its way to the disk.
-
-    Args:
-        header: Line of its header.
-        request_id: Id of the request.
-        index: Number of the choice among those of the request.
-        block_hash: Hash of the block that is in its seed.
-        tokens: Tokens of the output.
-        finish: Why the output ended.
-        line: Its line in a file, without the line end.
-    """
+class NewReceipt(NamedTuple):
+    """A receipt on its way to the disk, with the lines that it and its header have in a file, without line ends."""
 
     header: str
-    request_id: str
-    index: int
-    block_hash: str
-    tokens: int
-    finish: str
+    receipt: Receipt
     line: str
-    size: int = field(init=False)
-    sha256: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        encoded = self.line.encode()
-        object.__setattr__(self, "size", len(encoded))
-        object.__setattr__(self, "sha256", hashlib.sha256(encoded).digest())
 
 
 @dataclass(frozen=True)
@@ -85,26 +75,62 @@ class Page:
     more: bool
 
 
-class Receipts:
-    """Reads and writes the table of receipts.
+class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
+    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes those that are old.
 
     Args:
         database: Database of the service.
         outbox: Outbox for callbacks.
-        url: Callback URL to which receipts are announced, if any.
-        interval: Time for which receipts are collected into one callback.
-        most: Receipts of one callback.
+        settings: Bounds, days and callback URL.
+        metrics: Metrics of the service.
+
+    Raises:
+        Refusal: 422, the callback URL can never be called.
     """
 
-    def __init__(self, database: Database, outbox: Outbox, *, url: str | None, interval: float, most: int) -> None:
-        self._db, self._outbox = database, outbox
-        self._url, self._interval, self._most = url, interval, most
+    def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
+        super().__init__("assay-receipts", most=settings.max_receipts)
+        self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
+        if settings.receipt_callback_url is not None:
+            check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._headers: dict[str, int] = {}
-        self._started = time.time() - time.monotonic()
+        self._lost = 0
+        self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
         self._journal_owed = not database.empty_journal()
         self._tidying = threading.Lock()
+        metrics.receipts_failing.set_function(lambda: float(self.failing))
 
-    def add(self, receipts: Sequence[NewReceipt]) -> list[bool]:
+    def sink(self, header: ReceiptHeader) -> "ReceiptSink":
+        """Return where the receipts go that stand under a header in a file."""
+        return ReceiptSink(self, header, self._settings, self._metrics)
+
+    # Writing
+
+    def _write(self, items: list[NewReceipt]) -> list[bool]:
+        started = time.perf_counter()
+        self._lost = sum(len(item.line) for item in items)
+        fresh = self.add(items)
+        self._lost = 0
+        self._metrics.receipt_seconds.observe(time.perf_counter() - started)
+        self._metrics.receipts.labels("new").inc(sum(fresh))
+        self._metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
+        return fresh
+
+    def _refusal(self, seen: str) -> Refusal:
+        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
+
+    def _rest(self, wrote: bool) -> None:
+        """See whether the disk has room again, delete what is old, and leave nothing of it behind."""
+        if self.failing and not wrote:
+            self._probe()
+        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
+            count = self.prune(self._settings.receipt_days * DAY)
+            self._metrics.receipts_deleted.labels("age").inc(count)
+            if not count:  # otherwise there may be more
+                self._pruned_at = time.monotonic()
+        self.tidy()
+
+    def add(self, items: Sequence[NewReceipt]) -> list[bool]:
         """Store receipts in one transaction; return of each whether it is new. They are on disk when this returns.
 
         A receipt that is stored already, byte for byte and under the same header, is not stored twice. Only one thread
@@ -117,31 +143,34 @@ class Receipts:
             "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id = ?) RETURNING seq"
         )
         with self._db.write() as connection:
-            for receipt in receipts:
-                if receipt.header not in headers:
-                    headers[receipt.header] = _header_id(connection, receipt.header)
-                header, name = headers[receipt.header], _name(receipt.request_id)
-                about = (receipt.index, receipt.tokens, receipt.size, receipt.finish)
-                texts = (receipt.request_id, receipt.block_hash, receipt.sha256, receipt.line)
-                values = (header, now, name, *about, *texts, name, receipt.sha256, header)
+            for text, receipt, line in items:
+                if text not in headers:
+                    headers[text] = _header_id(connection, text)
+                header, name, encoded = headers[text], _name(receipt.request_id), line.encode()
+                sha256 = hashlib.sha256(encoded).digest()
+                about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
+                texts = (receipt.request_id, receipt.block_hash, sha256, line)
+                values = (header, now, name, *about, *texts, name, sha256, header)
                 seq = connection.exec_driver_sql(insert, values).scalar()
                 fresh.append(seq is not None)
                 if seq is not None:
                     announced.append((int(seq), header))
-            if self._url is not None:
+            url, settings = self._settings.receipt_callback_url, self._settings
+            if url is not None:
+                most = min(settings.callback_nonces, ANNOUNCED)
                 self._outbox.announce_receipts(
-                    connection, self._url, announced, interval=self._interval, most=self._most
+                    connection, url, announced, interval=settings.callback_interval, most=most
                 )
         self._headers = headers
         return fresh
 
-    def probe(self, size: int) -> None:
+    def _probe(self) -> None:
         """Write and delete about as many bytes as receipts that found no room.
 
         Raises:
             StorageError: There is no room yet.
         """
-        filler = min(max(size, _ROOM[0]), _ROOM[1])
+        filler = min(max(self._lost, _ROOM[0]), _ROOM[1])
         with self._db.write() as connection:
             connection.exec_driver_sql("INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,))
         with self._db.write() as connection:
@@ -240,6 +269,7 @@ class Receipts:
             self._outbox.forget_receipts(connection)
         self._journal_owed = True
         self.tidy()
+        self._metrics.receipts_deleted.labels("request").inc(count)
         return count
 
     def prune(self, keep: float) -> int:
@@ -295,80 +325,6 @@ def _unknown() -> Refusal:
     )
 
 
-ANNOUNCED = 100  # receipts of one callback, whose ids may be long
-PRUNE_EVERY = 60.0
-DAY = 86_400.0
-
-
-class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
-    """Stores receipts in a thread of its own, many in one transaction, and deletes those that are old.
-
-    Args:
-        database: Database of the service.
-        outbox: Outbox for callbacks.
-        settings: Bounds, days and callback URL.
-        metrics: Metrics of the service.
-
-    Raises:
-        Refusal: 422, the callback URL can never be called.
-    """
-
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
-        super().__init__("assay-receipts", most=settings.max_receipts)
-        self._settings, self._metrics = settings, metrics
-        if settings.receipt_callback_url is not None:
-            check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
-        self.store = Receipts(
-            database,
-            outbox,
-            url=settings.receipt_callback_url,
-            interval=settings.callback_interval,
-            most=min(settings.callback_nonces, ANNOUNCED),
-        )
-        self._lost = 0
-        self._pruned_at = float("-inf")
-        self._metrics.receipts_failing.set_function(lambda: float(self.failing))
-
-    def sink(self, header: ReceiptHeader) -> "ReceiptSink":
-        """Return where the receipts go that stand under a header in a file."""
-        return ReceiptSink(self, header, self._settings, self._metrics)
-
-    def delete(self, request_id: str, index: int | None = None) -> int:
-        """Delete the receipts of a request, or of one of its choices; return how many.
-
-        Raises:
-            Refusal: 404, no such receipt.
-            StorageError: The file cannot be written.
-        """
-        count = self.store.delete(request_id, index)
-        self._metrics.receipts_deleted.labels("request").inc(count)
-        return count
-
-    def _write(self, receipts: list[NewReceipt]) -> list[bool]:
-        started = time.perf_counter()
-        self._lost = sum(receipt.size for receipt in receipts)
-        fresh = self.store.add(receipts)
-        self._lost = 0
-        self._metrics.receipt_seconds.observe(time.perf_counter() - started)
-        self._metrics.receipts.labels("new").inc(sum(fresh))
-        self._metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
-        return fresh
-
-    def _refusal(self, seen: str) -> Refusal:
-        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
-
-    def _rest(self, wrote: bool) -> None:
-        """See whether the disk has room again, delete what is old, and leave nothing of it behind."""
-        if self.failing and not wrote:
-            self.store.probe(self._lost)
-        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
-            count = self.store.prune(self._settings.receipt_days * DAY)
-            self._metrics.receipts_deleted.labels("age").inc(count)
-            if not count:  # otherwise there may be more
-                self._pruned_at = time.monotonic()
-        self.store.tidy()
-
-
 class ReceiptSink:
     """Where receipts of one header go. :meth:`ReceiptKeeper.sink` makes it."""
 
@@ -397,31 +353,11 @@ class ReceiptSink:
         kept = receipt if self._settings.receipt_prompts else receipt.without_prompt()
         line = kept.line()
         Tally(self._header).add(kept, line)
-        row = NewReceipt(
-            header=self._header_line,
-            request_id=kept.request_id,
-            index=kept.index,
-            block_hash=kept.block_hash,
-            tokens=len(kept.output),
-            finish=kept.finish,
-            line=line,
-        )
         try:
-            await self._keeper.put(row, size=row.size)
+            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line))
         except Refusal:
             self._metrics.receipts_refused.inc()
             raise
-
-
-log = structlog.get_logger("assay.receipts")
-
-RECEIPTS_PREFIX = "/api/v1/receipts"
-MOST_FILES = 8  # files that are streamed at the same time
-READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
-
-After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
-Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
-RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
 
 
 def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> APIRouter:
@@ -455,13 +391,13 @@ class _Calls:
 
     def listed(self, after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """Return what is stored after a sequence number, oldest first, without the receipts themselves."""
-        found = self._receipts.store.listed(after, limit + 1)
+        found = self._receipts.listed(after, limit + 1)
         following = found[limit - 1]["seq"] if len(found) > limit else None
         return JSONResponse({"receipts": found[:limit], "next": following})
 
     def of_request(self, request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
-        found = self._receipts.store.of_request(request_id, index)
+        found = self._receipts.of_request(request_id, index)
         return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
 
     def delete(self, request_id: str, index: Index = None) -> Response:
@@ -476,7 +412,7 @@ class _Calls:
         The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is the ``after`` of the
         next one, and ``Receipts-More`` says whether there is one now.
         """
-        page = await self._runtime.call(self._receipts.store.page, after, limit, request_id=request_id)
+        page = await self._runtime.call(self._receipts.page, after, limit, request_id=request_id)
         headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
         if page.header is None:
             return Response(status_code=204, headers=headers)
@@ -495,7 +431,7 @@ class _Calls:
             yield ""  # taken by file()
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):
-                found = await self._runtime.call(self._receipts.store.lines, low, high, request_id=request_id)
+                found = await self._runtime.call(self._receipts.lines, low, high, request_id=request_id)
                 text = "".join(f"{line}\n" for _, line in found)
                 digest.update(text.encode())
                 count, tokens = count + len(found), tokens + sum(number for number, _ in found)

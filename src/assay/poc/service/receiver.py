@@ -25,7 +25,7 @@ from assay.poc.net.server import listen, run_app
 from assay.poc.net.settings import ServerSettings
 from assay.poc.net.signatures import Signatures, message_id, unsigned
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.database import RECEIVED, Database
+from assay.poc.service.database import RECEIVED, open_database
 
 log = structlog.get_logger("assay.receiver")
 
@@ -49,7 +49,7 @@ class Received:
         found = tables(path, flag="--output") if path.is_file() else set()
         if found and "received" not in found:
             raise damaged(path, f"a database of something else, with a table {min(found)!r:.60}", flag="--output")
-        self._db = Database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
+        self._db = open_database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
         self._received = self._db["received"]
 
     def add(self, message_id: str, kind: str, body: str) -> bool:

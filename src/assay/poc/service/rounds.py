@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert
 
 from assay import stats
-from assay.files.database import damaged
+from assay.files.database import Database, damaged
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.blocks import BlockFactor, block_scale, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import DistanceRecord, Record, TokenRecord, pack
+from assay.poc.protocol.record import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
-from assay.poc.service.database import Database
 from assay.poc.service.outbox import Outbox
 from assay.stats.blocks import EFFECTIVE_DIMENSION, MeasuredBlockLaw
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
@@ -307,7 +306,7 @@ def _fitting(most: int, record: Record) -> int:
     """Return ``most``, or as many records with tokens that twice as many fit into a callback that receivers take."""
     if not isinstance(record, TokenRecord):
         return most
-    return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack(record)) * 4 // 3 + AROUND))))
+    return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
 
 
 def _check_same(values: RoundValues, stored: StoredRound) -> None:
@@ -325,7 +324,7 @@ def _check_same(values: RoundValues, stored: StoredRound) -> None:
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
-    vector, distance = (None, record.distance) if isinstance(record, DistanceRecord) else (pack(record), None)
+    vector, distance = (None, record.distance) if isinstance(record, DistanceRecord) else (pack_record(record), None)
     return {"round_id": round_id, "nonce": record.nonce, "distance": distance, "vector": vector, "valid": int(valid)}
 
 

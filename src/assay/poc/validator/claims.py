@@ -19,12 +19,12 @@ from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import (
     DistanceRecord,
     Record,
-    encoding,
+    describe_packing,
     is_distance,
     is_valid,
-    pack,
+    pack_record,
     packed_size,
-    received,
+    unpack_or_nan,
 )
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.validator.registry import Registry, Sender
@@ -41,24 +41,18 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Claim:
-    """Nonces of one node in one round, with the values that it published.
+    """Nonces of one node in one round, with the values that it published."""
 
-    Args:
-        round: Round as the pins and the node's share make it.
-        nonces: Nonces, ascending.
-        values: Distances, or the base64 of vectors, or of tokens with their sketches.
-    """
-
-    round: Round
-    nonces: Sequence[int]
-    values: Sequence[float | str]
+    round: Round  # round as the pins and the node's share make it
+    nonces: Sequence[int]  # nonces, ascending
+    values: Sequence[float | str]  # distances, or the base64 of vectors, or of tokens with their sketches
 
     def record(self, place: int, pipeline: Pipeline) -> Record:
         """Return the record of a place; a vector that is not one is a row of NaN, which is never a match."""
         nonce, value = self.nonces[place], self.values[place]
         if isinstance(value, (int, float)):
             return DistanceRecord(nonce, float(value))
-        return received(nonce, value, pipeline)
+        return unpack_or_nan(nonce, value, pipeline)
 
     def encode(self) -> bytes:
         """Return the form in which :meth:`decode` reads a claim without checking it again: the round as JSON on a line,
@@ -198,7 +192,7 @@ class Reader:
         return nonces, distances
 
     def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
-        wanted, size = encoding(self.registry.pipeline), packed_size(self.registry.pipeline)
+        wanted, size = describe_packing(self.registry.pipeline), packed_size(self.registry.pipeline)
         if values.get("encoding") != wanted:
             raise refused("encoding", values.get("encoding"), wanted)
         artifacts, length = values["artifacts"], 4 * -(-size // 3)
@@ -279,7 +273,7 @@ def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     for name in sender.build.differing(header.fingerprint):
         raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
     values = [
-        r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack(r)).decode("ascii")
+        r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records
     ]
     return Claim(stated, [record.nonce for record in proof.records], values)

@@ -29,19 +29,12 @@ TAG = b"assay.poc.validator/1"
 
 @dataclass(frozen=True)
 class Epoch:
-    """A time in which one secret draws the samples.
+    """A time in which one secret draws the samples."""
 
-    Args:
-        number: Number of the epoch, from 1.
-        secret: Secret of 32 bytes.
-        begins: Time at which it began, in seconds; None before.
-        ends: Time at which it ended; None before.
-    """
-
-    number: int
-    secret: bytes
-    begins: float | None
-    ends: float | None
+    number: int  # number of the epoch, from 1
+    secret: bytes  # secret of 32 bytes
+    begins: float | None  # time at which it began, in seconds; None before
+    ends: float | None  # time at which it ended; None before
 
     @property
     def commitment(self) -> str:

@@ -82,27 +82,16 @@ _NAMES_AT_A_TIME = 500  # parameters of one query
 
 @dataclass(frozen=True)
 class Message:
-    """A message on its way into the inbox.
+    """A message on its way into the inbox."""
 
-    Args:
-        public_key: Key of the node.
-        id: Identity under which it is kept once.
-        kind: What it is: generated, validated, proof or pulled.
-        nonces: Number of nonces that may be recomputed; 0 for a message that is no evidence.
-        body: Bytes as they were received.
-        claim: What it claims, as `assay.poc.validator.claims.Claim.encode` writes it; None without evidence.
-        pins: Hash of the pins that the claim was held against.
-        pulled: Block, machine and highest nonce, where it was pulled.
-    """
-
-    public_key: str
-    id: str
-    kind: str
-    nonces: int
-    body: bytes
-    claim: bytes | None = None
-    pins: str | None = None
-    pulled: tuple[str, int, int] | None = None
+    public_key: str  # key of the node
+    id: str  # identity under which it is kept once
+    kind: str  # what it is: generated, validated, proof or pulled
+    nonces: int  # number of nonces that may be recomputed; 0 for a message that is no evidence
+    body: bytes  # bytes as they were received
+    claim: bytes | None = None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
+    pins: str | None = None  # hash of the pins that the claim was held against
+    pulled: tuple[str, int, int] | None = None  # block, machine and highest nonce, where it was pulled
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,35 +100,20 @@ class Message:
 
 @dataclass(frozen=True)
 class Draw:
-    """Nonces that are drawn from a message: the places ``[drawn, planned)`` of its order.
+    """Nonces that are drawn from a message: the places ``[drawn, planned)`` of its order."""
 
-    Args:
-        seq: Number of the message in the inbox.
-        public_key: Key of the node.
-        id: Identity under which the message is kept once.
-        kind: What it is: generated, proof or pulled.
-        seed: Number that orders its nonces, from the secret of the epoch in which it arrived.
-        digest: SHA-256 of its body.
-        drawn: Number of nonces that were drawn before.
-        planned: Number of nonces that are drawn after this draw.
-        body: Bytes as they were received.
-        nonces: Number of nonces of the message.
-        claim: What the message claims, as it was kept; None where an older version kept it.
-        pins: Hash of the pins that the claim was held against.
-    """
-
-    seq: int
-    public_key: str
-    id: str
-    kind: str
-    seed: int
-    digest: bytes
-    drawn: int
-    planned: int
-    body: bytes
-    nonces: int
-    claim: bytes | None
-    pins: str | None
+    seq: int  # number of the message in the inbox
+    public_key: str  # key of the node
+    id: str  # identity under which the message is kept once
+    kind: str  # what it is: generated, proof or pulled
+    seed: int  # number that orders its nonces, from the secret of the epoch in which it arrived
+    digest: bytes  # SHA-256 of its body
+    drawn: int  # number of nonces that were drawn before
+    planned: int  # number of nonces that are drawn after this draw
+    body: bytes  # bytes as they were received
+    nonces: int  # number of nonces of the message
+    claim: bytes | None  # what the message claims, as it was kept; None where an older version kept it
+    pins: str | None  # hash of the pins that the claim was held against
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, dumps, loads
-from assay.poc.net.guard import Blocked, resolve
+from assay.poc.net.guard import Blocked, call, new_client
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.routes import SAFE_HEADERS, Bodies, answer
@@ -175,9 +175,7 @@ class Poller:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        timeout = httpx.Timeout(self._server.callback_timeout)
-        # trust_env off: a proxy from the environment would resolve names by itself.
-        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout) as client:
+        async with new_client(self._server.callback_timeout, self._server.callback_concurrency) as client:
             while True:
                 polled = self._controller.registry.polled
                 await asyncio.gather(*(self._poll(client, sender) for sender in polled))
@@ -238,21 +236,25 @@ class Poller:
     async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
         """Return the answer of ``/status``, bounded, from an address that was checked."""
         assert sender.url is not None
-        target = await resolve(sender.url, allow_private=self._server.allow_private_callbacks)
-        headers = {"Host": target.host_header, "User-Agent": "assay"}
-        if sender.read_key is not None:
-            headers["Authorization"] = f"Bearer {sender.read_key}"
-        url = target.pinned.copy_with(path=f"{target.pinned.path.rstrip('/')}/api/v1/pow/status", params=query or None)
-        request = client.build_request("GET", url, headers=headers, extensions={"sni_hostname": target.host})
-        response = await client.send(request, stream=True)
+        response = await call(
+            client,
+            "GET",
+            sender.url,
+            "/api/v1/pow/status",
+            allow_private=self._server.allow_private_callbacks,
+            headers={"Authorization": f"Bearer {sender.read_key}"} if sender.read_key is not None else {},
+            params=query,
+        )
         try:
             if not response.is_success:
-                raise httpx.HTTPStatusError(f"HTTP {response.status_code}", request=request, response=response)
+                raise httpx.HTTPStatusError(f"HTTP {response.status_code}", request=response.request, response=response)
             content = bytearray()
             async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > LONGEST_ANSWER:
-                    raise httpx.DecodingError(f"an answer of more than {LONGEST_ANSWER} bytes", request=request)
+                    raise httpx.DecodingError(
+                        f"an answer of more than {LONGEST_ANSWER} bytes", request=response.request
+                    )
         finally:
             await response.aclose()
         return parsed(bytes(content))[1]

@@ -56,25 +56,15 @@ class _NodesFile(BaseModel):
 
 @dataclass(frozen=True)
 class Sender:
-    """A node as the validator knows it.
+    """A node as the validator knows it."""
 
-    Args:
-        public_key: Key of the node.
-        signatures: Check of its callbacks; empty where none is needed.
-        build: Build on which it computes.
-        node_count: Number of machines of the key.
-        machines: Numbers of the machines that may send; all when None.
-        url: Address of its service; None for a node that is not polled.
-        read_key: Key that may read there.
-    """
-
-    public_key: str
-    signatures: Signatures
-    build: Build
-    node_count: int
-    machines: frozenset[int] | None
-    url: str | None
-    read_key: str | None
+    public_key: str  # key of the node
+    signatures: Signatures  # check of its callbacks; empty where none is needed
+    build: Build  # build on which it computes
+    node_count: int  # number of machines of the key
+    machines: frozenset[int] | None  # numbers of the machines that may send; all when None
+    url: str | None  # address of its service; None for a node that is not polled
+    read_key: str | None  # key that may read there
 
     def has(self, node_id: object) -> bool:
         """Return whether a value is the number of a machine of this key that may send."""

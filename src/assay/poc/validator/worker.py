@@ -30,7 +30,7 @@ from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.builds import Build
-from assay.poc.protocol.pack import packs
+from assay.poc.protocol.pack import group_rows
 from assay.poc.protocol.record import Record, TokenRecord
 from assay.poc.protocol.round import Round
 from assay.poc.validator.claims import Claim, Reader, read_claim
@@ -149,17 +149,11 @@ AUDIT = 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """Nonces that are drawn from a message, with what the node published of them.
+    """Nonces that are drawn from a message, with what the node published of them."""
 
-    Args:
-        source: Draw as it was written down.
-        claim: All nonces of the message, with their values.
-        places: Places of the drawn ones among these, in the order in which they are drawn.
-    """
-
-    source: Draw
-    claim: Claim
-    places: Sequence[int]
+    source: Draw  # draw as it was written down
+    claim: Claim  # all nonces of the message, with their values
+    places: Sequence[int]  # places of the drawn ones among these, in the order in which they are drawn
 
     @property
     def nonces(self) -> list[int]:
@@ -169,19 +163,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Checked:
-    """Residuals of drawn nonces.
+    """Residuals of drawn nonces."""
 
-    Args:
-        drawn: Nonces with what the node published of them.
-        errors: Residual of each.
-        noise: Honest noise that they are judged under.
-        batch_size: Batch size of the node's build; None where the pins allow several.
-    """
-
-    drawn: Drawn
-    errors: npt.NDArray[np.float64]
-    noise: Noise
-    batch_size: int | None
+    drawn: Drawn  # nonces with what the node published of them
+    errors: npt.NDArray[np.float64]  # residual of each
+    noise: Noise  # honest noise that they are judged under
+    batch_size: int | None  # batch size of the node's build; None where the pins allow several
 
     @property
     def is_odd(self) -> bool:
@@ -404,7 +391,7 @@ def recompute(
         for record in records
         if isinstance(record, TokenRecord)
     }
-    for pack, places in packs([(round, nonce) for round, nonces in wanted for nonce in nonces]):
+    for pack, places in group_rows([(round, nonce) for round, nonces in wanted for nonce in nonces]):
         if claimed:
             rows = enumerate(claimed[id(round), nonce] for round, nonce in pack.rows)
             batches = deployment.recompute(pack, batch_size, [replace(row, nonce=place) for place, row in rows])

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -90,3 +90,25 @@ class Watched:
     def overflow(self) -> float:
         """By how many pixels the page is wider than the window."""
         return float(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def watch(browser: Browser) -> Iterator[Callable[..., Watched]]:
+    """Open a page of a window and scheme; it is closed with the test."""
+    opened: list[Watched] = []
+
+    def run(url: str, **options) -> Watched:
+        watched = Watched(browser, **options)
+        opened.append(watched)
+        watched.page.goto(url)
+        return watched
+
+    yield run
+    for watched in opened:
+        watched.page.close()

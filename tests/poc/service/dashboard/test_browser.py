@@ -6,6 +6,8 @@ import pytest
 
 from tests.poc.service.dashboard.stand_in import KEY, ROUND, StandIn, snapshot
 
+pytestmark = pytest.mark.browser
+
 LIVE = "document.body.dataset.link === 'live'"
 VERDICT = {
     "time": 1_790_000_000.0,

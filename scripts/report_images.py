@@ -1,6 +1,6 @@
 """Takes the pictures of both instruments' reports in docs/images, from real runs on the bundled model.
 
-``python -m tests.end_to_end.report_images`` writes them; it takes a minute or two.
+``python -m scripts.report_images`` writes them; it takes a minute or two.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from PIL import Image
 from assay.cli import run
 from tests.poc.service.dashboard.browser import Watched, chromium
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CHECK = ("vhack", "check", "--model", "reference:qwen3", "--pairs", "generated:48")
 WIDTH = 720
 COLORS = 128  # of pages in flat colours: more are not seen, and make files three times as large

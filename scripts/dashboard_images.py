@@ -1,6 +1,6 @@
 """Takes the pictures of the dashboard in docs/images from a real service on the bundled model.
 
-``python -m tests.end_to_end.dashboard_images`` writes them; it takes a minute or two.
+``python -m scripts.dashboard_images`` writes them; it takes a minute or two.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 import assay
 from assay.poc import Proof, Round
 from assay.poc.cheats import rounded
+from scripts.report_images import save_picture
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.end_to_end.report_images import save_picture
 from tests.end_to_end.server import Server
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 MODEL = "reference:qwen3"
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BLOCK = {"block_hash": "0x5f1c2ab7d0c9443e8b6f0d9a7e21c3b4a5968778695a4b3c2d1e0f0918273645", "block_height": 1_204_551}
 SHAPE = {"r_target": 1.416, "node_id": 0, "node_count": 3, "batch_size": 32, "seq_len": 16}
 VIEWS = {
