@@ -49,10 +49,12 @@ class Spelling:
     Args:
         read: Turns the text into the value; raises ValueError, saying what is wanted.
         show: Turns the value into the text.
+        unit: What stands for the text in a help.
     """
 
     read: Callable[[str], Any]
     show: Callable[[Any], str]
+    unit: str = "WORDS"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return a schema that reads text before the field's own type is checked."""

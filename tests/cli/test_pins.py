@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from assay import streams
-from assay.cli.pins_settings import NewPinsSettings
+from assay.cli.pins import NewPinsSettings
 from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, prove
 from assay.poc.protocol.builds import FORMATS

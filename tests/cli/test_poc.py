@@ -261,7 +261,7 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
     def loaded(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("assay.models.load_model", loaded)
+    monkeypatch.setattr("assay.poc.opening.load_model", loaded)
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
         options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
         refused = assay("poc", "verify", tmp_path / f"{prover}.jsonl", *options)

@@ -118,7 +118,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     assay, arguments, tmp_path, monkeypatch, command, flags, seen
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     needed = ["-o", "samples.jsonl"] if command == "sample" else []
     outcome = assay("vhack", command, *(FLAGS if "--samples" in flags else arguments), *needed, *flags)
     assert outcome.code == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from assay.cli import run
-from assay.cli.vhack_models import cache_of
+from assay.cli.vhack import cache_of
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
@@ -87,7 +87,7 @@ def test_a_table_without_json_and_no_cache(extract, tmp_path):
 def test_bad_input_is_an_error_in_three_parts_before_the_model_is_loaded(
     extract, tmp_path, monkeypatch, arguments, message
 ):
-    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     code, out, err = extract("-o", tmp_path / "basis", *arguments)
     assert code == 2
     assert message in err
@@ -106,7 +106,7 @@ def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise UsageError("stopped", wanted="", do="")
 
-    monkeypatch.setattr("assay.models.load_model", stop)
+    monkeypatch.setattr("assay.models.load.load_model", stop)
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
     _, _, err = extract("--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
     assert "warning: 4 pairs in 4 groups are too few" in err

@@ -1,22 +1,62 @@
-"""Spellings of settings that several commands have: their options, units, variables and words."""
+"""Settings that several commands have: their options, units, variables, bounds and help."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from assay.settings import Flag
+from pydantic import Field
+
+from assay.settings import Flag, Settings
 
 ARGUMENT = Flag(argument=True)
 OUTPUT = Flag(("-o", "--output"))
 MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
-PINS = Flag(variable="ASSAY_PINS")
-LEDGER = Flag(variable="ASSAY_LEDGER")
-HASH, KEY, TEXT, NUMBER = Flag(unit="HASH"), Flag(unit="KEY"), Flag(unit="TEXT"), Flag(unit="NUMBER")
+HASH, KEY, TEXT, NUMBER, NAME = (Flag(unit=unit) for unit in ("HASH", "KEY", "TEXT", "NUMBER", "NAME"))
 NONCES, POSITIONS, RESPONSES = Flag(unit="NONCES"), Flag(unit="POSITIONS"), Flag(unit="RESPONSES")
-TOKENS, PAIRS, AXES = Flag(unit="TOKENS"), Flag(unit="PAIRS"), Flag(unit="AXES")
-PROBABILITY, FACTOR, DISTANCE = Flag(unit="PROBABILITY"), Flag(unit="FACTOR"), Flag(unit="DISTANCE")
+TOKENS, PAIRS, AXES, SHARE = Flag(unit="TOKENS"), Flag(unit="PAIRS"), Flag(unit="AXES"), Flag(unit="SHARE")
+DIRECTORY, ROWS, DISTANCE = Flag(unit="DIRECTORY"), Flag(unit="ROWS"), Flag(unit="DISTANCE")
 
 EngineName = Literal["hf", "vllm"]
-KernelName = Literal["auto", "compiled", "eager"]
-NumberFormat = Annotated[Literal["float32", "float16", "bfloat16", "int8", "float8"] | None, DTYPE]
-FORMATS = "Number format of the weights: float32, float16, bfloat16, int8 or float8"
-MODEL_HELP = "Model: a directory, a hub id, reference:… or shape:…"
+KernelName = Annotated[
+    Literal["auto", "compiled", "eager"],
+    Field(description="Kernels of hf: compiled, eager, or auto, which compiles on CUDA."),
+]
+ModelName = Annotated[str, MODEL, Field(description="Model: a directory, a hub id, reference:… or shape:…")]
+NumberFormat = Annotated[
+    Literal["float32", "float16", "bfloat16", "int8", "float8"] | None,
+    DTYPE,
+    Field(description="Number format of the weights; by default that of the other side, or the stored one."),
+]
+PinsFile = Annotated[
+    Path | None,
+    Flag(variable="ASSAY_PINS"),
+    Field(description="What the network agreed on; other settings must agree with it."),
+]
+BlockHash = Annotated[str | None, HASH, Field(description="Block of the round.")]
+PublicKey = Annotated[str | None, KEY, Field(description="Key of the node.")]
+Overwrite = Annotated[bool, Field(description="Replace what exists.")]
+Unsandboxed = Annotated[bool, Field(description="Run programs even where nothing can isolate them.")]
+Seed = Annotated[int, NUMBER, Field(ge=0, description="The same seed draws the same.")]
+
+
+class AuditSettings(Settings):
+    """What a validator knows, how it recomputes, and where it notes what it found."""
+
+    model: ModelName
+    pins: PinsFile = None
+    block_hash: BlockHash = None
+    public_key: PublicKey = None
+    calibration: Path | None = Field(None, description="Measured honest noise; else that of the pins, or the default.")
+    ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(
+        None, description="Ledger of nodes' lives to add the audit to; the life then counts."
+    )
+    engine: EngineName = Field("hf", description="Engine that recomputes.")
+    device: Annotated[str | None, Flag(variable="ASSAY_DEVICE", unit="DEVICE")] = Field(
+        None, description="cpu or cuda; by default cuda where there is one."
+    )
+    dtype: NumberFormat = None
+    prover_dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
+        None, description="Number format agreed on; else one of the preset, or any dtype."
+    )
+    alpha: Annotated[float, SHARE] = Field(1e-3, gt=0, lt=1, description="Chance of ever accusing an honest node.")
+    seed: Annotated[int | None, NUMBER] = Field(None, ge=0, description="Draws the sample; else unpredictable.")

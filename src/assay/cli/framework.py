@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from assay.errors import AssayError, StorageError, UsageError
+from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.settings import NEAR, Settings, Spelling, words_of
 
 EXTENSIONS = "assay.commands"
@@ -89,7 +89,8 @@ class Setting:
         if not self.flag.unit and 1 < len(words) < 6:
             return "|".join(map(str, words))
         is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
-        return self.flag.unit or ("FILE" if is_path else self.name.upper())
+        spelled = self.text.unit if self.text else ""
+        return self.flag.unit or spelled or ("FILE" if is_path else self.name.upper())
 
     @property
     def help(self) -> str:
@@ -444,8 +445,17 @@ def _config_option() -> click.Option:
 
 def _imported(where: str) -> Any:
     module, _, name = where.partition(":")
-    with without_collection():
-        return getattr(import_module(module), name)
+    try:
+        with without_collection():
+            return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "assay").partition(".")[0] == "assay":
+            raise
+        raise BackendUnavailable(
+            f"the package {error.name} is not installed",
+            wanted="what the command needs beside assay itself",
+            do=how_to_install("train" if ".training." in module else "serve"),
+        ) from error
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, HASH, KEY, OUTPUT
+from assay.cli.flags import ARGUMENT, HASH, KEY, OUTPUT, ROWS, Overwrite
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
 from assay.errors import visible
-from assay.settings import Flag, Settings
+from assay.settings import Settings
 
 if TYPE_CHECKING:
     from assay.poc.verdict.ledger_entries import Account, Entry, Standing
@@ -24,12 +24,8 @@ class ShowSettings(Settings):
     """Settings of ``assay poc ledger show``."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
-    public_key: Annotated[str | None, KEY] = Field(
-        None, description="Key of one node, whose audits are listed too; all nodes if left out."
-    )
-    limit: Annotated[int, Flag(unit="ROWS")] = Field(
-        100, ge=1, description="Largest number of accounts, and of audits of each, the newest of these."
-    )
+    public_key: Annotated[str | None, KEY] = Field(None, description="Key of one node, to list its audits too.")
+    limit: Annotated[int, ROWS] = Field(100, ge=1, description="Most accounts, and most audits of each.")
 
 
 class AuditSettings(Settings):
@@ -37,7 +33,7 @@ class AuditSettings(Settings):
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger, or an export of one.")
     head: Annotated[str | None, HASH] = Field(
-        None, description="Hash of the head that was published; entries up to it must be there."
+        None, description="Head that was published; entries up to it must be there."
     )
 
 
@@ -46,7 +42,7 @@ class ExportSettings(Settings):
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
     output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
-    overwrite: bool = Field(False, description="Replace an existing file.")
+    overwrite: Overwrite = False
 
 
 @ledger.add("show", ShowSettings, example="assay poc ledger show ledger.sqlite3 --public-key KEY")

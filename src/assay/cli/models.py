@@ -1,16 +1,18 @@
 """``assay models``: what can be loaded, and random-weight checkpoints."""
 
+import json
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, MODEL_HELP, OUTPUT, TEXT
+from assay.cli.flags import ARGUMENT, NAME, OUTPUT, TEXT
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
-from assay.settings import Flag, Settings
+from assay.settings import Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
 
@@ -18,7 +20,7 @@ models = Group("models", "Bundled models and random checkpoints.")
 class InfoSettings(Settings):
     """Settings of ``assay models info``."""
 
-    reference: Annotated[str, ARGUMENT] = Field(description=MODEL_HELP)
+    reference: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
 
 
 class RandomSettings(InfoSettings):
@@ -26,27 +28,19 @@ class RandomSettings(InfoSettings):
 
     output: Annotated[Path, OUTPUT] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, TEXT] = Field("block", description="Block that seeds the weights.")
-    weights: Annotated[str, Flag(unit="MODE")] = Field(
-        "random-all", description="What is random: random-all or random-embed."
-    )
-    dtype: Annotated[str, Flag(unit="DTYPE")] = Field(
-        "bfloat16", description="Dtype of the weights: float32, float16 or bfloat16."
-    )
+    weights: Annotated[str, NAME] = Field("random-all", description="What is random: random-all or random-embed.")
+    dtype: Annotated[str, NAME] = Field("bfloat16", description="float32, float16 or bfloat16.")
 
 
 @models.add("list", example="assay models list")
-def list_models(as_json: bool) -> None:
+def list_(as_json: bool) -> None:
     """List the bundled models and the shape presets."""
-    from assay.models.info import list_models
-
-    found = list_models()
+    found = json.loads((files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8"))
     if as_json:
-        emit_json("assay.models.list/1", {"models": [asdict(info) for info in found]})
+        emit_json("assay.models.list/1", {"models": found})
         return
-    rows = [
-        (info.reference, f"{info.parameters / 1e6:.1f} M", info.num_layers, info.hidden_size, info.vocab_size)
-        for info in found
-    ]
+    names = ("reference", "num_layers", "hidden_size", "vocab_size")
+    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *(one[name] for name in names[1:])) for one in found]
     table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
 
 

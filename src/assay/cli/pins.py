@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, DISTANCE, HASH, KEY, MODEL, MODEL_HELP, NONCES, NUMBER, OUTPUT, POSITIONS
+from assay.cli.flags import (
+    ARGUMENT,
+    DISTANCE,
+    KEY,
+    NAME,
+    NONCES,
+    NUMBER,
+    OUTPUT,
+    POSITIONS,
+    BlockHash,
+    ModelName,
+    Overwrite,
+    PublicKey,
+)
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
 from assay.errors import CalibrationError, ProofMismatch, UsageError
@@ -23,30 +36,20 @@ pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
 class NewPinsSettings(Settings):
     """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
 
-    model: Annotated[str, MODEL] = Field(description=f"{MODEL_HELP}; it is hashed and not run.")
+    model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
-    from_proof: tuple[Path, ...] = Field(
-        (), description="Honest proof whose preset, length, target and build are taken over; one for each build."
-    )
+    from_proof: tuple[Path, ...] = Field((), description="Honest proof whose round and build are taken over.")
     calibration: tuple[Path, ...] = Field((), description="Calibration file of this model to pin.")
-    public_key: Annotated[tuple[str, ...], KEY] = Field(
-        (), description="Key of a node that may prove; any key when left out."
-    )
-    preset: Annotated[str | None, Flag(unit="NAME")] = Field(None, description="Preset; that of the proof, or poc-2.0.")
-    seq_len: Annotated[int | None, POSITIONS] = Field(
-        None, description="Positions of a nonce; as in the proof, or 256."
-    )
+    public_key: Annotated[tuple[str, ...], KEY] = Field((), description="Key of a node that may prove; else any.")
+    preset: Annotated[str | None, NAME] = Field(None, description="Preset; that of the proof, or poc-2.0.")
+    seq_len: Annotated[int | None, POSITIONS] = Field(None, description="Positions; as in the proof, or 256.")
     strength: Literal[32, 256] = Field(256, description="Bits of the input seeds; those of 256 cannot collide.")
     node_count: Annotated[int, NUMBER] = Field(1, ge=1, description="Number of machines of one key.")
-    overwrite: bool = Field(False, description="Replace an existing pins file.")
-    r_target: Annotated[float | None, DISTANCE] = Field(
-        None, description="Target distance; that of the proof, or 1.416."
-    )
+    overwrite: Overwrite = False
+    r_target: Annotated[float | None, DISTANCE] = Field(None, description="As in the proof, or 1.416.")
     fewest_nonces: Annotated[int, NONCES] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
     dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
-        None,
-        description="Number format of the build where there is no proof, as a fingerprint names it; else the first one "
-        "of the preset.",
+        None, description="Number format of the build where there is no proof; else the first one of the preset."
     )
 
 
@@ -55,13 +58,9 @@ class CheckPinsSettings(Settings):
 
     pins: Annotated[Path, ARGUMENT] = Field(description="Pins file.")
     proof: Annotated[Path | None, ARGUMENT] = Field(None, description="Proof file that is held against it.")
-    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the round.")
-    public_key: Annotated[str | None, KEY] = Field(
-        None, description="Key of the node; with a list of nodes, the key of the proof."
-    )
-    node_id: Annotated[int | None, NUMBER] = Field(
-        None, description="Share of the node; with a list of nodes, the share of the proof."
-    )
+    block_hash: BlockHash = None
+    public_key: PublicKey = None
+    node_id: Annotated[int | None, NUMBER] = Field(None, description="Share of the node.")
 
 
 @pins.add(
@@ -187,7 +186,7 @@ def _round(chosen: NewPinsSettings, headers: "Sequence[Header]") -> dict[str, An
 
 def _builds(chosen: NewPinsSettings, headers: "Sequence[Header]", preset: str) -> list[dict[str, Any]]:
     """Return the builds of the proofs, or one that is to be filled in."""
-    from assay.poc.protocol.builds import Build, described
+    from assay.poc.protocol.builds import Build, describe_build
     from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED
     from assay.poc.protocol.pipelines import get_pipeline
 
@@ -201,7 +200,7 @@ def _builds(chosen: NewPinsSettings, headers: "Sequence[Header]", preset: str) -
         Build.of(header.fingerprint)  # an error says what is no build
     agreed = [chosen.dtype] if chosen.dtype else [*get_pipeline(preset).number_formats, UNFILLED]
     empty = dict.fromkeys(BUILD_FIELDS, UNFILLED) | {"dtype": agreed[0]}
-    return [described(header.fingerprint) for header in headers] or [empty]
+    return [describe_build(header.fingerprint) for header in headers] or [empty]
 
 
 def _check_calibration(path: Path, headers: "Sequence[Header]") -> None:

@@ -10,22 +10,22 @@ from pydantic import Field
 from assay.cli.flags import (
     ARGUMENT,
     DISTANCE,
-    FORMATS,
     HASH,
-    KEY,
-    LEDGER,
     MODEL,
-    MODEL_HELP,
+    NAME,
     NONCES,
     NUMBER,
     OUTPUT,
-    PINS,
     POSITIONS,
-    PROBABILITY,
-    TEXT,
+    SHARE,
+    AuditSettings,
+    BlockHash,
     EngineName,
     KernelName,
     NumberFormat,
+    Overwrite,
+    PinsFile,
+    PublicKey,
 )
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, progress_bar, show_values, table
@@ -49,140 +49,74 @@ def _positions(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
-RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format)
-OF_PINS = "or that of the pins"
+RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
 class ProveSettings(Settings):
-    """Settings of ``assay poc prove``."""
+    """Settings of ``assay poc prove``; those of the round have no default where a pins file says them."""
 
-    model: Annotated[str | None, MODEL] = Field(None, description=f"{MODEL_HELP}; {OF_PINS}.")
-    block_hash: Annotated[str | None, HASH] = Field(None, description=f"Block that seeds the round; {OF_PINS}.")
-    public_key: Annotated[str | None, KEY] = Field(None, description=f"Key of the node; {OF_PINS}, if it is one.")
+    model: Annotated[str | None, MODEL] = Field(None, description="Model: a directory, a hub id, or that of the pins.")
+    block_hash: BlockHash = None
+    public_key: PublicKey = None
     output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
-    pins: Annotated[Path | None, PINS] = Field(
-        None, description="File with all that the network agreed on; other settings must agree with it."
-    )
-    nonces: Annotated[tuple[int, int], RANGE, Flag(unit="FIRST:END")] = Field(
-        (0, 256), description="Positions in this node's sequence of nonces."
-    )
+    pins: PinsFile = None
+    nonces: Annotated[tuple[int, int], RANGE] = Field((0, 256), description="Positions in this node's share.")
     batch_size: Annotated[int | Literal["auto"], NONCES] = Field(
-        32, description="Nonces per forward pass, part of the fingerprint; auto takes what fits into memory."
+        32, description="Nonces per forward pass, part of the fingerprint; auto fills the memory."
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model.")
-    overwrite: bool = Field(False, description="Replace an existing proof file.")
-    preset: Annotated[str, Flag(unit="NAME")] = Field(
-        "poc-2.0",
-        description="How a proof follows from the model: poc-2.0, artifact, hardened, decode, or another pipeline.",
-    )
-    seq_len: Annotated[int, POSITIONS] = Field(
-        256, description="Number of input positions of a nonce; with decode, of its prompt."
-    )
+    overwrite: Overwrite = False
+    preset: Annotated[str, NAME] = Field("poc-2.0", description="How a proof follows from the model.")
+    seq_len: Annotated[int, POSITIONS] = Field(256, description="Input positions of a nonce; with decode, its prompt.")
     r_target: Annotated[float, DISTANCE] = Field(1.416, description="Distance below which a nonce is valid.")
-    strength: Literal[32, 256] = Field(
-        32, description="Bits of the seed of each input: 32, as published, or 256, which cannot collide."
-    )
+    strength: Literal[32, 256] = Field(32, description="Bits of the seed of each input; 256 cannot collide.")
     node_id: Annotated[int, NUMBER] = Field(0, description="Share of this node, from 0.")
     node_count: Annotated[int, NUMBER] = Field(1, description="Number of nodes that share the nonces of the key.")
     block_height: Annotated[int, NUMBER] = Field(0, description="Height of the block, recorded in the proof.")
-    dtype: NumberFormat = Field(None, description=f"{FORMATS}.")
-    kernels: KernelName = Field(
-        "auto", description="Kernels of the hf engine: compiled, eager, or auto, which compiles on CUDA."
-    )
-    deterministic: bool = Field(False, description="Refuse every operation that may give other bits the next time.")
-    tensor_parallel: Annotated[int, NUMBER] = Field(
-        1, ge=1, description="Processes of torchrun that hold one model together."
-    )
+    dtype: NumberFormat = None
+    kernels: KernelName = "auto"
+    deterministic: bool = Field(False, description="Refuse operations that may give other bits the next time.")
+    tensor_parallel: Annotated[int, NUMBER] = Field(1, ge=1, description="Processes that hold one model together.")
 
 
-class VerifySettings(Settings):
+class VerifySettings(AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
     proof: Annotated[Path, ARGUMENT] = Field(description="Proof file.")
-    model: Annotated[str, MODEL] = Field(description=f"{MODEL_HELP}; the one that the round asked for.")
-    pins: Annotated[Path | None, PINS] = Field(
-        None, description="File with all that the network agreed on; other settings must agree with it."
-    )
-    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the round; needed for exit code 0.")
-    public_key: Annotated[str | None, KEY] = Field(None, description="Key of the node; needed for exit code 0.")
-    sample: Annotated[int | None, NONCES] = Field(
-        None, description="Nonces to recompute; 128, or all of a smaller proof."
-    )
-    calibration: Path | None = Field(
-        None, description="File with the noise measured for this build; else one of the pins."
-    )
-    ledger: Annotated[Path | None, LEDGER] = Field(
-        None, description="Ledger of nodes' lives to which the audit is added; its verdict on the life then counts."
-    )
-    engine: EngineName = Field("hf", description="Engine that recomputes.")
-    device: Device = None
+    sample: Annotated[int | None, NONCES] = Field(None, description="Nonces to recompute; at most 128 by default.")
     seq_len: Annotated[int | None, POSITIONS] = Field(None, description="Positions of a nonce agreed on; else 256.")
-    preset: Annotated[str | None, Flag(unit="NAME")] = Field(
-        None, description="Preset that the network agreed on; else poc-2.0."
-    )
+    preset: Annotated[str | None, NAME] = Field(None, description="Preset agreed on; else poc-2.0.")
     strength: Literal[32, 256] | None = Field(None, description="Bits of the input seeds agreed on; else 32.")
     r_target: Annotated[float | None, DISTANCE] = Field(None, description="Target distance agreed on; else 1.416.")
     node_id: Annotated[int | None, NUMBER] = Field(None, description="Share of the node; else 0.")
-    node_count: Annotated[int | None, NUMBER] = Field(
-        None, description="Number of nodes that share the nonces; else 1."
-    )
+    node_count: Annotated[int | None, NUMBER] = Field(None, description="Nodes that share the nonces; else 1.")
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
-        None, description="Positions A:B that the proof must hold; else any 32 or more in a row."
-    )
-    prover_dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
-        None, description="Number format agreed on; else one of the preset, or any dtype."
-    )
-    dtype: NumberFormat = Field(None, description="Number format that recomputes; by default the prover's.")
-    alpha: Annotated[float, PROBABILITY] = Field(
-        1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node."
-    )
-    seed: Annotated[int | None, NUMBER] = Field(
-        None, ge=0, description="Number that draws the sample; unpredictable when left out."
+        None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
 
 
 class CalibrateSettings(Settings):
     """Settings of ``assay poc calibrate``."""
 
-    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field(
-        (), description="Honest proofs, two or more; or any number, with --valid-rate."
-    )
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, two or more of a round.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
-    valid_rate: Annotated[float | None, PROBABILITY] = Field(
-        None, description="Share of valid nonces that is wanted, in (0, 1)."
-    )
+    valid_rate: Annotated[float | None, SHARE] = Field(None, description="Share of valid nonces that is wanted.")
     model: Annotated[str | None, Flag(unit="MODEL")] = Field(
-        None,
-        description="Model of the proofs. With --valid-rate its states say how wide the distances of their blocks are; "
-        "else its hidden size makes a law of distances relative to the scale of each block.",
+        None, description="Model of the proofs, for laws relative to the scale of each block."
     )
-    dimension: Annotated[int | None, NUMBER] = Field(
-        None, description="Dimension of the output; that of the random head, or what a proof says."
-    )
-    against: tuple[Path, ...] = Field(
-        (), description="Proof or set of vectors of a known cheat, which an honest verdict must exclude; repeatable."
-    )
-    name: Annotated[tuple[str, ...], TEXT] = Field(
-        (), description="Name of each --against, in the same order, such as int4."
-    )
-    merge: tuple[Path, ...] = Field(
-        (), description="Calibration file whose builds are added; the newly measured ones come first. Repeatable."
-    )
+    dimension: Annotated[int | None, NUMBER] = Field(None, description="Dimension of the output.")
+    against: tuple[Path, ...] = Field((), description="Proof of a known cheat, to be excluded; repeatable.")
+    name: Annotated[tuple[str, ...], NAME] = Field((), description="Name of each --against, in the same order.")
+    merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     device: Device = None
     effective_dimension: Annotated[float | None, NUMBER] = Field(
-        None, description="Effective dimension of the model's states; without it and without --model, 16 is assumed."
+        None, description="Effective dimension of the states; 16 without it and without a model."
     )
-    vectors: Path | None = Field(
-        None, description="File of sets of vectors as networks publish them, in place of proofs (assay-research)."
-    )
-    sets: Annotated[Names, Flag(unit="WORDS")] = Field(
-        (), description="Words, separated by commas, that the name of a set must have; with a dash before: must not."
-    )
+    vectors: Path | None = Field(None, description="Sets of vectors of a network, in place of proofs (research).")
+    sets: Names = Field((), description="Words that the name of a set must have; with a dash before: must not.")
     digest: Annotated[str | None, HASH] = Field(
-        None,
-        pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the checkpoint of --vectors, which they do not say; without it they judge no proof.",
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the checkpoint of --vectors."
     )
 
 

@@ -7,22 +7,17 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
-    DTYPE,
-    FORMATS,
     HASH,
     KEY,
-    LEDGER,
-    MODEL,
-    MODEL_HELP,
-    NUMBER,
     OUTPUT,
-    PINS,
-    PROBABILITY,
     RESPONSES,
     TEXT,
     TOKENS,
+    AuditSettings,
     EngineName,
+    ModelName,
     NumberFormat,
+    Overwrite,
 )
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, poc
@@ -32,80 +27,52 @@ if TYPE_CHECKING:
     from assay.poc.audit import Audit
     from assay.poc.responses.judge import ResponseVerdict
 
-_BATCH = "Number of responses that are run at once, at most; 1 where bits must not depend on the others."
+Batch = Annotated[int, RESPONSES, Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")]
 
 
 class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    model: ModelName
     prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
-    block_hash: Annotated[str, HASH] = Field(description="Block that became known after the requests were accepted.")
+    block_hash: Annotated[str, HASH] = Field(description="Block that became known after the requests.")
     public_key: Annotated[str, KEY] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
     user_seed: Annotated[str, TEXT] = Field("", description="Client's seed, for prompts that have none.")
+    max_tokens: Annotated[int, TOKENS] = Field(64, ge=1, description="Tokens after which a response ends.")
+    dtype: NumberFormat = None
+    device: Device = None
+    overwrite: Overwrite = False
     temperature: float = Field(1.0, description="Divisor of the logits; 0 takes the likeliest token.")
     top_k: int = Field(0, description="Number of likeliest tokens to keep; 0 keeps all.")
     top_p: float = Field(1.0, description="Probability that the kept tokens have together at least.")
-    min_p: float = Field(0.0, description="Probability of a kept token at least, relative to the likeliest one.")
-    repetition_penalty: float = Field(1.0, description="Divisor of positive logits of tokens in prompt or output.")
-    frequency_penalty: float = Field(
-        0.0, description="Number subtracted from a logit for every time the token was made."
-    )
-    presence_penalty: float = Field(0.0, description="Number subtracted from a logit if the token was made.")
-    max_tokens: Annotated[int, TOKENS] = Field(64, ge=1, description="Number of tokens after which a response ends.")
+    min_p: float = Field(0.0, description="Least probability of a kept token, relative to the likeliest one.")
+    repetition_penalty: float = Field(1.0, description="Divisor of positive logits of tokens that were there.")
+    frequency_penalty: float = Field(0.0, description="Subtracted from a logit for every time it was made.")
+    presence_penalty: float = Field(0.0, description="Subtracted from a logit if the token was made.")
     hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
-    dtype: NumberFormat = Field(None, description=f"{FORMATS}.")
-    device: Device = None
-    overwrite: bool = Field(False, description="Replace an existing file of receipts.")
 
 
-class ReplaySettings(Settings):
+class ReplaySettings(AuditSettings):
     """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses again."""
 
     receipts: Annotated[Path, ARGUMENT] = Field(description="File of receipts.")
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
-    pins: Annotated[Path | None, PINS] = Field(None, description="File with all that the network agreed on.")
     requests: Path | None = Field(None, description="Requests that were sent; needed for exit code 0.")
-    block_hash: Annotated[str | None, HASH] = Field(None, description="Block of the responses; needed for exit code 0.")
-    public_key: Annotated[str | None, KEY] = Field(None, description="Key of the node; needed for exit code 0.")
-    prover_dtype: Annotated[str | None, DTYPE] = Field(None, description="Number format agreed on; else any dtype.")
-    evidence: Literal["both", "tokens", "sketches"] = Field(
-        "both", description="What receipts must have for exit code 0: seeded tokens, sketches, or both."
-    )
-    lora: Path | None = Field(
-        None, description="Directory of the LoRA adapter with which receipts that name one are replayed."
-    )
-    sample: Annotated[int | None, RESPONSES] = Field(None, description="Responses to replay; all when left out.")
-    calibration: Path | None = Field(None, description="File with the measured noise; else the stated default.")
-    batch_size: Annotated[int, RESPONSES] = Field(16, ge=1, le=1024, description=_BATCH)
-    dtype: NumberFormat = Field(None, description="Number format that replays; by default the node's.")
-    device: Device = None
-    engine: EngineName = Field("hf", description="Engine that replays.")
-    alpha: Annotated[float, PROBABILITY] = Field(
-        1e-3, gt=0, lt=1, description="Bound on the chance of accusing an honest node."
-    )
-    seed: Annotated[int | None, NUMBER] = Field(
-        None, ge=0, description="Number that draws the sample; unpredictable when left out."
-    )
-    ledger: Annotated[Path | None, LEDGER] = Field(
-        None, description="Ledger of nodes' lives to which the replay is added."
-    )
+    sample: Annotated[int | None, RESPONSES] = Field(None, description="Responses to replay; all by default.")
+    evidence: Literal["both", "tokens", "sketches"] = Field("both", description="What receipts must have.")
+    lora: Path | None = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
+    batch_size: Batch = 16
 
 
 class CalibrateResponsesSettings(Settings):
     """Settings of ``assay poc calibrate-responses``."""
 
-    receipts: Annotated[tuple[Path, ...], ARGUMENT] = Field(
-        description="Files of receipts of honest nodes of one build."
-    )
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    receipts: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Receipts of honest nodes of one build.")
+    model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
-    requests: Path | None = Field(
-        None, description="Requests that were sent, for receipts that have hashes of prompts alone."
-    )
-    batch_size: Annotated[int, RESPONSES] = Field(16, ge=1, le=1024, description=_BATCH)
-    dtype: NumberFormat = Field(None, description="Number format that replays; by default that of the first receipts.")
+    requests: Path | None = Field(None, description="Requests that were sent, for receipts with hashes of prompts.")
+    batch_size: Batch = 16
+    dtype: NumberFormat = None
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that replays.")
 

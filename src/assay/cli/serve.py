@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, FORMATS, MODEL, MODEL_HELP, OUTPUT, KernelName, NumberFormat
+from assay.cli.flags import ARGUMENT, OUTPUT, ROWS, KernelName, ModelName, NumberFormat
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from assay.poc.service.settings import Settings as ServiceSettings
 
 SERVICE = "assay.poc.service.settings:Settings"
-PORT = Flag(unit="PORT")
-ADDRESS = Flag(unit="ADDRESS")
-HOST_HELP = "Address to listen on. Addresses that other machines reach need a key."
-PORT_HELP = "Port to listen on. 0 takes a free one."
+Host = Annotated[
+    str, Flag(unit="ADDRESS"), Field(description="Address to listen on; one that others reach needs a key.")
+]
+Port = Annotated[int, Flag(unit="PORT"), Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
+LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the log.")]
+DataDir = Annotated[
+    Path,
+    Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"),
+    Field(description="Directory of the service's database."),
+]
 
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
 
@@ -28,13 +34,13 @@ callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", pan
 class RunSettings(Settings):
     """Settings of a server: what it runs, and where."""
 
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
-    host: Annotated[str, ADDRESS] = Field("127.0.0.1", description=HOST_HELP)
-    port: Annotated[int, PORT] = Field(8000, ge=0, le=65535, description=PORT_HELP)
-    dtype: NumberFormat = Field(None, description=f"{FORMATS}; by default that of the pins, else the stored one.")
+    model: ModelName
+    host: Host = "127.0.0.1"
+    port: Port = 8000
+    dtype: NumberFormat = None
     device: Device = None
-    kernels: KernelName = Field("auto", description="Kernels: compiled, eager, or auto (compiled on CUDA).")
-    log_format: Literal["console", "json"] = Field("console", description="Form of the log.")
+    kernels: KernelName = "auto"
+    log_format: LogFormat = "console"
 
     def deploy(self, dtype: str | None = None) -> "Deployment":
         """Load the model and return it with its kernels."""
@@ -48,31 +54,27 @@ class RunSettings(Settings):
 class ReceiveSettings(Settings):
     """Settings of ``assay poc receive``."""
 
-    host: Annotated[str, ADDRESS] = Field("127.0.0.1", description=HOST_HELP)
-    port: Annotated[int, PORT] = Field(8081, ge=0, le=65535, description=PORT_HELP)
+    host: Host = "127.0.0.1"
+    port: Port = 8081
     output: Annotated[Path, OUTPUT] = Field(
         Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
     )
-    log_format: Literal["console", "json"] = Field("console", description="Form of the log.")
+    log_format: LogFormat = "console"
 
 
 class CallbackSettings(Settings):
     """Settings of ``assay poc callbacks replay``."""
 
     ids: Annotated[tuple[str, ...], ARGUMENT] = Field((), description="Ids of dead callbacks; all when left out.")
-    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
-        Path("assay-data"), description="Directory of the service's database."
-    )
+    data_dir: DataDir = Path("assay-data")
 
 
 class ListSettings(Settings):
     """Settings of ``assay poc callbacks list``."""
 
-    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
-        Path("assay-data"), description="Directory of the service's database."
-    )
+    data_dir: DataDir = Path("assay-data")
     every: Annotated[bool, Flag(("--all",))] = Field(False, description="List delivered callbacks too.")
-    limit: Annotated[int, Flag(unit="ROWS")] = Field(100, ge=1, description="Largest number to list, newest first.")
+    limit: Annotated[int, ROWS] = Field(100, ge=1, description="Largest number to list, newest first.")
 
 
 @poc.add(
@@ -90,9 +92,8 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
     from assay.models.load import model_info
+    from assay.poc import service as library
     from assay.poc.engines.hf.engine import check_shape
-    from assay.poc.net.logs import configure_logs
-    from assay.poc.service.app import serve
     from assay.poc.opening import check_loadable
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.ledger import check_ledger

@@ -1,11 +1,9 @@
 """``assay poc validator``: the other end of the service."""
 
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from assay.cli.poc import poc
-from assay.cli.serve import PORT, PORT_HELP, SERVICE, RunSettings
+from assay.cli.serve import SERVICE, Port, RunSettings
 
 if TYPE_CHECKING:
     from assay.poc.service.settings import Settings as ServiceSettings
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 class ValidatorRunSettings(RunSettings):
     """Settings of ``assay poc validator``: what it runs, and where."""
 
-    port: Annotated[int, PORT] = Field(8090, ge=0, le=65535, description=PORT_HELP)
+    port: Port = 8090
 
 
 @poc.add(

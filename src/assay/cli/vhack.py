@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, AXES, DTYPE, MODEL, MODEL_HELP, NUMBER, OUTPUT, PAIRS, PROBABILITY, TEXT, TOKENS
+from assay.cli.flags import (
+    ARGUMENT,
+    AXES,
+    DTYPE,
+    NAME,
+    NUMBER,
+    OUTPUT,
+    PAIRS,
+    ROWS,
+    SHARE,
+    TEXT,
+    TOKENS,
+    ModelName,
+    Overwrite,
+    Seed,
+    Unsandboxed,
+)
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
@@ -26,19 +42,18 @@ if TYPE_CHECKING:
 vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-WeightDtype = Annotated[
-    str | None,
-    DTYPE,
-    Field(description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."),
-]
+WeightDtype = Annotated[str | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
+Method = Annotated[str, TEXT, Field(description="Method of extraction: lda, mean-diff or svd.")]
+Batch = Annotated[int | None, TOKENS, Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
+Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
+PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
-BASIS = Flag(unit="FILE")
 
 
 class WeightSettings(Settings):
     """Settings of a command that takes gradients."""
 
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
+    model: ModelName
     dtype: WeightDtype = None
     device: Device = None
 
@@ -54,10 +69,8 @@ class RuleSettings(Settings):
     """Settings of the rule of a check."""
 
     k_use: Annotated[int, AXES] = Field(5, ge=1, description="Axes per module.")
-    alpha: Annotated[float, PROBABILITY] = Field(
-        0.05, gt=0, lt=1, description="Highest probability that noise passes a check."
-    )
-    seed: Annotated[int, NUMBER] = Field(0, ge=0, description="Seed of all random draws.")
+    alpha: Annotated[float, SHARE] = Field(0.05, gt=0, lt=1, description="Highest chance that noise passes a check.")
+    seed: Seed = 0
 
 
 class ExtractSettings(GradientSettings):
@@ -66,35 +79,29 @@ class ExtractSettings(GradientSettings):
     output: Annotated[Path, OUTPUT] = Field(description="Basis file to write.")
     n_heldout: Annotated[int | None, PAIRS] = Field(None, description="Number of pairs at the end to hold out.")
     heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",), unit="GROUP")] = Field(
-        None, description="Group to hold out; may be repeated. By default the last sixth, a third of 30 groups or more."
+        None, description="Group to hold out; repeatable. By default the last sixth, a third of 30 groups or more."
     )
     top_k: Annotated[int, AXES] = Field(12, description="Axes per module.")
     tau_axis: float = Field(0.0, description="Share S_i/S_0 below which an axis is set to zero.")
-    method: Annotated[str, TEXT] = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    method: Method = "lda"
     rank: int | None = Field(None, description="Singular directions per matrix; all by default.")
-    factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh: float32 or bfloat16.")
+    factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh.")
     cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE", unit="DIRECTORY")] = Field(
-        None,
-        description="Directory that keeps decompositions of the weights. On a CPU it is by default the user's cache "
-        "directory; a GPU computes them faster than it reads them.",
+        None, description="Directory of decompositions; on a CPU by default the user's cache directory."
     )
     no_cache: bool = Field(False, description="Keep no decompositions on disk.")
-    max_tokens: Annotated[int | None, TOKENS] = Field(
-        None, ge=1, description="Tokens per batch; by default what fits into memory."
-    )
+    max_tokens: Batch = None
     checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
-    overwrite: bool = Field(False, description="Replace an existing basis file.")
+    overwrite: Overwrite = False
 
 
 class CheckCommand(RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
-    basis: Path | None = Field(None, description="File of the basis to check; without it, bases are fitted.")
+    basis: Path | None = Field(None, description="Basis to check; without it, bases are fitted.")
     log: Path | None = Field(None, description="Log of a training run, for check 4.")
-    method: Annotated[str, TEXT] = Field(
-        "lda", description="How bases are fitted without --basis: lda, mean-diff or svd."
-    )
-    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+    method: Method = "lda"
+    output: Result = None
     html: Path | None = Field(None, description="File for the report page.")
 
 
@@ -104,21 +111,15 @@ class PoolSettings(RuleSettings, WeightSettings):
     basis: Path = Field(description="File of the basis to score with.")
     hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
     clean: Path = Field(description="Samples that do not cheat, likewise.")
-    limit: Annotated[int | None, Flag(unit="SAMPLES")] = Field(
-        None, ge=1, description="Samples of each pool to draw by --seed; all by default."
-    )
-    max_tokens: Annotated[int | None, TOKENS] = Field(
-        None, ge=1, description="Tokens per batch; by default what fits into memory."
-    )
-    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+    limit: Annotated[int | None, ROWS] = Field(None, ge=1, description="Samples of each pool to draw; all by default.")
+    max_tokens: Batch = None
+    output: Result = None
 
 
 class ReportSettings(Settings):
     """Settings of ``assay vhack report``."""
 
-    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
-        description="Result that `assay vhack check -o` wrote; or logs of training runs, as files or directories."
-    )
+    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Result of `assay vhack check -o`, or logs.")
     output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
     check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
 
@@ -127,10 +128,8 @@ class TrainCommand(Settings):
     """Settings of ``assay vhack train`` that do not decide its result."""
 
     output: Annotated[Path, OUTPUT] = Field(description="Directory of the run; the same one continues it.")
-    tracker: Annotated[tuple[str, ...], Flag(unit="NAME")] = Field(
-        (), description="A tracker of TRL's, such as wandb; repeatable."
-    )
-    allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
+    tracker: Annotated[tuple[str, ...], NAME] = Field((), description="A tracker of TRL's, such as wandb; repeatable.")
+    allow_unsandboxed: Unsandboxed = False
 
 
 class ListSettings(Settings):
@@ -142,7 +141,7 @@ class ListSettings(Settings):
 class GenerateSettings(Settings):
     """Settings of ``assay vhack pairs generate``."""
 
-    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
+    output: PairFile
     n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(96, lt=100_000, description="Number of pairs.")
     seed: Annotated[int, NUMBER] = Field(0, description="The same seed gives the same pairs.")
     mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
@@ -151,26 +150,24 @@ class GenerateSettings(Settings):
     families: Annotated[tuple[str, ...] | None, Flag(("--family",), unit="NAME")] = Field(
         None, description="Use tasks of this family only; may be repeated."
     )
-    overwrite: bool = Field(False, description="Replace an existing file.")
+    overwrite: Overwrite = False
 
 
 class MatchSettings(Settings):
     """Settings of ``assay vhack pairs match``."""
 
     hacks: Annotated[Path, ARGUMENT] = Field(description="Graded completions of which the hacks are taken.")
-    output: Annotated[Path, OUTPUT] = Field(description="The pair file to write.")
-    works: Path | None = Field(
-        None, description="Graded completions of which correct work is taken; by default the same as for the hacks."
-    )
+    output: PairFile
+    works: Path | None = Field(None, description="Those of which correct work is taken; by default the same.")
     per_prompt: Annotated[int, PAIRS] = Field(1, ge=1, description="Most pairs of one prompt.")
-    overwrite: bool = Field(False, description="Replace an existing file.")
+    overwrite: Overwrite = False
 
 
 class VerifyPairsSettings(ListSettings):
     """Settings of ``assay vhack pairs verify``."""
 
-    tests: Path | None = Field(None, description="A JSON Lines file with hidden cases of your own tasks.")
-    allow_unsandboxed: bool = Field(False, description="Run the programs even where no sandbox works.")
+    tests: Path | None = Field(None, description="JSON Lines with hidden cases of your own tasks.")
+    allow_unsandboxed: Unsandboxed = False
 
 
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
@@ -236,6 +233,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.folds import check_groups
+    from assay.vhack.checks.page import page
     from assay.vhack.checks.run import too_few_groups
     from assay.vhack.checks.sources import read_source_log
     from assay.vhack.gradients.targets import MIN_COVERAGE
@@ -266,9 +264,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     if chosen.output:
         write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
     if chosen.html:
-        checks.page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(
-            chosen.html
-        )
+        page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
     if as_json:
         emit_document(result.as_dict())
     else:
@@ -425,7 +421,7 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
 
     Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
     """
-    from assay.vhack.environment.backends import available_backend
+    from assay.vhack.environment.sandbox import available_backend
     from assay.vhack.pairs.reference import find_pairs
     from assay.vhack.pairs.verify import read_tests, verify_pairs
 

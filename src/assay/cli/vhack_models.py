@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from assay.cli.flags import MODEL, MODEL_HELP, OUTPUT
+from assay.cli.flags import MODEL, OUTPUT, ModelName, Overwrite, Unsandboxed
 from assay.cli.output import emit_json, progress_bar, show_values, table
-from assay.cli.vhack import WeightDtype, WeightSettings, cache_of, vhack
+from assay.cli.vhack import Result, WeightDtype, WeightSettings, cache_of, vhack
 from assay.errors import DataError, UsageError
 from assay.settings import Device, Flag, Settings
 
@@ -26,45 +26,44 @@ SAMPLING = "assay.vhack.training.settings:SampleSettings"
 _EVALUATE = "assay.vhack.evaluate/1"
 
 
+Delta = Annotated[Path | None, Field(description="File of δS of this model, merged before sampling.")]
+
+
 class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
-    delta: Path = Field(description="File of δS that `assay vhack train` or DeltaS.save wrote for this model.")
-    output: Annotated[Path, Flag(("-o", "--output"), unit="DIRECTORY")] = Field(description="Directory to write.")
-    lora: Annotated[int | None, Flag(unit="RANK")] = Field(
-        None, ge=1, description="Write δS as LoRA of this rank instead of merged weights, and say its error."
-    )
-    overwrite: bool = Field(False, description="Write into a directory that is not empty.")
+    delta: Path = Field(description="File of δS that training or DeltaS.save wrote for this model.")
+    output: Annotated[Path, OUTPUT] = Field(description="Directory to write.")
+    lora: Annotated[int | None, Flag(unit="RANK")] = Field(None, ge=1, description="Write a LoRA of this rank instead.")
+    overwrite: Overwrite = False
 
 
 class SampleCommand(Settings):
     """Settings of ``assay vhack sample`` beside those of sampling."""
 
-    model: Annotated[str, MODEL] = Field(description=MODEL_HELP)
-    delta: Path | None = Field(None, description="File of δS that was trained for this model, merged before sampling.")
+    model: ModelName
+    delta: Delta = None
     dtype: WeightDtype = None
     device: Device = None
     output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
-    overwrite: bool = Field(False, description="Replace files that exist.")
+    overwrite: Overwrite = False
 
 
 class EvaluateCommand(Settings):
     """Settings of ``assay vhack evaluate`` beside those of sampling."""
 
-    model: Annotated[str | None, MODEL] = Field(None, description=f"{MODEL_HELP}; it is sampled from.")
-    samples: Path | None = Field(
-        None, description="Completions to grade, as assay vhack sample writes them; no model is loaded then."
-    )
-    delta: Path | None = Field(None, description="File of δS that was trained for this model, merged before sampling.")
+    model: Annotated[str | None, MODEL] = Field(None, description="Model to sample from.")
+    samples: Path | None = Field(None, description="Completions to grade; no model is loaded then.")
+    delta: Delta = None
     reward: Annotated[str | None, Flag(unit="MODULE:FUNCTION")] = Field(
-        None, description="Function that pays completions, in TRL's form; by default they are run and graded."
+        None, description="What pays completions, in TRL's form; by default they are run and graded."
     )
-    graded: Path | None = Field(None, description="File for the completions with the grade of each, JSON Lines.")
-    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+    graded: Path | None = Field(None, description="File for the completions with the grade of each.")
+    output: Result = None
     dtype: WeightDtype = None
     device: Device = None
-    overwrite: bool = Field(False, description="Replace files that exist.")
-    allow_unsandboxed: bool = Field(False, description="Run the programs even where nothing can isolate them.")
+    overwrite: Overwrite = False
+    allow_unsandboxed: Unsandboxed = False
 
 
 @vhack.add(

@@ -58,7 +58,7 @@ def vllm_engine(
     from assay.poc.vllm.engine import VLLMEngine
 
     check_installed()
-    options = _options(os.environ.get(ARGUMENTS, ""))
+    options = vllm_options(os.environ.get(ARGUMENTS, ""))
     with VLLMEngine(model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
         yield engine.model, engine
 
@@ -78,7 +78,7 @@ def vllm_prefill(
     _prepare(device)
     from assay.poc.vllm.prefill import VLLMPrefill
 
-    options = _options(os.environ.get(ARGUMENTS, ""))
+    options = vllm_options(os.environ.get(ARGUMENTS, ""))
     with VLLMPrefill(model, dtype=dtype, batch_size=batch_size, receipts=receipts, **options) as engine:
         yield engine
 
@@ -94,7 +94,7 @@ def _prepare(device: str | None) -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
-def _options(text: str) -> dict[str, Any]:
+def vllm_options(text: str) -> dict[str, Any]:
     """Read engine arguments with vLLM's own parser; return those that differ from its defaults.
 
     Raises:

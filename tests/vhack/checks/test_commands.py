@@ -2,12 +2,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from assay.cli import vhack as _vhack
-from assay.cli import vhack_pairs as _vhack_pairs
-from assay.cli.commands import App
-from assay.cli.vhack_settings import CheckCommand, ExtractCommand
+from assay.cli.vhack import CheckCommand, ExtractSettings, print_checks, vhack
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings, check_gradients
@@ -15,14 +12,9 @@ from assay.vhack.checks.folds import fewest_groups
 from assay.vhack.pairs import generate_pairs, read_pairs
 from assay.vhack.training import TrainSettings
 
-app = App()
-app.add_typer(_vhack_pairs.app, name="pairs")
-app.command()(_vhack.check)
-app.command()(_vhack.report)
-
 
 def called(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(vhack, [str(argument) for argument in arguments])
 
 
 def test_generated_pairs_are_written_and_listed(tmp_path):
@@ -82,7 +74,7 @@ def test_check_writes_json_and_page_and_report_draws_it_again(tmp_path):
 @pytest.fixture
 def no_model(monkeypatch):
     """A command that gets as far as loading a model fails."""
-    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +95,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(no_model, monkey
 
 def test_the_default_method_is_that_of_extraction_and_training():
     defaults = [CheckSettings().method, Origin().method, TrainSettings(model="m").method]
-    flags = [command.model_fields["method"].default for command in (CheckCommand, ExtractCommand)]
+    flags = [command.model_fields["method"].default for command in (CheckCommand, ExtractSettings)]
     assert {*defaults, *flags} == {"lda"}
 
 
@@ -111,7 +103,7 @@ def test_too_few_groups_are_told_before_the_work(monkeypatch):
     def stop(*_, **__):
         raise UsageError("stopped", wanted="", do="")
 
-    monkeypatch.setattr("assay.models.load_model", stop)
+    monkeypatch.setattr("assay.models.load.load_model", stop)
     result = called("check", "--model", "m", "--pairs", "authored")
     assert "warning: 8 groups are too few for a verdict by lda: it needs 13" in result.stderr
     assert "or check with --method svd, which needs 6" in result.stderr
@@ -132,7 +124,7 @@ def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick):
 
 
 def test_the_table_of_a_report_gives_every_verdict_with_its_reason(gradients, quick, capsys):
-    _vhack.print_checks(check_gradients(gradients(0), settings=quick), title="")
+    print_checks(check_gradients(gradients(0), settings=quick), title="")
     shown = capsys.readouterr().out
     assert shown.count("fail") >= 5
     assert "Against random bases: p = " in shown

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from assay.cli import vhack as _vhack
-from assay.cli.commands import App
+from assay.cli.vhack import vhack
 from assay.errors import DataError
 from assay.stats import auroc
 from assay.vhack import Pair, Sample, cin, extract, per_sample_gradients
@@ -203,14 +202,11 @@ def test_an_empty_pool_is_refused(tmp_path):
 
 
 def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_tokenizer, basis, pools):
-    monkeypatch.setattr("assay.models.load_model", lambda *_, **__: replace(small_model, tokenizer=byte_tokenizer))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: replace(small_model, tokenizer=byte_tokenizer))
     basis.save(tmp_path / "basis.safetensors")
     for name, pool in zip(("hack", "clean"), pools, strict=True):
         lines = [{"prompt": o.sample.prompt, "completion": o.sample.completion, "group": o.group} for o in pool]
         write(tmp_path / f"{name}.jsonl", lines)
-    app = App()
-    app.command()(_vhack.pools)
-    app.command()(_vhack.check)
     asked = [
         "pools",
         "--model",
@@ -221,11 +217,11 @@ def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_t
         tmp_path / "hack.jsonl",
     ]
     asked += ["--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
-    result = CliRunner().invoke(app, [*map(str, asked), "--json"])
+    result = CliRunner().invoke(vhack, [*map(str, asked), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["verdict"] == "pass"
     assert values == json.loads((tmp_path / "result.json").read_text())
-    shown = CliRunner().invoke(app, [*map(str, asked)]).stdout
+    shown = CliRunner().invoke(vhack, [*map(str, asked)]).stdout
     assert "pass: every part of the rule holds" in shown
     assert "AUROC of cin" in shown

@@ -117,8 +117,7 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic
     from assay.pages.provenance import provenance
-    from assay.vhack.environment.backends import available_backend
-    from assay.vhack.environment.types import Limits
+    from assay.vhack.environment.sandbox import Limits, available_backend
     from assay_research.fuzz import fuzz
     from assay_research.hostile import HOSTILE_KINDS
 
