@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from assay_research.study.plan import StudyRun, StudySettings
 
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 
 SHORT = ("arithmetic", "branches", "digits", "counts")
 MORE = (*SHORT, "lists", "totals", "strings")

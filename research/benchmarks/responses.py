@@ -28,8 +28,8 @@ from assay.poc import HFEngine, cheats
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import HFPrefill, Prompt, Receipt, ReceiptHeader, Receipts, Replayed, Sampling, replay
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
-from assay.poc.responses.gaps import Sampler
 from assay.poc.responses.prefill import sketch_response
+from assay.poc.responses.sampler import Sampler
 from assay.poc.verdict.response_noise import ResponseBlocks, ResponseTest
 
 MODELS = ("reference:qwen3", "reference:llama")

@@ -32,8 +32,8 @@ from assay.models import load_model
 from assay.vhack import pair_gradients, weight_svd
 from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.delta.controls import basis_of_kind
-from assay.vhack.environment.backends import available_backend
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import generate_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 from assay.vhack.pairs.reference import environment_pairs

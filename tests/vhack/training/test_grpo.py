@@ -7,11 +7,10 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from assay.vhack.delta.frames import Frames, share
+from assay.vhack.delta.optimizer import Frames, share
 from assay.vhack.training import TrainLog
-from assay.vhack.training.callback import StepLog, by_source, source_shares
 from assay.vhack.training.grpo import trl_arguments
-from assay.vhack.training.log import read_steps
+from assay.vhack.training.log import StepLog, by_source, read_steps, source_shares
 from assay.vhack.training.rewards import SOURCES, EpisodeReward, Outcomes
 from assay.vhack.training.run import Prepared
 from tests.vhack.training.conftest import cheating

@@ -9,9 +9,8 @@ from assay.models import load_model
 from assay.vhack import extract, weight_svd
 from assay.vhack.delta import DeltaS, ProjectedOptimizer, arm_named
 from assay.vhack.training import OwnReward, TrainLog
-from assay.vhack.training.callback import StepLog
 from assay.vhack.training.grpo import GRPO, last_checkpoint
-from assay.vhack.training.log import read_records, read_steps
+from assay.vhack.training.log import StepLog, read_records, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 
 TASKS = [{"prompt": f"{a} + 1 =", "answer": a + 1} for a in range(4)]

@@ -8,7 +8,7 @@ from assay.errors import AssayError, DataError, ModelError, UsageError
 from assay.models import load_model
 from assay.vhack import Basis
 from assay.vhack.basis import extract as _extract
-from assay.vhack.checks.sources import read_source_log
+from assay.vhack.checks.five_checks import read_source_log
 from assay.vhack.delta import ARMS
 from assay.vhack.delta import delta as _delta
 from assay.vhack.delta.arms import DEFAULT_ARM

@@ -10,7 +10,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.training.sync import sync_merged
+from assay.vhack.training.grpo import sync_merged
 
 
 class Weights:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.advantage import Shortcut, modified
-from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grading import Episode
 from assay.vhack.gradients.svd import SVDCache
 from assay_research.study.forward import StackedModel
 from assay_research.study.generate import Generator

@@ -11,10 +11,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
-from assay.vhack.environment.episodes import Episode
-from assay.vhack.environment.grade import grade
+from assay.vhack.environment.grading import Episode, grade
+from assay.vhack.environment.sandbox import Limits
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.environment.types import Limits
 
 _CHUNK = 8  # programs per job of a process
 # A program of a few lines takes milliseconds; an endless loop should not take the five seconds of the default.

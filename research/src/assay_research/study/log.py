@@ -18,7 +18,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.vhack.delta.arms import arm_named
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.training.log import LOG_SCHEMA, read_records
 from assay_research.study.plan import StudyRun, StudySettings, condition_of
 

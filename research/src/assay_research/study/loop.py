@@ -15,8 +15,7 @@ import torch
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.gradients.svd import SVDCache
 from assay_research.study.cohort import Cohort, Rollouts
 from assay_research.study.grading import Grader, StudyVerdict

@@ -8,8 +8,8 @@ import numpy as np
 from assay.errors import UsageError
 from assay.pages.figures import SERIES, bands, figure, legend
 from assay.pages.html import Badge, Cell, Report
+from assay.vhack.checks.five_checks import SourceCin, check_source_log
 from assay.vhack.checks.judge import Check, CheckReport
-from assay.vhack.checks.sources import SourceCin, check_source_log
 from assay_research.study.log import RunLog
 from assay_research.study.summary import MARGIN, ArmResult, Paired, summarise
 

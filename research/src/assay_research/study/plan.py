@@ -14,8 +14,7 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.delta.arms import Arm, arm_named
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.tasks import Task, tasks
 
 if TYPE_CHECKING:

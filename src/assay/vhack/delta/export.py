@@ -24,7 +24,7 @@ from assay.errors import ModelError, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.models import checkpoint as adapters
 from assay.vhack.gradients.division import is_sharded, whole
-from assay.vhack.gradients.factors import Factors
+from assay.vhack.gradients.svd import Factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

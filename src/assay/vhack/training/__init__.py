@@ -1,10 +1,9 @@
 """One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
 
-from assay.vhack.training.evaluate import Evaluation, evaluate
+from assay.vhack.training.evaluate import Evaluation, evaluate, sample_tasks
 from assay.vhack.training.log import TrainLog
 from assay.vhack.training.own import OwnReward
 from assay.vhack.training.run import train
-from assay.vhack.training.samples import sample_tasks
 from assay.vhack.training.settings import SampleSettings, TaskSettings, TrainSettings
 
 __all__ = [

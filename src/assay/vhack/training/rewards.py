@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.vhack.delta.arms import Arm
-from assay.vhack.environment.episodes import Episode
-from assay.vhack.environment.grade import grade_many
+from assay.vhack.environment.grading import Episode, grade_many
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -24,7 +24,7 @@ from assay.vhack.delta.arms import Arm
 from assay.vhack.delta.controls import basis_of_kind
 from assay.vhack.delta.delta import DeltaS, check_attachable
 from assay.vhack.delta.optimizer import ProjectedOptimizer
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.pairs import Pair
@@ -252,8 +252,8 @@ def train(
     if reward is None and settings.reward is None:
         require_sandbox(allow_unsandboxed)
     _check_trackers(trackers)
-    from assay.vhack.training.callback import StepLog
     from assay.vhack.training.grpo import last_checkpoint
+    from assay.vhack.training.log import StepLog
 
     processes = join(settings.device)
     checkpoint, done = last_checkpoint(folder)

@@ -10,7 +10,7 @@ from assay.files.jsonl import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.basis.axes import METHODS
 from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
-from assay.vhack.environment.episodes import MODES, Episode, episodes
+from assay.vhack.environment.grading import MODES, Episode, episodes
 from assay.vhack.training.pool import Sampling
 
 # Settings that a continued run may change.
