@@ -16,7 +16,7 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
-from assay.poc.protocol.record import pack
+from assay.poc.protocol.record import pack_record
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -132,7 +132,7 @@ def job_of(count: int, **other) -> dict:
 
 
 def artifacts_of(proof: poc.Proof, count: int) -> list[dict]:
-    packed = [(record.nonce, base64.b64encode(pack(record)).decode()) for record in proof.records[:count]]
+    packed = [(record.nonce, base64.b64encode(pack_record(record)).decode()) for record in proof.records[:count]]
     return [{"nonce": nonce, "vector_b64": text} for nonce, text in packed]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from assay.poc.responses import Sampling
-from assay.poc.responses.sampling import counts_before, scores, step_seeds, tokens_of
+from assay.poc.responses.sampling import counts_before, mark_tokens, scores, step_seeds
 from assay.poc.vllm.response_worker import ARGUMENT, Carried
 
 VOCABULARY = 97
@@ -44,7 +44,7 @@ def wanted(row: torch.Tensor, number: int, output: list[int]) -> list[float]:
         row.numpy(),
         SAMPLINGS[number],
         step_seeds(np.array(words(number), np.uint32), [len(output)]),
-        prompt_V=tokens_of(PROMPTS[number], VOCABULARY),
+        prompt_V=mark_tokens(PROMPTS[number], VOCABULARY),
         counts_NV=counts_before(output, VOCABULARY, len(output), len(output) + 1)
         if output
         else np.zeros((1, VOCABULARY), np.int32),
@@ -59,7 +59,7 @@ def update(added=(), removed=(), moved=()):
 def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
     from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
-    from assay.poc.vllm.processor_v1 import ProcessorV1
+    from assay.poc.vllm.processors import ProcessorV1
 
     assert issubclass(ProcessorV1, LogitsProcessor)
     processor = ProcessorV1(None, torch.device("cpu"), False)
@@ -88,7 +88,7 @@ def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
 
 
 def test_history_counts_what_is_new_and_skips_tokens_that_are_not_there_yet():
-    from assay.poc.vllm.processor_v1 import History
+    from assay.poc.vllm.processors import History
 
     history = History([[1, 1, 2], [0, 5]], 5, torch.device("cpu"))
     outputs = [[3], [-1]]
@@ -137,7 +137,7 @@ def context(states: States, slots: list[int], drafts: dict[int, list[int]]):
 def processor_v2(drafts: int):
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-    from assay.poc.vllm.processor_v2 import ProcessorV2
+    from assay.poc.vllm.processors import ProcessorV2
 
     assert issubclass(ProcessorV2, LogitsProcessor)
     states = States()
@@ -149,7 +149,7 @@ def processor_v2(drafts: int):
 @pytest.mark.parametrize("drafts", [{}, {6: [7, 30], 1: [2]}], ids=["plain", "drafts"])
 def test_v2_gives_the_scores_of_the_definition_for_every_row(drafts, at_once, monkeypatch: pytest.MonkeyPatch):
     states, processor = processor_v2(2 if drafts else 0)
-    monkeypatch.setattr("assay.poc.vllm.processor_v2.MOST_VALUES", at_once)
+    monkeypatch.setattr("assay.poc.vllm.processors.MOST_VALUES", at_once)
     slots = {0: 3, 1: 1, 2: 6, 3: 0, None: 5}  # request → slot; one is not seeded
     for number, slot in slots.items():
         assert processor.add_request(slot, params(number)) == (number is not None)

@@ -14,9 +14,9 @@ from _vllm_forked import ForkedServer
 from vllm_receipts_soak import kill_loop
 
 from assay.poc.responses import Prompt, Receipt, Receipts, Request, ResponseSeed, Sampling, replay, respond
-from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.prefill import CachedForward
 from assay.poc.responses.respond import stop_tokens
+from assay.poc.responses.sampler import Sampler
 from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "

@@ -63,10 +63,6 @@ def test_odd_batches_keep_a_row_s_bits(batch_size: int, small_model, round_: Rou
         assert shifted.tolist() == whole[start : start + batch_size].tolist()
 
 
-def test_prove_compiles_by_itself_only_where_it_pays(small_model):
-    assert not worth_compiling(small_model)
-
-
 @pytest.mark.parametrize("kernels", ["compiled", "eager"])
 @pytest.mark.parametrize("node", ["hf", "vllm"])
 @pytest.mark.parametrize("batch_size", [4, 8])
@@ -112,6 +108,7 @@ def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, r
 
 
 def test_the_fingerprint_names_it(small_model, uncompiled):
+    assert not worth_compiling(small_model)  # by itself, on a CPU
     eager = HFEngine(small_model, batch_size=8, seq_len=16).fingerprint
     compiled = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True).fingerprint
     assert (compiled.library, compiled.kernels) == (eager.library, (*eager.kernels, "compiled"))

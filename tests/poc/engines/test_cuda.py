@@ -215,7 +215,7 @@ EVERY_PRESET = """
 import json, sys
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines import be_deterministic
+from assay.poc.engines.hf.engine import be_deterministic
 
 if sys.argv[1] == "deterministic":
     be_deterministic()

@@ -1,4 +1,4 @@
-"""The engine: what it returns, and that layer transforms are what the formulas say."""
+"""The engine on transformers: its inputs and seed texts, what it reads, and which batches fit into memory."""
 
 from dataclasses import replace
 
@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from assay import streams
-from assay.errors import LayersNotFound, UsageError
+from assay.errors import LayersNotFound, OutOfMemory, UsageError
 from assay.models.decoder import backbone, decoder_layers
-from assay.poc import HFEngine, Round
+from assay.poc import HFEngine, Round, prove
+from assay.poc.engines.base import noise_inputs
+from assay.poc.engines.hf import engine as _hf
+from assay.poc.engines.hf.engine import auto_batch
+from assay.poc.protocol.round import MAX_NONCE, NONCE_TEXTS
 from assay.poc.protocol.transforms import project
 
 NUMPY = streams.get_backend("numpy")
@@ -134,3 +138,121 @@ def test_fingerprints_tell_engines_apart(small_model):
     assert len({first.id, *(engine.fingerprint.id for engine in others)}) == 3
     assert first.dtype == "float32"
     assert first.attention == "sdpa"
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    """Set the memory that seems free, in bytes."""
+    return lambda amount: monkeypatch.setattr(_hf, "free_bytes", lambda device: amount)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 8192), (16, 512), (100, 64), (128, 64)])
+def test_auto_takes_a_power_of_two_that_fills_the_device(seq_len: int, batch_size: int, small_model, free):
+    free(2**40)
+    assert auto_batch(small_model, seq_len) == batch_size
+
+
+def test_auto_takes_half_of_what_is_free(small_model, free):
+    one = _hf.peak_bytes(small_model, 1, 16)
+    for fitting, wanted in ((1000, 256), (64, 32), (63, 16), (2, 1), (1, 1)):
+        free(fitting * one)
+        assert auto_batch(small_model, 16) == wanted
+    free(one - 1)
+    with pytest.raises(OutOfMemory, match="--seq-len"):
+        HFEngine(small_model, batch_size=auto_batch(small_model, 16), seq_len=16)
+
+
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(small_model, free):
+    free(5 * _hf.peak_bytes(small_model, 1, 16))
+    with pytest.raises(OutOfMemory) as refused:
+        HFEngine(small_model, batch_size=6, seq_len=16)
+    assert refused.value.do == "pass --batch-size 5"
+    HFEngine(small_model, batch_size=5, seq_len=16)
+
+
+@pytest.mark.parametrize("seq_len", [0, -1, 10**6])
+def test_a_length_that_no_model_runs_is_refused(seq_len: int, small_model):
+    with pytest.raises(UsageError, match=f"seq_len {seq_len} with"):
+        HFEngine(small_model, batch_size=2, seq_len=seq_len)
+
+
+def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, round_: Round, monkeypatch, free):
+    engine = HFEngine(small_model, batch_size=8, seq_len=16)
+
+    def fail(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    # An attribute of the instance would stay after the test, as its own.
+    monkeypatch.setitem(vars(small_model.module.model), "forward", fail)
+    for fitting, advice in ((100, "pass --batch-size 4"), (3, "pass --batch-size 3"), (0, "pass --batch-size 4")):
+        free(fitting * _hf.peak_bytes(small_model, 1, 16))
+        with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
+            prove(small_model, round_, range(8), engine=engine)
+        assert refused.value.do == advice
+
+
+def test_what_graphs_keep_for_their_replay_is_not_free(small_model, free, monkeypatch: pytest.MonkeyPatch):
+    one = _hf.peak_bytes(small_model, 1, 16)
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 7 * one, "allocated_size": one},
+        {"device": 0, "segment_pool_id": (0, 2), "total_size": 5 * one, "allocated_size": 2 * one},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 9 * one, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    free(20 * one)
+    assert [_hf._free(torch.device(name)) // one for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [
+        20,
+        17,
+        17,
+        11,
+    ]
+
+
+NONCES = [0, 9, 10, 123_456_789, MAX_NONCE]
+# What a text is made of may stand in a name.
+NAMES = [("block_alpha", "node_A"), ("{nonce}", "{block}"), ("{", "}{index}"), ("a_b", "c"), ("é中", "%s{0}")]
+
+
+@pytest.mark.parametrize("preset", ["poc-2.0", "hardened"])
+@pytest.mark.parametrize(("block_hash", "public_key"), NAMES)
+def test_texts_of_many_nonces_are_those_of_each(block_hash: str, public_key: str, preset: str):
+    round = Round(block_hash=block_hash, public_key=public_key, preset=preset)
+    for stream in NONCE_TEXTS:
+        for k in (0, 12):
+            texts = round.texts(stream, NONCES, count=3, k=k)
+            assert texts == [round.text(stream, n, index=i, k=k) for n in NONCES for i in range(3)]
+            assert round.texts(stream, iter(NONCES), k=k) == texts[::3]
+
+
+@pytest.mark.parametrize(("block_hash", "public_key"), NAMES)
+def test_every_published_text_is_its_template(block_hash: str, public_key: str):
+    round = Round(block_hash=block_hash, public_key=public_key)
+    for stream, template in NONCE_TEXTS.items():
+        for nonce in NONCES:
+            filled = template.format(block=block_hash, key=public_key, nonce=nonce, index=4, k=12)
+            assert round.text(stream, nonce, index=4, k=12) == filled
+
+
+def test_every_versioned_text_says_how_long_its_parts_are():
+    round = Round(block_hash="é中", public_key="k", preset="hardened")
+    assert round.texts("inputs", [7, 10], count=2) == [
+        "11:assay.poc/26:inputs5:é中1:k1:71:01:0",
+        "11:assay.poc/26:inputs5:é中1:k1:71:11:0",
+        "11:assay.poc/26:inputs5:é中1:k2:101:01:0",
+        "11:assay.poc/26:inputs5:é中1:k2:101:11:0",
+    ]
+
+
+def test_no_nonces_have_no_texts():
+    assert Round(block_hash="b", public_key="k").texts("signs", [], count=8) == []
+
+
+@pytest.mark.parametrize("strength", [32, 256])
+def test_inputs_of_a_batch_are_the_streams_of_its_nonces(strength: int, round_: Round):
+    round = replace(round_, strength=strength)
+    backend = streams.get_backend("numpy")
+    made = noise_inputs(backend, round, NONCES, seq_len=3, hidden_size=8, dtype="float32")
+    for row, nonce in zip(made.numpy(), NONCES, strict=True):
+        alone = backend.normals(streams.seeds([round.text("inputs", nonce)], strength), 24)
+        np.testing.assert_array_equal(row, np.asarray(alone).reshape(3, 8))

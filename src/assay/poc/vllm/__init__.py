@@ -16,8 +16,8 @@ from typing import Any
 
 _PLACES = {
     "PluginSettings": "preflight",
-    "ProcessorV1": "processor_v1",
-    "ProcessorV2": "processor_v2",
+    "ProcessorV1": "processors",
+    "ProcessorV2": "processors",
     "ResponseExtension": "response_worker",
     "VLLMEngine": "engine",
     "WorkerExtension": "worker",
@@ -53,7 +53,7 @@ def before_start() -> None:
         return
     if not (sys.argv[1:2] == ["serve"] or Path(sys.argv[0]).name in _SERVERS):
         return
-    from assay.errors import AssayError, UsageError
+    from assay.errors import AssayError, BackendUnavailable, UsageError, how_to_install
     from assay.poc.vllm.compatibility import EXTENSION, OLD_NAMES
 
     chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
@@ -68,7 +68,10 @@ def before_start() -> None:
                 wanted="the plugin too: without it the server has no /api/v1/pow and proves nothing",
                 do="set VLLM_PLUGINS=assay, with the names of the other plugins that you need",
             )
-    except AssayError as error:
+    except (AssayError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            seen = f"the package {error.name} is not installed"
+            error = BackendUnavailable(seen, wanted="the packages of the service", do=how_to_install("serve"))
         raise SystemExit(f"assay refuses to start: {error}") from None
 
 

@@ -24,16 +24,7 @@ from assay.errors import reason_of
 from assay.poc.engines.base import HostCopy, noise_inputs
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import SINCE, older_version
-from assay.poc.vllm.rows import (
-    LONGEST_REASON,
-    MAX_SUMMED,
-    MAX_VALUES,
-    Spec,
-    is_first_of_group,
-    is_first_stage,
-    is_last_stage,
-    packed,
-)
+from assay.poc.vllm.rows import LONGEST_REASON, MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, packed
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.backends import dtype_name, torch_dtype
 
@@ -466,18 +457,13 @@ class DirectPasses:
             raise RuntimeError("a step of vLLM is not finished")
         parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
         rows = [self._rows(spec, part) for part in parts]
-        found = [row for row in rows if row is not None]
-        if len(found) < len(parts) or not is_first_of_group():
-            return None
-        return HostCopy(self._transform(spec)(torch.cat(found).float(), nonces))
+        return HostCopy(self._transform(spec)(torch.cat(rows).float(), nonces)) if is_first_of_group() else None
 
-    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor | None:
-        """Return what is read of the hidden states of one pass, [B, D]; None before the last stage."""
+    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Return what is read of the hidden states of one pass, [B, D]."""
         seq_len = spec.round.seq_len
-        states = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
-        if states is None:
-            return None
-        states_BTD = states[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
+        states_ND = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
+        states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
         return self._summed(spec, nonces, states_BTD)
@@ -505,27 +491,19 @@ class DirectPasses:
 
     def _forward(
         self, spec: Spec, nonces: list[int], metadata: dict[str, Any], slots: Tensor, positions: Tensor
-    ) -> Tensor | None:
-        """Run the layers of this stage; return the hidden states [N, D] of the last one."""
-        from vllm.distributed import get_pp_group, get_tp_group
+    ) -> Tensor:
+        """Run all layers; return the hidden states [N, D] of the last one."""
         from vllm.forward_context import set_forward_context
-        from vllm.sequence import IntermediateTensors
 
-        stage, shared = get_pp_group(), {"all_gather_group": get_tp_group()}
-        inputs = self._inputs(spec, nonces) if is_first_stage() else None
-        earlier = None if is_first_stage() else IntermediateTensors(stage.recv_tensor_dict(**shared))
-        by_layer = dict.fromkeys(metadata, slots)
+        inputs, by_layer = self._inputs(spec, nonces), dict.fromkeys(metadata, slots)
         with (
             self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
             set_forward_context(metadata, self._config, num_tokens=len(slots), slot_mapping=by_layer),
         ):
-            states = self._runner.model(
-                input_ids=None, positions=positions, intermediate_tensors=earlier, inputs_embeds=inputs
+            states_ND: Tensor = self._runner.model(
+                input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=inputs
             )
-        if is_last_stage():
-            return states  # type: ignore[no-any-return]
-        stage.send_tensor_dict(states.tensors, **shared)
-        return None
+        return states_ND
 
     @contextmanager
     def _private_cache(self, *, partial: bool) -> Iterator[None]:

@@ -19,7 +19,7 @@ from assay.models.resolve import checkpoint_directory
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import Prefilled, Whole
+from assay.poc.responses.prefill import Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.compatibility import RESPONSE_EXTENSION, check_installed, refuse_missing
@@ -111,7 +111,7 @@ class VLLMPrefill:
             library=f"vllm {self._version}",
         )
 
-    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Yield the index of every response with what gave its tokens.
 
         Raises:
@@ -134,7 +134,7 @@ class VLLMPrefill:
                 logits_NV = self._logits(response, output.prompt_logprobs)
                 yield start + place, Prefilled(logits_NV, None, sketched, self._likeliest == self.model.vocab_size)
 
-    def _asked(self, response: Whole) -> Any:
+    def _asked(self, response: PromptAndOutput) -> Any:
         """Return the parameters of a request whose states are kept."""
         from vllm import SamplingParams
 
@@ -146,7 +146,7 @@ class VLLMPrefill:
             extra_args=keeping_states(len(response.prompt)),
         )
 
-    def _states(self, response: Whole, data: bytes) -> torch.Tensor:
+    def _states(self, response: PromptAndOutput, data: bytes) -> torch.Tensor:
         """Return the states [S, D] behind the sketched tokens of a response; there may be one of the token after it."""
         wanted = len(sketch_steps(len(response.output)))
         states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:wanted]
@@ -155,7 +155,7 @@ class VLLMPrefill:
             raise ModelError(seen, wanted=f"{wanted}", do="see its log")
         return torch.from_numpy(states_SD.copy())
 
-    def _logits(self, response: Whole, found: Any) -> torch.Tensor:
+    def _logits(self, response: PromptAndOutput, found: Any) -> torch.Tensor:
         """Return the logits [N, V] that vLLM gave, -inf for those that it did not."""
         rows = [] if found is None else list(found)[-len(response.output) :]
         if len(rows) != len(response.output) or any(not row for row in rows):

@@ -313,13 +313,6 @@ def is_first_stage() -> bool:
     return bool(get_pp_group().is_first_rank)
 
 
-def is_last_stage() -> bool:
-    """Return whether this worker has the last layers."""
-    from vllm.distributed import get_pp_group
-
-    return bool(get_pp_group().is_last_rank)
-
-
 def is_first_of_group() -> bool:
     """Return whether this worker answers for those that share its layers."""
     from vllm.distributed import get_tp_group

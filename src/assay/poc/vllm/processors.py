@@ -1,17 +1,20 @@
-"""The logits processor of vLLM's V2 model runner, the default on GPUs: 0.31 and newer.
+"""The logits processors of vLLM's two model runners: they turn the logits of seeded requests into scores with noise.
 
-It runs after vLLM's bias, penalties, forbidden words and grammar, and before its temperature and filters; a seeded
-request has none of them left but the masks. With drafts a request has a row for every draft token, and vLLM's rejection
-sampler, which was told temperature 0, accepts a draft if it is the largest score of its row: with any drafter, or with
-none, the tokens are the same. Nothing here waits for the device.
+A seeded request was told temperature 0, so that vLLM takes the largest score: that token *is* the sample. Its bias,
+penalties and filters were taken from it; grammars, allowed ids and forbidden words act before the processor.
 
-A small model's step takes as long on the host as on the device, so what is done here must be little. Parameters lie in
-arrays by slot, are laid out again when the batch changes, and go to the device in one copy. Without drafts the host
-knows which step a request is at, and seeds are made for several steps at once. With drafts only the device does.
+The V1 runner, which the CPU build has, calls :class:`ProcessorV1`: vLLM 0.28 to 0.32. The V2 runner, the default on
+GPUs, calls :class:`ProcessorV2` since 0.31. With drafts a request has a row for every draft token there, and vLLM's
+rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or with none, the tokens are
+the same. Nothing there waits for the device. A small model's step takes as long on the host as on the device, so
+parameters lie in arrays by slot, are laid out again when the batch changes, and go to the device in one copy. Without
+drafts the host knows which step a request is at, and seeds are made for several steps at once. With drafts only the
+device does.
 
 Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A steps ahead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +22,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
 from assay import streams
 from assay.poc.responses.sampler import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses.sampling import Sampling
-from assay.poc.vllm.response_worker import carried_by
+from assay.poc.vllm.response_worker import Carried, carried_by
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+except ImportError:  # before 0.31
+    LogitsProcessorV2 = object
 
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
@@ -36,8 +44,121 @@ MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
 
 
+class History:
+    """Which tokens the prompts have, and how often the outputs have each token so far.
+
+    Args:
+        prompts: Token ids of every prompt.
+        vocab_size: Number V of tokens of the vocabulary.
+        device: Device of the logits.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+        self._device, self._vocab_size = device, vocab_size
+        self._prompt_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.bool, device=device)
+        self._counts_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.int32, device=device)
+        self._lengths = [0] * len(prompts)
+        rows, tokens = self._places(list(enumerate(prompts)))
+        self._prompt_NV[rows, tokens] = True
+
+    def update(self, outputs: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Count the tokens that are new since the last call; return what a ``Sampler`` takes."""
+        new = [(row, output[length:]) for row, (output, length) in enumerate(zip(outputs, self._lengths, strict=True))]
+        self._lengths = [len(output) for output in outputs]
+        rows, tokens = self._places(new)
+        if len(rows):
+            self._counts_NV.index_put_((rows, tokens), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
+        return {"prompt_NV": self._prompt_NV, "counts_NV": self._counts_NV}
+
+    def _places(self, listed: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
+        # Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands for.
+        pairs = [(row, token) for row, tokens in listed for token in tokens if 0 <= token < self._vocab_size]
+        places = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(self._device, non_blocking=True)
+        return places[:, 0], places[:, 1]
+
+
 @dataclass
-class Batch:
+class Row:
+    """One seeded request of the batch; vLLM appends to ``output`` as tokens come."""
+
+    carried: Carried
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass
+class BatchV1:
+    """What stays the same while the seeded requests of the batch do."""
+
+    height: int
+    """Rows of the logits, those of other requests included."""
+    rows: list[Row]
+    places: Tensor | None
+    """Rows of the logits, int64 [N]; None if they are all."""
+    words: Tensor
+    """Words of the streams, uint32 [N, 8]."""
+    sampler: Sampler
+    history: History | None
+
+
+class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
+    """Turns the logits of seeded requests into scores, whose largest is the sample."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = torch.device(device)
+        self._streams = streams.get_backend("auto", str(self._device))
+        self._rows: dict[int, Row] = {}
+        self._batch: BatchV1 | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        """Return False: the noise decides which token is the largest."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the requests that came, went and moved."""
+        if process_dict_updates(self._rows, batch_update, _row):
+            self._batch = None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return the logits with scores in the rows of seeded requests."""
+        if not self._rows:
+            return logits
+        batch = self._batch
+        if batch is None or batch.height != len(logits):
+            batch = self._batch = self._made(*logits.shape)
+        l_NV = logits if batch.places is None else logits.index_select(0, batch.places)
+        seen = {} if batch.history is None else batch.history.update([row.output for row in batch.rows])
+        steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(self._device, non_blocking=True)
+        seeds_N = self._streams.row_seeds(batch.words, steps_N)
+        s_NV = batch.sampler.add_noise(batch.sampler.penalise(l_NV, **seen), seeds_N, in_place=True)
+        return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
+
+    def _made(self, height: int, vocab_size: int) -> BatchV1:
+        found = sorted(self._rows)
+        rows = [self._rows[place] for place in found]
+        samplings = [row.carried.sampling or Sampling() for row in rows]
+        sampler = Sampler(samplings, vocab_size, self._device)
+        history = History([row.prompt for row in rows], vocab_size, self._device) if sampler.penalises else None
+        words = torch.tensor([row.carried.tokens for row in rows], dtype=torch.uint32)
+        return BatchV1(
+            height=height,
+            rows=rows,
+            places=None if len(found) == height else torch.tensor(found).to(self._device, non_blocking=True),
+            words=words.to(self._device, non_blocking=True),
+            sampler=sampler,
+            history=history,
+        )
+
+
+def _row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | None:
+    carried = carried_by(params)
+    if carried is None or carried.tokens is None or prompt is None:
+        return None
+    return Row(carried, prompt, output)
+
+
+@dataclass
+class BatchV2:
     """What the rows of a step need to know of their requests, for as long as these stay the same.
 
     Args:
@@ -56,7 +177,7 @@ class Batch:
     words: Tensor | None = None
     firsts: Tensor | None = None
 
-    def rows(self, index_R: Tensor) -> "Batch":
+    def rows(self, index_R: Tensor) -> "BatchV2":
         """Return the batch of other rows: row i of it is of the request ``index_R[i]`` here."""
         assert self.words is not None
         assert self.firsts is not None
@@ -64,7 +185,7 @@ class Batch:
         return replace(self, sampler=self.sampler.rows(index_R), words=words, firsts=firsts)
 
 
-class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
+class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
     """Turns the logits of seeded requests into scores, whose largest is the sample."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
@@ -78,7 +199,7 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
         self._biases: list[dict[int, float]] = [{}] * slots
         self._words_M8 = np.zeros((slots, 8), np.uint32)
         self._prompts_M = np.zeros(slots, np.int64)
-        self._batch: Batch | None = None
+        self._batch: BatchV2 | None = None
         self._host_streams = streams.get_backend("auto", "cpu")
         self._host_streams.row_seeds(self._words_M8[:1], self._prompts_M[:1])  # compiles what the first step needs
 
@@ -118,16 +239,16 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             logits[rows] = part.add_noise(l_RV, seeds_R[rows])
         return logits
 
-    def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> Batch:
+    def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> BatchV2:
         biases = [self._biases[slot] for slot in slots_N]
         sampler = Sampler(self._numbers_M8[slots_N], vocab_size, self._device, biases=biases if any(biases) else ())
-        batch = Batch(slots_N.copy(), sampler)
+        batch = BatchV2(slots_N.copy(), sampler)
         if self._drafts:
             batch.words = to_device(self._words_M8[slots_N].view(np.int32), self._device)
             batch.firsts = to_device(self._prompts_M[slots_N] - 1, self._device)
         return batch
 
-    def _by_length(self, batch: Batch, lengths_N: NDArray[Any]) -> Tensor:
+    def _by_length(self, batch: BatchV2, lengths_N: NDArray[Any]) -> Tensor:
         """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
         ahead = -1 if batch.begun is None else int(lengths_N[0] - batch.begun[0])
         if batch.begun is None or not 0 <= ahead < AHEAD or not np.array_equal(lengths_N, batch.begun + ahead):
@@ -138,7 +259,7 @@ class ProcessorV2(LogitsProcessor):  # type: ignore[misc]
             batch.begun, ahead = lengths_N.copy(), 0
         return batch.seeds[ahead]
 
-    def _by_position(self, batch: Batch, rows: int, ctx: Any) -> tuple[Batch, Tensor]:
+    def _by_position(self, batch: BatchV2, rows: int, ctx: Any) -> tuple[BatchV2, Tensor]:
         """Return the batch and the seeds of all rows of a server with drafts: the device knows which are accepted."""
         if rows != len(batch.slots):  # which request a row belongs to is known there, too
             order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
