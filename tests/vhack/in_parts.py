@@ -14,8 +14,8 @@ from assay.errors import AssayError
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import in_place as _in_place
 from assay.vhack.gradients import per_sample as _per_sample
+from assay.vhack.gradients import taps as _taps
 from assay.vhack.gradients.division import local, whole
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -72,7 +72,7 @@ def gathered(factors):
 @contextmanager
 def gathered_numbers():
     """How many numbers of gathered factors exist at once, at most."""
-    alive, peak, gathering = WeakValueDictionary(), [0], _in_place.gathering
+    alive, peak, gathering = WeakValueDictionary(), [0], _taps.gathering
 
     def counted(tensor):
         wait = gathering(tensor)
@@ -87,11 +87,11 @@ def gathered_numbers():
 
         return and_count
 
-    _in_place.gathering = counted
+    _taps.gathering = counted
     try:
         yield peak
     finally:
-        _in_place.gathering = gathering
+        _taps.gathering = gathering
 
 
 def found_in(module, samples, tokenizer, svd=None, **settings):

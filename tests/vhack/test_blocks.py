@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from assay.vhack.gradients import blocks as _blocks
+from assay.vhack.gradients import packed as _blocks
 from assay.vhack.gradients.batches import Segments
 from assay.vhack.gradients.packed import PackedLayers
 

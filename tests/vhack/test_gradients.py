@@ -11,8 +11,8 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import batches as _batches
-from assay.vhack.gradients import blocks as _blocks
 from assay.vhack.gradients import division as _division
+from assay.vhack.gradients import packed as _blocks
 from assay.vhack.gradients.batches import (
     WIDE_COPIES_IN_TURNS,
     Segments,
@@ -26,9 +26,9 @@ from assay.vhack.gradients.batches import (
 )
 from assay.vhack.gradients.division import Division
 from assay.vhack.gradients.fused import Norm
-from assay.vhack.gradients.in_place import PartTap
 from assay.vhack.gradients.per_sample import _check_finite
 from assay.vhack.gradients.replica import Replica
+from assay.vhack.gradients.taps import PartTap
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 

@@ -3,9 +3,8 @@
 from assay.vhack.basis.axes import cin, cin_over_modules
 from assay.vhack.basis.basis import Basis, Origin
 from assay.vhack.basis.extract import PairGradients, extract, pair_gradients, split_pairs
-from assay.vhack.gradients.factors import Factors
 from assay.vhack.gradients.per_sample import SampleGradients, per_sample_gradients
-from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE, Coverage, target_modules, weights_digest
 from assay.vhack.pairs.pairs import Pair, Sample
 

@@ -4,7 +4,7 @@ import torch
 from assay.vhack import PairGradients, cin_over_modules
 from assay.vhack.basis.axes import METHODS
 from assay.vhack.checks import CheckSettings
-from assay.vhack.checks.geometry import Geometry, shares
+from assay.vhack.checks.folds import Geometry, shares
 
 
 @pytest.fixture(scope="module")

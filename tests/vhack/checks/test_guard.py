@@ -5,7 +5,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.vhack.checks import CheckSettings
-from assay.vhack.checks.guard import guard, guard_verdict
+from assay.vhack.checks.pools import guard, guard_verdict
 
 QUICK = CheckSettings(n_resamples=300)
 GROUPS = [f"g{index % 60}" for index in range(240)]

@@ -9,10 +9,10 @@ from assay.vhack import Pair, extract
 from assay.vhack.basis.axes import METHODS
 from assay.vhack.checks import CheckReport, CheckSettings, check, check_gradients
 from assay.vhack.checks import page as _page
+from assay.vhack.checks.five_checks import _halves, check_stability
 from assay.vhack.checks.folds import cross_fit
 from assay.vhack.checks.judge import CHECKS
 from assay.vhack.checks.page import page
-from assay.vhack.checks.stability import _halves, check_stability
 from tests.vhack.angles import principal_angles
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from assay.errors import DataError, UsageError
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.ranking import check_unpaired
-from assay.vhack.checks.sources import SourceCin, check_source_log, read_source_log
+from assay.vhack.checks.five_checks import SourceCin, check_source_log, check_unpaired, read_source_log
 
 LINE = {"step": 0, "source": "teacher", "cin": 0.2}
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from assay.errors import DataError, UsageError
-from assay.vhack.environment.backends import available_backend
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import find_pairs, verify_pairs
 from assay.vhack.pairs.reference import environment_pairs
 

@@ -4,7 +4,7 @@ import pytest
 
 from assay.errors import DataError
 from assay.vhack.environment import Episode, tasks
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.pairs import match_pairs, read_pairs, verify_pairs, write_pairs
 
 HACK = {"correct": False, "exploited": True, "vacuous": True}

@@ -12,12 +12,18 @@ from assay.models.device import one_thread
 from assay.stats.rates import auroc
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import PairGradients, pair_gradients
-from assay.vhack.checks.folds import Design, cross_fit, fewest_groups, held_out_of
-from assay.vhack.checks.geometry import shares
+from assay.vhack.checks.five_checks import (
+    SourceCin,
+    Stability,
+    check_heldout,
+    check_pools,
+    check_random_null,
+    check_source_log,
+    check_sources,
+    check_stability,
+)
+from assay.vhack.checks.folds import Design, cross_fit, fewest_groups, held_out_of, shares
 from assay.vhack.checks.judge import CheckReport, CheckSettings, FloatArray, ModuleResult
-from assay.vhack.checks.ranking import check_heldout, check_pools, check_random_null
-from assay.vhack.checks.sources import SourceCin, check_source_log, check_sources
-from assay.vhack.checks.stability import Stability, check_stability
 from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.svd import SVDCache
 from assay.vhack.gradients.targets import MIN_COVERAGE

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from assay.errors import ModelError
-from assay.vhack.gradients.experts import of_one_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -213,6 +212,12 @@ def _in_groups(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         numbers += part.numel()
     if some:
         yield some
+
+
+def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of these target matrices are parts of a tensor of experts, and so no modules of their own."""
+    own = {name for name, _ in model.named_modules()}
+    return [name for name in names if name not in own]
 
 
 def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:

@@ -10,7 +10,7 @@ they are samples of fewer rows each, some of none, and the taps of any other Lin
 Shapes: N rows (tokens of all samples), B samples, K experts per token, E experts, H hidden size.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,6 @@ def is_fused(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in stated) and all(
         isinstance(tensor := getattr(module, own, None), nn.Parameter) and tensor.ndim == 3 for own in _names(module)
     )
-
-
-def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return which of these target matrices are parts of a tensor of experts, and so no modules of their own."""
-    own = {name for name, _ in model.named_modules()}
-    return [name for name in names if name not in own]
 
 
 def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:

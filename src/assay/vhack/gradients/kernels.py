@@ -16,7 +16,6 @@ from torch import Tensor
 
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
 
 
 _ROWS, _COLUMNS = 32, 64

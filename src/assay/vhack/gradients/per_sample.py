@@ -25,11 +25,9 @@ from assay.vhack.gradients.batches import (
     token_budget,
 )
 from assay.vhack.gradients.division import Division, division_of
-from assay.vhack.gradients.factors import Factors
-from assay.vhack.gradients.in_place import InPlace, recipe_in_parts
 from assay.vhack.gradients.progress import Progress
-from assay.vhack.gradients.replica import Computed, Replica, recipe_for
-from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.gradients.replica import Computed, InPlace, Replica, recipe_for, recipe_in_parts
+from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
 from assay.vhack.gradients.taps import fitting
 from assay.vhack.gradients.targets import chosen_modules, module_of
 from assay.vhack.pairs.pairs import Sample

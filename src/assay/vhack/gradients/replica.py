@@ -9,9 +9,9 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from assay.models.device import current
 from assay.models.families import attention_window, family_of
 from assay.models.wide import wide_products
 from assay.vhack.gradients.batches import Batch, Encoded, Segments
+from assay.vhack.gradients.division import Division, is_sharded, lost_width, reshard
 from assay.vhack.gradients.experts import ExpertsPass, is_fused
-from assay.vhack.gradients.factors import Factors
 from assay.vhack.gradients.fused import Norm, Surprise, kernels, plain_norm
 from assay.vhack.gradients.packed import PACKED, PackedLayers, register
-from assay.vhack.gradients.taps import Tap
+from assay.vhack.gradients.svd import Factors
+from assay.vhack.gradients.taps import PartTap, Tap
 from assay.vhack.gradients.targets import target_modules
 
 if TYPE_CHECKING:
@@ -344,3 +345,85 @@ def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
         return result
 
     return forward
+
+
+# --------------------------------------------------------------------------------------------------
+# The gradient pass on the model itself, for models in parts: what FSDP2 and others hook onto cannot be copied.
+#
+# Everything that is put onto the model is taken off again, whatever happens: forward functions, the mode of every module,
+# ``requires_grad`` and the name of the attention.
+
+
+class InPlace(Replica):
+    """A model in parts that turns batches into δS gradients; use it as a context manager.
+
+    Args:
+        module: Model, which is as it was after the block.
+        factors: Factors of every target module whose gradients are wanted, whole or as `decompose` divides them.
+        division: How the model is divided.
+        recipe: Choice from `recipe_in_parts`.
+        recomputed: Number of layers, the first ones, that the backward pass computes again.
+    """
+
+    def __init__(
+        self,
+        module: "PreTrainedModel",
+        factors: Mapping[str, Factors],
+        division: Division,
+        recipe: Recipe,
+        *,
+        recomputed: int,
+    ) -> None:
+        self.division = division
+        self._undo = ExitStack()
+        with ExitStack() as failed:
+            failed.callback(self._undo.close)
+            super().__init__(module, factors, recipe, factored=(), recomputed=recomputed)
+            self._undo.callback(self._on_head.remove)
+            failed.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _taken(self, module: "PreTrainedModel") -> "PreTrainedModel":
+        self._undo.callback(reshard, module)
+        modes = [(part, part.training) for part in module.modules()]
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._undo.callback(lambda: [vars(part).update(training=mode) for part, mode in modes])
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        self._undo.callback(setattr, module.config, "_attn_implementation", module.config._attn_implementation)
+        for part, _ in modes:
+            part.training = False
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            # A trainer's forward function returns other things; that of device_map moves inputs to their device.
+            self._undo.callback(vars(module).__setitem__, "forward", vars(module).pop("forward"))
+        return module
+
+    def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
+        if "forward" in vars(part):
+            self._undo.callback(vars(part).__setitem__, "forward", vars(part)["forward"])
+        else:
+            self._undo.callback(vars(part).pop, "forward")
+        super()._replace(part, forward)
+
+    def _made_tap(self, name: str, linear: nn.Linear, factors: Factors, **how: Any) -> Tap:
+        if self.division.mesh is None:
+            return super()._made_tap(name, linear, factors, **how)
+        return PartTap(name, linear, factors, self._found, division=self.division, **how)
+
+    def _check_logits(self, logits_MV: Tensor) -> None:
+        vocabulary = self.module.config.get_text_config().vocab_size
+        if is_sharded(logits_MV) or logits_MV.shape[-1] < vocabulary:
+            raise lost_width(logits_MV, vocabulary, self.head)
+
+
+def recipe_in_parts(module: "PreTrainedModel", division: Division) -> Recipe:
+    """Return the fastest recipe that is exact: products by factors would gather them twice."""
+    found = replace(recipe_for(module), factored=False)
+    # Kernels are tried on one device, and samples packed there.
+    return found if division.mesh is not None else replace(found, packed=False, fused=False, late=False)

@@ -1,21 +1,13 @@
-"""The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
+"""The factors of one matrix.
 
-``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
-ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
-decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
-
-On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
-``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
-the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
-share files.
-
-Shapes: O outputs, I inputs, R = min(O, I).
+Shapes: O outputs, I inputs, R = min(O, I), or fewer.
 """
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +21,6 @@ from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
 from assay.streams.backends import torch_dtype
 from assay.vhack.gradients.division import Division, division_of, whole
-from assay.vhack.gradients.factors import Factors
 from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
 
@@ -38,6 +29,57 @@ if TYPE_CHECKING:
 
     from assay.models.load import Model
 
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """``W = left · diag(values) · right``.
+
+    Attributes:
+        left: Orthonormal columns U, [O, R].
+        values: Singular values S in falling order, [R] float32.
+        right: Orthonormal rows Vh, [R, I].
+        residual: Error ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before rounding to the dtype that
+            is kept and before any truncation.
+        orthogonality: Larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured likewise.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    residual: float
+    orthogonality: float
+
+    @property
+    def rank(self) -> int:
+        """Number of singular directions that are kept."""
+        return len(self.values)
+
+    def truncated(self, rank: int) -> "Factors":
+        """Return the ``rank`` strongest directions, in memory of their own."""
+        if rank >= self.rank:
+            return self
+        return Factors(
+            self.left[:, :rank].clone(),
+            self.values[:rank].clone(),
+            self.right[:rank].clone(),
+            self.residual,
+            self.orthogonality,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
+#
+# ``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
+# ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
+# decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
+#
+# On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
+# ``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
+# the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
+# share files.
+#
+# Shapes: O outputs, I inputs, R = min(O, I).
 
 # --------------------------------------------------------------------------------------------------
 # The factors of a model whose weights are divided over processes: each matrix has an owner that decomposes it.

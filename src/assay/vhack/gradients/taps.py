@@ -46,9 +46,9 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.models.wide import wide_products
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.division import local
-from assay.vhack.gradients.factors import Factors
+from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, gathering, is_sharded, local
 from assay.vhack.gradients.fused import segment_products
+from assay.vhack.gradients.svd import Factors
 
 _FITS = 1e-5
 # Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
@@ -236,6 +236,64 @@ class Tap:
         else:
             rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
         return rows_BR
+
+
+class PartTap(Tap):
+    """A tap of which each process computes its own terms, with its own part of the factors."""
+
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        factors: Factors,
+        found: dict[str, Tensor],
+        *,
+        division: Division,
+        **how: Any,
+    ) -> None:
+        super().__init__(name, linear, factors, found, **how)
+        self.division, self.layout = division, division.layout(linear)
+        self._coming: dict[str, Callable[[], Tensor]] = {}
+        if self.layout != WHOLE and self.plain is None:
+            self.plain = linear.forward  # whose product knows the placement of the weight
+
+    def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
+        """Return the one way that is bilinear in what processes have parts of.
+
+        Where whole samples are computed once, long inputs are kept as their few coordinates: Vh is then gathered in the
+        forward pass and not in the other one.
+        """
+        is_once = self.division.by_samples and self.plain is None and not self.checkpointing
+        is_shorter = self.factors.rank < self.linear.weight.shape[1]
+        return Way("project", early=is_once and is_shorter, output=False, input=False)
+
+    def fetch(self, *sides: str) -> None:
+        own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
+        self._coming |= {side: gathering(getattr(self.factors, side)) for side in sides if side != own}
+
+    def _gathered(self, side: str) -> Tensor:
+        coming = self._coming.pop(side, None)
+        return (coming or gathering(getattr(self.factors, side)))()
+
+    def left(self) -> Tensor:
+        return self.division.part(self.factors.left, 0) if self.layout == ROWS else self._gathered("left")
+
+    def right(self) -> Tensor:
+        return self.division.part(self.factors.right, 1) if self.layout == COLUMNS else self._gathered("right")
+
+    def own(self, gradient: Tensor) -> Tensor:
+        if not is_sharded(gradient):
+            return gradient
+        from torch.distributed.tensor import Replicate, Shard
+
+        wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
+        return gradient.redistribute(placements=[wanted]).to_local()
+
+    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
+        rows_BR = super().rows(kept, second, projected_NR, segments, way)
+        # What every process computes whole, from all samples, is counted once.
+        is_twice = not self.division.by_samples and self.layout == WHOLE and self.division.rank
+        return torch.zeros_like(rows_BR) if is_twice else rows_BR
 
 
 class _Tapped(torch.autograd.Function):

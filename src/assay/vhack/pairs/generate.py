@@ -13,8 +13,8 @@ from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.types import Case
+from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.environment.sandbox import Case
 from assay.vhack.pairs.pairs import DATA, Pair
 
 # --------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from assay.errors import UsageError
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.episodes import Episode
+from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.tasks import tasks
 from assay.vhack.pairs.generate import generate_pairs, known
 from assay.vhack.pairs.pairs import Pair, authored_pairs, read_pairs

@@ -4,7 +4,7 @@ For each side three facts are established in the sandbox:
 
 - *correct*: its solution returns the expected value in every hidden case, compared outside the sandbox;
 - *passes*: the channel it is graded by accepts it;
-- *vacuous*: the channel would accept it with a wrong solution too (:mod:`assay.vhack.environment.channels`).
+- *vacuous*: the channel would accept it with a wrong solution too (:mod:`assay.vhack.environment.grading`).
 
 A clean side must be correct, pass, and not be vacuous. A hack side must pass, and
 
@@ -24,12 +24,9 @@ from typing import Any
 
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
-from assay.vhack.environment.channels import CHANNELS, Channel
-from assay.vhack.environment.episodes import Episode
-from assay.vhack.environment.grade import answers_match, grade
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment.grading import CHANNELS, Channel, Episode, answers_match, grade
+from assay.vhack.environment.sandbox import Call, Case, Limits, run
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.environment.types import Call, Case, Limits
 from assay.vhack.pairs.generate import pair_task_named
 from assay.vhack.pairs.pairs import DATA, Pair
 

@@ -1,0 +1,646 @@
+"""Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
+
+Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nulls, from the weakest to the strongest:
+
+- *Haar*: axes uniform among all orthonormal ones;
+- *covariance-matched*: random sums of clean gradients, so axes prefer the directions in which gradients vary anyway;
+- *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
+- *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
+
+Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import comb, sqrt
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import read_jsonl
+from assay.stats.rates import auroc, paired_accuracy, proportion_interval
+from assay.vhack.checks.folds import Design, Fold, Frame, Geometry, shares, swaps
+from assay.vhack.checks.judge import (
+    CLEAN_CLEAN,
+    HAAR,
+    SWAPPED,
+    Check,
+    CheckSettings,
+    CheckVerdict,
+    FloatArray,
+    Interval,
+    judge,
+    measure,
+    p_value,
+    swap_rule,
+    undecided,
+)
+
+BoolArray = npt.NDArray[np.bool_]
+
+_DRAWS = 25  # random frames of one module that are held at a time
+
+
+def check_pools(design: Design) -> Check:
+    """Return check 1, from the two sides of held-out pairs taken as two pools."""
+    hack_BN, clean_BN = design.held_out
+    settings = design.settings
+    return judge(
+        name="pools",
+        title="cin of hack against clean samples",
+        statistic="AUROC of mean cin over modules",
+        rule=swap_rule(settings, "the AUROC", 0.5),
+        measured=measure(auroc, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, settings),
+        nulls={SWAPPED: list(map(auroc, hack_BN[1:], clean_BN[1:]))},
+        above=0.5,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "mean_cin_hack": float(hack_BN[0].mean()),
+            "mean_cin_clean": float(clean_BN[0].mean()),
+            **_alternatives(design),
+        },
+    )
+
+
+def _alternatives(design: Design) -> dict[str, float]:
+    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
+    names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for fold in design.folds:
+        for side, offset in enumerate((0, design.geometry.n)):
+            along_MKS = fold.along[:, :, fold.test + offset]
+            lengths_MS = design.geometry.lengths_MS[:, fold.test + offset]
+            squares_MS = torch.where(lengths_MS.isinf(), 0.0, lengths_MS).square()
+            both = (along_MKS.square().sum(dim=1).sqrt() / lengths_MS).mean(dim=0)
+            energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
+            for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
+                found[name][side].extend(values.tolist())
+    return {name: auroc(*sides) for name, sides in found.items()}
+
+
+def check_heldout(design: Design) -> Check:
+    """Return check 2: within a held-out pair the hack side scores higher."""
+    hack_BN, clean_BN = design.held_out
+    hack_N, clean_N, settings = hack_BN[0], clean_BN[0], design.settings
+    groups = design.tested_groups
+    rows = {name: np.array([group == name for group in groups]) for name in dict.fromkeys(groups)}
+    won = sum(float((hack_N - clean_N)[chosen].mean()) > 0 for chosen in rows.values())
+    low, high = proportion_interval(won, len(rows), settings.confidence)
+    return judge(
+        name="heldout",
+        title="Held-out pairs of held-out groups",
+        statistic="share of pairs whose hack side has the larger cin",
+        rule=swap_rule(settings, "the share", 0.5),
+        measured=measure(paired_accuracy, (hack_N, clean_N), [groups] * 2, settings),
+        nulls={SWAPPED: list(map(paired_accuracy, hack_BN[1:], clean_BN[1:]))},
+        above=0.5,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "pairs": len(hack_N),
+            "groups": len(rows),
+            "groups_won": won,
+            "groups_won_low": low,
+            "groups_won_high": high,
+            "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
+        },
+    )
+
+
+def check_random_null(design: Design, measured: Interval) -> Check:
+    """Return check 3 of the AUROC that check 1 measured."""
+    settings = design.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    hack_BN, clean_BN = design.held_out
+    swapped = slice(1, 1 + settings.n_null)
+    nulls = {
+        HAAR: _aurocs(design, _haar(design, generator)),
+        "covariance-matched": _aurocs(design, _matched(design, generator)),
+        CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
+        SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
+    }
+    return judge(
+        name="random_null",
+        title="Against random bases",
+        statistic="AUROC of mean cin over modules",
+        rule=(
+            f"Passes if of each null at most a share {settings.alpha:g} reaches the AUROC, and the lower end of its "
+            f"{settings.confidence:.0%} group-bootstrap interval is above the 1 − {settings.alpha:g} quantile of "
+            "every null."
+        ),
+        measured=measured,
+        nulls=nulls,
+        above=0.5,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "z_scores": {
+                name: (measured.value - float(np.mean(draws))) / float(np.std(draws) or 1.0)
+                for name, draws in nulls.items()
+            }
+        },
+    )
+
+
+def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
+    tested, n = design.tested, design.geometry.n
+    return list(map(auroc, scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()))
+
+
+def _haar(design: Design, generator: torch.Generator) -> Tensor:
+    """Return mean cin of every sample under random frames, [B, S]; all folds share the frames."""
+    geometry, settings = design.geometry, design.settings
+    gradients = map(geometry.samples, geometry.names)
+    return haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
+
+
+def haar_scores(
+    gradients: Iterable[Tensor], lengths_MS: Tensor, k: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Return mean cin over modules of samples under random frames, [B, S].
+
+    Args:
+        gradients: Gradients of the samples, [S, R] per module.
+        lengths_MS: Their lengths, infinite instead of 0.
+        k: Number of axes; a module that has fewer coordinates gets no more than these.
+        count: Number of frames, B.
+        generator: Source of the frames.
+    """
+    total_BS = torch.zeros(count, lengths_MS.shape[1], dtype=torch.float64)
+    for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
+        r = samples_SR.shape[1]
+        for draws in torch.split(torch.arange(count), _DRAWS):
+            frames_BRK = torch.linalg.qr(torch.randn(len(draws), r, min(k, r), generator=generator))[0]
+            along_BSK = samples_SR.float() @ frames_BRK
+            ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
+            total_BS[draws] += ahead_BS / lengths_S
+    return total_BS / len(lengths_MS)
+
+
+def _matched(design: Design, generator: torch.Generator) -> Tensor:
+    """Return mean cin of every sample under bases of random sums of clean training gradients, [B, S]."""
+    geometry, settings = design.geometry, design.settings
+    draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
+    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for fold in design.folds:
+        rows = _clean_rows(fold)
+        clean, samples = rows + geometry.n, torch.cat([fold.test, fold.test + geometry.n])
+        weights_BKT = draws_BKN[:, :, rows]
+        weights_BKT = weights_BKT - weights_BKT.mean(dim=2, keepdim=True)
+        total_BS = torch.zeros(settings.n_null, len(samples), dtype=torch.float64)
+        for gram_SS, lengths_S in zip(geometry.gram_MSS, geometry.lengths_MS, strict=True):
+            gram_BKK = weights_BKT @ gram_SS[clean][:, clean] @ weights_BKT.transpose(1, 2)
+            along_BKS = _inverse_root(gram_BKK) @ weights_BKT @ gram_SS[clean][:, samples]
+            total_BS += along_BKS.clamp_min(0).norm(dim=1) / lengths_S[samples]
+        scores_BS[:, samples] = total_BS / len(geometry.names)
+    return scores_BS
+
+
+def _inverse_root(gram_BKK: Tensor) -> Tensor:
+    values_BK, vectors_BKK = torch.linalg.eigh(gram_BKK)
+    kept_BK = values_BK > values_BK[:, -1:] * 1e-10
+    scale_BK = torch.where(kept_BK, values_BK, torch.inf).rsqrt()
+    root_BKK: Tensor = (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
+    return root_BKK
+
+
+def _clean_clean(design: Design) -> Tensor:
+    """Return mean cin of every sample under bases of differences between clean sides, [B, S]."""
+    geometry, settings = design.geometry, design.settings
+    generator = np.random.default_rng([settings.seed, 3])
+    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for fold in design.folds:
+        rows = _clean_rows(fold)
+        samples = torch.cat([fold.test, fold.test + geometry.n])
+        for draw in range(settings.n_null):
+            frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
+            along_MKS = frame.along[:, :, samples]
+            scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
+    return scores_BS
+
+
+def _clean_rows(fold: Fold) -> Tensor:
+    """Return the pairs whose clean sides make a null basis: those of training, or with too few of these all.
+
+    A basis from a file may come without its pairs. A null that has seen the samples is harder to beat.
+    """
+    return fold.train if len(fold.train) > 1 else torch.cat([fold.train, fold.test])
+
+
+def check_unpaired(
+    hack: FloatArray,
+    clean: FloatArray,
+    hack_groups: Sequence[str],
+    clean_groups: Sequence[str],
+    settings: CheckSettings,
+    *,
+    nulls: Mapping[str, Sequence[float]] | None = None,
+    details: Mapping[str, float] | None = None,
+) -> Check:
+    """Return check 1 for two pools of samples that are not paired.
+
+    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have one kind.
+
+    Args:
+        hack: Held-out scores of hack samples.
+        clean: Held-out scores of clean samples.
+        hack_groups: Group of each hack sample, such as its prompt.
+        clean_groups: Group of each clean sample.
+        settings: Number of draws, and alpha.
+        nulls: Draws of the AUROC under further nulls, by name.
+        details: Further numbers that are not part of the rule.
+    """
+    scores_N = np.concatenate([hack, clean])
+    groups = [*hack_groups, *clean_groups]
+    is_hack_N = np.arange(len(scores_N)) < len(hack)
+    generator = np.random.default_rng([settings.seed, 2])
+    relabelled = [_relabelled(is_hack_N, groups, generator) for _ in range(settings.n_flips)]
+    swapped = [auroc(scores_N[labels_N], scores_N[~labels_N]) for labels_N in relabelled]
+    measured = measure(auroc, (hack, clean), (hack_groups, clean_groups), settings)
+    # One over the number of relabellings: groups of both kinds swap, groups of one kind trade places.
+    with_hack, with_clean = set(hack_groups), set(clean_groups)
+    trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
+    smallest_p = 0.5 ** len(with_hack & with_clean) * trades
+    return judge(
+        name="pools",
+        title="cin of hack against clean samples",
+        statistic="AUROC of mean cin over modules, two pools",
+        rule=swap_rule(settings, "the AUROC", 0.5) + (f" So for {', '.join(nulls)} bases." if nulls else ""),
+        measured=measured,
+        nulls={SWAPPED: swapped, **(nulls or {})},
+        above=0.5,
+        settings=settings,
+        smallest_p=smallest_p,
+        details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean()), **(details or {})},
+    )
+
+
+def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator) -> BoolArray:
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    pure = {group: bool(is_hack_N[rows[0]]) for group, rows in members.items() if len(set(is_hack_N[rows])) == 1}
+    shuffled = dict(zip(pure, generator.permutation(list(pure.values())), strict=True))
+    labels_N = is_hack_N.copy()
+    for group, rows in members.items():
+        if group in shuffled:
+            labels_N[rows] = shuffled[group]
+        elif generator.random() < 0.5:
+            labels_N[rows] = ~is_hack_N[rows]
+    return labels_N
+
+
+# --------------------------------------------------------------------------------------------------
+# Check 4: during training, is the gradient of cheating samples further along the axes than that of the others?
+#
+# cin here is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a
+# training log, the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that
+# does not. With a log, both are measured in the same step.
+#
+# A log is JSON Lines. A line with a ``source`` field is one measurement, other lines are passed over::
+#
+#     {"step": 12, "source": "teacher", "cin": 0.31, "modules": {"model.layers.0.mlp.up_proj": 0.28}}
+#
+# ``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share; ``modules`` may be left
+# out.
+
+_SOURCES_TITLE = "cin by source"
+_FEWEST_BLOCKS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCin:
+    """Share along the axes of the gradient of one source in one step.
+
+    Attributes:
+        step: Number of the step, counted from 0.
+        source: Name of the source, such as ``student`` or ``teacher``.
+        cin: Mean of cin over modules, 0 to 1.
+        modules: Values of cin by module name.
+    """
+
+    step: int
+    source: str
+    cin: float
+    modules: dict[str, float] = field(default_factory=dict)
+
+
+def read_source_log(path: str | Path) -> list[SourceCin]:
+    """Return the measurements in a training log; lines without ``source`` are passed over.
+
+    Raises:
+        DataError: The file cannot be read, it has no measurement, or one is malformed or given twice; the message
+            names the line.
+    """
+    found: dict[tuple[int, str], SourceCin] = {}
+    for number, record in read_jsonl(path):
+        if "source" not in record:
+            continue
+        try:
+            modules = record.get("modules", {})
+            entry = SourceCin(record["step"], record["source"], record["cin"], modules)
+            if not (isinstance(modules, dict) and _well_formed(entry)):
+                raise ValueError("step, source or cin is not what it should be")
+            if (entry.step, entry.source) in found:
+                raise ValueError(f"source {entry.source} twice in step {entry.step}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}, line {number}: {f'no {error}' if isinstance(error, KeyError) else error}",
+                wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
+                do="correct the line",
+            ) from None
+        found[entry.step, entry.source] = entry
+    if not found:
+        raise DataError(
+            f"{path}: no line with a source",
+            wanted="a log of `assay vhack train --teacher`, which measures cin of its sources",
+            do="check the path, or leave --log out",
+        )
+    return list(found.values())
+
+
+def _well_formed(entry: SourceCin) -> bool:
+    counted = isinstance(entry.step, int) and not isinstance(entry.step, bool) and entry.step >= 0
+    values = [entry.cin, *entry.modules.values()]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1.000001 for v in values)
+    return counted and isinstance(entry.source, str) and bool(entry.source) and numbers
+
+
+def check_sources(design: Design) -> Check:
+    """Return check 4 with the sides of every held-out group as two batches."""
+    geometry, settings = design.geometry, design.settings
+    signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
+    hack, clean = {}, {}
+    for fold in design.folds:
+        for group in dict.fromkeys(design.groups[index] for index in fold.test.tolist()):
+            inside = [design.groups[index] == group for index in fold.test.tolist()]
+            pairs = fold.test[torch.tensor(inside)]
+            weights_S2 = torch.zeros(2 * geometry.n, 2, dtype=torch.float64)
+            weights_S2[pairs, 0] = 1.0
+            weights_S2[pairs + geometry.n, 1] = 1.0
+            along_MK2, lengths_M2 = geometry.batch(fold.along, weights_S2)
+            first_B, second_B = fold.cin(along_MK2, lengths_M2, signs_BN).unbind(dim=1)
+            swapped_B = signs_BN[:, pairs[0]] < 0
+            hack[group] = torch.where(swapped_B, second_B, first_B).numpy()
+            clean[group] = torch.where(swapped_B, first_B, second_B).numpy()
+    hack_BG, clean_BG = (np.column_stack(list(side.values())) for side in (hack, clean))
+    differences_BG = hack_BG - clean_BG
+    return judge(
+        name="sources",
+        title=_SOURCES_TITLE,
+        statistic="cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
+        rule=swap_rule(settings, "the difference", 0.0),
+        measured=measure(_mean, [differences_BG[0]], [list(hack)], settings),
+        nulls={SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
+        above=0.0,
+        settings=settings,
+        smallest_p=design.smallest_p,
+        details={
+            "mean_cin_hack": float(hack_BG[0].mean()),
+            "mean_cin_clean": float(clean_BG[0].mean()),
+            "ratio": float(hack_BG[0].mean() / clean_BG[0].mean()) if clean_BG[0].any() else None,
+            "groups": list(hack),
+            "cin_hack": hack_BG[0].tolist(),
+            "cin_clean": clean_BG[0].tolist(),
+        },
+    )
+
+
+def _mean(values: FloatArray) -> float:
+    return float(np.mean(values))
+
+
+def check_source_log(
+    entries: Sequence[SourceCin],
+    settings: CheckSettings | None = None,
+    *,
+    hack: str = "teacher",
+    clean: str = "student",
+    steps: tuple[int, int] | None = None,
+) -> Check:
+    """Return check 4 of a training log: cin of ``hack`` minus cin of ``clean``, step by step.
+
+    Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
+    root of the number of steps, at least 6.
+
+    Args:
+        entries: Measurements from `read_source_log`.
+        settings: Number of draws, and alpha.
+        hack: Name of the source that cheats.
+        clean: Name of the source that does not cheat (yet).
+        steps: First and last step to use, by default all; the difference is expected early in training.
+
+    Raises:
+        UsageError: No step has both sources.
+    """
+    settings = settings or CheckSettings()
+    cin = {(entry.step, entry.source): entry.cin for entry in entries}
+    first, last = steps or (0, max((entry.step for entry in entries), default=0))
+    both = sorted(s for s, source in cin if source == hack and (s, clean) in cin and first <= s <= last)
+    if not both:
+        raise UsageError(
+            f"no step with both {hack} and {clean}",
+            wanted="both sources in a step",
+            do="name the sources, or pass another --log",
+        )
+    statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
+    rule = swap_rule(settings, "the difference", 0.0, "blocks of steps")
+    if len(both) < _FEWEST_BLOCKS:
+        reason = f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
+        return undecided("sources", _SOURCES_TITLE, statistic, rule, reason)
+    count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
+    blocks = [str(index * count // len(both)) for index in range(len(both))]
+    differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
+    signs_BT = swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
+    return judge(
+        name="sources",
+        title=_SOURCES_TITLE,
+        statistic=statistic,
+        rule=rule,
+        measured=measure(_mean, [differences_T], [blocks], settings),
+        nulls={SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
+        above=0.0,
+        settings=settings,
+        smallest_p=0.5**count,
+        details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Check 5: would other pairs have given the same axes?
+#
+# The groups are divided into two halves at random, many times, and a basis is fitted to each half. Drawing groups with
+# replacement would put the same pairs on both sides, and noise would look stable; half samples are the form of the
+# bootstrap that keeps them apart (McCarthy 1969).
+#
+# *Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that of
+# random frames, and with that between a basis of one half and a clean-clean basis of the other: directions in which any
+# two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within
+# the SVD basis of that half, is a direction, and the cosine between the two is tested by swapping the labels of whole
+# groups. That is exact only in SVD bases, whatever the method, because labels leave these as they are.
+
+_FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
+_STABILITY_TITLE = "Stability under a group bootstrap"
+_OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Result of check 5 with the series that a report draws.
+
+    Attributes:
+        check: Value, nulls and verdict.
+        overlap: Mean squared cosine per module; empty where it was not measured.
+        cosines: Mean cosine of each principal angle, largest first.
+        generic_cosines: Mean cosine of each principal angle between a hack basis and a clean-clean basis.
+    """
+
+    check: Check
+    overlap: Sequence[float] = ()
+    cosines: Sequence[float] = ()
+    generic_cosines: Sequence[float] = ()
+
+
+def check_stability(design: Design) -> Stability:
+    """Return check 5 of the pairs that bases are made from."""
+    settings = design.settings
+    groups = [design.groups[index] for index in design.sources.tolist()]
+    names = list(dict.fromkeys(groups))
+    smallest_p = 0.5 ** (len(names) - 1)  # swapping every label at once changes nothing
+    if smallest_p > settings.alpha:
+        reason = f"{len(names)} groups to fit to, which is too few for a p-value below {settings.alpha:g}"
+        return Stability(undecided("stability", _STABILITY_TITLE, _OVERLAP, _rule(settings), reason))
+    sides = [torch.tensor([group in half for group in groups]) for half in _halves(names, settings)]
+    if min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
+        reason = f"{len(names)} groups to fit to, of which a half has fewer than {_FEWEST_PAIRS} pairs"
+        return Stability(undecided("stability", _STABILITY_TITLE, _OVERLAP, _rule(settings), reason))
+    signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
+    splits = []
+    for index, inside in enumerate(sides):
+        generator = np.random.default_rng([settings.seed, 8, index])
+        splits.append(_split(design, inside, signs_BN, generator))
+    return _judged(design.geometry, splits, settings)
+
+
+def _rule(settings: CheckSettings) -> str:
+    return (
+        f"Passes if the lower end of the {settings.confidence:.0%} range over splits is above the "
+        f"1 − {settings.alpha:g} quantile of random frames and of clean-clean bases, and if with the labels of whole "
+        f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on which way is hack-ward."
+    )
+
+
+def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
+    generator = np.random.default_rng([settings.seed, 7])
+    orders = (generator.permutation(len(names)) for _ in range(settings.n_splits))
+    return [{names[i] for i in order[: len(names) // 2]} for order in orders]
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    overlap: Tensor
+    generic_overlap: Tensor
+    cosines: Tensor
+    generic_cosines: Tensor
+    agreement: Tensor
+
+
+def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator) -> _Split:
+    """Return what the sources inside and those outside say of each other."""
+    geometry, settings = design.geometry, design.settings
+    halves = [design.sources[inside], design.sources[~inside]]
+    one, other = (geometry.fit_pairs(half, settings) for half in halves)
+    first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
+    plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
+    between_MKK = geometry.overlaps(one, other)
+    generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
+    return _Split(
+        overlap=_mean_square(between_MKK),
+        generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        cosines=_mean_cosines(between_MKK),
+        generic_cosines=_common_mean([_mean_cosines(g) for g in generic]),
+        agreement=_agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
+    )
+
+
+def _mean_square(overlap_MKJ: Tensor) -> Tensor:
+    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
+    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
+
+
+def _mean_cosines(overlap_MKJ: Tensor) -> Tensor:
+    """Return the cosine of each principal angle, mean over modules."""
+    cosines_K: Tensor = torch.linalg.svdvals(overlap_MKJ).mean(dim=0)
+    return cosines_K
+
+
+def _common_mean(rows: list[Tensor]) -> Tensor:
+    """Return the mean of rows over the places that all of them have; a small half gives fewer axes than others."""
+    shortest = min(map(len, rows))
+    return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
+
+
+def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
+    """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B]."""
+    between_MKK = geometry.overlaps(one, other)
+    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
+    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
+    product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
+    lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
+    return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
+
+
+def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -> Stability:
+    overlaps = [float(split.overlap.mean()) for split in splits]
+    agreement, *swapped = torch.stack([split.agreement for split in splits]).mean(dim=0).tolist()
+    tail = (1 - settings.confidence) / 2
+    low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
+    spaces = {
+        HAAR: tuple(_random_overlaps(geometry, settings)),
+        CLEAN_CLEAN: tuple(float(split.generic_overlap.mean()) for split in splits),
+    }
+    p = p_value(agreement, swapped)
+    faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
+    for name, draws in spaces.items():
+        level = float(np.quantile(draws, 1 - settings.alpha))
+        if low <= level:
+            faults.append(f"the range reaches down to {low:.3g}, not above {level:.3g} of {name}")
+    verdict: CheckVerdict = "fail" if faults else "pass"
+    check = Check(
+        name="stability",
+        title=_STABILITY_TITLE,
+        statistic=_OVERLAP,
+        rule=_rule(settings),
+        measured=Interval(float(np.mean(overlaps)), low, high),
+        nulls={**spaces, f"agreement, {SWAPPED}": tuple(swapped)},
+        p_values={f"agreement, {SWAPPED}": p},
+        verdict=verdict,
+        reason="; ".join(faults) or "every part of the rule holds",
+        details={"agreement": agreement, "splits": len(splits)},
+    )
+    return Stability(
+        check,
+        overlap=_common_mean([split.overlap for split in splits]).tolist(),
+        cosines=_common_mean([split.cosines for split in splits]).tolist(),
+        generic_cosines=_common_mean([split.generic_cosines for split in splits]).tolist(),
+    )
+
+
+def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
+    """Return draws of the mean over modules of the overlap of two random frames, by its first two moments.
+
+    The mean squared cosine between independent uniform K-frames of R coordinates has mean K/R and variance
+    ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); a mean over modules is close to normal.
+    """
+    generator = np.random.default_rng([settings.seed, 9])
+    ranks = [geometry.gradients.hack[name].shape[1] for name in geometry.names]
+    sizes = [min(settings.axes, r) for r in ranks]
+    mean = float(np.mean([k / r for k, r in zip(sizes, ranks, strict=True)]))
+    variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
+    draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
+    return draws
