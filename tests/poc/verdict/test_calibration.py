@@ -209,11 +209,7 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         build(machines=[engine(batch_size=10**40)] * 2),
         build(left_out={"accused": 0.0}),
     ]
-    for values in broken:
-        path.write_text(json.dumps(values))
-        with pytest.raises(CalibrationError):
-            Calibration.load(path)
-    for text in ("", "[]", "NaN", "{"):
+    for text in (*map(json.dumps, broken), "", "[]", "NaN", "{"):
         path.write_text(text)
         with pytest.raises(CalibrationError):
             Calibration.load(path)

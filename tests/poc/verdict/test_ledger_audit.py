@@ -62,7 +62,7 @@ def test_an_untouched_ledger_is_clean(clean: Path):
     assert clean.read_bytes() == before
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), row=st.integers(0, 8), value=VALUES)
 def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, value):
     table, column = place
@@ -81,7 +81,7 @@ def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, 
         assert found == row + 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_edited_character_of_the_evidence_is_found(clean: Path, tmp_path: Path, data):
     path = Path(shutil.copy(clean, tmp_path / "l.sqlite3"))
@@ -202,28 +202,21 @@ def rewrite(path: Path, start: int, change) -> None:
         database.execute("UPDATE ledger SET hash = ?", (previous,))
 
 
-def _quieter(values):
-    values["residuals"][0] = 0.001
-
-
-def _more_evidence(values):
-    values["outcome"]["log_e_value"] += 0.01
-
-
 def _other_verdict(values):
     values["outcome"]["verdict"] = "fraud" if values["outcome"]["verdict"] != "fraud" else "honest"
 
 
-def _left_out(values):
-    values["excluded"] = [[0, "of no use"]]
-
-
-def _said_twice(values):
-    values["excluded"] = [[0, "repeated"]]
+CHANGES = {
+    "a smaller residual": lambda values: values["residuals"].__setitem__(0, 0.001),
+    "more evidence": lambda values: values["outcome"].update(log_e_value=values["outcome"]["log_e_value"] + 0.01),
+    "another verdict": _other_verdict,
+    "a nonce left out": lambda values: values.update(excluded=[[0, "of no use"]]),
+    "a nonce called repeated": lambda values: values.update(excluded=[[0, "repeated"]]),
+}
 
 
 @pytest.mark.parametrize("start", [1, 4, 9])
-@pytest.mark.parametrize("change", [_quieter, _more_evidence, _other_verdict, _left_out, _said_twice])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_verdict_that_does_not_follow_is_found_in_an_intact_chain(copy: Path, start: int, change):
     rewrite(copy, start, change)
     assert first_bad(copy) == start
@@ -321,7 +314,7 @@ def test_a_line_that_is_missing_or_doubled_is_found(lines: list[str], tmp_path: 
         assert refused(written(tmp_path / "l.jsonl", lines[: number + 1] + lines[number:]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 12), at=st.integers(0, 2000), new=st.sampled_from(["", "7", " ", "NaN", "{", "\\ud800"]))
 def test_an_edited_export_is_found(lines: list[str], tmp_path: Path, number: int, at: int, new: str):
     at %= len(lines[number])
@@ -370,11 +363,4 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
             audit_ledger(path)
     path.write_bytes(lines[0].encode() + b"\n\xff\xfe\n")
     with pytest.raises(DataError, match="not UTF-8"):
-        audit_ledger(path)
-
-
-def test_a_line_without_an_end_is_not_read(lines: list[str], tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("assay.files.jsonl.LONGEST_LINE", 2**16)
-    path = written(tmp_path / "l.jsonl", [lines[0], '{"seq":' + " " * 2**17])
-    with pytest.raises(DataError, match="line 2: longer than"):
         audit_ledger(path)

@@ -156,15 +156,7 @@ def _residuals(one: Proof, other: Proof, hidden_size: int | None) -> FloatArray:
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
-    """Refuse machines that share too few nonces with any other machine.
-
-    Args:
-        measured: Residuals by pair of machines.
-        machines: Number of machines.
-
-    Raises:
-        ProofMismatch: A pair has fewer than 30 nonces in common, or a machine was compared with none.
-    """
+    """Refuse residuals by pair where a pair has fewer than 30 nonces, or one of the machines is in no pair."""
     fewest = min((errors.size for errors in measured.values()), default=0)
     compared = {i for pair in measured for i in pair}
     if fewest < MIN_NONCES or len(compared) < machines:
@@ -184,16 +176,7 @@ def fit_build(
     progress: Progress | None,
     mixture: bool = False,
 ) -> BuildNoise:
-    """Fit the noise of a build to the residuals of its pairs of machines.
-
-    Args:
-        measured: Residuals by pair of machines.
-        machines: The machines.
-        pipeline: Preset of the residuals.
-        between_blocks: Spread of ln size of one pair between blocks.
-        progress: Function that is called with (machines left out, machines in all).
-        mixture: Whether the model is a mixture of experts.
-    """
+    """Fit the noise of a build to the residuals of its pairs, with ``between_blocks`` as in :func:`fit_machines`."""
     n = min(errors.size for errors in measured.values())
     fit = partial(fit_noise, pipeline, most_dof=MIXTURE_DOF if mixture else math.inf)
     kinds = [machine.kind for machine in machines]

@@ -161,11 +161,7 @@ class BuildNoise:
         return [two if prover == one else one]
 
     def check_header(self, header: Header) -> None:
-        """Refuse a proof of another model, preset or build than was measured.
-
-        Raises:
-            CalibrationError: Names what differs.
-        """
+        """Refuse a proof of another model, preset or build than was measured."""
         if self.digest is None or self.preset is None:
             raise CalibrationError(
                 "a calibration that does not say of which model and preset it is",
@@ -178,11 +174,7 @@ class BuildNoise:
         self.check_engine(header.fingerprint, "than the prover's")
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:
-        """Refuse an engine of another build.
-
-        Raises:
-            CalibrationError: Names the fields in which it differs from the nearest measured one.
-        """
+        """Refuse an engine of another build; the error names the fields that differ from the nearest measured one."""
         if not self.known:
             return
         wanted, measured = engine.as_dict(), [known.as_dict() for known in self.known]
@@ -197,11 +189,7 @@ class BuildNoise:
         _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
 
     def check_validator(self, prover: Fingerprint, validator: Fingerprint) -> None:
-        """Refuse a validator on an engine that was not measured beside the prover's.
-
-        Raises:
-            CalibrationError: Names what differs.
-        """
+        """Refuse a validator on an engine that was not measured beside the prover's."""
         than = "than this validator's"
         self.check_engine(validator, than)
         judges = self.judges(prover)
@@ -267,11 +255,7 @@ class BuildNoise:
 
     @classmethod
     def from_dict(cls, values: Any) -> "BuildNoise":
-        """Read what :meth:`as_dict` wrote.
-
-        Raises:
-            ValueError: A value cannot come from a measurement. TypeError, KeyError and AttributeError mean the same.
-        """
+        """Read what :meth:`as_dict` wrote; other values raise ValueError, TypeError, KeyError or AttributeError."""
         values = dict(values)
         machines = tuple(_read_machine(one) for one in values.pop("machines"))
         law = read_law(values.pop("law"))
@@ -295,11 +279,7 @@ class BuildNoise:
 
     @classmethod
     def from_first_version(cls, values: JsonObject) -> "BuildNoise":
-        """Read the values of a file of schema 1, whose law was an upper one.
-
-        Raises:
-            ValueError: A value cannot come from a measurement. TypeError, KeyError and AttributeError mean the same.
-        """
+        """Read the values of a file of schema 1, whose law was an upper one; errors are as of :meth:`from_dict`."""
         machines = describe_machines([parse_fingerprint(values[name]) for name in ("prover", "validator")])
         law = read_law(values["law"])
         sizes = Sizes({(0, 1): law.size}, tuple(machine.kind for machine in machines))
@@ -315,11 +295,7 @@ class BuildNoise:
         return build
 
     def _check_values(self) -> None:
-        """Refuse values of a file that no measurement gives, which a type checker cannot know of.
-
-        Raises:
-            ValueError: Names the value.
-        """
+        """Refuse values that no measurement gives, with a ValueError that names one."""
         laws = (self.noise.law, *self.named.values())
         good = {
             "preset": isinstance(self.preset, str | None),
@@ -468,12 +444,8 @@ def find_build_noise(
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
-    Args:
-        calibrations: Calibrations, the first one first tried.
-        build: Build that the network allows; any when None.
-        digest: SHA-256 of the checkpoint.
-        preset: Preset of the rounds.
-        round: Round whose block scales distances; None for the law at the usual scale.
+    Calibrations are tried in their order, for the checkpoint ``digest`` and any build when None. The block of ``round``
+    scales distances; without one, the law is that of the usual scale.
     """
     for measured in (one for calibration in calibrations for one in calibration.builds):
         if (measured.digest, measured.preset) == (digest, preset):
@@ -521,11 +493,7 @@ def _kind(engine: Fingerprint) -> str:
 
 
 def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], than: str) -> None:
-    """Refuse values that differ from what was measured.
-
-    Raises:
-        CalibrationError: Names them.
-    """
+    """Refuse values that differ from what was measured; the error names them."""
     other = [name for name in measured if measured[name] != stated[name]]
     if other:
         raise CalibrationError(

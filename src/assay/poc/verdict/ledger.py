@@ -366,16 +366,10 @@ class Ledger:
 
 
 def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False) -> None:
-    """Refuse a path at which there is something other than such a ledger, before anything is written to it.
-
-    Args:
-        path: File of the ledger.
-        alpha: Rate of accusing an honest node at which a ledger that is there must have been begun; any when None.
-        beta: Rate of passing a cheater, likewise.
-        read_only: Whether the file must exist.
+    """Refuse a path with something other than a ledger, or one that was begun at other error rates, before any write.
 
     Raises:
-        UsageError: The file is no ledger, or was begun at other error rates.
+        UsageError: The file is no ledger, was begun at other error rates, or does not exist and is only to be read.
         StorageError: It cannot be read, or is no SQLite file, or a table of the ledger is missing.
     """
     regular = path.is_file()  # SQLite waits without end for a pipe

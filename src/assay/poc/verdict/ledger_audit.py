@@ -48,12 +48,7 @@ _COUNTS = ("audits", "recorded", "n", "tests")
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A fault of a ledger.
-
-    Args:
-        entry: Number of the entry; None for a fault outside entries.
-        reason: Fault in words.
-    """
+    """A fault in words, and the number of its entry; None outside entries."""
 
     entry: int | None
     reason: str
@@ -96,11 +91,7 @@ class LedgerAudit:
 
 
 def check_head(head: str | None) -> None:
-    """Refuse a published head that cannot be one.
-
-    Raises:
-        UsageError: It is no SHA-256.
-    """
+    """Refuse a published head that is no SHA-256."""
     if head is not None and (len(head) != 64 or set(head) - set("0123456789abcdef")):
         raise UsageError(
             f"--head {head:.80}", wanted="64 hexadecimal digits, in lower case", do="give the hash that was published"
@@ -108,18 +99,7 @@ def check_head(head: str | None) -> None:
 
 
 def audit_database(database: Database, *, head: str | None = None, whole: bool = True) -> LedgerAudit:
-    """Audit the ledger in a database.
-
-    Args:
-        database: Database with the tables of a ledger.
-        head: Hash that was published, and must be in the chain.
-        whole: Whether triggers and indexes must be those that a ledger is begun with.
-
-    Raises:
-        UsageError: The published head cannot be one.
-        StorageError: The file cannot be read.
-    """
-    check_head(head)
+    """Audit the ledger in a database, with the triggers and indexes of a ledger where it is ``whole``."""
     with database.read() as connection:
         changed = list(_changed_schema(connection)) if whole else []
         if any(fault.reason.startswith("the table") for fault in changed):
@@ -251,12 +231,7 @@ class Noises:
         self._noises: dict[str, AnyNoise] = {}
 
     def read(self, connection: sa.Connection, law: str) -> AnyNoise:
-        """Return the noise of a law.
-
-        Raises:
-            DataError: The law is missing, or does not have its hash.
-            CalibrationError: It is no noise.
-        """
+        """Return the noise of a law, which must be there, have its hash, and be one."""
         if law not in self._noises:
             text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
             if sha256(text) != law:

@@ -300,11 +300,7 @@ def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
 
 
 class AccountState:
-    """The life of one account, which takes its entries one after the other.
-
-    Args:
-        genesis: Beginning of the ledger.
-    """
+    """The life of one account of a ledger, which takes its entries one after the other."""
 
     def __init__(self, genesis: Genesis) -> None:
         self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
@@ -339,13 +335,7 @@ def sha256(text: str) -> str:
 
 
 def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Return the places of nonces that do not count, with the reason.
-
-    Args:
-        nonces: Nonces of one audit.
-        seen: Nonces that the account has entries of, in the same round.
-        given: Further reasons by nonce.
-    """
+    """Return the places and reasons of nonces that do not count: seen in the round before, or given by nonce."""
     before, found = set(seen), []
     for place, nonce in enumerate(nonces):
         reason = REPEATED if nonce in before else given.get(nonce)

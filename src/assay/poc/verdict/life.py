@@ -155,11 +155,7 @@ class LifeTest:
     """The test of doubted residuals too, from the first of them on."""
 
     def update(self, residuals: Residuals, doubted: Sequence[float]) -> None:
-        """Take the residuals of one audit.
-
-        Raises:
-            DataError: They are of responses and the law is not, or the other way round.
-        """
+        """Take the residuals of one audit, which must be of responses where the law is."""
         if isinstance(self.test, ResponseTest) != isinstance(residuals, ResponseBlocks):
             raise DataError(
                 "residuals of another kind than the law that they are judged under",

@@ -163,29 +163,20 @@ def law_as_dict(law: Law) -> dict[str, Any]:
 def read_fields(kind: type[T], values: Any, **readers: Callable[[Any], Any]) -> T:
     """Return a dataclass from the values of its fields; a field without a reader of its own is a finite number.
 
-    Raises:
-        ValueError: A value is not of its kind. TypeError, KeyError, AttributeError and UsageError mean the same.
+    Readers raise ValueError, and the dataclass TypeError or UsageError, for values that it cannot have.
     """
     return kind(**{name: readers.get(name, read_number)(value) for name, value in dict(values).items()})
 
 
 def read_number(value: Any) -> Any:
-    """Return a finite number.
-
-    Raises:
-        ValueError: The value is none.
-    """
+    """Return a finite number; anything else is a ValueError."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{value!r:.60} where a finite number belongs")
     return value
 
 
 def read_source(value: Any) -> str:
-    """Return a text that says where a law comes from.
-
-    Raises:
-        ValueError: The value is no text.
-    """
+    """Return a text that says where a law comes from; anything else is a ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"a source of {value!r:.60}")
     return value
@@ -208,34 +199,20 @@ def read_law(values: Any) -> Law:
 
 
 def read_spread(values: Any) -> Spread:
-    """Read a spread.
-
-    Raises:
-        ValueError: A value is missing, not a number, or one that no measurement gives. TypeError, AttributeError and
-            UsageError mean the same.
-    """
+    """Return a spread; values that no measurement gives are a ValueError, TypeError or UsageError."""
     if set(values) != {"sd", "dof"} or any(abs(read_number(value)) > 1e6 for value in values.values()):
         raise ValueError(f"a spread of {values!r:.60}")
     return Spread(**values)
 
 
 def read_named(values: Mapping[str, Any], read: Callable[[Any], T]) -> dict[str, T]:
-    """Read the laws of known cheats.
-
-    Raises:
-        UsageError: A name is empty or too long, or there are too many.
-        CalibrationError: A value is not a law.
-    """
+    """Return the laws of known cheats by name."""
     check_cheat_names(list(values))
     return {name: read(law) for name, law in values.items()}
 
 
 def check_cheat_names(names: Sequence[str]) -> None:
-    """Refuse names of known cheats that a file may not hold.
-
-    Raises:
-        UsageError: A name is empty, too long or not printable, or there are too many.
-    """
+    """Refuse names of known cheats that are empty, too long or not printable, and more names than a file may hold."""
     odd = [name for name in names if not 0 < len(name) <= LONGEST_NAME or not name.isprintable()]
     if odd or len(names) > MOST_NAMED:
         raise UsageError(
@@ -246,11 +223,7 @@ def check_cheat_names(names: Sequence[str]) -> None:
 
 
 def check_version(found: Any, wanted: int, test: str) -> None:
-    """Refuse noise for another version of a test.
-
-    Raises:
-        CalibrationError: The version is another one.
-    """
+    """Refuse noise for another version of a test."""
     if found != wanted:
         raise CalibrationError(
             f"noise for version {found!r:.20} of {test}",

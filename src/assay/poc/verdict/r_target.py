@@ -197,15 +197,7 @@ def compare_r_target(
     squares of the two lengths are added (Zou and Donner 2008). The standard error of the nonces is √(p(1 − p)/N) over
     the density of the law.
 
-    Args:
-        distances: Distances of every block, M arrays [N].
-        valid_rate: Wanted share of valid nonces.
-        dimension: Dimension of the chord law.
-        effective_dimension: Effective dimension of the states; infinity where blocks have no factor.
-        factors: Factors of the blocks, in their order, or none.
-
-    Raises:
-        UsageError: There are fewer than 30 distances, or the rate is not in (0, 1).
+    Arguments are those of :func:`measure_r_target`; an infinite effective dimension means that blocks have no factor.
     """
     n = sum(map(len, distances))
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:

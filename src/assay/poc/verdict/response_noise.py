@@ -228,7 +228,7 @@ class ResponseResult:
         responses: Number of responses.
         log_e_value: Logarithm of the average of the e-values of tokens and sketches.
         log_e_max: Running maximum of that over the blocks.
-        log_evidence_honest: Least evidence of the parts that have seen anything.
+        log_evidence_honest: Least evidence of the parts that have seen values.
         tokens: Numbers of the test of tokens.
         sketches: Numbers of the test of sketches.
     """
