@@ -14,7 +14,7 @@ from assay.models import Model, load_model
 from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, TokenRecord, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded, without_last_layers
 from assay.poc.protocol.pipelines import FORWARD
-from assay.poc.protocol.record import encoding, pack, packed_size, received, unpack
+from assay.poc.protocol.record import describe_packing, pack_record, packed_size, unpack_or_nan, unpack_record
 from assay.poc.verdict.judge import residuals
 from assay.streams import DTYPES
 
@@ -108,18 +108,18 @@ def test_malformed_records_are_refused_by_line(proof: Proof, tmp_path: Path, cha
 
 def test_records_travel_as_bytes(proof: Proof):
     record = proof.records[3]
-    raw = pack(record)
+    raw = pack_record(record)
     assert len(raw) == packed_size(SHORT) == 4 * 32 + 24
-    again = unpack(3, base64.b64encode(raw).decode(), SHORT)
+    again = unpack_record(3, base64.b64encode(raw).decode(), SHORT)
     assert isinstance(again, TokenRecord)
     np.testing.assert_array_equal(again.tokens, record.tokens)
     np.testing.assert_array_equal(again.sketches, record.sketches)
-    assert encoding(SHORT) == {"dtype": "u32+f16", "k_dim": 12, "endian": "le", "tokens": 32}
-    assert encoding(PIPELINES["artifact"]) == {"dtype": "f16", "k_dim": 12, "endian": "le"}
+    assert describe_packing(SHORT) == {"dtype": "u32+f16", "k_dim": 12, "endian": "le", "tokens": 32}
+    assert describe_packing(PIPELINES["artifact"]) == {"dtype": "f16", "k_dim": 12, "endian": "le"}
     for text in ("", "AAAA", None, "?", base64.b64encode(raw[:-2] + b"\x00\x7c").decode()):
         with pytest.raises(ProofFormatError):
-            unpack(3, text, SHORT)
-        nothing = received(3, text, SHORT)
+            unpack_record(3, text, SHORT)
+        nothing = unpack_or_nan(3, text, SHORT)
         assert np.isnan(residuals([nothing], [replace(record, margins=np.zeros(32))])).all()
 
 

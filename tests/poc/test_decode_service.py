@@ -6,7 +6,7 @@ from pathlib import Path
 
 from assay.poc import Proof, Round, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.record import encoding, pack
+from assay.poc.protocol.record import describe_packing, pack_record
 from assay.poc.service import Settings
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Service
 from tests.poc.test_hardened_service import RealRig
@@ -29,7 +29,7 @@ class DecodingRig(RealRig):
 
 
 def texts(proof: Proof) -> dict[int, str]:
-    return {record.nonce: base64.b64encode(pack(record)).decode() for record in proof.records}
+    return {record.nonce: base64.b64encode(pack_record(record)).decode() for record in proof.records}
 
 
 def with_tokens(proof: Proof, change) -> Proof:
@@ -46,7 +46,7 @@ def test_jobs_of_the_service(small_model, tmp_path: Path):
         round = Round(block_hash="block_alpha", public_key="node_A", preset=PRESET, seq_len=T, block_height=7)
         proof = prove(small_model, round, JOB["nonces"], batch_size=4)
         assert {artifact["nonce"]: artifact["vector_b64"] for artifact in reply["artifacts"]} == texts(proof)
-        assert reply["encoding"] == encoding(proof.header.pipeline)
+        assert reply["encoding"] == describe_packing(proof.header.pipeline)
         many = JOB | {"nonces": list(range(24))}
         artifacts = service.post("/generate", many)["artifacts"]
         honest = service.post("/generate", many | {"validation": {"artifacts": artifacts}})

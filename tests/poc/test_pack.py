@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.protocol.pack import Pack, packs
+from assay.poc.protocol.pack import Pack, group_rows
 
 SEQ_LEN, BATCH = 8, 8
 
@@ -30,7 +30,7 @@ def _computed(engine: HFEngine, round: Round, nonces) -> list[np.ndarray]:
 def test_a_row_of_a_mixed_batch_has_the_bits_it_has_alone(small_model, preset):
     engine = HFEngine(small_model, batch_size=BATCH, seq_len=SEQ_LEN)
     rows = _rows(preset, blocks=("b1", "b2"))
-    for pack, places in packs(rows):
+    for pack, places in group_rows(rows):
         together = _computed(engine, pack, places)
         for (round, nonce), value in zip(pack.rows, together, strict=True):
             alone = _computed(engine, round, [nonce])[0]
@@ -42,7 +42,7 @@ def test_a_row_of_a_mixed_batch_has_the_bits_it_has_alone(small_model, preset):
 )
 def test_blocks_share_a_batch_only_where_nothing_is_drawn_for_the_block(preset, count):
     rows = _rows(preset, blocks=("b1", "b2"))
-    made = packs(rows)
+    made = group_rows(rows)
     assert len(made) == count
     assert sorted(map(repr, (row for pack, _ in made for row in pack.rows))) == sorted(map(repr, rows))
     assert all(len(pack.rows) == len(places) for pack, places in made)
@@ -56,7 +56,7 @@ def test_rounds_of_another_shape_are_another_pack():
         Round(**base, strength=256),
         Round(**base | {"preset": "hardened"}),
     ]
-    assert len(packs([(round, 0) for round in rounds])) == 4
+    assert len(group_rows([(round, 0) for round in rounds])) == 4
 
 
 def test_texts_are_those_of_the_rows():

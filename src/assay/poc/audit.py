@@ -22,11 +22,11 @@ from assay.poc.protocol.proof import Proof
 from assay.poc.prover import Progress
 from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.calibration import ResponseCalibration
-from assay.poc.responses.judge import ResponseVerdict, judge_responses, noise_between, sampled
+from assay.poc.responses.judge import ResponseVerdict, judge_responses, noise_between, sample_receipts
 from assay.poc.responses.pins import Evidence, ReceiptPins, chosen_receipts
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.replay import check_adapter, check_runnable, replay
-from assay.poc.responses.requests import Request, encoded, read_requests
+from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.ledger_entries import Standing
@@ -144,7 +144,7 @@ class Auditor:
         if self.engine == "hf":
             check_loadable(self.model, self.dtype, self.device)
         seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
-        sample = sampled(read, size, seed) if self.sample is not None else read
+        sample = sample_receipts(read, size, seed) if self.sample is not None else read
         how = self._how() | {"batch_size": batch_size, "adapter": adapter}
         with open_prefill(self.model, [read], **how) as (loaded, engine):
             check_runnable(sample, loaded, prompts=pins.prompts)
@@ -222,7 +222,7 @@ def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
     info = model_info(model)
     has_text = any(isinstance(request.prompt, str) for request in requests)
-    return encoded(
+    return encode_requests(
         requests,
         load_tokenizer(model) if has_text else None,
         reference=model,

@@ -30,7 +30,7 @@ from assay.poc import (
     prove,
     verify,
 )
-from assay.poc.protocol.builds import described
+from assay.poc.protocol.builds import describe_build
 from assay.poc.protocol.pins import FEWEST_NONCES
 from assay.poc.protocol.pins_file import BUILD_FIELDS
 
@@ -108,7 +108,7 @@ def honest(small_model: Model) -> Proof:
 
 def network(proof: Proof, **changed: object) -> NetworkPins:
     """The pins of the proof's network, on the very build or with wildcards, and with other values of the round."""
-    known = described(proof.header.fingerprint)
+    known = describe_build(proof.header.fingerprint)
     build = known | {name: value for name, value in changed.items() if name in known}
     agreed = ROUND | {"fewest_nonces": 32} | {name: value for name, value in changed.items() if name not in known}
     round = {name: value for name, value in agreed.items() if value is not None}

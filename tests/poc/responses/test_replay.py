@@ -25,10 +25,11 @@ from assay.poc.responses import (
     respond,
 )
 from assay.poc.responses.calibration import check_enough_tokens, default_response_noise
-from assay.poc.responses.gaps import Sampler, _gaps, measure_margins
-from assay.poc.responses.judge import noise_between, sampled
+from assay.poc.responses.judge import noise_between, sample_receipts
+from assay.poc.responses.margins import compute_gaps, measure_margins
 from assay.poc.responses.pins import chosen_receipts
 from assay.poc.responses.prefill import check_finite
+from assay.poc.responses.sampler import Sampler
 from assay.stats.tokens import token_profile
 from tests.poc.responses.conftest import REQUESTS
 
@@ -125,8 +126,8 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
     rng = np.random.default_rng(3)
     logits = torch.tensor(rng.normal(0, 2, (40, 300)), dtype=torch.float32)
     seeds = rng.integers(0, 2**32, 40, dtype=np.uint32)
-    scores = Sampler([sampling] * 40, 300, "cpu").noisy(logits, seeds)
-    gaps = _gaps(logits, scores, sampling, seeds)
+    scores = Sampler([sampling] * 40, 300, "cpu").add_noise(logits, seeds)
+    gaps = compute_gaps(logits, scores, sampling, seeds)
     own = scores.argmax(dim=1)
     assert float(gaps.gather(1, own[:, None]).abs().max()) == 0
     assert bool((gaps >= 0).all())
@@ -191,8 +192,8 @@ def test_the_border_of_the_support_is_soft(seed: int, gaps: tuple[float, ...]):
     sampling = Sampling(top_k=2)
     logits = torch.tensor([[3.0, 2.0, 1.999, -5.0]])
     seeds = np.array([seed], dtype=np.uint32)
-    scores = Sampler([sampling], 4, "cpu").noisy(logits, seeds)
-    found = _gaps(logits, scores, sampling, seeds)[0].tolist()
+    scores = Sampler([sampling], 4, "cpu").add_noise(logits, seeds)
+    found = compute_gaps(logits, scores, sampling, seeds)[0].tolist()
     assert found[:3] == pytest.approx(gaps, abs=1e-3)
     assert found[3] == pytest.approx(7.0, abs=1e-3)
 
@@ -261,7 +262,7 @@ def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model:
 
 def test_a_sample_is_drawn_by_its_seed_and_must_fit(responses: Receipts):
     assert chosen_receipts(responses, None) == 4
-    assert sampled(responses, 2, 7).receipts == sampled(responses, 2, 7).receipts
+    assert sample_receipts(responses, 2, 7).receipts == sample_receipts(responses, 2, 7).receipts
     with pytest.raises(UsageError, match="a sample of 5"):
         chosen_receipts(responses, 5)
 

@@ -10,7 +10,7 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.models import load_tokenizer
 from assay.poc.responses import Request, Sampling, read_requests
-from assay.poc.responses.requests import encoded
+from assay.poc.responses.requests import encode_requests
 from tests.poc.responses.test_receipts import mutated
 
 FITS = {"reference": "small", "vocab_size": 512, "max_positions": 128}
@@ -82,13 +82,15 @@ def test_one_id_may_have_several_seeds(tmp_path: Path):
 
 def test_text_is_encoded_by_the_model_s_tokenizer():
     tokenizer = load_tokenizer("reference:qwen3")
-    found = encoded([Request(prompt="def add(a, b):", request_id="r")], tokenizer, **FITS | {"vocab_size": 4096})
+    found = encode_requests(
+        [Request(prompt="def add(a, b):", request_id="r")], tokenizer, **FITS | {"vocab_size": 4096}
+    )
     assert tokenizer.decode(found[0].ids) == "def add(a, b):"
 
 
 def test_what_does_not_fit_the_model_is_refused():
     request = Request(prompt=(1, 2, 511), request_id="r", max_tokens=125)
-    assert encoded([request], None, **FITS) == [request]
+    assert encode_requests([request], None, **FITS) == [request]
     for other, match in (
         (replace(request, max_tokens=126), "3 tokens and asks for 126"),
         (replace(request, prompt=(1,) * 128), "128 tokens"),
@@ -97,7 +99,7 @@ def test_what_does_not_fit_the_model_is_refused():
         (replace(request, prompt="text"), "has no tokenizer"),
     ):
         with pytest.raises(UsageError, match=match):
-            encoded([other], None, **FITS)
+            encode_requests([other], None, **FITS)
 
 
 def test_a_shape_has_no_tokenizer():

@@ -14,7 +14,7 @@ from assay.poc.protocol.transforms import unit
 from assay.poc.responses import Receipts, Request, Sampling, respond
 from assay.poc.responses.prefill import CachedForward, sketch_response
 from assay.poc.responses.respond import stop_tokens
-from assay.poc.responses.sampling import counts_before, scores, tokens_of
+from assay.poc.responses.sampling import counts_before, mark_tokens, scores
 from tests.poc.responses.conftest import REQUESTS
 
 COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}
@@ -30,7 +30,7 @@ def replayed(model: Model, made: Receipts, place: int) -> tuple[np.ndarray, torc
     logits = out.logits[0, first : first + count].float().numpy()
     seeds = made.header.seed(receipt).step_seeds(range(count))
     history = {
-        "prompt_V": tokens_of(receipt.prompt.ids, 512),
+        "prompt_V": mark_tokens(receipt.prompt.ids, 512),
         "counts_NV": counts_before(receipt.output, 512, 0, count),
     }
     return scores(logits, receipt.sampling, seeds, **history), out.hidden_states[-1][0, first : first + count]
@@ -156,10 +156,10 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines[:2]))
     other = replace(REQUESTS[3], sampling=Sampling(temperature=0.5))
     for requests, common in (([other], COMMON), (REQUESTS[3:], COMMON | {"block_hash": "x"}), (REQUESTS[:1], COMMON)):
-        with pytest.raises(UsageError, match="was begun with other|a partial file with the answer"):
+        with pytest.raises(UsageError, match=r"was begun with other|a partial file with the answer"):
             respond(small_model, requests, **common, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text('{"kind":"assay.poc.proof"}\n{"nonce":0}\n')
-    with pytest.raises(UsageError, match="was begun with other|a partial file with the answer"):
+    with pytest.raises(UsageError, match=r"was begun with other|a partial file with the answer"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text(lines[0] + lines[1].replace('"output":[', '"output":[-1,'))
     with pytest.raises(ProofFormatError, match="line 2"):

@@ -7,8 +7,8 @@ from scipy import stats
 
 from assay.errors import UsageError
 from assay.poc.responses import ResponseSeed, Sampling
-from assay.poc.responses.gaps import Sampler
-from assay.poc.responses.sampling import counts_before, scores, tokens_of
+from assay.poc.responses.sampler import Sampler
+from assay.poc.responses.sampling import counts_before, mark_tokens, scores
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
@@ -45,7 +45,7 @@ def test_the_bits_are_those_of_the_definition(name: str, device: str):
     for size in (VOCABULARY, 4099):
         raw = logits(40, size)
         seeds = SEED.step_seeds(range(40))
-        prompt, counts = tokens_of(PROMPT, size), np.tile(counts_before(OUTPUT, size, 4, 5), (40, 1))
+        prompt, counts = mark_tokens(PROMPT, size), np.tile(counts_before(OUTPUT, size, 4, 5), (40, 1))
         wanted = scores(raw, SETTINGS[name], seeds, prompt_V=prompt, counts_NV=counts)
         history = {
             "prompt_NV": torch.from_numpy(prompt).to(device),
@@ -69,7 +69,7 @@ def test_every_row_may_have_parameters_of_its_own(device: str):
 def test_history_may_differ_by_row():
     output = [3, 3, 7, 3, 1, 0, 7]
     raw, seeds, counts = logits(8, VOCABULARY), SEED.step_seeds(range(8)), counts_before(output, VOCABULARY, 0, 8)
-    prompt = tokens_of(PROMPT, VOCABULARY)
+    prompt = mark_tokens(PROMPT, VOCABULARY)
     sampling = SETTINGS["penalties"]
     found = Sampler([sampling], VOCABULARY, "cpu").scores(
         torch.from_numpy(raw), seeds, prompt_NV=torch.from_numpy(prompt), counts_NV=torch.from_numpy(counts)
@@ -94,7 +94,7 @@ def test_the_logits_are_left_alone():
 def test_scores_in_the_place_of_the_logits_are_the_same(names: tuple[str, ...]):
     sampler = Sampler([SETTINGS[name] for name in names], VOCABULARY, "cpu")
     raw, seeds = torch.from_numpy(logits(len(names), VOCABULARY)), SEED.step_seeds(range(len(names)))
-    assert torch.equal(sampler.noisy(raw.clone(), seeds, in_place=True), sampler.noisy(raw, seeds))
+    assert torch.equal(sampler.add_noise(raw.clone(), seeds, in_place=True), sampler.add_noise(raw, seeds))
 
 
 def expected(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -129,7 +129,7 @@ def draws(sampling: Sampling, count: int = 10**6) -> tuple[np.ndarray, np.ndarra
     raw = np.random.default_rng(5).normal(0, 1.2, VOCABULARY).astype(np.float32)
     raw[11] = -np.inf
     sampler = Sampler([sampling], VOCABULARY, "cpu")
-    prompt = torch.from_numpy(tokens_of(PROMPT, VOCABULARY))
+    prompt = torch.from_numpy(mark_tokens(PROMPT, VOCABULARY))
     counts = torch.from_numpy(counts_before(OUTPUT, VOCABULARY, 4, 5))
     rows = torch.from_numpy(raw).expand(50_000, -1)
     drawn = torch.zeros(VOCABULARY, dtype=torch.int64)

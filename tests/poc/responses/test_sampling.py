@@ -9,7 +9,7 @@ import pytest
 from assay import streams
 from assay.errors import UsageError
 from assay.poc.responses import Sampling
-from assay.poc.responses.sampling import counts_before, kept, penalised, scores, tokens_of
+from assay.poc.responses.sampling import counts_before, find_kept, mark_tokens, penalise, scores
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 2.0, -np.inf, 1.0]], dtype=np.float32)
 SEEDS = np.array([7], dtype=np.uint32)
@@ -17,7 +17,7 @@ SEEDS = np.array([7], dtype=np.uint32)
 
 def kept_tokens(**parameters) -> list[int]:
     sampling = Sampling(**parameters)
-    return np.flatnonzero(kept(LOGITS / np.float32(sampling.temperature), sampling)[0]).tolist()
+    return np.flatnonzero(find_kept(LOGITS / np.float32(sampling.temperature), sampling)[0]).tolist()
 
 
 def test_scores_are_logits_over_temperature_plus_noise():
@@ -72,24 +72,24 @@ def test_filters_come_one_after_the_other():
 
 
 def test_penalties_and_bias():
-    prompt_V = tokens_of([1, 5], 6)
+    prompt_V = mark_tokens([1, 5], 6)
     counts_NV = np.array([[2, 0, 1, 0, 1, 0]])
     sampling = Sampling(
         repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias={3: -4.0, 4: 100.0}
     )
-    found = penalised(LOGITS, sampling, prompt_V=prompt_V, counts_NV=counts_NV)[0]
+    found = penalise(LOGITS, sampling, prompt_V=prompt_V, counts_NV=counts_NV)[0]
     #   2/2 - 1 - .25, -1·2, .5/2 - .5 - .25, 2 - 4 unseen, forbidden stays so, 1/2 of the prompt
     assert found.tolist() == [-0.25, -2.0, -0.5, -2.0, -math.inf, 0.5]
 
 
 def test_the_bias_comes_before_the_penalty():
     sampling = Sampling(repetition_penalty=2.0, logit_bias={1: 3.0})
-    assert penalised(LOGITS, sampling, prompt_V=tokens_of([1], 6))[0, 1] == 1.0
+    assert penalise(LOGITS, sampling, prompt_V=mark_tokens([1], 6))[0, 1] == 1.0
 
 
 def test_the_input_is_left_alone():
     before = LOGITS.copy()
-    scores(LOGITS, Sampling(repetition_penalty=2.0, logit_bias={0: 1.0}), SEEDS, prompt_V=tokens_of([0], 6))
+    scores(LOGITS, Sampling(repetition_penalty=2.0, logit_bias={0: 1.0}), SEEDS, prompt_V=mark_tokens([0], 6))
     np.testing.assert_array_equal(LOGITS, before)
 
 

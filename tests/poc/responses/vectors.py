@@ -16,7 +16,7 @@ from assay.poc import Fingerprint
 from assay.poc.protocol.record import encode_vector
 from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, ResponseSeed, Sampling
 from assay.poc.responses.prefill import sketch_response
-from assay.poc.responses.sampling import counts_before, scores, tokens_of
+from assay.poc.responses.sampling import counts_before, mark_tokens, scores
 
 FOLDER = Path(__file__).parents[2] / "vectors"
 STEPS = [0, 1, 31, 32, 2**32 - 1]
@@ -54,7 +54,7 @@ def token_case(sampling: Sampling, step: int) -> dict[str, Any]:
     logits[[4, 7]] = logits[5], -np.inf  # a tie, and a token that a grammar forbids
     seeds = SEEDS[1].step_seeds([step])
     history = {
-        "prompt_V": tokens_of(PROMPT, VOCABULARY),
+        "prompt_V": mark_tokens(PROMPT, VOCABULARY),
         "counts_NV": counts_before(OUTPUT, VOCABULARY, 3, 4),
     }
     found = scores(logits, sampling, seeds, **history)[0]

@@ -14,7 +14,7 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import HFPrefill, Prefilled, Whole, sketch_response
+from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed, replay
 from assay_research.responses.provers import Requests, Served
@@ -93,7 +93,7 @@ class _Keeping:
         """How it computes."""
         return self._engine.fingerprint
 
-    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Run the responses."""
         for row, prefilled in self._engine.run(responses, adapter):
             assert prefilled.hidden is not None, "this engine shows them"

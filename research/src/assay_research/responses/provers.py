@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from assay.models.decoder import backbone, head_of
 from assay.models.load import Model
 from assay.models.wide import wide_products
-from assay.poc.responses.gaps import Sampler
+from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling
 
 REPORTED = 5

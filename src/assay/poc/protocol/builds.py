@@ -127,7 +127,7 @@ class Build(BaseModel):
         Raises:
             UsageError: A text of the fingerprint is a wildcard or cannot be printed, or its dtype is no number format.
         """
-        stated = described(fingerprint)
+        stated = describe_build(fingerprint)
         odd = [field for field, value in stated.items() if str(value).endswith(ANY)]
         try:
             build = cls.model_validate({"name": name, **stated})
@@ -143,7 +143,7 @@ class Build(BaseModel):
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Return the names of the fields in which a fingerprint is not of this build."""
-        return tuple(name for name, value in described(fingerprint).items() if not self.allows(name, value))
+        return tuple(name for name, value in describe_build(fingerprint).items() if not self.allows(name, value))
 
     def allows(self, name: str, value: str | int) -> bool:
         """Return whether a field of a fingerprint may have a value."""
@@ -158,7 +158,7 @@ class Build(BaseModel):
 FIELDS = tuple(name for name in Build.model_fields if name != "name")
 
 
-def described(fingerprint: Fingerprint) -> dict[str, str | int]:
+def describe_build(fingerprint: Fingerprint) -> dict[str, str | int]:
     """Return the fields of a fingerprint that a build names, with the kernels as one text."""
     values = {name: getattr(fingerprint, name) for name in FIELDS}
     return values | {"kernels": SEPARATOR.join(fingerprint.kernels)}

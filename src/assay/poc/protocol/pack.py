@@ -21,14 +21,14 @@ class Pack(Round):
     a batch of its own round.
 
     What a pipeline draws for the block (target, random head, steps between layers) is drawn once for all rows:
-    :func:`packs` puts rows of several blocks together only where the pipeline draws nothing for the block.
+    :func:`group_rows` puts rows of several blocks together only where the pipeline draws nothing for the block.
 
     Args:
         rows: Rows of the pack, of one preset, length and strength.
 
     Example:
         >>> mine, yours = (Round(block_hash="block", public_key=key, preset="artifact") for key in ("a", "b"))
-        >>> [(pack, places)] = packs([(mine, 3), (yours, 7)])
+        >>> [(pack, places)] = group_rows([(mine, 3), (yours, 7)])
         >>> pack.texts("inputs", places)
         ['block_a_nonce3', 'block_b_nonce7']
     """
@@ -49,7 +49,7 @@ def draws_for_block(pipeline: Pipeline) -> bool:
     return pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
 
 
-def packs(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
+def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
     """Return rows in as few packs as possible, in their order, with the places of each: what an engine computes.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc.protocol.builds import FORMATS, Build, described, nearest_build
+from assay.poc.protocol.builds import FORMATS, Build, describe_build, nearest_build
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import Fingerprint, Header
 from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
@@ -177,7 +177,7 @@ class Pins:
             )
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
-            said = described(stated)
+            said = describe_build(stated)
             raise ProofMismatch(
                 "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
                 wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),

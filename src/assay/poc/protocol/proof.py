@@ -29,10 +29,10 @@ from assay.poc.protocol.record import (
     check_fields,
     decode_tokens,
     decode_vector,
+    format_error,
     is_distance,
     is_valid,
-    malformed,
-    malformed_line,
+    line_error,
     numbered_lines,
     parse_footer,
     parse_line,
@@ -110,9 +110,7 @@ class Proof:
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Proof":
         number, line = next(lines, (1, b""))
         if not line:
-            raise malformed_line(
-                path, number, "the file is empty", "a proof", "check the path, or fetch the file again"
-            )
+            raise line_error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
         header = parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
         records: list[Record] = []
         digest = hashlib.sha256()
@@ -125,9 +123,9 @@ class Proof:
         proof = cls.build(header, records, footer.seconds, sha256=digest.hexdigest())
         if footer != proof.footer:
             seen = f"a footer that does not fit the records: {footer.as_dict()}"
-            raise malformed_line(path, number, seen, str(proof.footer.as_dict()))
+            raise line_error(path, number, seen, str(proof.footer.as_dict()))
         for number, _ in lines:
-            raise malformed_line(path, number, "a line after the footer", "the end of the file")
+            raise line_error(path, number, "a line after the footer", "the end of the file")
         return proof
 
     @classmethod
@@ -169,7 +167,7 @@ def parse_header(line: Any) -> Header:
     """Read the header object."""
     check_fields(line, {"kind", "schema", "round", "pipeline", "model", "fingerprint", "nonces"}, "the header")
     if line["kind"] != KIND or line["schema"] != SCHEMA:
-        raise malformed(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
+        raise format_error(f"kind {line['kind']!r}, schema {line['schema']!r}", f"kind {KIND!r}, schema {SCHEMA}")
     check_fields(line["round"], set(Round.__dataclass_fields__), "the round")
     fingerprint = parse_model(line["model"], line["fingerprint"])
     try:
@@ -178,11 +176,11 @@ def parse_header(line: Any) -> Header:
     except AssayError as error:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
     if line["pipeline"] != json.loads(dumps(pipeline.as_dict())):  # tuples become lists
-        raise malformed(f"another pipeline than this version's {pipeline.name}", "the same description")
+        raise format_error(f"another pipeline than this version's {pipeline.name}", "the same description")
     if line["model"]["reference"] != round.model:
-        raise malformed("two different model references", "one")
+        raise format_error("two different model references", "one")
     if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1:
-        raise malformed(
+        raise format_error(
             f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions",
             f"one for seq_len {round.seq_len}, of at least one row",
         )
@@ -215,24 +213,24 @@ def parse_fingerprint(value: Any) -> Fingerprint:
         if name not in ("batch_size", "seq_len", "threads"):
             _check_text(name, part)
         elif type(part) is not int or not 0 <= part <= LARGEST_SIZE:
-            raise malformed(f"{name} is {part!r:.60}", f"a whole number in [0, {LARGEST_SIZE}]")
+            raise format_error(f"{name} is {part!r:.60}", f"a whole number in [0, {LARGEST_SIZE}]")
     return Fingerprint.from_dict(value)
 
 
 def _check_text(name: str, value: object) -> None:
     """Refuse what is not a text that a message can show on a terminal."""
     if not isinstance(value, str) or len(value) > MAX_NAME or not value.isprintable():
-        raise malformed(f"{name} is {value!r:.60}", f"a text of at most {MAX_NAME} printable characters")
+        raise format_error(f"{name} is {value!r:.60}", f"a text of at most {MAX_NAME} printable characters")
 
 
 def parse_record(line: Any, header: Header, nonce: int) -> Record:
     """Read the record of a nonce."""
     pipeline = header.pipeline
     if line is None or (isinstance(line, dict) and "footer" in line):
-        raise malformed("the end of the records", f"the record of nonce {nonce}: the file is truncated")
+        raise format_error("the end of the records", f"the record of nonce {nonce}: the file is truncated")
     check_fields(line, _FIELDS[pipeline.output], "a record")
     if line["nonce"] != nonce or type(line["nonce"]) is not int:
-        raise malformed(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
+        raise format_error(f"nonce {line['nonce']!r}", f"nonce {nonce}, the next one that the header announces")
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(line["vector"], pipeline.vector_size))
     if pipeline.output == "tokens":
@@ -241,32 +239,32 @@ def parse_record(line: Any, header: Header, nonce: int) -> Record:
         return TokenRecord(nonce, tokens, sketches.reshape(pipeline.vector_count, -1))
     distance = line["distance"]
     if type(distance) not in (int, float) or not is_distance(distance):
-        raise malformed(f"distance {distance!r}", "a number in [0, 2]")
+        raise format_error(f"distance {distance!r}", "a number in [0, 2]")
     if line["valid"] is not is_valid(distance, header.round.r_target):
-        raise malformed(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
+        raise format_error(f"valid: {line['valid']!r} for distance {distance}", f"distance < {header.round.r_target}")
     return DistanceRecord(nonce, float(distance))
 
 
 def _parse_runs(runs: Any, round: Round) -> tuple[tuple[int, int, int], ...]:
     well_formed = isinstance(runs, list) and runs and all(isinstance(run, list) and len(run) == 3 for run in runs)
     if not well_formed or any(type(value) is not int for run in runs for value in run):
-        raise malformed("nonces that are not runs", "a list of [first, end, step] in whole numbers")
+        raise format_error("nonces that are not runs", "a list of [first, end, step] in whole numbers")
     last = -1
     for first, end, step in runs:
         if not (last < first < end and step >= 1):
-            raise malformed(f"run {[first, end, step]}", "runs that ascend without doubles")
+            raise format_error(f"run {[first, end, step]}", "runs that ascend without doubles")
         last = range(first, end, step)[-1]
         if last > MAX_NONCE:
-            raise malformed(f"nonce {last}", f"nonces up to {MAX_NONCE}")
+            raise format_error(f"nonce {last}", f"nonces up to {MAX_NONCE}")
         if first % round.node_count != round.node_id or (last > first and step % round.node_count):
-            raise malformed(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
+            raise format_error(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
     count = sum(len(range(*run)) for run in runs)
     if count > MAX_COUNT:
-        raise malformed(f"{count} nonces", f"at most {MAX_COUNT} in one proof")
+        raise format_error(f"{count} nonces", f"at most {MAX_COUNT} in one proof")
     return tuple((first, end, step) for first, end, step in runs)
 
 
 def _parse_footer(line: Any) -> Footer:
     if line is None:
-        raise malformed("the end of the file", "a footer: the proof is not complete")
+        raise format_error("the end of the file", "a footer: the proof is not complete")
     return parse_footer(line, Footer)

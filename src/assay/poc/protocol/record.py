@@ -38,12 +38,12 @@ MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"
 """How often a character may be in a line: enough for two million runs of nonces in a header."""
 
 
-def malformed(seen: str, wanted: str) -> ProofFormatError:
+def format_error(seen: str, wanted: str) -> ProofFormatError:
     """Return the error of a value that is not what its format says."""
     return ProofFormatError(seen, wanted=wanted, do=_DO)
 
 
-def malformed_line(path: str | Path, number: int, seen: str, wanted: str, do: str = "") -> ProofFormatError:
+def line_error(path: str | Path, number: int, seen: str, wanted: str, do: str = "") -> ProofFormatError:
     """Return the error of a line, with the name of the file and the number of the line."""
     return ProofFormatError(f"{path}, line {number}: {seen}", wanted=wanted, do=do or _DO)
 
@@ -55,10 +55,10 @@ def check_fields(value: Any, names: set[str], what: str) -> None:
         ProofFormatError: Names the keys that are missing or unknown.
     """
     if not isinstance(value, dict):
-        raise malformed(f"{what} is {value!r:.60}", "an object with " + ", ".join(sorted(names)))
+        raise format_error(f"{what} is {value!r:.60}", "an object with " + ", ".join(sorted(names)))
     if value.keys() != names:
         odd = ", ".join(sorted(value.keys() ^ names))
-        raise malformed(f"{what} with {odd:.200} missing or unknown", "exactly " + ", ".join(sorted(names)))
+        raise format_error(f"{what} with {odd:.200} missing or unknown", "exactly " + ", ".join(sorted(names)))
 
 
 def parse_footer(line: Any, kind: Callable[..., T]) -> T:
@@ -77,7 +77,7 @@ def parse_footer(line: Any, kind: Callable[..., T]) -> T:
     values = line["footer"]
     whole = type(values["sha256"]) is str and all(type(values[name]) is int for name in names - {"sha256", "seconds"})
     if not whole or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
-        raise malformed(f"footer {values!r:.200}", "counts, seconds and a SHA-256")
+        raise format_error(f"footer {values!r:.200}", "counts, seconds and a SHA-256")
     return kind(**values)
 
 
@@ -117,20 +117,18 @@ def parse_line(
     """
     for character, times in most.items():
         if (count := line.count(character)) > times:
-            raise malformed_line(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
+            raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
     try:
         value = parse(loads(line, f"{path}, line {number}") if line else None)
     except DataError as error:
         raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
     except ProofFormatError as error:
-        raise malformed_line(path, number, error.seen, error.wanted, error.do) from None
+        raise line_error(path, number, error.seen, error.wanted, error.do) from None
     written = write(value)
     if line.endswith(b"\r\n"):
-        raise malformed_line(
-            path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary"
-        )
+        raise line_error(path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary")
     if line != written.encode() + b"\n":
-        raise malformed_line(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+        raise line_error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
     return value
 
 
@@ -418,7 +416,7 @@ def decode_tokens(text: object, size: int) -> np.ndarray:
     return np.frombuffer(raw, dtype="<u4").astype(np.uint32)
 
 
-def pack(record: Record) -> bytes:
+def pack_record(record: Record) -> bytes:
     """Return the bytes of a record that is no distance: the vector, or the tokens and after them the sketches."""
     if isinstance(record, TokenRecord):
         return record.tokens.astype("<u4").tobytes() + record.sketches.astype("<f2").tobytes()
@@ -426,7 +424,7 @@ def pack(record: Record) -> bytes:
     return record.vector.astype("<f2").tobytes()
 
 
-def unpack(nonce: int, text: object, pipeline: Pipeline) -> Record:
+def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
     """Return the record whose bytes, in base64, another machine sent.
 
     Raises:
@@ -440,14 +438,14 @@ def unpack(nonce: int, text: object, pipeline: Pipeline) -> Record:
 
 
 def packed_size(pipeline: Pipeline) -> int:
-    """Return the number of bytes that :func:`pack` makes of a record; 0 where a distance is published."""
+    """Return the number of bytes that :func:`pack_record` makes of a record; 0 where a distance is published."""
     return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
 
 
-def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Return what :func:`unpack` returns, or a record of NaN, which is never a match, where it is not one."""
+def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return what :func:`unpack_record` returns, or a record of NaN, which is never a match, where it is not one."""
     try:
-        return unpack(nonce, text, pipeline)
+        return unpack_record(nonce, text, pipeline)
     except ProofFormatError:
         nothing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
         if pipeline.output == "vector":
@@ -455,8 +453,8 @@ def received(nonce: int, text: object, pipeline: Pipeline) -> Record:
         return TokenRecord(nonce, np.zeros(pipeline.steps, dtype=np.uint32), nothing)
 
 
-def encoding(pipeline: Pipeline) -> dict[str, Any]:
-    """Return how the bytes of :func:`pack` are to be read, as callbacks say it beside them."""
+def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
+    """Return how the bytes of :func:`pack_record` are to be read, as callbacks say it beside them."""
     form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
 
@@ -481,4 +479,4 @@ def _floats(raw: bytes) -> np.ndarray:
 
 
 def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
-    return malformed(f"{what} that is {seen}", f"base64 of {wanted}")
+    return format_error(f"{what} that is {seen}", f"base64 of {wanted}")

@@ -181,7 +181,7 @@ def noise_between(
     return calibration.noise
 
 
-def sampled(receipts: Receipts, size: int, seed: int) -> Receipts:
+def sample_receipts(receipts: Receipts, size: int, seed: int) -> Receipts:
     """Return receipts with a sample of the responses that have tokens, in the order of the file."""
     whole = [receipt for receipt in receipts.receipts if receipt.output]
     chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())

@@ -65,7 +65,7 @@ class ReceiptPins:
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        A prompt of text is not compared: :func:`assay.poc.responses.encoded` gives it token ids.
+        A prompt of text is not compared: :func:`assay.poc.responses.requests.encode_requests` gives it token ids.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.

@@ -34,7 +34,7 @@ MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
 
 
 @dataclass(frozen=True)
-class Whole:
+class PromptAndOutput:
     """A response as it is run again.
 
     Args:
@@ -75,7 +75,7 @@ class Prefill(Protocol):
     def fingerprint(self) -> Fingerprint:
         """How the engine computes."""
 
-    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter."""
 
 
@@ -99,7 +99,7 @@ class HFPrefill:
         """How this engine computes."""
         return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
 
-    def run(self, responses: Sequence[Whole], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         """Yield the index of every response with what gave its tokens: the longest ones first.
 
         Raises:
@@ -115,7 +115,7 @@ class HFPrefill:
                 made = self._run([responses[index] for index in batch])
             yield from zip(batch, made, strict=True)
 
-    def _fitting(self, responses: Sequence[Whole]) -> int:
+    def _fitting(self, responses: Sequence[PromptAndOutput]) -> int:
         """Return how many of these responses fit into a batch, at least one."""
         longest = responses[0].positions
         tokens = 0
@@ -126,7 +126,7 @@ class HFPrefill:
         return len(responses)
 
     @torch.inference_mode()
-    def _run(self, responses: Sequence[Whole]) -> list[Prefilled]:
+    def _run(self, responses: Sequence[PromptAndOutput]) -> list[Prefilled]:
         longest = max(response.positions for response in responses)
         ids_BT = torch.zeros((len(responses), longest), dtype=torch.int64)
         rows: list[int] = []

@@ -31,8 +31,8 @@ from assay.poc.protocol.record import (
     check_fields,
     decode_vector,
     encode_vector,
-    malformed,
-    malformed_line,
+    format_error,
+    line_error,
     numbered_lines,
     parse_footer,
     parse_line,
@@ -45,10 +45,10 @@ from assay.poc.responses.sampling import (
     RANGES,
     ResponseSeed,
     Sampling,
-    biases_of,
     check_block_hash,
     check_digest,
     check_request_texts,
+    parse_biases,
 )
 
 KIND = "assay.poc.receipts"
@@ -375,14 +375,14 @@ class Receipts:
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Receipts":
         number, line = next(lines, (1, b""))
         if not line:
-            raise malformed_line(path, number, "the file is empty", "receipts", "check the path, or fetch it again")
+            raise line_error(path, number, "the file is empty", "receipts", "check the path, or fetch it again")
         header = parse_header(line, source=path, number=number)
         receipts: list[Receipt] = []
         tally = Tally(header)
         footer = None
         for number, line in lines:
             if footer is not None:
-                raise malformed_line(path, number, "a line after the footer", "the end of the file")
+                raise line_error(path, number, "a line after the footer", "the end of the file")
             if line.startswith(b'{"footer":'):
                 footer = _bounded_line(
                     path, number, line, partial(parse_footer, kind=ReceiptFooter), ReceiptFooter.line
@@ -390,16 +390,16 @@ class Receipts:
                 wanted = tally.footer(footer.seconds)
                 if footer != wanted:
                     seen = f"a footer that does not fit the receipts: {line[:300]!r}"
-                    raise malformed_line(path, number, seen, wanted.line())
+                    raise line_error(path, number, seen, wanted.line())
                 continue
             receipt = parse_receipt(line, source=path, number=number)
             try:
                 tally.add(receipt, line[:-1].decode())
             except UsageError as error:
-                raise malformed_line(path, number, error.seen, error.wanted) from None
+                raise line_error(path, number, error.seen, error.wanted) from None
             receipts.append(receipt)
         if footer is None:
-            raise malformed_line(path, number + 1, "the end of the file", "a footer: the file is truncated")
+            raise line_error(path, number + 1, "the end of the file", "a footer: the file is truncated")
         return cls(header, tuple(receipts), footer)
 
 
@@ -486,20 +486,22 @@ def _bounded_line(
     path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]
 ) -> T:
     if len(line) > LONGEST_LINE:
-        raise malformed_line(path, number, f"a line of {len(line)} bytes", f"at most {LONGEST_LINE}")
+        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {LONGEST_LINE}")
     return parse_line(path, number, line, parse, write, MOST_PARTS)
 
 
 def _parse_header(line: Any) -> ReceiptHeader:
     check_fields(line, {"kind", "schema", "public_key", "model", "fingerprint", "sketch"}, "the header")
     if line["kind"] != KIND or line["schema"] != SCHEMA:
-        raise malformed(f"kind {line['kind']!r:.60}, schema {line['schema']!r:.60}", f"kind {KIND!r}, schema {SCHEMA}")
+        raise format_error(
+            f"kind {line['kind']!r:.60}, schema {line['schema']!r:.60}", f"kind {KIND!r}, schema {SCHEMA}"
+        )
     fingerprint = parse_model(line["model"], line["fingerprint"])
     for name in ("batch_size", "seq_len"):
         if not getattr(fingerprint, name):
-            raise malformed(f"{name} is 0", "at least 1")
+            raise format_error(f"{name} is 0", "at least 1")
     if line["sketch"] is not None and line["sketch"] != SKETCH:
-        raise malformed(f"sketch is {line['sketch']!r:.60}", f"{json.dumps(SKETCH)} or null")
+        raise format_error(f"sketch is {line['sketch']!r:.60}", f"{json.dumps(SKETCH)} or null")
     return _made(
         lambda: ReceiptHeader(
             public_key=line["public_key"],
@@ -512,18 +514,18 @@ def _parse_header(line: Any) -> ReceiptHeader:
 
 def _parse_receipt(line: Any) -> Receipt:
     if line is None:
-        raise malformed("the end of the file", "a receipt")
+        raise format_error("the end of the file", "a receipt")
     adapter = line.get("adapter")
     check_fields(line, FIELDS | ({"adapter"} if adapter is not None else set()), "a receipt")
     if adapter is not None:
         check_fields(adapter, {"name", "digest"}, "the adapter")
     for name in ("output", "sketches"):
         if not isinstance(line[name], list):
-            raise malformed(f"{name} is {line[name]!r:.60}", "a list")
+            raise format_error(f"{name} is {line[name]!r:.60}", "a list")
     output = line["output"]
     wanted = len(sketch_steps(len(output)))
     if len(line["sketches"]) not in (0, wanted):
-        raise malformed(f"{len(line['sketches'])} sketches for {len(output)} tokens", f"{wanted}, or no sketches")
+        raise format_error(f"{len(line['sketches'])} sketches for {len(output)} tokens", f"{wanted}, or no sketches")
     sketches = [decode_vector(sketch, SKETCH_SIZE) for sketch in line["sketches"]]
     values = {name: line[name] for name in FIELDS - {"sampling", "prompt", "output", "sketches"}}
     return _made(
@@ -542,7 +544,7 @@ def _parse_prompt(value: Any) -> Prompt:
     if isinstance(value, dict) and "ids" in value:
         check_fields(value, {"ids"}, "the prompt")
         if not isinstance(value["ids"], list):
-            raise malformed(f"ids of a prompt are {value['ids']!r:.60}", "a list of token ids")
+            raise format_error(f"ids of a prompt are {value['ids']!r:.60}", "a list of token ids")
         return Prompt.of(value["ids"])
     check_fields(value, {"sha256", "tokens"}, "the prompt")
     return Prompt(value["sha256"], value["tokens"])
@@ -550,7 +552,7 @@ def _parse_prompt(value: Any) -> Prompt:
 
 def _parse_sampling(value: Any) -> Sampling:
     check_fields(value, {*RANGES, "top_k", "logit_bias"}, "sampling")
-    return Sampling(**value | {"logit_bias": biases_of(value["logit_bias"])})
+    return Sampling(**value | {"logit_bias": parse_biases(value["logit_bias"])})
 
 
 def _made(make: Callable[[], T]) -> T:
@@ -558,4 +560,4 @@ def _made(make: Callable[[], T]) -> T:
     try:
         return make()
     except UsageError as error:
-        raise malformed(error.seen, error.wanted) from None
+        raise format_error(error.seen, error.wanted) from None

@@ -13,8 +13,8 @@ from assay.errors import ProofMismatch
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.gaps import measure_margins
-from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, Whole, sketch_response
+from assay.poc.responses.margins import measure_margins
+from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.verdict.response_noise import ResponseBlocks
 from assay.stats.tokens import COLUMNS
@@ -105,7 +105,9 @@ def replay(
     return [found[place] for place in range(len(chosen))]
 
 
-def check_runnable(receipts: Receipts, model: Model, *, prompts: Mapping[str, Prompt] | None = None) -> list[Whole]:
+def check_runnable(
+    receipts: Receipts, model: Model, *, prompts: Mapping[str, Prompt] | None = None
+) -> list[PromptAndOutput]:
     """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what a model cannot run.
 
     :func:`replay` begins with this. To call it before a ledger is begun, or before other files are replayed, saves
@@ -155,7 +157,7 @@ def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
             )
 
 
-def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: Prefilled) -> Replayed:
+def _compare(header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, prefilled: Prefilled) -> Replayed:
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
@@ -176,7 +178,7 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: Whole, prefilled: P
     return Replayed(receipt, margins, profiles, residuals)
 
 
-def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Whole:
+def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> PromptAndOutput:
     """Return a response with the ids of its prompt; refuse one that the model cannot run."""
     known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
     if known is None or known.ids is None:
@@ -194,4 +196,4 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Who
             wanted=f"tokens below {vocabulary} and at most {positions} positions, as the model has them",
             do="ask the node for receipts of this model",
         )
-    return Whole(known.ids, receipt.output)
+    return PromptAndOutput(known.ids, receipt.output)

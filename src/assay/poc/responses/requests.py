@@ -9,7 +9,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import CHOOSERS, MOST_RECEIPTS, MOST_TOKENS, check_ids
-from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, Sampling, biases_of, check_request_texts
+from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, Sampling, check_request_texts, parse_biases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class Request:
             UsageError: The prompt is a text.
         """
         if isinstance(self.prompt, str):
-            raise UsageError("a prompt of text", wanted="token ids", do="call encoded() first")
+            raise UsageError("a prompt of text", wanted="token ids", do="call encode_requests() first")
         return self.prompt
 
 
@@ -133,7 +133,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
         )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
-        values["logit_bias"] = biases_of(values["logit_bias"])
+        values["logit_bias"] = parse_biases(values["logit_bias"])
     prompt = line["prompt"]
     if not isinstance(prompt, str | list):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
@@ -150,7 +150,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
     return [replace(first, index=index) for index in range(answers)]
 
 
-def encoded(
+def encode_requests(
     requests: Sequence[Request],
     tokenizer: "PreTrainedTokenizerBase | None",
     *,

@@ -13,11 +13,11 @@ from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
-from assay.poc.responses.gaps import Sampler
 from assay.poc.responses.prefill import CachedForward, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts, parse_receipt
-from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encoded
-from assay.poc.responses.sampling import ResponseSeed, Sampling, tokens_of
+from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encode_requests
+from assay.poc.responses.sampler import Sampler
+from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
 from assay.streams.backends import as_tensor
 
 Progress = Callable[[int, int], None]
@@ -82,7 +82,7 @@ def respond(
     common: dict[str, Any] = {
         "sampling": sampling or Sampling(), "max_tokens": max_tokens, "user_seed": user_seed, "chosen_by": "server"
     }  # fmt: skip
-    requests = encoded(
+    requests = encode_requests(
         [_request(prompt, f"prompt-{place}", common) for place, prompt in enumerate(prompts)],
         model.tokenizer,
         reference=model.reference,
@@ -192,9 +192,7 @@ class _Loop:
         return self.receipt(
             request,
             output=tuple(tokens),
-            sketches=sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
-            .cpu()
-            .numpy(),
+            sketches=made_sketches.cpu().numpy(),
             finish="stop" if tokens[-1] in self._stop else "length",
         )
 
@@ -206,7 +204,7 @@ class _Loop:
         sampler = Sampler([sampling], logits_1V.shape[1], device)
         prompt_V = counts_1V = None
         if sampling.penalises:
-            prompt_V = as_tensor(tokens_of(request.ids, logits_1V.shape[1])).to(device)
+            prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(device)
             counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
         seeds_N = seed.step_seeds(range(request.max_tokens))
         for step in range(request.max_tokens):

@@ -1,4 +1,4 @@
-"""How a token follows from logits and noise, defined in numpy. :mod:`assay.poc.responses.gaps` has the fast twin.
+"""How a token follows from logits and noise, defined in numpy. :mod:`assay.poc.responses.sampler` has the fast twin.
 
 The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf and stays so:
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol.round import check_name, check_number, prefixed
+from assay.poc.protocol.round import check_name, check_number, join_prefixed
 
 Floats = npt.NDArray[np.float32]
 Booleans = npt.NDArray[np.bool_]
@@ -111,7 +111,7 @@ class Sampling:
         return vars(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
 
 
-def biases_of(values: Any) -> dict[int, Any]:
+def parse_biases(values: Any) -> dict[int, Any]:
     """Return biases by token id, as :class:`Sampling` takes them; JSON has the ids as text.
 
     Raises:
@@ -136,7 +136,7 @@ def scores(
         logits: Raw logits, [V] or [N, V].
         sampling: Parameters.
         seeds_N: Seeds of the steps; one for each row of logits.
-        prompt_V: Tokens that are in the prompt, [V] or [N, V], as :func:`tokens_of` gives them; None for no token.
+        prompt_V: Tokens that are in the prompt, [V] or [N, V], as :func:`mark_tokens` gives them; None for no token.
         counts_NV: Times that a token is in the output before the step, as :func:`counts_before` gives them; None for 0.
 
     Raises:
@@ -145,16 +145,16 @@ def scores(
     raw_NV = np.atleast_2d(np.asarray(logits, dtype=np.float32))
     seeds_N = np.asarray(seeds_N, dtype=np.uint32)
     check_rows(raw_NV.shape, len(seeds_N))
-    l_NV = penalised(raw_NV, sampling, prompt_V=prompt_V, counts_NV=counts_NV)
+    l_NV = penalise(raw_NV, sampling, prompt_V=prompt_V, counts_NV=counts_NV)
     if sampling.greedy:
         return l_NV
     z_NV = l_NV / np.float32(sampling.temperature)
     noise_NV = streams.get_backend("numpy", "cpu").gumbels(seeds_N, z_NV.shape[1])
-    s_NV: Floats = np.where(kept(z_NV, sampling), z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
+    s_NV: Floats = np.where(find_kept(z_NV, sampling), z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
     return s_NV
 
 
-def penalised(
+def penalise(
     logits_NV: Floats,
     sampling: Sampling,
     *,
@@ -176,7 +176,7 @@ def penalised(
     return l_NV - np.float32(sampling.presence_penalty) * (counts > 0).astype(np.float32)
 
 
-def kept(z_NV: Floats, sampling: Sampling) -> Booleans:
+def find_kept(z_NV: Floats, sampling: Sampling) -> Booleans:
     """Return which tokens are left after steps 4 to 6."""
     kept_NV: Booleans = z_NV > -np.inf
     if sampling.min_p > 0:
@@ -195,7 +195,7 @@ def kept(z_NV: Floats, sampling: Sampling) -> Booleans:
     return kept_NV
 
 
-def tokens_of(ids: Sequence[int], vocab_size: int) -> Booleans:
+def mark_tokens(ids: Sequence[int], vocab_size: int) -> Booleans:
     """Return which tokens of the vocabulary are among ids, bool [V]."""
     found_V = np.zeros(vocab_size, dtype=np.bool_)
     found_V[np.asarray(ids, dtype=np.int64)] = True
@@ -295,7 +295,7 @@ class ResponseSeed:
     def text_of(self, stream: Stream) -> str:
         """Return the seed text of a stream: tag, stream and every field, each after its length in UTF-8 bytes."""
         fields = (self.user_seed, self.request_id, self.public_key, self.digest, self.block_hash, self.index)
-        return prefixed(VERSION, stream, *fields)
+        return join_prefixed(VERSION, stream, *fields)
 
     def words(self, stream: Stream = "tokens") -> NDArray[np.uint32]:
         """Return SHA-256 of the seed text of a stream as 8 big-endian words, uint32 [8]."""

@@ -1,0 +1,216 @@
+"""The definition of :mod:`assay.poc.responses.sampling` over whole batches in torch, on the CPU and on CUDA.
+
+Every row may have parameters of its own. The bits are those of the definition, except for the tokens that top-p keeps:
+its sums are taken in another order, so a token whose sum equals top_p up to rounding may be kept or not.
+
+Shapes: N rows, V tokens of the vocabulary.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay import streams
+from assay.poc.responses.sampling import Sampling, check_biased, check_rows
+from assay.streams.backends import as_tensor
+
+NUMBERS = 8
+"""Numbers of a row of parameters."""
+
+_TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(NUMBERS)
+
+
+def numbers_of(sampling: Sampling) -> tuple[float, ...]:
+    """Return the parameters as the numbers that :class:`Sampler` takes; biases are not among them."""
+    return (
+        sampling.temperature or 1.0,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+        math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.greedy,
+    )
+
+
+class Sampler:
+    """Makes scores for rows of logits on one device.
+
+    Args:
+        samplings: Parameters of every row, or one set for all rows; or :func:`numbers_of` of every row [N, 8], which an
+            engine has at hand whenever its batch changes.
+        vocab_size: Number V of logits of a row.
+        device: Device that holds the logits.
+        biases: Biases of every row, beside numbers; nothing if no row has any.
+
+    Raises:
+        UsageError: A biased token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        samplings: Sequence[Sampling] | NDArray[np.float64],
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        biases: Sequence[Mapping[int, float]] = (),
+    ) -> None:
+        if isinstance(samplings, np.ndarray):
+            numbers_N8 = samplings
+        else:
+            numbers_N8 = np.array([numbers_of(one) for one in samplings], np.float64).reshape(-1, NUMBERS)
+            biases = [one.logit_bias for one in samplings]
+        self.device = torch.device(device)
+        self.vocab_size = vocab_size
+        self._streams = streams.get_backend("auto", str(self.device))
+        self._count = len(numbers_N8)
+        greedy_N = numbers_N8[:, _GREEDY] > 0
+        drawn = numbers_N8[~greedy_N]
+        self.penalises = bool((numbers_N8[:, _REPETITION : _PRESENCE + 1] != (1.0, 0.0, 0.0)).any())
+        """Whether the scores of a row depend on the tokens before."""
+        self._some_greedy, self._all_greedy = bool(greedy_N.any()), bool(greedy_N.all())
+        self._scales = bool((drawn[:, _TEMPERATURE] != 1).any())
+        self._uses_min_p = bool((drawn[:, _LOG_MIN_P] > -math.inf).any())
+        self._uses_top_p = bool((drawn[:, _TOP_P] < 1).any())
+        limits = drawn[:, _TOP_K]
+        self._most_kept = int(limits[limits < vocab_size].max(initial=0))
+        # One copy to the device for all: columns of float32 are rounded there, once.
+        self._numbers_N8 = to_device(numbers_N8, self.device)
+        self._floats_N8 = self._numbers_N8.float()
+        self._biases = self._bias_columns(biases)
+
+    def _column(self, which: int) -> Tensor:
+        """Return a parameter of every row as float32, [N, 1]."""
+        return self._floats_N8[:, which : which + 1]
+
+    def scores(
+        self,
+        logits_NV: Float[Tensor, "N V"],
+        seeds_N: NDArray[np.uint32] | Tensor,
+        *,
+        prompt_NV: Bool[Tensor, "*#N V"] | None = None,
+        counts_NV: Int[Tensor, "N V"] | None = None,
+    ) -> Float32[Tensor, "N V"]:
+        """Return s of step 7 for every row, or l of step 2 of a greedy row; -inf where a token is not kept.
+
+        Args:
+            logits_NV: Raw logits.
+            seeds_N: Seeds of the steps, in numpy or on the device.
+            prompt_NV: Tokens that are in the prompt, [V] or [N, V]; None for no token.
+            counts_NV: Times that a token is in the output before the step; None for 0.
+
+        Raises:
+            UsageError: The logits do not have a row for each seed and each set of parameters.
+        """
+        return self.add_noise(self.penalise(logits_NV, prompt_NV=prompt_NV, counts_NV=counts_NV), seeds_N)
+
+    def penalise(
+        self,
+        logits_NV: Float[Tensor, "N V"],
+        *,
+        prompt_NV: Bool[Tensor, "*#N V"] | None = None,
+        counts_NV: Int[Tensor, "N V"] | None = None,
+    ) -> Float32[Tensor, "N V"]:
+        """Return l of step 2: the logits with bias and penalties."""
+        if self._count != 1:
+            check_rows(tuple(logits_NV.shape), self._count)
+        l_NV = logits_NV.float()
+        if self._biases is not None:
+            tokens_NK, biases_NK = (values.expand(len(l_NV), -1) for values in self._biases)
+            l_NV = l_NV.scatter_add(1, tokens_NK, biases_NK)
+        if not self.penalises:
+            return l_NV
+        counts = torch.zeros((1, 1), device=self.device) if counts_NV is None else counts_NV.to(torch.float32)
+        used = counts > 0
+        seen = used if prompt_NV is None else used | prompt_NV
+        repetition_N1 = self._column(_REPETITION)
+        penalty = torch.where(l_NV > 0, l_NV / repetition_N1, l_NV * repetition_N1)
+        l_NV = torch.where(seen, penalty, l_NV)
+        # Eager operations, so that no product and difference are fused into one rounding.
+        l_NV = l_NV - self._column(_FREQUENCY) * counts
+        return l_NV - self._column(_PRESENCE) * used.to(torch.float32)
+
+    def add_noise(
+        self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32] | Tensor, *, in_place: bool = False
+    ) -> Float32[Tensor, "N V"]:
+        """Return the scores that follow from l of step 2, by steps 3 to 7; a greedy row stays as it is.
+
+        With ``in_place`` they may take the place of l, which saves a copy of all logits.
+        """
+        check_rows(tuple(l_NV.shape), len(seeds_N))
+        if self._all_greedy:
+            return l_NV
+        over = in_place and not self._some_greedy
+        z_NV = l_NV
+        if self._scales:  # x / 1 is x
+            temperature_N1 = self._column(_TEMPERATURE)
+            z_NV = l_NV.div_(temperature_N1) if over else l_NV / temperature_N1
+        if self._uses_min_p or self._uses_top_p or self._most_kept:
+            s_NV = z_NV.masked_fill(~self._find_kept(z_NV), -math.inf)
+        else:
+            s_NV = z_NV.clone() if z_NV is l_NV and not over else z_NV
+        self._streams.add_gumbels(s_NV, as_tensor(seeds_N).to(self.device))
+        return torch.where(self._numbers_N8[:, _GREEDY:] > 0, l_NV, s_NV) if self._some_greedy else s_NV
+
+    def _find_kept(self, z_NV: Tensor) -> Tensor:
+        kept_NV = z_NV > -math.inf
+        if self._uses_min_p:
+            kept_NV &= z_NV >= z_NV.amax(dim=1, keepdim=True) + self._column(_LOG_MIN_P)
+        if self._most_kept:
+            left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
+            largest_NK = left_NV.topk(self._most_kept, dim=1).values
+            top_k_N1 = self._numbers_N8[:, _TOP_K : _TOP_K + 1].long()
+            place_N1 = (top_k_N1 - 1).clamp(0, self._most_kept - 1).expand(len(z_NV), 1)
+            last_N1 = largest_NK.gather(1, place_N1)
+            kept_NV &= (z_NV >= last_N1) | (top_k_N1 == 0) | (top_k_N1 >= self.vocab_size)
+        if self._uses_top_p:
+            left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
+            sorted_NV, order_NV = left_NV.sort(dim=1, descending=True, stable=True)
+            sorted_NV = sorted_NV.to(torch.float64)
+            sums_NV = torch.exp(sorted_NV - sorted_NV[:, :1]).cumsum(dim=1)
+            before_NV = torch.nn.functional.pad(sums_NV[:, :-1], (1, 0), value=-1.0)
+            top_p_N1 = self._numbers_N8[:, _TOP_P : _TOP_P + 1]
+            stays_NV = (before_NV < top_p_N1 * sums_NV[:, -1:]) | (top_p_N1 >= 1)
+            kept_NV &= torch.empty_like(kept_NV).scatter_(1, order_NV, stays_NV)
+        return kept_NV
+
+    def rows(self, index_R: Int[Tensor, " R"]) -> "Sampler":
+        """Return the sampler of other rows: row i of it has the parameters of row ``index_R[i]`` here.
+
+        The indices may be known on the device only, as those of an engine with drafts are: nothing waits for them.
+        """
+        other = copy.copy(self)
+        other._count = len(index_R)
+        other._numbers_N8, other._floats_N8 = (
+            values.index_select(0, index_R) for values in (self._numbers_N8, self._floats_N8)
+        )
+        if self._biases is not None:
+            tokens_NK, biases_NK = self._biases
+            other._biases = tokens_NK.index_select(0, index_R), biases_NK.index_select(0, index_R)
+        return other
+
+    def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
+        """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
+        for biases in given:
+            check_biased(biases, self.vocab_size)
+        most = max(map(len, given), default=0)
+        if not most:
+            return None
+        padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in given]
+        tokens = [[token for token, _ in row] for row in padded]
+        values = [[bias for _, bias in row] for row in padded]
+        return to_device(tokens, self.device), to_device(torch.tensor(values, dtype=torch.float32), self.device)
+
+
+def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
+    """Copy values to a device without waiting for it."""
+    made = torch.as_tensor(values)
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
