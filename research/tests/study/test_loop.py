@@ -17,7 +17,7 @@ from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import weight_svd
 from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.environment import Episode
-from assay.vhack.environment.channels import CHANNELS
+from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.reference import environment_pairs
 from tests.vhack.delta.conftest import random_basis

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from assay.vhack.delta.optimizer import Frames, share
+from assay.vhack.delta.frames import Frames, share
 from assay.vhack.training import TrainLog
 from assay.vhack.training.grpo import trl_arguments
 from assay.vhack.training.log import StepLog, by_source, read_steps, source_shares

@@ -24,7 +24,7 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.models.decoder import DecoderLayer, Rotation, causal_attention
 from assay.models.families import ATTENTION_TARGETS
-from assay.vhack.delta.delta import grouped
+from assay.vhack.delta.groups import grouped
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.taps import delta_gradient
 from assay.vhack.gradients.targets import module_of, target_modules

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import Arm, apply_arm, displaced, gated_gradient
-from assay.vhack.delta.delta import Group
-from assay.vhack.delta.optimizer import Frames, displacement, share
+from assay.vhack.delta.frames import Frames, displacement, share
+from assay.vhack.delta.groups import Group
 
 _TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
 

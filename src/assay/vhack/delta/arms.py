@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.delta.optimizer import along, spread
+from assay.vhack.delta.frames import along, spread
 
 Number = TypeVar("Number", float, Tensor)
 

@@ -25,7 +25,7 @@ from assay.errors import DataError
 from assay.files.storage import write_atomic
 from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
-from assay.vhack.delta.delta import Group
+from assay.vhack.delta.groups import Group
 from assay.vhack.gradients.targets import tensor_digest
 
 _SCHEMA = "assay.delta_s/1"

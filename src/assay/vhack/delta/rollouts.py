@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.delta.delta import Kinds
-from assay.vhack.delta.optimizer import Frames, share
+from assay.vhack.delta.frames import Frames, share
+from assay.vhack.delta.groups import Kinds
 
 
 class Rollouts:

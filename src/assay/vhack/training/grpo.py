@@ -26,7 +26,8 @@ from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.advantage import Shortcut, modified
-from assay.vhack.delta.delta import DeltaS, Kinds
+from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.delta.rollouts import Rollouts
 from assay.vhack.training.pool import PoolRollout, RolloutPool

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
-from assay.vhack.delta.optimizer import Frames, share
+from assay.vhack.delta.frames import Frames, share
 from assay.vhack.delta.rollouts import Rollouts
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import NOTHING, SOURCES, Outcomes

@@ -1,0 +1,169 @@
+"""The axes of a basis, stacked to fit the groups of an adapter, and what a step did along them.
+
+Axes are float64, because what is asserted about them is exact: ``V Δ = 0`` for an update that is projected. They are
+few numbers, so it costs nothing. Axes that come from a float32 decomposition are orthonormal to 1e-6; here they are
+made so to 1e-12 by Newton's iteration for the nearest orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero
+rows zero: the rows of modules that the basis does not have, and of axes that it has dropped.
+
+What is measured along them in every step:
+
+    cin           ‖relu(V g)‖ / ‖g‖ of the gradient before a gate, cout of the one after it
+    leak          ‖relu(−V Δ)‖ / ‖Δ‖ of the update Δ that the optimizer made in the end: the honest cout
+    displacement  V (δS − δS_0): how far δS went and in which direction; + is away from the hack
+
+The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖, and *energy*
+is ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
+
+Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from assay.errors import DataError, UsageError
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.groups import Group
+
+# How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
+_SKEW = 1e-3
+_ITERATIONS = 3
+_SHARE = ("", "_two_sided", "_energy")
+
+
+def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
+    """Return ``V x`` of every module, [..., M, K] float64."""
+    return torch.einsum("...mkr,...mr->...mk", axes_MKR, vectors_MR.double())
+
+
+def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
+    """Return ``Vᵀ c`` of every module, [..., M, R] float64."""
+    return (coordinates_MK.unsqueeze(-2) @ axes_MKR).squeeze(-2)
+
+
+class Frames:
+    """Axes per group of an adapter.
+
+    Args:
+        groups: Groups of the adapter.
+        basis: Axes by module name; None stands for no axis at all.
+
+    Attributes:
+        axes: Axes per group, [M, K, R] float64; rows that stand for no axis are zero.
+        has_axes: Per group, whether each module has an axis, [M] bool.
+
+    Raises:
+        UsageError: The basis has modules that the adapter lacks, or more coordinates than the adapter.
+        DataError: The rows of the basis are not orthonormal.
+    """
+
+    def __init__(self, groups: Sequence[Group], basis: Basis | None) -> None:
+        axes = {} if basis is None else basis.axes
+        known = {name for group in groups for name in group.names}
+        unknown = [name for name in axes if name not in known]
+        if unknown:
+            raise UsageError(
+                f"axes of {unknown[0]}", wanted="a basis of this model", do="extract one with this very model"
+            )
+        self.axes = tuple(_stack(group, axes) for group in groups)
+        self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
+
+    def __bool__(self) -> bool:
+        return any(axes_MKR.shape[1] for axes_MKR in self.axes)
+
+
+def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
+    found = {index: axes[name] for index, name in enumerate(group.names) if name in axes and axes[name].any()}
+    most = max((len(axes_KR) for axes_KR in found.values()), default=0)
+    stacked_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
+    for index, axes_KR in found.items():
+        if axes_KR.shape[1] > group.rank:
+            raise UsageError(
+                f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates",
+                wanted=f"at most {group.rank}, those of the adapter",
+                do="decompose the weights with the rank of the basis",
+            )
+        stacked_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
+    return _orthonormal(stacked_MKR, group.names)
+
+
+def _orthonormal(axes_MKR: Tensor, names: Sequence[str]) -> Tensor:
+    ones_MK = axes_MKR.any(dim=2).double()
+    skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
+    if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
+        worst = int(skew_M.nan_to_num(torch.inf).argmax())
+        raise DataError(
+            f"axes of {names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal",
+            wanted="orthonormal rows, or zero ones",
+            do="extract the basis again",
+        )
+    for _ in range(_ITERATIONS):
+        axes_MKR = 1.5 * axes_MKR - 0.5 * (axes_MKR @ axes_MKR.transpose(1, 2)) @ axes_MKR
+    return axes_MKR
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """The numbers of one step by name, each a tensor without dimensions, which stays on its device until `as_dict`."""
+
+    tensors: dict[str, Tensor]
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the numbers, copied from the device at once: one wait for it per step, or none."""
+        values = torch.stack(list(self.tensors.values())).tolist() if self.tensors else []
+        return dict(zip(self.tensors, values, strict=True))
+
+
+def share(
+    name: str,
+    vectors: Iterable[tuple[Tensor, Tensor, Tensor]],
+    sign: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes, by name.
+
+    Args:
+        name: Name of the numbers; ``_two_sided`` and ``_energy`` are added to it.
+        vectors: Per group, vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]. The shares
+            have the dimensions before M.
+        sign: Direction of the hack along the axes, see :class:`assay.vhack.delta.Gate`.
+        process_group: Processes that the modules are spread over, if they are.
+    """
+    # Sums over modules: one-sided share, two-sided share, ‖relu(c)‖², ‖x‖², 1.
+    sums = []
+    for vectors_MR, axes_MKR, has_M in vectors:
+        hackward_MK = sign * along(axes_MKR, vectors_MR)
+        size_M = vectors_MR.double().norm(dim=-1)
+        one_M, two_M = hackward_MK.relu().norm(dim=-1), hackward_MK.norm(dim=-1)
+        divisor_M = torch.where(size_M > 0, size_M, 1.0)
+        parts_5M = torch.stack([one_M / divisor_M, two_M / divisor_M, one_M**2, size_M**2, torch.ones_like(size_M)])
+        sums.append((parts_5M * has_M).sum(dim=-1))
+    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(5, dtype=torch.float64)
+    if process_group is not None and sums:
+        dist.all_reduce(total, group=process_group)
+    one, two, along2, size2, count = total
+    energy = (along2 / torch.where(size2 > 0, size2, 1.0)).sqrt()
+    values = (one / count.clamp_min(1), two / count.clamp_min(1), energy)
+    return {name + suffix: value for suffix, value in zip(_SHARE, values, strict=True)}
+
+
+def displacement(
+    moved: Iterable[tuple[Tensor, Tensor]], process_group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Return where δS is along the axes: the sum over all of them, the norm, and the farthest toward the hack.
+
+    Args:
+        moved: Per group, δS − δS_0 [..., M, R] and axes [..., M, K, R]. The numbers have the dimensions before M.
+        process_group: Processes that the modules are spread over, if they are.
+    """
+    found = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
+    at = torch.cat(found, dim=-1) if found else torch.zeros(0, dtype=torch.float64)
+    sums = torch.stack([at.sum(dim=-1), (at**2).sum(dim=-1)])
+    farthest = (-at).amax(dim=-1).clamp_min(0) if at.shape[-1] else torch.zeros_like(sums[0])
+    if process_group is not None and found:
+        dist.all_reduce(sums, group=process_group)
+        dist.all_reduce(farthest, op=dist.ReduceOp.MAX, group=process_group)
+    return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}

@@ -1,0 +1,312 @@
+"""Modules of one shape side by side, so that one batched product serves all of them.
+
+A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products instead of 252.
+
+Under FSDP2 a weight is a DTensor whose rows are spread over the processes. Each process merges the rows that it has:
+row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
+
+Shapes: M modules of a group, O outputs, I inputs, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from assay.errors import ModelError, UsageError
+from assay.models.wide import wide_products
+from assay.vhack.gradients.division import is_sharded, local, local_rows
+from assay.vhack.gradients.fused import sample_products
+from assay.vhack.gradients.svd import Factors
+from assay.vhack.gradients.taps import delta_gradient
+from assay.vhack.gradients.targets import tensor_digest
+
+# Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large models.
+_CHUNK_BYTES = 1 << 28
+
+
+@dataclass(eq=False)
+class Group:
+    """The modules of one shape.
+
+    Attributes:
+        names: Names of the modules, in the order of the model.
+        linears: The modules themselves.
+        left: U of each module, [M, O, R].
+        right: Vh of each module, [M, R, I].
+        values: S of each module, [M, R].
+        errors: Residual and orthogonality of each decomposition.
+        base: Weights as they were, [M, O, I]; only the rows of this process under FSDP2.
+    """
+
+    names: tuple[str, ...]
+    linears: tuple[nn.Linear, ...]
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    errors: tuple[tuple[float, float], ...]
+    base: Tensor
+    _rows: slice | None = field(default=None, init=False, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """Number R of coordinates."""
+        return self.left.shape[2]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over processes, even while they are gathered."""
+        return self._rows is not None or is_sharded(self.linears[0].weight)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 in hex of each whole weight as it was, by name."""
+        return {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
+
+    def factors(self, index: int) -> Factors:
+        """Return the factors of one module, as views."""
+        return Factors(self.left[index], self.values[index], self.right[index], *self.errors[index])
+
+    @torch.no_grad()
+    def merge(self, delta_MR: Tensor) -> None:
+        """Write ``W + U diag(δS) Vh`` into the weights, from the weights as they were.
+
+        The sum is rounded once, so errors of earlier steps do not accumulate. A module whose δS is zero gets its
+        weights back bit by bit; adding a zero would lose the sign of a negative zero.
+        """
+        weights = self._destinations()
+        left_MOR = self.left if self._rows is None else self.left[:, self._rows]
+        active_M = delta_MR.any(dim=1)
+        size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
+        for first in range(0, len(self.names), size):
+            part = slice(first, first + size)
+            merged = _sum(self.base[part], left_MOR[part], delta_MR[part], self.right[part])
+            merged = torch.where(active_M[part, None, None], merged, self.base[part])
+            torch._foreach_copy_(weights[part], list(merged.unbind()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the weights as they were."""
+        torch._foreach_copy_(self._destinations(), list(self.base.unbind()))
+
+    def _destinations(self) -> list[Tensor]:
+        """Return the weights of this process; the first time they are sharded, ``base`` is cut to the same rows."""
+        weights: list[Tensor] = [linear.weight for linear in self.linears]
+        if not is_sharded(weights[0]):
+            return weights
+        if self._rows is None:
+            _ = self.digests  # of the whole weights
+            self._rows = local_rows(weights[0])
+            self.base = self.base[:, self._rows].clone()
+        return [local(weight) for weight in weights]
+
+
+def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor) -> Tensor:
+    scaled_MOR = (left_MOR * delta_MR[:, None]).to(right_MRI.dtype)
+    if base_MOI.dtype == right_MRI.dtype:
+        return torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
+    return (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
+
+
+def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
+    """Return groups of modules of one shape, rank, dtype and device, in the order of their first modules.
+
+    Raises:
+        UsageError: A module has no factors, or factors of another shape.
+        ModelError: The weights are already sharded.
+    """
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for name, linear in modules.items():
+        _check(name, linear, factors)
+        kind = (linear.weight.shape, factors[name].rank, linear.weight.dtype, linear.weight.device)
+        kinds.setdefault(kind, []).append(name)
+    groups = []
+    for names in kinds.values():
+        linears, each = [modules[name] for name in names], [factors[name] for name in names]
+        group = Group(
+            tuple(names),
+            tuple(linears),
+            torch.stack([one.left for one in each]),
+            torch.stack([one.right for one in each]),
+            torch.stack([one.values for one in each]),
+            tuple((one.residual, one.orthogonality) for one in each),
+            torch.stack([linear.weight.detach() for linear in linears]),
+        )
+        groups.append(group)
+    return groups
+
+
+def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None:
+    if is_sharded(linear.weight):
+        raise ModelError(
+            f"{name} is already sharded", wanted="whole weights", do="attach the adapter before fully_shard"
+        )
+    shape = (factors[name].left.shape[0], factors[name].right.shape[1]) if name in factors else None
+    if shape != tuple(linear.weight.shape):
+        raise UsageError(
+            f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
+            wanted=f"factors of its weight, {list(linear.weight.shape)}",
+            do="compute them with weight_svd of this very model",
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The product that a module adds, and its gradient with respect to δS.
+#
+#     y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
+#
+# In *hook mode* the second term is computed and added. In *merged mode* it is already in the weights, the output of the
+# Linear is passed on as it is, and only the gradient is computed here. Its sum is done in one of two orders:
+#
+# - *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
+# - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, the gradient that W would have, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I
+#   operations. For a square matrix this is less as soon as T > R, and in the limit half.
+#
+# Gradients of single samples can only be computed by projecting. Where sums over a few kinds of samples are enough, each
+# kind has its outer sum, if that saves enough: it takes several operations per kind, and a GPU must be sent each of them.
+#
+# Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
+# projections share, and gate and up as well.
+#
+# Shapes: B samples, T tokens, N = B·T of them, O outputs, I inputs, R coordinates of δS, G kinds.
+
+# Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
+_WORTH = {"cuda": 2e10}
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Which samples of a batch are of which kind; each sample is of one kind.
+
+    Attributes:
+        members: Indices of the samples of each kind, [≤B] int64.
+        weights: Membership, [G, B] float32, 1 where a sample is of a kind.
+    """
+
+    members: tuple[Tensor, ...]
+    weights: Tensor
+
+    @classmethod
+    def of(cls, chosen: Sequence[Tensor], device: torch.device) -> "Kinds":
+        """Return the kinds given one mask per kind, [B] bool on the CPU."""
+        weights_GB = torch.stack(list(chosen)).float()
+        return cls(tuple(mask.nonzero()[:, 0].to(device) for mask in chosen), weights_GB.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the product of one module needs.
+
+    Attributes:
+        name: Name of the module.
+        left: Matrix U, [O, R].
+        right: Matrix Vh, [R, I].
+        adds: Whether the product is added to the output, as in hook mode.
+        rows: Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
+        kinds: Kinds of the samples; None keeps samples apart.
+    """
+
+    name: str
+    left: Tensor
+    right: Tensor
+    adds: bool
+    rows: Callable[[Tensor], None] | None = None
+    kinds: Kinds | None = None
+
+
+def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    """Return the output of a module with its product added (hook mode) or as it is (merged mode).
+
+    Args:
+        output: Output of the module, [..., O].
+        inputs: Inputs of the module, [..., I].
+        delta_R: δS of the module, [R]; its gradient is computed in the backward pass.
+        plan: What the product needs.
+
+    Raises:
+        ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens, width].
+    """
+    if plan.rows is not None and inputs.ndim != 3:
+        raise ModelError(
+            f"{plan.name} is given inputs of shape {list(inputs.shape)}",
+            wanted="[samples, tokens, width] for gradients of single samples",
+            do="do not pack samples into one row, or do without per_sample",
+        )
+    result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Adapted(torch.autograd.Function):
+    """`adapt` as a function of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        if not plan.adds:
+            ctx.save_for_backward(inputs)
+            return output.view_as(output)
+        ctx.save_for_backward(inputs, delta_R)
+        with torch.autocast(output.device.type, enabled=False):
+            along = _to(inputs, plan.right) @ plan.right.T
+            added = (along * delta_R).to(plan.left.dtype) @ plan.left.T
+        # A zero is not added but left out: -0 + 0 would be another zero.
+        return torch.where(added == 0, output, (output + added).to(output.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        inputs, *rest = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        of_output, of_inputs, of_delta, _ = ctx.needs_input_grad
+        with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
+            to_inputs = _of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
+            to_delta = _of_delta(gradient, inputs, plan) if of_delta else None
+        return gradient if of_output else None, to_inputs, to_delta, None
+
+
+def _of_inputs(gradient: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    along = (_to(gradient, plan.left) @ plan.left) * delta_R
+    return (along.to(plan.right.dtype) @ plan.right).to(inputs.dtype)
+
+
+def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
+    gradient, inputs = _to(gradient, plan.left), _to(inputs, plan.right)
+    if plan.rows is None:
+        return _summed(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
+    rows_BR = _summed(gradient, inputs, plan) if plan.kinds is None else _by_kind(gradient, inputs, plan, plan.kinds)
+    plan.rows(rows_BR)
+    return rows_BR.sum(dim=0)
+
+
+def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
+    """Return the gradient summed over the samples of each kind, [G, R] float32."""
+    filled = sum(len(members) > 0 for members in kinds.members)
+    saved = _multiplications_saved(inputs_BTI.shape[0] * inputs_BTI.shape[1], filled, plan)
+    if saved <= _WORTH.get(gradient_BTO.device.type, 0.0):
+        return kinds.weights @ _summed(gradient_BTO, inputs_BTI, plan)
+    sums = []
+    for members in kinds.members:
+        whole = len(members) == len(inputs_BTI)
+        theirs, taken = (x if whole else x.index_select(0, members) for x in (gradient_BTO, inputs_BTI))
+        sums.append(_summed(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
+    return torch.stack(sums)
+
+
+def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
+    """Return how many multiplications fewer the outer order has, for so many tokens in so many sums."""
+    (outputs, rank), width = plan.left.shape, plan.right.shape[1]
+    return tokens * rank * (outputs + width) - (tokens + sums * rank) * outputs * width
+
+
+def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
+    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
+    if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
+        return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
+    return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)
+
+
+def _to(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
