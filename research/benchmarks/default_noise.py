@@ -24,6 +24,7 @@ from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict.noise import DEFAULT_LAWS, EFFECT, MARGIN, fit_noise, law_as_dict
+from assay.stats.fits import CONFIDENCE
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -104,7 +105,7 @@ def main():
             law = law_as_dict(fit.law)
             laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law)
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
-            row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": fit.confidence}
+            row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": CONFIDENCE}
             row |= {"audits": AUDITS, "accused": accused(pipeline, errors, np.random.default_rng(0))}
             measured.append(row | {"median_95_max": quantiles, "law": law})
     engines = sorted({name.split("|")[3] for name in found})

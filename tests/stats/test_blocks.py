@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.stats import BlockLaw, chord_cdf, effective_dimension, r_target_for, valid_rate
+from assay.stats import BlockLaw, chord_cdf, r_target_for, valid_rate
 from assay.stats.blocks import MeasuredBlockLaw
 
 D = 8192
@@ -93,21 +93,6 @@ def test_the_quantile_of_a_block():
     assert 1 - low**2 / 2 == pytest.approx((1 - r**2 / 2) * law.factor(0.95))
     low, high = law.target_interval(math.sqrt(2))
     assert high - low < 1e-12  # at one half no factor matters
-
-
-def test_the_effective_dimension():
-    rng = np.random.default_rng(2)
-    isotropic = rng.normal(size=(800, 48))
-    assert effective_dimension(isotropic) == pytest.approx(48, rel=0.05)
-    few = isotropic.copy()
-    few[:, 4:] *= 1e-3
-    assert effective_dimension(few) == pytest.approx(4, rel=0.1)
-    assert effective_dimension(np.ones((5, 7))) == pytest.approx(1)
-    with pytest.raises(UsageError, match="1 states"):
-        effective_dimension(np.ones((1, 7)))
-    for value in (0.0, math.nan, math.inf):
-        with pytest.raises(UsageError, match="1 of 3 states that are zero or not finite"):
-            effective_dimension(np.array([[1.0, 2.0], [value, value], [3.0, 1.0]]))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The experiments' way through pipelines gives what a proof gives."""
 
+import math
+
 import numpy as np
 import pytest
-from assay_research.runs.states import published, state_pipeline
+from assay_research.runs.states import effective_dimension, published, state_pipeline
 
+from assay.errors import UsageError
 from assay.poc import HFEngine, Round, get_pipeline, prove
 
 NONCES = range(11)  # not a multiple of the batch: the last one is padded
@@ -43,3 +46,18 @@ def test_the_state_before_the_head(engine):
     states = published(engine, Round(block_hash="b", public_key="k", seq_len=16), [pipeline], NONCES)["poc-2.0"]
     assert states.shape == (11, engine.hidden_size)
     assert np.linalg.norm(states, axis=1) == pytest.approx(1, abs=2e-3)
+
+
+def test_the_effective_dimension():
+    rng = np.random.default_rng(2)
+    isotropic = rng.normal(size=(800, 48))
+    assert effective_dimension(isotropic) == pytest.approx(48, rel=0.05)
+    few = isotropic.copy()
+    few[:, 4:] *= 1e-3
+    assert effective_dimension(few) == pytest.approx(4, rel=0.1)
+    assert effective_dimension(np.ones((5, 7))) == pytest.approx(1)
+    with pytest.raises(UsageError, match="1 states"):
+        effective_dimension(np.ones((1, 7)))
+    for value in (0.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="1 of 3 states that are zero or not finite"):
+            effective_dimension(np.array([[1.0, 2.0], [value, value], [3.0, 1.0]]))

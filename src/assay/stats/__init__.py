@@ -3,7 +3,7 @@
 The formulas and what they assume are derived in docs/statistics.md.
 """
 
-from assay.stats.blocks import BlockLaw, effective_dimension
+from assay.stats.blocks import BlockLaw
 from assay.stats.chord import chord_cdf, chord_pdf, r_target_for, valid_rate
 from assay.stats.clusters import ClusterTest
 from assay.stats.noise import LogNoise, NoiseLaw, ScaleNoise
@@ -27,7 +27,6 @@ __all__ = [
     "chord_cdf",
     "chord_pdf",
     "count_test",
-    "effective_dimension",
     "group_bootstrap",
     "grouped_share_interval",
     "place_test",

@@ -14,10 +14,13 @@ from scipy import optimize, special, stats
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import JUNK_SIGMA, RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
+from assay.stats.noise import RESOLUTION, LogNoise, NoiseLaw, ScaleNoise
 
 FEWEST_RESIDUALS = 16
 """Fewest honest residuals that a law is fitted to."""
+
+CONFIDENCE = 0.99
+"""One-sided confidence of an upper law."""
 
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 
@@ -49,8 +52,8 @@ LawT = TypeVar("LawT", bound=NoiseLaw)
 class NoiseFit(Generic[LawT]):
     """A noise law measured on honest residuals.
 
-    A test needs either ``law``, which is at least as large as the true noise with the stated confidence, or ``reached``
-    with the ``error`` of its scale.
+    A test needs either ``law``, which is at least as large as the true noise with `CONFIDENCE`, or ``reached`` with the
+    ``error`` of its scale.
 
     Args:
         law: Upper law.
@@ -58,7 +61,6 @@ class NoiseFit(Generic[LawT]):
         estimate: Likeliest law of the family, to report.
         error: Standard error of the logarithm of the scale.
         n: Number of honest residuals that it rests on.
-        confidence: One-sided confidence that ``law`` is not smaller than the noise.
     """
 
     law: LawT
@@ -66,15 +68,12 @@ class NoiseFit(Generic[LawT]):
     estimate: LawT
     error: float
     n: int
-    confidence: float
 
 
 def fit_scale_noise(
     residuals: npt.ArrayLike,
     *,
     dof: float | None = None,
-    confidence: float = 0.99,
-    junk_sigma: float = JUNK_SIGMA,
 ) -> NoiseFit[ScaleNoise]:
     """Fit the scale of honest residuals of a distance, [N] finite values, by maximum likelihood under Student's t.
 
@@ -84,31 +83,27 @@ def fit_scale_noise(
     Args:
         residuals: Honest residuals.
         dof: Degrees of freedom; chosen among `DOFS` by the data when None.
-        confidence: One-sided confidence of the upper law.
-        junk_sigma: Standard deviation of the residual of an invented value.
 
     Raises:
         UsageError: There are too few residuals, one of them is not finite, or a parameter is out of range.
     """
-    size_N = np.abs(_honest(residuals, confidence))
-    candidates = [ScaleNoise(1.0, nu, junk_sigma) for nu in (DOFS if dof is None else (dof,))]
+    size_N = np.abs(_read_honest(residuals))
+    candidates = [ScaleNoise(1.0, nu) for nu in (DOFS if dof is None else (dof,))]
     fitted = [law.scaled(max(_student_scale(size_N, law.dof), RESOLUTION)) for law in candidates]
     estimate = _heaviest_likely(fitted, size_N)
     nu = estimate.dof
     widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, nu)), _FURTHEST_SCALE)
-    reached = ScaleNoise(max(estimate.sigma, widest), nu, junk_sigma)
+    reached = ScaleNoise(max(estimate.sigma, widest), nu)
     error = math.sqrt((nu + 3) / (2 * nu * size_N.size))
-    law = reached.scaled(math.exp(float(special.ndtri(confidence)) * error))
-    return NoiseFit(law, reached, estimate, error, size_N.size, confidence)
+    law = reached.scaled(math.exp(float(special.ndtri(CONFIDENCE)) * error))
+    return NoiseFit(law, reached, estimate, error, size_N.size)
 
 
 def fit_log_noise(
     distances: npt.ArrayLike,
     *,
     dimension: int = 12,
-    tail: float | None = None,
     floor: float = 1e-4,
-    confidence: float = 0.99,
 ) -> NoiseFit[LogNoise]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
 
@@ -118,34 +113,29 @@ def fit_log_noise(
     Args:
         distances: Honest L2 distances.
         dimension: Length of the vectors.
-        tail: Start of the exponential tail, in units of sd; chosen among `TAILS` by the data when None.
         floor: Distance below which values are not told apart.
-        confidence: One-sided confidence of the upper law.
 
     Raises:
         UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
     """
-    values_N = _honest(distances, confidence)
+    values_N = _read_honest(distances)
     size_N = LogNoise(0.0, 1.0, dimension, 2.0, floor).magnitudes(values_N)
     mu = float(np.median(np.log(size_N)))
     upper_N = np.log(size_N) - mu
     upper_N = upper_N[upper_N > 0]
-    fitted = [
-        LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor)
-        for start in (TAILS if tail is None else (tail,))
-    ]
+    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in TAILS]
     estimate = _heaviest_likely(fitted, np.exp(mu + upper_N))
     widest = _largest_quantile_ratio(np.log(size_N) - mu, lambda q: estimate.standard_quantile(1 - q), _FURTHEST_LOG)
     reached = LogNoise(mu, max(estimate.sd, widest), dimension, estimate.tail, floor)
     # The median has standard error 1/(2·f(0)·√n), the scale √(1/2n).
-    z, root = float(special.ndtri(confidence)), math.sqrt(size_N.size)
+    z, root = float(special.ndtri(CONFIDENCE)), math.sqrt(size_N.size)
     error = reached.sd * reached.standard_mass / (2 * root)
     upper_sd = reached.sd * math.exp(z / (math.sqrt(2) * root))
     law = LogNoise(mu + z * error, upper_sd, dimension, estimate.tail, floor)
-    return NoiseFit(law, reached, estimate, error, size_N.size, confidence)
+    return NoiseFit(law, reached, estimate, error, size_N.size)
 
 
-def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
+def _read_honest(values: npt.ArrayLike) -> FloatArray:
     values_N = np.asarray(values, dtype=np.float64).ravel()
     if values_N.size < FEWEST_RESIDUALS or not np.isfinite(values_N).all():
         raise UsageError(
@@ -153,8 +143,6 @@ def _honest(values: npt.ArrayLike, confidence: float) -> FloatArray:
             wanted=f"at least {FEWEST_RESIDUALS} finite residuals of honest nonces",
             do="measure more nonces, and find out why any are not finite",
         )
-    if not 0.5 <= confidence < 1.0:
-        raise UsageError(f"confidence {confidence}", wanted="a number in [0.5, 1)", do="use 0.99")
     return values_N
 
 

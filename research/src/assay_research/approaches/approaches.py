@@ -48,7 +48,7 @@ from assay_research.matrix.table import PUBLISHED_LIMIT
 from assay_research.runs.report import Table
 from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run
 from assay_research.runs.spread import spread_of
-from assay_research.runs.states import published, state_pipeline, states
+from assay_research.runs.states import effective_dimension, published, state_pipeline, states
 
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
@@ -126,7 +126,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
     count = min(STATE_NONCES, plan.nonces)
     reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
-    effective = {name: stats.effective_dimension(states_ND) for name, states_ND in reduced.items()}
+    effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
     slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}

@@ -20,7 +20,6 @@ import httpx
 import torch
 from pydantic import Field
 
-from assay import stats
 from assay.errors import ResourceError, UsageError
 from assay.files.jsonl import JsonObject
 from assay.files.storage import write_atomic, write_jsonl
@@ -31,7 +30,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.settings import Dtype, Names
 from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, open_run
-from assay_research.runs.states import published, state_pipeline
+from assay_research.runs.states import effective_dimension, published, state_pipeline
 
 MODES = {"sign-flips": "poc-2.0", "layer-hooks": "layer-normalize"}
 """Mode, as the published tables call it → preset."""
@@ -270,7 +269,7 @@ def measure_effective_dimension(plan: Plan, model: str, mode: str) -> float | No
     engine = HFEngine(loaded, batch_size=min(plan.batch_size, _STATES), seq_len=plan.seq_len)
     round = Round(block_hash=plan.blocks[0], public_key="states", seq_len=plan.seq_len, preset=pipeline.name)
     (states_ND,) = published(engine, round, [state_pipeline(pipeline)], range(_STATES)).values()
-    return stats.effective_dimension(states_ND)
+    return effective_dimension(states_ND)
 
 
 def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:

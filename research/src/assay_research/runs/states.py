@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from assay.errors import UsageError
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import Pipeline
@@ -50,3 +51,26 @@ def published(
             for name, transform in transforms.items():
                 found[name].append(transform(x_BD, padded).float().cpu().numpy())
     return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}
+
+
+def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
+    """Return 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
+
+    Raises:
+        UsageError: There are fewer than 2 states, or one has no direction.
+    """
+    if len(states_ND) < 2:
+        raise UsageError(f"{len(states_ND)} states", wanted="at least 2", do="measure more nonces")
+    unit_ND = states_ND.astype(np.float64)
+    length_N1 = np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    without = np.count_nonzero(~(np.isfinite(length_N1) & (length_N1 > 0)))
+    if without:
+        raise UsageError(
+            f"{without} of {len(states_ND)} states that are zero or not finite",
+            wanted="states with a direction",
+            do="find out which nonces they are of",
+        )
+    unit_ND /= length_N1
+    squares_NN = (unit_ND @ unit_ND.T) ** 2
+    n = len(unit_ND)
+    return float(n * (n - 1) / (squares_NN.sum() - np.trace(squares_NN)))
