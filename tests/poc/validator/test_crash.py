@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.worker import Recomputer, recompute
 from assay.poc.verdict import Ledger
@@ -18,7 +19,7 @@ class Killed(BaseException):
 @pytest.fixture
 def stopped(validating, small_model, monkeypatch):
     """A validator with one message, whose worker a test runs by hand."""
-    monkeypatch.setattr(Recomputer, "start", lambda self: None)
+    monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
     with validating(sample=16) as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
         until(lambda: running.controller.ready)
@@ -119,6 +120,19 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     _steps(stopped)
     assert _counted(stopped) == []
     assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
+
+
+def test_a_message_is_read_once_and_again_where_the_pins_have_changed(stopped, small_model, monkeypatch):
+    read = []
+    monkeypatch.setattr("assay.poc.validator.worker.read_claim", lambda *args: read.append(args) or read_claim(*args))
+    controller = stopped.controller
+    controller.worker.step(controller.loaded.result())
+    assert not read
+    with controller.inbox.database.write() as connection:  # as a message that an older version kept
+        connection.exec_driver_sql("UPDATE inbox SET claim = NULL, pins = NULL")
+    _steps(stopped)
+    assert read
+    assert _counted(stopped) == body_of(proof_of(small_model, "node_A", range(60)))["nonces"]
 
 
 def test_standings_can_be_read_while_others_take_their_place(stopped, small_model):
