@@ -33,7 +33,6 @@ IMPORTED = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
     "assay.poc.vllm.plugin",
-    "assay.streams.numba_backend",
 )
 CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
 """What says where modules are found and which platform vLLM has, once they are imported."""

@@ -14,6 +14,7 @@ from assay.poc.vllm import compatibility
 from tests.vllm.conftest import ON_GPU
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(ON_GPU, reason="formats of the CPU build"),
     pytest.mark.usefixtures("forked_engines"),
 ]

@@ -10,7 +10,7 @@ from _vllm_forked import ForkedServer
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.test_server import make
 
-pytestmark = pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")]
 
 
 @pytest.fixture(scope="module")

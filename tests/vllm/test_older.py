@@ -15,6 +15,7 @@ from tests.vllm.conftest import ROOT, SEQ_LEN
 PYTHON = Path(os.environ.get("ASSAY_VLLM_OLD_PYTHON", ROOT / ".venv-vllm-old/bin/python"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="the older vLLM is not installed: run make test-vllm")
 def test_the_older_version_serves_proves_and_is_what_it_says(honest, tmp_path: Path):
     with Server(tmp_path, python=str(PYTHON), environment=SEEDED) as server:

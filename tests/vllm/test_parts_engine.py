@@ -15,7 +15,7 @@ from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import prefill as _vllm_prefill
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explained_start
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explain_start
 from assay.poc.vllm.plugin import plugin
 from assay.poc.vllm.prefill import VLLMPrefill
 from assay.poc.vllm.rows import Spec
@@ -294,5 +294,5 @@ def test_a_replay_on_a_gpu_starts_its_processes_anew_unless_the_user_chose_anoth
     ],
 )
 def test_what_stops_a_start_is_said_in_words(raised: Exception, error: type[Exception], words: str):
-    with pytest.raises(error, match=words), explained_start():
+    with pytest.raises(error, match=words), explain_start():
         raise raised

@@ -17,7 +17,6 @@ from assay.poc.protocol.builds import CACHES
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
-from assay.poc.vllm.plugin import plugin
 from assay.poc.vllm.rows import products
 from tests.models.storing import described
 from tests.vllm.conftest import ROOT
@@ -365,25 +364,6 @@ def test_receipts_and_several_engines_are_refused_together():
         _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
     settings.responses = "off"
     _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("api_server_count", 2, "--api-server-count 1"),
-        ("revision", "abc", "--revision"),
-    ],
-)
-def test_servers_that_cannot_own_a_round_are_refused_before_anything_is_opened(
-    name: str, value, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.31.0")
-    app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(**{name: value})))
-    with pytest.raises(UsageError) as refusal:
-        plugin().attach_router(app)
-    assert words in str(refusal.value)
-    assert not (tmp_path / "data").exists()
 
 
 def test_an_error_of_the_plugins_settings_names_the_variable(monkeypatch: pytest.MonkeyPatch):

@@ -20,8 +20,8 @@ from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses, processor_for
 from assay.poc.vllm.plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
-from assay.poc.vllm.recorder import ACCEPTED, Accepted, Beacon, Recorder
-from assay.poc.vllm.response_worker import ARGUMENT, Capture, Carried, _next_sketched, carried_by
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
+from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, _next_sketched, read_seed_argument
 from assay.poc.vllm.rows import spans
 
 DIGEST = "0" * 64
@@ -104,7 +104,7 @@ def recorded(llm: LLM, sink: Sink, seeded: bool = True) -> Recorder:
     return Recorder(llm, sink, public_key="node", digest=DIGEST, seeded=seeded)
 
 
-async def ask(llm: LLM, accepted: Accepted | None, prompts=((5, 6),), stop_after: int = 9, **given) -> int:
+async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 9, **given) -> int:
     """Ask as a route does for the prompts of one request; return how many outputs came."""
     ACCEPTED.set(accepted)
     calls = [llm.generate(prompt, params(**given), f"cmpl-{i}") for i, prompt in enumerate(prompts)]
@@ -121,7 +121,7 @@ async def ask(llm: LLM, accepted: Accepted | None, prompts=((5, 6),), stop_after
 def test_every_choice_has_its_seed_and_its_receipt():
     llm, sink = LLM(), Sink()
     recorder = recorded(llm, sink)
-    asyncio.run(ask(llm, Accepted("r", "block", None, "client"), ((5, 6), (7,)), n=2, seed=11))
+    asyncio.run(ask(llm, AcceptedRequest("r", "block", None, "client"), ((5, 6), (7,)), n=2, seed=11))
     assert [(one.index, one.output, one.finish, one.user_seed) for one in sink.receipts] == [
         (0, (0, 0, 0), "stop", "11"),
         (1, (1, 1, 1), "stop", "11"),
@@ -133,9 +133,9 @@ def test_every_choice_has_its_seed_and_its_receipt():
     assert {one.chosen_by for one in sink.receipts} == {"client"}
     assert len(llm.calls) == 2  # the choices that end together are collected together
     seed = ResponseSeed(user_seed="11", request_id="r", public_key="node", digest=DIGEST, block_hash="block", index=3)
-    carried = carried_by(llm.sent[3].sampling_params)
+    carried = read_seed_argument(llm.sent[3].sampling_params)
     sketch, tokens = (tuple(seed.words(stream).tolist()) for stream in ("sketch", "tokens"))
-    assert carried == Carried(1, sketch, tokens, sink.receipts[3].sampling)
+    assert carried == SeedArgument(1, sketch, tokens, sink.receipts[3].sampling)
     assert (llm.sent[3].sampling_params.temperature, llm.sent[3].sampling_params.seed) == (0.0, None)
     assert recorder.counts == {"stored": 4, "unrecorded": 0, "failed": 0}
 
@@ -144,7 +144,7 @@ def test_the_receipt_is_stored_before_the_last_output_and_without_it_there_is_no
     llm, sink = LLM(), Sink()
     recorded(llm, sink)
     sink.error = StorageError("disk full", wanted="room", do="make room")
-    accepted, seen = Accepted("r", "block"), []
+    accepted, seen = AcceptedRequest("r", "block"), []
 
     async def scenario():
         ACCEPTED.set(accepted)
@@ -162,14 +162,14 @@ def test_a_response_whose_sketches_are_missing_does_not_end():
     recorded(llm, sink)
     llm.sketches = False
     with pytest.raises(ModelError, match="0 sketches of 3 tokens"):
-        asyncio.run(ask(llm, Accepted("r", "block")))
+        asyncio.run(ask(llm, AcceptedRequest("r", "block")))
     assert sink.receipts == []
 
 
 def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
     async def scenario(llm):
-        await ask(llm, Accepted("r", "block"), stop_after=1)
-        await ask(llm, Accepted("s", "block"))
+        await ask(llm, AcceptedRequest("r", "block"), stop_after=1)
+        await ask(llm, AcceptedRequest("s", "block"))
 
     llm, sink = LLM(), Sink()
     recorded(llm, sink)
@@ -181,14 +181,14 @@ def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
 def test_sketches_are_taken_while_a_response_goes_on_and_one_that_ends_waits_for_those_of_its_last_steps():
     llm, sink = LLM(turns=70, pause=0.006), Sink()
     recorded(llm, sink)
-    asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
+    asyncio.run(ask(llm, AcceptedRequest("r", "block"), stop_after=99))
     asked = [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()]
     assert asked == [[0, 1], [1, 2], [2, 3]]
     assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1, 2]
 
     late, sink = LLM(turns=33), Sink()
     recorded(late, sink)
-    asyncio.run(ask(late, Accepted("r", "block"), stop_after=99))
+    asyncio.run(ask(late, AcceptedRequest("r", "block"), stop_after=99))
     assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1]
 
 
@@ -201,7 +201,7 @@ def test_a_response_that_ends_during_a_call_waits_for_the_next_one():
 
     llm, sink = Slow(turns=33, pause=0.004), Sink()
     recorded(llm, sink)
-    asyncio.run(ask(llm, Accepted("r", "block"), stop_after=99))
+    asyncio.run(ask(llm, AcceptedRequest("r", "block"), stop_after=99))
     assert [wanted for _, wanted, _ in llm.calls] == [{"0_cmpl-0-ab": [0, 1]}, {"0_cmpl-0-ab": [1, 2]}]
     assert len(sink.receipts[0].sketches) == 2
 
@@ -214,7 +214,7 @@ def test_workers_that_do_not_answer_fail_the_response_by_name():
     llm, sink = Ended(), Sink()
     recorded(llm, sink)
     with pytest.raises(ModelError, match="engine died"):
-        asyncio.run(ask(llm, Accepted("r", "block")))
+        asyncio.run(ask(llm, AcceptedRequest("r", "block")))
     assert sink.receipts == []
 
 
@@ -229,7 +229,7 @@ def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
     recorded(llm, sink)
 
     async def scenario():
-        ACCEPTED.set(Accepted("r", "block"))
+        ACCEPTED.set(AcceptedRequest("r", "block"))
         return [one async for one in llm.generate((5,), params(), "cmpl-0", lora_request=lora_request(tmp_path))]
 
     asyncio.run(scenario())
@@ -245,7 +245,7 @@ def test_requests_that_a_receipt_cannot_name_pass_unseeded(options):
     recorder = recorded(llm, sink)
 
     async def scenario():
-        ACCEPTED.set(Accepted("r", "block"))
+        ACCEPTED.set(AcceptedRequest("r", "block"))
         return [output async for output in llm.generate((5,), params(seed=3), "cmpl-0", **options)]
 
     assert len(asyncio.run(scenario())) == 3
@@ -265,7 +265,7 @@ def test_a_client_cannot_send_what_only_the_plugin_may():
 def test_without_a_processor_the_engine_samples_and_the_receipt_says_so():
     llm, sink = LLM(), Sink()
     recorded(llm, sink, seeded=False)
-    asyncio.run(ask(llm, Accepted("r", "block"), seed=4))
+    asyncio.run(ask(llm, AcceptedRequest("r", "block"), seed=4))
     assert sink.receipts[0].sampling is None
     assert (llm.sent[0].sampling_params.temperature, llm.sent[0].sampling_params.seed) == (0.7, 4)
 
@@ -274,7 +274,7 @@ def test_masks_are_named():
     llm, sink = LLM(), Sink()
     recorded(llm, sink)
     for given in ({}, {"bad_words": ["x"]}, {"min_tokens": 2}, {"structured_outputs": object()}):
-        asyncio.run(ask(llm, Accepted("r", "block"), **given))
+        asyncio.run(ask(llm, AcceptedRequest("r", "block"), **given))
     assert [one.mask for one in sink.receipts] == [False, True, True, True]
 
 
@@ -283,10 +283,10 @@ WIDTH = 16
 
 def test_what_is_carried_comes_back_and_what_others_put_there_does_not():
     sampling = Sampling(temperature=0.5, logit_bias={3: 1.0, 70: -2.0})
-    for carried in (Carried(5, (1,) * 8, (2,) * 8, sampling), Carried(5, (1,) * 8)):
-        assert carried_by(SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})) == carried
+    for carried in (SeedArgument(5, (1,) * 8, (2,) * 8, sampling), SeedArgument(5, (1,) * 8)):
+        assert read_seed_argument(SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})) == carried
     for other in (None, {}, {"kv": 1}, {ARGUMENT: [1, 2]}, {ARGUMENT: "x"}):
-        assert carried_by(SimpleNamespace(extra_args=other)) is None
+        assert read_seed_argument(SimpleNamespace(extra_args=other)) is None
 
 
 class Runner:
@@ -331,7 +331,7 @@ def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
 
 
 def new_request(name: str, prompt: int, words):
-    argument = Carried(prompt, tuple(map(int, words))).as_argument()
+    argument = SeedArgument(prompt, tuple(map(int, words))).as_argument()
     return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args={ARGUMENT: argument}))
 
 

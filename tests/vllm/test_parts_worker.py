@@ -20,7 +20,7 @@ from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.decoding import CLAIMED
-from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, packed, request_id, split_id, unpacked
+from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, pack_values, request_id, split_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import Hooks, WorkerExtension
 
@@ -148,17 +148,17 @@ def test_names_of_the_extension_cannot_clash_with_those_of_a_worker():
 @pytest.mark.parametrize("shape", [(3,), (3, 12)])
 def test_values_cross_the_process_as_bytes(shape):
     values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
-    reply = packed([5, 6, 9], values)
+    reply = pack_values([5, 6, 9], values)
     assert reply == {
         "nonces": [5, 6, 9],
         "values": values.tobytes(),
         "dtype": str(values.dtype),
         "width": 12 * (values.ndim - 1),
     }
-    found = unpacked({"failed": {}} | reply)
+    found = unpack_values({"failed": {}} | reply)
     assert sorted(found) == [5, 6, 9]
     np.testing.assert_array_equal(found[6], values[1])
-    assert unpacked({"failed": {}}) == {}
+    assert unpack_values({"failed": {}}) == {}
 
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):

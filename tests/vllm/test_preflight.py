@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from _vllm import KEY, OPTIONS, REFERENCE
 
-from assay.models.load import identify
 from assay.poc.vllm import before_start
-from tests.models.storing import make_mixture, store
 from tests.vllm.conftest import ON_GPU
 
 NEEDED = ["--enable-prompt-embeds", "--worker-extension-cls", OPTIONS["--worker-extension-cls"], "--dtype", "float32"]
@@ -82,34 +80,6 @@ def test_workers_of_a_server_on_another_host_have_no_port_and_need_no_key(start,
     assert "without a key of assay" in start(*SERVE, *NEEDED, *several, "--node-rank", "0")
 
 
-@ON_CPU_ONLY
-def test_experts_that_are_dealt_out_are_refused_on_the_cpu(start, tmp_path: Path):
-    path = make_mixture("qwen3-moe", tmp_path / "mixture")
-    words = ("/bin/vllm", "serve", str(path), *NEEDED)
-    assert start(*words) is None
-    assert "--enable-expert-parallel on the CPU" in start(*words, "--enable-expert-parallel")
-
-
-@pytest.mark.skipif(ON_GPU, reason="formats of the CPU build")
-@pytest.mark.usefixtures("with_avx512")
-@pytest.mark.parametrize(
-    ("form", "words", "refusal"),
-    [
-        ("int8", "--dtype float32", None),
-        ("packed", "--dtype bfloat16", None),
-        ("awq", "--dtype bfloat16", None),
-        ("gptq", "--dtype bfloat16", None),
-        ("packed", "--dtype float32", "pass --dtype bfloat16"),
-        ("tensor", "--dtype bfloat16", "a checkpoint in float8 on cpu"),
-        ("block", "--dtype bfloat16", "a checkpoint in float8-block on cpu"),
-    ],
-)
-def test_a_quantised_checkpoint_is_taken_or_refused_by_its_format(start, form, words, refusal, tmp_path: Path):
-    path = store(REFERENCE, tmp_path / form, form)
-    said = start("/bin/vllm", "serve", str(path), *NEEDED[:3], *words.split())
-    assert (refusal in said and "\n  wanted: " in said) if refusal else said is None
-
-
 def test_what_is_missing_is_named_with_the_flag_to_add(start):
     assert "add --enable-prompt-embeds" in start(*SERVE, *NEEDED[1:])
     assert f"add {' '.join(NEEDED[1:3])}" in start(*SERVE, NEEDED[0])
@@ -171,36 +141,6 @@ def test_triton_multiplies_float32_as_float32(start, words: str, before, after, 
 def test_arguments_that_vllm_refuses_are_left_to_it(start):
     assert start(*SERVE, *NEEDED, "--data-parallel-size", "many") == "2"
     assert start(*SERVE, *NEEDED, "--max-model-len", "1000000000") is None
-
-
-def test_pins_are_compared_before_the_engine_is_loaded(start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    free = "".join(f'{name} = "*"\n' for name in ("device", "attention", "batch_size", "threads", "torch", "kernels"))
-    text = f"""schema = 1
-[round]
-preset = "poc-2.0"
-seq_len = 64
-strength = 256
-r_target = 1.416
-node_count = 1
-fewest_nonces = 32
-[[models]]
-reference = "m"
-digest = "{identify(REFERENCE, dtype="float32").digest}"
-[[models.builds]]
-engine = "vllm"
-dtype = "float32"
-library = "vllm 0.*"
-{free}"""
-    path = tmp_path / "pins.toml"
-    monkeypatch.setenv("ASSAY_PINS", str(path))
-    for old, new, seen in (
-        ("", "", None),
-        ("float32", "bfloat16", "dtype float32"),
-        ("seq_len", "seqlen", "round.seqlen"),
-    ):
-        path.write_text(text.replace(old, new))
-        said = start(*SERVE, *NEEDED, "--max-model-len", "256")
-        assert seen in said if seen else said is None
 
 
 def test_the_worker_extension_without_the_plugin_is_refused(start, monkeypatch: pytest.MonkeyPatch):

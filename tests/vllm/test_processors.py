@@ -8,7 +8,7 @@ import torch
 
 from assay.poc.responses import Sampling
 from assay.poc.responses.sampling import counts_before, mark_tokens, scores, step_seeds
-from assay.poc.vllm.response_worker import ARGUMENT, Carried
+from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
 VOCABULARY = 97
 SAMPLINGS = (
@@ -28,7 +28,7 @@ def words(number: int) -> tuple[int, ...]:
 def params(number: int | None):
     if number is None:
         return SimpleNamespace(extra_args=None)
-    carried = Carried(len(PROMPTS[number]), words(0), words(number), SAMPLINGS[number])
+    carried = SeedArgument(len(PROMPTS[number]), words(0), words(number), SAMPLINGS[number])
     return SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})
 
 

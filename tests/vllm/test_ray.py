@@ -5,8 +5,8 @@ from _vllm_answers import SEEDED, agreement, begin, mixed
 from _vllm_forked import ForkedServer
 
 from assay.poc.cheats import rounded
-from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL
-from tests.vllm.ray_nodes import OPTIONS, Nodes, installed, with_ray
+from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
+from tests.vllm.ray_nodes import OPTIONS, Nodes, installed
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
 from tests.vllm.test_nodes import check_chat, check_round
@@ -73,22 +73,3 @@ def test_sigkill_and_sigterm_lose_nothing_and_leave_no_worker(server, nodes):
         until(lambda: not any(nodes.workers()), 60)
     finally:
         receiver.close()
-
-
-def test_ray_is_refused_where_vllm_cannot_place_a_worker(nodes, tmp_path):
-    """The build for CPUs as it is, and the executor that runs steps beside calls."""
-    stock = with_ray() | {"VLLM_PLUGINS": "assay"}
-    older = nodes.environment | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"}
-    refused = {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0": older} | ({} if ON_GPU else {"Ray on cpu": stock})
-    servers = [ForkedServer(tmp_path / seen, options=OPTIONS, environment=at) for seen, at in refused.items()]
-    try:
-        for running in servers:
-            running.launch()
-        for running, seen in zip(servers, refused, strict=True):
-            assert running.process.wait(900) == 1, running.tail()
-            assert f"assay refuses to start: vLLM with {seen}" in running.tail()
-            assert "EngineCore" not in running.tail()
-            assert not (running.data_dir / "service.sqlite3").exists()
-    finally:
-        for running in servers:
-            running.stop()

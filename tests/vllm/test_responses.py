@@ -13,10 +13,8 @@ from _vllm_answers import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed,
 from _vllm_forked import ForkedServer
 from vllm_receipts_soak import kill_loop
 
-from assay.poc.responses import Prompt, Receipt, Receipts, Request, ResponseSeed, Sampling, replay, respond
+from assay.poc.responses import Request, Sampling, respond
 from assay.poc.responses.prefill import CachedForward
-from assay.poc.responses.respond import stop_tokens
-from assay.poc.responses.sampler import Sampler
 from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "
@@ -107,87 +105,6 @@ def test_log_probabilities_are_those_of_the_model(server, honest):
     own = [float(row[token]) for row, token in zip(wanted, receipt.output, strict=True)]
     assert given["token_logprobs"] == pytest.approx(own, abs=1e-4)
     assert [max(top.values()) for top in given["top_logprobs"]] == pytest.approx(wanted.amax(-1).tolist(), abs=1e-4)
-
-
-def tokens_under(grammar, model, prompt: Prompt, receipt: Receipt) -> tuple[int, ...]:
-    """Return the tokens of the definition on transformers, where a grammar forbids some: minus infinity before all."""
-    import xgrammar
-
-    matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=sorted(stop_tokens(model)))
-    bitmask = xgrammar.allocate_token_bitmask(1, model.vocab_size)
-    forward, sampler = CachedForward(model), Sampler([receipt.sampling], model.vocab_size, "cpu")
-    seed = ResponseSeed(
-        user_seed=receipt.user_seed,
-        request_id=receipt.request_id,
-        public_key=NODE,
-        digest=model.digest,
-        block_hash=receipt.block_hash,
-        index=receipt.index,
-    )
-    found, new = [], list(prompt.ids)
-    for step in range(len(receipt.output)):
-        logits = forward.read(new)[0].clone()
-        matcher.fill_next_token_bitmask(bitmask)
-        xgrammar.apply_token_bitmask_inplace(logits, bitmask)
-        new = sampler.scores(logits, seed.step_seeds([step])).argmax(dim=1).tolist()
-        matcher.accept_token(new[0])
-        found += new
-    return tuple(found)
-
-
-def tag_of(tool: dict) -> str:
-    """Return the grammar that vLLM makes of a tool that must be called."""
-    from vllm.entrypoints.openai.chat_completion.protocol import (
-        ChatCompletionNamedFunction,
-        ChatCompletionNamedToolChoiceParam,
-        ChatCompletionToolsParam,
-    )
-    from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
-
-    named = ChatCompletionNamedToolChoiceParam(function=ChatCompletionNamedFunction(name=tool["function"]["name"]))
-    tag = get_model_structural_tag("hermes", [ChatCompletionToolsParam(**tool)], named, reasoning=False)
-    return tag.model_dump_json()
-
-
-def test_under_a_grammar_tokens_are_those_of_the_definition_and_replay_judges_sketches(server, honest):
-    import xgrammar
-
-    chosen = ask(server, "grammar", structured_outputs={"choice": ["import numpy", "import torch"]})
-    assert chosen["choices"][0]["text"] in ("import numpy", "import torch")
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    tool = {"type": "function", "function": {"name": "choose", "parameters": schema, "strict": True}}
-    called = ask(
-        server,
-        "tool",
-        path="/v1/chat/completions",
-        messages=[{"role": "user", "content": "x = "}],
-        tools=[tool],
-        tool_choice={"type": "function", "function": {"name": "choose"}},
-        max_tokens=200,
-    )
-    call = called["choices"][0]["message"]["tool_calls"][0]["function"]
-    assert call["name"] == "choose"
-    assert json.loads(call["arguments"])["a"] in (1, 2)
-    compiler = xgrammar.GrammarCompiler(
-        xgrammar.TokenizerInfo.from_huggingface(honest.tokenizer, vocab_size=honest.vocab_size)
-    )
-    grammars = (
-        compiler.compile_grammar('root ::= "import numpy" | "import torch"'),
-        compiler.compile_structural_tag(tag_of(tool)),
-    )
-    receipts = [one["receipts"][0] for one in (chosen, called)]
-    prompts = [Prompt.of(honest.tokenizer.encode(text)) for text in (SENTENCE, "x = ")]
-    assert [one.prompt for one in receipts] == prompts
-    for grammar, prompt, receipt in zip(grammars, prompts, receipts, strict=True):
-        assert receipt.output == tokens_under(grammar, honest, prompt, receipt)
-    # The receipt says that tokens were forbidden, and not which: replay leaves its tokens out and compares sketches.
-    assert [one.mask for one in receipts] == [True, True]
-    header = respond(honest, [Request(prompt=(1,), request_id="x", max_tokens=1)], block_hash=BLOCK, public_key=NODE)
-    known = {prompt.sha256: prompt for prompt in prompts}
-    replayed = replay(Receipts.build(header.header, receipts, 1.0), honest, prompts=known)
-    assert [len(one.margins) for one in replayed] == [0, 0]
-    assert [len(one.residuals) for one in replayed] == [len(one.sketches) for one in receipts] != [0, 0]
-    assert max(one.residuals.max() for one in replayed) < 1e-3
 
 
 def test_requests_that_are_not_seeded_are_left_alone_beside_those_that_are(server, honest):

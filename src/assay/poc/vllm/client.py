@@ -25,7 +25,7 @@ from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, sketch_steps
 from assay.poc.vllm.compatibility import refuse_missing
 from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
-from assay.poc.vllm.rows import Spec, new_key, request_id, unpacked
+from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle
 
 log = logging.getLogger("assay.vllm")
@@ -131,7 +131,7 @@ class Client:
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
             if "error" in reply:
                 raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
-            values |= unpacked(reply)
+            values |= unpack_values(reply)
         return values
 
     async def end(self) -> None:
@@ -445,7 +445,7 @@ class DirectStream(RequestStream):
     async def _run_call(self, nonces: list[int], *, admitted: int) -> dict[int, Values]:
         """Return the values of nonces that run inside the workers, none of them if they could not."""
         replies = await self._client.direct.run(self._key, self._sizer, nonces, admitted=admitted)
-        return {nonce: values for reply in replies for nonce, values in unpacked(reply).items()}
+        return {nonce: values for reply in replies for nonce, values in unpack_values(reply).items()}
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
         """Take the values of calls, and collect those of requests. What a call did not run is requested."""

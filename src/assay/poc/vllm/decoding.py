@@ -34,7 +34,7 @@ MOST_LOGITS = 2**24
 """Numbers of logits that are made at once for margins, and of projections for sketches: vLLM leaves little memory."""
 
 
-class Found(NamedTuple):
+class StepRow(NamedTuple):
     """A nonce in a step: its stream, its row of logits, and its tokens."""
 
     stream: RowStream
@@ -43,7 +43,7 @@ class Found(NamedTuple):
     chunk: Chunk
 
 
-def obstacle(runner: Any, config: Any) -> str | None:
+def decoding_blocker(runner: Any, config: Any) -> str | None:
     """Return what stands in the way of decoding on an engine, in words; None if nothing does.
 
     With drafts a request has several rows of logits, and a sampler that is spread over the workers has no whole rows.
@@ -67,7 +67,7 @@ class Decoding:
     """
 
     def __init__(self, runner: Any, config: Any) -> None:
-        if reason := obstacle(runner, config):
+        if reason := decoding_blocker(runner, config):
             raise UsageError(reason, wanted="one row of logits for every request", do="prove it with --engine hf")
         self._runner = runner
         self._width, self._vocab = int(config.model_config.get_hidden_size()), int(config.model_config.get_vocab_size())
@@ -94,10 +94,10 @@ class Decoding:
         stream.decodes[nonce] = Decode(drawn_seeds(round, "tokens", [nonce], range(steps))[0], claimed, kept)
         stream.fill(nonce)
 
-    def step(self, states_ND: Tensor, found: Sequence[Found]) -> Iterator[tuple[Found, Exception]]:
+    def step(self, states_ND: Tensor, found: Sequence[StepRow]) -> Iterator[tuple[StepRow, Exception]]:
         """Keep what a step says of nonces, and have the noise of their next tokens added; yield those that failed."""
         self._due = None
-        due: list[tuple[Found, int]] = []
+        due: list[tuple[StepRow, int]] = []
         for one in found:
             decode = one.stream.decodes.get(one.nonce)
             if decode is None:
@@ -128,7 +128,7 @@ class Decoding:
         made = torch.cat([sketch_states(states[span], seeds[span]) for span in spans])
         return torch.cat([made.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
 
-    def _keep(self, states_ND: Tensor, found: Found, decode: Decode) -> None:
+    def _keep(self, states_ND: Tensor, found: StepRow, decode: Decode) -> None:
         """Keep the states behind sketched tokens, and the margins of claimed ones."""
         stream, nonce, _, chunk = found
         steps = len(decode.noise)

@@ -24,7 +24,7 @@ from assay.errors import reason_of
 from assay.poc.engines.base import HostCopy, noise_inputs
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import SINCE, older_version
-from assay.poc.vllm.rows import LONGEST_REASON, MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, packed
+from assay.poc.vllm.rows import LONGEST_REASON, MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, pack_values
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.backends import dtype_name, torch_dtype
 
@@ -253,7 +253,7 @@ class PendingBatch:
         error, found = self.error, {}
         if self.values is not None:
             try:
-                found = packed(self.nonces, self.values.numpy())
+                found = pack_values(self.nonces, self.values.numpy())
                 found["seconds"] = self.timer.seconds() if self.timer else 0.0
             except Exception as raised:
                 error = describe_failure(raised)

@@ -75,7 +75,7 @@ def multiply_exactly(dtype: str | None) -> None:
 
 
 @contextmanager
-def explained_start() -> Iterator[None]:
+def explain_start() -> Iterator[None]:
     """Say what went wrong where vLLM reads its options and starts.
 
     Raises:
@@ -139,7 +139,7 @@ class RequestEngine:
 
     def supports(self, pipeline: Pipeline) -> bool:
         """Return whether a pipeline runs on vLLM."""
-        return runs(pipeline)
+        return supports_pipeline(pipeline)
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
@@ -206,7 +206,7 @@ class RequestEngine:
         raise EngineEnded("the engine of vLLM has ended", wanted="a running engine", do="start it again")
 
 
-def runs(pipeline: Pipeline) -> bool:
+def supports_pipeline(pipeline: Pipeline) -> bool:
     """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
 
     vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
@@ -363,7 +363,7 @@ def _configured(directory: str, dtype: str | None, options: dict[str, Any]) -> A
     own["language_model_only"] = True
     own |= fit_machine(dtype, options)
     chosen = own | options | fixed
-    with explained_start():
+    with explain_start():
         config = AsyncEngineArgs(**chosen).create_engine_config()
         check_config(config)
         return config
@@ -373,7 +373,7 @@ async def _started(config: Any) -> Any:
     """Start an ``AsyncLLM``, in the event loop that it is to use."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    with explained_start():
+    with explain_start():
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 

@@ -43,7 +43,7 @@ from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.compatibility import check_config, check_installed, check_responses, refuse_missing
 from assay.poc.vllm.engine import RequestEngine, capacity, fingerprint_of, most_positions
 from assay.poc.vllm.preflight import PluginSettings, check_arguments, check_key
-from assay.poc.vllm.recorder import ACCEPTED, Accepted, Beacon, ReceiptSink, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, ReceiptSink, Recorder
 from assay.poc.vllm.servers import PassOn, Place, Shared, serve_owner
 from assay.poc.vllm.throttle import Throttle
 
@@ -101,7 +101,7 @@ class Responses:
             seeded=self.settings.responses == "seeded",
         )
 
-    async def accept(self, headers: dict[bytes, bytes]) -> Accepted | None:
+    async def accept(self, headers: dict[bytes, bytes]) -> AcceptedRequest | None:
         """Fix what seeds the answer to a request; None where it is neither seeded nor recorded.
 
         Raises:
@@ -120,7 +120,7 @@ class Responses:
         block = await self.beacon.next(self.settings.responses_wait) if later else self.beacon.newest
         if block is None:
             return None
-        return Accepted(request_id, block, user_seed, "server" if named is None else "client")
+        return AcceptedRequest(request_id, block, user_seed, "server" if named is None else "client")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, the block that is known, and how many receipts there were."""
@@ -179,7 +179,7 @@ class _CutOff(Exception):
 class _Guarded:
     """The ``send`` of an answer that is recorded."""
 
-    def __init__(self, scope: Connection, receive: Receive, send: Send, accepted: Accepted) -> None:
+    def __init__(self, scope: Connection, receive: Receive, send: Send, accepted: AcceptedRequest) -> None:
         self._scope, self._receive, self._accepted, self._plain = scope, receive, accepted, send
         self._started = self._refused = False
 

@@ -23,8 +23,8 @@ from assay.poc.responses.prefill import Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.compatibility import RESPONSE_EXTENSION, check_installed, refuse_missing
-from assay.poc.vllm.engine import explained_start, fit_machine, runs_on_cpu
-from assay.poc.vllm.response_worker import keeping_states
+from assay.poc.vllm.engine import explain_start, fit_machine, runs_on_cpu
+from assay.poc.vllm.response_worker import state_argument
 
 LIKELIEST = 1024
 """Number of the largest logits that are asked for at every position."""
@@ -74,7 +74,7 @@ class VLLMPrefill:
         self._engine = self._started(str(checkpoint_directory(reference)), options)
         with ExitStack() as failed:
             failed.callback(self.close)
-            with explained_start():
+            with explain_start():
                 problems = self._engine.collective_rpc("assay_sketch", args=(True,))
             refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
             failed.pop_all()
@@ -83,7 +83,7 @@ class VLLMPrefill:
         """Return vLLM's ``LLM`` over a checkpoint."""
         from vllm import LLM
 
-        with explained_start():
+        with explain_start():
             return LLM(
                 model=directory,
                 dtype=self._dtype,
@@ -119,7 +119,7 @@ class VLLMPrefill:
             ModelError: vLLM did not run a response.
         """
         if adapter is not None:
-            raise no_adapter()
+            raise refuse_adapter()
         for start in range(0, len(responses), self.batch_size):
             batch = responses[start : start + self.batch_size]
             prompts = [{"prompt_token_ids": [*one.prompt, *one.output]} for one in batch]
@@ -143,7 +143,7 @@ class VLLMPrefill:
             temperature=0,
             prompt_logprobs=self._likeliest,
             detokenize=False,
-            extra_args=keeping_states(len(response.prompt)),
+            extra_args=state_argument(len(response.prompt)),
         )
 
     def _states(self, response: PromptAndOutput, data: bytes) -> torch.Tensor:
@@ -195,6 +195,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def no_adapter() -> UsageError:
+def refuse_adapter() -> UsageError:
     """Return the refusal of an adapter: vLLM 0.32 with adapters ends when it computes logits of a whole prompt."""
     return UsageError("an adapter on vLLM", wanted="a replay on transformers", do="use --engine hf with --lora")

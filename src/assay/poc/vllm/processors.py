@@ -27,7 +27,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 from assay import streams
 from assay.poc.responses.sampler import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses.sampling import Sampling
-from assay.poc.vllm.response_worker import Carried, carried_by
+from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -81,7 +81,7 @@ class History:
 class Row:
     """One seeded request of the batch; vLLM appends to ``output`` as tokens come."""
 
-    carried: Carried
+    carried: SeedArgument
     prompt: list[int]
     output: list[int]
 
@@ -151,7 +151,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
 
 
 def _row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | None:
-    carried = carried_by(params)
+    carried = read_seed_argument(params)
     if carried is None or carried.tokens is None or prompt is None:
         return None
     return Row(carried, prompt, output)
@@ -201,11 +201,10 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         self._prompts_M = np.zeros(slots, np.int64)
         self._batch: BatchV2 | None = None
         self._host_streams = streams.get_backend("auto", "cpu")
-        self._host_streams.row_seeds(self._words_M8[:1], self._prompts_M[:1])  # compiles what the first step needs
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
-        carried = carried_by(sampling_params)
+        carried = read_seed_argument(sampling_params)
         seeded, sampling, prompt = False, UNTOUCHED, 0
         words: tuple[int, ...] = (0,) * 8
         if carried is not None and carried.tokens is not None:

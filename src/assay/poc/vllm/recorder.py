@@ -7,8 +7,8 @@ number: there the request that goes to the engine gets temperature 0 and what it
 server keeps the parameters that the client sent. Bodies of requests are not read and not changed, so that every route
 and every client works as before.
 
-What the client fixed before the engine saw anything is an :class:`Accepted` in the context of its HTTP request. Calls
-without one, those of nonces among them, pass through.
+What the client fixed before the engine saw anything is an :class:`AcceptedRequest` in the context of its HTTP request.
+Calls without one, those of nonces among them, pass through.
 """
 
 import asyncio
@@ -29,7 +29,20 @@ from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.receipts import Prompt, Receipt
 from assay.poc.responses.sampling import ResponseSeed, Sampling
 from assay.poc.vllm.client import call_workers
-from assay.poc.vllm.response_worker import ARGUMENT, Carried
+from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
+
+log = logging.getLogger("assay.responses")
+
+FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": "stop", "length": "length"}
+"""Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
+
+MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
+"""Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
+
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {"logit_bias": None, "seed": None}
+"""What vLLM's own sampler is told of a seeded request: take the largest score."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Sketches are taken from the workers while responses go on.
@@ -45,7 +58,7 @@ BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
 
 
 @dataclass
-class Followed:
+class OpenResponse:
     """A response that goes on: its tokens so far, its sketches, and who waits for the rest of them."""
 
     tokens: int = 0
@@ -82,9 +95,9 @@ class Collector:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-        self._open: dict[str, Followed] = {}
-        self._due: dict[str, Followed] = {}
-        self._called: dict[str, Followed] = {}
+        self._open: dict[str, OpenResponse] = {}
+        self._due: dict[str, OpenResponse] = {}
+        self._called: dict[str, OpenResponse] = {}
         self._forgotten: list[str] = []
         self._running: asyncio.Task[None] | None = None
         self._waits: asyncio.Event  # of the task that runs
@@ -93,7 +106,7 @@ class Collector:
 
     def follow(self, name: str) -> None:
         """Count the tokens of a response that begins, by the id of its request in the engine."""
-        self._open[name] = Followed()
+        self._open[name] = OpenResponse()
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop responses, here and with the next call in the workers."""
@@ -138,7 +151,7 @@ class Collector:
                     self._ask(output.request_id, followed)
         return self._process(outputs, *args, **kwargs)
 
-    def _ask(self, name: str, followed: Followed) -> None:
+    def _ask(self, name: str, followed: OpenResponse) -> None:
         self._due[name] = followed
         followed.asked = followed.due
         if self._running is None or self._running.done():
@@ -177,27 +190,8 @@ class Collector:
             await asyncio.sleep(0)
 
 
-log = logging.getLogger("assay.responses")
-
-FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": "stop", "length": "length"}
-"""Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
-
-MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
-"""Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
-
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-NEUTRAL = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "logit_bias": None,
-    "seed": None,
-}
-"""What vLLM's own sampler is told of a seeded request: take the largest score."""
+# --------------------------------------------------------------------------------------------------
+# Requests become seeded ones, and responses leave receipts.
 
 
 class ReceiptSink(Protocol):
@@ -260,7 +254,7 @@ class Call:
 
 
 @dataclass
-class Accepted:
+class AcceptedRequest:
     """An HTTP request, as far as it was fixed before the engine saw it.
 
     Args:
@@ -289,7 +283,7 @@ class Accepted:
         return call
 
 
-ACCEPTED: ContextVar[Accepted | None] = ContextVar("assay_accepted", default=None)
+ACCEPTED: ContextVar[AcceptedRequest | None] = ContextVar("assay_accepted", default=None)
 """The HTTP request in whose context the engine is called."""
 
 
@@ -325,7 +319,7 @@ class Recorder:
         lora = options.get("lora_request")
         return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
 
-    async def _recorded(self, outputs: Any, accepted: Accepted, call: Call, lora: Any) -> AsyncGenerator[Any]:
+    async def _recorded(self, outputs: Any, accepted: AcceptedRequest, call: Call, lora: Any) -> AsyncGenerator[Any]:
         if lora is not None:
             await self._know(lora)
         try:
@@ -344,7 +338,7 @@ class Recorder:
             with suppress(AssayError):
                 self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
 
-    async def _store(self, accepted: Accepted, choices: list[Choice]) -> None:
+    async def _store(self, accepted: AcceptedRequest, choices: list[Choice]) -> None:
         """Store the receipts of choices that have ended.
 
         Raises:
@@ -377,7 +371,7 @@ class Recorder:
         self._add_request(request, prompt, parent, index, queue)
         request.sampling_params = params
 
-    def _seed(self, accepted: Accepted, call: Call, request: Any, parent: Any, index: int) -> Any:
+    def _seed(self, accepted: AcceptedRequest, call: Call, request: Any, parent: Any, index: int) -> Any:
         """Return the parameters with which the engine runs a choice, and expect its outputs."""
         params, lora = request.sampling_params, request.lora_request
         adapter = None if lora is None else self._adapters.get(_key(lora))
@@ -400,7 +394,7 @@ class Recorder:
         call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
         self._collector.follow(request.request_id)
         words = tuple(seed.words().tolist()) if self._seeded else None
-        return _with(params, Carried(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling))
+        return _with(params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling))
 
 
 def _is_plain(request: Any) -> bool:
@@ -433,7 +427,7 @@ def _sampling(params: Any) -> Sampling:
     return Sampling(**values, logit_bias=dict(params.logit_bias or {}))
 
 
-def _with(params: Any, carried: Carried | None) -> Any:
+def _with(params: Any, carried: SeedArgument | None) -> Any:
     """Return a copy of parameters that carries something else, and has nothing left to sample if it is seeded."""
     other = copy.copy(params)
     other.__dict__.pop("sampling_type", None)  # vLLM caches it

@@ -49,7 +49,7 @@ ARGUMENT = "assay"
 
 
 @dataclass(frozen=True)
-class Carried:
+class SeedArgument:
     """What the workers need to know of one response.
 
     Args:
@@ -73,18 +73,18 @@ class Carried:
         return vars(self) | {"sampling": vars(self.sampling) | {"logit_bias": biases}}
 
 
-def keeping_states(prompt: int) -> dict[str, Any]:
+def state_argument(prompt: int) -> dict[str, Any]:
     """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the prompt on."""
-    return {ARGUMENT: Carried(prompt, (0,) * 8).as_argument()}
+    return {ARGUMENT: SeedArgument(prompt, (0,) * 8).as_argument()}
 
 
-def carried_by(params: Any) -> Carried | None:
+def read_seed_argument(params: Any) -> SeedArgument | None:
     """Return what a ``SamplingParams`` of vLLM carries; None for requests that are not recorded."""
     values = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)
     if not isinstance(values, dict):
         return None
     sampling = values["sampling"]
-    return Carried(
+    return SeedArgument(
         prompt=values["prompt"],
         sketch=tuple(values["sketch"]),
         tokens=None if values["tokens"] is None else tuple(values["tokens"]),
@@ -122,7 +122,7 @@ class ResponseExtension(WorkerExtension):
 
 
 @dataclass
-class Kept:
+class KeptResponse:
     """What is kept of one response: its sketches by token, or the states that are to be sketched."""
 
     prompt: int
@@ -134,13 +134,13 @@ class Kept:
 class State:
     """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows whether it is."""
 
-    kept: Kept
+    kept: KeptResponse
     token: int
     there: Tensor | None = None
 
 
 @dataclass
-class Copied:
+class CopiedStates:
     """The states of one step, and on a GPU the event after which they are there."""
 
     states: list[State]
@@ -159,11 +159,11 @@ class Capture:
     def __init__(self, runner: Any, config: Any, *, raw: bool = False) -> None:
         self.errors = 0
         self._runner, self._raw = runner, raw
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
         self._prompts: dict[str, int] = {}
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
-        self._waiting: deque[Copied] = deque()
+        self._waiting: deque[CopiedStates] = deque()
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
@@ -202,9 +202,9 @@ class Capture:
     def _open(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Note the new requests that are recorded. One that was preempted may come again, and is known."""
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            carried = carried_by(request.sampling_params)
+            carried = read_seed_argument(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
-                self._kept[request.req_id] = Kept(carried.prompt, np.array(carried.sketch, np.uint32))
+                self._kept[request.req_id] = KeptResponse(carried.prompt, np.array(carried.sketch, np.uint32))
                 self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
@@ -246,7 +246,7 @@ class Capture:
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
-            self._waiting.append(Copied(step_states, step_rows, self._event()))
+            self._waiting.append(CopiedStates(step_states, step_rows, self._event()))
         if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
             self._flush()
 
@@ -258,7 +258,7 @@ class Capture:
         event.record()
         return event
 
-    def _choose(self, states_LD: Tensor, start: int, kept: Kept, token: int) -> tuple[State, Tensor]:
+    def _choose(self, states_LD: Tensor, start: int, kept: KeptResponse, token: int) -> tuple[State, Tensor]:
         """Copy the state [1, D] at a position that only the device can find: with drafts the host's count is a bound.
 
         A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.

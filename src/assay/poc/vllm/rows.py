@@ -54,7 +54,7 @@ def split_id(text: str) -> tuple[str, int] | None:
     return key, int(digits)
 
 
-def packed(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
+def pack_values(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
     """Return values of nonces as they leave a worker, in plain types.
 
     That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the numbers of each, or 0
@@ -64,8 +64,8 @@ def packed(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
     return {"nonces": nonces, "values": values.tobytes(), "dtype": str(values.dtype), "width": width}
 
 
-def unpacked(reply: dict[str, Any]) -> dict[int, Any]:
-    """Return the values of a reply by nonce: of :func:`packed`, or of a worker that has none."""
+def unpack_values(reply: dict[str, Any]) -> dict[int, Any]:
+    """Return the values of a reply by nonce: of :func:`pack_values`, or of a worker that has none."""
     if "values" not in reply:
         return {}
     width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])

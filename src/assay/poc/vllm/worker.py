@@ -24,7 +24,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import missing_in_runner
-from assay.poc.vllm.decoding import Decoding, Found, obstacle
+from assay.poc.vllm.decoding import Decoding, StepRow, decoding_blocker
 from assay.poc.vllm.direct import DirectMethods, DirectPasses
 from assay.poc.vllm.rows import (
     LONGEST_REASON,
@@ -39,7 +39,7 @@ from assay.poc.vllm.rows import (
     describe,
     is_first_of_group,
     is_first_stage,
-    packed,
+    pack_values,
 )
 from assay.streams.backends import dtype_name
 
@@ -67,7 +67,7 @@ class WorkerExtension(DirectMethods):
             self.assay_hooks = Hooks(runner, config)
             measured = int(getattr(self, "peak_activation_memory", 0))
             self.assay_passes = DirectPasses(runner, config, self.assay_hooks.transform, activations=measured)
-        return {"problems": problems, "decodes": obstacle(runner, config) is None, **describe(runner, config)}
+        return {"problems": problems, "decodes": decoding_blocker(runner, config) is None, **describe(runner, config)}
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
         """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
@@ -85,7 +85,7 @@ class WorkerExtension(DirectMethods):
         """Take the values that the pipeline publishes for nonces that have run.
 
         Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values of those nonces
-        that were found, as :func:`packed` has them; or ``error``, if the transform fails.
+        that were found, as :func:`pack_values` has them; or ``error``, if the transform fails.
         """
         return self.assay_hooks.collect(key, nonces)
 
@@ -134,7 +134,7 @@ class Hooks:
                 values = self._values(stream, found, states).cpu().numpy()
         except Exception as error:  # reported, so that the engine lives
             return {"failed": failed, "error": reason_of(error)[:LONGEST_REASON]}
-        return {"failed": failed, **packed(found, values)}
+        return {"failed": failed, **pack_values(found, values)}
 
     def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
         if self._decoding is not None and stream.spec.pipeline.steps:
@@ -201,14 +201,14 @@ class Hooks:
         if states_ND is None:
             return
         sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
-        decoding: list[Found] = []
+        decoding: list[StepRow] = []
         for row, chunk in enumerate(of_step):
             found = self.rows.find(chunk.request_id)
             if found is None or found[1] not in found[0].filled:
                 continue
             stream, nonce = found
             if stream.spec.pipeline.steps:
-                decoding.append(Found(stream, nonce, row, chunk))
+                decoding.append(StepRow(stream, nonce, row, chunk))
                 continue
             if not chunk.in_prompt:
                 continue

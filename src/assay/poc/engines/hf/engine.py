@@ -1,11 +1,17 @@
-"""Whether a batch fits, asked before it runs: a CPU that runs out kills the process instead of raising."""
+"""The engine on transformers: the definition, and the default on CPU and CUDA.
+
+Whether a batch fits is asked before it runs: a CPU that runs out of memory kills the process instead of raising.
+
+Legend of shapes: B nonces of a batch, T positions, P positions of the prompt, N tokens, V vocabulary, D hidden size, S
+sketches.
+"""
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +41,8 @@ from assay.streams.backends import as_tensor, dtype_name
 # product, q, k, v and the attention output. Measured peaks stay under this.
 _HIDDEN_COPIES = 8
 _WIDE_COPIES = 3
+
+_TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
 
 # Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is filled by fewer.
 _ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
@@ -121,148 +129,6 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
         do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}",
     )
 
-
-# --------------------------------------------------------------------------------------------------
-# Decoding on transformers: a loop with a key-value cache, and the one forward pass that checks it.
-#
-# Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vocabulary, D hidden size, S sketches.
-
-_TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
-
-
-class Decoder(Protocol):
-    """What decoding needs of an engine."""
-
-    model: Model
-    batch_size: int
-    seq_len: int
-    vocab_size: int
-    device: torch.device
-
-    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
-        """Return what is drawn for nonces."""
-
-
-def decoded(engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-    """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
-    rows = _rows(engine, pipeline)
-    for start in range(0, len(nonces), engine.batch_size):
-        wanted = list(nonces[start : start + engine.batch_size])
-        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
-        with wide_products(engine.model):
-            tokens_BN, states_BSD = _decode(engine, draws)
-        count = len(wanted)
-        sketches_BSK = draws.sketches(states_BSD)[:count]
-        _check_finite(engine.model, sketches_BSK)
-        yield Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), sketches_BSK)
-
-
-def replayed(
-    engine: Decoder, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
-) -> Generator[Replayed]:
-    """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
-    rows = _rows(engine, pipeline)
-    for start in range(0, len(nonces), engine.batch_size):
-        wanted = list(nonces[start : start + engine.batch_size])
-        pad = rows - len(wanted)
-        given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
-        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
-        tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
-        count = len(wanted)
-        with wide_products(engine.model):
-            states_BND = _prefill(engine, draws, tokens_BN)
-            found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
-        sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
-        margins_BN = torch.stack(found).cpu().numpy()
-        _check_finite(engine.model, sketches_BSK, margins_BN)
-        yield Replayed(margins_BN, sketches_BSK)
-
-
-def _rows(engine: Decoder, pipeline: Pipeline) -> int:
-    """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
-
-    Raises:
-        UsageError: Prompt and tokens are longer than the model's positions.
-        OutOfMemory: They do not fit.
-    """
-    model, positions = engine.model, engine.seq_len + pipeline.steps
-    check_shape(model, batch_size=engine.batch_size, seq_len=engine.seq_len, steps=pipeline.steps)
-    rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
-    check_fits(model, rows, positions)
-    return rows
-
-
-@torch.inference_mode()
-def _decode(engine: Decoder, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
-    """Return the decoded tokens, and the states behind the sketched ones."""
-    body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
-    inputs_BT, tokens, states = draws.prompts_BP, [], []
-    seen = 0
-    for step in range(draws.steps):
-        positions_T = torch.arange(seen, seen + inputs_BT.shape[1], device=engine.device)
-        output = body(
-            input_ids=inputs_BT,
-            position_ids=positions_T.expand_as(inputs_BT),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        state_BD = output.last_hidden_state[:, -1]
-        if step in draws.sketched:
-            states.append(state_BD.float())
-        scores_BV = _logits(engine, state_BD)
-        draws.add_noise(scores_BV, step)
-        tokens.append(scores_BV.argmax(dim=-1))
-        seen += inputs_BT.shape[1]
-        inputs_BT = tokens[-1].unsqueeze(1)
-    return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
-
-
-@torch.inference_mode()
-def _prefill(engine: Decoder, draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
-    """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
-    given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
-    positions_T = torch.arange(given_BT.shape[1], device=engine.device)
-    body = backbone(engine.model.module)
-    output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
-    states_BTD: Tensor = output.last_hidden_state
-    return states_BTD[:, draws.prompts_BP.shape[1] - 1 :]
-
-
-@torch.inference_mode()
-def _margins(
-    engine: Decoder, draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
-) -> Float32[Tensor, " N"]:
-    """Return how far the score of every token of a nonce is below the best one.
-
-    The products are of one nonce's states, so no other nonce has a part in their bits.
-    """
-    parts = []
-    for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
-        chosen = slice(start, start + _TOKENS_AT_ONCE)
-        scores_NV = _logits(engine, states_ND[chosen])
-        draws.add_noise_of(row, scores_NV, start)
-        parts.append(margins(scores_NV, tokens_N[chosen]))
-    return torch.cat(parts)
-
-
-def _logits(engine: Decoder, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
-    """Return the product of states with the model's own head matrix; no bias, no capping of logits.
-
-    It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
-    logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has that
-    in it.
-    """
-    weight_VD: Tensor = engine.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
-
-
-def _check_finite(model: Model, *computed: np.ndarray) -> None:
-    if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
-        raise not_finite(f"{model.reference} returned NaN or infinity")
-
-
-# --------------------------------------------------------------------------------------------------
-# The engine on transformers: the definition, and the default on CPU and CUDA.
 
 # --------------------------------------------------------------------------------------------------
 # Transforms between the decoder layers, for the pipelines that change the model's own computation.
@@ -543,3 +409,125 @@ def be_deterministic() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding: a loop with a key-value cache, and the one forward pass that checks it.
+
+
+def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+    """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
+        with wide_products(engine.model):
+            tokens_BN, states_BSD = _decode(engine, draws)
+        count = len(wanted)
+        sketches_BSK = draws.sketches(states_BSD)[:count]
+        _check_finite(engine.model, sketches_BSK)
+        yield Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), sketches_BSK)
+
+
+def replayed(
+    engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+) -> Generator[Replayed]:
+    """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
+    rows = _rows(engine, pipeline)
+    for start in range(0, len(nonces), engine.batch_size):
+        wanted = list(nonces[start : start + engine.batch_size])
+        pad = rows - len(wanted)
+        given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
+        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
+        tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
+        count = len(wanted)
+        with wide_products(engine.model):
+            states_BND = _prefill(engine, draws, tokens_BN)
+            found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
+        sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
+        margins_BN = torch.stack(found).cpu().numpy()
+        _check_finite(engine.model, sketches_BSK, margins_BN)
+        yield Replayed(margins_BN, sketches_BSK)
+
+
+def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
+    """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
+
+    Raises:
+        UsageError: Prompt and tokens are longer than the model's positions.
+        OutOfMemory: They do not fit.
+    """
+    model, positions = engine.model, engine.seq_len + pipeline.steps
+    check_shape(model, batch_size=engine.batch_size, seq_len=engine.seq_len, steps=pipeline.steps)
+    rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
+    check_fits(model, rows, positions)
+    return rows
+
+
+@torch.inference_mode()
+def _decode(engine: "HFEngine", draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
+    """Return the decoded tokens, and the states behind the sketched ones."""
+    body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
+    inputs_BT, tokens, states = draws.prompts_BP, [], []
+    seen = 0
+    for step in range(draws.steps):
+        positions_T = torch.arange(seen, seen + inputs_BT.shape[1], device=engine.device)
+        output = body(
+            input_ids=inputs_BT,
+            position_ids=positions_T.expand_as(inputs_BT),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        state_BD = output.last_hidden_state[:, -1]
+        if step in draws.sketched:
+            states.append(state_BD.float())
+        scores_BV = _logits(engine, state_BD)
+        draws.add_noise(scores_BV, step)
+        tokens.append(scores_BV.argmax(dim=-1))
+        seen += inputs_BT.shape[1]
+        inputs_BT = tokens[-1].unsqueeze(1)
+    return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
+
+
+@torch.inference_mode()
+def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
+    given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
+    positions_T = torch.arange(given_BT.shape[1], device=engine.device)
+    body = backbone(engine.model.module)
+    output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
+    states_BTD: Tensor = output.last_hidden_state
+    return states_BTD[:, draws.prompts_BP.shape[1] - 1 :]
+
+
+@torch.inference_mode()
+def _margins(
+    engine: "HFEngine", draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
+) -> Float32[Tensor, " N"]:
+    """Return how far the score of every token of a nonce is below the best one.
+
+    The products are of one nonce's states, so no other nonce has a part in their bits.
+    """
+    parts = []
+    for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
+        chosen = slice(start, start + _TOKENS_AT_ONCE)
+        scores_NV = _logits(engine, states_ND[chosen])
+        draws.add_noise_of(row, scores_NV, start)
+        parts.append(margins(scores_NV, tokens_N[chosen]))
+    return torch.cat(parts)
+
+
+def _logits(engine: "HFEngine", states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
+    """Return the product of states with the model's own head matrix; no bias, no capping of logits.
+
+    It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
+    logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has that
+    in it.
+    """
+    weight_VD: Tensor = engine.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+
+
+def _check_finite(model: Model, *computed: np.ndarray) -> None:
+    if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
+        raise not_finite(f"{model.reference} returned NaN or infinity")
