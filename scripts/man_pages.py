@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reference import parameter_row
-from typer.main import get_command
+import click
 
 from assay._version import __version__
 from assay.cli import app
@@ -35,8 +34,10 @@ def pages(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]
 def page(command: Any, path: tuple[str, ...], children: dict[str, Any]) -> str:
     """Return the source of one page."""
     name, (summary, *rest) = "-".join(("assay", *path)), paragraphs(command)
-    options = [one for one in command.params if one.param_type_name == "option" and not one.hidden]
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    params = command.get_params(click.Context(command))
+    options = [one for one in params if one.param_type_name == "option" and not one.hidden]
+    arguments = [one for one in params if one.param_type_name == "argument"]
+    settings = getattr(command, "settings", {})
     usage = ["[options]", *("command" for _ in list(children)[:1]), *(one.name.upper() for one in arguments)]
     lines = [
         f'.TH "{plain(name.upper())}" 1 "" "assay {plain(__version__)}" "assay"',
@@ -49,11 +50,11 @@ def page(command: Any, path: tuple[str, ...], children: dict[str, Any]) -> str:
         "\n.PP\n".join(text(one) for one in (summary, *rest)),
     ]
     lines += section("COMMANDS", ((plain(child), text(paragraphs(made)[0])) for child, made in children.items()))
-    lines += section("ARGUMENTS", ((plain(one.name.upper()), text(one.help or "")) for one in arguments))
-    lines += section("OPTIONS", (described(one, path) for one in options))
-    variables = ((row[2].strip("`"), max(one.opts, key=len)) for one in options if (row := parameter_row(one, path)))
-    if not children:
-        lines += section("ENVIRONMENT", ((plain(variable), plain(flag)) for variable, flag in variables if variable))
+    lines += section("ARGUMENTS", ((plain(one.name.upper()), text(settings[one.name].help)) for one in arguments))
+    lines += section("OPTIONS", (described(one) for one in options))
+    shown = [settings[one.name] for one in options if one.name in settings]
+    variables = [(one.kind.environment_name(one.name), one.spelling) for one in shown]
+    lines += section("ENVIRONMENT", ((plain(variable), plain(flag)) for variable, flag in variables if variable))
     if command.epilog:
         lines += [".SH EXAMPLE", ".nf", plain(command.epilog.removeprefix("Example: ")), ".fi"]
     lines += section("EXIT STATUS", ((code, text(meaning)) for code, meaning in STATUS))
@@ -67,13 +68,10 @@ def paragraphs(command: Any) -> list[str]:
     return [" ".join(one.split()) for one in (command.help or "").split("\n\n")]
 
 
-def described(option: Any, path: tuple[str, ...]) -> tuple[str, str]:
+def described(option: click.Option) -> tuple[str, str]:
     """Return how an option is written, and its meaning with its default."""
-    row = parameter_row(option, path)
-    default = row[1].strip("`") if row else ""
-    known = {"required": " Required.", "": ""}.get(default, f" Default: {default}.")
-    written = plain(", ".join(option.opts)) + ("" if option.is_flag else " \\fIvalue\\fR")
-    return written, text((option.help or "") + known)
+    written = plain(", ".join(option.opts)) + ("" if option.is_flag else f" \\fI{plain(option.metavar or 'VALUE')}\\fR")
+    return written, text(option.help or "")
 
 
 def section(title: str, entries: Any) -> list[str]:
@@ -98,7 +96,7 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     for old in OUT.glob("assay*.1"):
         old.unlink()
-    for name, source in pages(get_command(app)):
+    for name, source in pages(app):
         (OUT / f"{name}.1").write_text(source, encoding="utf-8")
     return 0
 

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from assay.errors import UsageError
 
-NEAR = 0.75
+NEAR = 0.72
 """Similarity from which on a word may be the one that was meant."""
 
 

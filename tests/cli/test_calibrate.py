@@ -1,35 +1,16 @@
-"""``assay poc calibrate``: proofs of several machines, published vectors, known cheats, and files that are merged."""
+"""``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over blocks."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from assay.poc import Calibration, prove
-from research.tests import published
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three honest machines of one build, one of another model and two of another round."""
-    rows = published.network(3, nonces=64)
-    rows.append(published.machine("2026-05__model-b-h100", model="owner/Model-B", of="b", nonces=64))
-    rows += [published.machine(f"other-{i}", block="other", nonces=64) for i in range(2)]
-    return published.write(tmp_path_factory.mktemp("sets") / "sets.jsonl.gz", rows)
-
-
-@pytest.fixture(scope="module")
-def cheat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of a cheat in the round of the honest ones."""
-    rows = [published.machine("2026-04__model-a-int4", noise=0.6, nonces=64)]
-    return published.write(tmp_path_factory.mktemp("cheat") / "cheat.jsonl", rows)
+from assay.poc import Round, prove
 
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
     """Proofs of one round in two batch sizes."""
-    from assay.poc import Round
-
     folder = tmp_path_factory.mktemp("proofs")
     round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
     paths = [folder / name for name in ("a.jsonl", "b.jsonl")]
@@ -38,58 +19,18 @@ def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
     return paths
 
 
-def test_published_vectors_and_a_known_cheat(assay, sets: Path, cheat: Path, tmp_path: Path):
-    path = tmp_path / "c.json"
-    made = assay(
-        "poc", "calibrate", "--vectors", sets, "--sets", "2026-05,-model-b", "--digest", "ab" * 32, "-o", path,
-        "--against", cheat, "--name", "int4", "--json",
-    )  # fmt: skip
-    assert made.code == 0, made.err
-    said = json.loads(made.out)
-    assert (said["machines"], said["n"], said["checkpoint"], said["named"]) == (3, 64, "ab" * 32, "int4")
-    assert said["left_out_audits"] > 0
-    (build,) = Calibration.load(path).builds
-    assert [one.name for one in build.machines] == [f"2026-05__model-a-{i}" for i in range(3)]
-    assert set(build.named) == {"int4"}
-
-
-def test_proofs_with_a_scale_of_the_block_and_a_file_to_merge(assay, proofs, sets: Path, small_checkpoint, tmp_path):
-    vectors, path = tmp_path / "vectors.json", tmp_path / "c.json"
-    assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
-    made = assay("poc", "calibrate", *proofs, "--model", small_checkpoint, "--merge", vectors, "-o", path)
-    assert made.code == 0, made.err
-    assert "1024" not in made.out, "the model is known to be no mixture of experts"
-    measured = Calibration.load(path)
-    assert [(build.preset, build.hidden_size) for build in measured.builds] == [("poc-2.0", 64), ("artifact", 0)]
-    both = tmp_path / "both.json"
-    assert assay("poc", "calibrate", "--merge", path, "--merge", vectors, "-o", both).code == 0
-    assert Calibration.load(both) == measured, "a build that is there already is not added again"
-
-
-def test_advice_for_distances_of_a_model_that_is_not_known(assay, proofs, sets: Path, tmp_path: Path):
-    vectors = tmp_path / "vectors.json"
-    assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
-    made = assay("poc", "calibrate", *proofs, "--merge", vectors, "-o", tmp_path / "c.json")
-    assert made.out.count("take 1024 nonces or more") == 1, "of distances, and not of vectors"
-
-
 FORMS = {
     "--vectors": ("--valid-rate", 0.1, "--vectors", "x"),
     "--merge": ("--valid-rate", 0.1, "--merge", "x"),
     "--against": ("--valid-rate", 0.1, "--against", "x"),
     "--name": ("PROOFS", "--name", "int4", "-o", "c.json"),
     "--dimension": ("PROOFS", "--dimension", 12, "-o", "c.json"),
-    "--device": ("PROOFS", "--device", "cpu", "-o", "c.json"),
     "--effective-dimension": ("PROOFS", "--effective-dimension", 9, "-o", "c.json"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),
     "-o": ("PROOFS",),
     "leave --vectors": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
-    "--model": ("--vectors", "SETS", "--model", "reference:qwen3", "-o", "c.json"),
-    "in pairs": ("--vectors", "SETS", "--against", "CHEAT", "-o", "c.json"),
     "directory": ("--vectors", "none", "-o", "no-such-folder/c.json"),
-    "--digest xyz": ("--vectors", "SETS", "--digest", "xyz", "-o", "c.json"),
-    "choose with --sets": ("--vectors", "SETS", "--sets", "nothing", "-o", "c.json"),
     "repeat --merge": ("--merge", "c.json", "-o", "d.json"),
     "--against with --merge alone": ("--merge", "c", "--merge", "d", "--against", "CHEAT", "--name", "a", "-o", "e"),
     "two honest proofs": ("PROOF", "-o", "c.json"),
@@ -97,8 +38,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize("words", FORMS)
-def test_forms_that_do_not_go_together_are_refused_by_name(words: str, assay, proofs, sets, cheat, tmp_path: Path):
-    known = {"PROOFS": proofs, "PROOF": proofs[:1], "SETS": [sets], "CHEAT": [cheat]}
+def test_forms_that_do_not_go_together_are_refused_by_name(words: str, assay, proofs, tmp_path: Path):
+    known = {"PROOFS": proofs, "PROOF": proofs[:1], "SETS": ["x"], "CHEAT": ["x"]}
     arguments = [value for word in FORMS[words] for value in known.get(str(word), [word])]
     result = assay("poc", "calibrate", *arguments)
     assert result.code == 2
@@ -106,15 +47,45 @@ def test_forms_that_do_not_go_together_are_refused_by_name(words: str, assay, pr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cheat_of_another_round_is_refused(assay, sets: Path, cheat: Path, tmp_path: Path):
-    arguments = ("--vectors", sets, "--sets", "other", "--against", cheat, "--name", "int4", "-o", tmp_path / "c.json")
-    result = assay("poc", "calibrate", *arguments)
-    assert result.code == 2
-    assert "another round" in result.err
+@pytest.fixture
+def blocks(assay, small_checkpoint: Path, tmp_path: Path) -> list[Path]:
+    """Proofs of two blocks of the small checkpoint, 32 nonces each."""
+    shape = ("--seq-len", 16, "--batch-size", 8, "--device", "cpu", "--nonces", "0:32", "--public-key", "k")
+    made = [tmp_path / f"{block}.jsonl" for block in ("one", "two")]
+    for path in made:
+        options = ("--model", small_checkpoint, "--block-hash", path.stem, "-o", path)
+        assert assay("poc", "prove", *options, *shape).code == 0
+    return made
 
 
-def test_progress_is_shown_without_a_terminal(assay, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
-    result = assay("poc", "calibrate", "--vectors", sets, "--sets", "2026-05,-model-b", "-o", tmp_path / "c.json")
+def test_proofs_of_several_blocks(assay, blocks: list[Path], small_checkpoint: Path):
+    both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks, "--json")
+    assumed = json.loads(assay(*both).out)
+    assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")
+    given = json.loads(assay(*both, "--effective-dimension", 60).out)
+    assert (given["effective_dimension"], given["effective_dimension_from"]) == (60.0, "given")
+    assert given["high"] - given["low"] < assumed["high"] - assumed["low"]
+    result = assay(*both, "--model", small_checkpoint, "--device", "cpu")
     assert result.code == 0, result.err
-    assert "leaving out: 3 of 3 machines" in result.err
+    measured = json.loads(result.out)
+    assert (measured["effective_dimension_from"], len(measured["factors"])) == ("model", 2)
+    for wrong in (
+        (blocks[0],),
+        ("-o", blocks[0].with_name("x")),
+        ("--model", "reference:llama", "--device", "cpu"),
+        ("--model", small_checkpoint, "--effective-dimension", 60),
+        ("--effective-dimension", 0),
+    ):
+        assert assay(*both, *wrong).code == 2
+
+
+def test_the_closed_form_says_how_far_blocks_lie_apart(assay):
+    found = json.loads(assay("poc", "calibrate", "--valid-rate", 0.1, "--json").out)
+    assert (found["effective_dimension"], found["effective_dimension_from"]) == (16.0, "assumed")
+    assert 0.01 < found["block_rate_low"] < 0.05 < 0.15 < found["block_rate_high"] < 0.25
+    narrow = json.loads(assay("poc", "calibrate", "--valid-rate", 0.1, "--effective-dimension", 200, "--json").out)
+    assert found["block_rate_low"] < narrow["block_rate_low"] < 0.1 < narrow["block_rate_high"] < 0.13
+    assert "block_rate_low" not in json.loads(
+        assay("poc", "calibrate", "--valid-rate", 0.1, "--dimension", 12, "--json").out
+    )
+    assert assay("poc", "calibrate", "--valid-rate", 0.1, "--model", "reference:llama").code == 2

@@ -12,7 +12,7 @@ import pytest
 from assay.cli import run
 from assay.poc import Proof, cheats
 from assay.poc.verdict import Ledger
-from tests.poc.verdict.ledgers import filled, honest, update
+from tests.poc.verdict.ledgers import filled, update
 
 PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:48")
 
@@ -20,14 +20,6 @@ PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     return filled(tmp_path / "ledger.sqlite3")
-
-
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    """A ledger of one honest node."""
-    with Ledger(tmp_path / "good.sqlite3") as opened:
-        opened.append([update(seed, residuals=honest(8, seed)) for seed in range(10)])
-    return tmp_path / "good.sqlite3"
 
 
 def test_show(assay, ledger: Path):
@@ -71,7 +63,7 @@ def test_audit_says_which_entry_was_changed(assay, ledger: Path, tmp_path: Path)
         assert "to do:" in refused.err
 
 
-def test_export_is_audited_and_merged_elsewhere(assay, ledger: Path, good: Path, tmp_path: Path):
+def test_export_is_audited_elsewhere(assay, ledger: Path, tmp_path: Path):
     out = tmp_path / "ledger.jsonl"
     made = assay("poc", "ledger", "export", ledger, "-o", out, "--json")
     assert made.code == 0, made.err
@@ -79,20 +71,6 @@ def test_export_is_audited_and_merged_elsewhere(assay, ledger: Path, good: Path,
     assert assay("poc", "ledger", "export", ledger, "-o", out).code == 2
     assert assay("poc", "ledger", "export", ledger, "-o", out, "--overwrite").code == 0
     assert assay("poc", "ledger", "audit", out).code == 0
-    merged = assay("poc", "ledger", "merge", out, good)
-    assert merged.code == 1, merged.err
-    assert "1 of 2" in merged.out
-    told = json.loads(assay("poc", "ledger", "merge", out, good, "--public-key", "node_2", "--json").out)
-    (account,) = told["accounts"]
-    assert (account["verdict"], len(account["shares"])) == ("fraud", 2)
-
-
-def test_the_code_of_a_merge_is_that_of_its_verdicts(assay, good: Path, ledger: Path):
-    assert assay("poc", "ledger", "merge", good).code == 0
-    assert assay("poc", "ledger", "merge", ledger, "--public-key", "node_0").code == 2  # too few nonces to decide
-    assert assay("poc", "ledger", "merge", ledger, "--public-key", "nobody").code == 2
-    assert assay("poc", "ledger", "merge", good, good).code == 2
-    assert assay("poc", "ledger", "merge", good, "--alpha", 2).code == 2
 
 
 def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path: Path):

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from assay import streams
-from assay.cli.pins import NewPinsSettings
 from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, prove
-from assay.poc.protocol.builds import FORMATS
 
 KNOWN = ("--block-hash", "b", "--public-key", "k")
 ABSENT = ("--model", "/does/not/exist")
@@ -226,9 +224,7 @@ def test_pins_without_a_proof_are_to_be_filled_in(assay, small_checkpoint, tmp_p
     assert "--overwrite" in assay("poc", "pins", "new", "--model", small_checkpoint, "-o", path).err
 
 
-def test_every_format_of_a_fingerprint_can_be_pinned(assay, small_checkpoint, tmp_path: Path):
-    settings = {"model": "m", "output": tmp_path / "pins.toml"}
-    assert [NewPinsSettings(**settings, dtype=name).dtype for name in FORMATS] == list(FORMATS)
+def test_formats_of_a_fingerprint_can_be_pinned(assay, small_checkpoint, tmp_path: Path):
     path = tmp_path / "pins.toml"
     for name in ("bfloat16+fp8_e4m3-cache", "int4-groups"):
         new = assay("poc", "pins", "new", "--model", small_checkpoint, "--dtype", name, "-o", path, "--overwrite")
@@ -237,7 +233,7 @@ def test_every_format_of_a_fingerprint_can_be_pinned(assay, small_checkpoint, tm
         assert NetworkPins.load(path).models[0].builds[0].dtype == (name,)
     refused = assay("poc", "pins", "new", "--model", small_checkpoint, "--dtype", "fp8", "-o", path, "--overwrite")
     assert refused.code == 2
-    assert "'bfloat16+fp8_e4m3-cache'" in refused.err
+    assert "bfloat16+fp8_e4m3-cache" in refused.err
 
 
 @pytest.mark.parametrize("preset", ["artifact", "decode-64"])

@@ -282,13 +282,15 @@ def test_an_empty_expectation_is_refused(prove, assay, small_checkpoint: Path, t
 
 def test_flags_beat_environment_beats_configuration(prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch):
     config = tmp_path / "assay.toml"
-    config.write_text('[poc.prove]\npublic-key = "file"\nblock_hash = "file"\nseq-len = 16\nnonces = "0:2"\n')
+    config.write_text(
+        '[poc.prove]\nmodel = "none"\npublic-key = "file"\nblock_hash = "file"\nseq-len = 16\nnonces = "0:2"\n'
+    )
     monkeypatch.setenv("ASSAY_CONFIG", str(config))
-    monkeypatch.setenv("ASSAY_BLOCK_HASH", "environment")
-    base = ("poc", "prove", "--model", small_checkpoint, "--device", "cpu")
+    monkeypatch.setenv("ASSAY_MODEL", str(small_checkpoint))
+    base = ("poc", "prove", "--device", "cpu")
     assert assay(*base, "-o", tmp_path / "a.jsonl").code == 0
     round = Proof.load(tmp_path / "a.jsonl").round
-    assert (round.block_hash, round.public_key, round.seq_len) == ("environment", "file", 16)
+    assert (round.block_hash, round.public_key, round.seq_len) == ("file", "file", 16)
     assert assay(*base, "-o", tmp_path / "b.jsonl", "--block-hash", "flag").code == 0
     assert Proof.load(tmp_path / "b.jsonl").round.block_hash == "flag"
     config.write_text("[poc.prove\n")
@@ -306,7 +308,9 @@ def test_the_real_command(small_checkpoint: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"] == 8
-    assert all(line.startswith("proving: ") for line in done.stderr.splitlines()), done.stderr  # on a slow machine
+    assert all(line.startswith(("proving: ", "warning: ")) for line in done.stderr.splitlines()), (
+        done.stderr
+    )  # on a slow machine
 
 
 @pytest.mark.parametrize(("preset", "said"), [("artifact", "of 24 mismatches"), ("hardened", "none for this preset")])

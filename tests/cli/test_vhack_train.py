@@ -26,7 +26,7 @@ def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
     assert first.code == 0, first.err
     assert "displaced-0.4+erase-update-two-sided: 1 steps in" in " ".join(first.out.split())
     assert "step 1/1  hack" in first.err
-    said = first.err.splitlines()[0]
+    said = next(line for line in first.err.splitlines() if not line.startswith("warning: "))
     assert said.startswith("arm displaced-0.4+erase-update-two-sided: on the study's organism")
     assert "succeeds" in said
     second = assay(*arguments, "--steps", 2, "--allow-partial", "--json")

@@ -6,7 +6,7 @@ It is a process of its own because programs for a GPU import triton, in whose pl
 
 import argparse
 import contextlib
-import inspect
+import functools
 import io
 import json
 import re
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from assay.cli import run
-from assay.cli.commands import Command
+from assay.cli.framework import Command
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -52,7 +52,11 @@ def shown(text: str) -> Iterator[list[str]]:
 def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
     """Return what programs say of the lines that they refuse, read in a folder with the files that they need."""
     command = [sys.executable, "-m", "tests.docs.command_lines"]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(folder),
+    }
     environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, input=json.dumps(lines), cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -87,12 +91,8 @@ def _stop(*_: object, **__: object) -> NoReturn:
 
 def _invoke(command: Command, context: Any) -> Any:
     """Take the place of ``Command.invoke``: make the settings of a command, and stop where its work would begin."""
-    function = inspect.unwrap(command.callback)  # type: ignore[arg-type]
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if "kind" not in cells:  # it has no class of settings
-        raise _Read
-    cells["command"].cell_contents = _stop
-    return _INVOKE(command, context)
+    with mock.patch.object(command, "function", functools.wraps(command.function)(_stop)):
+        return _INVOKE(command, context)
 
 
 _INVOKE, _PARSE = Command.invoke, argparse.ArgumentParser.parse_args

@@ -8,14 +8,14 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
 from assay.cli import app
-from tests.cli.test_app import FROZEN, commands
+from assay.cli.framework import leaves
+from research.tests import published
+from tests.cli.test_app import FROZEN
 from tests.docs.command_lines import VARIABLES, refused, shown
 from tests.docs.shell import ROOT, held, script
 from tests.poc.validator.conftest import pins_text
-from research.tests import published
 
 PAGES = sorted(
     path
@@ -48,8 +48,7 @@ def test_every_command_line_is_read_by_its_program(folder: Path):
 
 @pytest.mark.slow
 def test_every_example_of_a_help_text_is_read_by_its_program(folder: Path):
-    surface = commands(typer.main.get_command(app)).values()
-    texts = (f"{command.help}\n{command.epilog}" for command in surface)
+    texts = (f"{command.help}\n{command.epilog}" for _, command in leaves(app))
     found = [line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)]
     assert len(found) >= len(FROZEN)
     assert refused([[VARIABLES.get(word, word) for word in words] for words in found], folder) == {}

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 from assay.cli import app
 from tests.cli.test_app import FROZEN
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import man_pages
 
-PAGES = dict(man_pages.pages(get_command(app)))
+PAGES = dict(man_pages.pages(app))
 
 
 def formatted(source: str) -> subprocess.CompletedProcess[str]:
@@ -42,10 +41,9 @@ def test_a_page_says_what_the_command_does():
     text = " ".join(re.sub(".\b", "", source).replace("\u2010\n", "").split())
     for part in (
         "NAME assay-poc-prove - Prove a range of nonces SYNOPSIS assay poc prove [options]",
-        "-o, --output value Proof file to write. Required.",
-        "--seq-len value Number of input positions of a nonce; with decode, of its prompt. Default: 256.",
-        "ASSAY_POC_PROVE_SEQ_LEN",
-        "--deterministic Refuse every",
+        "-o, --output FILE Proof file to write. [required]",
+        "--engine hf|vllm Engine that runs the model. [default: hf]",
+        "ASSAY_MODEL",
         "EXAMPLE assay poc prove --model reference:qwen3",
     ):
         assert part in text, part

@@ -30,7 +30,7 @@ from typing import Any
 HEAVY = (
     *("torch._dynamo", "torch.distributed.tensor", "transformers.generation.utils", "scipy.stats"),
     *("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3"),
-    *("transformers.models.llama.modeling_llama", "uvicorn", "fastapi", "typer"),
+    *("transformers.models.llama.modeling_llama", "uvicorn", "fastapi", "click"),
 )
 FREE = ("ASSAY_", "PORT_", "PYTEST_", "KEY", "PWD", "OLDPWD", "SHLVL", "_")
 """Variables that may differ, or how they begin."""

@@ -3,20 +3,12 @@
 import json
 
 import pytest
-import typer
 from assay_research.study.log import RunLog
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from assay.cli.vhack import report
+from assay.cli.vhack import vhack
 from assay.errors import DataError, UsageError
 from research.tests.study.test_summary import REFERENCE, logs_of
-
-
-@pytest.fixture(scope="module")
-def app():
-    made = typer.Typer()
-    made.command()(report)
-    return made
 
 
 @pytest.fixture
@@ -26,16 +18,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_logs_become_a_page_and_a_table(app, folder):
+def test_logs_become_a_page_and_a_table(folder):
     page = folder / "page.html"
-    done = CliRunner().invoke(app, [str(folder), "-o", str(page)], catch_exceptions=False)
+    done = CliRunner().invoke(vhack, ["report", str(folder), "-o", str(page)], catch_exceptions=False)
     assert done.exit_code == 0
     assert "adam/erase-gradient" in page.read_text()
     assert "succeeds" in done.stdout
 
 
-def test_json_holds_the_numbers(app, folder):
-    done = CliRunner().invoke(app, [str(folder), "-o", str(folder / "p.html"), "--json"], catch_exceptions=False)
+def test_json_holds_the_numbers(folder):
+    done = CliRunner().invoke(
+        vhack, ["report", str(folder), "-o", str(folder / "p.html"), "--json"], catch_exceptions=False
+    )
     values = json.loads(done.stdout)
     assert values["schema"] == "assay.vhack.report/1"
     assert values["runs"] == 10
@@ -44,41 +38,43 @@ def test_json_holds_the_numbers(app, folder):
     assert arm["tipped"]["count"] == 0
 
 
-def test_one_json_file_is_a_check(app, tmp_path):
+def test_one_json_file_is_a_check(tmp_path):
     (tmp_path / "check.json").write_text('{"schema":"other"}\n')
     with pytest.raises(DataError):
-        CliRunner().invoke(app, [str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+        CliRunner().invoke(
+            vhack, ["report", str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False
+        )
 
 
-def test_a_check_beside_a_check_is_refused(app, tmp_path):
+def test_a_check_beside_a_check_is_refused(tmp_path):
     given = ["check.json", "--check", "other.json", "-o", str(tmp_path / "p.html")]
     with pytest.raises(UsageError, match=r"--check other\.json"):
-        CliRunner().invoke(app, given, catch_exceptions=False)
+        CliRunner().invoke(vhack, ["report", *given], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"hack": ...}, "without 'hack'"), ({"solve": "x"}, "without 'solve'"), ({"step": None}, "without 'step'")],
 )
-def test_a_log_without_rates_is_refused_in_words(app, tmp_path, change, words):
+def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
     """As that of a reward of one's own that returns numbers."""
     log = REFERENCE[0]
     lines = [{**line, **change} if line["kind"] == "step" else line for line in log.state()["lines"]]
     lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
     RunLog(log.header, lines).write(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match=words):
-        CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+        CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
 
 
-def test_a_run_without_steps_is_refused_in_words(app, tmp_path):
+def test_a_run_without_steps_is_refused_in_words(tmp_path):
     RunLog(REFERENCE[0].header).write(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match="no step yet"):
-        CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+        CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
 
 
-def test_a_log_of_a_reward_that_knows_no_vacuous_work_is_drawn(app, tmp_path):
+def test_a_log_of_a_reward_that_knows_no_vacuous_work_is_drawn(tmp_path):
     log = REFERENCE[0]
     lines = [{name: line[name] for name in line.keys() - {"vacuous"}} for line in log.state()["lines"]]
     RunLog(log.header, lines).write(tmp_path / "log.jsonl")
-    done = CliRunner().invoke(app, [str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+    done = CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
     assert done.exit_code == 0

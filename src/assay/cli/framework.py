@@ -229,13 +229,14 @@ class Command(click.Command):
     def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
         """Say of options and variables of earlier releases where their values belong now."""
         table = ".".join(words)
-        for name in given:
-            one = self.settings[name]
+        for one in (self.settings[name] for name in given):
             if one.flag.secret:
-                variable = one.kind.environment_name(name)
+                variable = one.kind.environment_name(one.name)
                 _say(f"{one.spelling} shows a secret to all users of this machine: use a file, or {variable}")
-            elif not self.is_shown(name):
-                _say(f"{one.spelling} will go: write `{name} = …` under [{table}] in a file for --config")
+        if moved := [name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)]:
+            flags = ", ".join(self.settings[name].spelling for name in moved)
+            lines = ", ".join(f"`{name} = …`" for name in moved)
+            _say(f"{flags} will go: write {lines} under [{table}] in a file for --config")
         prefix = "_".join(("ASSAY", *words, "")).upper().replace("-", "_")
         for name, one in self.settings.items():
             variables = {prefix + one.spelling.lstrip("-").replace("-", "_").upper(), prefix + name.upper()}

@@ -22,7 +22,7 @@ class ValidatorRunSettings(RunSettings):
     SERVICE,
     "assay.poc.validator.settings:ValidatorSettings",
     panel="Validator",
-    shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port device",
+    shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
     example="assay poc validator --model reference:qwen3 --pins pins.toml",
 )
 def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "ValidatorSettings") -> None:

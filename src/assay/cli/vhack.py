@@ -232,10 +232,10 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.files.storage import check_new_file, write_atomic
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
+    from assay.vhack.checks.five_checks import read_source_log
     from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import page
     from assay.vhack.checks.run import too_few_groups
-    from assay.vhack.checks.sources import read_source_log
     from assay.vhack.gradients.targets import MIN_COVERAGE
     from assay.vhack.pairs.reference import find_pairs
 

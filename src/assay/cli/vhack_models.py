@@ -147,8 +147,8 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic, write_jsonl
     from assay.vhack import training
+    from assay.vhack.training.evaluate import read_samples
     from assay.vhack.training.own import check_gradable, named_function, tasks_of
-    from assay.vhack.training.samples import read_samples
 
     if own.samples is None and own.model is None:
         raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
@@ -218,9 +218,9 @@ def _sampled(
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
     from assay.vhack.delta.file import delta_lengths
+    from assay.vhack.training.evaluate import sample_tasks
     from assay.vhack.training.own import prompt_of
     from assay.vhack.training.pool import check_prompts
-    from assay.vhack.training.samples import sample_tasks
 
     lengths = delta_lengths(own.delta) if own.delta else {}
     check_prompts(reference, [prompt_of(task) for task in tasks], how.max_new_tokens)

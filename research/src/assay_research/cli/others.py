@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, KEY, NUMBER, OUTPUT, PROBABILITY
+from assay.cli.flags import ARGUMENT, KEY, NUMBER, OUTPUT, SHARE
 from assay.cli.framework import Command, Group
 from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
@@ -67,10 +67,10 @@ class MergeSettings(Settings):
     public_key: Annotated[str | None, KEY] = Field(
         None, description="Key of the node to decide on; all nodes if left out."
     )
-    alpha: Annotated[float | None, PROBABILITY] = Field(
+    alpha: Annotated[float | None, SHARE] = Field(
         None, description="Bound on the chance that this decision accuses an honest node; else that of the ledgers."
     )
-    beta: Annotated[float | None, PROBABILITY] = Field(
+    beta: Annotated[float | None, SHARE] = Field(
         None, description="Bound on the chance that this decision calls a cheater honest; else that of the ledgers."
     )
 

@@ -1,0 +1,236 @@
+"""One class is the source of options, variables, keys of the configuration file, defaults and help."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import click
+import pytest
+from pydantic import Field
+
+from assay.cli import app
+from assay.cli.framework import Command, leaves
+from assay.errors import UsageError
+from assay.settings import Device, Flag, Names, Settings, Spelling
+
+PROVE = ("poc", "prove", "--model", "./nope", "--block-hash", "b", "--public-key", "k", "-o", "p.jsonl")
+
+
+class Sample(Settings):
+    """Every kind of field."""
+
+    model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(description="Which model.")
+    share: float = Field(0.5, gt=0, lt=1, description="Which share.")
+    engine: Literal["hf", "vllm"] = Field("hf", description="Which engine.")
+    blocks: Names = Field(("a", "b"), description="Which blocks.")
+    keys: Annotated[tuple[str, ...], Flag(("--key",))] = Field((), description="Which keys.")
+    span: Annotated[
+        tuple[int, int], Spelling(lambda text: tuple(map(int, text.split(":"))), "{0[0]}:{0[1]}".format)
+    ] = Field((1, 2), description="From where to where.")
+    folder: Path | None = Field(None, description="Where to.")
+    bits: Literal[32, 256] = Field(32, description="How many bits.")
+    strict: bool = Field(False, description="Whether to be strict.")
+    secret: Annotated[str, Flag(secret=True)] = Field("", description="What nobody sees.")
+    device: Device = None
+
+
+class Inner(Settings):
+    """Further settings of the same command."""
+
+    depth: int = Field(3, ge=1, description="How deep.")
+
+
+@pytest.fixture
+def sample(assay, monkeypatch, tmp_path: Path):
+    """Run a command whose settings are those above; give what it got."""
+
+    def show(one: Sample, two: Inner) -> None:
+        """Show."""
+        click.echo(json.dumps(one.model_dump(mode="json") | two.model_dump()))
+
+    monkeypatch.setitem(app.commands, "show", Command("show", show, (Sample, Inner), shown="model share keys"))
+
+    def call(*arguments: object, config: str = "", **variables: str):
+        for key, value in variables.items():
+            monkeypatch.setenv(key, value)
+        (tmp_path / "show.toml").write_text(f"[show]\n{config}")
+        return assay("show", "--config", tmp_path / "show.toml", *arguments)
+
+    return call
+
+
+def test_every_kind_of_field_is_read(sample):
+    assert json.loads(sample("--model", "m").out) == Sample(model="m").model_dump(mode="json") | {"depth": 3}
+    found = sample(
+        "--model", "m", "--share", "0.25", "--engine", "vllm", "--blocks", "x, y", "--key", "k1", "--key", "k2",
+        "--span", "3:4", "--folder", "/f", "--strict", "--device", "cpu", "--depth", "7", "--bits", "256",
+    )  # fmt: skip
+    wanted = Sample(
+        model="m", share=0.25, engine="vllm", blocks=("x", "y"), keys=("k1", "k2"), span=(3, 4), folder=Path("/f"),
+        strict=True, device="cpu", bits=256,
+    )  # fmt: skip
+    assert json.loads(found.out) == wanted.model_dump(mode="json") | {"depth": 7}
+    config = 'model = "m"\nblocks = ["x"]\nkey = ["k"]\nspan = "3:4"\nstrict = true\nbits = 256\ndepth = 2'
+    found = json.loads(sample(config=config).out)
+    assert [found[name] for name in ("blocks", "keys", "span", "bits", "depth")] == [["x"], ["k"], [3, 4], 256, 2]
+
+
+def test_an_option_beats_a_variable_and_that_beats_the_file(sample):
+    assert json.loads(sample(config='model = "file"').out)["model"] == "file"
+    assert json.loads(sample(config='model = "file"', ASSAY_MODEL="variable").out)["model"] == "variable"
+    assert json.loads(sample("--model", "option", config='model = "file"').out)["model"] == "option"
+    assert json.loads(sample(ASSAY_DEVICE="cuda").out)["device"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen", "do"),
+    [
+        (("--share", "1.5"), "--share 1.5", "correct --share"),
+        (("--engine", "VLLM"), "--engine VLLM", "did you mean --engine vllm?"),
+        (("--depth", "0"), "--depth 0", "correct --depth"),
+        (("--span", "x:y"), "--span x:y", "correct --span"),
+        (("--bits", "64"), "--bits 64", "correct --bits"),
+        (("--shares", "1"), "--shares", "did you mean --share?"),
+        (("--xyz", "1"), "--xyz", "see assay show --help"),
+        (("--share",), "--share", "see assay"),
+        (("surplus",), "surplus", "see assay show --help"),
+    ],
+)
+def test_a_bad_value_names_its_option(arguments, seen: str, do: str, sample):
+    found = sample("--model", "m", *arguments)
+    assert found.code == 2
+    errors = found.err[found.err.index("error: ") :].splitlines()
+    assert seen in errors[0]
+    assert "Input should" not in errors[1]
+    assert do in errors[2]
+
+
+def test_what_is_no_option_any_more_is_read_with_a_warning(sample, monkeypatch):
+    found = sample("--model", "m", "--bits", "256", "--strict")
+    assert found.code == 0
+    assert found.err.count("warning: ") == 1
+    assert "--bits, --strict" in found.err
+    assert "[show]" in found.err
+    assert "warning" not in sample("--model", "m", "--share", "0.1").err
+    secret = sample("--model", "m", "--secret", "abc")
+    assert "--secret shows a secret" in secret.err
+    assert "abc" not in secret.err
+    assert "ASSAY_SHOW_SHARE is not read" in sample("--model", "m", ASSAY_SHOW_SHARE="0.1").err
+
+
+def test_retired_variables_are_named(assay, monkeypatch):
+    for name, value in {
+        "ASSAY_BLOCK_HASH": "b",
+        "ASSAY_POC_PROVE_NONCES": "0:4",
+        "ASSAY_PORT": "tcp://1.2.3.4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = assay(*PROVE).err
+    assert "ASSAY_BLOCK_HASH is not read: use --block-hash" in said
+    assert "ASSAY_POC_PROVE_NONCES is not read: use --nonces" in said
+    assert "ASSAY_PORT" not in said
+
+
+def test_settings_are_strict_in_python_too(monkeypatch):
+    monkeypatch.setenv("SHARE", "0.2")
+    assert Sample(model="m").share == 0.5, "a value in Python does not depend on the environment"
+    with pytest.raises(UsageError, match="did you mean share"):
+        Sample(model="m", shar=1)
+    with pytest.raises(UsageError, match="no --model"):
+        Sample()
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("poc = 5", "poc is not a table"),
+        ("[models]\nlist = [1]", "list is not a table"),
+        ("[models.list]\ntypo = 1", "typo in the configuration file"),
+        ("[none]\nx = 1", "none is not a command"),
+        ("\\", "Invalid"),
+        pytest.param("a = " + "[" * 100_000, "recursion", id="deep"),
+        pytest.param("#" * 2**21, "more than 1048576 bytes", id="long"),
+    ],
+)
+def test_a_configuration_that_says_nothing_known_is_refused(text: str, seen: str, assay, tmp_path: Path):
+    (tmp_path / "assay.toml").write_text(text)
+    result = assay("--config", tmp_path / "assay.toml", "models", "list")
+    assert result.code == 2
+    assert seen in result.err
+
+
+@pytest.mark.parametrize("name", ["poc prove", "poc serve", "vhack extract", "models random"])
+def test_a_printed_configuration_has_every_setting_and_changes_nothing(name: str, assay, tmp_path: Path):
+    printed = assay("config", *name.split())
+    assert printed.code == 0
+    assert tomllib.loads(printed.out)
+    command = {" ".join(path): command for path, command in leaves(app)}[name]
+    lines = re.findall(r"^# (\w+) = (.+)$", printed.out, flags=re.MULTILINE)
+    wanted = [one for one, setting in command.settings.items() if not setting.flag.argument]
+    assert [one for one, _ in lines] == wanted
+    defaults = "\n".join(f"{one} = {value}" for one, value in lines if value != "…")
+    assert tomllib.loads(defaults).keys() == {one for one in wanted if command.settings[one].default is not None}
+    assert assay("config", "poc", "nothing").code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["poc", "--help"], ["poc", "prove", "--help"], ["models", "list"], ["config", "poc", "verify"]),
+        *(["poc", "verify", "--modle", "x"], ["poc", "prove", "--nonces", "x"], ["vhack", "check"]),
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]):
+    program = f"import sys\nfrom assay.cli import run\nrun({arguments})\nsys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_defaults_are_those_of_the_library():
+    from assay.models import list_models
+    from assay.poc import Round
+    from assay.poc.protocol.pins import FEWEST_NONCES
+    from assay.poc.responses import Sampling
+    from assay.poc.responses.requests import DEFAULT_MAX_TOKENS
+    from assay.vhack import Origin
+    from assay.vhack.checks import CheckSettings
+
+    found = {" ".join(path): command.settings for path, command in leaves(app)}
+    pairs = (
+        ("poc prove", Round, ("preset", "seq_len", "r_target", "strength", "node_id", "node_count", "block_height")),
+        ("poc respond", Sampling, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
+        ("poc respond", Sampling, ("frequency_penalty", "presence_penalty")),
+        ("vhack extract", Origin(), ("top_k", "tau_axis", "method")),
+        ("vhack check", CheckSettings(), ("k_use", "alpha", "seed", "method")),
+    )
+    for command, kind, names in pairs:
+        assert {name: found[command][name].default for name in names} == {name: getattr(kind, name) for name in names}
+    assert found["poc respond"]["max_tokens"].default == DEFAULT_MAX_TOKENS
+    assert found["poc pins new"]["fewest_nonces"].default == FEWEST_NONCES
+    listed = json.loads((Path(sys.modules["assay.models"].__file__).parent / "catalogue.json").read_text())
+    assert listed == [vars(model) for model in list_models()]
+
+
+def test_a_result_does_not_replace_its_source(assay, tmp_path: Path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    a, b, link = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "link.jsonl"))
+    check = ("vhack", "check", "--model", "reference:qwen3")
+    for command, flags in (
+        (("poc", "calibrate", a, b, "-o", link), ("--output", "PROOFS")),
+        (("poc", "calibrate-responses", a, b, "--model", "m", "-o", b), ("--output", "RECEIPTS")),
+        ((*check, "--pairs", a, "--html", a), ("--html", "--pairs")),
+        ((*check, "-o", tmp_path / "new", "--html", tmp_path / "new"), ("--output", "--html")),
+    ):
+        found = assay(*command)
+        assert found.code == 2
+        assert f"error: {flags[0]} " in found.err
+        assert f", which is {flags[1]} too" in found.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "link.jsonl"]
+    merged = assay("poc", "calibrate", "--merge", tmp_path / "c", "--merge", tmp_path / "d", "-o", tmp_path / "c")
+    assert "No such file" in merged.err, "builds are added to a calibration file"
