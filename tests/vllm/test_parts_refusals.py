@@ -359,7 +359,7 @@ def test_stored_formats_that_are_not_read_and_older_versions_are_refused(newest,
 
 
 def test_receipts_and_several_engines_are_refused_together():
-    settings = SimpleNamespace(responses="seeded", has_keys=True)
+    settings = SimpleNamespace(responses="seeded", has_keys=True, data_dir=Path("data"))
     with pytest.raises(UsageError, match="ASSAY_RESPONSES=seeded with 2"):
         _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
     settings.responses = "off"
@@ -374,11 +374,12 @@ def test_an_error_of_the_plugins_settings_names_the_variable(monkeypatch: pytest
     assert refusal.value.do == "did you mean ASSAY_RESPONSES sketched?"
 
 
-def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path):
-    folder = tmp_path / ("d" * 100)
-    _servers.check_folder(folder, 1)
+def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+    settings = SimpleNamespace(responses="off", has_keys=True, data_dir=tmp_path / ("d" * 100))
+    _preflight.check_arguments(SimpleNamespace(api_server_count=1), settings)
     with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:
-        _servers.check_folder(folder, 2)
+        _preflight.check_arguments(SimpleNamespace(api_server_count=2), settings)
     assert "ASSAY_DATA_DIR" in str(refusal.value)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
 from assay.poc.engines.decoding import Decoded, Replayed, drawn_prompts
-from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, sketch_steps
+from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.vllm.compatibility import refuse_missing
 from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
@@ -388,21 +388,6 @@ class TokenStream(RequestStream):
         if self._claimed is None:
             self._tokens[nonce] = list(outcome.outputs[0].token_ids)
         return self._claimed is not None or len(self._tokens[nonce]) == self._steps
-
-
-def check_room(seq_len: int, pipeline: Pipeline, most_positions: int) -> None:
-    """Refuse prompts and tokens that are longer than an engine takes.
-
-    Raises:
-        UsageError: They are; says which length fits.
-    """
-    if seq_len + pipeline.steps - 1 > most_positions:
-        room = most_positions + 1 - pipeline.steps
-        raise UsageError(
-            f"{seq_len} positions and {pipeline.steps} tokens on this vLLM engine",
-            wanted=f"at most {most_positions + 1} together",
-            do=f"pass --seq-len {room}, or raise --max-model-len" if room > 0 else "raise --max-model-len",
-        )
 
 
 class DirectStream(RequestStream):

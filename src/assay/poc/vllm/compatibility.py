@@ -15,7 +15,7 @@ import torch
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models.device import processor
-from assay.models.formats import StoredFormat, stored_format
+from assay.models.quantized import StoredFormat, read_format
 from assay.poc.protocol.builds import CACHES
 from assay.streams.backends import dtype_name
 
@@ -296,7 +296,7 @@ def stored_as(config: Any) -> str:
 
 def _stored_form(config: Any) -> StoredFormat | None:
     model = config.model_config
-    return stored_format(str(getattr(model, "model", "")), {"quantization_config": _stated_quantisation(model)})
+    return read_format(str(getattr(model, "model", "")), {"quantization_config": _stated_quantisation(model)})
 
 
 def _stated_quantisation(model: Any) -> Any:
@@ -326,7 +326,7 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
         ModelError: The checkpoint is quantised in a way that is not read.
     """
-    tables = (_engines, _versions_of_workers, _settings, _devices, _executors, _stored, _experts, _states, _caches)
+    tables = (_engines, _executors, _settings, _devices, _stored, _experts, _states, _caches)
     for table in tables:
         refuse_first(table(config))
 
@@ -352,14 +352,6 @@ def _engines(config: Any) -> Iterator[Refusal]:
             "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32",
             "start one server per engine, each with its own node_id and data directory",
         )
-
-
-def _versions_of_workers(config: Any) -> Iterator[Refusal]:
-    parallel = config.parallel_config
-    yield refuse_older(
-        parallel.distributed_executor_backend == "ray", "Ray", "leave --distributed-executor-backend out"
-    )
-    yield refuse_older(getattr(parallel, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
 
 
 def _settings(config: Any) -> Iterator[Refusal]:
@@ -449,7 +441,11 @@ def _devices(config: Any) -> Iterator[Refusal]:
 
 
 def _executors(config: Any) -> Iterator[Refusal]:
-    executor, wanted = config.parallel_config.distributed_executor_backend, "mp, uni or ray, which call between steps"
+    """Ways to run workers that were not tried."""
+    parallel, wanted = config.parallel_config, "mp, uni or ray, which call between steps"
+    executor = parallel.distributed_executor_backend
+    yield refuse_older(executor == "ray", "Ray", "leave --distributed-executor-backend out")
+    yield refuse_older(getattr(parallel, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
     yield Refusal(
         executor not in EXECUTORS, f"vLLM with --distributed-executor-backend {executor}", wanted, "leave it out"
     )

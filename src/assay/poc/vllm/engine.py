@@ -27,7 +27,7 @@ from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.vllm.client import Client, DirectStream, RequestStream, TokenStream, check_room
+from assay.poc.vllm.client import Client, DirectStream, RequestStream, TokenStream
 from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, Throttle, ThrottleSettings
@@ -126,7 +126,8 @@ class RequestEngine:
         seq_len: int,
         most_positions: int,
     ) -> None:
-        _check_shape(batch_size, seq_len, most_positions)
+        check_batch_size(batch_size)
+        _check_positions(seq_len, most_positions)
         self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
         self._client, self._loop, self._version = client, loop, version
         worker = client.description
@@ -178,7 +179,7 @@ class RequestEngine:
     def _tokens(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
     ) -> TokenStream:
-        check_room(self.seq_len, pipeline, self._most_positions)
+        _check_positions(self.seq_len, self._most_positions, pipeline.steps)
         spec, sizes = Spec(round, pipeline), {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
         return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
 
@@ -214,14 +215,14 @@ def supports_pipeline(pipeline: Pipeline) -> bool:
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
-def _check_shape(batch_size: int, seq_len: int, most_positions: int) -> None:
-    """Refuse a batch that is out of range, and sequences that are longer than an engine takes."""
-    check_batch_size(batch_size)
-    if not 1 <= seq_len <= most_positions:
+def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:
+    """Refuse prompts, with the tokens that are decoded, that are longer than an engine takes."""
+    room = most_positions + 1 - max(1, steps)
+    if not 1 <= seq_len <= room:
         raise UsageError(
-            f"seq_len {seq_len} on this vLLM engine",
-            wanted=f"1 to {most_positions}: its --max-model-len, less the token that it generates",
-            do=f"pass --seq-len {min(256, most_positions)}, or raise --max-model-len",
+            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} on this vLLM engine",
+            wanted=f"1 to {max(1, room)}: its --max-model-len, less the tokens that it generates",
+            do=f"pass --seq-len {min(256, room)}, or raise --max-model-len" if room > 0 else "raise --max-model-len",
         )
 
 
@@ -301,7 +302,8 @@ class VLLMEngine(RequestEngine):
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
         config = _configured(str(checkpoint_directory(reference)), dtype, options)
-        _check_shape(batch_size, seq_len, most_positions(config))
+        check_batch_size(batch_size)
+        _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
             thread = self._thread = ends.enter_context(closing(_Loop()))
             llm = thread.run(_started(config))

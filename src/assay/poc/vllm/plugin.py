@@ -42,7 +42,7 @@ from assay.poc.service.receipts import ReceiptKeeper
 from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.compatibility import check_config, check_installed, check_responses, refuse_missing
 from assay.poc.vllm.engine import RequestEngine, capacity, fingerprint_of, most_positions
-from assay.poc.vllm.preflight import PluginSettings, check_arguments, check_key
+from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, ReceiptSink, Recorder
 from assay.poc.vllm.servers import PassOn, Place, Shared, serve_owner
 from assay.poc.vllm.throttle import Throttle
@@ -269,7 +269,6 @@ class AssayPlugin:
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
-        check_key(app.state.args, settings)
         self._app, self._place = app, Place.of(app.state.args)
         if self._place.owns:
             self._mount(app, settings)  # first, as it takes the lock of the data directory

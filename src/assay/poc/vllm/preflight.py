@@ -34,7 +34,7 @@ from assay.poc.vllm.compatibility import (
     rounded_cache,
 )
 from assay.poc.vllm.engine import most_positions, multiply_exactly
-from assay.poc.vllm.servers import check_folder
+from assay.poc.vllm.servers import LONGEST_PATH, SOCKET
 from assay.poc.vllm.throttle import Mode, NoncePath, ThrottleSettings
 from assay.streams.backends import dtype_name
 
@@ -106,8 +106,6 @@ def check_server() -> None:
     version = check_installed()
     arguments, settings = _arguments(), PluginSettings()
     check_arguments(arguments, settings)
-    if not getattr(arguments, "headless", False):  # else it has no port
-        check_key(arguments, settings)
     multiply_exactly(arguments.dtype)
     config = _config(arguments)
     if config is None:
@@ -121,15 +119,12 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server without plugins, one that would share its round with others, or a checkpoint without a digest.
+    """Refuse a server without plugins or keys, one that would share its round with others, or a model without a digest.
 
     Raises:
         UsageError: It is one.
     """
     refuse_first(_argument_refusals(arguments, settings))
-    servers = getattr(arguments, "api_server_count", None) or 1
-    if servers > 1:
-        check_folder(settings.data_dir, servers)
 
 
 def _argument_refusals(arguments: Any, settings: PluginSettings) -> Iterator[Refusal]:
@@ -157,6 +152,12 @@ def _argument_refusals(arguments: Any, settings: PluginSettings) -> Iterator[Ref
         )
     yield refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
     yield Refusal(
+        servers > 1 and len(os.fsencode(settings.data_dir / SOCKET)) > LONGEST_PATH,
+        f"{servers} API servers with the data directory {settings.data_dir}",
+        f"a path of at most {LONGEST_PATH - len(SOCKET) - 1} bytes, in which a socket can be",
+        "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1",
+    )
+    yield Refusal(
         given("data_parallel_multi_port_external_lb", False),
         "--data-parallel-multi-port-external-lb",
         "one server, which deals out the nonces of a round",
@@ -168,23 +169,16 @@ def _argument_refusals(arguments: Any, settings: PluginSettings) -> Iterator[Ref
         "a checkpoint whose digest the proof can name",
         "download it, and serve the directory",
     )
+    host = given("host", None)
+    open_port = not (given("headless", False) or given("uds", None) or (host and is_loopback(host)))
+    yield Refusal(
+        open_port and not settings.has_keys,
+        f"--host {host or '0.0.0.0'} without a key of assay",
+        "a key where others reach the port: that of --api-key does not guard /api/v1/pow",
+        "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
+    )
     if (named := given("worker_extension_cls", None)) in OLD_NAMES:
         log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", named, OLD_NAMES[named])
-
-
-def check_key(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server that others can reach and that has no key.
-
-    Raises:
-        UsageError: It is one.
-    """
-    host = getattr(arguments, "host", None)
-    if not (settings.has_keys or getattr(arguments, "uds", None) or (host and is_loopback(host))):
-        raise UsageError(
-            f"--host {host or '0.0.0.0'} without a key of assay",
-            wanted="a key where others reach the port: that of --api-key does not guard /api/v1/pow",
-            do="set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
-        )
 
 
 def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:

@@ -26,7 +26,6 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from assay.errors import UsageError
 from assay.files.storage import storage_error
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer, route_path
@@ -63,20 +62,6 @@ class Place:
     def owns(self) -> bool:
         """Whether this process has the round."""
         return self.index == 0
-
-
-def check_folder(folder: Path, servers: int) -> None:
-    """Refuse a data directory in which several API servers could not have a socket.
-
-    Raises:
-        UsageError: The path of the socket would be too long for the system.
-    """
-    if servers > 1 and len(os.fsencode(folder / SOCKET)) > LONGEST_PATH:
-        raise UsageError(
-            f"{servers} API servers with the data directory {folder}",
-            wanted=f"a path of at most {LONGEST_PATH - len(SOCKET) - 1} bytes, in which a socket can be",
-            do="set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1",
-        )
 
 
 class Shared:
