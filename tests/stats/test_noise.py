@@ -49,14 +49,6 @@ def test_gross_threshold_is_the_stated_quantile(law):
     assert law.survival(np.array([law.gross_threshold]))[0] == pytest.approx(GROSS_PROBABILITY, rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [0.01, 0.05, 0.07, 0.12, 0.3, 1.5])
-def test_log_survival_is_the_integral_of_the_density(size):
-    upper, _ = integrate.quad(
-        lambda x: math.exp(LOG.log_density(np.array([math.exp(x)]), 1.0)[0]), math.log(size), LOG.mu + 20, limit=400
-    )
-    assert LOG.survival(np.array([size]))[0] == pytest.approx(upper, abs=1e-7)
-
-
 def test_invented_distances_are_gross_as_often_as_stated():
     rng = np.random.default_rng(0)
     law = ScaleNoise(4e-4)

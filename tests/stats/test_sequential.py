@@ -13,7 +13,7 @@ from assay.errors import UsageError
 from assay.stats import LogNoise, ScaleNoise, SequentialTest
 from assay.stats.noise import JUNK_SIGMA, Spread
 
-from .simulate import LOG, SCALE, SIGMA, log_normal, nonces_to_decide, normal, partly, share_accused, student
+from .simulate import LOG, SCALE, SIGMA, nonces_to_decide, normal, partly, share_accused, student
 
 
 def honest_distances(rng, n):
@@ -116,12 +116,6 @@ def test_noise_of_the_stated_effect_is_called_honest_at_most_at_the_stated_rate(
     outcomes = nonces_to_decide(SCALE, student(scale=4 * SIGMA), repeats=600 // fewer)
     honest = sum(verdict == "honest" for verdict, _ in outcomes) / len(outcomes)
     assert honest <= 0.01 + 3 * math.sqrt(0.01 / len(outcomes))
-
-
-def test_cheaper_vectors_are_caught():
-    outcomes = nonces_to_decide(LOG, log_normal(0.3, 0.4))
-    assert {verdict for verdict, _ in outcomes} == {"fraud"}
-    assert np.median([n for _, n in outcomes]) <= 6
 
 
 # A share that is computed cheaply

@@ -22,7 +22,7 @@ class CountTest:
     Args:
         n: Number of nonces checked.
         mismatches: Number of them that did not match.
-        p_value: Probability of at least so many mismatches from an honest node.
+        p_value: Probability that an honest node has at least this number of mismatches.
         fraud: Whether ``p_value`` is below alpha.
     """
 

@@ -101,8 +101,7 @@ class SequentialResult:
         log_evidence_honest: Least evidence against any cheat that an honest verdict excludes, as the logarithm of a
             likelihood ratio; it does not depend on the order.
         weakest: Name of the cheat that this evidence is weakest against.
-        share_excluded: Share of cheaply computed nonces that an honest verdict on so many excludes; None where they are
-            too few to exclude 40 %.
+        share_excluded: Share of cheaply computed nonces that an honest verdict excludes; None if n is too small.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
         junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.

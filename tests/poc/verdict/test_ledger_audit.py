@@ -124,13 +124,6 @@ def test_a_deleted_row_beside_the_entries_is_found(clean: Path, tmp_path: Path, 
         first_bad(path)
 
 
-def test_swapped_accounts_are_found(copy: Path):
-    with by_hand(copy) as database:
-        for before, after in ((1, 99), (2, 1), (99, 2)):
-            database.execute("UPDATE accounts SET id = ? WHERE id = ?", (after, before))
-    assert first_bad(copy) == 1
-
-
 def test_an_entry_that_was_put_in_is_found(copy: Path):
     with by_hand(copy) as database:
         database.execute(

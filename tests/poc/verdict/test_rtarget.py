@@ -32,7 +32,7 @@ def off_in_nonces_alone(found) -> float:
     return (found.measured - found.r_target) / error
 
 
-@pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
+@pytest.fixture(scope="module", params=["reference:qwen3", pytest.param("reference:llama", marks=pytest.mark.slow)])
 def honest_blocks(request):
     """Distances of honest nonces of many blocks of a bundled model, and the predicted factor of every block.
 

@@ -52,7 +52,7 @@ class Verdict:
         residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
         nonces: Nonces that were checked.
         sample_seed: Number that draws the same sample again.
-        header: Header of the proof, every value of which agrees with the pins.
+        header: Header of the proof, whose values agree with the pins.
         pins: Values that the validator gave.
     """
 
@@ -82,12 +82,12 @@ class Verdict:
 
     @property
     def unpinned(self) -> tuple[str, ...]:
-        """Names of the values that were taken on the prover's word, by the names of :class:`Pins`."""
+        """Names of the values that are not pinned but the prover's word, as fields of :class:`Pins`."""
         return self.pins.unpinned(self.header)
 
     @property
     def exit_code(self) -> int:
-        """0 for an honest proof of which nothing was taken on the prover's word, 1 for fraud, 2 for anything else."""
+        """0 for an honest proof whose values are all pinned, 1 for fraud, 2 for anything else."""
         return 2 if self.honest and self.unpinned else EXIT_CODES[self.verdict]
 
     def as_dict(self) -> dict[str, Any]:

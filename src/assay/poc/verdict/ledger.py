@@ -117,7 +117,9 @@ class Ledger:
         try:
             if not read_only:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
-            self.genesis = self._read_genesis()
+            with self._db.read() as connection:
+                text = text_of(connection.execute(sa.select(LEDGER.c.genesis)).scalar())
+            self.genesis = Genesis.parse(text, f"{self.path}, the beginning")
             for name, wanted in (("alpha", alpha), ("beta", beta)):
                 begun = getattr(self.genesis, name)
                 if wanted is not None and wanted != begun:
@@ -138,13 +140,7 @@ class Ledger:
                         f"alpha {alpha}, beta {beta}", wanted="two rates in (0, 1)", do="pass --alpha 0.001"
                     )
                 made = Genesis(id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta)
-                row = {"id": 1, "genesis": made.line, "count": 0, "hash": made.hash}
-                connection.execute(LEDGER.insert().values(row))
-
-    def _read_genesis(self) -> Genesis:
-        with self._db.read() as connection:
-            text = connection.execute(sa.select(LEDGER.c.genesis)).scalar()
-        return Genesis.parse(text_of(text), f"{self.path}, the beginning")
+                _insert_head(connection, made, 0, made.hash)
 
     @property
     def head(self) -> tuple[int, str]:
@@ -231,32 +227,23 @@ class Ledger:
                 )
             # Perhaps under another build, where a validator was stopped after this and its pins were changed.
             return self._standing(connection, row.account)
-        account = self._account(connection, update.account)
+        account = _insert_account(connection, update.account)
         state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
         count, previous = self._head(connection)
-        law = dumps(update.noise.as_dict())
-        connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
-        values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": sha256(law)}
+        law = _insert_law(connection, dumps(update.noise.as_dict()))
+        values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": law}
         values |= {"excluded": find_excluded(update.nonces, seen, update.excluded), "outcome": NOTHING}
         entry = make_entry(update, values)
         # The noise is read back from the law, as an audit reads it.
-        entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, entry.law))})
-        columns = {"seq": entry.seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
-        connection.execute(UPDATES.insert().values(columns | {"entry": entry.line, "hash": entry.hash}))
+        entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, law))})
+        _insert_entry(connection, entry.seq, account, entry, entry.line)
         connection.execute(LEDGER.update().values(count=entry.seq, hash=entry.hash))
         seen.update(entry.nonces)
         self._seen[account, update.round] = (entry.seq, seen)
         return self._standing(connection, account)
 
-    def _account(self, connection: sa.Connection, account: Account) -> int:
-        found = connection.execute(select_account(account)).scalar()
-        if found is None:
-            connection.execute(ACCOUNTS.insert().values(**vars(account)))
-            found = connection.execute(select_account(account)).scalar_one()
-        return int(found)
-
     def _state(self, connection: sa.Connection, account: int) -> AccountState:
-        """Return the state of an account after its last entry, of which another process may have written some."""
+        """Return the state of an account after its last entry, which another process may have written."""
         state = _remember(self._states, account, AccountState(self.genesis), LIVES)
         for entry in self._entries(connection, (UPDATES.c.account == account) & (UPDATES.c.seq > state.last)):
             state.take(entry, self._noises.read(connection, entry.law))
@@ -381,7 +368,7 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
             do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
         )
     if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
-        # What stands in its place may be anything, such as a view without an end.
+        # Anything may stand in its place, such as a view without an end.
         raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
     if LEDGER.name in found and (alpha, beta) != (None, None):
         Ledger(path, alpha=alpha, beta=beta).close()
@@ -476,27 +463,41 @@ def _read_export(path: Path, database: Database) -> tuple[int, str]:
                 law = dumps(loads(text, source)["law"])
                 if text != f'{{"law":{law}}}':
                     raise _bad(source, "a law that is not in the form in which it is written")
-                connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
+                _insert_law(connection, law)
             elif text.startswith('{"head":'):
                 stated = _head(text, source)
             else:
                 entry = Entry.parse(text, source)
-                seq, hash = seq + 1, sha256(text)
-                _insert(connection, seq, entry, text, hash, source)
-        connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=seq, hash=hash))
+                seq += 1
+                try:
+                    hash = _insert_entry(connection, seq, _insert_account(connection, entry.owner), entry, text)
+                except sa.exc.IntegrityError as error:
+                    reason = f"a law that no line before it gives, or a name given twice ({error.orig})"
+                    raise _bad(source, reason) from None
+        _insert_head(connection, genesis, seq, hash)
     if stated is None:
         raise _bad(f"{path}, line {number}", "the end of the file, where its head should be")
     return stated
 
 
-def _insert(connection: sa.Connection, seq: int, entry: Entry, text: str, hash: str, source: str) -> None:
-    connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(entry.owner)))
-    account = connection.execute(select_account(entry.owner)).scalar_one()
+def _insert_head(connection: sa.Connection, genesis: Genesis, count: int, hash: str) -> None:
+    connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=count, hash=hash))
+
+
+def _insert_law(connection: sa.Connection, law: str) -> str:
+    connection.execute(LAWS.insert().prefix_with("OR IGNORE").values(hash=sha256(law), law=law))
+    return sha256(law)
+
+
+def _insert_account(connection: sa.Connection, account: Account) -> int:
+    connection.execute(ACCOUNTS.insert().prefix_with("OR IGNORE").values(**vars(account)))
+    return int(connection.execute(select_account(account)).scalar_one())
+
+
+def _insert_entry(connection: sa.Connection, seq: int, account: int, entry: Entry, text: str) -> str:
     columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
-    try:
-        connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": hash}))
-    except sa.exc.IntegrityError as error:
-        raise _bad(source, f"a law that no line before it gives, or a name given twice ({error.orig})") from None
+    connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": sha256(text)}))
+    return sha256(text)
 
 
 def _head(text: str, source: str) -> tuple[int, str]:

@@ -208,7 +208,7 @@ class Entry(_Model):
         if self.of_response:
             ResponseBlocks.parse(self.residuals, self.profiles)
         elif self.profiles is not None:
-            raise ValueError("profiles of tokens of what is no response")
+            raise ValueError("profiles of tokens in an entry that is no response")
         return self
 
     @property
@@ -384,8 +384,8 @@ def _never(table: str, what: str) -> str:
         BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
 
 
-# Steps that lead to the tables of a ledger. A step, once released, is never edited. The columns beside ``entry`` repeat
-# parts of it, for searching; an audit compares them.
+# Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
+# repeat parts of it, for searching; an audit compares them.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE ledger (

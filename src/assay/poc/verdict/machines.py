@@ -55,7 +55,7 @@ class Sizes:
     """Sizes of the noise between machines.
 
     Args:
-        pairs: Median residual by pair (i, j) with i < j; a pair of which half of the residuals are zero is left out.
+        pairs: Median residual by pair (i, j) with i < j; pairs with median 0 are left out.
         kinds: Kind of every machine, such as its GPU; empty where it is unknown.
     """
 

@@ -24,7 +24,7 @@ Law = stats.NoiseLaw
 """Law of honest residuals."""
 
 MARGIN = 2.0
-"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
+"""Factor of the stated defaults over the measured noise, a margin for models and machines that were not measured."""
 
 EFFECT = {"distance": 4.0, "vector": 2.0}
 """Smallest multiple of the honest noise that counts as another computation, where no measurement gives one.

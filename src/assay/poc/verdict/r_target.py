@@ -34,7 +34,7 @@ CONFIDENCE = 0.95  # of the interval of a quantile
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTarget:
-    """A measured r_target beside the closed form.
+    """A measured r_target, compared with the closed form.
 
     Args:
         valid_rate: Wanted share of valid nonces.
@@ -103,7 +103,7 @@ def measure_r_target(
         factors: Factor of the block of each proof in their order, by :func:`assay.poc.measure_block_factor`, or none.
 
     Returns:
-        The measured target with its interval, beside the closed form.
+        The measured target with its interval, and the closed form.
 
     Raises:
         UsageError: A rate or dimension is out of range or missing, there are fewer than 30 nonces, or there is not one
