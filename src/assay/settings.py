@@ -118,15 +118,11 @@ class Settings(BaseSettings):
     @classmethod
     def flag(cls, field: str) -> Flag:
         """Return how a command line writes a field, from all that is said of it."""
-        found = [entry for entry in cls.model_fields[field].metadata if isinstance(entry, Flag)]
-        names = next((one.names for one in found if one.names), (f"--{field.replace('_', '-')}",))
-        return Flag(
-            names,
-            next((one.variable for one in found if one.variable), None),
-            any(one.secret for one in found),
-            next((one.unit for one in found if one.unit), ""),
-            any(one.argument for one in found),
-        )
+        merged: dict[str, Any] = {"names": (f"--{field.replace('_', '-')}",)}
+        for entry in reversed(cls.model_fields[field].metadata):
+            if isinstance(entry, Flag):
+                merged |= {name: value for name, value in vars(entry).items() if value}
+        return Flag(**merged)
 
     @classmethod
     def spelling(cls, field: str) -> str:

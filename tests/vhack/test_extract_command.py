@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from assay.cli import run
-from assay.cli.vhack import cache_of
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
+from assay.vhack.delta.merge import user_cache
 from assay.vhack.pairs import generate_pairs, write_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 
@@ -118,11 +118,11 @@ def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
 def test_a_user_without_a_cache_directory_does_without(tmp_path, monkeypatch):
     model = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_of(model) == tmp_path / "assay"
+    assert user_cache(model) == tmp_path / "assay"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cache_of(model) is None
-    assert cache_of(model, tmp_path) == tmp_path
+    assert user_cache(model) is None
+    assert user_cache(model, tmp_path) == tmp_path
 
 
 def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from assay.vhack.checks.judge import CheckReport
 
 
-# --------------------------------------------------------------------------------------------------
-# The Proof of Compute half of the demonstration: honest nodes, four cheaters, one validator.
-
 Progress = Callable[[int, int], None]
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
@@ -94,20 +91,13 @@ def run_cheaters(model: "Model", honest: Sequence[Case], progress: Progress | No
 
 def rows(cases: Sequence[Case]) -> list[list[str]]:
     """Return the cells of :data:`COLUMNS` for every case."""
-    return [
-        [
-            case.name,
-            f"{case.proof.distances.mean():.5f}",
-            f"{case.proof.valid_rate:.1%}",
-            f"{np.abs(case.verdict.residuals).max():.2g}",
-            str(case.verdict.checked),
-            case.verdict.verdict,
-        ]
-        for case in cases
-    ]
+    shown = ("", ".5f", ".1%", ".2g", "d", "")
+    named = ("name", "mean_distance", "valid_rate", "largest_residual", "checked", "verdict")
+    found = summary(cases)
+    return [[format(one[name], form) for name, form in zip(named, shown, strict=True)] for one in found]
 
 
-def summary(cases: Sequence[Case]) -> list[dict[str, object]]:
+def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Return JSON-ready values for every case."""
     return [
         {
@@ -123,7 +113,14 @@ def summary(cases: Sequence[Case]) -> list[dict[str, object]]:
 
 
 def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case]) -> None:
-    """Add what was proved, the histogram over the chord law, and who was caught."""
+    """Add what was proved, the histogram over the chord law, who was caught, and how far off the cheaters were."""
+    from assay import stats
+    from assay.pages.figures import SERIES, figure, histogram_over_density, legend
+    from assay.pages.html import Badge
+    from assay.stats.blocks import EFFECTIVE_DIMENSION
+    from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
+    from assay.stats.noise import RESOLUTION
+
     report.section("Proof of Compute: distances follow the chord law")
     report.paragraph(
         f"Noise seeded by block, key and nonce went through {model.reference} "
@@ -131,30 +128,13 @@ def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Seq
         "randomised and reduced to one distance. A validator with the same model recomputed a random sample of "
         "every proof."
     )
-    _draw_histogram(report, honest)
-    report.section("Verdicts")
-    _draw_tables(report, honest, cheaters)
-    report.section("How far off the cheaters were")
-    _draw_residuals(report, honest[0], cheaters)
-
-
-def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
-    from assay import stats
-    from assay.pages.figures import SERIES, figure, histogram_over_density, legend
-    from assay.stats.blocks import EFFECTIVE_DIMENSION
-    from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
-
     r_target = honest[0].proof.round.r_target
     distances = np.concatenate([case.proof.distances for case in honest])
     law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=EFFECTIVE_DIMENSION)
     expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
     fig, ax = figure()
-    histogram_over_density(
-        ax,
-        distances,
-        lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS),
-        density_label=f"chord law, d = {RANDOM_HEAD_ROWS}",
-    )
+    label = f"chord law, d = {RANDOM_HEAD_ROWS}"
+    histogram_over_density(ax, distances, lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS), density_label=label)
     ax.axvline(r_target, color=SERIES[1], linewidth=1.3, label=f"r_target {r_target}")
     ax.set_xlabel("distance to the target")
     legend(ax)
@@ -167,26 +147,17 @@ def _draw_histogram(report: "Report", honest: Sequence[Case]) -> None:
             "mean, chord law": f"{chord_mean(RANDOM_HEAD_ROWS):.5f}",
         }
     )
-
-
-def _draw_tables(report: "Report", honest: Sequence[Case], cheaters: Sequence[Case]) -> None:
-    from assay.pages.html import Badge
-
+    report.section("Verdicts")
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail", "undecided": "undecided"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
         cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], kinds[row[-1]])] for row in rows(cases)]
         report.table(COLUMNS, cells, caption=caption)
-
-
-def _draw_residuals(report: "Report", honest: Case, cheaters: Sequence[Case]) -> None:
-    from assay.pages.figures import SERIES, figure, legend
-    from assay.stats.noise import RESOLUTION
-
+    report.section("How far off the cheaters were")
     fig, ax = figure()
-    for index, case in enumerate([honest, *cheaters]):
+    for index, case in enumerate([honest[0], *cheaters]):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
         ax.semilogy(sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6)
-    ax.axhline(honest.verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
+    ax.axhline(honest[0].verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
     ax.set_xlabel("checked nonces, sorted")
     ax.set_ylabel("|received − recomputed|")
     legend(ax)
@@ -247,7 +218,10 @@ def _run(chosen: DemoSettings, as_json: bool) -> None:
             "honest": summary(honest),
             "cheaters": summary(cheaters),
             "all_as_expected": passed == len(honest) and caught == len(cheaters),
-            "vhack": _summary(checked),
+            "vhack": [
+                {"name": one.name, "verdict": one.verdict, "value": one.measured and one.measured.value}
+                for one in checked.checks
+            ],
         }
         emit_json("assay.demo/1", {**values, "seconds": round(seconds, 1), "report": str(page)})
         return
@@ -275,14 +249,6 @@ def _run_checks(model: "Model", progress: Progress | None) -> "CheckReport":
     svd = weight_svd(model, dtype=factors, method="gram")
     gradients = pair_gradients(generate_pairs(PAIRS), model, svd=svd, progress=progress)
     return check_gradients(gradients, settings=CheckSettings(method="lda", **DRAWS))
-
-
-def _summary(report: "CheckReport") -> list[dict[str, object]]:
-    """Return JSON-ready values for every check."""
-    return [
-        {"name": check.name, "verdict": check.verdict, "value": check.measured.value if check.measured else None}
-        for check in report.checks
-    ]
 
 
 def _draw_checks(report: "Report", model: "Model", checked: "CheckReport") -> None:

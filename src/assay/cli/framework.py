@@ -61,11 +61,6 @@ class Setting:
         self.text = next((entry for entry in self.field.metadata if isinstance(entry, Spelling)), None)
 
     @property
-    def is_switch(self) -> bool:
-        """Whether the option takes no value."""
-        return self.field.annotation is bool
-
-    @property
     def repeats(self) -> bool:
         """Whether the option may be given several times."""
         annotation = self.field.annotation
@@ -102,13 +97,11 @@ class Setting:
     def parameter(self, hidden: bool) -> click.Parameter:
         """Return the option or the argument of click's. Settings check the values, so it takes any text."""
         if self.flag.argument:
-            return click.Argument(
-                [self.name], nargs=-1 if self.repeats else 1, required=False, metavar=self.name.upper()
-            )
-        if self.is_switch:
-            return click.Option([self.name, *self.flag.names], is_flag=True, help=self.help, hidden=hidden)
-        names = [self.name, *self.flag.names]
-        return click.Option(names, multiple=self.repeats, help=self.help, hidden=hidden, metavar=self.metavar, type=str)
+            count = -1 if self.repeats else 1
+            return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
+        how: dict[str, Any] = {"multiple": self.repeats, "metavar": self.metavar, "type": str}
+        how = {"is_flag": True} if self.field.annotation is bool else how
+        return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **how)
 
     def read(self, value: Any) -> Any:
         """Return a value of a command line or a file as the settings class takes it."""
@@ -169,7 +162,10 @@ class Command(click.Command):
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
             self.params += [self.settings[name].parameter(not self.is_shown(name)) for name in ordered]
             if self.settings:
-                self.params.append(_config_option())
+                kind = click.Path(path_type=Path)
+                self.params.append(
+                    click.Option(["--config"], type=kind, metavar="FILE", help="TOML file with further settings.")
+                )
             if "as_json" in inspect.signature(self.function).parameters:
                 self.params.append(click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."))
         return super().get_params(ctx)
@@ -194,13 +190,7 @@ class Command(click.Command):
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
         made = [
-            kind(
-                **{
-                    name: values[name]
-                    for name in kind.model_fields
-                    if name in values and self.settings[name].kind is kind
-                }
-            )
+            kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
             for kind in self.kinds
         ]
         options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
@@ -437,11 +427,6 @@ def in_three_parts(error: click.ClickException) -> UsageError:
         wanted = "no value behind this flag" if "not take" in error.message else "a value behind this flag"
         return UsageError(error.option_name, wanted=wanted, do=look)
     return UsageError(f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look)
-
-
-def _config_option() -> click.Option:
-    kind = click.Path(path_type=Path)
-    return click.Option(["--config"], type=kind, metavar="FILE", help="TOML file with further settings.")
 
 
 def _imported(where: str) -> Any:

@@ -29,13 +29,11 @@ from assay.cli.flags import (
 )
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, progress_bar, show_values, table
-from assay.errors import ProofMismatch, UsageError
+from assay.errors import UsageError
 from assay.settings import Device, Flag, Names, Settings, Spelling
 
 if TYPE_CHECKING:
-    from assay.poc.protocol.blocks import BlockFactor
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.ledger_entries import Standing
 
@@ -316,8 +314,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """
     import os
 
-    from assay import poc
     from assay.files.storage import check_new_file
+    from assay.poc.calibrating import describe, measure, target_for
+    from assay.poc.verdict.calibration import Calibration
 
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
         raise UsageError(
@@ -327,7 +326,11 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         )
     if chosen.valid_rate is not None:
         _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
-        _show_target(chosen, [poc.Proof.load(path) for path in chosen.proofs], as_json)
+        if chosen.output is not None or (chosen.model is not None and not chosen.proofs):
+            seen = "--valid-rate with -o" if chosen.output is not None else "--valid-rate with --model and no proof"
+            raise UsageError(seen, wanted="proofs of the model, and no file to write", do="leave the flag out")
+        how = chosen.model_dump(include={"dimension", "effective_dimension", "model", "device"})
+        show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
         return
     _refuse(chosen, _OF_TARGETS, "no --valid-rate", "it belongs to --valid-rate")
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
@@ -337,83 +340,16 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
-        measured = poc.Calibration.load(chosen.merge[0])
+        measured = Calibration.load(chosen.merge[0])
     else:
-        measured = _of_proofs(chosen, [poc.Proof.load(path) for path in chosen.proofs])
+        against = dict(zip(chosen.name, chosen.against, strict=True))
+        with progress_bar("leaving out", "machines") as progress:
+            measured = measure(chosen.proofs, against, model=chosen.model, progress=progress)
     for path in chosen.merge[1:] if merging else chosen.merge:
-        measured = measured.merged(poc.Calibration.load(path))
+        measured = measured.merged(Calibration.load(path))
     measured.save(chosen.output)
-    _show(measured, chosen.output, as_json)
-
-
-def _show_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
-    """Print the closed form, and with proofs what they measure beside it.
-
-    Raises:
-        UsageError: A flag does not belong to this form, or a value is out of range.
-        ProofMismatch: The proofs do not belong together, or are not of the model.
-    """
-    from assay import poc
-
-    assert chosen.valid_rate is not None
-    if chosen.output is not None or (chosen.model is not None and not proofs):
-        seen = "--valid-rate with -o" if chosen.output is not None else "--valid-rate with --model and no proof"
-        raise UsageError(seen, wanted="proofs of the model, and no file to write", do="leave the flag out")
-    if chosen.model is not None and chosen.effective_dimension is not None:
-        raise UsageError("--model with --effective-dimension", wanted="one of the two", do="leave one of them out")
-    if not proofs:
-        _show_closed_form(chosen, as_json)
-        return
-    found = poc.measure_r_target(
-        proofs,
-        chosen.valid_rate,
-        dimension=chosen.dimension,
-        effective_dimension=chosen.effective_dimension,
-        factors=_factors(chosen, proofs),
-    )
-    show_values("assay.poc.calibrate/1", found.as_dict(), as_json)
-
-
-def _show_closed_form(chosen: CalibrateSettings, as_json: bool) -> None:
-    """Print what holds over blocks and, with a random head, where 95 % of the blocks have their own rate."""
-    from assay import stats
-    from assay.stats.blocks import EFFECTIVE_DIMENSION
-    from assay.stats.chord import RANDOM_HEAD_ROWS
-
-    rate = chosen.valid_rate or 0.0
-    size = RANDOM_HEAD_ROWS if chosen.dimension is None else chosen.dimension
-    values: dict[str, object] = {"valid_rate": rate, "dimension": size, "r_target": stats.r_target_for(rate, size)}
-    if size == RANDOM_HEAD_ROWS:
-        given = chosen.effective_dimension
-        law = stats.BlockLaw(dimension=size, freedom=EFFECTIVE_DIMENSION if given is None else given)
-        low, high = law.rate_interval(stats.r_target_for(rate, size))
-        values |= {
-            "effective_dimension": law.freedom,
-            "effective_dimension_from": "assumed" if given is None else "given",
-            "block_rate_low": low,
-            "block_rate_high": high,
-        }
-    show_values("assay.poc.calibrate/1", values, as_json)
-
-
-def _factors(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "list[BlockFactor]":
-    """Measure the factor of every proof's block with the model; none without --model."""
-    if chosen.model is None:
-        return []
-    from assay import poc
-    from assay.models.load import load_model
-
-    model = load_model(chosen.model, device=chosen.device)
-    other = [p.header for p in proofs if (p.header.digest, p.header.weights) != (model.digest, model.weights)]
-    if other:
-        raise ProofMismatch(
-            f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)",
-            wanted=f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)",
-            do="pass their model with --model, or leave it out",
-        )
-    blocks = {proof.round.block_hash: proof.round for proof in proofs}
-    measured = {block: poc.measure_block_factor(model, round) for block, round in blocks.items()}
-    return [measured[proof.round.block_hash] for proof in proofs]
+    for build in measured.builds:
+        show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)
 
 
 _OF_TARGETS = ("dimension", "device", "effective_dimension")
@@ -458,52 +394,3 @@ def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason
     if given:
         flag = chosen.spelling(given[0])
         raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
-
-
-def _of_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Calibration":
-    from assay import poc
-    from assay.models.load import model_info
-
-    against = {name: poc.Proof.load(path) for name, path in zip(chosen.name, chosen.against, strict=True)}
-    info = None if chosen.model is None else model_info(chosen.model)
-    size, mixture = (None, None) if info is None else (info.hidden_size, info.experts > 0)
-    with progress_bar("leaving out", "machines") as progress:
-        return poc.calibrate(*proofs, hidden_size=size, mixture=mixture, against=against, progress=progress)
-
-
-def _show(measured: "Calibration", path: Path, as_json: bool) -> None:
-    from assay.poc.verdict.calibration import ENOUGH_OF_MIXTURE
-
-    for build in measured.builds:
-        engines = [fingerprint.as_dict() for fingerprint in build.known]
-        stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
-        other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
-        values: dict[str, Any] = {
-            "path": str(path),
-            "preset": build.preset,
-            "checkpoint": build.digest,
-            "output": build.output,
-            "machines": len(build.machines),
-            "law": str(build.noise.law),
-            "typical_residual": build.noise.sizes.typical,
-            "between_machines": build.noise.spread.sd,
-            "n": build.n,
-            "hidden_size": build.hidden_size or None,
-            "effect": build.effect,
-            "named": ", ".join(build.named) or "nothing",
-            "engines_differ_in": ", ".join(other) or "nothing",
-        }
-        if caution := build.caution():
-            values["warning"] = caution
-        elif build.mixture is None and build.caution(mixture=True):
-            values["advice"] = (
-                f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model: another law may "
-                "accuse it"
-            )
-        left_out = build.left_out
-        if left_out is not None:
-            values["left_out_accused"] = left_out.accused
-            values["left_out_interval"] = [left_out.low, left_out.high]
-            values["left_out_worst_pair"] = left_out.worst
-            values["left_out_audits"] = left_out.pairs * left_out.audits
-        show_values("assay.poc.calibrate/1", values, as_json)

@@ -1,6 +1,5 @@
 """``assay vhack``: extract hack directions from pairs, check them, train away from them, and draw the pages."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -170,8 +169,8 @@ class VerifyPairsSettings(ListSettings):
     allow_unsandboxed: Unsandboxed = False
 
 
-_SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method"}
-_PASSED = _SELECTION | {"rank", "factors", "max_tokens", "checkpointing"}
+_SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
+_PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
 _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
@@ -189,7 +188,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     from assay.vhack import checks
     from assay.vhack.basis.extract import select_pairs
     from assay.vhack.checks.folds import fewest_groups
-    from assay.vhack.gradients.svd import check_rank
+    from assay.vhack.delta.merge import user_cache
     from assay.vhack.pairs.reference import find_pairs
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
@@ -202,14 +201,13 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
             err=True,
         )
     select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
-    check_rank(chosen.rank)
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
             pairs,
             loaded,
             **chosen.model_dump(include=_PASSED),
-            cache=None if chosen.no_cache else cache_of(loaded, chosen.cache),
+            cache=None if chosen.no_cache else user_cache(loaded, chosen.cache),
             min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
             progress=progress,
         )
@@ -519,18 +517,6 @@ def _print_pools(result: "PoolReport") -> None:
         *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
     ]
     table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
-
-
-def cache_of(model: "Model", asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
-    if asked is not None or model.device.type != "cpu":
-        return asked
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
-        return None
-    return folder if os.access(folder, os.W_OK) else None
 
 
 def _print_verdicts(verdicts: "Sequence[PairVerdict]", backend: str) -> None:

@@ -11,14 +11,12 @@ from pydantic import Field
 
 from assay.cli.flags import MODEL, OUTPUT, ModelName, Overwrite, Unsandboxed
 from assay.cli.output import emit_json, progress_bar, show_values, table
-from assay.cli.vhack import Result, WeightDtype, WeightSettings, cache_of, vhack
-from assay.errors import DataError, UsageError
+from assay.cli.vhack import Result, WeightDtype, WeightSettings, vhack
+from assay.errors import UsageError
 from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
-    from assay.models.load import Model
-    from assay.vhack.delta.delta import DeltaS
     from assay.vhack.training.own import Task
     from assay.vhack.training.settings import SampleSettings
 
@@ -76,33 +74,19 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
 
     The result is a directory for anything that loads such: of merged weights, or of an adapter with --lora.
     """
-    from assay.files.storage import storage_error
-    from assay.models.load import load_model
-    from assay.streams.backends import dtype_name
-    from assay.vhack.delta.file import delta_lengths
+    from assay.vhack.delta.merge import write_merged
 
-    if chosen.output.exists() and not (
-        chosen.output.is_dir() and (chosen.overwrite or not any(chosen.output.iterdir()))
-    ):
-        raise UsageError(
-            f"{chosen.output}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
+    with progress_bar("decompositions", "matrices") as progress:
+        values = write_merged(
+            chosen.output,
+            chosen.model,
+            chosen.delta,
+            lora=chosen.lora,
+            overwrite=chosen.overwrite,
+            dtype=chosen.dtype,
+            device=chosen.device,
+            progress=progress,
         )
-    lengths = delta_lengths(chosen.delta)
-    loaded = load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    adapter = _adapted(loaded, chosen.delta, lengths)
-    values = {"path": str(chosen.output), "model": loaded.reference, "modules": len(lengths)}
-    try:
-        if chosen.lora is not None:
-            made = adapter.save_lora(chosen.output, chosen.lora)
-            form = {"form": "lora", "rank": made.rank, "relative_error": made.error}
-            values |= {**form, "worst_module": made.worst, "worst_error": made.errors[made.worst]}
-        else:
-            adapter.merge().save_pretrained(chosen.output)
-            values |= {"form": "merged", "dtype": dtype_name(loaded.dtype)}
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(chosen.output)
-    except OSError as error:
-        raise storage_error(chosen.output, error) from error
     show_values("assay.vhack.merge/1", values, as_json)
 
 
@@ -193,24 +177,6 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         _print_rates(values)
 
 
-def _adapted(loaded: "Model", path: Path, lengths: dict[str, int]) -> "DeltaS":
-    """Return an adapter of the model with the δS of a file, which has so many coordinates of each module."""
-    from assay.vhack.delta.delta import DeltaS
-    from assay.vhack.gradients.svd import weight_svd
-    from assay.vhack.gradients.targets import target_modules
-
-    modules = target_modules(loaded)
-    if modules.keys() != lengths.keys():
-        raise DataError(f"{path} has δS of other modules", wanted="those of this model", do="correct --model")
-    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
-    with progress_bar("decompositions", "matrices") as progress:
-        rank = max(lengths.values()) if is_cut else None
-        svd = weight_svd(loaded, rank=rank, cache=cache_of(loaded), min_coverage=0.0, progress=progress)
-    adapter = DeltaS(loaded, svd)
-    adapter.load(path)
-    return adapter
-
-
 def _sampled(
     own: SampleCommand | EvaluateCommand, how: "SampleSettings", reference: str, tasks: "list[Task]", path: Path
 ) -> "tuple[list[JsonObject], int]":
@@ -218,6 +184,7 @@ def _sampled(
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
     from assay.vhack.delta.file import delta_lengths
+    from assay.vhack.delta.merge import load_adapter
     from assay.vhack.training.evaluate import sample_tasks
     from assay.vhack.training.own import prompt_of
     from assay.vhack.training.pool import check_prompts
@@ -226,7 +193,8 @@ def _sampled(
     check_prompts(reference, [prompt_of(task) for task in tasks], how.max_new_tokens)
     loaded, origin = load_model(reference, dtype=own.dtype, device=own.device), {}
     if own.delta:
-        _adapted(loaded, own.delta, lengths).merge()
+        with progress_bar("decompositions", "matrices") as progress:
+            load_adapter(loaded, own.delta, lengths, progress=progress).merge()
         origin = {"delta": sha256(own.delta.read_bytes()).hexdigest()}
     with progress_bar("completions", "completions") as progress:
         first = sample_tasks(path, loaded, tasks, origin=origin, overwrite=own.overwrite, progress=progress, **how.how)
