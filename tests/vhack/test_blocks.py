@@ -37,7 +37,7 @@ def model(request):
 def _batch(spans=None):
     segments = Segments.of(LENGTHS, torch.device("cpu"))
     rows = [row for span in spans or segments.bounds for row in range(*span)]
-    return SimpleNamespace(segments=segments, asking=spans, spot=torch.tensor(rows))
+    return SimpleNamespace(segments=segments, label_spans=spans, label_rows=torch.tensor(rows))
 
 
 def _packed(batch, *, together=False, in_blocks=True):
@@ -80,7 +80,7 @@ def _weight():
 def test_it_gives_what_transformers_gives(monkeypatch, model, kept, together, in_blocks):
     monkeypatch.setattr(_blocks, "_KEPT_WEIGHTS", kept)
     packed = _packed(_batch(), together=together, in_blocks=in_blocks)
-    forwards = [packed.forward(layer, late=False) for layer in model.layers]
+    forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
     found, wanted = _outcome(model, forwards, _weight()), _one_by_one(model, model.layers, _weight())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -97,7 +97,7 @@ def test_queries_that_no_loss_asks_for_are_left_out(monkeypatch, model, in_block
     real = _blocks._blocks
     monkeypatch.setattr(_blocks, "_blocks", lambda *args: rows.append(list(real(*args))) or rows[-1])
     layer = model.layers[0]
-    late = _packed(_batch(spans), in_blocks=in_blocks).forward(layer, late=True)
+    late = _packed(_batch(spans), in_blocks=in_blocks).forward(layer, labels_only=True)
     out, gradient = _outcome(model, [late], _weight() * asked)
     wanted, wanted_gradient = _one_by_one(model, [layer], _weight() * asked)
     assert not (out * (1 - asked)).any()
@@ -112,7 +112,7 @@ def test_positions_are_turned_once_for_all_layers_of_a_pass(monkeypatch, model):
     made = []
     real = _blocks.Turn.of
     monkeypatch.setattr(_blocks.Turn, "of", lambda *args: made.append(args) or real(*args))
-    forwards = [packed.forward(layer, late=False) for layer in model.layers]
+    forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
     first, other = (_outcome(model, forwards, _weight(), seed)[0] for seed in (0, 1))
     assert len(made) == 4  # queries and keys of two passes
     assert not torch.equal(first, other)

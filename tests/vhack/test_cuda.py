@@ -11,7 +11,7 @@ from assay.vhack import extract, per_sample_gradients, weight_svd, weights_diges
 from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients import targets as _targets
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.fused import Gate, Norm, kernels, sample_products, segment_products
+from assay.vhack.gradients.fused import Gate, Norm, load_kernels, sample_products, segment_products
 from assay.vhack.gradients.replica import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
@@ -39,10 +39,9 @@ def on_gpu_and_wanted(models, samples):
     "changes",
     [
         {},
-        {"packed": False, "late": False},
-        {"fused": False},
+        {"packed": False},
         {"factored": False},
-        {"packed": False, "fused": False, "factored": False, "late": False},
+        {"packed": False, "factored": False},
     ],
     ids=str,
 )
@@ -65,7 +64,7 @@ def test_gradients_do_not_change_from_run_to_run(on_gpu_and_wanted, samples):
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
 def use(request):
     pytest.importorskip("triton")
-    found = kernels(torch.device("cuda", torch.cuda.current_device()), request.param)
+    found = load_kernels(torch.device("cuda", torch.cuda.current_device()), request.param)
     assert found is not None
     return found, request.param
 

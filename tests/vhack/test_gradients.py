@@ -26,9 +26,9 @@ from assay.vhack.gradients.batches import (
 )
 from assay.vhack.gradients.division import Division
 from assay.vhack.gradients.fused import Norm
-from assay.vhack.gradients.per_sample import _check_finite
+from assay.vhack.gradients.per_sample import check_finite
 from assay.vhack.gradients.replica import Replica
-from assay.vhack.gradients.taps import PartTap
+from assay.vhack.gradients.taps import Tap
 from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 
@@ -251,7 +251,7 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
     encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
     module, layers = small_model.module, small_model.module.config.num_hidden_layers
     monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
-    how = {"packed": True, "equal": False, "at_once": 2}
+    how = {"packed": True, "equal_lengths": False, "at_once": 2}
     seen = []
     for free in torch.logspace(5, 12, 200).tolist():
         batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=False, **how)
@@ -275,11 +275,11 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
 def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_matrix():
     rows = {name: torch.ones(3, 4) for name in ("a", "b")}
     encoded = [_batches.Encoded(index, f"sample {index}", [1, 2], 1) for index in range(3)]
-    _check_finite(SampleGradients(rows), encoded)
+    check_finite(SampleGradients(rows), encoded)
     for bad in (torch.nan, torch.inf, -torch.inf):
         rows["a"][2, 3] = rows["b"][1, 0] = bad
         with pytest.raises(DataError, match="sample 1 in b"):
-            _check_finite(SampleGradients(rows), encoded)
+            check_finite(SampleGradients(rows), encoded)
 
 
 def test_tensors_are_added_up_over_processes_in_groups_of_a_bounded_size(monkeypatch):
@@ -296,8 +296,8 @@ def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(sma
     kept = []
     for name, linear in target_modules(small_model).items():
         factors = weight_svd(small_model, modules=[name], min_coverage=0.0)[name]
-        how = {"factored": False, "together": False, "checkpointing": again, "use": None}
-        tap = PartTap(name, linear, factors, {}, division=Division(None, by_samples), segments=lambda: segments, **how)
+        how = {"factored": False, "together": False, "checkpointing": again, "kernels": None}
+        tap = Tap(name, linear, factors, {}, division=Division(None, by_samples), segments=lambda: segments, **how)
         if tap.way(torch.zeros(3, linear.in_features), segments).early:
             kept.append(name)
     shorter = [n for n, linear in target_modules(small_model).items() if linear.out_features < linear.in_features]
@@ -377,7 +377,7 @@ def test_a_loss_that_is_not_finite_is_named(module, byte_tokenizer, samples, sma
     module.model.embed_tokens.register_forward_hook(
         lambda _, ids, output: output.masked_fill((ids[0] == quote)[..., None], torch.inf)
     )
-    with pytest.raises(DataError, match="the loss of third is not finite"):
+    with pytest.raises(DataError, match="the loss or the gradient of third"):
         per_sample_gradients(
             samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=1, names=["a", "b", "third", "d", "e"]
         )

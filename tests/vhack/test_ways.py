@@ -17,26 +17,24 @@ from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients import replica as _replica
 from assay.vhack.gradients import taps as _taps
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.fused import Norm, _even, plain_norm, sample_products, segment_products
+from assay.vhack.gradients.fused import Norm, _even, is_plain_norm, sample_products, segment_products
 from assay.vhack.gradients.packed import attend
 from assay.vhack.gradients.replica import Recipe, Replica, recipe_for
-from assay.vhack.gradients.taps import Tap, Way, fitting
+from assay.vhack.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 ALONG = ("gate_proj", "up_proj", "down_proj")
 
-PLAIN = Recipe(packed=False, fused=False, factored=False, late=False, together=False)
-EVERYTHING = Recipe(packed=True, fused=True, factored=True, late=True, together=False)
+PLAIN = Recipe(packed=False, factored=False, together=False)
+EVERYTHING = Recipe(packed=True, factored=True, together=False)
 
 
 @pytest.mark.parametrize(
     "recipe",
     [
         PLAIN,
-        replace(PLAIN, fused=True),
         replace(PLAIN, factored=True),
         replace(PLAIN, packed=True),
-        replace(EVERYTHING, factored=False),
         EVERYTHING,
         replace(EVERYTHING, together=True),
         replace(PLAIN, together=True),
@@ -113,7 +111,7 @@ def _watched_ways(monkeypatch):
 
 def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_svd):
     def way(name, tokens, dtype=torch.float32, **changes):
-        settings = {"factored": True, "together": False, "checkpointing": False, "use": None, **changes}
+        settings = {"factored": True, "together": False, "checkpointing": False, "kernels": None, **changes}
         linear = target_modules(small_model)[f"model.layers.0.{name}"]
         tap = Tap(name, linear, small_svd[f"model.layers.0.{name}"], {}, lambda: None, **settings)
         rows = torch.empty(tokens, linear.in_features, dtype=dtype)
@@ -131,12 +129,12 @@ def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_s
 
 def test_other_factors_than_the_weights_own_are_not_multiplied_with(small_model, small_svd):
     modules = target_modules(small_model)
-    assert fitting(modules, small_svd) == set(modules)
-    assert fitting(modules, small_svd.truncated(8)) == set()
-    assert fitting(modules, weight_svd(small_model, dtype="bfloat16")) == set()
+    assert exact_factors(modules, small_svd) == set(modules)
+    assert exact_factors(modules, small_svd.truncated(8)) == set()
+    assert exact_factors(modules, weight_svd(small_model, dtype="bfloat16")) == set()
     first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
     swapped = {**small_svd, first: small_svd[second]}
-    assert fitting(modules, swapped) == set(modules) - {first}
+    assert exact_factors(modules, swapped) == set(modules) - {first}
 
 
 def test_which_models_are_packed(small_checkpoint):
@@ -331,7 +329,7 @@ def test_the_sum_over_tokens_of_samples_of_one_length(dtype):
 
 def test_the_norm_is_that_of_transformers(small_model):
     norm = small_model.module.model.layers[0].input_layernorm
-    assert plain_norm(norm)
+    assert is_plain_norm(norm)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 5, 64, generator=generator) * 3
     weight = torch.randn(2, 5, 64, generator=generator)
@@ -354,8 +352,8 @@ def test_a_norm_that_computes_something_else_is_left_alone():
         def forward(self, inputs):
             return (1 + self.weight) * inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
 
-    assert not plain_norm(OtherRMSNorm())
-    assert not plain_norm(torch.nn.LayerNorm(8))
+    assert not is_plain_norm(OtherRMSNorm())
+    assert not is_plain_norm(torch.nn.LayerNorm(8))
 
 
 def test_a_sample_that_is_left_out_changes_nothing_for_the_others(small_model, byte_tokenizer, samples, small_svd):

@@ -1,10 +1,15 @@
-"""From a model and pairs to a basis: choose the pairs, compute their gradients, find the axes."""
+"""From a model and pairs to a basis: choose the pairs, compute their gradients, find the axes.
+
+Gradients of pairs are kept together with their Gram matrices, so that a basis of any subset costs no new pass.
+
+Shapes: N pairs, R coordinates of δS in a module.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,11 +29,11 @@ from assay.vhack.pairs.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-# --------------------------------------------------------------------------------------------------
-# The gradients of pairs, kept together with their Gram matrices, so that a basis of any subset costs no new pass.
-#
-# Shapes: N pairs, R coordinates of δS in a module.
+# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
+_HELD_OUT_SHARE = 6
+_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
+# Parts of the model whose full factors exist one after the other where truncated ones are wanted.
+_PARTS = 8
 
 
 class PairGradients:
@@ -70,8 +75,15 @@ class PairGradients:
                 do="pass lists as long as the gradients",
             )
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
-        _check_finite(self.hack, "hack", self.keys)
-        _check_finite(self.clean, "clean", self.keys)
+        sides = (("hack", self.hack), ("clean", self.clean))
+        for side, name, rows_NR in ((side, *item) for side, rows in sides for item in rows.items()):
+            bad_N = ~torch.isfinite(rows_NR).all(dim=1)
+            if bad_N.any():
+                raise DataError(
+                    f"the gradient of pair {self.keys[int(bad_N.nonzero()[0])]}, {side} side, is not finite in {name}",
+                    wanted="finite gradients",
+                    do="leave the pair out, or run the model in float32",
+                )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -149,17 +161,6 @@ def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> in
     return counts.pop()
 
 
-def _check_finite(gradients: Mapping[str, Tensor], side: str, keys: Sequence[str]) -> None:
-    for name, rows_NR in gradients.items():
-        bad_N = ~torch.isfinite(rows_NR).all(dim=1)
-        if bad_N.any():
-            raise DataError(
-                f"the gradient of pair {keys[int(bad_N.nonzero()[0])]}, {side} side, is not finite in {name}",
-                wanted="finite gradients",
-                do="leave the pair out, or run the model in float32",
-            )
-
-
 def check_method(method: str, n: int) -> None:
     """Raise UsageError unless ``method`` exists and ``n`` pairs are enough for it."""
     if method not in METHODS:
@@ -167,13 +168,6 @@ def check_method(method: str, n: int) -> None:
     least = 3 if method == "lda" else 1
     if n < least:
         raise UsageError(f"{n} pairs for {method}", wanted=f"at least {least}", do="use more pairs or another method")
-
-
-# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
-_HELD_OUT_SHARE = 6
-_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
-# Parts of the model whose full factors exist one after the other where truncated ones are wanted.
-_PARTS = 8
 
 
 def split_pairs(
@@ -222,7 +216,7 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
     return chosen
 
 
-def _named(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
+def _names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
     """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by both its names."""
     found: dict[str, str] = {}
     for index, pair in enumerate(pairs):
@@ -241,17 +235,21 @@ def select_pairs(
     top_k: int,
     tau_axis: float,
     method: str,
-) -> list[Pair]:
-    """Return the pairs to extract from, after checking what :func:`extract` is asked for; it needs no model.
+    rank: int | None = None,
+) -> dict[str, Pair]:
+    """Return the pairs to extract from by their names in errors, which count all pairs.
+
+    It checks all that :func:`extract` is asked for before any work, and needs no model.
 
     Raises:
         UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
     """
-    _named(pairs)
+    names = _names(pairs)
     check_axis_settings(top_k, tau_axis)
+    check_rank(rank)
     used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
     check_method(method, len(used))
-    return used
+    return {names[pair.key]: pair for pair in used}
 
 
 def pair_gradients(
@@ -298,7 +296,7 @@ def pair_gradients(
             :func:`weight_svd` raise them.
     """
     check_rank(rank)
-    labels = _named(pairs, names)
+    labels = _names(pairs, names)
     kept = [pair for pair in pairs if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
@@ -306,25 +304,19 @@ def pair_gradients(
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
-
-    def factors_of(modules: Sequence[str] | None, progress: Progress | None) -> SVDCache:
-        return svd or weight_svd(
-            model, modules=modules, dtype=factors, cache=cache, min_coverage=min_coverage, progress=progress
-        )
-
+    decompose = partial(weight_svd, model, dtype=factors, cache=cache, min_coverage=min_coverage)
     captured = 1.0
-    if rank is None:
-        used = factors_of(None, told[0])
-    else:
+    if rank is not None:
         first = slice(None, None, len(kept))  # both sides of the first pair
         take = partial(per_sample_gradients, samples[first], model, tokenizer=tokenizer, names=called[first])
-        parts = _parts(list(target_modules(model)), _PARTS if svd is None else 1)
-        used, captured = _truncated(parts, rank, factors_of, take, told[0])
+        svd, captured = _truncated(list(target_modules(model)), rank, svd or decompose, take, told[0])
+    elif svd is None:
+        svd = decompose(progress=told[0])
     found = per_sample_gradients(
         samples,
         model,
         tokenizer=tokenizer,
-        svd=used,
+        svd=svd,
         names=called,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
@@ -342,7 +334,7 @@ def pair_gradients(
         groups=list(left.values()),
         keys=list(left),
         tokens={name: torch.add(*part.chunk(2))[rows] for name, part in found.tokens.items()},
-        origin=replace(_source_of(model, used), captured=captured, skipped=skipped),
+        origin=replace(_source_of(model, svd), captured=captured, skipped=skipped),
     )
 
 
@@ -402,30 +394,24 @@ def extract(
         >>> len(basis.origin.pairs), basis.axes["model.layers.0.self_attn.q_proj"].shape
         (4, torch.Size([3, 256]))
     """
-    used = select_pairs(
-        pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, top_k=top_k, tau_axis=tau_axis, method=method
-    )
-    check_rank(rank)
+    axes: dict[str, Any] = {"top_k": top_k, "tau_axis": tau_axis, "method": method}
+    used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, rank=rank, **axes)
     if path is not None and Path(path).exists():
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {
             "dtype": dtype_name(weight.dtype),
             "rank": rank or (svd.rank if svd is not None else None),
             "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
-            "top_k": top_k,
-            "tau_axis": tau_axis,
-            "method": method,
-            "given": tuple(sorted(pair.key for pair in used)),
+            "given": tuple(sorted(pair.key for pair in used.values())),
         }
-        return Basis.load(path, model, expect=expected)
+        return Basis.load(path, model, expect=expected | axes)
     if path is not None:
         check_new_file(path)
-    labels = _named(pairs)
     gradients = pair_gradients(
-        used,
+        list(used.values()),
         model,
         tokenizer=tokenizer,
-        names=[labels[pair.key] for pair in used],
+        names=list(used),
         svd=svd,
         rank=rank,
         factors=factors,
@@ -435,7 +421,7 @@ def extract(
         checkpointing=checkpointing,
         progress=progress,
     )
-    basis = gradients.basis(top_k=top_k, tau_axis=tau_axis, method=method)
+    basis = gradients.basis(**axes)
     if path is not None:
         basis.save(path)
     return basis
@@ -449,32 +435,29 @@ def _nothing_left(count: int) -> DataError:
     )
 
 
-def _parts(names: Sequence[str], count: int) -> list[Sequence[str]]:
-    size = -(-len(names) // count)
-    return [names[start : start + size] for start in range(0, len(names), size)]
-
-
 def _truncated(
-    parts: Sequence[Sequence[str]],
+    names: Sequence[str],
     rank: int,
-    factors_of: Callable[[Sequence[str], Progress | None], SVDCache],
+    full: SVDCache | Callable[..., SVDCache],
     gradients_of: Callable[..., dict[str, torch.Tensor]],
     progress: Progress | None,
 ) -> tuple[SVDCache, float]:
     """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy that they hold.
 
-    The share needs the full factors, so those of one part of the modules exist at a time, and each part takes a pass.
+    The share needs the full factors. Where these are to be made, those of one part of the modules exist at a time, and
+    each part takes a pass.
     """
     found: dict[str, Factors] = {}
     total = held = 0.0
-    for part in parts:
-        full = factors_of(part, stage(progress, len(found), 0))
-        for rows in gradients_of(svd=full, modules=part).values():
+    size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
+    for part in (names[start : start + size] for start in range(0, len(names), size)):
+        svd = full if isinstance(full, SVDCache) else full(modules=part, progress=stage(progress, len(found), 0))
+        for rows in gradients_of(svd=svd, modules=part).values():
             total += float(rows.square().sum())
             held += float(rows[:, :rank].square().sum())
-        found |= {name: full[name].truncated(rank) for name in part}
-        dtype = full.dtype
-        del full  # before those of the next part are made
+        found |= {name: svd[name].truncated(rank) for name in part}
+        dtype = svd.dtype
+        del svd  # before those of the next part are made
     return SVDCache(found, rank=rank, dtype=dtype), held / total if total else 1.0
 
 

@@ -105,22 +105,22 @@ class Batch:
         ids: Token ids, [1, N] packed or [B, T] padded.
         positions: Position of each token in its sample, [1, N]; None if padded.
         segments: Boundaries of the samples among the N rows of all tokens.
-        late: Boundaries of the samples among the M rows that predict a completion token.
-        asking: Half-open row range of each sample, among the N rows, that predicts its completion tokens.
-        spot: Row numbers that predict a completion token, [M].
-        target: Token that each of these rows should predict, [M].
-        weight: One over the number of completion tokens of the sample, [M] float32.
+        label_segments: Boundaries of the samples among the M rows that predict a completion token.
+        label_spans: Half-open row range of each sample, among the N rows, that predicts its completion tokens.
+        label_rows: Row numbers that predict a completion token, [M].
+        labels: Token that each of these rows should predict, [M].
+        loss_weights: One over the number of completion tokens of the sample, [M] float32.
     """
 
     encoded: list[Encoded]
     ids: Tensor
     positions: Tensor | None
     segments: Segments
-    late: Segments
-    asking: list[tuple[int, int]]
-    spot: Tensor
-    target: Tensor
-    weight: Tensor
+    label_segments: Segments
+    label_spans: list[tuple[int, int]]
+    label_rows: Tensor
+    labels: Tensor
+    loss_weights: Tensor
 
     @cached_property
     def sample(self) -> Tensor:
@@ -140,24 +140,23 @@ class Batch:
         """Return the batch of these samples on a device."""
         longest = max(len(one.ids) for one in encoded)
         sizes = [len(one.ids) if packed else longest for one in encoded]
-        counts = [len(one.ids) - one.n_prompt for one in encoded]
-        starts = list(accumulate(sizes, initial=0))
-        asking = [
-            (start + one.n_prompt - 1, start + len(one.ids) - 1) for start, one in zip(starts, encoded, strict=False)
+        counts = torch.tensor([len(one.ids) - one.n_prompt for one in encoded])
+        segments = Segments.of(sizes, device)
+        spans = [
+            (start + one.n_prompt - 1, start + len(one.ids) - 1)
+            for (start, _), one in zip(segments.bounds, encoded, strict=True)
         ]
-        spot = [row for span in asking for row in range(*span)]
         ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
-        repeats = torch.tensor(counts)
         return cls(
             encoded,
             ids.view(1 if packed else len(encoded), -1).to(device),
             torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
-            Segments.of(sizes, device),
-            Segments.of(counts, device),
-            asking,
-            torch.tensor(spot).to(device),
+            segments,
+            Segments.of(counts.tolist(), device),
+            spans,
+            torch.tensor([row for span in spans for row in range(*span)]).to(device),
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
-            (1.0 / repeats).repeat_interleave(repeats).to(device),
+            (1.0 / counts).repeat_interleave(counts).to(device),
         )
 
 
@@ -212,13 +211,13 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int | N
 
 
 def plan(
-    encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal: bool = False, at_once: int = 1
+    encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal_lengths: bool = False, at_once: int = 1
 ) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
-    several workers are dealt out, so that all batches are about as large and every worker has as many. With ``equal``
-    the samples of a batch have one length, and nothing is padded.
+    several workers are dealt out, so that all batches are about as large and every worker has as many. With
+    ``equal_lengths`` nothing is padded.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     if packed and at_once > 1:
@@ -227,7 +226,7 @@ def plan(
     used = 0
     for one in ordered:
         size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
-        if batches and used + size <= max_tokens and not (equal and len(one.ids) < size):
+        if batches and used + size <= max_tokens and not (equal_lengths and len(one.ids) < size):
             batches[-1].append(one)
             used += size
         else:
@@ -297,7 +296,7 @@ def plan_in_turns(
     free: float,
     *,
     packed: bool,
-    equal: bool,
+    equal_lengths: bool,
     at_once: int,
     checkpointing: bool,
 ) -> tuple[list[list[Encoded]], int]:
@@ -311,7 +310,7 @@ def plan_in_turns(
         encoded: Samples.
         free: Bytes that are free in every process.
         packed: Whether samples will stand end to end.
-        equal: Whether the samples of a batch have one length.
+        equal_lengths: Whether the samples of a batch have one length.
         at_once: Number of processes, each of which takes one batch in a turn.
         checkpointing: Whether all layers are computed again, whatever there is room for.
     """
@@ -319,7 +318,7 @@ def plan_in_turns(
     how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
     fits = [how_many(recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
-    batches = plan(encoded, wanted, packed=packed, equal=equal, at_once=at_once)
+    batches = plan(encoded, wanted, packed=packed, equal_lengths=equal_lengths, at_once=at_once)
     largest = max(tokens_of(batch, packed=packed) for batch in batches)
     fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
     return batches, layers if checkpointing else fewest

@@ -170,6 +170,10 @@ class Division:
             return WHOLE
         return ROWS if weight.placements[0].is_shard(0) else COLUMNS
 
+    def repeats(self, layout: str) -> bool:
+        """Return whether this process computes what another one counts: a whole weight, from all samples."""
+        return layout == WHOLE and not self.by_samples and self.rank > 0
+
     def part(self, tensor: Tensor, dimension: int) -> Tensor:
         """Return the part of a matrix that goes with this process's part of a weight, cut along a dimension."""
         if is_sharded(tensor):
@@ -281,9 +285,14 @@ def _refusal(seen: str, do: str) -> ModelError:
     )
 
 
-def lost_width(logits: Tensor, vocabulary: int, head: nn.Module) -> ModelError:
-    """Return the error of a head that gives each process its part of the vocabulary."""
-    return _refusal(
-        f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",
-        "let the head give all logits to every process (ColwiseParallel with output_layouts=Replicate())",
-    )
+def check_logits(logits: Tensor, vocabulary: int, head: nn.Module) -> None:
+    """Refuse a head that gives each process its part of the vocabulary.
+
+    Raises:
+        ModelError: These are not the logits of all tokens.
+    """
+    if is_sharded(logits) or logits.shape[-1] < vocabulary:
+        raise _refusal(
+            f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",
+            "let the head give all logits to every process (ColwiseParallel with output_layouts=Replicate())",
+        )

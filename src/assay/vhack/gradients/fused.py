@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from assay.models.families import FAMILIES
+from assay.models.decoder import FAMILIES
 
 _ENOUGH_SAMPLES = 8  # for a kernel that goes through the tokens of a sample one after the other
 
 
 @cache
-def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Return the triton kernels, or None unless they can be built on this device and give what torch gives."""
     if device.type != "cuda":
         return None
@@ -37,31 +38,31 @@ def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
         return None
 
 
-def _works(use: ModuleType, ones: Tensor) -> bool:
+def _works(kernels: ModuleType, ones: Tensor) -> bool:
     """Try every kernel on ones, for which the results are known."""
     silu, slope = 0.7310586, 0.9276705  # of 1: σ(1) and σ(1) (2 − σ(1))
-    unit, scale = use.normalise(ones, ones[0], 0.0)
+    unit, scale = kernels.normalise(ones, ones[0], 0.0)
     results = (
-        (use.segment_products(ones, ones, torch.tensor([0, 2], device=ones.device)), 2.0),
+        (kernels.segment_products(ones, ones, torch.tensor([0, 2], device=ones.device)), 2.0),
         (unit, 1.0),
-        (use.normalise_backward(ones, ones, ones[0], scale), 0.0),
-        (use.gate(ones, ones), silu),
-        *zip(use.gate_backward(ones, ones, ones), (slope, silu), strict=True),
+        (kernels.normalise_backward(ones, ones, ones[0], scale), 0.0),
+        (kernels.gate(ones, ones), silu),
+        *zip(kernels.gate_backward(ones, ones, ones), (slope, silu), strict=True),
     )
     return all(bool(((result.float() - expected).abs() < 0.01).all()) for result, expected in results)
 
 
-def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, use: ModuleType | None) -> Tensor:
+def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, kernels: ModuleType | None) -> Tensor:
     """Return the sum of the elementwise product over the rows of every sample, [B, R] float32.
 
     Args:
         left_NR: One side, of any floating dtype.
         right_NR: The other side.
         offsets: [B + 1] int64 on the device; sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``.
-        use: Kernels, or None.
+        kernels: Kernels, or None.
     """
-    if use is not None:
-        found: Tensor = use.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets)
+    if kernels is not None:
+        found: Tensor = kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets)
         return found
     summed: Tensor = torch.segment_reduce(left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True)
     return summed
@@ -77,11 +78,11 @@ def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
         right_BTR: The other side, on the same device.
     """
     samples, tokens, _ = left_BTR.shape
-    use = kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
-    if use is None:
+    kernels = load_kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
+    if kernels is None:
         return (left_BTR.float() * right_BTR).sum(dim=1)
     offsets = _even(samples, tokens, left_BTR.device)
-    return segment_products(left_BTR.flatten(0, 1), right_BTR.flatten(0, 1), offsets, use)
+    return segment_products(left_BTR.flatten(0, 1), right_BTR.flatten(0, 1), offsets, kernels)
 
 
 @lru_cache(maxsize=64)
@@ -95,26 +96,28 @@ class Norm(torch.autograd.Function):
     """``x / √(mean x² + eps) · weight`` over the last dimension; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, use: ModuleType | None) -> Tensor:
+    @override
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, kernels: ModuleType | None) -> Tensor:
         x_MH = x.reshape(-1, x.shape[-1])
-        if use is not None:
-            y_MH, scale = use.normalise(x_MH, weight_H, eps)
+        if kernels is not None:
+            y_MH, scale = kernels.normalise(x_MH, weight_H, eps)
         else:
             size_M1 = torch.linalg.vector_norm(x_MH, dim=1, keepdim=True, dtype=torch.float32)
             scale = size_M1.square_().div_(x_MH.shape[1]).add_(eps).rsqrt_()
             y_MH = (x_MH * scale).to(x.dtype).mul_(weight_H)
         ctx.save_for_backward(x_MH, weight_H, scale)
-        ctx.use = use
+        ctx.kernels = kernels
         result: Tensor = y_MH.view(x.shape)
         return result
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (dy,) = gradients
         x_MH, weight_H, scale = ctx.saved_tensors
         dy_MH = dy.reshape(x_MH.shape)
-        if ctx.use is not None:
-            return ctx.use.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape), None, None, None
+        if ctx.kernels is not None:
+            return ctx.kernels.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape), None, None, None
         x_MH = x_MH.float()
         dx_MH = dy_MH.float() * weight_H
         along_M1 = torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1).mul_(scale.square()).div_(x_MH.shape[1])
@@ -125,30 +128,34 @@ class Gate(torch.autograd.Function):
     """``silu(a) · b`` by the kernels."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, use: ModuleType) -> Tensor:
+    @override
+    def forward(ctx: Any, a: Tensor, b: Tensor, kernels: ModuleType) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.use = use
-        result: Tensor = use.gate(a.contiguous(), b.contiguous())
+        ctx.kernels = kernels
+        result: Tensor = kernels.gate(a.contiguous(), b.contiguous())
         return result
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
         (dy,) = gradients
         a, b = ctx.saved_tensors
-        da, db = ctx.use.gate_backward(dy.contiguous(), a.contiguous(), b.contiguous())
+        da, db = ctx.kernels.gate_backward(dy.contiguous(), a.contiguous(), b.contiguous())
         return da, db, None
 
 
-class Surprise(torch.autograd.Function):
+class TokenLoss(torch.autograd.Function):
     """The negative log-likelihood of every row's target, in float32; its backward pass runs once, over what is kept."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor) -> Tensor:
         logs_MV = torch.log_softmax(logits_MV, dim=1, dtype=torch.float32)
         ctx.logs, ctx.target, ctx.dtype = logs_MV, target_M, logits_MV.dtype
         return logs_MV.gather(1, target_M[:, None])[:, 0].neg()
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient_M,) = gradients
         result_MV = ctx.logs.exp_().mul_(gradient_M[:, None])
@@ -157,7 +164,7 @@ class Surprise(torch.autograd.Function):
         return result_MV.to(ctx.dtype), None
 
 
-def plain_norm(module: nn.Module) -> bool:
+def is_plain_norm(module: nn.Module) -> bool:
     """Return whether a module is the norm of a listed family, which is what `Norm` computes."""
     kind = type(module)
     listed = any(kind.__name__ == f"{family.prefix}RMSNorm" for family in FAMILIES.values())

@@ -1,15 +1,22 @@
-"""Self-attention of a packed batch on a CPU, in float32 and written out in blocks of queries.
+"""Decoder layers of the listed families over samples that stand end to end in one row: each sample sees itself only.
 
-A block meets only the keys of its own sample that stand before it. The weights are kept for the backward pass, where
-torch's kernel would compute them again; what is kept is bounded. Positions are turned on the way into the layout of the
-products, and not in passes of their own. bfloat16 is widened on the way in, which is faster than torch's kernel for it.
+:class:`PackedLayers` makes forward functions that take the place of those of transformers. Embeddings, rotary tables,
+the final norm and the head stay with transformers. The projections are called as modules, so that what replaces their
+forward functions, and hooks on them, take part.
 
-Without it the gradients of the bundled model Qwen3 take 1.10 times as long (12 samples of 490 tokens, one thread):
+On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU attention is written
+out in blocks of queries, in float32: a block meets only the keys of its own sample that stand before it. The weights
+are kept for the backward pass, where torch's kernel would compute them again; what is kept is bounded. Positions are
+turned on the way into the layout of the products. bfloat16 is widened on the way in, which is faster than torch's
+kernel for it.
 
-    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+Measured (results/vhack_ways_cpu.json of the research folder; bundled Qwen3, one CPU thread): padded as transformers has
+it, gradients take 1.23 times as long; with the last layer for every token 1.08 times; without the blocks 1.10 times
+(12 samples of 490 tokens). On an H200 packing alone takes Qwen3-4B from 0.93 to 0.80 s (vhack_gradients_h200_bfloat16).
 
-Shapes: N tokens of all samples, H heads of queries, J heads of keys and values, G = H / J, D their width, X queries of
-a block. Query heads that share a key head are rows of one product: [J, X·G, D].
+Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
+queries, J heads of keys and values, G = H / J, D their width (or that of hidden states),
+X queries of a block. Query heads that share a key head are rows of one product: [J, X·G, D].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +32,8 @@ from assay.vhack.gradients.batches import Batch, Segments
 from assay.vhack.gradients.fused import Gate
 
 Bounds = Sequence[tuple[int, int]]
+PACKED = "assay_packed"
+"""Name of the attention of these layers, under which transformers makes no mask."""
 
 _BLOCK = 64
 # Heads times tokens of a sample, above which the weights are not kept.
@@ -46,30 +55,12 @@ class Turn:
         return cls(*(part[:, None].repeat(1, heads, 1) for part in (cos_ND * scale, sin_ND * sign_D)))
 
 
-def fits_in_blocks(heads: int, segments: Segments) -> bool:
-    """Return whether the weights of the longest sample may be kept for the backward pass."""
-    return heads * segments.longest <= _KEPT_WEIGHTS
-
-
-def attend_in_blocks(
-    q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, turns: tuple[Turn, Turn], bounds: Bounds, spans: Bounds
-) -> Tensor:
-    """Return causal attention within each sample, [N, H, D].
-
-    Args:
-        q_NHD: Queries before rotation, in float32 or bfloat16, as keys and values.
-        k_NJD: Keys before rotation.
-        v_NJD: Values.
-        turns: Turns of queries, scaled as the scores, and of keys, in float32.
-        bounds: Bounds of the samples.
-        spans: Per sample, the rows whose queries matter; the others are zero.
-    """
-    out: Tensor = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, bounds, spans)  # type: ignore[no-untyped-call]
-    return out
-
-
 class _InBlocks(torch.autograd.Function):
-    """Causal attention of every sample: queries and keys are turned by their positions, queries scaled."""
+    """Causal attention within each sample, [N, H, D], of queries, keys and values in float32 or bfloat16.
+
+    Queries and keys come before rotation; the turns rotate both, and scale the queries. Only queries of ``spans``, one
+    per sample, matter; the others get zeros.
+    """
 
     @staticmethod
     def forward(
@@ -142,29 +133,6 @@ def _turned_back(gradient_JNGD: Tensor, turn: Turn) -> Tensor:
     return swapped_JNGD.addcmul_(gradient_JNGD, turn.cos)
 
 
-# --------------------------------------------------------------------------------------------------
-# Decoder layers of the listed families over samples that stand end to end in one row: each sample sees itself only.
-#
-# :class:`PackedLayers` makes forward functions that take the place of those of transformers in a copy of the model.
-# Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are called as modules, so
-# that what replaces their forward functions, and hooks on them, take part.
-#
-# On a GPU the samples are spread out to one length for attention, and gathered afterwards. On a CPU each sample has its
-# own product, the one that :mod:`assay.vhack.gradients.packed` writes out.
-#
-# Padded, as transformers has it, the gradients of the bundled Qwen3 take 1.23 times as long on one CPU thread, and with
-# the last layer for every token 1.08 times; frozen bases have the bits of that layer. On an H200 packing alone takes
-# Qwen3-4B from 0.93 to 0.80 s (benchmarks/results/vhack_gradients_h200_bfloat16.json, "packed only"):
-#
-#     OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
-#
-# Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
-# queries, J heads of keys and values, E their width, D hidden size.
-
-PACKED = "assay_packed"
-"""Name of the attention of these layers, under which transformers makes no mask."""
-
-
 def register() -> None:
     """Make the name known to transformers, which makes masks only for attention that has a mask function."""
     from transformers import AttentionInterface
@@ -176,34 +144,34 @@ class PackedLayers:
     """Makes the forward functions of the layers of one copy of a model, which share the batch and the rotations.
 
     Args:
-        current: Called in every forward pass for the batch.
-        use: Kernels of a GPU for the gated activation, or None.
+        batch: Function that returns the batch, called in every forward pass.
+        kernels: Kernels of a GPU for the gated activation, or None.
         together: Whether attention is one product for all samples.
         in_blocks: Whether attention is written out in blocks, for a CPU.
     """
 
     def __init__(
-        self, current: Callable[[], Batch], use: ModuleType | None, *, together: bool, in_blocks: bool
+        self, batch: Callable[[], Batch], kernels: ModuleType | None, *, together: bool, in_blocks: bool
     ) -> None:
-        self._current = current
-        self.use, self.together, self.in_blocks = use, together, in_blocks
+        self._batch = batch
+        self.kernels, self.together, self.in_blocks = kernels, together, in_blocks
         self._turned: Rotation | None = None
 
-    def forward(self, layer: Any, *, late: bool) -> Callable[..., Tensor]:
+    def forward(self, layer: Any, *, labels_only: bool) -> Callable[..., Tensor]:
         """Return the forward function of a layer.
 
         Args:
             layer: Decoder layer of transformers, of a listed family.
-            late: Whether only the M tokens that predict a completion token matter after this layer. Only keys and
-                values are then computed for the others, which leave the layer as zeros.
+            labels_only: Whether only the M tokens that predict a completion token matter after this layer. The
+                others then have keys and values only, and leave the layer as zeros.
         """
 
         def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
-            batch = self._current()
-            spot = batch.spot if late else None
-            packed = _PackedLayer(self, layer, batch, spot, position_embeddings)
+            batch = self._batch()
+            rows = batch.label_rows if labels_only else None
+            packed = _PackedLayer(self, layer, batch, rows, position_embeddings)
             x_1MD = packed(hidden_states, layer.input_layernorm(hidden_states))
-            return _among_zeros(x_1MD, spot, hidden_states.shape[1])
+            return _among_zeros(x_1MD, rows, hidden_states.shape[1])
 
         return forward
 
@@ -211,95 +179,90 @@ class PackedLayers:
         """Return the turns of queries and keys, which all layers of a forward pass share.
 
         Args:
-            rotation: Cosines and sines of the positions, [1, N, E] each, the same objects in all layers.
+            rotation: Cosines and sines of the positions, [1, N, D] each, the same objects in all layers.
             heads: Number of query heads of a key head.
             scale: Scale of the scores.
         """
         if self._turned is not rotation:
-            cos_NE, sin_NE = rotation[0][0].float(), rotation[1][0].float()
+            cos_ND, sin_ND = rotation[0][0].float(), rotation[1][0].float()
             self._turned = rotation
-            self._turns = Turn.of(cos_NE, sin_NE, heads, scale), Turn.of(cos_NE, sin_NE, 1, 1.0)
+            self._turns = Turn.of(cos_ND, sin_ND, heads, scale), Turn.of(cos_ND, sin_ND, 1, 1.0)
         return self._turns
 
 
 class _PackedLayer(ModuleLayer):
-    """A layer for one batch; after it only the rows ``spot`` matter, or all where it is None."""
+    """A layer for one batch; after it only the rows ``rows`` matter, or all where it is None."""
 
-    def __init__(self, layers: PackedLayers, layer: Any, batch: Batch, spot: Tensor | None, rotation: Rotation) -> None:
-        self.layers, self.batch, self.spot, self.tables = layers, batch, spot, rotation
+    def __init__(self, layers: PackedLayers, layer: Any, batch: Batch, rows: Tensor | None, rotation: Rotation) -> None:
+        self.layers, self.batch, self.rows, self.tables = layers, batch, rows, rotation
         heads = layer.self_attn.config.num_attention_heads
-        self.in_blocks = layers.in_blocks and fits_in_blocks(heads, batch.segments)
+        self.in_blocks = layers.in_blocks and heads * batch.segments.longest <= _KEPT_WEIGHTS
         super().__init__(layer, None if self.in_blocks else (rotation[0][0, :, None], rotation[1][0, :, None]))
 
     def updated(self, x: Tensor) -> Tensor:
-        return _rows(x, self.spot)
+        return x if self.rows is None else x.squeeze(0).index_select(0, self.rows)[None]
 
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
         q, k, v = super().qkv(x)
-        return _among_zeros(q, self.spot, x.shape[1]), k, v
+        return _among_zeros(q, self.rows, x.shape[1]), k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_NHE, k_NJE, v_NJE = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        q_NHD, k_NJD, v_NJD = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         segments, scale = self.batch.segments, self.layer.self_attn.scaling
         if self.in_blocks:
-            turns = self.layers.turns(self.tables, q_NHE.shape[1] // k_NJE.shape[1], scale)
-            spans = segments.bounds if self.spot is None else self.batch.asking
-            out_NHE = attend_in_blocks(q_NHE, k_NJE, v_NJE, turns, segments.bounds, spans)
+            turns = self.layers.turns(self.tables, q_NHD.shape[1] // k_NJD.shape[1], scale)
+            spans = segments.bounds if self.rows is None else self.batch.label_spans
+            out_NHD: Tensor = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, segments.bounds, spans)  # type: ignore[no-untyped-call]
         else:
-            out_NHE = attend(q_NHE, k_NJE, v_NJE, segments, scale=scale, together=self.layers.together)
-        return self.updated(out_NHE.reshape(1, len(out_NHE), -1))
+            out_NHD = attend(q_NHD, k_NJD, v_NJD, segments, scale=scale, together=self.layers.together)
+        return self.updated(out_NHD.reshape(1, len(out_NHD), -1))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.layers.use is None or type(self.layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        if self.layers.kernels is None or type(self.layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return super().gated(gate, up)
-        neurons: Tensor = Gate.apply(gate, up, self.layers.use)  # type: ignore[no-untyped-call]
+        neurons: Tensor = Gate.apply(gate, up, self.layers.kernels)  # type: ignore[no-untyped-call]
         return neurons
 
 
-def _rows(x_1ND: Tensor, spot: Tensor | None) -> Tensor:
-    """Return some of the rows, [1, M, D]; None stands for all of them."""
-    return x_1ND if spot is None else x_1ND.squeeze(0).index_select(0, spot)[None]
-
-
-def _among_zeros(x_1MD: Tensor, spot: Tensor | None, count: int) -> Tensor:
+def _among_zeros(x_1MD: Tensor, rows: Tensor | None, count: int) -> Tensor:
     """Return rows at their places among N rows, [1, N, D]; the others are zero."""
-    if spot is None:
+    if rows is None:
         return x_1MD
     # Not a view of the rows: FSDP2 warns of layers that return one.
-    return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, spot, x_1MD)
+    return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, rows, x_1MD)
 
 
-def attend(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
-    """Return causal attention within each sample, [N, H, E].
+def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
+    """Return causal attention within each sample, [N, H, D].
 
     Args:
-        q_NHE: Queries, rotated.
-        k_NJE: Keys, rotated.
-        v_NJE: Values.
+        q_NHD: Queries, rotated.
+        k_NJD: Keys, rotated.
+        v_NJD: Values.
         segments: Bounds of the samples.
         scale: Scale of the scores.
         together: Whether there is one product for all samples.
     """
     if together:
-        return _spread_out(q_NHE, k_NJE, v_NJE, segments, scale)
+        return _spread_out(q_NHD, k_NJD, v_NJD, segments, scale)
 
     parts = [
-        causal_attention(q_NHE[None, start:end], k_NJE[None, start:end], v_NJE[None, start:end], scale)[0]
+        causal_attention(q_NHD[None, start:end], k_NJD[None, start:end], v_NJD[None, start:end], scale)[0]
         for start, end in segments.bounds
     ]
-    return torch.cat(parts).view(q_NHE.shape)
+    return torch.cat(parts).view(q_NHD.shape)
 
 
-def _spread_out(q_NHE: Tensor, k_NJE: Tensor, v_NJE: Tensor, segments: Segments, scale: float) -> Tensor:
+def _spread_out(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scale: float) -> Tensor:
     """Attend to all samples at once, padded on the right with zeros, which no row of a sample sees."""
     count, places = len(segments.bounds), segments.padded_places
 
     def spread(part: Tensor) -> Tensor:
         return _among_zeros(part[None], places, count * segments.longest).view(count, -1, *part.shape[1:])
 
-    out_BTO = causal_attention(spread(q_NHE), spread(k_NJE), spread(v_NJE), scale)
+    out_BTO = causal_attention(spread(q_NHD), spread(k_NJD), spread(v_NJD), scale)
     gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
-    return gathered.view(q_NHE.shape)
+    return gathered.view(q_NHD.shape)
 
 
 class _Gather(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,9 @@ from assay.vhack.gradients.batches import (
 )
 from assay.vhack.gradients.division import Division, division_of
 from assay.vhack.gradients.progress import Progress
-from assay.vhack.gradients.replica import Computed, InPlace, Replica, recipe_for, recipe_in_parts
+from assay.vhack.gradients.replica import Computed, Replica, recipe_for
 from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
-from assay.vhack.gradients.taps import fitting
+from assay.vhack.gradients.taps import exact_factors
 from assay.vhack.gradients.targets import chosen_modules, module_of
 from assay.vhack.pairs.pairs import Sample
 
@@ -124,17 +124,17 @@ def per_sample_gradients(
     recomputed = layers_of(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device)) / cores
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-    batches = plan(encoded, budget, packed=recipe.packed, equal=recipe.equal, at_once=cores)
+    batches = plan(encoded, budget, packed=recipe.packed, equal_lengths=recipe.equal_lengths, at_once=cores)
     found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
-    factored = fitting(wanted, factors) if recipe.factored else set()
-    replicas = [
-        Replica(module, factors, recipe, factored=factored, recomputed=recomputed)
-        for _ in range(min(cores, len(batches)))
-    ]
+    factored = exact_factors(wanted, factors) if recipe.factored else set()
+    how = {"factored": factored, "recomputed": recomputed}
+    replicas = [Replica(module, factors, recipe, **how) for _ in range(min(cores, len(batches)))]
     done = 0
     with _computed(replicas, batches) as results:
         for computed in results:
             _store(found, computed)
+            if not (torch.isfinite(computed.together).all() and torch.isfinite(computed.losses).all()):
+                check_finite(found, computed.batch.encoded)
             done += len(computed.batch.encoded)
             if progress:
                 progress(done, len(samples))
@@ -210,37 +210,46 @@ def _in_parts(
     """Return the gradients of all samples of a model in parts, in every process."""
     found = SampleGradients({name: torch.zeros(len(encoded), each.rank) for name, each in factors.items()})
     free = _agreed(division, (encoded, max_tokens, checkpointing), free_bytes(next(module.parameters()).device))
-    recipe = recipe_in_parts(module, division)
+    recipe = recipe_for(module, division)
     takers = division.processes if division.by_samples else 1
-    how = {"packed": recipe.packed, "equal": recipe.equal}
+    how = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths}
     if takers > 1 and max_tokens is None:
         batches, recomputed = plan_in_turns(module, encoded, free, at_once=takers, checkpointing=checkpointing, **how)
     else:
         recomputed = layers_of(module) if checkpointing else 0
         budget = max_tokens or token_budget(module, encoded, room_for_batches(free), recomputed=recomputed)
         batches = plan(encoded, budget, at_once=takers, **how)
-    with InPlace(module, factors, division, recipe, recomputed=recomputed) as replica:
+    with ExitStack() as undo:
+        replica = Replica(module, factors, recipe, recomputed=recomputed, division=division, undo=undo)
         for start in range(0, len(batches), takers):
             turn = batches[start : start + takers]
             mine = division.rank if takers > 1 else 0
             # FSDP2 gathers weights in all processes at once: one with nothing to do repeats a batch for the others.
             computed = _unsplit(replica, turn[mine] if mine < len(turn) else turn[0])
             if mine < len(turn):
-                _fill(found, computed)
+                _store(found, computed)
             if progress:
                 progress(sum(len(batch) for batch in batches[: start + len(turn)]), len(encoded))
     division.add_up(found.values())
-    _check_finite(found, encoded)
+    check_finite(found, encoded)
     return found
 
 
-def _check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
-    """Refuse the first sample with a row that is not finite, by one look at every module."""
+def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
+    """Refuse the first of these samples with a row that is not finite, by one look at every module.
+
+    Raises:
+        DataError: There is one; the message names it.
+    """
     # NaN and infinities are among the least or the largest numbers of a row.
     fine_MN = [torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0) for rows_NR in found.values()]
     for one in encoded if not torch.stack(fine_MN).all() else ():
         if bad := next((name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""):
-            raise _not_finite(f"the loss or the gradient of {one.name} in {bad}")
+            raise DataError(
+                f"the loss or the gradient of {one.name} in {bad} is not finite",
+                wanted="finite numbers",
+                do="leave the sample out, or load the model in float32",
+            )
 
 
 def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], free: float) -> float:
@@ -271,45 +280,21 @@ def _unsplit(replica: Replica, batch: list[Encoded]) -> Computed:
         ) from error
 
 
-def _fill(found: SampleGradients, computed: Computed) -> None:
+def _store(found: SampleGradients, computed: Computed) -> None:
     """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite row."""
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()
     index = torch.tensor([one.index for one in batch.encoded])
-    for rows_NR, part_BR in zip(found.values(), _by_module(found, together_BR), strict=True):
+    by_module = torch.split(together_BR, [rows_NR.shape[1] for rows_NR in found.values()], dim=1)
+    for rows_NR, part_BR in zip(found.values(), by_module, strict=True):
         rows_NR[index] = part_BR
     for name, tokens_BE in tokens.items():
         empty_NE = tokens_BE.new_zeros(len(next(iter(found.values()))), tokens_BE.shape[1])
         found.tokens.setdefault(name, empty_NE)[index] = tokens_BE
-    for one, (start, end) in zip(batch.encoded, batch.late.bounds, strict=True):
+    for one, (start, end) in zip(batch.encoded, batch.label_segments.bounds, strict=True):
         if not torch.isfinite(losses_M[start:end]).all():
             next(iter(found.values()))[one.index] = torch.nan
-
-
-def _by_module(found: SampleGradients, together_BR: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(together_BR, [rows.shape[1] for rows in found.values()], dim=1)
-
-
-def _store(found: SampleGradients, computed: Computed) -> None:
-    """Put the gradients of a batch into their rows, and refuse what is not finite."""
-    _fill(found, computed)
-    samples, losses_M = computed.batch.encoded, computed.losses
-    if not torch.isfinite(losses_M).all():
-        at = int((~torch.isfinite(losses_M)).nonzero()[0])
-        worst = next(one for one, (_, end) in zip(samples, computed.batch.late.bounds, strict=True) if at < end)
-        raise _not_finite(f"the loss of {worst.name}")
-    finite_B = torch.isfinite(computed.together).all(dim=1)
-    if not finite_B.all():
-        at, parts = int((~finite_B).nonzero()[0]), _by_module(found, computed.together)
-        where = next(name for name, part in zip(found, parts, strict=True) if not torch.isfinite(part[at]).all())
-        raise _not_finite(f"the gradient of {samples[at].name} in {where}")
-
-
-def _not_finite(what: str) -> DataError:
-    return DataError(
-        f"{what} is not finite", wanted="finite numbers", do="leave the sample out, or load the model in float32"
-    )
 
 
 def _halves(batch: list[Encoded], error: str) -> list[list[Encoded]]:

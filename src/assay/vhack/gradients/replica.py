@@ -1,8 +1,9 @@
-"""A copy of a model that shares its weights and runs the gradient pass, so that the model itself is never touched.
+"""The pass that leaves the δS gradient of every sample behind, on a copy of a model or on the model itself.
 
-Copying the tree of modules takes milliseconds: parameters and buffers are the same memory. On the copy the weights are
-frozen, the target projections leave gradients behind, and the rest may be computed in faster ways. Several copies may
-run at the same time.
+A copy shares the memory of all parameters and buffers, so it takes milliseconds, several may run at the same time, and
+the model itself is never touched. What FSDP2 and others hook onto cannot be copied: a model in parts runs itself, and
+everything that was put onto it is taken off again. Weights are frozen, the target projections leave gradients behind,
+and the rest may be computed in faster ways.
 
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
@@ -10,25 +11,24 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from assay.errors import ModelError
-from assay.models.decoder import decoder_layers, has_hooks
+from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
 from assay.models.device import current
-from assay.models.families import attention_window, family_of
 from assay.models.wide import wide_products
 from assay.vhack.gradients.batches import Batch, Encoded, Segments
-from assay.vhack.gradients.division import Division, is_sharded, lost_width, reshard
+from assay.vhack.gradients.division import Division, check_logits, reshard
 from assay.vhack.gradients.experts import ExpertsPass, is_fused
-from assay.vhack.gradients.fused import Norm, Surprise, kernels, plain_norm
+from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
 from assay.vhack.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.gradients.svd import Factors
-from assay.vhack.gradients.taps import PartTap, Tap
+from assay.vhack.gradients.taps import Tap
 from assay.vhack.gradients.targets import target_modules
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
 # do not.
-_LATE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+_LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 # Fields of configurations whose attention sees only the keys that score best (DeepSeek-V3.2, MiniMax-M3, Qwen4, Doge).
 # Which ones these are, of equal ones, and whether there is a choice at all, depends on the length, padding included.
 _CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "indexer_n_heads", "keep_window_size")
@@ -48,34 +48,31 @@ class Recipe:
     """Switches between ways that differ in time, memory and rounding only.
 
     Attributes:
-        packed: Whether samples stand end to end in one row; otherwise they are padded to one length.
-        equal: Whether samples of different lengths must not share a batch, because padding would change them.
-        fused: Whether norms, gated activations and sums over samples run in fused kernels, where there are any.
+        packed: Whether the layers are those of a listed family. Then samples stand end to end in one row, the last
+            layer computes only completion tokens where only they matter, and norms, gated activations and sums over
+            samples run in fused kernels where there are any. Otherwise samples are padded to one length.
         factored: Whether U, S and Vh stand for the weight where that saves a product that is needed anyway.
-        late: Whether the last layer computes only completion tokens where only they matter; needs ``packed``.
         together: Whether a batch takes few large operations, for a GPU; otherwise each sample takes several, whose
             numbers stay in the caches of a CPU.
+        equal_lengths: Whether samples of different lengths must not share a batch, because padding would change them.
     """
 
     packed: bool
-    fused: bool
     factored: bool
-    late: bool
     together: bool
-    equal: bool = False
+    equal_lengths: bool = False
 
 
-def recipe_for(module: "PreTrainedModel") -> Recipe:
-    """Return the fastest recipe that is known to be exact for this kind of model."""
-    known = _is_listed(module)
+def recipe_for(module: "PreTrainedModel", division: Division | None = None) -> Recipe:
+    """Return the fastest recipe that is known to be exact for this kind of model, and for how it is divided."""
     config = module.config.get_text_config()
     return Recipe(
-        packed=known,
-        fused=known,
-        factored=module.dtype == torch.float32,
-        late=known,
+        # Kernels are tried on one device, and samples packed there.
+        packed=_is_listed(module) and (division is None or division.mesh is not None),
+        # Products by factors would gather those of a divided model twice.
+        factored=module.dtype == torch.float32 and division is None,
         together=module.device.type != "cpu",
-        equal=any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS),
+        equal_lengths=any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS),
     )
 
 
@@ -110,17 +107,19 @@ class Computed(NamedTuple):
 
 
 class Replica:
-    """A copy of a model that turns batches into δS gradients.
+    """A model that turns batches into δS gradients.
 
     Args:
-        module: Model to copy.
-        factors: Factors U, S and Vh of every target module whose gradients are wanted.
+        module: Model to copy, or to run itself where it is divided.
+        factors: Factors of every target module whose gradients are wanted, whole or as `weight_svd` divides them.
         recipe: Choice among the exact ways.
-        factored: Modules whose factors may stand for the weight in products, from `fitting`.
+        factored: Modules whose factors may stand for the weight in products, from `exact_factors`.
         recomputed: Number of layers, the first ones, that the backward pass computes again.
+        division: How the model is divided; None for one that is copied.
+        undo: Stack that puts a divided model back into the state in which it was; it is needed for such a model.
 
     Raises:
-        ModelError: The model has no head.
+        LayersNotFound: The model has no head.
     """
 
     @torch.inference_mode(False)
@@ -130,18 +129,21 @@ class Replica:
         factors: Mapping[str, Factors],
         recipe: Recipe,
         *,
-        factored: Collection[str],
-        recomputed: int,
+        factored: Collection[str] = (),
+        recomputed: int = 0,
+        division: Division | None = None,
+        undo: ExitStack | None = None,
     ) -> None:
-        self.module = self._taken(module)
+        self._undo, self.division = undo or ExitStack(), division
+        self.module = _shared_copy(module) if division is None else self._borrow(module)
         self.recipe, self.recomputed = recipe, recomputed
-        self.use = kernels(module.device, module.dtype) if recipe.fused else None
+        self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._factors = factors
         self._batch: Batch | None = None
         self._head_sees_completions_only()
-        if recipe.fused and (self.use is not None or self._on_cpu):
+        if recipe.packed and (self.kernels is not None or self._on_cpu):
             self._fuse_norms()
         self._tap(factors, factored)
         if recipe.packed:
@@ -169,12 +171,13 @@ class Replica:
         self._tokens.clear()
         places = {} if batch.positions is None else {"position_ids": batch.positions}
         logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
-        self._check_logits(logits_MV)
+        if self.division is not None:
+            check_logits(logits_MV, self.module.config.get_text_config().vocab_size, self.head)
         there = logits_MV.device  # another one than that of the ids, where the model is on several
-        losses_M = Surprise.apply(logits_MV, batch.target.to(there))  # type: ignore[no-untyped-call]
+        losses_M = TokenLoss.apply(logits_MV, batch.labels.to(there))  # type: ignore[no-untyped-call]
         del logits_MV
         tokens = dict(self._tokens)  # before the backward pass, in which layers that are computed again count again
-        losses_M.backward(batch.weight.to(there))
+        losses_M.backward(batch.loss_weights.to(there))
         together_BR = torch.cat([self._rows(name).to(there) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
@@ -182,28 +185,38 @@ class Replica:
             arrived.record(torch.cuda.current_stream(there))
         return Computed(batch, together_BR, losses_M, arrived, tokens)
 
-    def _taken(self, module: "PreTrainedModel") -> "PreTrainedModel":
-        """Return the model to run."""
-        return _shared_copy(module)
+    def _borrow(self, module: "PreTrainedModel") -> "PreTrainedModel":
+        """Prepare the model itself for the pass, and note how to put it back."""
+        self._undo.callback(reshard, module)
+        modes = [(part, part.training) for part in module.modules()]
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._undo.callback(lambda: [vars(part).update(training=mode) for part, mode in modes])
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        self._undo.callback(setattr, module.config, "_attn_implementation", module.config._attn_implementation)
+        for part, _ in modes:
+            part.training = False
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            # A trainer's forward function returns other things; that of device_map moves inputs to their device.
+            self._undo.callback(vars(module).__setitem__, "forward", vars(module).pop("forward"))
+        return module
 
     def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give a module of it another forward function."""
+        """Give a module another forward function."""
+        if "forward" in vars(part):
+            self._undo.callback(vars(part).__setitem__, "forward", vars(part)["forward"])
+        else:
+            self._undo.callback(vars(part).pop, "forward")
         vars(part)["forward"] = forward
-
-    def _made_tap(self, name: str, linear: nn.Linear, factors: Factors, **how: Any) -> Tap:
-        """Return what replaces the forward function of a target."""
-        return Tap(name, linear, factors, self._found, **how)
-
-    def _check_logits(self, logits_MV: Tensor) -> None:
-        """Raise ModelError where these are not all logits."""
 
     def _rows(self, name: str) -> Tensor:
         """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
         found_BR = self._found.get(name)
-        return torch.zeros(len(self.current.encoded), self._factors[name].rank) if found_BR is None else found_BR
+        return torch.zeros(len(self.batch.encoded), self._factors[name].rank) if found_BR is None else found_BR
 
     @property
-    def current(self) -> Batch:
+    def batch(self) -> Batch:
         """The batch that is being computed."""
         assert self._batch is not None
         return self._batch
@@ -218,76 +231,71 @@ class Replica:
         With a large vocabulary the head takes most of the memory. Whatever the model does with the logits afterwards
         (scaling, capping) still happens.
         """
-        head = self.module.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if not isinstance(head, nn.Module):
-            kind = type(self.module).__name__
-            raise ModelError(f"{kind} has no head", wanted="a causal language model", do="use another")
-        self.head = head
+        self.head = head_of(self.module)
         # Before hooks that divide the hidden states over processes.
-        self._on_head = head.register_forward_pre_hook(self._completions, prepend=True)
+        self._undo.callback(self.head.register_forward_pre_hook(self._completions, prepend=True).remove)
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden_ND = arguments[0].flatten(0, 1)
-        return (hidden_ND.index_select(0, self.current.spot.to(hidden_ND.device))[None],)
+        return (hidden_ND.index_select(0, self.batch.label_rows.to(hidden_ND.device))[None],)
 
     def _fuse_norms(self) -> None:
         for part in self.module.modules():
-            if plain_norm(part):
-                self._replace(part, _norm_forward(part, self.use))
+            if is_plain_norm(part):
+                self._replace(part, _norm_forward(part, self.kernels))
 
     def _pack_layers(self) -> None:
         register()
         self.module.config._attn_implementation = PACKED
         *_, last = layers = decoder_layers(self.module)
         together = self.recipe.together
-        packed = PackedLayers(
-            lambda: self.current,
-            self.use,
-            together=together,
-            in_blocks=self._on_cpu and not together,
-        )
+        in_blocks = self._on_cpu and not together
+        packed = PackedLayers(lambda: self.batch, self.kernels, together=together, in_blocks=in_blocks)
         for layer in layers:
-            self._replace(layer, packed.forward(layer, late=self.recipe.late and layer is last))
+            self._replace(layer, packed.forward(layer, labels_only=layer is last))
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
         self.names = list(modules)
-        late = _late_prefixes(self.module) if self.recipe.late else ()
-        again = _names(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
+        labels_only = _labels_only_prefixes(self.module) if self.recipe.packed else ()
+        again = _prefixes(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
-        taps = {}
+        # A model on several devices of one process has every matrix whole.
+        division = self.division if self.division is not None and self.division.mesh is not None else None
+        taps: dict[str, Tap] = {}
         for name, linear in modules.items():
             is_expert = name.rsplit(".", 2)[0] in experts
-            taps[name] = self._made_tap(
+            taps[name] = Tap(
                 name,
                 linear,
                 factors[name],
-                segments=self._late_segments if name.startswith(late) else self._segments,
+                self._found,
+                self._label_segments if name.startswith(labels_only) else self._segments,
                 factored=name in factored,
                 together=self.recipe.together,
                 checkpointing=name.startswith(again),
-                use=None if is_expert else self.use,  # the kernel wants rows of every sample
+                kernels=None if is_expert else self.kernels,  # they want rows of every sample
+                division=division,
             )
             if not is_expert:
                 self._replace(linear, taps[name])
         for name, part in experts.items():
             apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
-            says = ExpertsPass(name, part, apply, lambda: self.current, self._tokens)
-            self._replace(part, says)
+            self._replace(part, ExpertsPass(name, part, apply, lambda: self.batch, self._tokens))
 
     def _segments(self) -> Segments:
-        return self.current.segments
+        return self.batch.segments
 
-    def _late_segments(self) -> Segments:
-        return self.current.late
-
-
-def _late_prefixes(module: "PreTrainedModel") -> tuple[str, ...]:
-    (name,) = _names(module, decoder_layers(module)[-1:])
-    return tuple(f"{name}{part}" for part in _LATE)
+    def _label_segments(self) -> Segments:
+        return self.batch.label_segments
 
 
-def _names(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
+def _labels_only_prefixes(module: "PreTrainedModel") -> tuple[str, ...]:
+    (name,) = _prefixes(module, decoder_layers(module)[-1:])
+    return tuple(f"{name}{part}" for part in _LABELS_ONLY)
+
+
+def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
     """Return what the names of all modules inside of these parts begin with, a dot at its end."""
     wanted = {id(part) for part in parts}
     return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted)
@@ -336,94 +344,12 @@ def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callabl
     return lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _norm_forward(part: nn.Module, use: Any) -> Callable[[Tensor], Tensor]:
+def _norm_forward(part: nn.Module, kernels: ModuleType | None) -> Callable[[Tensor], Tensor]:
     norm: Any = part
 
     def forward(hidden_states: Tensor) -> Tensor:
         # The weight of now: FSDP2 puts another one there while the layer computes.
-        result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, use)  # type: ignore[no-untyped-call]
+        result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels)  # type: ignore[no-untyped-call]
         return result
 
     return forward
-
-
-# --------------------------------------------------------------------------------------------------
-# The gradient pass on the model itself, for models in parts: what FSDP2 and others hook onto cannot be copied.
-#
-# Everything that is put onto the model is taken off again, whatever happens: forward functions, the mode of every module,
-# ``requires_grad`` and the name of the attention.
-
-
-class InPlace(Replica):
-    """A model in parts that turns batches into δS gradients; use it as a context manager.
-
-    Args:
-        module: Model, which is as it was after the block.
-        factors: Factors of every target module whose gradients are wanted, whole or as `decompose` divides them.
-        division: How the model is divided.
-        recipe: Choice from `recipe_in_parts`.
-        recomputed: Number of layers, the first ones, that the backward pass computes again.
-    """
-
-    def __init__(
-        self,
-        module: "PreTrainedModel",
-        factors: Mapping[str, Factors],
-        division: Division,
-        recipe: Recipe,
-        *,
-        recomputed: int,
-    ) -> None:
-        self.division = division
-        self._undo = ExitStack()
-        with ExitStack() as failed:
-            failed.callback(self._undo.close)
-            super().__init__(module, factors, recipe, factored=(), recomputed=recomputed)
-            self._undo.callback(self._on_head.remove)
-            failed.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._undo.close()
-
-    def _taken(self, module: "PreTrainedModel") -> "PreTrainedModel":
-        self._undo.callback(reshard, module)
-        modes = [(part, part.training) for part in module.modules()]
-        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self._undo.callback(lambda: [vars(part).update(training=mode) for part, mode in modes])
-        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        self._undo.callback(setattr, module.config, "_attn_implementation", module.config._attn_implementation)
-        for part, _ in modes:
-            part.training = False
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-            # A trainer's forward function returns other things; that of device_map moves inputs to their device.
-            self._undo.callback(vars(module).__setitem__, "forward", vars(module).pop("forward"))
-        return module
-
-    def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
-        if "forward" in vars(part):
-            self._undo.callback(vars(part).__setitem__, "forward", vars(part)["forward"])
-        else:
-            self._undo.callback(vars(part).pop, "forward")
-        super()._replace(part, forward)
-
-    def _made_tap(self, name: str, linear: nn.Linear, factors: Factors, **how: Any) -> Tap:
-        if self.division.mesh is None:
-            return super()._made_tap(name, linear, factors, **how)
-        return PartTap(name, linear, factors, self._found, division=self.division, **how)
-
-    def _check_logits(self, logits_MV: Tensor) -> None:
-        vocabulary = self.module.config.get_text_config().vocab_size
-        if is_sharded(logits_MV) or logits_MV.shape[-1] < vocabulary:
-            raise lost_width(logits_MV, vocabulary, self.head)
-
-
-def recipe_in_parts(module: "PreTrainedModel", division: Division) -> Recipe:
-    """Return the fastest recipe that is exact: products by factors would gather them twice."""
-    found = replace(recipe_for(module), factored=False)
-    # Kernels are tried on one device, and samples packed there.
-    return found if division.mesh is not None else replace(found, packed=False, fused=False, late=False)

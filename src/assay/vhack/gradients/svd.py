@@ -1,13 +1,26 @@
-"""The factors of one matrix.
+"""The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
 
-Shapes: O outputs, I inputs, R = min(O, I), or fewer.
+``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
+ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
+decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
+
+Where weights are divided over processes, each matrix has an owner that decomposes it. Matrices go in rounds of one per
+process, those of one size together, so that all processes work at once. A whole weight exists for a moment in every
+process of its round. Afterwards each process keeps its rows of U and its columns of Vh, as DTensors.
+
+On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
+``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
+the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
+share files.
+
+Shapes: O outputs, I inputs, R = min(O, I), or fewer after truncation.
 """
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +41,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from assay.models.load import Model
+
+
+_FORMAT = "assay.svd/1"
+_DTYPES = ("float32", "bfloat16")
+# A GPU decomposes several matrices at once: the eigensolver alone does not fill it.
+_STREAMS = 4
+
+TOLERANCE = 1e-6
+"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,114 +80,8 @@ class Factors:
         """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
-        return Factors(
-            self.left[:, :rank].clone(),
-            self.values[:rank].clone(),
-            self.right[:rank].clone(),
-            self.residual,
-            self.orthogonality,
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
-#
-# ``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
-# ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
-# decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
-#
-# On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
-# ``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
-# the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
-# share files.
-#
-# Shapes: O outputs, I inputs, R = min(O, I).
-
-# --------------------------------------------------------------------------------------------------
-# The factors of a model whose weights are divided over processes: each matrix has an owner that decomposes it.
-#
-# Matrices go in rounds of one per process, those of one size together, so that all processes work at once. A whole weight
-# exists for a moment in every process of its round, its decomposition in float64 only in that of its owner. Afterwards
-# each process keeps its rows of U and its columns of Vh, as DTensors.
-
-
-def decompose(
-    modules: Mapping[str, nn.Linear],
-    division: Division,
-    one: Callable[[str, Tensor], Factors],
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> dict[str, Factors]:
-    """Return divided factors of divided weights; every process must call it with the same arguments.
-
-    Args:
-        modules: Target matrices by name.
-        division: How their model is divided; it has a mesh.
-        one: Function that decomposes one whole weight, given its name.
-        dtype: Dtype of the factors.
-        progress: Function called with the number of matrices done and of all.
-
-    Raises:
-        Exception: What decomposing a matrix raised in its owner; every process raises it.
-    """
-    found: dict[str, Factors] = {}
-    ordered = sorted(modules, key=lambda name: sorted(modules[name].weight.shape), reverse=True)
-    for start in range(0, len(ordered), division.processes):
-        names = ordered[start : start + division.processes]
-        found |= _round({name: modules[name].weight for name in names}, division, one, dtype)
-        if progress:
-            progress(len(found), len(modules))
-    return {name: found[name] for name in modules}
-
-
-def _round(
-    weights: Mapping[str, Tensor], division: Division, one: Callable[[str, Tensor], Factors], dtype: torch.dtype
-) -> dict[str, Factors]:
-    mine: Factors | None = None
-    error: Exception | None = None
-    for owner, (name, weight) in enumerate(weights.items()):
-        gathered = whole(weight.detach())
-        if owner == division.rank:
-            try:
-                mine = one(name, gathered)
-            except Exception as raised:  # the other processes would wait for this one
-                error = raised
-        del gathered
-    facts = None if mine is None else (mine.values.cpu(), mine.residual, mine.orthogonality)
-    told = division.gathered((facts, error))
-    for _, refused in told:
-        if refused is not None:
-            raise refused
-    found = {}
-    for owner, (name, weight) in enumerate(weights.items()):
-        (values_R, residual, orthogonality), _ = told[owner]
-        own_left, own_right = (mine.left, mine.right) if mine and owner == division.rank else (None, None)
-        outputs, inputs = weight.shape
-        left = _spread(own_left, (outputs, len(values_R)), 0, owner, division, dtype)
-        right = _spread(own_right, (len(values_R), inputs), 1, owner, division, dtype)
-        found[name] = Factors(left, values_R.to(left.device), right, residual, orthogonality)
-    return found
-
-
-def _spread(
-    matrix: Tensor | None, shape: tuple[int, int], dimension: int, owner: int, division: Division, dtype: torch.dtype
-) -> Tensor:
-    """Return a matrix of the owner, cut along a dimension over all processes."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    assert division.mesh is not None
-    if matrix is None:
-        matrix = torch.empty(shape, dtype=dtype, device=division.mesh.device_type)
-    return distribute_tensor(matrix, division.mesh, [Shard(dimension)], src_data_rank=owner)
-
-
-_FORMAT = "assay.svd/1"
-_DTYPES = ("float32", "bfloat16")
-# A GPU decomposes several matrices at once: the eigensolver alone does not fill it.
-_STREAMS = 4
-
-TOLERANCE = 1e-6
-"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
+        parts = {"left": self.left[:, :rank], "values": self.values[:rank], "right": self.right[:rank]}
+        return replace(self, **{name: part.clone() for name, part in parts.items()})
 
 
 def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
@@ -189,19 +105,12 @@ def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: 
     is_tall = wide_OI.shape[0] >= wide_OI.shape[1]
     tall = wide_OI if is_tall else wide_OI.T
     by_gram = method == "gram" or (method == "auto" and weight_OI.is_cuda)
-    parts = (_by_gram(tall) if by_gram else None) or _exactly(tall)
+    parts = _by_gram(tall) if by_gram else None
+    if parts is None:
+        parts = _measured(tall, *torch.linalg.svd(tall, full_matrices=False))
     left, right = (parts.left, parts.right) if is_tall else (parts.right.T, parts.left.T)
-    return Factors(
-        left.to(dtype).contiguous(),
-        parts.values.float(),
-        right.to(dtype).contiguous(),
-        parts.residual,
-        parts.orthogonality,
-    )
-
-
-def _exactly(tall: Tensor) -> Factors:
-    return _measured(tall, *torch.linalg.svd(tall, full_matrices=False))
+    left, right = (part.to(dtype).contiguous() for part in (left, right))
+    return replace(parts, left=left, values=parts.values.float(), right=right)
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
@@ -299,13 +208,68 @@ def weight_svd(
 
     division = division_of(module_of(model), wanted)
     if division is not None and division.mesh is not None:
-        return SVDCache(decompose(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
+        return SVDCache(_decompose_divided(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
     found: dict[str, Factors] = {}
     for name, factors in _side_by_side(one, {name: module.weight for name, module in wanted.items()}):
         found[name] = factors
         if progress:
             progress(len(found), len(wanted))
     return SVDCache(found, rank=rank, dtype=chosen)
+
+
+def _decompose_divided(
+    modules: Mapping[str, nn.Linear],
+    division: Division,
+    one: Callable[[str, Tensor], Factors],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> dict[str, Factors]:
+    """Return divided factors of divided weights; what decomposing a matrix raises in its owner, every process raises.
+
+    Every process must call it with the same arguments; ``one`` decomposes a whole weight, given its name.
+    """
+    found: dict[str, Factors] = {}
+    ordered = sorted(modules, key=lambda name: sorted(modules[name].weight.shape), reverse=True)
+    for start in range(0, len(ordered), division.processes):
+        names = ordered[start : start + division.processes]
+        mine: Factors | None = None
+        error: Exception | None = None
+        for owner, name in enumerate(names):
+            gathered = whole(modules[name].weight.detach())
+            if owner == division.rank:
+                try:
+                    mine = one(name, gathered)
+                except Exception as raised:  # the other processes would wait for this one
+                    error = raised
+            del gathered
+        facts = None if mine is None else (mine.values.cpu(), mine.residual, mine.orthogonality)
+        told = division.gathered((facts, error))
+        for _, refused in told:
+            if refused is not None:
+                raise refused
+        for owner, (name, ((values_R, residual, orthogonality), _)) in enumerate(
+            zip(names, told[: len(names)], strict=True)
+        ):
+            own = mine if owner == division.rank else None
+            outputs, inputs = modules[name].weight.shape
+            left = _spread(own and own.left, (outputs, len(values_R)), 0, owner, division, dtype)
+            right = _spread(own and own.right, (len(values_R), inputs), 1, owner, division, dtype)
+            found[name] = Factors(left, values_R.to(left.device), right, residual, orthogonality)
+        if progress:
+            progress(len(found), len(modules))
+    return {name: found[name] for name in modules}
+
+
+def _spread(
+    matrix: Tensor | None, shape: tuple[int, int], dimension: int, owner: int, division: Division, dtype: torch.dtype
+) -> Tensor:
+    """Return a matrix of the owner, cut along a dimension over all processes."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    assert division.mesh is not None
+    if matrix is None:
+        matrix = torch.empty(shape, dtype=dtype, device=division.mesh.device_type)
+    return distribute_tensor(matrix, division.mesh, [Shard(dimension)], src_data_rank=owner)
 
 
 def _side_by_side(

@@ -102,7 +102,9 @@ class Tap:
         factored: Whether products with W may use the factors.
         together: Whether to do without operations per sample.
         checkpointing: Whether the forward pass runs twice, so that the first run should compute nothing to keep.
-        use: Kernels for the sum over tokens, or None.
+        kernels: Kernels for the sum over tokens, or None.
+        division: How the weight is divided over processes, each of which then leaves its own terms; None for a whole
+            one.
     """
 
     def __init__(
@@ -116,13 +118,17 @@ class Tap:
         factored: bool,
         together: bool,
         checkpointing: bool,
-        use: ModuleType | None,
+        kernels: ModuleType | None,
+        division: Division | None = None,
     ) -> None:
         self.name, self.linear, self.factors, self.found = name, linear, factors, found
-        self.segments, self.checkpointing, self.use = segments, checkpointing, use
+        self.segments, self.checkpointing, self.kernels = segments, checkpointing, kernels
         self.values = factors.values.to(factors.left.dtype)
+        self.division, self.layout = division, WHOLE if division is None else division.layout(linear)
+        self._coming: dict[str, Callable[[], Tensor]] = {}
         own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
-        self.plain = linear.forward if own else None
+        # The product of a divided weight knows its placement.
+        self.plain = linear.forward if own or self.layout != WHOLE else None
         self.factored, self.together = factored and not own, together
         self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
         self.even = self.factored and not together and float(factors.values[0] / factors.values[-1]) <= _CONDITION
@@ -158,8 +164,15 @@ class Tap:
         return output
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """Return the cheapest way for these rows."""
+        """Return the cheapest way for these rows.
+
+        A divided weight has the one that is bilinear in what processes have parts of. Where whole samples are computed
+        once, long inputs are kept as their few coordinates: Vh is gathered in the forward pass and not in the other.
+        """
         outputs, inputs = self.linear.weight.shape
+        if self.division is not None:
+            is_once = self.division.by_samples and self.plain is None and not self.checkpointing
+            return Way("project", early=is_once and self.factors.rank < inputs, output=False, input=False)
         rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
         to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
         if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
@@ -186,19 +199,37 @@ class Tap:
         return gradient_NO.to(left_OR.dtype) @ left_OR
 
     def fetch(self, *sides: str) -> None:
-        """Begin to gather factors, ``"left"`` or ``"right"``, that will be asked for soon."""
+        """Begin to gather factors, ``"left"`` or ``"right"``, of a divided weight that will be asked for soon."""
+        if self.division is None:
+            return
+        own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
+        self._coming |= {side: gathering(getattr(self.factors, side)) for side in sides if side != own}
 
     def left(self) -> Tensor:
         """Return U of the outputs that this process has, [O, R]."""
-        return self.factors.left
+        return self._part("left", ROWS, 0)
 
     def right(self) -> Tensor:
         """Return Vh of the inputs that this process has, [R, I]."""
-        return self.factors.right
+        return self._part("right", COLUMNS, 1)
+
+    def _part(self, side: str, layout: str, dimension: int) -> Tensor:
+        factor: Tensor = getattr(self.factors, side)
+        if self.division is None:
+            return factor
+        if self.layout == layout:
+            return self.division.part(factor, dimension)
+        coming = self._coming.pop(side, None) or gathering(factor)
+        return coming()
 
     def own(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the outputs that this process has."""
-        return gradient
+        if not is_sharded(gradient):
+            return gradient
+        from torch.distributed.tensor import Replicate, Shard
+
+        wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
+        return gradient.redistribute(placements=[wanted]).to_local()
 
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
         """Leave the gradient of every sample, or add it to that of another call; arguments as for :meth:`rows`."""
@@ -219,7 +250,15 @@ class Tap:
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
             offsets = segments.offsets.to(along_NR.device)
-            return segment_products(projected_NR, along_NR, offsets, self.use)
+            rows_BR = segment_products(projected_NR, along_NR, offsets, self.kernels)
+            if (
+                self.division is not None
+                and not self.division.by_samples
+                and self.layout == WHOLE
+                and self.division.rank
+            ):
+                rows_BR.zero_()
+            return rows_BR
         left_OR, right_RI = self.factors.left, self.factors.right
         first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
         last = second if way.how == "inner" else kept
@@ -236,64 +275,6 @@ class Tap:
         else:
             rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
         return rows_BR
-
-
-class PartTap(Tap):
-    """A tap of which each process computes its own terms, with its own part of the factors."""
-
-    def __init__(
-        self,
-        name: str,
-        linear: nn.Linear,
-        factors: Factors,
-        found: dict[str, Tensor],
-        *,
-        division: Division,
-        **how: Any,
-    ) -> None:
-        super().__init__(name, linear, factors, found, **how)
-        self.division, self.layout = division, division.layout(linear)
-        self._coming: dict[str, Callable[[], Tensor]] = {}
-        if self.layout != WHOLE and self.plain is None:
-            self.plain = linear.forward  # whose product knows the placement of the weight
-
-    def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """Return the one way that is bilinear in what processes have parts of.
-
-        Where whole samples are computed once, long inputs are kept as their few coordinates: Vh is then gathered in the
-        forward pass and not in the other one.
-        """
-        is_once = self.division.by_samples and self.plain is None and not self.checkpointing
-        is_shorter = self.factors.rank < self.linear.weight.shape[1]
-        return Way("project", early=is_once and is_shorter, output=False, input=False)
-
-    def fetch(self, *sides: str) -> None:
-        own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
-        self._coming |= {side: gathering(getattr(self.factors, side)) for side in sides if side != own}
-
-    def _gathered(self, side: str) -> Tensor:
-        coming = self._coming.pop(side, None)
-        return (coming or gathering(getattr(self.factors, side)))()
-
-    def left(self) -> Tensor:
-        return self.division.part(self.factors.left, 0) if self.layout == ROWS else self._gathered("left")
-
-    def right(self) -> Tensor:
-        return self.division.part(self.factors.right, 1) if self.layout == COLUMNS else self._gathered("right")
-
-    def own(self, gradient: Tensor) -> Tensor:
-        if not is_sharded(gradient):
-            return gradient
-        from torch.distributed.tensor import Replicate, Shard
-
-        wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
-        return gradient.redistribute(placements=[wanted]).to_local()
-
-    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
-        rows_BR = super().rows(kept, second, projected_NR, segments, way)
-        # What every process computes whole, from all samples, is counted once.
-        is_twice = not self.division.by_samples and self.layout == WHOLE and self.division.rank
-        return torch.zeros_like(rows_BR) if is_twice else rows_BR
 
 
 class _Tapped(torch.autograd.Function):
@@ -367,18 +348,18 @@ class _Behind(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def fitting(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
+def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
     """Return the modules whose factors are all there and give their very weight back, to the precision of its dtype.
 
     They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
     """
-    tried = [name for name, linear in modules.items() if _may_fit(linear, factors[name])]
+    tried = [name for name, linear in modules.items() if _may_be_exact(linear, factors[name])]
     errors = [_misfit(modules[name], factors[name]) for name in tried]
     within = torch.stack(errors).tolist() if errors else []  # all at once, for it waits for the device
     return {name for name, error in zip(tried, within, strict=True) if error <= 1}
 
 
-def _may_fit(linear: nn.Linear, factors: Factors) -> bool:
+def _may_be_exact(linear: nn.Linear, factors: Factors) -> bool:
     return factors.rank == min(linear.weight.shape) and factors.left.dtype == linear.weight.dtype
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
-from assay.models.families import FUSED_TARGETS, MLP_TARGETS, TARGETS
+from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.load import Model
 from assay.vhack.gradients.division import division_of, is_sharded, whole
 from assay.vhack.gradients.experts import expert_matrices, is_fused
