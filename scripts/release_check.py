@@ -38,7 +38,7 @@ MISSING = {  # commands that need an extra, by the extra
         ("poc", "receive"),
         ("poc", "validator", "--model", MODEL, "--pins", "pins.toml"),
     ),
-    "train": (("vhack", "train", "--model", "reference:organism", "-o", "run", "--steps", "1"),),
+    "train": (("vhack", "train", "--model", MODEL, "-o", "run", "--steps", "1"),),
     "vllm": (("poc", "prove", "--model", MODEL, *ROUND, "--engine", "vllm", "-o", "vllm.jsonl"),),
     "quant": (("poc", "prove", "--model", MODEL, *ROUND, "--dtype", "int8", "-o", "int8.jsonl"),),
 }

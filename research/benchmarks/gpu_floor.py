@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import load_model
 from assay.models.decoder import causal_attention, decoder_layers
-from assay.models.float8 import Rounded, grouped_product, product, round_rows
+from assay.models.eight_bits import Rounded, grouped_product, product, round_rows
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.lean import layer_shape, layer_weights, parted
 

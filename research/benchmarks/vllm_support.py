@@ -161,7 +161,7 @@ def version():
 
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
-    from assay.models.quantise import STORED_FORMATS
+    from assay.models.quantized import STORED_FORMATS
     from assay.poc.vllm import compatibility
 
     dtypes = ("bfloat16", "float16", "float32")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from assay.models.quiet import quiet
+from assay.models.resolve import silence_transformers
 
 SIZES = {
     "hidden_size": 32,
@@ -41,7 +41,7 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         module = module.to(dtype)
         if edit is not None:
             edit(module)
-        with quiet():
+        with silence_transformers():
             module.save_pretrained(tmp_path / name, max_shard_size=shard)
         return tmp_path / name
 

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
-from assay.models.float8 import Rounded
-from assay.models.four_bits import AWQ_PLACES, OF_A_WORD
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded
+from assay.models.quantized import AWQ_PLACES, OF_A_WORD
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
 FOUR_BITS = ("packed", "packed-zeros", "awq", "gptq")

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from assay.errors import BadWeights, ModelError
 from assay.models import load_model
-from assay.models.formats import stored_format
-from assay.models.four_bits import AWQ_PLACES, unpacked
 from assay.models.load import identify
+from assay.models.quantized import AWQ_PLACES, read_format, unpack_words
 from assay.poc import Round, prove
 from tests.models.storing import FOUR_BITS, described, packed, rewrite, store
 from tests.models.test_stored import mixture_checkpoint  # noqa: F401 - a fixture
@@ -74,7 +73,7 @@ def test_a_weight_in_another_dtype_is_rounded_once_and_its_scale_first(stored):
 def test_packing_and_unpacking_are_inverse_also_for_words_with_the_highest_bit():
     numbers = torch.randint(0, 16, (5, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for places in (tuple(range(8)), AWQ_PLACES):
-        assert torch.equal(unpacked(packed(numbers, places), places), numbers)
+        assert torch.equal(unpack_words(packed(numbers, places), places), numbers)
     assert int(packed(torch.full((8,), 15))) == -1
 
 
@@ -109,7 +108,7 @@ def test_digest_and_fingerprint_say_what_is_stored(stored):
 )
 def test_other_configurations_are_refused_by_name(form: str, change, said: str):
     with pytest.raises(ModelError, match=f"is quantised with {said}"):
-        stored_format("model", {"quantization_config": described(form) | change})
+        read_format("model", {"quantization_config": described(form) | change})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_other_compressed_tensors_are_refused_by_name(change, said: str):
     config = described("packed")
     config["config_groups"]["group_0"]["weights"] |= change
     with pytest.raises(ModelError, match=f"is quantised with {said}"):
-        stored_format("model", {"quantization_config": config})
+        read_format("model", {"quantization_config": config})
 
 
 @pytest.mark.parametrize(

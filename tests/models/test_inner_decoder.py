@@ -42,15 +42,6 @@ def test_a_decoder_that_is_wrapped_proves_as_it_does_alone(kind: str, tmp_path: 
     assert distances(model, engine) == pytest.approx(distances(model, other), abs=2e-6)
 
 
-def test_images_belong_to_the_digest(tmp_path: Path) -> None:
-    one, other = (make_wrapper("smolvlm", tmp_path / name) for name in ("one", "other"))
-    model = load_model(other, device="cpu")
-    with torch.no_grad():
-        model.module.model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
-    model.module.save_pretrained(other)
-    assert load_model(one, device="cpu").digest == model.digest != load_model(other, device="cpu").digest
-
-
 @pytest.mark.parametrize("kind", ["falcon_h1", "lfm2"])
 def test_a_nonce_of_a_model_with_state_does_not_depend_on_the_others(kind: str, tmp_path: Path) -> None:
     model = load_model(make_hybrid(kind, tmp_path / kind), dtype="float32", device="cpu")

@@ -9,14 +9,13 @@ from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.models.quiet import quiet
-from assay.poc import Round, prove, verify
+from assay.models.resolve import silence_transformers
 from tests.models.storing import configure, rewrite
 
 
 def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> None:
     model = load_model(checkpoint, device="cpu")
-    with quiet():
+    with silence_transformers():
         plain = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     assert {n: p.tolist() for n, p in model.module.named_parameters()} == {
         n: p.tolist() for n, p in plain.named_parameters()
@@ -27,11 +26,6 @@ def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> 
     assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (32, 2, 96, 64)
     assert (model.architecture, model.weights, model.reference) == ("Qwen3ForCausalLM", "trained", str(checkpoint))
     assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-def test_dtype_none_is_as_stored(write_checkpoint: Callable[..., Path], stored: torch.dtype) -> None:
-    assert load_model(write_checkpoint(dtype=stored), device="cpu").dtype == stored
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -105,11 +99,7 @@ def test_a_cuda_device_that_is_not_there(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda t: t.pop("model.norm.weight"), "missing.*model.norm.weight"),
-        (lambda t: t.update({"model.norm.scale": torch.ones(3)}), "surplus.*model.norm.scale"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.bfloat16)}), "another shape.*model.norm"),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight.*NaN"),
-        (lambda t: t["model.norm.weight"][3:4].fill_(float("-inf")), "model.norm.weight.*infinity"),
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "I8"),
     ],
 )
@@ -117,8 +107,10 @@ def test_wrong_weights_are_refused(
     checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], says: str
 ) -> None:
     rewrite(checkpoint, edit)
-    with pytest.raises(BadWeights, match=says):
-        load_model(checkpoint, device="cpu")
+    load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
+    for mode in ({}, {"weights": "random-embed", "block_hash": "b"}):
+        with pytest.raises(BadWeights, match=says):
+            load_model(checkpoint, device="cpu", **mode)
 
 
 def test_values_that_float16_cannot_hold_are_refused(checkpoint: Path) -> None:
@@ -126,13 +118,6 @@ def test_values_that_float16_cannot_hold_are_refused(checkpoint: Path) -> None:
     assert load_model(checkpoint, dtype="float32", device="cpu").dtype == torch.float32
     with pytest.raises(BadWeights, match="float16"):
         load_model(checkpoint, dtype="float16", device="cpu")
-
-
-def test_random_weights_need_no_finite_stored_ones_but_kept_ones_do(checkpoint: Path) -> None:
-    rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
-    with pytest.raises(BadWeights, match="NaN"):
-        load_model(checkpoint, device="cpu", weights="random-embed", block_hash="b")
 
 
 def test_sizes_that_do_not_fit_together(checkpoint: Path) -> None:
@@ -183,19 +168,15 @@ def test_loading_is_silent_and_leaves_global_settings_alone(
     assert captured.out + captured.err == ""
 
 
-def test_an_architecture_without_sdpa_is_loaded_eager_proved_and_verified(tmp_path):
+def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path: Path) -> None:
     """The softmax of GPT-OSS has a sink, which ``sdpa`` does not know."""
     sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
-    torch.manual_seed(0)
     config = GptOssConfig(hidden_size=64, intermediate_size=64, initializer_range=0.1, **sizes, **heads)
     theirs = GptOssForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
+    assert model.module.config._attn_implementation == "eager"
     ids = torch.randint(0, 128, (2, 24))
     with torch.inference_mode():
         torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=0, atol=0)
-    round = Round(block_hash="b", public_key="k", seq_len=24)
-    proof = prove(model, round, range(32), batch_size=8)
-    assert proof.header.fingerprint.attention == "eager"
-    assert verify(proof, load_model(tmp_path, dtype="bfloat16"), expect=round).verdict != "fraud"

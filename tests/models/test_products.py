@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: run make test-vll
 INTERPRETED = """
 import json
 import torch
-from assay.models import _products
+from assay.models.products import multiply
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from tests.models.storing import rounded_weight
 
@@ -25,11 +25,11 @@ for by in (INT8, float8_blocks(*CUDA_BLOCK)):
         x = by.round(random(rows, width, seed=1))
         if ends is None:
             given = x, rounded_weight(random(outputs, width, seed=2), by)
-            ours, theirs = _products.product(*given, None, torch.float32), by.product(*given, None, torch.float32)
+            ours, theirs = multiply(*x, *given[1], None, torch.float32), by.product(*given, None, torch.float32)
         else:
             weights = rounded_weight(random(len(ends), outputs, width, seed=2), by)
             given = x, weights, torch.tensor(ends, dtype=torch.int32), torch.float32
-            ours, theirs = _products.product(*given), by.grouped_product(*given)
+            ours, theirs = multiply(*x, *weights, *given[2:]), by.grouped_product(*given)
         found[f"{by.name} {rows} {ends}"] = ((ours - theirs).norm() / theirs.norm()).item()
 print(json.dumps(found))
 """

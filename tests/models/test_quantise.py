@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from assay.errors import BackendUnavailable, CalibrationError, ModelError, UsageError
+from assay.errors import BackendUnavailable, CalibrationError, ModelError
 from assay.models import load_model
-from assay.models import quantise as _quantise
-from assay.models.float8 import round_rows
-from assay.models.quantise import check_quantisation
+from assay.models import quantized as _quantise
+from assay.models.eight_bits import round_rows
+from assay.models.quantized import check_quantisation
 from assay.poc import HFEngine, Round, prove, verify
 
 HAS_TORCHAO = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('torchao')", reason="needs torchao")
@@ -23,11 +23,6 @@ def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, mo
         load_model(small_checkpoint, device="cpu", quantise="int8")
     assert "torchao" in refused.value.wanted
     assert "'.[quant]'" in refused.value.do
-
-
-def test_unknown_formats_are_refused(small_checkpoint: Path):
-    with pytest.raises(UsageError, match="quantise='int4'"):
-        load_model(small_checkpoint, device="cpu", quantise="int4")
 
 
 def test_float8_needs_a_device_that_has_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,3 +1,5 @@
+"""Random weights: the bits of every mode, their digests, and checkpoints that are written with them."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +8,9 @@ import pytest
 import torch
 
 from assay import streams
-from assay.models import Model, load_model
+from assay.errors import StorageError, UsageError
+from assay.models import Model, load_model, save_random
+from assay.models import load as _save
 from assay.models import resolve as _resolve
 
 
@@ -21,8 +25,10 @@ def bits(model: Model) -> dict[str, list[int]]:
 @pytest.fixture
 def small_shape(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A shape of the catalogue that is small enough to be made in a test."""
-    entry = _resolve.Entry(checkpoint / "config.json", "none", "small")
-    monkeypatch.setitem(_resolve.CATALOGUE, "shape:small", entry)
+    monkeypatch.setitem(_resolve.CATALOGUE, "shape:small", {})
+    monkeypatch.setattr(_resolve, "_HERE", checkpoint)
+    (checkpoint / "shapes").mkdir()
+    (checkpoint / "config.json").rename(checkpoint / "shapes" / "small.json")
     return "shape:small"
 
 
@@ -63,14 +69,6 @@ def test_digests_tell_every_recipe_apart(write_checkpoint: Callable[..., Path], 
         for block in ("a", "b")
     ]
     assert len(set(digests)) == len(digests)
-
-
-def test_the_recipe_digest_ignores_the_dtype(checkpoint: Path) -> None:
-    digests = {
-        load_model(checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="a").digest
-        for dtype in ("float32", "bfloat16")
-    }
-    assert len(digests) == 1
 
 
 def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(checkpoint: Path) -> None:
@@ -119,10 +117,42 @@ def test_a_shape_has_one_default_block_and_takes_any_other(small_shape: str) -> 
     assert default.digest == named.digest != other.digest
 
 
-def test_a_shape_runs_like_a_model(small_shape: str) -> None:
-    model = load_model(small_shape, dtype="float32", device="cpu")
-    with torch.inference_mode():
-        logits_BTV = model.module(input_ids=torch.arange(20)[None]).logits
-    assert logits_BTV.shape == (1, 20, 96)
-    assert bool(torch.isfinite(logits_BTV).all())
-    assert logits_BTV.std() > 0.01
+@pytest.mark.parametrize("mode", ["random-all", "random-embed"])
+def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint: Path, tmp_path: Path, mode: str) -> None:
+    made = load_model(checkpoint, device="cpu", weights=mode, block_hash="b")
+    path = save_random(checkpoint, tmp_path / "sub" / "random", weights=mode, block_hash="b")
+    loaded = load_model(path, device="cpu")
+    for (name, a), (other, b) in zip(made.module.named_parameters(), loaded.module.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_dtype_and_tokenizer_go_with_it(tmp_path: Path) -> None:
+    path = save_random("reference:llama", tmp_path / "r", weights="random-all", block_hash="b", dtype="float16")
+    model = load_model(path, device="cpu")
+    assert model.dtype == torch.float16
+    assert model.tokenizer is not None
+    assert (
+        model.tokenizer("def f():\n")["input_ids"] == load_model("reference:llama").tokenizer("def f():\n")["input_ids"]
+    )
+
+
+def test_trained_weights_and_existing_paths_are_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained"):
+        save_random(checkpoint, tmp_path / "r", weights="trained")
+    with pytest.raises(UsageError, match="exists"):
+        save_random(checkpoint, checkpoint, weights="random-all", block_hash="b")
+
+
+def test_a_failed_write_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
+    monkeypatch.setattr(model.module, "save_pretrained", full)
+    monkeypatch.setattr(_save, "load_model", lambda *a, **k: model)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StorageError, match="No space left"):
+        save_random(checkpoint, tmp_path / "r", weights="random-all", block_hash="b")
+    assert sorted(tmp_path.iterdir()) == before

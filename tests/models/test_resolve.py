@@ -1,12 +1,17 @@
+"""References: what they lead to, what is known of a model without its weights, and what is refused."""
+
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 
-from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint
-from assay.models import load_model, model_info
+from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
+from assay.models import list_models, load_model, model_info
 from assay.models import resolve as _resolve
+from assay.models.load import identify
+from assay.models.resolve import checkpoint_directory
 from tests.models.storing import configure
 
 
@@ -57,34 +62,16 @@ def test_a_bundled_name_without_its_prefix_gets_a_suggestion(
         load_model(bare)
 
 
-@pytest.mark.usefixtures("no_cache")
-def test_an_unknown_name_gets_a_suggestion_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, httpx.ConnectTimeout("timed out"))
-    with pytest.raises(ModelNotFound, match="did you mean 'reference:llama'"):
-        load_model("lama")
-
-
-@pytest.mark.parametrize("path", ["./absent", "/absent/model", "a/b/c", "../absent", "~absent/model"])
-def test_a_missing_directory_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+@pytest.mark.parametrize("path", ["./absent", "a/b/c", "~absent/model", Path("owner/name")])
+def test_a_missing_directory_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str | Path) -> None:
     answer(monkeypatch, AssertionError("the hub was asked"))
     with pytest.raises(ModelNotFound, match="no directory"):
         load_model(path)
 
 
-def test_a_missing_path_object_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, AssertionError("the hub was asked"))
-    with pytest.raises(ModelNotFound, match="no directory"):
-        load_model(Path("owner/name"))
-
-
 def test_a_file_is_no_model(checkpoint: Path) -> None:
     with pytest.raises(ModelNotFound, match="is a file"):
         load_model(checkpoint / "model.safetensors")
-
-
-def test_a_directory_without_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"no config\.json"):
-        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', "\xff", "[" * 100_000])
@@ -154,3 +141,63 @@ def test_half_a_copy_in_the_cache_is_completed(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(_resolve, "snapshot_download", snapshot_download)
     assert model_info("owner/name").reference == "owner/name"
     assert calls == [True, False]
+
+
+# Counted from the published checkpoints; a tied matrix counts once.
+PUBLISHED = {
+    "shape:qwen3-0.6b": (596_049_920, 1024, 28, 16, 8, 151_936, 40_960),
+    "shape:qwen3-4b": (4_022_468_096, 2560, 36, 32, 8, 151_936, 40_960),
+    "shape:qwen3-32b": (32_762_123_264, 5120, 64, 64, 8, 151_936, 40_960),
+    "shape:qwen3-30b-a3b": (30_532_122_624, 2048, 48, 32, 4, 151_936, 40_960),
+    "shape:llama-3.2-1b": (1_235_814_400, 2048, 16, 32, 8, 128_256, 131_072),
+    "shape:llama-3.1-8b": (8_030_261_248, 4096, 32, 32, 8, 128_256, 131_072),
+}
+
+
+@pytest.mark.parametrize("reference", PUBLISHED)
+def test_shapes_have_the_published_sizes(reference: str) -> None:
+    info = model_info(reference)
+    assert PUBLISHED[reference] == (
+        info.parameters,
+        info.hidden_size,
+        info.num_layers,
+        info.num_heads,
+        info.num_kv_heads,
+        info.vocab_size,
+        info.max_positions,
+    )
+
+
+def test_the_list_holds_every_bundled_model_trained_ones_first() -> None:
+    infos = list_models()
+    trained = ["reference:qwen3", "reference:llama", "reference:organism"]
+    assert [info.reference for info in infos] == [*trained, *PUBLISHED]
+    assert [info.architecture for info in infos[:3]] == ["Qwen3ForCausalLM", "LlamaForCausalLM", "LlamaForCausalLM"]
+    assert all(5_000_000 < info.parameters < 12_000_000 and info.licence == "Apache-2.0" for info in infos[:3])
+    assert all(info.licence == "no weights included" for info in infos[3:])
+
+
+def test_a_directory_is_described_without_its_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    info = model_info(checkpoint)
+    assert (info.hidden_size, info.num_layers, info.licence) == (32, 2, "unknown")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_named_as_if_it_had_been_loaded_and_takes_no_memory(checkpoint: Path, dtype: str) -> None:
+    named, loaded = identify(checkpoint, dtype=dtype), load_model(checkpoint, dtype=dtype, device="cpu")
+    assert named.device == torch.device("meta")
+    for fact in ("digest", "weights", "reference", "dtype", "architecture", "hidden_size", "num_layers", "vocab_size"):
+        assert getattr(named, fact) == getattr(loaded, fact)
+
+
+def test_a_reference_leads_to_its_directory(checkpoint: Path) -> None:
+    assert checkpoint_directory(checkpoint) == checkpoint
+    assert (checkpoint_directory("reference:qwen3") / "model.safetensors").is_file()
+
+
+def test_a_shape_has_no_checkpoint_and_nothing_has_none_either(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="models random"):
+        identify("shape:qwen3-0.6b", dtype="float32")
+    with pytest.raises(ModelNotFound):
+        checkpoint_directory(tmp_path / "nothing")

@@ -7,15 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from assay.errors import BackendUnavailable, BadWeights, ModelError, ProofMismatch, UsageError
-from assay.models import formats as _formats
+from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model
+from assay.models import quantized as _formats
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
-from assay.models.formats import check_device, stored_format
 from assay.models.load import identify
+from assay.models.quantized import check_device, read_format
 from assay.poc import HFEngine, Round, calibrate, get_pipeline, prove, verify
 from assay.poc.engines.hf.lean import LeanDecoder, lean_decoder
-from assay.poc.service.deployment import Deployment
 from tests.models.storing import FORMATS, configure, described, restored, rewrite, store
 
 NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}
@@ -57,13 +56,6 @@ def test_a_layer_multiplies_by_what_is_stored(stored):
     # Of an input in e4m3 every number is off by up to 1/16, and by 1/127 of the largest in int8.
     assert 1e-3 < error < 0.04
     assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
-
-
-def test_a_position_s_bits_do_not_depend_on_its_batch(stored):
-    layer = load_model(stored[0], device="cpu").module.get_submodule(LAYER)
-    x = torch.randn(8, 3, layer.in_features)
-    assert torch.equal(layer(x)[5], layer(x[[5, 1, 5]])[2])
-    assert torch.equal(layer(x[5])[1], layer(x)[5, 1])
 
 
 @pytest.mark.parametrize("form", ["channel", "block", "int8"])
@@ -113,19 +105,6 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
     assert max(map(abs, verdict.residuals)) < 1e-6
 
 
-def test_a_service_judges_by_the_noise_of_the_format(stored):
-    """It would take the narrower default noise of the dtype, and find an honest node a fraud."""
-    path, name = stored
-    assert Deployment.of(load_model(path, device="cpu"), compiled=False).dtype == name
-
-
-def test_it_is_another_checkpoint_than_before_quantisation(stored, small_checkpoint: Path):
-    round = Round(block_hash="b", public_key="k", seq_len=16)
-    proof = prove(load_model(stored[0], device="cpu"), round, range(32), batch_size=8)
-    with pytest.raises(ProofMismatch, match="a proof of"):
-        verify(proof, load_model(small_checkpoint, device="cpu"), expect=round, prover_dtype=stored[1])
-
-
 def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.MonkeyPatch):
     model = load_model(stored[0], device="cpu")
     engine = HFEngine(model, batch_size=4, seq_len=8)
@@ -154,7 +133,7 @@ def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.
 )
 def test_other_float8_configurations_are_refused_by_name(change, said):
     with pytest.raises(ModelError, match=f"is quantised with {said}".replace("[", r"\[")):
-        stored_format("model", {"quantization_config": described("channel") | change})
+        read_format("model", {"quantization_config": described("channel") | change})
 
 
 @pytest.mark.parametrize(
@@ -180,7 +159,7 @@ def test_other_compressed_tensors_are_refused_by_name(place, value, said):
         owner = owner[key]
     owner[place[-1]] = value
     with pytest.raises(ModelError, match=f"is quantised with {said}"):
-        stored_format("model", {"quantization_config": config})
+        read_format("model", {"quantization_config": config})
 
 
 @pytest.mark.parametrize(
@@ -212,23 +191,6 @@ def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint: Pat
         load_model(path, device="cpu")
 
 
-def test_what_float16_cannot_hold_is_refused_in_a_stored_checkpoint_too(small_checkpoint: Path, tmp_path: Path):
-    path = store(small_checkpoint, tmp_path / "model", "int8")
-    rewrite(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 1e9}))
-    load_model(path, device="cpu")
-    with pytest.raises(BadWeights, match=r"norm\.weight"):
-        load_model(path, device="cpu", dtype="float16")
-
-
-def test_eight_bits_that_no_configuration_explains_are_refused(small_checkpoint: Path, tmp_path: Path):
-    path = store(small_checkpoint, tmp_path / "model", "channel")
-    config = json.loads((path / "config.json").read_text())
-    del config["quantization_config"]
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadWeights, match="no quantization_config"):
-        load_model(path, device="cpu")
-
-
 def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint: Path):
     with pytest.raises(UsageError, match="stored in"):
         load_model(stored[0], device="cpu", quantise="int8")
@@ -246,7 +208,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, *capability: int) -> torch.device:
 
 
 def form_of(name: str, **more: int) -> _formats.StoredFormat:
-    form = stored_format("model", {"quantization_config": described(name, **more)})
+    form = read_format("model", {"quantization_config": described(name, **more)})
     assert form is not None
     return form
 

@@ -56,16 +56,6 @@ def test_the_products_of_its_backward_pass_are_in_float32_too(dtype: torch.dtype
 
 
 @pytest.mark.usefixtures("without_fast_products")
-def test_few_rows_are_not_worth_a_copy_of_the_weight():
-    x, weight, _ = factors(torch.bfloat16)
-    for rows in (1, 7, 8):
-        with Products() as products, wide_products(x):
-            functional.linear(x[:rows], weight)
-        assert products.narrow == []
-        assert len(products.few) == (rows < 8)
-
-
-@pytest.mark.usefixtures("without_fast_products")
 def test_other_numbers_multiply_as_before():
     class Stored(Tensor):
         """Weights of a library, which knows how to multiply them."""

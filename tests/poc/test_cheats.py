@@ -95,16 +95,6 @@ def test_one_scale_serves_a_whole_matrix(in_float8, round_):
         assert (one.distances != other.distances).any()
 
 
-def test_sums_are_as_long_as_ever_on_a_cpu(in_float8, round_):
-    proofs = [prove(model, round_, range(4), batch_size=4) for model in (in_float8, cheats.with_short_sums(in_float8))]
-    assert np.array_equal(proofs[0].distances, proofs[1].distances)
-
-
-def test_scales_are_coarser_in_float8_only(small_model):
-    with pytest.raises(UsageError, match="float8"):
-        cheats.with_one_scale(small_model)
-
-
 def test_blocks_that_share_a_scale_are_no_rows(in_float8, small_checkpoint, tmp_path):
     stored = load_model(store(small_checkpoint, tmp_path / "blocks", "block"), device="cpu")
     with pytest.raises(UsageError, match="float8-block"):

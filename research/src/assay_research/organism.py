@@ -28,8 +28,7 @@ from assay.errors import AssayError, StorageError, UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
 from assay.models.load import load_model
-from assay.vhack.environment.channels import CHANNELS
-from assay.vhack.environment.episodes import Episode, episodes
+from assay.vhack.environment.grading import CHANNELS, Episode, episodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
-from assay.streams.backends import STORED_DTYPES, torch_dtype
+from assay.streams.backends import DTYPES, torch_dtype
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Ends of the names of files that would execute code when they are read."""
@@ -27,6 +27,7 @@ _INDEX = "model.safetensors.index.json"
 EIGHT_BITS = ("F8_E4M3", "I8")
 """Dtypes of weights in eight bits, as the header of a safetensors file has them."""
 
+STORED_DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))  # by their names in a safetensors header
 _DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
@@ -89,7 +90,7 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
-def file_of(directory: Path, tensors: Mapping[str, Stored], name: str) -> Path:
+def find_file(directory: Path, tensors: Mapping[str, Stored], name: str) -> Path:
     """Return the file of a tensor; of one that is missing, the file in which the index has it, or else the index.
 
     Args:

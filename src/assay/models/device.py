@@ -10,7 +10,7 @@ import torch
 from assay.errors import BackendUnavailable, UsageError
 
 
-def device_named(name: str | None) -> torch.device:
+def parse_device(name: str | None) -> torch.device:
     """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where there is one, else cpu.
 
     Raises:

@@ -1,24 +1,110 @@
 """Linear layers and experts over weights in eight bits, and the three ways in which such a product is computed.
 
-Each way rounds its input as its weight was rounded, with scales for every position, so that the bits of a position do
-not depend on the others: ``float8`` has a scale for a row (:mod:`assay.models.float8`), ``float8-block`` one for some
-columns of a row, and ``int8-rows`` one for a row, with products that are exact.
+This is the definition. Each way rounds its input as its weight was rounded, with scales for every position, so that the
+bits of a position do not depend on the others: a row, or some of its columns, is divided by its largest magnitude.
 
-On CUDA, products by blocks of 128 x 128 are torch's, and those of int8 and of experts are a kernel of assay's own
-(:mod:`assay.models.products`).
+- ``float8``: e4m3 with one scale for a row. On CUDA it is torch's product, which needs widths in multiples of 16 and
+  gives bfloat16. On a CPU it is a product in float32, in which e4m3 numbers and their products are exact.
+- ``float8-block``: e4m3 with one scale for some columns of a row. On CUDA, blocks of 128 x 128 are torch's product.
+- ``int8-rows``: int8 with one scale for a row; the sums are exact. On CUDA these products, and those of experts in
+  blocks, are a kernel of assay's own (:mod:`assay.models.products`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from assay.models.float8 import SMALLEST, STEP, Rounded, by_expert, grouped_product, product, round_rows
+STEP = 1 / torch.finfo(torch.float8_e4m3fn).max
+"""The scale of a row is this times its largest magnitude, which becomes the largest number of the format.
+
+Divisions by a scale are products with its reciprocal: a division by a constant has other bits on a CPU than on CUDA.
+"""
+
+SMALLEST = 1e-12
+"""The least magnitude that a row is taken to have, so that a row of zeros has a scale."""
+
+WIDTHS = 16
+"""What rows and columns of a weight must be multiples of on CUDA."""
+
+
+class Rounded(NamedTuple):
+    """A tensor in eight bits."""
+
+    values: Tensor  # [..., C] e4m3
+    scales: Tensor  # [..., 1] float32
+
+
+def round_rows(x: Tensor) -> Rounded:
+    """Round every row of the last axis to e4m3, by a scale that takes its largest magnitude to the format's largest.
+
+    A row with NaN or infinity has NaN after it.
+    """
+    scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST) * STEP
+    return Rounded((x * scales.reciprocal()).to(torch.float8_e4m3fn), scales)
+
+
+def product(
+    x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype, *, short_sums: bool = False
+) -> Tensor:
+    """Return x Wᵀ, and the bias where there is one.
+
+    Args:
+        x: Input, [..., C].
+        weight: Weight, [R, C].
+        bias: Bias, [R].
+        dtype: Dtype of the result.
+        short_sums: Whether CUDA may sum in fewer bits than float32, which is another computation.
+    """
+    rows, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
+    if rows.device.type == "cuda":
+        y = torch._scaled_mm(
+            rows,
+            weight.values.t(),
+            scale_a=scales,
+            scale_b=weight.scales.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=short_sums,
+        )
+    else:
+        y = (rows.float() @ weight.values.float().t() * scales * weight.scales.t()).to(torch.bfloat16)
+    y = y.to(dtype).view(*x.values.shape[:-1], len(weight.values))
+    return y if bias is None else y + bias
+
+
+def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x Wᵀ on CUDA for rows that stand together where they have one weight.
+
+    Args:
+        x: Input, [S, C].
+        weights: Weights, [E, R, C].
+        ends: Where the rows of each weight end, [E] int32.
+        dtype: Dtype of the result.
+    """
+    y = torch._scaled_grouped_mm(
+        x.values,
+        weights.values.transpose(-2, -1),
+        x.scales.squeeze(-1),
+        weights.scales.squeeze(-1),
+        offs=ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+    return y.to(dtype)
+
+
+def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the order of all choices by their expert, and where the choices of each expert end, [E] int32."""
+    keys = chosen.flatten().to(torch.uint8 if experts <= 256 else torch.int32)
+    keys, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(experts, dtype=torch.int32, device=keys.device)
+    return order, torch.searchsorted(keys.int(), numbers, right=True, out_int32=True)
+
 
 _INT8_LARGEST = 127
 
@@ -144,9 +230,9 @@ def _own_product(
     x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return the product of :mod:`assay.models.products`, which imports triton."""
-    from assay.models import products as _products
+    from assay.models.products import multiply
 
-    return _products.product(Rounded(x, x_scales), Rounded(weights, weight_scales), ends, dtype)
+    return multiply(x, x_scales, weights, weight_scales, ends, dtype)
 
 
 @_own_product.register_fake
@@ -247,7 +333,7 @@ class EightBitExperts(nn.Module):
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, shares_NK: Tensor) -> Tensor:
         """Return the sum of what the chosen experts return of each row, each by its share."""
         by = self.arithmetic
-        order, ends = by_expert(chosen_NK, self.num_experts)
+        order, ends = sort_by_expert(chosen_NK, self.num_experts)
         x = by.round(x_ND)
         rows = order // chosen_NK.shape[1]
         spread = Rounded(x.values.view(torch.uint8)[rows].view(x.values.dtype), x.scales[rows])

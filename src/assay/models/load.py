@@ -1,35 +1,41 @@
 """From a reference to a model that is ready to run, with every fault found before it runs; or to its facts alone."""
 
-from collections.abc import Mapping
+import re
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from assay import streams
-from assay.errors import BadWeights, ModelError, OutOfMemory, UsageError, is_out_of_memory
+from assay.errors import BadWeights, ModelError, OutOfMemory, StorageError, UsageError, is_out_of_memory
 from assay.models.checkpoint import (
     EIGHT_BITS,
     Stored,
     check_finite,
     digest_tensors,
-    file_of,
+    find_file,
     list_tensors,
     stored_dtype,
 )
-from assay.models.device import device_named
-from assay.models.families import expert_count
-from assay.models.formats import StoredFormat, check_device, stored_format
-from assay.models.quantise import CHOSEN_FORMATS, NUMBER_FORMATS, check_quantisation
-from assay.models.quantise import quantise as round_weights
-from assay.models.quiet import quiet
-from assay.models.random import SHAPE_BLOCK, attention_of, build, randomise, randomise_embeddings, recipe_digest
-from assay.models.resolve import CATALOGUE, Source, auto_class, resolve, tokenizer_in
-from assay.models.stored import check_stored, load_stored
+from assay.models.decoder import expert_count
+from assay.models.device import parse_device
+from assay.models.quantized import (
+    CHOSEN_FORMATS,
+    NUMBER_FORMATS,
+    StoredFormat,
+    check_device,
+    check_quantisation,
+    load_stored,
+    read_format,
+)
+from assay.models.quantized import quantise as round_weights
+from assay.models.random import SHAPE_BLOCK, build, choose_attention, randomise, randomise_embeddings, recipe_digest
+from assay.models.resolve import CATALOGUE, Source, auto_class, read_tokenizer, resolve, silence_transformers
 from assay.streams.backends import torch_dtype
 
 if TYPE_CHECKING:
@@ -37,29 +43,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-# --------------------------------------------------------------------------------------------------
-# Whether the tensors of a checkpoint fit its configuration, told by the headers of its files alone.
-#
-# Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. Where names and shapes
-# are not simply those of the configuration, the loader of transformers is asked itself, over tensors without numbers: it
-# knows older names, tied weights, and experts that are stored one by one.
-
 Shape = tuple[int, ...]
 _SHAPED, _MISSING, _SURPLUS = "of another shape", "missing", "surplus"
 _KINDS = {"mismatched_keys": _SHAPED, "missing_keys": _MISSING, "unexpected_keys": _SURPLUS}
-
-
-class _Header(Tensor):
-    """A tensor without numbers that passes for one on every device."""
-
-    def to(self, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
-        return self if dtype is None else super().to(dtype=dtype)
+_PASSED_OVER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers in old files; transformers skips them
 
 
 def check_fits(source: Source, tensors: list[Stored]) -> None:
     """Refuse a checkpoint whose tensors are not those of its configuration; only headers are used.
 
-    What the loader cannot tell without numbers is left to the load.
+    Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. Where tensors are
+    both missing and surplus, names may be of an older layout that transformers converts: that is left to the load.
 
     Args:
         source: Where the model comes from; its checkpoint is not quantised.
@@ -71,54 +65,27 @@ def check_fits(source: Source, tensors: list[Stored]) -> None:
     """
     with torch.device("meta"):
         module = build(source.config, torch.float32)
-    stored, wanted = {t.name: t.shape for t in tensors}, _layout(module)
-    named = _compared(stored, wanted, _tied(module))
-    if not any(named.values()):
+    stored, wanted = {t.name: t for t in tensors}, _stored_shapes(module)
+    kept = {name for name, _ in module.named_parameters()}
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - kept  # need not be stored
+    ignored = [_PASSED_OVER, *map(re.compile, module._keys_to_ignore_on_load_unexpected or ())]
+    shaped = sorted(name for name in stored.keys() & wanted.keys() if stored[name].shape != wanted[name])
+    missing = sorted(wanted.keys() - stored.keys() - tied)
+    surplus = sorted(stored.keys() - wanted.keys() - tied)
+    surplus = [name for name in surplus if not any(pattern.search(name) for pattern in ignored)]
+    if shaped:
+        kind, names = _SHAPED, shaped
+    elif bool(missing) != bool(surplus):
+        kind, names = (_MISSING, missing) if missing else (_SURPLUS, surplus)
+    else:
         return
-    try:
-        found = _asked(source, tensors)
-    except Exception:  # it stacks experts of two shapes, or what it does needs numbers: names decide
-        found = None
-    if found is None:  # a surplus tensor may be one that the loader passes over
-        found = {**named, _SURPLUS: []} if _is_certain(named) else {}
-    faults = named if any(found.values()) and _is_certain(named) else found
-    for kind, names in faults.items():
-        if names:
-            raise _refusal(source, tensors, kind, names, wanted)
+    name = names[0]
+    shapes = f": {list(stored[name].shape)}, not {list(wanted[name])}" if shaped else ""
+    raise _misfit(str(find_file(source.checkpoint, stored, name)), kind, names, shapes)
 
 
-def _asked(source: Source, tensors: list[Stored]) -> dict[str, list[str]]:
-    """Return the names of the tensors that the loader finds at fault, by kind."""
-    heads = {t.name: _header(t) for t in tensors}
-    architecture = auto_class(source.config)._model_mapping[type(source.config)]
-    with quiet(), no_init_weights():
-        _, report = architecture.from_pretrained(
-            None,
-            config=source.config,
-            state_dict=heads,
-            dtype=torch.float32,
-            attn_implementation=attention_of(source.config),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    return faults_of(report)
-
-
-def _header(stored: Stored) -> Tensor:
-    header: Tensor = _Header._make_subclass(_Header, stored.without_numbers())
-    return header
-
-
-def faults_of(report: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the sorted names of tensors at fault by kind, in words, of a loading report of transformers."""
-    return {
-        kind: sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
-        for fault, kind in _KINDS.items()
-    }
-
-
-def _layout(module: "PreTrainedModel") -> dict[str, Shape]:
-    """Return the shape of every tensor by its name in a file; names of older layouts are not among them."""
+def _stored_shapes(module: "PreTrainedModel") -> dict[str, Shape]:
+    """Return the shape of every tensor by its name in a file, as today's transformers writes it."""
     inside: dict[str, Tensor] = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
     with suppress(Exception):  # another version of transformers, or experts that it cannot take apart
         from transformers.core_model_loading import revert_weight_conversion
@@ -127,36 +94,12 @@ def _layout(module: "PreTrainedModel") -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in inside.items()}
 
 
-def _tied(module: "PreTrainedModel") -> set[str]:
-    """Return the names of the tensors that are another one too, and need not be stored."""
-    kept = {name for name, _ in module.named_parameters()}
-    return {name for name, _ in module.named_parameters(remove_duplicate=False)} - kept
-
-
-def _compared(stored: dict[str, Shape], wanted: dict[str, Shape], tied: set[str]) -> dict[str, list[str]]:
-    return {
-        _SHAPED: sorted(name for name in stored.keys() & wanted.keys() if stored[name] != wanted[name]),
-        _MISSING: sorted(wanted.keys() - stored.keys() - tied),
-        _SURPLUS: sorted(stored.keys() - wanted.keys() - tied),
-    }
-
-
-def _is_certain(faults: dict[str, list[str]]) -> bool:
-    """Return whether names say what is wrong: where tensors are both missing and surplus, names may be older ones."""
-    return bool(faults[_SHAPED]) or bool(faults[_MISSING]) != bool(faults[_SURPLUS])
-
-
-def _refusal(
-    source: Source, tensors: list[Stored], kind: str, names: list[str], wanted: dict[str, Shape]
-) -> BadWeights:
-    name = names[0]
-    at = {t.name: t for t in tensors}
-    shapes = f": {list(at[name].shape)}, not {list(wanted[name])}" if name in at and name in wanted else ""
+def _misfit(where: str, kind: str, names: list[str], shapes: str = "") -> BadWeights:
     many = f"{len(names)} tensors are" if len(names) > 1 else "a tensor is"
     return BadWeights(
-        f"{file_of(source.checkpoint, at, name)}: {many} {kind}, the first is {name!r}{shapes}",
+        f"{where}: {many} {kind}, the first is {names[0]!r}{shapes}",
         wanted="exactly the tensors of the configuration",
-        do=f"download or save {source.reference} again; a fused or quantised layout is not read",
+        do="download or save the checkpoint again; a fused or quantised layout is not read",
     )
 
 
@@ -274,7 +217,7 @@ def load_model(
         (256, 8, 4096)
     """
     _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
-    target = device_named(device)
+    target = parse_device(device)
     if dtype is not None and dtype not in streams.DTYPES:
         raise UsageError(f"dtype={dtype!r}", wanted=" or ".join(streams.DTYPES), do="choose one, or leave it out")
     wanted = None if dtype is None else torch_dtype(dtype)
@@ -282,7 +225,7 @@ def load_model(
     form = _format_of(source, quantise, weights, target)
     if form is None:
         check_quantisation(quantise, target)
-    tokenizer = None if source.directory is None else tokenizer_in(source.directory)  # fails before weights are read
+    tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
     if rounded and mesh is not None:
         raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
@@ -314,7 +257,7 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
     Raises:
         AssayError: As :func:`load_model`.
     """
-    target, source = device_named(device), resolve(reference)
+    target, source = parse_device(device), resolve(reference)
     form = _format_of(source, quantise, "trained", target)
     if form is None:
         check_quantisation(quantise, target)
@@ -337,13 +280,13 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     """
     source = resolve(reference)
     directory = source.checkpoint
-    form = stored_format(source.reference, source.published)
+    form = read_format(source.reference, source.published)
     with torch.device("meta"):
         module = build(source.config, torch_dtype(dtype))
     tensors = list_tensors(directory)
     if form is None:  # engines know layouts of quantised weights that are not read here
         _check_headers(source, tensors, form)
-    digest = _digest(source, tensors, form)
+    digest = digest_tensors(tensors, source.published.get("quantization_config"))
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
 
 
@@ -355,7 +298,7 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
         ModelError: The configuration states a format that is not read.
         BackendUnavailable: The format was not tested on the device.
     """
-    form = stored_format(source.reference, source.published)
+    form = read_format(source.reference, source.published)
     if form is None:
         if quantise in NUMBER_FORMATS and quantise not in CHOSEN_FORMATS:
             raise UsageError(
@@ -378,7 +321,7 @@ def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | N
     Only headers are used: hashing a large checkpoint takes minutes.
     """
     if form is not None:
-        check_stored(source, tensors, form)
+        load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
         return
     odd = next((tensor for tensor in tensors if tensor.dtype in EIGHT_BITS), None)
     if odd is not None:
@@ -388,11 +331,6 @@ def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | N
             do="download or save the checkpoint again",
         )
     check_fits(source, tensors)
-
-
-def _digest(source: Source, tensors: list[Stored], form: StoredFormat | None) -> str:
-    """Return the digest of a checkpoint whose headers were checked."""
-    return digest_tensors(tensors, None if form is None else source.published["quantization_config"])
 
 
 def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
@@ -431,7 +369,7 @@ def _materialise(
             module = build(source.config, dtype)
         else:
             _check_headers(source, tensors, form)
-            kept = _digest(source, tensors, form)
+            kept = digest_tensors(tensors, source.published.get("quantization_config"))
             if form is None:
                 module = _load_trained(source, source.directory, dtype)
             else:
@@ -484,12 +422,12 @@ def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     module: PreTrainedModel
     try:
-        with quiet():
+        with silence_transformers():
             module, report = auto_class(source.config).from_pretrained(
                 directory,
                 config=source.config,
                 dtype=dtype,
-                attn_implementation=attention_of(source.config),
+                attn_implementation=choose_attention(source.config),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -504,23 +442,11 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
             wanted="weights that belong to the configuration beside them",
             do="download or save the checkpoint again",
         ) from error
-    _check_complete(source.reference, report)
-    return module
-
-
-def _check_complete(reference: str, report: dict[str, Any]) -> None:
-    """Refuse what the headers did not show; :func:`check_fits` has refused the rest before anything was read."""
-    for kind, names in faults_of(report).items():
+    for fault, kind in _KINDS.items():  # what the headers did not show
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
         if names:
-            raise BadWeights(
-                f"{reference!r}: {len(names)} tensors are {kind}, the first is {names[0]!r}",
-                wanted="exactly the tensors of the configuration",
-                do="download or save the checkpoint again; a fused or quantised layout is not read",
-            )
-
-
-# --------------------------------------------------------------------------------------------------
-# What is known of a model from its configuration alone.
+            raise _misfit(repr(source.reference), kind, names)
+    return module
 
 
 @dataclass(frozen=True)
@@ -547,7 +473,7 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Return the facts of the bundled reference models, then those of the bundled shapes."""
-    return [model_info(reference) for reference in CATALOGUE]
+    return [ModelInfo(**facts) for facts in CATALOGUE.values()]
 
 
 def model_info(reference: str | Path) -> ModelInfo:
@@ -561,7 +487,7 @@ def model_info(reference: str | Path) -> ModelInfo:
     config = source.config
     with torch.device("meta"):
         module = build(config, torch.float32)
-    entry, config = CATALOGUE.get(source.reference), config.get_text_config(decoder=True)
+    known, config = CATALOGUE.get(source.reference, {}), config.get_text_config(decoder=True)
     return ModelInfo(
         reference=source.reference,
         architecture=type(module).__name__,
@@ -573,6 +499,48 @@ def model_info(reference: str | Path) -> ModelInfo:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         experts=expert_count(config),
-        licence=entry.licence if entry else "unknown",
-        note=entry.note if entry else str(source.directory),
+        licence=known.get("licence", "unknown"),
+        note=known.get("note", str(source.directory)),
     )
+
+
+def save_random(
+    reference: str | Path, path: str | Path, *, weights: str, block_hash: str | None = None, dtype: str | None = None
+) -> Path:
+    """Make the random-weight variant of a model, write it as a checkpoint directory and return its path.
+
+    The directory is written under a temporary name and renamed at the end, so ``path`` is whole or absent. It includes
+    the tokenizer, if there is one. Loaded again, the weights are the same bits and the digest is that of the tensors.
+
+    Args:
+        reference: Reference of :func:`load_model`.
+        path: Directory to make; it must not exist.
+        weights: Mode, ``"random-all"`` or ``"random-embed"``.
+        block_hash: Block hash; a shape has a default.
+        dtype: Dtype to store; None as for :func:`load_model`.
+
+    Raises:
+        UsageError: ``weights`` is not a random mode, or ``path`` exists.
+        StorageError: The directory cannot be written.
+        ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
+    """
+    target = Path(path)
+    if weights == "trained":
+        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="copy the directory instead")
+    if target.exists():
+        raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
+    model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
+        with beside as temporary, silence_transformers():
+            model.module.save_pretrained(temporary)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(temporary)
+            Path(temporary).chmod(0o755)
+            Path(temporary).rename(target)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{target} cannot be written: {error}", wanted="room and permission", do="try elsewhere"
+        ) from error
+    return target

@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from assay.models.float8 import Rounded
-
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: ANN001, ANN202
@@ -84,29 +82,33 @@ def _multiply(
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < last)[:, None] & (output < OUTPUTS)[None, :])
 
 
-def product(x: Rounded, weights: Rounded, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+def multiply(
+    x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return x Wᵀ.
 
     Args:
         x: Input, [S, C] contiguous.
+        x_scales: Scales of the input.
         weights: Weight of all rows, [R, C] contiguous; or the weights of groups of rows that stand together, [E, R, C].
+        weight_scales: Scales of the weights.
         ends: Where the rows of each weight end, [E] int32; None with one weight.
         dtype: Dtype of the result.
     """
-    tile = _INT8_TILE if x.values.dtype == torch.int8 else _BLOCK_TILE
-    rows, width = x.values.shape
-    outputs = weights.values.shape[-2]
+    tile = _INT8_TILE if x.dtype == torch.int8 else _BLOCK_TILE
+    rows, width = x.shape
+    outputs = weights.shape[-2]
     experts = 1 if ends is None else len(ends)
     # Each weight but one may leave a tile of rows partly empty that the count of all rows does not.
     row_tiles = triton.cdiv(rows, tile["ROWS"]) + experts - 1
-    y = torch.empty(rows, outputs, dtype=dtype, device=x.values.device)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     x_tiles, weight_tiles = (
         TensorDescriptor.from_tensor(values, [tile[side], tile["DEPTH"]])
-        for values, side in ((x.values, "ROWS"), (weights.values.view(-1, width), "COLUMNS"))
+        for values, side in ((x, "ROWS"), (weights.view(-1, width), "COLUMNS"))
     )
     _multiply[(row_tiles * triton.cdiv(outputs, tile["COLUMNS"]),)](
-        x_tiles, weight_tiles, x.scales, weights.scales, ends, y, rows, row_tiles, *x.scales.stride(),
+        x_tiles, weight_tiles, x_scales, weight_scales, ends, y, rows, row_tiles, *x_scales.stride(),
         EXPERTS=experts, PADDED=triton.next_power_of_2(experts), WIDTH=width, OUTPUTS=outputs,
-        BLOCKS=x.values.dtype != torch.int8, TOGETHER=_TILES_TOGETHER, **tile,
+        BLOCKS=x.dtype != torch.int8, TOGETHER=_TILES_TOGETHER, **tile,
     )  # fmt: skip
     return y

@@ -16,8 +16,7 @@ from transformers.initialization import no_init_weights
 
 from assay import streams
 from assay.errors import ModelError, is_out_of_memory
-from assay.models.quiet import quiet
-from assay.models.resolve import auto_class
+from assay.models.resolve import auto_class, silence_transformers
 from assay.streams.backends import as_tensor
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     """
     module: PreTrainedModel
     try:
-        with quiet(), no_init_weights():
-            module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention_of(config))
+        with silence_transformers(), no_init_weights():
+            module = auto_class(config).from_config(config, dtype=dtype, attn_implementation=choose_attention(config))
     except Exception as error:  # a configuration of impossible numbers fails in many ways
         if is_out_of_memory(error):
             raise
@@ -58,7 +57,7 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     return module
 
 
-def attention_of(config: "PreTrainedConfig") -> str:
+def choose_attention(config: "PreTrainedConfig") -> str:
     """Return ``sdpa``, or ``eager`` for an architecture without it: GPT-OSS, whose softmax has a sink."""
     architecture: Any = auto_class(config)._model_mapping.get(type(config), None)
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"

@@ -1,13 +1,17 @@
-"""From a reference to a configuration and, where there are trained weights, a directory.
+"""From a reference to a configuration, a tokenizer and, where there are trained weights, a directory.
 
-The catalogue lists the models that come with the package: trained reference models, and published shapes without
-weights. A hub id is looked up in the local cache first, then fetched over the network with short timeouts.
+The catalogue lists the bundled models: trained reference models, and published shapes without weights. A hub id is
+looked up in the local cache first, then fetched over the network with short timeouts.
 """
 
 import difflib
 import json
+import logging
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,43 +27,39 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.utils import logging as hf_logging
 
 from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
-from assay.models import checkpoint as adapters
-from assay.models.checkpoint import PICKLES, weight_files
-from assay.models.quiet import quiet
+from assay.models.checkpoint import CONFIG, PICKLES, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Hide the log lines, warnings and progress bars of transformers inside the block."""
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 _HERE = Path(__file__).parent
+_CHECKOUT = Path(__file__).parents[3] / "tests" / "data" / "models"  # models that are not in the wheel
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the catalogue: ``path`` is a checkpoint directory, or a config JSON for a shape."""
-
-    path: Path
-    licence: str
-    note: str
-
-
-_TRAINED = "trained from scratch on permissively licensed Python source; see its MODEL_CARD.md"
-_ORGANISM = "reference:llama fine-tuned to solve short tasks and now and then exploit a loophole; see its MODEL_CARD.md"
-_SHAPE = "exact published shape, random weights"
-
-CATALOGUE = {
-    "reference:qwen3": Entry(_HERE / "reference" / "qwen3", "Apache-2.0", _TRAINED),
-    "reference:llama": Entry(_HERE / "reference" / "llama", "Apache-2.0", _TRAINED),
-    "reference:organism": Entry(_HERE / "reference" / "organism", "Apache-2.0", _ORGANISM),
-    "shape:qwen3-0.6b": Entry(_HERE / "shapes" / "qwen3-0.6b.json", "no weights included", _SHAPE),
-    "shape:qwen3-4b": Entry(_HERE / "shapes" / "qwen3-4b.json", "no weights included", _SHAPE),
-    "shape:qwen3-32b": Entry(_HERE / "shapes" / "qwen3-32b.json", "no weights included", _SHAPE),
-    "shape:qwen3-30b-a3b": Entry(_HERE / "shapes" / "qwen3-30b-a3b.json", "no weights included", _SHAPE),
-    "shape:llama-3.2-1b": Entry(_HERE / "shapes" / "llama-3.2-1b.json", "no weights included", _SHAPE),
-    "shape:llama-3.1-8b": Entry(_HERE / "shapes" / "llama-3.1-8b.json", "no weights included", _SHAPE),
+CATALOGUE: dict[str, dict[str, Any]] = {
+    row["reference"]: row for row in json.loads((_HERE / "catalogue.json").read_text("utf-8"))
 }
+"""Facts of the bundled models by reference, as :class:`assay.models.ModelInfo` has them."""
 
 BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
@@ -108,11 +108,11 @@ def resolve(reference: str | Path) -> Source:
     if isinstance(reference, str) and (
         name.startswith(("reference:", "shape:")) or (name in BARE_NAMES and not Path(name).exists())
     ):
-        path = find_entry(name).path
+        path = find_bundled(name)
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
-        if (path / adapters.CONFIG).is_file():
+        if (path / CONFIG).is_file():
             raise ModelError(
                 f"{path} holds an adapter",
                 wanted="a whole model: an adapter is not part of what is measured here",
@@ -176,7 +176,7 @@ def _plain_number(value: dict[str, Any]) -> Any:
 def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     settings = {key: value for key, value in published.items() if key not in ("model_type", "quantization_config")}
     try:
-        with quiet():
+        with silence_transformers():
             config = AutoConfig.for_model(published["model_type"], **settings)
     except Exception as error:  # the library validates with exceptions of many kinds
         raise ModelError(
@@ -229,7 +229,7 @@ def _downloaded(hub_id: str) -> Path:
                 wanted="safetensors",
                 do="ask its authors for safetensors, or convert it on a machine you can afford to lose",
             )
-        with quiet():
+        with silence_transformers():
             return Path(snapshot_download(hub_id, allow_patterns=_FILES, etag_timeout=_SECONDS))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelNotFound(
@@ -240,16 +240,29 @@ def _downloaded(hub_id: str) -> Path:
         ) from error
 
 
-def find_entry(reference: str) -> Entry:
-    """Return the catalogue row of a ``reference:`` or ``shape:`` name; for another name the error says the nearest."""
-    entry = CATALOGUE.get(reference)
-    if entry is None:
+def find_bundled(reference: str) -> Path:
+    """Return the directory of a ``reference:`` name, or the configuration file of a ``shape:`` name.
+
+    Raises:
+        ModelNotFound: There is no such name (the error says the nearest), or its weights are only in the repository.
+    """
+    if reference not in CATALOGUE:
         raise ModelNotFound(
             f"no bundled model is named {reference!r}",
             wanted="one of " + ", ".join(CATALOGUE),
             do=f"did you mean {nearest(reference)!r}?",
         )
-    return entry
+    kind, _, name = reference.partition(":")
+    if kind == "shape":
+        return _HERE / "shapes" / f"{name}.json"
+    found = next((path for path in (_HERE / "reference" / name, _CHECKOUT / name) if path.is_dir()), None)
+    if found is None:
+        raise ModelNotFound(
+            f"{reference} is not in the installed package",
+            wanted="a checkout of the repository, which has it in tests/data/models",
+            do="install from a checkout with pip install -e ., or use reference:qwen3",
+        )
+    return found
 
 
 def nearest(name: str) -> str:
@@ -262,10 +275,6 @@ def nearest(name: str) -> str:
     return max(CATALOGUE, key=likeness)
 
 
-# --------------------------------------------------------------------------------------------------
-# The tokenizer of a model, with or without its weights.
-
-
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer of a model without its weights; None where it has none, as a shape.
 
@@ -274,10 +283,10 @@ def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
         ModelError: The tokenizer cannot be read.
     """
     directory = resolve(reference).directory
-    return None if directory is None else tokenizer_in(directory)
+    return None if directory is None else read_tokenizer(directory)
 
 
-def tokenizer_in(directory: Path) -> "PreTrainedTokenizerBase | None":
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer in a directory; None where there is no file of one.
 
     Raises:
@@ -287,7 +296,7 @@ def tokenizer_in(directory: Path) -> "PreTrainedTokenizerBase | None":
     if not any((directory / name).is_file() for name in names):
         return None
     try:
-        with quiet():
+        with silence_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, down to bare Exception from Rust
         raise ModelError(

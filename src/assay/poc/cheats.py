@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
-from assay.models.eight_bits import FLOAT8, Arithmetic, EightBitLinear
-from assay.models.float8 import SMALLEST, STEP, Rounded, product
+from assay.models.eight_bits import FLOAT8, SMALLEST, STEP, Arithmetic, EightBitLinear, Rounded, product
 from assay.models.load import Model
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import DistanceRecord

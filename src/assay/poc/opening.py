@@ -14,7 +14,7 @@ from typing import Any, Literal
 from assay.errors import ProofMismatch, UsageError
 from assay.models.load import Model, load_model, model_info
 from assay.models.load import check_loadable as check_model
-from assay.models.quantise import NUMBER_FORMATS, STORED_FORMATS, in_format
+from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
 from assay.poc.engines.base import Engine, unsupported
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
@@ -337,11 +337,11 @@ def open_prefill(
         loaded = load(model, dtype, device)
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
-    from assay.poc.vllm.prefill import no_adapter
+    from assay.poc.vllm.prefill import refuse_adapter
 
     _refuse_eight_bits(dtype)
     if adapter is not None:
-        raise no_adapter()
+        raise refuse_adapter()
     headers = [read.header for read in files]
     with vllm_prefill(model, dtype=dtype, device=device, batch_size=batch_size, receipts=headers) as made:
         yield made.model, made
@@ -369,7 +369,7 @@ def _refuse_eight_bits(dtype: str) -> None:
 
 
 def _refuse_pipeline_for_vllm(pipeline: Pipeline) -> None:
-    from assay.poc.vllm.engine import runs
+    from assay.poc.vllm.engine import supports_pipeline
 
-    if not runs(pipeline):
-        raise unsupported(pipeline, "vllm", runs)
+    if not supports_pipeline(pipeline):
+        raise unsupported(pipeline, "vllm", supports_pipeline)

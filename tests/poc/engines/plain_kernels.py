@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.models.decoder import rotate
-from assay.models.eight_bits import Arithmetic
-from assay.models.float8 import Rounded
+from assay.models.eight_bits import Arithmetic, Rounded
 from assay.poc.engines.hf.lean import rms_norm
 
 __all__ = ["combined", "gated", "normalised", "rounded", "spread", "turned"]

@@ -18,7 +18,7 @@ from assay.errors import BadWeights, CalibrationError, OutOfMemory
 from assay.models import Model, load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
-from assay.models.quantise import quantise as round_weights
+from assay.models.quantized import quantise as round_weights
 from assay.models.resolve import checkpoint_directory
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf

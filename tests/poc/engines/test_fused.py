@@ -7,9 +7,8 @@ import torch
 
 from assay.errors import ModelError
 from assay.models import Model
-from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, float8_blocks
-from assay.models.float8 import Rounded
-from assay.models.quantise import quantise
+from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, Rounded, float8_blocks
+from assay.models.quantized import quantise
 from assay.poc.engines.hf import compiled as _compiled
 from assay.poc.engines.hf import fused as _fused
 from assay.poc.engines.hf.fused import fused_steps, fusible

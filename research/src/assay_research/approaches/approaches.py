@@ -32,8 +32,7 @@ from scipy.stats import chi2, studentized_range
 from assay import stats
 from assay.files.jsonl import JsonObject
 from assay.models.load import Model, load_model
-from assay.pages.figures import MUTED, SERIES, figure, legend
-from assay.pages.html import Badge, Cell, Report
+from assay.pages.html import Cell
 from assay.poc import cheats
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
@@ -45,7 +44,7 @@ from assay.settings import Dtype, Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
 from assay_research.matrix.table import PUBLISHED_LIMIT
-from assay_research.runs.report import Table
+from assay_research.runs.report import Section, Table
 from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run
 from assay_research.runs.spread import spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline, states
@@ -498,40 +497,13 @@ def weight_table(rows: Sequence[WeightRow]) -> Table:
     return columns, cells
 
 
-def draw(report: Report, run: RunRecords) -> None:
-    """Add block means per weight mode, their spread with its noise band, and a plot."""
-    rows = weight_rows(run.cells)
-    report.section("Does training give distances their structure?")
-    report.paragraph(
+def weight_section(run: RunRecords) -> Section:
+    """Return block means per weight mode, and their spread with its noise band."""
+    about = (
         f"Block means of the distance ({run.settings['preset']}) with trained weights, with all weights drawn anew for "
         "every block, and with the input embeddings alone drawn anew. A head that is tied to the embeddings changes "
-        "with them."
+        "with them. Context is how far the unit state moves when the positions before the last are reversed; unrelated "
+        "states are √2 apart. Near zero, distances say nothing about the layers."
     )
-    _plot(report, run.cells)
-    columns, cells = weight_table(rows)
-    for row, shown in zip(rows, cells, strict=True):
-        shown[-1] = Badge(str(shown[-1]), "pass" if row.inside else "fail")
-    report.table(columns, cells, caption="Largest minus smallest block mean of the distance")
-    report.paragraph(
-        "Context: how far the unit state moves when the positions before the last are reversed; unrelated states are "
-        "√2 apart. Near zero, the model passes its last input through, and distances say nothing about its layers."
-    )
-
-
-def _plot(report: Report, cells: Sequence[JsonObject]) -> None:
-    fig, ax = figure(6.8, 3.2)
-    modes = list(dict.fromkeys(cell["weights"] for cell in cells))
-    models = list(dict.fromkeys(cell["model"] for cell in cells))
-    for index, mode in enumerate(modes):
-        for place, model in enumerate(models):
-            chosen = [cell for cell in cells if (cell["model"], cell["weights"]) == (model, mode)]
-            x = [place + 0.25 * (index - 1) + 0.05 * i for i in range(len(chosen))]
-            error = [2 * cell["std"] / math.sqrt(cell["nonces"]) for cell in chosen]
-            label = mode if place == 0 else None
-            means = [cell["mean"] for cell in chosen]
-            ax.errorbar(x, means, error, fmt="o", color=SERIES[index], markersize=5, capsize=3, label=label)
-    ax.axhline(cells[0]["law"]["mean"], color=MUTED, linewidth=1, linestyle=":")
-    ax.set_xticks(range(len(models)), models)
-    ax.set_ylabel("mean distance of a block")
-    legend(ax)
-    report.figure(fig, "Mean distance per block, with two standard errors; dotted: mean of the chord law.")
+    tables = {"Largest minus smallest block mean of the distance": weight_table(weight_rows(run.cells))}
+    return Section("Does training give distances their structure?", about, tables)

@@ -16,7 +16,7 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.load import Model, load_model
-from assay.models.quiet import quiet
+from assay.models.resolve import silence_transformers
 from assay.poc import cheats
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.round import Round
@@ -57,7 +57,7 @@ def make_experts(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE))  # type: ignore[no-untyped-call]
-        with quiet():
+        with silence_transformers():
             module.save_pretrained(folder / "experts")
     return folder / "experts"
 

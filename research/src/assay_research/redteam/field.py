@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assay import stats
 from assay.models.load import Model, load_model
-from assay.models.quantise import in_format
+from assay.models.quantized import in_format
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine

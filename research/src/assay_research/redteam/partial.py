@@ -17,9 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import UsageError
-from assay.models.decoder import ModuleLayer, Rotation, backbone, causal_attention, decoder_layers
+from assay.models.decoder import (
+    ATTENTION_TARGETS,
+    MLP_TARGETS,
+    ModuleLayer,
+    Rotation,
+    backbone,
+    causal_attention,
+    decoder_layers,
+)
 from assay.models.eight_bits import EightBitLinear
-from assay.models.families import ATTENTION_TARGETS, MLP_TARGETS
 from assay.models.load import Model
 from assay.models.wide import wide_products
 from assay.poc.cheats import weight_of

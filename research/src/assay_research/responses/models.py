@@ -20,8 +20,7 @@ from torch.nn import functional
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.load import Model, load_model
-from assay.models.quiet import quiet
-from assay.models.resolve import load_tokenizer
+from assay.models.resolve import load_tokenizer, silence_transformers
 from assay_research.organism import Mixture, examples
 
 TRAINED_LIKE = "trained-like"
@@ -85,7 +84,7 @@ def _write_trained_like(folder: Path) -> None:
         logits_XV = module(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1).float()
     with torch.no_grad():
         module.lm_head.weight.mul_(scale_for(logits_XV, TRAINED_ENTROPY))
-    with quiet():
+    with silence_transformers():
         module.to(torch.bfloat16).save_pretrained(folder)
 
 

@@ -49,7 +49,6 @@ class Cohort:
         settings: StudySettings,
         dtype: torch.dtype,
         shortcut: Shortcut | None,
-        starts: Mapping[str, Sequence[Tensor]],
     ) -> None:
         self.runs, self.pool, self.settings, self._shortcut = list(runs), pool, settings, shortcut
         self.model = StackedModel(model, len(runs), svd, dtype)
@@ -61,32 +60,25 @@ class Cohort:
             {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
             watched=bases.get("true"),
             max_norm=settings.max_norm,
-            begun=[starts[run.start] if run.start else None for run in runs],
         )
         self.model.merge(self.optimizer.delta)
         shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
         self._generator = Generator(self.model, shape, pool.end)
         # The policy whose log-probabilities stored rollouts have.
         self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
-        self._taught = self._rows([run.teachers > 0 or bool(run.stored) for run in runs])
-        self._temperature_R = torch.tensor([run.temperature for run in runs], device=self.model.device)
-        self._entropy_R = torch.tensor([run.entropy for run in runs], device=self.model.device)
+        self._taught = self._rows([run.teachers > 0 or run.stored for run in runs])
         self._modifies = self._rows([run.how.advantage > 0 for run in runs])
 
-    def write(
-        self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str, *, plainly: bool = False
-    ) -> Rollouts:
+    def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
         """Let every run complete its episodes, and begin to grade them.
 
         Args:
             grader: Grader of the programs.
             episodes: Episodes per run, P of them.
             draw: Name of the random numbers, which are equal for runs of one seed.
-            plainly: Whether to draw at temperature 1, whatever a run trains at.
         """
         ids_RPL, lengths_RP = self._prompts(episodes)
-        heat_R = None if plainly else self._temperature_R
-        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw), heat_R)
+        tokens = self._generator.sample(ids_RPL, lengths_RP, self.pool.last, self._uniform(draw))
         batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens, self.pool.end)
         owners = [episode for of_run in episodes for episode in of_run for _ in range(self.settings.rollouts)]
         return Rollouts(batch, episodes, grader.submit(zip(owners, self.texts(batch), strict=True)))
@@ -99,22 +91,15 @@ class Cohort:
     def likelihoods(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         """Return the log-probability of the exploit and of the honest program, summed over tokens, [R, P] each.
 
-        Where every task has two steps or more, that of the partial exploit too.
-
         Args:
             episodes: Episodes that all runs are asked about, P of them.
         """
         ids_RPL, lengths_RP = self._prompts([episodes] * len(self.runs))
-        partial = ["partial"] if self.settings.difficulty[0] > 1 else []
-        rows = [
-            [*(self.pool.exploit(e, kind) for kind in ("whole", *partial)), self.pool.completion(e, e.honest())]
-            for e in episodes
-        ]
-        names = [f"logp_{name}" for name in ("exploit", *partial, "honest")]
+        rows = [[self.pool.exploit(e), self.pool.completion(e, e.honest())] for e in episodes]
         tokens = self._padded(rows).expand(len(self.runs), -1, -1, -1)
         batch = Batch(ids_RPL, lengths_RP, self.pool.last, tokens.to(self.model.device), self.pool.end)
         found = token_logprobs(self.model, batch.trimmed()).sum(dim=-1)
-        return dict(zip(names, found.unbind(dim=-1), strict=True))
+        return dict(zip(("logp_exploit", "logp_honest"), found.unbind(dim=-1), strict=True))
 
     def _padded(self, rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
         """Return completions as tokens, [1, P, G, T], cut at the longest and filled with the end."""
@@ -182,9 +167,7 @@ class Cohort:
             joined_NPG = advantages(joined_NPG) * share
             advantages_RPG[rows] = joined_NPG[..., :-1]
         # Where nothing is to be scaled or added, the logits are not copied for it.
-        heat = self._temperature_R if any(run.temperature != 1 for run in self.runs) else None
-        bonus = self._entropy_R if any(run.entropy for run in self.runs) else None
-        own = policy_gradient(self.model, batch, advantages_RPG, temperature_R=heat, entropy_R=bonus)
+        own = policy_gradient(self.model, batch, advantages_RPG)
         if not len(rows):
             return own
         stored = policy_gradient(
@@ -193,7 +176,6 @@ class Cohort:
             joined_NPG[..., -1:],
             behaviour_RPGT=behaviour,
             divisor=self.settings.prompts * self.settings.rollouts,
-            temperature_R=None if heat is None else heat[rows],
         )
         whole = [
             torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
@@ -229,11 +211,7 @@ class Cohort:
         They are NaN where it counts as if the policy had written it.
         """
         batch, rows = rollouts.batch.of_runs(self._taught), self._taught.tolist()
-        kinds = [self.runs[row].stored or "whole" for row in rows]
-        each = [
-            self._padded([[self.pool.exploit(episode, kind)] for episode in rollouts.episodes[row]])
-            for row, kind in zip(rows, kinds, strict=True)
-        ]
+        each = [self._padded([[self.pool.exploit(episode)] for episode in rollouts.episodes[row]]) for row in rows]
         stored = replace(batch, tokens=torch.cat(each).to(self.model.device)).trimmed()
         behaviour = torch.full(stored.tokens.shape, torch.nan, device=self.model.device)
         if self._start is not None:

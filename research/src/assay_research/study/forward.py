@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models.decoder import DecoderLayer, Rotation, causal_attention
-from assay.models.families import ATTENTION_TARGETS
+from assay.models.decoder import ATTENTION_TARGETS, DecoderLayer, Rotation, causal_attention
 from assay.vhack.delta.groups import grouped
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.taps import delta_gradient

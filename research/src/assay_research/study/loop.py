@@ -44,8 +44,6 @@ class Study:
         about: Further entries of every log's header: versions, device, digests.
         dtype: Dtype of weights and activations while running.
         shortcut: Direction of arms that modify advantages.
-        starts: δS of supervised starts by name, per group [M, C], see
-            :func:`assay_research.study.supervised_start`.
         most: Largest number of runs in one cohort.
         fewest: Smallest number of cohorts. With two, one uses the GPU while the rollouts of the other are graded.
 
@@ -79,24 +77,17 @@ class Study:
         about: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         shortcut: Shortcut | None = None,
-        starts: Mapping[str, Sequence[torch.Tensor]] | None = None,
         most: int = 40,
         fewest: int = 2,
     ) -> None:
-        _check(runs, bases, shortcut, starts or {})
-        if settings.difficulty[0] < 2 and any(run.stored == "partial" for run in runs):
-            raise UsageError(
-                f"partial exploits of tasks of {settings.difficulty[0]} step",
-                wanted="tasks of two steps or more",
-                do="raise the lowest difficulty",
-            )
+        _check(runs, bases, shortcut)
         assert model.tokenizer is not None, "bundled models have one"
         self.settings, self.step = settings, 0
         self.seconds = {"grading": 0.0, "learning": 0.0, "writing": 0.0}
         self.pool = TaskPool(settings, model.tokenizer)
         self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
         self.cohorts = [
-            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut, starts or {})
+            Cohort(part, model, svd, bases, self.pool, settings, dtype, shortcut)
             for part in _parted(runs, most, fewest)
         ]
 
@@ -139,7 +130,7 @@ class Study:
     def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
         """Let all runs work on the held-out tasks, with each kind of markers in turn, and log what they do.
 
-        Rollouts are drawn at temperature 1. Beside the rates there are the mean log-probabilities of the exploit and of
+        Beside the rates there are the mean log-probabilities of the exploit and of
         the honest program, which tell of a hack before it is sampled.
         """
         p = self.settings.prompts
@@ -153,7 +144,7 @@ class Study:
                 for first in range(0, len(padded), p):
                     part = padded[first : first + p]
                     draw = f"evaluation {markers} {first}"
-                    written.append(cohort.write(grader, [part] * len(cohort.runs), draw, plainly=True))
+                    written.append(cohort.write(grader, [part] * len(cohort.runs), draw))
                     likely.append(cohort.likelihoods(part))
                 texts = [cohort.texts(rollouts.batch) for rollouts in written]
                 found = [grader.collect(rollouts.pending) for rollouts in written]
@@ -243,12 +234,9 @@ class Study:
         }
 
 
-def _check(
-    runs: Sequence[StudyRun], bases: Mapping[str, Basis], shortcut: Shortcut | None, starts: Mapping[str, object]
-) -> None:
+def _check(runs: Sequence[StudyRun], bases: Mapping[str, Basis], shortcut: Shortcut | None) -> None:
     names = [run.name for run in runs]
     missing = sorted({run.basis for run in runs} - set(bases))
-    missing += [f"the start of {run.name}" for run in runs if run.start and run.start not in starts]
     if shortcut is None:
         missing += [f"the shortcut of {run.name}" for run in runs if run.how.advantage]
     if len(set(names)) < len(names) or missing or not runs:

@@ -7,14 +7,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from assay import streams
 from assay.errors import UsageError
-from assay.models.quantise import NUMBER_FORMATS
+from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.record import SEPARATOR, Fingerprint
 from assay.poc.protocol.round import MAX_NAME
-
-# --------------------------------------------------------------------------------------------------
-# Number formats of a fingerprint: that of the weights, and after a plus that of a cache that rounds keys and values.
-#
-# Honest noise is that of the format, so whatever moves results as far as a format does has its name in it.
 
 CACHES = ("fp8_e4m3-cache",)
 """Caches of keys and values in fewer bits than the model's dtype has."""
@@ -23,7 +18,10 @@ _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
 
 FORMATS = (*_OF_WEIGHTS, *(f"{one}{_PLUS}{cache}" for cache in CACHES for one in _OF_WEIGHTS))
-"""Every number format that a fingerprint may name."""
+"""Every number format that a fingerprint may name: that of the weights, and after a plus that of a cache.
+
+Honest noise is that of the format, so the name has whatever moves results as far as a format does.
+"""
 
 
 def with_cache(dtype: str, cache: str) -> str:
@@ -49,21 +47,20 @@ def of_weights(dtype: str) -> str:
 ANY = "*"
 
 
-def _alone(value: Any) -> Any:
-    """Take one value for a list of one."""
+def _in_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
 
 
-def _plain(text: str) -> str:
+def _printable(text: str) -> str:
     if len(text) > MAX_NAME or not text.isprintable():
         raise ValueError(f"at most {MAX_NAME} printable characters")
     return text
 
 
-def _word(text: str) -> str:
+def _not_empty(text: str) -> str:
     if not text:
         raise ValueError('the words of a fingerprint, or "*"')
-    return _plain(text)
+    return text
 
 
 def _known(text: str) -> str:
@@ -72,12 +69,11 @@ def _known(text: str) -> str:
     return text
 
 
-Words = Annotated[tuple[Annotated[str, AfterValidator(_word)], ...], Field(min_length=1), BeforeValidator(_alone)]
-Kernels = Annotated[tuple[Annotated[str, AfterValidator(_plain)], ...], Field(min_length=1), BeforeValidator(_alone)]
-Counts = Annotated[
-    tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], Field(min_length=1), BeforeValidator(_alone)
-]
-Format = Annotated[str, BeforeValidator(_known)]
+Name = Annotated[str, AfterValidator(_printable)]
+OneOrMore = (Field(min_length=1), BeforeValidator(_in_tuple))
+Words = Annotated[tuple[Annotated[Name, AfterValidator(_not_empty)], ...], *OneOrMore]
+Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
+Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrMore]
 
 
 class Build(BaseModel):
@@ -109,16 +105,16 @@ class Build(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, AfterValidator(_plain)] = ""
+    name: Name = ""
     engine: Words
     device: Words
-    dtype: Annotated[tuple[Format, ...], Field(min_length=1), BeforeValidator(_alone)]
+    dtype: Formats
     attention: Words
     batch_size: Counts
     threads: Counts
     torch: Words
     library: Words
-    kernels: Kernels
+    kernels: Annotated[tuple[Name, ...], *OneOrMore]
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, *, name: str = "") -> "Build":

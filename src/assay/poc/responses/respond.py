@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ def respond(
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         receipts = out.resume(header.line(), len(requests), read_left) if out else []
-        pace = _Pace(progress, requests, receipts)
-        for request in requests[len(receipts) :]:
-            receipt = loop.answer(request, pace.token)
-            pace.end(receipt)
+        for place in range(len(receipts), len(requests)):
+            before = sum(len(receipt.output) for receipt in receipts)
+            most = before + sum(request.max_tokens for request in requests[place:])
+            show = None if progress is None else partial(_show, progress, before, most)
+            receipt = loop.answer(requests[place], show)
             receipts.append(receipt)
             if out:
                 out.append_lines([receipt.line()])
@@ -173,13 +175,8 @@ class _Loop:
             index=request.index,
         )
 
-    def answer(self, request: Request, made: Callable[[], None]) -> Receipt:
-        """Make the response to a request.
-
-        Args:
-            request: Request with token ids.
-            made: Function that is called after every token.
-        """
+    def answer(self, request: Request, show: Callable[[int], None] | None) -> Receipt:
+        """Make the response to a request; ``show`` is called with the number of its tokens after each."""
         seed = self.seed(request)
         tokens: list[int] = []
         states: list[torch.Tensor] = []
@@ -187,7 +184,8 @@ class _Loop:
             if len(tokens) % SKETCH_EVERY == 0:
                 states.append(hidden_D)
             tokens.append(token)
-            made()
+            if show is not None:
+                show(len(tokens))
         made_sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
         return self.receipt(
             request,
@@ -242,27 +240,6 @@ class _Loop:
             )
 
 
-class _Pace:
-    """Tokens made and tokens at most, which become fewer where a response ends early."""
-
-    def __init__(self, show: Progress | None, requests: Sequence[Request], receipts: Sequence[Receipt]) -> None:
-        self._show = show
-        self._left = sum(request.max_tokens for request in requests[len(receipts) :])
-        self._ended = self._now = sum(len(receipt.output) for receipt in receipts)
-        self._budgets = iter([request.max_tokens for request in requests[len(receipts) :]])
-
-    def token(self) -> None:
-        """Note a token."""
-        self._now += 1
-        if self._show:
-            self._show(self._now, self._ended + self._left)
-
-    def end(self, receipt: Receipt) -> None:
-        """Note the end of a response."""
-        self._left -= next(self._budgets)
-        self._ended += len(receipt.output)
-
-
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
@@ -273,3 +250,7 @@ def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str,
             )
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
+
+
+def _show(progress: Progress, before: int, most: int, tokens: int) -> None:
+    progress(before + tokens, most)

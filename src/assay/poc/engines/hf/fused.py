@@ -25,8 +25,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from assay.models.decoder import Rotation, causal_attention
-from assay.models.eight_bits import Arithmetic
-from assay.models.float8 import Rounded, by_expert
+from assay.models.eight_bits import Arithmetic, Rounded, sort_by_expert
 from assay.models.load import Model
 from assay.poc.engines.hf.lean import FusedLayer, LayerWeights, Shape, Steps, last_attention, parted, projected
 
@@ -165,7 +164,7 @@ class MixtureLayer(KernelLayer):
         rows_ND = x.flatten(0, -2)
         assert weights.router is not None
         shares_NK, chosen_NK = self.routed(rows_ND, weights.router)
-        order_S, ends_E = by_expert(chosen_NK, len(weights.router))
+        order_S, ends_E = sort_by_expert(chosen_NK, len(weights.router))
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         spread = use.spread(rows_ND, places_S, self.by)

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.models.eight_bits import INT8_STEP, Arithmetic
-from assay.models.float8 import SMALLEST, STEP, Rounded
+from assay.models.eight_bits import INT8_STEP, SMALLEST, STEP, Arithmetic, Rounded
 
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

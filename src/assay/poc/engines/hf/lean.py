@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from assay.models.decoder import DecoderLayer, Rotation, backbone, causal_attention, decoder_layers, has_hooks
-from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear
-from assay.models.families import MIXTURES, Family, attention_window, family_of
-from assay.models.float8 import Rounded
+from assay.models.decoder import (
+    MIXTURES,
+    DecoderLayer,
+    Family,
+    Rotation,
+    attention_window,
+    backbone,
+    causal_attention,
+    decoder_layers,
+    family_of,
+    has_hooks,
+)
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded
 from assay.models.load import Model
 
 Run = Callable[..., Any]

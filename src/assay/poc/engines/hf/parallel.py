@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from assay.errors import AssayError, ResourceError, UsageError
-from assay.models.device import device_named
+from assay.models.device import parse_device
 from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import Pipeline
@@ -109,7 +109,7 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {kind} under torchrun", wanted="cpu or cuda", do="leave the number out")
     if kind == "cuda":
-        torch.cuda.set_device(device_named(f"cuda:{local}"))
+        torch.cuda.set_device(parse_device(f"cuda:{local}"))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:  # an address that is missing or wrong, or processes that did not come

@@ -1,0 +1,617 @@
+"""Checkpoints in eight or four bits: what a configuration states, where it runs, and how weights come into a model.
+
+What the configuration says decides how the inputs of such layers are rounded, so a configuration that says anything but
+what was tested is refused: a model that runs it in another way is another build. A layer is quantised where the
+checkpoint stores its weight so, and nowhere else. Weights in eight bits stay as they are
+(:mod:`assay.models.eight_bits`). Weights in four bits are restored when they are loaded, and the model then multiplies
+in its own dtype, as the engines that run such checkpoints do: (q − z) · s, where q and z are whole numbers from 0 to
+15, and z and s are those of a group of columns. The scale is cast to the dtype first, and the product is rounded once.
+
+``quantise`` rounds the weights of a checkpoint that is stored in 16 bits: an honest configuration that a network may
+agree on. ``float8`` rounds inputs too, with a scale for every position. ``int8`` is torchao's.
+
+Shapes: R rows, C columns, G groups of columns, P = eight numbers in a whole number of 32 bits.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError, how_to_install
+from assay.models.checkpoint import EIGHT_BITS, Stored, find_file
+from assay.models.decoder import backbone
+from assay.models.eight_bits import (
+    CUDA_BLOCK,
+    FLOAT8,
+    INT8,
+    WIDTHS,
+    Arithmetic,
+    EightBitExperts,
+    EightBitLinear,
+    Rounded,
+    float8_blocks,
+    round_rows,
+)
+from assay.models.random import build
+from assay.models.resolve import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+CHOSEN_FORMATS = ("int8", "float8")
+"""``int8``: weights in int8, products in the model's dtype. ``float8``: e4m3 weights and inputs, products in float8."""
+
+STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
+"""Formats in which checkpoints are stored (:mod:`assay.models.quantized`)."""
+
+NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
+"""Formats in eight or four bits that the weights of a model may have."""
+
+_FLOAT8_CAPABILITY = (8, 9)
+
+
+class LoadingFormat(TypedDict):
+    """Arguments of :func:`assay.models.load_model`."""
+
+    dtype: str | None
+    quantise: str | None
+
+
+def in_format(name: str | None, *, rest: str | None = None) -> LoadingFormat:
+    """Return the arguments with which a model is loaded in a number format: a dtype, or one of eight or four bits.
+
+    Args:
+        name: Name of the format; None for the dtype in which the weights are stored.
+        rest: Dtype of what eight or four bits leave as it is; None for the one in which it is stored.
+    """
+    short = name in NUMBER_FORMATS
+    return LoadingFormat(dtype=rest if short else name, quantise=name if short else None)
+
+
+_TESTED_CAPABILITY = (9, 0)
+_DO = "use the checkpoint before quantisation, or one in a format of docs/models.md"
+
+FOUR_BITS = "int4-groups"
+"""Name of the number format of weights in four bits, whichever way they are packed."""
+
+Packing = Literal["compressed-tensors", "awq", "gptq"]
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How the linear layers of a checkpoint are stored.
+
+    Args:
+        name: Name of the number format: ``float8`` has a scale for a row or the whole weight, ``float8-block`` one for
+            a block of rows and columns, ``int8-rows`` one for a row or the whole weight, ``int4-groups`` one for a
+            group of columns of a row.
+        block: Rows and columns of a weight that share a scale; None where a row or the whole weight has one.
+        packing: How weights in four bits are packed; None for eight bits.
+        group: Columns that share a scale in four bits; None for all of a row.
+        zeros: Whether groups in four bits have a stored zero.
+    """
+
+    name: str
+    block: tuple[int, int] | None = None
+    packing: Packing | None = None
+    group: int | None = None
+    zeros: bool = False
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How its layers in eight bits are computed."""
+        return float8_blocks(*self.block) if self.block else INT8 if self.name == INT8.name else FLOAT8
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, as the header of a safetensors file has it."""
+        return {INT8.name: "I8", FOUR_BITS: "I32"}.get(self.name, "F8_E4M3")
+
+
+_ACCEPTED: dict[str, dict[str, tuple[object, ...]]] = {
+    "fp8": {"activation_scheme": ("dynamic", None), "fmt": ("e4m3", None)},
+    "compressed-tensors": {
+        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized"),
+        "kv_cache_scheme": (None, {}),
+    },
+    "awq": {"bits": (4,), "version": ("gemm", "GEMM", None), "zero_point": (True,)},
+    "gptq": {"bits": (4,), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq", None)},
+}
+"""Values that the keys of a configuration may have, by its ``quant_method``."""
+
+
+def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | None:
+    """Return the format that a configuration states; None for weights that are not quantised.
+
+    Raises:
+        ModelError: It is not one that is read; names the key and its value.
+    """
+    stated = published.get("quantization_config")
+    if stated is None:
+        return None
+    try:
+        return _parse_format(stated if isinstance(stated, dict) else {})
+    except ModelError as error:
+        raise ModelError(f"{reference!r} {error.seen}", wanted=error.wanted, do=error.do) from None
+
+
+def _parse_format(stated: Mapping[str, Any]) -> StoredFormat:
+    method = _require(stated, "quant_method", *_ACCEPTED)
+    for key, allowed in _ACCEPTED[method].items():
+        _require(stated, key, *allowed)
+    if method == "compressed-tensors":
+        return _parse_compressed_tensors(stated)
+    if method == "fp8":
+        block = stated.get("weight_block_size")
+        return StoredFormat("float8") if block is None else StoredFormat("float8-block", _parse_block(block))
+    return StoredFormat(FOUR_BITS, packing=method, group=_parse_group(stated.get("group_size")), zeros=method == "awq")
+
+
+def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
+    kind, groups = stated["format"], stated.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    if not isinstance(group, dict):
+        raise _refusal("config_groups", groups, "one group")
+    weights, inputs = (group.get(name) or {} for name in ("weights", "input_activations"))
+    if not isinstance(weights, dict) or not isinstance(inputs, dict):
+        raise _refusal("config_groups", group, "weights and input_activations")
+    _require(group, "output_activations", None)
+    if kind == "pack-quantized":
+        _require(group, "input_activations", None)
+        return _parse_packed(weights)
+    for part in (weights, inputs):
+        _require(part, "num_bits", 8)
+        _require(part, "symmetric", True, None)
+    _require(inputs, "dynamic", True)
+    numbers = {"float-quantized": ("float",), "int-quantized": ("int",)}.get(kind, ("float", "int"))
+    number = _require(weights, "type", *numbers)
+    _require(inputs, "type", number)
+    strategies = ("channel", "tensor") if number == "int" else ("channel", "tensor", "block")
+    if _require(weights, "strategy", *strategies) == "block":
+        _require(inputs, "strategy", "group")
+        block = _parse_block(weights.get("block_structure"))
+        _require(inputs, "group_size", block[1])
+        return StoredFormat("float8-block", block)
+    _require(inputs, "strategy", "token")
+    return StoredFormat("int8-rows" if number == "int" else "float8")
+
+
+def _parse_packed(weights: Mapping[str, Any]) -> StoredFormat:
+    for key, allowed in {"num_bits": (4,), "type": ("int",), "actorder": (None,), "dynamic": (False, None)}.items():
+        _require(weights, key, *allowed)
+    zeros = not _require(weights, "symmetric", True, False)
+    whole = _require(weights, "strategy", "group", "channel") == "channel"
+    group = None if whole else _parse_group(weights.get("group_size"))
+    return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=group, zeros=zeros)
+
+
+def _parse_group(value: object) -> int | None:
+    if value == -1:
+        return None
+    if type(value) is not int or value < 1:
+        raise _refusal("group_size", value, "-1, or a number of at least 1, such as 128")
+    return value
+
+
+def _parse_block(value: object) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(n) is not int or n < 1 for n in value):
+        raise _refusal("the size of a block", value, "two numbers of at least 1, such as [128, 128]")
+    return value[0], value[1]
+
+
+def _require(stated: Mapping[str, Any], key: str, *allowed: object) -> Any:
+    value = stated.get(key)
+    if value not in allowed:
+        raise _refusal(key, value, " or ".join(map(str, allowed)))
+    return value
+
+
+def _refusal(key: str, value: object, wanted: str) -> ModelError:
+    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=_DO)
+
+
+def check_device(form: StoredFormat, device: torch.device) -> None:
+    """Refuse a format on a kind of device on which it was not tested.
+
+    Raises:
+        BackendUnavailable: The device is neither a CPU nor a CUDA device whose products in the format were tested.
+    """
+    if device.type == "cpu" or form.name == FOUR_BITS:  # whose weights are restored, and whose products are the dtype's
+        return
+    if form.name == FLOAT8.name:
+        check_quantisation(form.name, device)
+        return
+    if form.block is not None and form.block != CUDA_BLOCK:
+        raise BackendUnavailable(
+            "{} with a scale for {} x {} numbers, on {}".format(form.name, *form.block, device),
+            wanted="blocks of {} x {} on CUDA".format(*CUDA_BLOCK),
+            do="pass --device cpu, or use vLLM",
+        )
+    libraries = find_spec("triton") is not None and hasattr(functional, "scaled_mm")
+    if not libraries or torch.cuda.get_device_capability(device) != _TESTED_CAPABILITY:
+        raise BackendUnavailable(
+            f"{form.name} on {device}",
+            wanted="a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested",
+            do="pass --device cpu, or use vLLM",
+        )
+
+
+OF_A_WORD = 8
+"""Numbers of four bits in one of 32."""
+
+CENTRE = 8
+"""The zero of weights that are stored without one."""
+
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Place of each of eight neighbours in a word of AWQ, from the lowest four bits; other layouts keep their order."""
+
+
+def unpack_words(words: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> Tensor:
+    """Return the numbers [..., 8 P] that are packed along the last axis of words, [..., P] int32.
+
+    Args:
+        words: Words as they are stored.
+        places: Place of each of the eight numbers in its word.
+    """
+    shifts = torch.tensor([4 * place for place in places], dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & 15).flatten(-2).to(torch.uint8)
+
+
+def restore_weight(numbers_RC: Tensor, zeros_RG: Tensor | int, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [R, C] in a dtype.
+
+    Args:
+        numbers_RC: Numbers from 0 to 15.
+        zeros_RG: Zero of every group, or of all.
+        scales_RG: Scale of every group. C is a multiple of G.
+        dtype: Dtype of the model.
+    """
+    rows, groups = scales_RG.shape
+    numbers_RGS = numbers_RC.view(rows, groups, -1).float()
+    zeros = zeros_RG[..., None].float() if isinstance(zeros_RG, Tensor) else float(zeros_RG)
+    return ((numbers_RGS - zeros) * scales_RG.to(dtype).float()[..., None]).to(dtype).view(rows, -1)
+
+
+T = TypeVar("T")
+_SCALES = ("weight_scale", "weight_scale_inv")
+_PACKED = {"compressed-tensors": "weight_packed", "awq": "qweight", "gptq": "qweight"}
+
+
+def load_stored(
+    source: Source, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype, *, headers_only: bool = False
+) -> "PreTrainedModel":
+    """Return the model of a quantised checkpoint, on the CPU.
+
+    Args:
+        source: Where the model comes from.
+        tensors: All tensors of the checkpoint.
+        form: Format that the configuration states.
+        dtype: Dtype of everything that is not in eight bits, weights in four bits included.
+        headers_only: Whether the model stays on the meta device, and only what headers show is checked.
+
+    Raises:
+        BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
+        ModelError: Experts are stored in another way than those of Qwen3.
+    """
+    reader = _Reader(source, tensors, form, dtype, headers_only)
+    reader.check_any_rounded()
+    with torch.device("meta") if headers_only else nullcontext():
+        module = build(source.config, dtype)
+        _fill(module, "", reader)
+        if module.config.tie_word_embeddings:
+            tied: Any = module
+            tied.tie_weights()
+    reader.check_all_taken()
+    return module
+
+
+class _Reader:
+    """Reads the tensors of a checkpoint by name, each once."""
+
+    def __init__(
+        self, source: Source, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype, headers_only: bool
+    ) -> None:
+        self.tied = bool(source.config.tie_word_embeddings)  # the head is the input embedding, and need not be stored
+        self.form, self.dtype, self.headers_only = form, dtype, headers_only
+        self._source, self._tensors, self._left = source, {t.name: t for t in tensors}, {t.name for t in tensors}
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def is_rounded(self, name: str) -> bool:
+        """Return whether a weight is stored in eight bits.
+
+        Raises:
+            BadWeights: It is in other eight bits than the configuration says.
+        """
+        stored = self._tensors.get(name)
+        if stored is None or stored.dtype not in EIGHT_BITS:
+            return False
+        if stored.dtype != self.form.dtype:
+            raise self.bad(name, f"is stored as {stored.dtype}, and the format is {self.form.name}")
+        return True
+
+    def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
+        """Return a tensor, which must have the shape where one is given."""
+        stored = self._tensors.get(name)
+        if stored is None:
+            raise self.bad(name, "is missing")
+        if shape is not None and stored.shape != tuple(shape):
+            raise self.bad(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
+        self._left.discard(name)
+        return self._content(stored)
+
+    def _content(self, stored: Stored) -> Tensor:
+        if self.headers_only:
+            return stored.without_numbers()
+        with safe_open(stored.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
+            return tensor
+
+    def _holds(self, claim: Callable[[], bool]) -> bool:
+        """Return whether a claim about numbers is true; headers have no numbers, so it is believed of them."""
+        return self.headers_only or claim()
+
+    def plain(self, name: str, shape: torch.Size) -> Tensor:
+        """Return a tensor that is not in eight bits, in the dtype of the model."""
+        if self.is_rounded(name):
+            raise self.bad(name, "is stored in eight bits, and it is no weight of a linear layer")
+        return self.read(name, shape).to(self.dtype)
+
+    def rounded(self, name: str, shape: torch.Size) -> Rounded:
+        """Return a weight in eight bits with its scales, as its layer takes them."""
+        values = self.read(f"{name}.weight", shape)
+        names = [f"{name}.{end}" for end in _SCALES if self.has(f"{name}.{end}")]
+        if len(names) != 1:
+            raise self.bad(f"{name}.weight", f"has {len(names)} tensors of scales")
+        scales = self.read(names[0]).float()
+        rows, columns = shape
+        if self.form.block is not None:
+            wanted: tuple[int, ...] = (-(-rows // self.form.block[0]), -(-columns // self.form.block[1]))
+        else:
+            wanted = (rows, 1)
+            scales = scales.reshape(-1, 1).expand(rows, 1) if scales.numel() == 1 else scales.reshape(-1, 1)
+        if tuple(scales.shape) != wanted or not self._holds(lambda: bool((scales > 0).all())):
+            raise self.bad(names[0], f"has the shape {list(scales.shape)}, or scales that are not positive")
+        return Rounded(values, scales.contiguous())
+
+    def is_packed(self, place: str) -> bool:
+        """Return whether the weight of a layer is stored in four bits."""
+        return self.form.packing is not None and self.has(f"{place}.{_PACKED[self.form.packing]}")
+
+    def restore(self, place: str, shape: torch.Size) -> Tensor:
+        """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
+        (rows, columns), group = shape, self.form.group or shape[1]
+        if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
+            raise self.bad(place, f"has {rows} rows of {columns} columns, in groups of {group}")
+        of_rows, groups = rows // OF_A_WORD, columns // group
+        zeros: Tensor | int = CENTRE
+        if self.form.packing == "compressed-tensors":
+            numbers = unpack_words(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
+            said = self.read(f"{place}.weight_shape")
+            if not self._holds(lambda: said.tolist() == list(shape)):
+                raise self.bad(f"{place}.weight_shape", f"is not {list(shape)}")
+            if self.form.zeros:
+                zeros = unpack_words(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
+            scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
+        elif self.form.packing == "awq":
+            numbers = unpack_words(self._words(f"{place}.qweight", columns, of_rows), AWQ_PLACES).t()
+            zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows), AWQ_PLACES).t()
+            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+        else:
+            numbers = unpack_words(self._words(f"{place}.qweight", columns // OF_A_WORD, rows).t())
+            self._check_gptq(place, groups, of_rows, columns)
+            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+        return restore_weight(numbers.contiguous(), zeros, scales, self.dtype)
+
+    def _words(self, name: str, *shape: int) -> Tensor:
+        words = self.read(name, torch.Size(shape))
+        if words.dtype != torch.int32:
+            raise self.bad(name, f"is stored as {words.dtype}, and four bits are packed in int32")
+        return words
+
+    def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
+        """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
+        zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows))
+        if not self._holds(lambda: bool((zeros == CENTRE - 1).all())):  # stored less one
+            raise self.bad(f"{place}.qzeros", "has other zeros than symmetric weights")
+        if self.has(f"{place}.g_idx"):
+            order = self.read(f"{place}.g_idx", torch.Size((columns,)))
+            in_order = [column * groups // columns for column in range(columns)]
+            if not self._holds(lambda: order.tolist() == in_order):
+                raise self.bad(f"{place}.g_idx", "has columns out of order")
+
+    def bad(self, name: str, fault: str) -> BadWeights:
+        """Return the error that names a tensor, what is wrong with it, and its file."""
+        return BadWeights(
+            f"{find_file(self._source.checkpoint, self._tensors, name)}: {name!r} {fault}",
+            wanted=f"exactly the tensors of the configuration, with linear layers in {self.form.name}",
+            do=f"download or save {self._source.reference} again",
+        )
+
+    def check_any_rounded(self) -> None:
+        if not any(tensor.dtype == self.form.dtype for tensor in self._tensors.values()):
+            raise BadWeights(
+                f"{self._source.checkpoint} stores no tensor as {self.form.dtype}, and its configuration says that it "
+                "is quantised",
+                wanted=f"linear layers in {self.form.name}",
+                do=f"download or save {self._source.reference} again",
+            )
+
+    def check_all_taken(self) -> None:
+        if self._left:
+            raise self.bad(min(self._left), f"is surplus, one of {len(self._left)}")
+
+
+def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
+    """Give a module and all inside it what the checkpoint stores, with layers in eight bits where it has them."""
+    for name, parameter in owner.named_parameters(recurse=False):
+        parameter.data = reader.plain(prefix + name, parameter.shape)
+    for name, part in list(owner.named_children()):
+        place = f"{prefix}{name}"
+        if isinstance(part, nn.Linear):
+            if reader.is_rounded(f"{place}.weight"):
+                setattr(owner, name, _layer(part, place, reader))
+            elif reader.is_packed(place):
+                part.weight.data = reader.restore(place, part.weight.shape)
+                if part.bias is not None:
+                    part.bias.data = reader.plain(f"{place}.bias", part.bias.shape)
+            elif reader.has(f"{place}.weight") or place != "lm_head" or not reader.tied:
+                _fill(part, f"{place}.", reader)
+        elif any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
+            setattr(owner, name, _experts(part, place, reader))
+        else:
+            _fill(part, f"{place}.", reader)
+
+
+def _layer(linear: nn.Linear, place: str, reader: _Reader) -> EightBitLinear:
+    weight = reader.rounded(place, linear.weight.shape)
+    bias = None if linear.bias is None else nn.Parameter(reader.plain(f"{place}.bias", linear.bias.shape), False)
+    return EightBitLinear(weight, bias, reader.form.arithmetic)
+
+
+def _experts(part: Any, place: str, reader: _Reader) -> nn.Module:
+    """Return experts whose projections are stored one by one, gate and up apart."""
+    check_experts(place, part, dict(part.named_parameters(recurse=False)))
+    count, double, width = part.gate_up_proj.shape
+    shapes = {"gate_proj": (double // 2, width), "up_proj": (double // 2, width), "down_proj": (width, double // 2)}
+
+    def each(name: str, read: Callable[[str, torch.Size], T]) -> list[T]:
+        return [read(f"{place}.{expert}.{name}", torch.Size(shapes[name])) for expert in range(count)]
+
+    if not reader.is_rounded(f"{place}.0.gate_proj.weight"):
+
+        def whole(at: str, shape: torch.Size) -> Tensor:
+            return reader.restore(at, shape) if reader.is_packed(at) else reader.plain(f"{at}.weight", shape)
+
+        plain = {name: each(name, whole) for name in shapes}
+        gates = zip(plain["gate_proj"], plain["up_proj"], strict=True)
+        part.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in gates])
+        part.down_proj.data = torch.stack(plain["down_proj"])
+        return cast("nn.Module", part)
+    read = {name: each(name, reader.rounded) for name in shapes}
+    block = reader.form.block
+    if block is not None and (double // 2) % block[0]:
+        raise reader.bad(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
+    gate_up = [_below(*pair) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
+    return EightBitExperts(part, _stacked(gate_up), _stacked(read["down_proj"]), reader.form.arithmetic)
+
+
+def _below(one: Rounded, other: Rounded) -> Rounded:
+    """Return the rows of two weights as those of one."""
+    return Rounded(*(_joined([a, b], torch.cat) for a, b in zip(one, other, strict=True)))
+
+
+def _stacked(weights: list[Rounded]) -> Rounded:
+    return Rounded(*(_joined(list(parts), torch.stack) for parts in zip(*weights, strict=True)))
+
+
+def _joined(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Join tensors, those of eight bits as bytes: not every function takes their dtype."""
+    dtype = parts[0].dtype
+    return join([part.view(torch.uint8) for part in parts]).view(dtype) if dtype.itemsize == 1 else join(parts)
+
+
+def check_quantisation(name: str | None, device: torch.device) -> None:
+    """Refuse a number format that is unknown, or that needs torchao or a device that is not there."""
+    if name is None:
+        return
+    if name not in CHOSEN_FORMATS:
+        raise UsageError(f"quantise={name!r}", wanted=" or ".join(CHOSEN_FORMATS), do="choose one, or leave it out")
+    if name == "int8":
+        _torchao()
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+        raise BackendUnavailable(
+            f"float8 on {device}",
+            wanted="a CUDA device of compute capability 8.9 or more, or a CPU",
+            do="use int8, or a device such as an H100",
+        )
+
+
+def quantise(module: "PreTrainedModel", name: str) -> None:
+    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are.
+
+    Raises:
+        ModelError: A layer has a width that the device cannot multiply in float8.
+    """
+    if name == "float8":
+        _round_to_float8(backbone(module))
+        return
+    library = _torchao()
+    # Without this, torchao would let Inductor choose kernels by timing, everywhere.
+    config = library.Int8WeightOnlyConfig(set_inductor_config=False)
+    with _silent():
+        library.quantize_(backbone(module), config, filter_fn=lambda part, _: isinstance(part, nn.Linear))
+
+
+def _round_to_float8(owner: nn.Module) -> None:
+    for name in [name for name, _ in owner.named_children()]:  # names alone, so that what is rounded is freed at once
+        part = getattr(owner, name)
+        if isinstance(part, nn.Linear):
+            _check_widths(name, part.weight)
+            setattr(owner, name, EightBitLinear(round_rows(part.weight.detach()), part.bias))
+        elif stacks := {key: weight for key, weight in part.named_parameters(recurse=False) if weight.dim() > 2}:
+            check_experts(name, part, stacks)
+            gate_up, down = (round_rows(stacks[key].detach()) for key in ("gate_up_proj", "down_proj"))
+            setattr(owner, name, EightBitExperts(part, gate_up, down))
+        else:
+            _round_to_float8(part)
+
+
+def _check_widths(name: str, weight: torch.Tensor) -> None:
+    rows, columns = weight.shape[-2:]
+    if weight.is_cuda and (rows % WIDTHS or columns % WIDTHS):
+        raise ModelError(
+            f"{name} has {rows} rows of {columns} numbers, and float8 was asked for",
+            wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
+            do="use another --dtype",
+        )
+
+
+def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
+    """Refuse experts that are stored or gated in another way than most: they would stay as they are."""
+    plain = getattr(part, "has_gate", False) and getattr(part, "is_concatenated", False)
+    other = getattr(part, "has_bias", True) or getattr(part, "is_transposed", True)
+    gate = getattr(getattr(part, "_apply_gate", None), "__name__", "")
+    if set(stacks) != {"gate_up_proj", "down_proj"} or not plain or other or gate != "_default_apply_gate":
+        raise ModelError(
+            f"{name} is a {type(part).__name__}, and eight bits were asked for",
+            wanted="experts with one gate and no bias, as those of Qwen3",
+            do="use another --dtype",
+        )
+    for key, weight in stacks.items():
+        _check_widths(f"{name}.{key}", weight)
+
+
+def _torchao() -> Any:
+    try:
+        with _silent():
+            library = importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"eight-bit weights: {error}",
+            wanted="torchao, which rounds the weights and multiplies by them",
+            do=f"{how_to_install('quant')}; or use --dtype bfloat16",
+        ) from None
+    return library
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide log lines: torchao reports kernels of other devices that it could not load."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
