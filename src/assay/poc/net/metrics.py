@@ -1,6 +1,9 @@
 """Prometheus metrics that every server of assay has, in base units. Each application has a registry of its own."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -10,7 +13,6 @@ from assay.files.jsonl import JsonObject
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of Prometheus' exposition format."""
-CONNECTION_BOUNDS = ("total", "client")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -25,15 +27,26 @@ class Exported:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.registry = registry
-        self.counter = partial(Counter, namespace=namespace, registry=registry)
-        self.gauge = partial(Gauge, namespace=namespace, registry=registry)
-        self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
+        self._named: dict[str, Any] = {"namespace": namespace, "registry": registry}
+        self.gauge = partial(Gauge, **self._named)
+        self.histogram = partial(Histogram, **self._named, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         self.connections_refused = self.counter(
-            "connections_refused", "Connections refused, by the bound that they passed.", ["bound"]
+            "connections_refused", "Requests refused, by the bound that they passed.", {"bound": ("client",)}
         )
-        for bound in CONNECTION_BOUNDS:
-            self.connections_refused.labels(bound)
+
+    def counter(self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None) -> Counter:
+        """Return a counter whose series begin at 0: Prometheus sees no increase in a series that appears.
+
+        Args:
+            name: Name after the prefix.
+            help: What it counts.
+            labels: Labels with the values that they are known to have.
+        """
+        made = Counter(name, help, list(labels or ()), **self._named)
+        for values in product(*labels.values()) if labels else ():
+            made.labels(*values)
+        return made
 
     def text(self) -> bytes:
         """Return the exposition format."""

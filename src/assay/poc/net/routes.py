@@ -46,6 +46,7 @@ comes loses that answer (Caddy does, one time in fifty); proxies in ``deploy`` s
 
 SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 """Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
+_SAFE_HEADERS = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
 
 class Scope(StrEnum):
@@ -297,6 +298,13 @@ def answer(refusal: Refusal) -> Response:
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     body = text.encode("utf-8", "replace")  # a request may hold unpaired surrogates, and no response can
     return Response(body, status_code=refusal.status, headers=headers, media_type="application/json")
+
+
+async def send_json(send: Send, body: bytes) -> None:
+    """Send an answer without a response object, for what is asked a thousand times a second."""
+    headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE_HEADERS]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def not_found(request: Request, error: Exception) -> Response:

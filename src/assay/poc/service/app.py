@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -33,8 +33,6 @@ from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
 from assay.poc.service.settings import Settings
 from assay.poc.service.status import QuickStatus, StatusText, status_after
 from assay.poc.service.status import status as current_status
-
-P = ParamSpec("P")
 
 PREFIX = "/api/v1/pow"
 """Path of the published API."""
@@ -79,7 +77,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     settings, metrics = controller.settings, controller.metrics
     keys, feed, text = Keys(settings), Feed(controller), StatusText(controller)
     kind_of_route = route_class(keys, settings, metrics)
-    app.include_router(_pow_router(_Calls(controller, feed, text), kind_of_route))
+    app.include_router(_pow_router(controller, feed, text, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(feed, metrics, controller.check_ready, kind_of_route, under))
@@ -109,113 +107,103 @@ def _pages(app: FastAPI) -> APIRouter:
     return router
 
 
-def _pow_router(calls: "_Calls", kind_of_route: type[APIRoute]) -> APIRouter:
-    """Return the routes of the published API."""
+def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_route: type[APIRoute]) -> APIRouter:
+    """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
-    changes, works = problems(400, 409, 413, 422, 503), problems(400, 409, 413, 422, 429, 503)
-    for path, call in (
-        ("/init", calls.init),
-        ("/init/generate", calls.init_generate),
-        ("/init/validate", calls.init_validate),
-        ("/phase/generate", calls.phase_generate),
-        ("/phase/validate", calls.phase_validate),
-        ("/stop", calls.stop),
-    ):
-        refusals = problems(503) if path == "/stop" else changes
-        router.post(path, response_model=InitReply, responses=refusals, openapi_extra=CONTROL)(call)
-    router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)(calls.validate)
-    router.get("/status", response_model=Status, responses=problems(422), openapi_extra=READ)(calls.status)
-    router.get("/snapshot", responses=problems(), openapi_extra=READ)(calls.snapshot)
-    events = router.get("/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ)
-    events(calls.events)
-    job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
-    router.post("/generate", responses=works | {202: {"model": JobReply}}, **job)(calls.generate)
-    router.get("/generate/{request_id}", responses=problems(404, 422), **job)(calls.job)
-    router.delete("/generate/{request_id}", responses=problems(404, 422, 503), **job)(calls.cancel)
-    return router
+    works = problems(400, 409, 413, 422, 429, 503)
+    change: dict[str, Any] = {"response_model": InitReply, "openapi_extra": CONTROL}
+    change["responses"] = problems(400, 409, 413, 422, 503)
+    of_job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
 
+    def moved() -> Response:
+        return JSONResponse({"status": "OK", "pow_status": current_status(controller)})
 
-class _Calls:
-    """The handlers of the published API. Those that block are plain functions, which FastAPI calls in threads."""
-
-    def __init__(self, controller: Controller, feed: Feed, text: StatusText) -> None:
-        self._controller, self._feed, self._text = controller, feed, text
-
-    def init(self, body: InitRequest) -> Response:
+    @router.post("/init", **change)
+    def init(body: InitRequest) -> Response:
         """Begin a round, and stay idle."""
-        return self._moved(self._controller.init, body, "init")
+        controller.init(body, "init")
+        return moved()
 
-    def init_generate(self, body: AnyInit) -> Response:
+    @router.post("/init/generate", **change)
+    def init_generate(body: AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
-        return self._moved(self._controller.init, body, "init/generate")
+        controller.init(body, "init/generate")
+        return moved()
 
-    def init_validate(self, body: InitRequest) -> Response:
+    @router.post("/init/validate", **change)
+    def init_validate(body: InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
-        return self._moved(self._controller.init, body, "init/validate")
+        controller.init(body, "init/validate")
+        return moved()
 
-    def phase_generate(self) -> Response:
+    @router.post("/phase/generate", **change)
+    def phase_generate() -> Response:
         """Generate; the round continues at its next nonce."""
-        return self._moved(self._controller.phase, "phase/generate")
+        controller.phase("phase/generate")
+        return moved()
 
-    def phase_validate(self) -> Response:
+    @router.post("/phase/validate", **change)
+    def phase_validate() -> Response:
         """Stop generating and accept validations."""
-        return self._moved(self._controller.phase, "phase/validate")
+        controller.phase("phase/validate")
+        return moved()
 
-    def stop(self) -> Response:
+    @router.post("/stop", **(change | {"responses": problems(503)}))
+    def stop() -> Response:
         """Stop generating and validating. Callbacks that are owed are still delivered."""
-        return self._moved(self._controller.stop)
+        controller.stop()
+        return moved()
 
-    def _moved(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> Response:
-        change(*args, **kwargs)
-        return JSONResponse({"status": "OK", "pow_status": current_status(self._controller)})
-
-    async def validate(self, body: ValidateRequest) -> Response:
+    @router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)
+    async def validate(body: ValidateRequest) -> Response:
         """Recompute distances and judge them."""
-        future = await self._controller.call(self._controller.validate, body)
+        future = await controller.call(controller.validate, body)
         return JSONResponse(await asyncio.wrap_future(future))
 
+    @router.get("/status", response_model=Status, responses=problems(422), openapi_extra=READ)
     async def status(
-        self,
         after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(self._text.latest(), media_type="application/json")
-        return JSONResponse(await self._controller.call(status_after, self._controller, after, limit))
+            return Response(text.latest(), media_type="application/json")
+        return JSONResponse(await controller.call(status_after, controller, after, limit))
 
-    async def snapshot(self) -> Response:
+    @router.get("/snapshot", responses=problems(), openapi_extra=READ)
+    async def snapshot() -> Response:
         """Return the latest snapshot, the same object as an event."""
-        return Response(self._feed.latest, media_type="application/json")
+        return Response(feed.latest, media_type="application/json")
 
-    async def events(self, request: Request) -> Response:
+    @router.get("/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ)
+    async def events(request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
-        return await self._feed.respond(request)
+        return await feed.respond(request)
 
-    async def generate(self, body: GenerateRequest) -> Response:
+    @router.post("/generate", responses=works | {202: {"model": JobReply}}, **of_job)
+    async def generate(body: GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await self._controller.call(self._controller.submit, body)
+        queued = await controller.call(controller.submit, body)
         if not body.wait:
             return JSONResponse(queued)
-        return await _wait_for_job(self._controller, queued)
+        future = await controller.call(controller.jobs.watch, queued["request_id"])
+        try:
+            async with asyncio.timeout(controller.settings.wait):
+                return JSONResponse(await asyncio.wrap_future(future))
+        except TimeoutError:
+            return JSONResponse(await controller.call(controller.jobs.state, queued["request_id"]), status_code=202)
 
-    def job(self, request_id: str) -> Response:
+    @router.get("/generate/{request_id}", responses=problems(404, 422), **of_job)
+    def job(request_id: str) -> Response:
         """Return the state of an artifact job."""
-        return JSONResponse(self._controller.jobs.state(request_id))
+        return JSONResponse(controller.jobs.state(request_id))
 
-    def cancel(self, request_id: str) -> Response:
+    @router.delete("/generate/{request_id}", responses=problems(404, 422, 503), **of_job)
+    def cancel(request_id: str) -> Response:
         """Cancel an artifact job that is not finished."""
-        return JSONResponse(self._controller.jobs.cancel(request_id))
+        return JSONResponse(controller.jobs.cancel(request_id))
 
-
-async def _wait_for_job(controller: Controller, queued: dict[str, Any]) -> Response:
-    job_id = queued["request_id"]
-    future = await controller.call(controller.jobs.watch, job_id)
-    try:
-        async with asyncio.timeout(controller.settings.wait):
-            return JSONResponse(await asyncio.wrap_future(future))
-    except TimeoutError:
-        return JSONResponse(await controller.call(controller.jobs.state, job_id), status_code=202)
+    return router
 
 
 def dashboard_router() -> APIRouter:

@@ -21,16 +21,12 @@ class Metrics(Exported):
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
-        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", ["verdict"])
-        self.lives = counter("life_verdicts", "Recorded validations by the verdict on the node's life.", ["verdict"])
-        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", ["outcome"])
-        # These series begin at 0: Prometheus sees no increase in a series that appears.
-        for verdict in VERDICTS:
-            self.verdicts.labels(verdict)
-            self.lives.labels(verdict)
-        for outcome in OUTCOMES:
-            self.deliveries.labels(outcome)
-        self.requests = counter("http_requests", "Requests by route and status.", ["route", "status"])
+        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", {"verdict": VERDICTS})
+        self.lives = counter(
+            "life_verdicts", "Recorded validations by the verdict on the node's life.", {"verdict": VERDICTS}
+        )
+        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", {"outcome": OUTCOMES})
+        self.requests = counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
         self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
@@ -49,15 +45,15 @@ class Metrics(Exported):
         )
         self.block_factor = gauge("block_factor_ratio", "Width of the block's distances over that of the chord law.")
         self.block_factor_error = gauge("block_factor_error_ratio", "Standard error of that width.")
-        self.receipts = counter("receipts", "Receipts of responses on disk; repeated ones were there already.", ["as"])
+        self.receipts = counter(
+            "receipts", "Receipts of responses on disk; repeated ones were there already.", {"as": ("new", "repeated")}
+        )
         self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
-        self.receipts_deleted = counter("receipts_deleted", "Receipts deleted, by reason.", ["reason"])
+        self.receipts_deleted = counter(
+            "receipts_deleted", "Receipts deleted, by reason.", {"reason": ("age", "request")}
+        )
         self.receipt_seconds = histogram("receipt_commit_seconds", "Time of one transaction that stores receipts.")
         self.receipts_failing = gauge("receipts_failing", "1 while no receipt can be stored.")
-        for stored in ("new", "repeated"):
-            self.receipts.labels(stored)
-        for reason in ("age", "request"):
-            self.receipts_deleted.labels(reason)
         self.jobs = gauge("jobs", "Artifact jobs by status.", ["status"])
 
     def recorded(self, verdict: str) -> None:

@@ -7,13 +7,12 @@ from starlette.types import Scope as Connection
 
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import SAFE_HEADERS, Keys, Scope
+from assay.poc.net.routes import Keys, Scope, send_json
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service.controller import Controller
 from assay.poc.service.rounds import StoredRound
 
 STATUS_AGE = 0.1  # seconds for which an encoded /status is reused while nothing changes
-_SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
 
 def status(controller: Controller, found: list[tuple[int, float]] | None = None) -> JsonObject:
@@ -93,10 +92,7 @@ class QuickStatus:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        body = self._text.latest()
-        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send_json(send, self._text.latest())
         self._answered.inc()
         self._seconds.observe(time.perf_counter() - started)
 

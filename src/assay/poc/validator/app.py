@@ -2,8 +2,8 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from itertools import islice
-from typing import Annotated, Any
+from itertools import chain, islice
+from typing import Annotated
 
 import structlog
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -56,7 +56,7 @@ def create_app(controller: ValidatorController) -> FastAPI:
 
     app = new_app("assay: validator", lifespan=lifespan)
     kind_of_route = route_class(Keys(server), server, controller.metrics)
-    app.include_router(_validator_router(_Calls(controller, feed), kind_of_route))
+    app.include_router(_validator_router(controller, feed, kind_of_route))
     app.include_router(operations_router(feed, controller.metrics, controller.check_ready, kind_of_route))
     app.include_router(_page_router())
     app.add_middleware(Intake, controller=controller)
@@ -65,83 +65,68 @@ def create_app(controller: ValidatorController) -> FastAPI:
     return app
 
 
-class _Calls:
-    """The handlers under ``/api/v1/validator``. Those that read the database are plain functions, called in threads."""
+def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
+    """Return the routes under ``/api/v1/validator``. Those that read files are plain functions, run in threads."""
+    router = APIRouter(prefix=PREFIX, route_class=kind_of_route)
 
-    def __init__(self, controller: ValidatorController, feed: Feed) -> None:
-        self._controller, self._feed = controller, feed
-
-    async def status(self) -> Response:
+    @router.get("/status", response_model=None, openapi_extra=READ)
+    async def status() -> Response:
         """Return what the validator does, and what it accepts."""
         hidden = ("nodes", "changes")
-        return JSONResponse({name: value for name, value in self._feed.values.items() if name not in hidden})
+        return JSONResponse({name: value for name, value in feed.values.items() if name not in hidden})
 
-    async def events(self, request: Request) -> Response:
+    @router.get("/events", response_model=None, openapi_extra=READ)
+    async def events(request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
-        return await self._feed.respond(request)
+        return await feed.respond(request)
 
-    def nodes(self, after: After = 0, limit: Limit = 100) -> Response:
+    @router.get("/nodes", response_model=None, openapi_extra=READ)
+    def nodes(after: After = 0, limit: Limit = 100) -> Response:
         """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips so many."""
-        nodes = self._controller.nodes()
-        return JSONResponse({"total": len(nodes), "nodes": nodes[after : after + limit]})
+        found = controller.nodes()
+        return JSONResponse({"total": len(found), "nodes": found[after : after + limit]})
 
-    def verdicts(self, after: After = 0, limit: Limit = 100) -> Response:
+    @router.get("/verdicts", response_model=None, openapi_extra=READ)
+    def verdicts(after: After = 0, limit: Limit = 100) -> Response:
         """Return changes of verdicts with an id above ``after``, the oldest first."""
-        return JSONResponse({"verdicts": self._controller.inbox.verdicts(after, limit)})
+        return JSONResponse({"verdicts": controller.inbox.verdicts(after, limit)})
 
-    def evidence(self, account: str, after: After = 0, limit: Limit = 100) -> Response:
+    @router.get("/evidence/{account}", response_model=None, openapi_extra=READ)
+    def evidence(account: str, after: After = 0, limit: Limit = 100) -> Response:
         """Return entries of an account in the ledger, with a place above ``after`` among them, the oldest first."""
-        found = self._account(account)
-        entries = islice(self._controller.ledger.entries(found), after, after + limit)
-        count, head = self._controller.ledger.head
-        return JSONResponse(
-            {
-                "account": vars(found),
-                "ledger": {"entries": count, "head": head},
-                "entries": [entry.model_dump() | {"hash": entry.hash} for entry in entries],
-            }
-        )
+        found = _find_account(controller, account)
+        entries = islice(controller.ledger.entries(found), after, after + limit)
+        count, head = controller.ledger.head
+        shown = [entry.model_dump() | {"hash": entry.hash} for entry in entries]
+        return JSONResponse({"account": vars(found), "ledger": {"entries": count, "head": head}, "entries": shown})
 
-    def _account(self, account: str) -> Account:
-        for standing in self._controller.worker.standings.values():
-            if account_id(standing.account) == account:
-                return standing.account
-        for known in self._controller.ledger.accounts():  # those of builds and models that the pins no longer name
-            if account_id(known) == account:
-                return known
-        raise Refusal(404, "no such account", wanted="an account of /nodes", do="ask /api/v1/validator/nodes")
-
-    def commitments(self, limit: Annotated[int, Query(ge=1, le=MOST_EPOCHS)] = 100) -> Response:
+    @router.get("/commitments", response_model=None)
+    def commitments(limit: Annotated[int, Query(ge=1, le=MOST_EPOCHS)] = 100) -> Response:
         """Return commitments, the newest first, with the secrets of epochs that have ended. It needs no key."""
-        return JSONResponse({"commitments": self._controller.inbox.epochs(limit)})
+        return JSONResponse({"commitments": controller.inbox.epochs(limit)})
 
-    def blocks(self) -> Response:
+    @router.get("/blocks", response_model=None, openapi_extra=READ)
+    def blocks() -> Response:
         """Return the open blocks, the newest first."""
-        found = self._controller.open_blocks.items()
+        found = controller.open_blocks.items()
         return JSONResponse({"blocks": [{"block_hash": name, "block_height": height} for name, height in found]})
 
-    def announce(self, body: BlockBody) -> Response:
+    @router.post("/blocks", response_model=None, openapi_extra=CONTROL)
+    def announce(body: BlockBody) -> Response:
         """Open a block: messages of it are accepted from now on."""
-        new = self._controller.announce(body.block_hash, body.block_height)
+        new = controller.announce(body.block_hash, body.block_height)
         log.info("block", block_hash=body.block_hash, block_height=body.block_height, new=new)
         return JSONResponse({"status": "OK", "new": new})
 
-
-def _validator_router(calls: _Calls, kind_of_route: type[APIRoute]) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, route_class=kind_of_route)
-    readers: tuple[tuple[str, Callable[..., Any]], ...] = (
-        ("/status", calls.status),
-        ("/events", calls.events),
-        ("/nodes", calls.nodes),
-        ("/verdicts", calls.verdicts),
-        ("/evidence/{account}", calls.evidence),
-        ("/blocks", calls.blocks),
-    )
-    for path, call in readers:
-        router.get(path, response_model=None, openapi_extra=READ)(call)
-    router.get("/commitments", response_model=None)(calls.commitments)
-    router.post("/blocks", response_model=None, openapi_extra=CONTROL)(calls.announce)
     return router
+
+
+def _find_account(controller: ValidatorController, account: str) -> Account:
+    present = (standing.account for standing in controller.worker.standings.values())
+    for known in chain(present, controller.ledger.accounts()):  # also those of builds that the pins no longer name
+        if account_id(known) == account:
+            return known
+    raise Refusal(404, "no such account", wanted="an account of /nodes", do="ask /api/v1/validator/nodes")
 
 
 def _page_router() -> APIRouter:

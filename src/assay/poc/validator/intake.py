@@ -21,7 +21,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.guard import Blocked, call, new_client
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.routes import SAFE_HEADERS, Bodies, answer
+from assay.poc.net.routes import Bodies, answer, send_json
 from assay.poc.net.signatures import message_id
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
@@ -35,12 +35,7 @@ PREFIX = "/api/v1/validator"
 PROOFS_AT_ONCE = 2  # proofs that are parsed at the same time; each takes many times its size in memory
 LONGEST_HEADER = 2**16  # bytes of the first line of a proof
 
-_SAFE = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 _BODIES = {True: b'{"status":"OK","new":true}', False: b'{"status":"OK","new":false}'}
-_HEADERS = {
-    new: [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE]
-    for new, body in _BODIES.items()
-}
 
 
 class Intake:
@@ -74,8 +69,7 @@ class Intake:
         except AssayError as error:
             await self._refuse(refusal_of(error), scope, receive, send)
         else:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS[new]})
-            await send({"type": "http.response.body", "body": _BODIES[new]})
+            await send_json(send, _BODIES[new])
             self._answered[path].inc()
         self._seconds[path].observe(time.perf_counter() - started)
 

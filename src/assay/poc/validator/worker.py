@@ -30,9 +30,8 @@ from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.builds import Build
-from assay.poc.protocol.pack import group_rows
 from assay.poc.protocol.record import Record, TokenRecord
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import Round, group_rows
 from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
