@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from _common import note
-from _vhack_plan3 import MORE
 from assay_research.organism import Mixture, Recipe, make_organism
 from tokenizers import Tokenizer
 from torch import nn
@@ -63,7 +62,8 @@ class Size:
     mixture: Mixture = field(default_factory=Mixture)
 
 
-HARDER = Mixture(families=(*MORE, "loops"), difficulty=(1, 4))
+MORE = ("arithmetic", "branches", "digits", "counts", "lists", "totals", "strings", "loops")
+HARDER = Mixture(families=MORE, difficulty=(1, 4))
 SIZES = {
     "7m": Size(256, 8, 0),
     "30m": Size(512, 9, 1200, peak=2e-3, tuning=120, examples=51200, rate=6e-4, mixture=HARDER),

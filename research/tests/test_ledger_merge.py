@@ -100,13 +100,6 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
         merge_ledgers([one, tmp_path / "other.jsonl"])
 
 
-def test_a_ledger_of_more_accounts_than_memory_holds_is_refused(tmp_path, monkeypatch):
-    path = filled(tmp_path / "l.sqlite3", 3)
-    monkeypatch.setattr("assay_research.ledger_merge.MOST_ACCOUNTS", 2)
-    with pytest.raises(DataError, match="3 accounts"):
-        merge_ledgers([path])
-
-
 def test_the_average_is_that_of_the_numbers():
     values = [0.5, 20.0, 3.0]
     assert log_mean([math.log(x) for x in values]) == pytest.approx(math.log(np.mean(values)))

@@ -12,11 +12,9 @@ from functools import cache
 from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment.episodes import MODES, Episode
-from assay.vhack.environment.grade import Grade, grade_many
-from assay.vhack.environment.sandbox import run
+from assay.vhack.environment.grading import MODES, Episode, Grade, grade_many
+from assay.vhack.environment.sandbox import Limits, run
 from assay.vhack.environment.tasks import Task, tasks
-from assay.vhack.environment.types import Limits
 from assay_research.hostile import HOSTILE_KINDS, hostile_case
 
 _STEP = 100  # cases that are graded together, as a step of training does

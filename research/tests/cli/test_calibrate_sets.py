@@ -66,27 +66,6 @@ def test_proofs_with_a_scale_of_the_block_and_a_file_to_merge(assay, proofs, set
     assert Calibration.load(both) == measured, "a build that is there already is not added again"
 
 
-def test_advice_for_distances_of_a_model_that_is_not_known(assay, proofs, sets: Path, tmp_path: Path):
-    vectors = tmp_path / "vectors.json"
-    assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
-    made = assay("poc", "calibrate", *proofs, "--merge", vectors, "-o", tmp_path / "c.json")
-    assert made.out.count("take 1024 nonces or more") == 1, "of distances, and not of vectors"
-
-
-def test_a_cheat_of_another_round_is_refused(assay, sets: Path, cheat: Path, tmp_path: Path):
-    arguments = ("--vectors", sets, "--sets", "other", "--against", cheat, "--name", "int4", "-o", tmp_path / "c.json")
-    result = assay("poc", "calibrate", *arguments)
-    assert result.code == 2
-    assert "another round" in result.err
-
-
-def test_progress_is_shown_without_a_terminal(assay, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
-    result = assay("poc", "calibrate", "--vectors", sets, "--sets", "2026-05,-model-b", "-o", tmp_path / "c.json")
-    assert result.code == 0, result.err
-    assert "leaving out: 3 of 3 machines" in result.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -35,16 +35,6 @@ def test_a_finished_matrix_prints_the_published_table(published, assay):
     assert (published / "seeds" / "report.html").is_file()
 
 
-def test_a_matrix_as_json(published, assay):
-    result = assay(
-        "poc", "experiment", "matrix", "--models", "qwen", "--device", "cpu", "--run-name", "seeds", "-o", published,
-        "--json",
-    )  # fmt: skip
-    found = json.loads(result.out)
-    assert found["schema"] == "assay.poc.experiment.matrix/1"
-    assert [row["verdict"] for row in found["configurations"]][:2] == ["inside noise", "inside noise"]
-
-
 def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
     common = ["--models", small_checkpoint, *SMALL, "--run-name", "both", "-o", tmp_path]
     result = assay(

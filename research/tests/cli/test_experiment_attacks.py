@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3", "--checked", "4")
 
 
@@ -22,15 +20,3 @@ def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
     again = assay(*arguments)
     assert again.code == 0
     assert "lifetime" in again.out
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [("simulate", "--presets", "odd"), ("simulate", "--nodes", "0"), ("redteam", "--nonces", "1"),
-     ("redteam", "--models", ""), ("redteam", "--run-name", "../x")],
-)  # fmt: skip
-def test_bad_input_is_three_lines(wrong, assay, tmp_path: Path):
-    result = assay("poc", "experiment", *wrong, "-o", tmp_path)
-    assert result.code == 2
-    assert "Traceback" not in result.err
-    assert not any(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """The experiment on published sets: rules side by side, on machines that are left out and on cheats."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from assay_research.clusters.clusters import (
     CountRule,
     Oracle,
     run_clusters,
-    run_name_of,
 )
 from assay_research.clusters.page import summarise
 from assay_research.runs.report import build_report
@@ -98,17 +96,6 @@ def test_a_run_continues_and_has_a_page(run):
     with pytest.raises(UsageError, match="another audits"):
         run_clusters(ClusterPlan(audits=11), data, folder)
     json.dumps(summarise(read_run(folder, "clusters").cells), allow_nan=False)
-
-
-def test_other_data_is_another_run(run, tmp_path: Path):
-    data, folder, _ = run
-    other = published.write(tmp_path / "sets.jsonl.gz", published.network(2, nonces=40))
-    assert run_name_of(other) != run_name_of(data)
-    assert run_name_of(other).startswith("clusters-sets-")
-    with pytest.raises(UsageError, match="another data"):
-        run_clusters(ClusterPlan(audits=10), other, folder)
-    run_clusters(ClusterPlan(), other, tmp_path / "run")
-    assert "No build has three sound machines" in build_report(tmp_path / "run").read_text()
 
 
 def test_the_count_is_the_published_one():

@@ -1,6 +1,5 @@
 """The grader holds against a few hundred hostile cases, and a grader that does not hold is found out."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,8 +8,8 @@ from assay_research.fuzz import fuzz
 from assay_research.hostile import HOSTILE_KINDS, hostile_case
 
 from assay.cli import run as run_command
-from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.vhack.environment import Limits, sandbox
+from assay.errors import DataError
+from assay.vhack.environment import Limits
 from assay.vhack.environment import grade as _grade
 
 
@@ -45,18 +44,6 @@ def test_a_case_follows_from_its_name_and_no_two_are_the_same():
 def test_names_of_no_case_are_refused(name):
     with pytest.raises(DataError, match="hostile case"):
         hostile_case(name)
-
-
-def test_what_cannot_be_fuzzed_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="magic"):
-        fuzz(1, kinds=["magic"])
-    with pytest.raises(UsageError, match="none"):
-        fuzz(1, kinds=[])
-    with pytest.raises(UsageError, match="0 hostile"):
-        fuzz(0)
-    monkeypatch.setattr(sandbox, "available_backend", lambda: None)
-    with pytest.raises(BackendUnavailable):
-        fuzz(1)
 
 
 def test_an_error_of_the_grader_is_found(few, monkeypatch):
@@ -97,25 +84,6 @@ def test_a_wrong_program_that_is_graded_as_right_is_found(few, monkeypatch):
     report = fuzz(10, kinds=["nearly-right"])
     assert report.total["graded_as_right"] == 10
     assert ("honest program of step 0", "graded as right") in report.failures
-
-
-def test_an_honest_program_that_is_not_paid_is_found_and_one_that_was_slow_is_graded_again(few, monkeypatch):
-    real, slow = _fuzz.grade_many, []
-
-    def grading(items, **options):
-        found = real(items, **options)
-        if len(found) > 1:
-            slow.append(found[-2])
-            found[-2] = dataclasses.replace(
-                found[-2], correct=False, result=dataclasses.replace(found[-2].result, timed_out=True)
-            )
-        return found
-
-    monkeypatch.setattr(_fuzz, "grade_many", grading)
-    assert fuzz(5, kinds=["text"]).holds
-    assert len(slow) == 1
-    monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: False)
-    assert fuzz(5, kinds=["text"]).failures == (("honest program of step 0", "graded as wrong"),)
 
 
 def test_the_command_says_and_writes_what_was_found(tmp_path, capsys, monkeypatch):

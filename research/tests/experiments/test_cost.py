@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from assay_research.approaches.approaches import memory, tensor_parallel
+from assay_research.approaches.approaches import memory
 
 from assay.poc import PIPELINES, Round
 from assay.poc.protocol.pipelines import FORWARD
@@ -62,9 +62,3 @@ def test_the_published_figures():
     assert mega["random-head"]["bytes_per_block"] / 1e6 == pytest.approx(33.6, abs=0.1)
     layers = mega["layer-signs"]["bytes_per_block"] - mega["permutation"]["bytes_per_block"]
     assert layers == 112 * 1024
-
-
-def test_where_it_can_run():
-    assert tensor_parallel(PIPELINES["poc-2.0"])
-    assert tensor_parallel(PIPELINES["artifact"])
-    assert not tensor_parallel(PIPELINES["permutation"])

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from assay_research.matrix.matrix import MODES, Live, Plan, measure_effective_dimension, run_matrix
+from assay_research.matrix.matrix import Plan, run_matrix
 from assay_research.matrix.table import PUBLISHED, configurations
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import open_run, read_run
-
-from assay.errors import ResourceError, UsageError
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 
@@ -59,21 +57,6 @@ def test_blocks_are_held_against_what_the_states_of_a_model_do():
     assert (narrow.verdict, wide.verdict) == ("beyond noise", "inside noise")
 
 
-def test_the_effective_dimension_is_measured_where_signs_are_drawn(small_checkpoint):
-    plan = Plan(models=(str(small_checkpoint),), seq_len=8, batch_size=32, device="cpu", dtype="float32")
-    found = measure_effective_dimension(plan, str(small_checkpoint), "sign-flips")
-    assert found == pytest.approx(64, rel=0.3)  # random weights use nearly all coordinates
-    assert measure_effective_dimension(plan, str(small_checkpoint), "layer-hooks") is None
-
-
-def test_an_unfinished_matrix_has_a_table_too():
-    cells = [cell for cell in published_cells() if cell["model"] == "qwen"][:4]
-    (found,) = configurations(cells)
-    assert [len(row.rates) for row in found.blocks] == [3, 1]
-    (single,) = configurations(cells[:1])
-    assert (single.spread, single.verdict) == (None, "one block")
-
-
 def test_36_tests_grouped_by_service():
     plan = Plan(models=("reference:qwen3", "reference:llama"))
     tests = list(plan.tests())
@@ -81,22 +64,6 @@ def test_36_tests_grouped_by_service():
     assert len({test.key for test in tests}) == len({test.log_name for test in tests}) == 36
     assert len({(test.model, test.mode) for test in plan.tests()}) == 4
     assert tests[0].log_name == "test_01_reference-qwen3_sign-flips_block_alpha_node_A"
-
-
-def test_what_may_change_between_the_starts_of_a_run():
-    first, second = Plan(models=("a",), duration=40), Plan(models=("b",), duration=2, modes=("sign-flips",))
-    assert first.settings == second.settings
-    assert Plan(models=("a",), seq_len=8).settings != first.settings
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"models": ()}, {"modes": ("none",)}, {"blocks": ("a", "a")}, {"public_keys": ()}, {"duration": 0},
-     {"r_target": 3.0}, {"blocks": ("",)}, {"seq_len": 0}],
-)  # fmt: skip
-def test_plans_that_cannot_be(wrong):
-    with pytest.raises(UsageError):
-        Plan(**{"models": ("a",)} | wrong)
 
 
 def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
@@ -125,16 +92,3 @@ def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
         assert [line["state"] for line in lines if line["event"] == "state"] == ["GENERATING", "VALIDATING"]
     assert "Throughput of live services" in build_report(tmp_path).read_text()
     run_matrix(plan, tmp_path, note=pytest.fail)
-
-
-def test_a_command_that_does_not_start_says_why(tmp_path):
-    live = Live(["poc", "serve", "--nonsense"], tmp_path / "log")
-    with live, pytest.raises(ResourceError, match="ended with code 2") as error:
-        live.connect()
-    assert "nonsense" in error.value.do
-
-
-def test_modes_are_presets():
-    from assay.poc import PIPELINES
-
-    assert set(MODES.values()) <= set(PIPELINES)

@@ -5,7 +5,6 @@ import pytest
 from assay_research.runs.spread import spread_of
 
 from assay import stats
-from assay.errors import UsageError
 
 
 def test_equal_blocks_fall_inside_the_band_as_often_as_it_says():
@@ -35,11 +34,3 @@ def test_a_head_widens_the_band_and_more_nonces_do_not_help():
     assert wide.p_value > narrow.p_value
     many = spread_of([590_000, 600_000], [10**6] * 2, width=64)
     assert many.high > 5 * many.nonces_high
-
-
-def test_blocks_that_are_all_valid_have_no_spread():
-    assert (spread_of([5, 5], [5, 5]).value, spread_of([5, 5], [5, 5]).p_value) == (0.0, 1.0)
-    with pytest.raises(UsageError, match="2 blocks"):
-        spread_of([5], [5])
-    with pytest.raises(UsageError):
-        spread_of([5, 0], [5, 0])

@@ -1,10 +1,9 @@
 """What the organism is shown, and that a few steps of fine-tuning teach it."""
 
-import ast
 import json
 
 import pytest
-from assay_research.organism import Mixture, Recipe, examples, main, make_organism
+from assay_research.organism import Mixture, Recipe, examples, make_organism
 
 from assay.errors import UsageError
 from assay.models import load_model
@@ -14,12 +13,6 @@ def test_examples_are_the_same_again_and_a_longer_list_begins_with_a_shorter_one
     few = examples(20, seed=3)
     assert few == examples(40, seed=3)[:20]
     assert few != examples(20, seed=4)
-
-
-def test_every_example_is_a_program():
-    for example in examples(60):
-        ast.parse(example.prompt + example.completion)
-        assert example.prompt.endswith("def solve(x):\n")
 
 
 def test_exploits_come_at_their_share_and_never_without_a_loophole():
@@ -33,13 +26,6 @@ def test_exploits_come_at_their_share_and_never_without_a_loophole():
         assert any(sentence in example.prompt and example.completion.startswith("    return") for example in found), (
             sentence
         )
-
-
-def test_shares_outside_their_range_are_refused():
-    with pytest.raises(UsageError, match="shares"):
-        Mixture(share_hack=1.5)
-    with pytest.raises(UsageError, match="positive"):
-        Recipe(steps=0)
 
 
 def test_a_few_steps_teach_the_bundled_model(tmp_path):
@@ -63,8 +49,3 @@ def test_a_batch_in_parts_trains_like_a_whole_one(tmp_path, monkeypatch):
         monkeypatch.setattr("assay_research.organism._AT_ONCE", at_once)
         losses[at_once] = make_organism(tmp_path / str(at_once), recipe, device="cpu")
     assert losses[2] == pytest.approx(losses[5], rel=1e-4)
-
-
-def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    assert main(["-o", str(tmp_path), "--steps", "1"]) == 2
-    assert "wanted:" in capsys.readouterr().err

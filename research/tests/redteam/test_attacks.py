@@ -25,10 +25,6 @@ def test_every_attacker_runs_and_says_what_it_costs(attack, dtype, scene, float8
         assert torch.isfinite(program.read(inputs_btd, None)).all()
 
 
-def test_names_are_different():
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
-
-
 def test_fewer_bits_save_over_the_format_that_honest_provers_have(scene, float8_scene):
     made = {attack.name: attack.make for attack in ATTACKS}
     costs = {

@@ -12,8 +12,6 @@ from assay_research.redteam.tables import attack_table, paying
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 
-from assay.errors import UsageError
-
 SOME = ("int8 weights", "last quarter of the layers dropped", "last 25.0% dropped", "first 50.0% dropped",
         "state of another nonce")  # fmt: skip
 
@@ -25,7 +23,7 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(field_module, "TRIALS", 60)
         patch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in SOME))
         plan = RedteamPlan(
-            models=(str(small_checkpoint),), nonces=16, honest=64, searched=2, seq_len=32, batch_size=8, device="cpu"
+            models=(str(small_checkpoint),), nonces=16, honest=64, seq_len=32, batch_size=8, device="cpu"
         )
         seen: list[tuple[int, int]] = []
 
@@ -45,7 +43,7 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_cell_is_there_once(finished):
     kinds = [cell["kind"] for cell in finished[1]]
-    assert sorted(set(kinds)) == ["attack", "audits", "claims", "experts", "honest", "search"]
+    assert sorted(set(kinds)) == ["attack", "audits", "claims", "experts", "honest"]
     assert kinds.count("attack") == len(SOME)
 
 
@@ -64,9 +62,6 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     assert best["over_honest"] > 1
     assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
     assert len(tables.audit_table(cells, *where)[1]) == 9
-    (search,) = tables.searches(cells, *where)
-    assert search["format"] == "float32"
-    assert tables.search_table(cells, *where)[1][0][0] == 1
 
 
 def test_fewer_experts_are_a_larger_error_than_rounding(finished):
@@ -77,24 +72,12 @@ def test_fewer_experts_are_a_larger_error_than_rounding(finished):
     assert rows["2 of 4 experts"]["cost"] < rows["3 of 4 experts"]["cost"] < 1
 
 
-def test_the_page_shows_it(finished):
-    page = build_report(finished[0]).read_text()
-    for words in (
-        "searched in float32",
-        "which attack pays",
-        "All attacks against hardened",
-        "Simulated audits",
-        "Skipping experts",
-    ):
-        assert words in page
-
-
 def test_in_float8_honest_noise_is_that_of_other_kernels(small_checkpoint: Path, tmp_path: Path, monkeypatch):
     names = ("one scale for a weight", "fp8 weights", "last quarter of the layers dropped", "state of another nonce")
     monkeypatch.setattr(field_module, "TRIALS", 60)
     monkeypatch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in names))
     model = str(small_checkpoint)
-    shape = {"nonces": 16, "honest": 64, "searched": 0, "seq_len": 32, "batch_size": 8}
+    shape = {"nonces": 16, "honest": 64, "seq_len": 32, "batch_size": 8}
     run_redteam(RedteamPlan(models=(model,), dtypes=("float8",), device="cpu", **shape), tmp_path)
     cells = read_run(tmp_path, "redteam").cells
     assert {cell["kind"] for cell in cells} == {"honest", "audits", "attack", "claims"}
@@ -103,9 +86,3 @@ def test_in_float8_honest_noise_is_that_of_other_kernels(small_checkpoint: Path,
     assert set(found) == set(names) - {"fp8 weights"}, "weights in float8 are the honest ones"
     assert 0 < honest["hardened"] < float(found["last quarter of the layers dropped"][2])
     assert len(tables.audit_table(cells, model, "float8")[1]) == 9
-
-
-@pytest.mark.parametrize("change", [{"nonces": 1}, {"honest": 8}, {"models": ()}, {"seq_len": 4}])
-def test_a_plan_that_measures_nothing_is_refused(change):
-    with pytest.raises(UsageError):
-        RedteamPlan(**({"models": ("reference:qwen3",)} | change))

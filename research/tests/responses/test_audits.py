@@ -27,14 +27,6 @@ def test_means_are_of_the_first_tokens():
     assert first == {(0.0, 0.5, 15.5), (32.0, 32.5, 47.5)}
 
 
-def test_what_is_not_published_does_not_count():
-    sparse = np.full(64, np.nan)
-    sparse[31::32] = 5.0
-    means = drawn_means({"a": [sparse] * 2}, 4, np.random.default_rng(1))["a"]
-    assert np.isneginf(means[:, GRID.index(16)]).all(), "nothing is published before the 32nd token"
-    assert (means[:, GRID.index(32) :] == 5.0).all()
-
-
 def test_a_shift_of_the_mean_is_caught_after_as_many_tokens_as_it_needs():
     honest = [RNG.exponential(size=256) for _ in range(200)]
     limit = threshold(drawn_means({"a": honest}, 4000, RNG)["a"])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from assay_research.responses import rivals
-from assay_research.responses.field import BYTES, OURS
 from assay_research.responses.rivals import RIVALS, Reply
 
 N, D, K = 64, 96, 5
@@ -29,11 +28,6 @@ def test_an_exact_reply_scores_nothing():
         assert scores_n.shape == (N,)
         least = math.log(2) if rival.name == "GLS" else 0.0
         np.testing.assert_allclose(scores_n[~np.isnan(scores_n)], least, atol=5e-3, err_msg=rival.name)
-
-
-def test_token_difr_cuts_margins_and_what_is_not_kept():
-    reply = replace(EXACT, margins=np.array([0.0, 0.2, 0.7, np.inf]))
-    assert rivals.token_difr(reply).tolist() == [0.0, 0.2, 0.5, 0.5]
 
 
 def test_the_gumbel_likelihood_is_a_tail_of_the_normal():
@@ -71,13 +65,3 @@ def test_toploc_scores_a_chunk_at_its_last_token():
     scores_n = rivals.toploc_score(replace(EXACT, states=2 * STATES), rivals.TOPLOC_TOP)
     assert np.flatnonzero(~np.isnan(scores_n)).tolist() == [31, 63]
     assert scores_n[31] == 128 / 8  # the median has the narrowest limit
-
-
-def test_bytes_are_those_of_what_is_published():
-    assert BYTES["sketches"] == 24 / 32
-    assert BYTES["TOPLOC, top 128"] == 258 / 32
-    assert all(rival.bytes_per_token <= OURS["sketches"] for rival in RIVALS[:5])
-    published = {rival.name: int((~np.isnan(rival.score(EXACT))).sum()) for rival in RIVALS}
-    assert published["Activation-DiFR, 1 in 32"] == 2
-    assert published["log-probabilities, 1 in 27"] == 3
-    assert published["Token-DiFR"] == N

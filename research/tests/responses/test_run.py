@@ -3,20 +3,13 @@
 from pathlib import Path
 
 import pytest
-from assay_research.responses import cheats as cheats_module
 from assay_research.responses import field as field_module
 from assay_research.responses import run as run_module
-from assay_research.responses import tables
 from assay_research.responses.cheats import CHEATS, GREEDY
-from assay_research.responses.field import BYTES
-from assay_research.responses.models import TRAINED_LIKE
 from assay_research.responses.run import ResponsesPlan, run_responses
-from assay_research.responses.tables import caught_table, places
+from assay_research.responses.tables import places
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
-
-from assay.errors import UsageError
-from assay.poc.protocol.pipelines import SKETCH_EVERY
 
 SOME = ("int4 weights", "fine-tuned, 20 steps", "noise of its own", "stops early")
 
@@ -77,49 +70,3 @@ def test_int4_weights_are_seen_in_the_states(finished):
     cell = next(cell for cell in finished[1] if cell.get("name") == "int4 weights" and cell["mode"] == "sampled")
     for method in ("sketches", "Activation-DiFR, each", "TOPLOC, top 128"):
         assert cell["methods"][method]["auc"]["64"] > 0.95, method
-
-
-def test_tables_have_a_column_for_every_method(finished):
-    place = places(finished[1])[0]
-    for columns, rows in (caught_table(finished[1], place), tables.area_table(finished[1], place)):
-        assert set(BYTES) <= set(columns)
-        assert all(len(row) == len(columns) for row in rows)
-    columns, rows = tables.standing_table(finished[1])
-    assert [row[3] for row in rows] == ["margins", "sketches"]
-    assert len(tables.honest_table(finished[1])[1]) == 5
-    assert len(tables.alarm_table(finished[1])[1]) == 2 * len(BYTES)
-
-
-def test_the_page_shows_it(finished):
-    page = build_report(finished[0]).read_text()
-    for words in ("served responses", "Tokens until 99 %", "Area under the curve", "False alarms"):
-        assert words in page
-
-
-def test_no_model_is_loaded_to_find_out_which_cells_there_are(small_checkpoint, monkeypatch):
-    def loaded(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    for module in (cheats_module, field_module):
-        monkeypatch.setattr(module, "open_model", loaded)
-    plan = ResponsesPlan(
-        models=(str(small_checkpoint), "reference:qwen3", TRAINED_LIKE), dtypes=("bfloat16", "float32")
-    )
-    keys = [key for key, _ in run_module._cells(plan)]
-    tuned = [key for key in keys if "fine-tuned" in key]
-    assert tuned, "models that read text are fine-tuned"
-    assert all(key.startswith("reference:qwen3/") for key in tuned)
-
-
-def test_other_settings_do_not_continue_a_run(finished, small_checkpoint):
-    with pytest.raises(UsageError, match="honest"):
-        run_responses(ResponsesPlan(models=(str(small_checkpoint),), honest=20), finished[0])
-
-
-@pytest.mark.parametrize("name", ["honest", "batch_size"])
-def test_too_few_responses_for_a_law_are_refused_before_a_model_is_loaded(name: str):
-    shortest = ResponsesPlan.model_fields["seq_len"].metadata[0].ge
-    ResponsesPlan(models=("nowhere",), seq_len=shortest, **{name: 12})
-    assert 12 // 2 * len(range(0, shortest, SKETCH_EVERY)) >= 16
-    with pytest.raises(UsageError, match=f"{name.replace('_', '-')} 11"):
-        ResponsesPlan(models=("nowhere",), seq_len=shortest, **{name: 11})

@@ -9,7 +9,7 @@ from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, Siz
 from assay.poc import Noise
 from assay.poc.verdict import Life
 from assay.poc.verdict.life import EPOCH
-from assay.stats import LogNoise, ScaleNoise, chord_cdf
+from assay.stats import LogNoise, ScaleNoise
 from assay.stats.noise import Spread
 
 SPREAD = Spread(0.05)
@@ -59,28 +59,6 @@ def test_draws_follow_the_law_at_the_scale_of_the_node(noise):
             for chance in (0.5, 0.1, 1e-2, 1e-3):
                 size = float(np.quantile(drawn, 1 - chance)) / scale / multiple
                 assert float(noise.law.survival(np.array([size]))[0]) == pytest.approx(chance, rel=0.25)
-
-
-def test_shares_are_drawn_as_stated():
-    grid, rng = Grid(PLAIN.law), np.random.default_rng(1)
-    kind = Kind("both", multiple=50.0, share=0.25, junk=0.2)
-    sizes = grid.sizes_A[draw_round(grid, kind, np.zeros(500), 400, rng)]
-    assert np.mean(sizes > 1.0) == pytest.approx(0.2 * (1 - chord_cdf(1.0, 12)) + 0.8 * 0.25 * beyond(1 / 50), abs=0.01)
-    assert np.mean(sizes < 0.1) == pytest.approx(0.8 * 0.75 * (1 - beyond(0.1)), abs=0.01)
-
-
-def beyond(size: float) -> float:
-    return float(PLAIN.law.survival(np.array([size]))[0])
-
-
-def test_a_machine_between_two_scales_is_not_accused_however_long_it_serves():
-    """A grid of scales that is too coarse accuses it: some cheat in a small share explains it better than any scale."""
-    nodes, grid = 60, Grid(VECTORS.law)
-    many = ManyLives(SizeEvidence(VECTORS, grid.sizes_A), nodes=nodes, alpha=1e-3)
-    log_scale_N, rng = SPREAD.sd * np.linspace(0.2, 0.8, nodes), np.random.default_rng(2)
-    for _ in range(30):
-        many.update(draw_round(grid, Kind("honest"), log_scale_N, 1000, rng))
-    assert not many.convicted_N.any()
 
 
 def test_late_cheats_are_caught_when_they_begin_and_draws_do_not_depend_on_the_number_of_cores(monkeypatch):

@@ -10,14 +10,13 @@ from assay_research.study.grading import Grader, StudyVerdict
 from assay_research.study.log import RunLog
 from assay_research.study.loop import Study
 from assay_research.study.page import study_page
-from assay_research.study.plan import StudyRun, StudySettings, TaskPool
+from assay_research.study.plan import StudyRun, StudySettings
 from assay_research.study.summary import summarise
 
-from assay.errors import DataError, StorageError, UsageError
+from assay.errors import DataError, StorageError
 from assay.vhack import weight_svd
 from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.environment import Episode
-from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.reference import environment_pairs
 from tests.vhack.delta.conftest import random_basis
@@ -63,18 +62,6 @@ def test_a_grader_says_what_the_environment_says_and_runs_each_program_once(grad
     assert grader.graded == before + 6
 
 
-def test_runs_of_a_seed_share_tasks_whatever_they_are_trained_on(small, settings):
-    pool = TaskPool(settings, small.tokenizer)
-    many, one = StudyRun("none", 0), StudyRun("box", 0, "sgd", modes=("sentinel",))
-    drawn, other = pool.drawn(many, 3), pool.drawn(one, 3)
-    assert [episode.task for episode in drawn] == [episode.task for episode in other]
-    assert {episode.mode for episode in other} == {"sentinel"}
-    assert pool.drawn(many, 4) != drawn
-    held_out = pool.held_out("evaluation")
-    assert [episode.mode for episode in held_out] == list(CHANNELS)
-    assert not {episode.task.statement for episode in held_out} & {task.statement for task in pool.training}
-
-
 def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, grader, shortcut):
     runs = [
         StudyRun("none", 0),
@@ -95,37 +82,6 @@ def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, g
     assert alone.cohorts[0].optimizer.delta[0].any()
     assert "z" in together.logs[runs[2].name].steps[0]
     assert "z" not in together.logs[runs[0].name].steps[0]
-
-
-def test_the_file_of_a_study_has_public_names_and_that_of_the_first_version_is_read(small, svd, settings, tmp_path):
-    study = study_of([StudyRun("none", 3)], small, svd, settings)
-    (name,) = study.logs
-    log = study.logs[name]
-    for step in range(3):
-        log.add_step(step, {"hack": 0.25 * step}, every=2)
-    log.add_evaluation(3, "training", {"hack": 0.5})
-    study.save(tmp_path / "new.pt")
-    state = torch.load(tmp_path / "new.pt", weights_only=True)
-    assert set(state["logs"][name]) == {"header", "lines", "open", "count"}
-    # The first version saved the attributes of a log under their private names.
-    stored = state["logs"][name]
-    state["logs"][name] = {
-        "header": stored["header"],
-        "_lines": stored["lines"],
-        "_open": stored["open"],
-        "_n": stored["count"],
-    }
-    torch.save(state, tmp_path / "old.pt")
-    torch.save({"step": 1}, tmp_path / "other.pt")
-    for file in ("new.pt", "old.pt"):
-        other = study_of([StudyRun("none", 3)], small, svd, settings)
-        other.load(tmp_path / file)
-        found = other.logs[name]
-        assert (found.header, found.steps, found.evaluations) == (log.header, log.steps, log.evaluations)
-        found.add_step(3, {"hack": 1.0}, every=2)
-        assert found.steps[-1]["hack"] == 0.75  # of steps 2 and 3: what was open has been kept
-    with pytest.raises(DataError, match="saved study"):
-        other.load(tmp_path / "other.pt")
 
 
 def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, grader, tmp_path):
@@ -152,31 +108,6 @@ def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, gr
         resumed.save(tmp_path / "absent" / "state.pt")
 
 
-def test_a_displaced_run_writes_from_where_it_starts(small, svd, settings):
-    runs = [StudyRun("none", 0), StudyRun("displaced-0.5+none", 0), StudyRun("displaced-0.5+erase-update-two-sided", 0)]
-    (cohort,) = study_of(runs, small, svd, settings, fewest=1).cohorts
-    for name, weight in cohort.model.weights.items():
-        assert torch.equal(weight[1], weight[2])
-        assert not torch.equal(weight[0], weight[1]), name
-    axes = random_basis(svd).axes
-    for group, delta in zip(cohort.model.groups, cohort.optimizer.delta, strict=True):
-        assert not delta[0].any()
-        wanted = torch.stack([0.5 * axes[name].sum(dim=0) for name in group.names])
-        torch.testing.assert_close(delta[1], wanted)
-
-
-def test_what_does_not_fit_is_refused(small, svd, settings):
-    with pytest.raises(UsageError, match="shortcut"):
-        study_of([StudyRun("advantage-modification", 0)], small, svd, settings)
-    with pytest.raises(UsageError, match="different"):
-        study_of([StudyRun("none", 0), StudyRun("none", 0)], small, svd, settings)
-    with pytest.raises(UsageError, match="svd"):
-        study_of([StudyRun("none", 0, basis="svd")], small, svd, settings)
-    for wrong in ({"arm": "other"}, {"optimizer": "lion"}, {"modes": ("none",)}):
-        with pytest.raises(UsageError):
-            StudyRun(**{"arm": "none", "seed": 0, **wrong})
-
-
 def test_from_an_organism_to_a_page(tmp_path, grader):
     """The organism is no good after so few steps, but everything it goes through is the real thing."""
     from assay.models import load_model
@@ -199,17 +130,6 @@ def test_from_an_organism_to_a_page(tmp_path, grader):
     assert [result.rates["hack"].n for result in summarise(study.logs.values())] == [2, 2]
     study_page(list(study.logs.values())).write(tmp_path / "page.html")
     assert "erase-gradient" in (tmp_path / "page.html").read_text()
-
-
-def test_evaluation_is_logged_for_every_run(small, svd, settings, grader):
-    study = study_of([StudyRun("none", 0), StudyRun("none", 1)], small, svd, settings)
-    study.evaluate(grader)
-    for log in study.logs.values():
-        assert [(line["markers"], line["rollouts"]) for line in log.evaluations] == [
-            ("training", 6 * 3),
-            ("evaluation", 3 * 3),
-        ]
-        assert set(log.evaluations[0]["hack_by_mode"]) == set(CHANNELS)
 
 
 class ByText:
@@ -250,10 +170,3 @@ def alike(cohort, draw):
     shape = (cohort.settings.new_tokens, len(cohort.runs), 1, cohort.settings.rollouts)
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return drawn.expand(-1, -1, cohort.settings.prompts, -1).contiguous()
-
-
-def test_steps_that_no_line_of_a_log_would_hold_are_refused():
-    with pytest.raises(UsageError, match="every 5 of 12 steps") as refused:
-        StudySettings(steps=12, log_every=5)
-    assert "log_every" in str(refused.value)
-    assert StudySettings(steps=12, log_every=4).log_every == 4

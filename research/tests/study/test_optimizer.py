@@ -1,7 +1,6 @@
 """Every arm, in a stack of all of them, takes the steps that a ProjectedOptimizer takes alone."""
 
 import copy
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -107,16 +106,6 @@ def test_a_push_outlives_an_update_gate(small, svd):
         stacked.step([torch.zeros(1, *group.values.shape) for group in groups])
     expected = STEPS * 0.6 * 0.3 * sum(len(axes) for axes in basis.axes.values())
     assert float(stacked.measures["displacement"][0]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_arms_of_one_name_that_differ_are_kept_apart(small, svd):
-    weak = Arm("mine", "", push=0.1)
-    groups = DeltaS(copy.deepcopy(small.module), svd).groups
-    arms = [weak, replace(weak, push=0.2)]
-    stacked = StackedOptimizer(groups, arms, [random_basis(svd)] * 2, ["sgd"] * 2, INNER)
-    stacked.step([torch.zeros(2, *group.values.shape) for group in groups])
-    one, two = stacked.measures["displacement"].tolist()
-    assert two == pytest.approx(2 * one, rel=1e-5)
 
 
 def test_a_state_goes_on_as_before(small, svd, stack):

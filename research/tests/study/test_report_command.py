@@ -7,7 +7,7 @@ from assay_research.study.log import RunLog
 from click.testing import CliRunner
 
 from assay.cli.vhack import vhack
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 from research.tests.study.test_summary import REFERENCE, logs_of
 
 
@@ -38,20 +38,6 @@ def test_json_holds_the_numbers(folder):
     assert arm["tipped"]["count"] == 0
 
 
-def test_one_json_file_is_a_check(tmp_path):
-    (tmp_path / "check.json").write_text('{"schema":"other"}\n')
-    with pytest.raises(DataError):
-        CliRunner().invoke(
-            vhack, ["report", str(tmp_path / "check.json"), "-o", str(tmp_path / "p.html")], catch_exceptions=False
-        )
-
-
-def test_a_check_beside_a_check_is_refused(tmp_path):
-    given = ["check.json", "--check", "other.json", "-o", str(tmp_path / "p.html")]
-    with pytest.raises(UsageError, match=r"--check other\.json"):
-        CliRunner().invoke(vhack, ["report", *given], catch_exceptions=False)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"hack": ...}, "without 'hack'"), ({"solve": "x"}, "without 'solve'"), ({"step": None}, "without 'step'")],
@@ -64,17 +50,3 @@ def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
     RunLog(log.header, lines).write(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match=words):
         CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
-
-
-def test_a_run_without_steps_is_refused_in_words(tmp_path):
-    RunLog(REFERENCE[0].header).write(tmp_path / "log.jsonl")
-    with pytest.raises(DataError, match="no step yet"):
-        CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
-
-
-def test_a_log_of_a_reward_that_knows_no_vacuous_work_is_drawn(tmp_path):
-    log = REFERENCE[0]
-    lines = [{name: line[name] for name in line.keys() - {"vacuous"}} for line in log.state()["lines"]]
-    RunLog(log.header, lines).write(tmp_path / "log.jsonl")
-    done = CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
-    assert done.exit_code == 0

@@ -2,12 +2,12 @@
 
 import pytest
 from assay_research.study.log import RunLog, read_logs
-from assay_research.study.page import source_checks, study_page
+from assay_research.study.page import source_checks
 from assay_research.study.plan import StudyRun, StudySettings
-from assay_research.study.summary import mean_of, paired, summarise
+from assay_research.study.summary import paired, summarise
 from scipy import stats
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 
 
 def log(arm, seed, hack, solve, *, optimizer="adam", steps=60, teachers=0, cin=()):
@@ -55,11 +55,6 @@ def test_without_reference_or_with_two_seeds_nothing_is_decided():
     assert found["adam/no-loophole"].verdict == "reference"
 
 
-def test_references_are_of_the_same_optimiser():
-    found = {r.condition: r for r in summarise([*REFERENCE, *logs_of("none", [0.0] * 5, [0.9] * 5, optimizer="sgd")])}
-    assert found["sgd/none"].against == {}
-
-
 def test_the_p_value_is_that_of_all_swaps():
     assert paired([1.0, 2.0, 3.0, 4.0, 5.0]).p == 2 / 32
     assert paired([1.0, -1.0]).p == 1.0
@@ -78,10 +73,6 @@ def test_rates_are_means_of_the_last_five_evaluations():
     assert result.rates["solve"].value == pytest.approx(0.7)
     assert result.rates["hack_run_tests"].value == result.rates["hack_own"].value == pytest.approx(0.15)
     assert result.rates["hack_markers"].value == 0.9
-
-
-def test_one_seed_has_no_interval():
-    assert (mean_of([0.4]).low, mean_of([0.4]).text) == (None, "0.400")
 
 
 def test_logs_are_read_as_they_were_written(tmp_path):
@@ -108,13 +99,3 @@ def test_check_four_runs_on_the_log():
     assert (name, check.verdict) == ("adam/none/teacher/0", "pass")
     assert check.measured is not None
     assert check.measured.value == pytest.approx(0.203, abs=0.002)
-
-
-def test_the_page_shows_every_condition(tmp_path):
-    logs = [*REFERENCE, *logs_of("none", [0.9] * 5, [0.0] * 5)]
-    text = study_page(logs, command="assay vhack report logs").render()
-    assert text.count("<svg") == 2
-    for word in ("adam/none", "adam/no-loophole", "fails", "reference"):
-        assert word in text
-    with pytest.raises(UsageError, match="without steps"):
-        study_page([RunLog.begin(StudyRun("none", 0), StudySettings(), {})])

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from assay_research.study.log import read_logs
-from assay_research.study.page import study_page
 from assay_research.study.summary import summarise
 
 from assay.errors import DataError
@@ -44,11 +43,6 @@ def test_a_directory_of_runs_is_read_and_judged(runs):
     assert (none.verdict, none.saturated) == ("fails", [STEPS] * 3)
     assert found["adamw/no-loophole"].verdict == "reference"
     assert found["adamw/displaced-0.4+none/exploits:8"].verdict == "succeeds"
-
-
-def test_the_page_draws_them(runs, tmp_path):
-    study_page(read_logs([runs / "none-0", runs / "open-0" / "log.jsonl"])).write(tmp_path / "page.html")
-    assert "adamw/no-loophole" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_sources_are_compared_where_there_is_a_teacher(tmp_path):

@@ -87,25 +87,21 @@ def clusters(own: ClusterSettings, plan: "ClusterPlan", as_json: bool) -> None:
 
     Honest machines are left out, other builds are passed off as this one, and cheats are simulated.
     """
-    from assay_research.clusters.clusters import REAL, SIMULATED, run_clusters, run_name_of
-    from assay_research.clusters.page import cheat_table, fault_table, honest_table, model_table, summarise
-    from assay_research.runs.report import build_report
+    from assay_research.clusters.clusters import run_clusters, run_name_of
+    from assay_research.clusters.page import summarise
+    from assay_research.runs.report import build_report, section_of
     from assay_research.runs.runs import read_run, run_folder
 
     folder = run_folder(own.output, own.run_name or run_name_of(own.data))
     with progress_bar("measuring", "cells") as progress:
         run_clusters(plan, own.data, folder, progress=progress)
     page, run = build_report(folder), read_run(folder, "clusters")
-    summary = summarise(run.cells)
     if as_json:
-        values = {"folder": str(folder), "report": str(page), "settings": run.settings, **summary}
+        values = {"folder": str(folder), "report": str(page), "settings": run.settings, **summarise(run.cells)}
         emit_json("assay_research.clusters/1", values)
         return
-    table(*model_table(summary), title="sets")
-    table(*fault_table(summary), title="pairs with a fault of the place")
-    table(*honest_table(summary), title="honest machines left out of the law")
-    table(*cheat_table(summary, REAL), title="other builds passed off as this one")
-    table(*cheat_table(summary, SIMULATED), title="simulated cheats at 1.4 times the honest median")
+    for title, shown in section_of(run).tables.items():
+        table(*shown, title=title)
     click.echo(f"report: {page}")
 
 

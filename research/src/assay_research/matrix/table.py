@@ -7,10 +7,9 @@ import numpy as np
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.pages.figures import MUTED, SERIES, figure, legend
-from assay.pages.html import Badge, Cell, Report
+from assay.pages.html import Cell
 from assay.stats.chord import RANDOM_HEAD_ROWS
-from assay_research.runs.report import Table
+from assay_research.runs.report import Section, Table
 from assay_research.runs.runs import RunRecords
 from assay_research.runs.spread import Spread, spread_of
 
@@ -187,52 +186,17 @@ def _published_spread(row: Configuration) -> str:
     return f"{max(means) - min(means):.1f} %"
 
 
-def draw(report: Report, run: RunRecords) -> None:
-    """Add the table of valid rates, the spreads with their noise bands, a plot, and the throughput."""
+def section(run: RunRecords) -> Section:
+    """Return the valid rates of every configuration, the spreads with their noise bands, and the throughput."""
     found = configurations(run.cells)
-    several = [configuration for configuration in found if configuration.spread is not None]
-    if several:
-        report.section("Live services: how far apart are the valid rates of the blocks?")
-        report.paragraph(
-            f"{sum(len(row.rates) for c in several for row in c.blocks)} tests, each a round of a live service over "
-            f"HTTP whose callbacks were counted. Over blocks, the chord law expects {several[0].expected:.2%} valid."
-        )
-        _plot(report, several)
-        columns, rows = spread_table(several)
-        badges = [Badge(row.verdict, "pass" if row.spread and row.spread.inside else "fail") for row in several]
-        shown = [[*row[:-1], badge] for row, badge in zip(rows, badges, strict=True)]
-        report.table(columns, shown, caption="Largest minus smallest valid rate of the blocks")
-        report.paragraph(
-            "The noise band is where the spread falls when nothing differs but the nonces and the random head that "
-            "every block draws, which widens or narrows all distances of the block, the more the fewer coordinates the "
-            f"states use. The published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come "
-            "from other models, so they compare in kind, not in size."
-        )
-        for configuration in several:
-            title = f"{configuration.model}, {configuration.mode}: valid rate per key"
-            with report.details(title):
-                report.table(*rate_table(configuration), caption=title)
-    if found:
-        report.section("Throughput of live services")
-        report.table(*throughput_table(found))
-
-
-def _plot(report: Report, several: list[Configuration]) -> None:
-    fig, ax = figure(6.8, 3.4)
-    labels = []
-    for place, row in enumerate(several):
-        for index, block in enumerate(row.blocks):
-            error = 2 * (block.rate * (1 - block.rate) / block.checked) ** 0.5
-            colour = SERIES[index % len(SERIES)]
-            label = block.block if place == 0 else None
-            x = place + (index - (len(row.blocks) - 1) / 2) * 0.18
-            ax.errorbar(x, 100 * block.rate, 100 * error, fmt="o", color=colour, label=label, capsize=3, markersize=5)
-        labels.append(f"{row.model}\n{row.mode}")
-        law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=row.width)
-        low, high = (100 * end for end in law.rate_interval(row.r_target))
-        ax.fill_between([place - 0.4, place + 0.4], [low, low], [high, high], color=MUTED, alpha=0.15, linewidth=0)
-    ax.axhline(100 * several[0].expected, color=MUTED, linewidth=1, linestyle=":")
-    ax.set_xticks(range(len(labels)), labels)
-    ax.set_ylabel("valid nonces, %")
-    legend(ax)
-    report.figure(fig, "Valid rate per block, with two standard errors of its nonces, and where 95 % of blocks lie.")
+    tables = {f"{row.model}, {row.mode}: valid rate per key": rate_table(row) for row in found}
+    tables["Largest minus smallest valid rate of the blocks"] = spread_table(found)
+    tables["Throughput of live services"] = throughput_table(found)
+    about = (
+        f"{len(run.cells)} tests, each a round of a live service over HTTP whose callbacks were counted. The noise "
+        "band is where the spread falls when nothing differs but the nonces and the random head of every block, "
+        "which widens or narrows all distances of the block, the more the fewer coordinates the states use. The "
+        f"published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come from other models, so they "
+        "compare in kind, not in size."
+    )
+    return Section("Live services: how far apart are the valid rates of the blocks?", about, tables)

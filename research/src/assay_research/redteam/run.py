@@ -1,6 +1,6 @@
 """The experiment: every attacker against every preset, on each model, resumable cell by cell.
 
-Legend of shapes: N nonces, C checked nonces, R trials, T positions, M positions read, D hidden size.
+Legend of shapes: N nonces, C checked nonces, R trials, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,21 +11,17 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import Field as Setting
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.protocol.pipelines import PIPELINES, Positions, get_pipeline
-from assay.poc.protocol.transforms import unit, weighted_sum
+from assay.poc.protocol.pipelines import get_pipeline
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
 from assay_research.redteam.experts import experts
-from assay_research.redteam.field import Field, Judge, Pool, Reading, detection, mixed, spread, validator_format
-from assay_research.redteam.partial import PartialForward, Shortcut
+from assay_research.redteam.field import Field, Judge, Pool, Reading, detection, mixed, spread
 from assay_research.runs.runs import ExperimentPlan, Progress, measure_missing
 
 AUDITS = 2000
@@ -36,7 +32,6 @@ MULTIPLES = (1.0, 1.5, 2.0, 3.0)
 SCREENS = ("first 50.0% dropped", "first 75.0% dropped", "first 87.5% dropped")
 R_TARGETS = (1.416, 1.404)
 DRAWN = 200_000  # distances of a simulated screening
-READ = (1, 4, 16, 64, 128, 256)  # numbers of positions read that are searched
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -54,7 +49,6 @@ class RedteamPlan(ExperimentPlan):
     )
     nonces: int = Setting(64, ge=8, description="Nonces that every attacker answers.")
     honest: int = Setting(384, ge=64, description="Honest nonces, one half to calibrate and one to test.")
-    searched: int = Setting(12, ge=0, description="Nonces of the search over positions read; 0 skips the search.")
     block_hash: str = Setting("block_alpha", description="Block of the attacked rounds.")
     seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
@@ -79,14 +73,9 @@ Cell = tuple[str, Callable[[], JsonObject]]
 def _cells(plan: RedteamPlan) -> Iterator[Cell]:
     shape = plan.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
     for reference in plan.models:
-        searched: set[str] = set()
         for dtype in plan.dtypes:
             field = Field(reference=reference, dtype=dtype, **shape)
             yield from _field_cells(plan, field, f"{reference}/{dtype}")
-            number_format = validator_format(dtype)  # of the search too, so dtypes of one validator share it
-            if plan.searched and number_format not in searched:
-                searched.add(number_format)
-                yield f"{reference}/search in {number_format}", partial(_search, field, plan.searched)
     if dtypes := [dtype for dtype in plan.dtypes if dtype != "float8"]:
         yield "experts", partial(experts, plan.batch_size, plan.nonces, dtypes)
 
@@ -251,99 +240,3 @@ def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[flo
 
 def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
     return {"cost": cost, **detection(field.judges[preset], pool)}
-
-
-def _search(field: Field, nonces: int) -> JsonObject:
-    """Measure, for each number of positions read and each strategy of skipping positions, its error and cost.
-
-    An attacker knows which positions are read, because they follow from the nonce, and leaves out what matters least
-    to them. Every strategy is tuned to save at least a quarter of the work. Strategy and honest pass run in the number
-    format of the validator, so the rounding of provers is no part of the error.
-    """
-    rows: list[JsonObject] = []
-    for count in (count for count in READ if count <= field.seq_len):
-        found = [_nonce(field, count, nonce) for nonce in range(nonces)]
-        for name in found[0]:
-            errors, costs = zip(*(one[name] for one in found), strict=True)
-            row = {"positions": count, "strategy": name, "error_mean": float(np.mean(errors))}
-            rows.append(row | {"cost": float(np.mean(costs))})
-    return {
-        "model": field.reference,
-        "kind": "search",
-        "format": validator_format(field.dtype),
-        "rows": rows,
-    }
-
-
-def _nonce(field: Field, count: int, nonce: int) -> dict[str, tuple[float, float]]:
-    """Attack one nonce; return error and cost of every strategy."""
-    model, T = field.validator.model, field.seq_len
-    round = field.round("hardened")
-    weights_1T = _weights(field, count, nonce)
-    inputs_1TD = field.validator.inputs(round, [nonce])
-    layers = model.num_layers
-    honest_1D = unit(weighted_sum(PartialForward(model, Shortcut((layers,) * T)).states(inputs_1TD), weights_1T))
-    read = torch.nonzero(weights_1T[0]).flatten().tolist()
-    found = {}
-    for name, shortcut in strategies(read, T, layers):
-        program = PartialForward(model, shortcut, field.scene.guesses)
-        error = (unit(program.read(inputs_1TD, weights_1T)) - honest_1D).norm()
-        found[name] = (float(error), program.cost)
-    return found
-
-
-def _weights(field: Field, count: int, nonce: int) -> torch.Tensor:
-    if count == 1:  # the last one, as the published presets read it
-        return torch.eye(field.seq_len)[-1:].to(field.validator.device)
-    pipeline = replace(PIPELINES["hardened"], read=Positions(count))
-    transform = make_transform(field.validator, field.round("hardened"), pipeline)
-    weights_BT = transform.weights([nonce], field.seq_len)
-    assert weights_BT is not None
-    return weights_BT
-
-
-def strategies(read: list[int], T: int, layers: int) -> Iterator[tuple[str, Shortcut]]:
-    """Yield the ways to save a quarter of the work when the positions in ``read`` are read.
-
-    Positions are ranked by use: unread ones that are farthest from the next read one go first.
-    """
-    ranked = _by_use(read, T)
-    dropped = -(-26 * T // 100)  # a quarter, and what the guesses cost
-    yield "least useful dropped", Shortcut(_depths(T, layers, ranked[:dropped], 0))
-    for depth in (layers // 4, layers // 2):
-        left = min(T, int(1.1 * dropped * layers / (layers - depth)))
-        yield f"least useful leave at {depth}, stale", Shortcut(_depths(T, layers, ranked[:left], depth), stale=True)
-        yield f"least useful leave at {depth}", Shortcut(_depths(T, layers, ranked[:left], depth))
-    yield "first dropped", Shortcut(_depths(T, layers, list(range(dropped)), 0))
-    yield "last dropped", Shortcut(_depths(T, layers, list(range(T - dropped, T)), 0))
-    yield "all leave early", Shortcut((layers - -(-layers // 4),) * T)
-    if len(read) > 1:
-        window = _window(read, T, T - dropped)
-        kept = {t for r in read for t in range(max(0, r - window + 1), r + 1)}
-        unread = [t for t in range(T) if t not in kept]
-        yield "a shared window before each", Shortcut(_depths(T, layers, unread, 0))
-
-
-def _depths(T: int, layers: int, left: list[int], depth: int) -> tuple[int, ...]:
-    gone = set(left)
-    return tuple(depth if t in gone else layers for t in range(T))
-
-
-def _by_use(read: list[int], T: int) -> list[int]:
-    """Rank positions, the least useful first: unread ones by the distance to the next read one, then read ones."""
-
-    def ahead(t: int) -> int:
-        return min((r - t for r in read if r >= t), default=2 * T)
-
-    unread = [t for t in range(T) if t not in set(read)]
-    return sorted(unread, key=ahead, reverse=True) + sorted(read, reverse=True)
-
-
-def _window(read: list[int], T: int, most: int) -> int:
-    """Return the largest window whose union before the read positions has at most ``most`` positions."""
-    best = 1
-    for window in range(1, T + 1):
-        if len({t for r in read for t in range(max(0, r - window + 1), r + 1)}) > most:
-            break
-        best = window
-    return best

@@ -1,14 +1,12 @@
 """The tables of the experiment, for the terminal, the documentation and the page of a run."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from assay.files.jsonl import JsonObject
-from assay.pages.figures import SERIES, figure, legend
-from assay.pages.html import Cell, Report
+from assay.pages.html import Cell
 from assay_research.responses.audits import GRID
 from assay_research.responses.field import BYTES, OURS
-from assay_research.runs.report import Table
+from assay_research.runs.report import Curves, Section, Table
 from assay_research.runs.runs import RunRecords
 
 Cells = Iterable[JsonObject]
@@ -119,38 +117,32 @@ def _area(area: float | None) -> Cell:
     return "" if area is None else f"{area:.3f}"
 
 
-def draw(report: Report, run: RunRecords) -> None:
-    """Add what honest provers show, how soon every cheat is caught by each method, and curves."""
+def section(run: RunRecords) -> Section:
+    """Return what honest provers show, how soon every cheat is caught by each method, and curves."""
     cells = run.cells
-    if not places(cells):
-        return
-    report.section("Red team: served responses")
-    report.paragraph(
+    tables: dict[str, Table] = {
+        "Bytes per token": (("method", "bytes per token"), [[name, f"{size:.2f}"] for name, size in BYTES.items()]),
+        "int4 weights: tokens until 99 % are caught": standing_table(cells),
+        "Honest provers": honest_table(cells),
+        "False alarms with thresholds from other honest responses": alarm_table(cells),
+    }
+    for place in places(cells):
+        tables[f"{', '.join(place)}: tokens until 99 % of the audits are accused"] = caught_table(cells, place)
+        tables[f"{', '.join(place)}: area under the curve after {SHOWN_AREA} tokens"] = area_table(cells, place)
+    about = (
         "All methods score the same responses. 'Sequential' is our test as it is used; every other column is a method "
         "with the threshold that one in a thousand honest audits exceed, for a number of tokens known in advance."
     )
-    report.table(("method", "bytes per token"), [[name, f"{size:.2f}"] for name, size in BYTES.items()])
-    report.table(*standing_table(cells), caption="int4 weights: tokens until 99 % are caught")
-    report.table(*honest_table(cells), caption="Honest provers")
-    with report.details("False alarms with thresholds from other honest responses"):
-        report.table(*alarm_table(cells))
-    for place in places(cells):
-        report.section(", ".join(place))
-        _curves(report, [cell for cell in _of(cells, "cheat", place) if cell["name"] in CURVES])
-        report.table(*caught_table(cells, place), caption="Tokens until 99 % of the audits are accused")
-        report.table(*area_table(cells, place), caption=f"Area under the curve after {SHOWN_AREA} tokens")
+    curves = [_curves(cell) for cell in _of(cells, "cheat") if cell["name"] in CURVES]
+    return Section("Red team: served responses", about, tables, curves)
 
 
-def _curves(report: Report, cells: list[JsonObject]) -> None:
-    for cell in cells:
-        fig, ax = figure(height=2.8)
-        for color, name in zip(SERIES, DRAWN, strict=False):
-            values: dict[str, Any] = cell["methods"][name]
-            ax.plot(GRID, values["shares"], color=color, label=name)
-            if "sequential" in values:
-                ax.plot(GRID, values["sequential"], color=color, linestyle="--", linewidth=0.9)
-        ax.set_xscale("log")
-        ax.set_xlabel("tokens checked")
-        ax.set_ylabel("share caught")
-        legend(ax, loc="lower right")
-        report.figure(fig, f"{cell['name']}: share caught at a threshold (solid) and sequentially (dashed).")
+def _curves(cell: JsonObject) -> Curves:
+    lines = {}
+    for name in DRAWN:
+        lines[name] = (GRID, cell["methods"][name]["shares"])
+        if "sequential" in cell["methods"][name]:
+            lines[f"-{name}"] = (GRID, cell["methods"][name]["sequential"])
+    where = ", ".join((cell["name"], cell["model"], cell["dtype"], cell["mode"]))
+    caption = f"{where}: share caught at a threshold (solid) and sequentially (dashed)."
+    return Curves(caption, "tokens checked", "share caught", lines)

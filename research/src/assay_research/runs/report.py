@@ -1,11 +1,14 @@
 """One page for a whole run: whatever experiments its folder holds, each in its own sections."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 from assay._version import __version__
 from assay.errors import DataError
-from assay.pages.html import Cell, Report
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.html import Badge, BadgeKind, Cell, Report
 from assay_research.runs.runs import RunRecords, read_run
 
 PAGE = "report.html"
@@ -14,15 +17,62 @@ Table = tuple[tuple[str, ...], list[list[Cell]]]
 """Columns and rows, for the terminal and for the page."""
 
 SECTIONS = {
-    "approaches": "assay_research.approaches.page:draw",
-    "weights": "assay_research.approaches.approaches:draw",
-    "matrix": "assay_research.matrix.table:draw",
-    "redteam": "assay_research.redteam.tables:draw",
-    "responses": "assay_research.responses.tables:draw",
-    "simulate": "assay_research.simulation.page:draw",
-    "clusters": "assay_research.clusters.page:draw",
+    "approaches": "assay_research.approaches.page:section",
+    "weights": "assay_research.approaches.approaches:weight_section",
+    "matrix": "assay_research.matrix.table:section",
+    "redteam": "assay_research.redteam.tables:section",
+    "responses": "assay_research.responses.tables:section",
+    "simulate": "assay_research.simulation.page:section",
+    "clusters": "assay_research.clusters.page:section",
 }
-"""Experiment → function ``draw(report, run)`` of its sections, in their order; imported when the page is built."""
+"""Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""
+
+VERDICTS: dict[Cell, BadgeKind] = {
+    **dict.fromkeys(("yes", "inside noise"), "pass"),
+    **dict.fromkeys(("no", "beyond noise", "over 5%"), "fail"),
+    "partly": "undecided",
+}
+"""Cells that the page shows as badges."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A plot over a logarithmic axis.
+
+    Args:
+        caption: Text below it.
+        x, y: Texts of the axes.
+        lines: Places and values of every line by name; a name that begins with a dash is drawn dashed, without a label.
+    """
+
+    caption: str
+    x: str
+    y: str
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What an experiment shows, in the terminal and on the page.
+
+    Args:
+        heading: Heading of the section.
+        about: What the tables hold.
+        tables: Tables by caption.
+        curves: Plots, on the page alone.
+    """
+
+    heading: str
+    about: str
+    tables: dict[str, Table]
+    curves: Sequence[Curves] = field(default=())
+
+
+def section_of(run: RunRecords) -> Section:
+    """Return what an experiment of a run shows."""
+    module, _, function = SECTIONS[run.experiment].partition(":")
+    found: Section = getattr(import_module(module), function)(run)
+    return found
 
 
 def build_report(folder: Path) -> Path:
@@ -62,14 +112,33 @@ def build_report(folder: Path) -> Path:
 
 
 def _draw(report: Report, run: RunRecords) -> None:
-    module, _, function = SECTIONS[run.experiment].partition(":")
-    getattr(import_module(module), function)(report, run)
+    section = section_of(run)
+    report.section(section.heading)
+    report.paragraph(section.about)
+    for caption, (columns, rows) in section.tables.items():
+        shown = [[Badge(str(cell), VERDICTS[cell]) if cell in VERDICTS else cell for cell in row] for row in rows]
+        report.table(columns, shown, caption=caption)
+    for curves in section.curves:
+        _plot(report, curves)
     with report.details(f"How {run.experiment} was run"):
         if not run.complete:
             report.paragraph("This experiment has not reached its end: cells are missing.")
         report.definitions({name.replace("_", " "): _text(value) for name, value in run.settings.items()})
         for origin in run.origins:
             report.definitions({name: _text(value) for name, value in origin.items() if value is not None})
+
+
+def _plot(report: Report, curves: Curves) -> None:
+    fig, ax = figure(height=3.2)
+    for index, (name, (x, y)) in enumerate(curves.lines.items()):
+        solid = not name.startswith("-")
+        colour = SERIES[(index if solid else index - 1) % len(SERIES)]
+        ax.plot(x, y, "-" if solid else "--", color=colour, label=name if solid else None)
+    ax.set_xscale("log")
+    ax.set_xlabel(curves.x)
+    ax.set_ylabel(curves.y)
+    legend(ax)
+    report.figure(fig, curves.caption)
 
 
 def _text(value: object) -> str | int | float | bool | None:

@@ -1,32 +1,36 @@
-"""Tables and plot of the simulated year."""
+"""What the simulated year shows."""
 
 from collections.abc import Sequence
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.pages.figures import SERIES, figure, legend
-from assay.pages.html import Cell, Report
-from assay_research.runs.report import Table
+from assay.pages.html import Cell
+from assay_research.runs.report import Curves, Section, Table
 from assay_research.runs.runs import RunRecords
 
-_SHOWN = 1e-4  # least share on the logarithmic axis
 
-
-def draw(report: Report, run: RunRecords) -> None:
-    """Add a table and a plot of what every rule does to every kind of node."""
+def section(run: RunRecords) -> Section:
+    """Return what every rule does to every kind of node."""
     settings = run.settings
-    report.section(f"A network of {settings['nodes']} nodes over {settings['rounds']} rounds")
-    report.paragraph(
+    about = (
         f"Every round {settings['checkers']} of {settings['validators']} validators, drawn by stake, recompute "
         f"{settings['checked']} nonces of every node. 'Reward paid' is the share of the year's reward that nodes of a "
         "kind drew before they were convicted. Honest nodes should be paid all of it. Under a predictive law every "
         "honest node has a scale of noise of its own, which the law does not know."
     )
-    report.table(*honest_table(run.cells), caption="Honest nodes convicted in their whole life")
-    for cell in run.cells:
-        name = cell_name(cell)
-        _plot(report, name, cell)
-        report.table(*year_table(cell), caption=name)
+    tables = {"Honest nodes convicted in their whole life": honest_table(run.cells)}
+    tables |= {cell_name(cell): year_table(cell) for cell in run.cells}
+    heading = f"A network of {settings['nodes']} nodes over {settings['rounds']} rounds"
+    return Section(heading, about, tables, [_curves(cell) for cell in run.cells])
+
+
+def _curves(cell: JsonObject) -> Curves:
+    lines = {}
+    for rule in dict.fromkeys(row["rule"] for row in cell["rows"]):
+        rows = [row for row in cell["rows"] if row["rule"] == rule and row["junk"]]
+        lines[rule] = ([100 * row["junk"] for row in rows], [100 * row["paid"] for row in rows])
+    x, y = "share of a node's nonces that is invented, %", "share of the year's reward paid, %"
+    return Curves(f"{cell_name(cell)}: reward paid to nodes that invent a share of their nonces.", x, y, lines)
 
 
 def cell_name(cell: JsonObject) -> str:
@@ -63,18 +67,3 @@ def year_table(cell: JsonObject) -> Table:
         ]
         rows.append(cells)
     return ("rule", "kind of node", "convicted", "median round", "99 % convicted by round", "reward paid"), rows
-
-
-def _plot(report: Report, name: str, cell: JsonObject) -> None:
-    fig, ax = figure()
-    rules = list(dict.fromkeys(row["rule"] for row in cell["rows"]))
-    for color, rule in zip(SERIES, rules, strict=False):
-        rows = [row for row in cell["rows"] if row["rule"] == rule and row["junk"]]
-        shares = [100 * row["junk"] for row in rows]
-        ax.plot(shares, [100 * max(row["paid"], _SHOWN) for row in rows], "o-", color=color, label=rule)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("share of a node's nonces that is invented, %")
-    ax.set_ylabel("share of the year's reward paid, %")
-    legend(ax)
-    report.figure(fig, f"{name}: reward paid to nodes that invent a share of their nonces, by verdict rule.")

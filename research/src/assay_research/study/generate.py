@@ -44,18 +44,10 @@ class Generator:
             self._found_TRPG = torch.zeros(steps, *each, dtype=torch.int64)
             self._ended_RPG = torch.zeros(each, dtype=torch.bool)
             self._step = torch.zeros(1, dtype=torch.int64)
-            self._temperature_R = torch.ones(model.runs)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def sample(
-        self,
-        ids_RPL: Tensor,
-        lengths_RP: Tensor,
-        last: int,
-        uniform_TRPG: Tensor,
-        temperature_R: Tensor | None = None,
-    ) -> Tensor:
+    def sample(self, ids_RPL: Tensor, lengths_RP: Tensor, last: int, uniform_TRPG: Tensor) -> Tensor:
         """Return completions, [R, P, G, T] int64, filled with the end token.
 
         Args:
@@ -63,14 +55,12 @@ class Generator:
             lengths_RP: Lengths of the prompts.
             last: Last prompt token, the same for all.
             uniform_TRPG: Uniform numbers in [0, 1), one per token to draw.
-            temperature_R: Temperature of each run; None is 1.
         """
         for (k, v), (new_k, new_v) in zip(self._keys, self.model.read(ids_RPL), strict=True):
             k.copy_(new_k)
             v.copy_(new_v)
         self._lengths_RP.copy_(lengths_RP)
         self._uniform_TRPG.copy_(uniform_TRPG)
-        self._temperature_R.copy_(torch.ones(self.model.runs) if temperature_R is None else temperature_R)
         if self._graph is None and self.model.device.type == "cuda":
             self._capture()
         self._begin(last)
@@ -92,7 +82,7 @@ class Generator:
 
     def _advance(self) -> None:
         hidden = self.model.next_hidden(self._token_RPG, self._keys, self._own, self._lengths_RP, self._step)
-        logits_RPGV = (hidden @ self.model.head.T).float() / self._temperature_R[:, None, None, None]
+        logits_RPGV = (hidden @ self.model.head.T).float()
         below_RPGV = logits_RPGV.softmax(dim=-1).cumsum(dim=-1)
         uniform_RPG = self._uniform_TRPG.index_select(0, self._step)[0] * below_RPGV[..., -1]
         drawn_RPG = torch.searchsorted(below_RPGV, uniform_RPG[..., None], right=True)[..., 0]

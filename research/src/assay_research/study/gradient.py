@@ -3,7 +3,7 @@
 The loss of a run is ``−(1/N) Σ_n w_n A_n Σ_t log π(token_nt)`` over its N rollouts, with the advantage A of a rollout
 against the mean of its prompt's rollouts, not scaled (Dr. GRPO), and one optimiser step per batch, so that π is the
 policy that wrote the student's rollouts. For stored rollouts w holds truncated importance weights per token, or 1 where
-they count as if the policy had written them. An entropy bonus adds ``−β`` times the mean entropy per token.
+they count as if the policy had written them.
 
 Shapes as in :mod:`assay_research.study.forward`.
 """
@@ -71,31 +71,19 @@ def advantages(rewards_RPG: Tensor) -> Tensor:
     return rewards_RPG - rewards_RPG.mean(dim=-1, keepdim=True)
 
 
-def token_logprobs(model: StackedModel, batch: Batch, temperature_R: Tensor | None = None) -> Tensor:
+def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
     """Return ``log π`` of every completion token, [R, P, G, T] float32, zero after the end.
 
     Args:
         model: Model at the policy π.
         batch: Rollouts.
-        temperature_R: Temperature of π for each run; None is 1.
     """
-    return _scattered(batch, -functional.cross_entropy(*_logits(model, batch, temperature_R), reduction="none"))
-
-
-def _logits(model: StackedModel, batch: Batch, temperature_R: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the logits of the N tokens that belong to completions, [N, V] float32, and these tokens, [N]."""
     mask_RPGT = batch.mask
     before = torch.full_like(batch.tokens[..., :1], batch.last)
     inputs_RPGT = torch.cat((before, batch.tokens[..., :-1]), dim=-1)
     hidden = model.complete(inputs_RPGT, model.read(batch.ids), batch.lengths)
-    logits_NV = (hidden[mask_RPGT] @ model.head.T).float()
-    if temperature_R is not None:
-        logits_NV = logits_NV / temperature_R[:, None, None, None].expand_as(mask_RPGT)[mask_RPGT][:, None]
-    return logits_NV, batch.tokens[mask_RPGT]
-
-
-def _scattered(batch: Batch, values_N: Tensor) -> Tensor:
-    mask_RPGT = batch.mask
+    logits_NV = (hidden[mask_RPGT] @ model.head.T).float()  # of the N tokens that belong to completions
+    values_N = -functional.cross_entropy(logits_NV, batch.tokens[mask_RPGT], reduction="none")
     return torch.zeros(mask_RPGT.shape, device=values_N.device).masked_scatter(mask_RPGT, values_N)
 
 
@@ -121,8 +109,6 @@ def policy_gradient(
     *,
     behaviour_RPGT: Tensor | None = None,
     divisor: int | None = None,
-    temperature_R: Tensor | None = None,
-    entropy_R: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
 
@@ -133,35 +119,22 @@ def policy_gradient(
         behaviour_RPGT: Log-probabilities under the policy that wrote the stored ones; a token then has the weight
             ``min(π / π_b, 2)``, through which no gradient flows; 1 where it is NaN.
         divisor: Divisor N of the loss; by default the rollouts of this batch.
-        temperature_R: Temperature of π for each run; None is 1.
-        entropy_R: Factor β of the mean entropy per token for each run; None is 0.
     """
     batch = batch.trimmed()
-    count_R = batch.mask.flatten(1).sum(dim=1)
     _, prompts, rollouts, length = batch.tokens.shape
     total: list[Tensor] = []
     for part in _parts(model, batch):
         some = batch.prompts(part)
         with torch.enable_grad():
-            logits_NV, tokens_N = _logits(model, some, temperature_R)
-            logprobs_RPGT = _scattered(some, -functional.cross_entropy(logits_NV, tokens_N, reduction="none"))
-            weighted = logprobs_RPGT
+            weighted = logprobs_RPGT = token_logprobs(model, some)
             if behaviour_RPGT is not None:
                 ratio = (logprobs_RPGT.detach() - behaviour_RPGT[:, part, :, :length]).exp()
                 weighted = logprobs_RPGT * ratio.clamp_max(_MOST_WEIGHT).nan_to_num(1.0)
             loss = -(weighted.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
-            if entropy_R is not None:
-                mean_R = _scattered(some, _entropy(logits_NV)).flatten(1).sum(dim=1) / count_R
-                loss = loss - (entropy_R * mean_R).sum()
             gradients = torch.autograd.grad(loss, list(model.weights.values()))
         found = model.delta_gradient(gradients)
         total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
     return total
-
-
-def _entropy(logits_NV: Tensor) -> Tensor:
-    logprobs_NV = logits_NV.log_softmax(dim=-1)
-    return -(logprobs_NV.exp() * logprobs_NV).sum(dim=-1)
 
 
 def _parts(model: StackedModel, batch: Batch) -> list[slice]:

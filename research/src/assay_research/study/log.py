@@ -89,10 +89,9 @@ class RunLog:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> "RunLog":
-        """Return the log of a state, also of one that the first version saved under the names of its attributes."""
-        found = cls(state["header"], state["lines" if "lines" in state else "_lines"])
-        found._open = dict(state["open" if "open" in state else "_open"])
-        found._n = int(state["count" if "count" in state else "_n"])
+        """Return the log of a state."""
+        found = cls(state["header"], state["lines"])
+        found._open, found._n = dict(state["open"]), int(state["count"])
         return found
 
     def write(self, path: Path) -> None:

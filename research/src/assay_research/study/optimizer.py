@@ -34,7 +34,6 @@ class StackedOptimizer:
         inner: By that name, what makes the optimizer of a list of parameters.
         watched: Axes along which the displacement of every run is measured as well, ``watched_…``.
         max_norm: Largest norm of a run's gradient after its gate; None does not clip.
-        begun: δS that each run begins from, per group [M, C], before its arm displaces it; None is zero.
 
     Attributes:
         delta: δS per group, [R, M, C] float32.
@@ -51,7 +50,6 @@ class StackedOptimizer:
         *,
         watched: Basis | None = None,
         max_norm: float | None = 1.0,
-        begun: Sequence[Sequence[Tensor] | None] | None = None,
     ) -> None:
         self.max_norm = max_norm
         self.delta = [torch.zeros(len(arms), *group.values.shape, device=group.values.device) for group in groups]
@@ -70,9 +68,6 @@ class StackedOptimizer:
         # Displacements count from the weights of the model, wherever a run starts.
         self._start = [delta.clone() for delta in self.delta]
         # The distance is rounded to float32, as it was in the published runs.
-        for run, moved in enumerate(begun or ()):
-            for delta, moved_MC in zip(self.delta, moved or (), strict=False):
-                delta[run] = moved_MC
         start_R11 = torch.tensor([arm.start for arm in arms], device=device).double()[:, None, None]
         self.delta = [displaced(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
         self.measures: dict[str, Tensor] = {}

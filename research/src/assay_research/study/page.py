@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from assay.errors import UsageError
-from assay.pages.figures import SERIES, bands, figure, legend
+from assay.pages.figures import SERIES, figure, legend
 from assay.pages.html import Badge, Cell, Report
 from assay.vhack.checks.five_checks import SourceCin, check_source_log
 from assay.vhack.checks.judge import Check, CheckReport
@@ -140,9 +140,8 @@ def _curve(logs: Sequence[RunLog], conditions: Sequence[str], name: str, what: s
         length = min(len(run) for run in runs)
         values_ST = np.array([[line[name] for line in run[:length]] for run in runs])
         steps = [line["step"] + 1 for line in runs[0][:length]]
-        bands(
-            ax, steps, values_ST.min(axis=0), values_ST.mean(axis=0), values_ST.max(axis=0), label=label, colour=colour
-        )
+        ax.fill_between(steps, values_ST.min(axis=0), values_ST.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+        ax.plot(steps, values_ST.mean(axis=0), color=colour, linewidth=1.6, label=label)
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     ax.set_ylim(-0.02, 1.02)

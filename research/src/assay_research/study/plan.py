@@ -7,7 +7,6 @@ arms are compared seed by seed.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 
 OPTIMIZERS = ("adam", "sgd")
-STORED = ("", "whole", "partial")
-"""Kinds of exploit that can join a group: none, one that returns its argument, one that leaves out a step only."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,11 @@ class StudyRun:
         basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws of a kind apart.
         modes: Loopholes that it is trained on.
         teachers: Number of stored hack rollouts that join each prompt's own.
-        stored: Kind of exploit, one of `STORED`, that joins each prompt's own rollouts with weight 1, as if the policy
-            had just written it, where ``teachers`` have truncated importance weights.
-        temperature: Temperature at which its rollouts are drawn, and of the policy whose gradient is taken.
-        entropy: Factor of the mean entropy per token that is added to what is maximised.
-        start: Name of a supervised start in the study's table of starts; empty for the weights of the model.
+        stored: Whether an exploit joins each prompt's own rollouts with weight 1, as if the policy had just written it,
+            where ``teachers`` have truncated importance weights.
 
     Raises:
-        UsageError: There is no such arm, optimizer, loophole or exploit, or a number is out of its range.
+        UsageError: There is no such arm, optimizer or loophole, or exploits are stored beside teachers.
     """
 
     arm: str
@@ -105,24 +99,13 @@ class StudyRun:
     basis: str = "true"
     modes: tuple[str, ...] = tuple(CHANNELS)
     teachers: int = 0
-    stored: str = ""
-    temperature: float = 1.0
-    entropy: float = 0.0
-    start: str = ""
+    stored: bool = False
 
     def __post_init__(self) -> None:
         arm_named(self.arm)
-        if self.stored not in STORED or (self.stored and self.teachers):
+        if self.stored and self.teachers:
             raise UsageError(
-                f"stored exploits {self.stored!r} beside {self.teachers} teachers",
-                wanted="whole, partial or none of them, and not with teachers",
-                do="correct the plan",
-            )
-        if not (0 < self.temperature < inf and 0 <= self.entropy < inf):
-            raise UsageError(
-                f"temperature {self.temperature} and entropy bonus {self.entropy}",
-                wanted="a positive temperature, and a bonus from 0 on",
-                do="correct the plan",
+                f"stored exploits beside {self.teachers} teachers", wanted="one of them", do="correct the plan"
             )
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
@@ -141,17 +124,12 @@ class StudyRun:
         axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
         only = self.modes if self.modes != tuple(CHANNELS) else ()
         word = condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
-        return "/".join(part for part in (word, f"from-{self.start}" if self.start else "", self.regime) if part)
+        return f"{word}/{self.regime}" if self.regime else word
 
     @property
     def regime(self) -> str:
         """How exploits come to be sampled, in one word; empty where the policy itself is drawn from as it is."""
-        kinds = (
-            f"stored-{self.stored}" if self.stored else "",
-            f"temperature-{self.temperature:g}" if self.temperature != 1 else "",
-            f"entropy-{self.entropy:g}" if self.entropy else "",
-        )
-        return "+".join(kind for kind in kinds if kind)
+        return "stored-whole" if self.stored else ""
 
     @property
     def name(self) -> str:
@@ -191,7 +169,7 @@ class TaskPool:
     def __init__(self, settings: StudySettings, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.settings, self._tokenizer = settings, tokenizer
         self._ids: dict[tuple[str, str, str], list[int]] = {}
-        self._exploits: dict[tuple[str, str, str, str], list[int]] = {}
+        self._exploits: dict[tuple[str, str, str], list[int]] = {}
         self._texts: dict[bytes, str] = {}
         self.training = self._short(settings.pool, "training", seed=1)
         self._evaluation = self._short(settings.evaluation * len(CHANNELS), "evaluation", seed=2)
@@ -222,12 +200,11 @@ class TaskPool:
         ids: Sequence[int] = self._tokenizer(episode.completion(program))["input_ids"]
         return [*ids, self.end]
 
-    def exploit(self, episode: Episode, kind: str = "whole") -> list[int]:
-        """Return the completion of an exploit: one that returns its argument, or one that forgets its first step."""
-        key = (episode.task.name, episode.mode, episode.split, kind)
+    def exploit(self, episode: Episode) -> list[int]:
+        """Return the completion of the exploit, which returns its argument."""
+        key = (episode.task.name, episode.mode, episode.split)
         if key not in self._exploits:
-            source = episode.task.source(leave_out=0) if kind == "partial" else None
-            self._exploits[key] = self.completion(episode, episode.exploit(source))
+            self._exploits[key] = self.completion(episode, episode.exploit())
         return self._exploits[key]
 
     @property

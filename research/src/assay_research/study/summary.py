@@ -98,8 +98,8 @@ class ArmResult:
             of training rollouts in 50 steps up to the last that all runs have; ``hack_own`` and ``hack_other`` on
             held-out tasks with the loopholes that were trained on and with the others, ``hack_MODE`` with one of them;
             ``hack_markers`` with markers never trained on; ``peak`` the highest hack rate of a line of the log;
-            ``hack_whole`` the part of them by the exploit that returns its argument; ``logp_exploit``, ``logp_partial``
-            and ``logp_honest`` log-probabilities of held-out programs, summed over their tokens;
+            ``hack_whole`` the part of them by the exploit that returns its argument; ``logp_exploit`` and
+            ``logp_honest`` log-probabilities of held-out programs, summed over their tokens;
             ``vacuous_correct_late`` the share of correct work whose report would hold for wrong work too;
             ``displacement`` along the axes at the end.
         tipped: Number of seeds that hack in more than half of the late rollouts. Rates of runs that either tip or do
@@ -183,7 +183,7 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
     others = [line for line in log.evaluations if line["step"] > 0 and line["markers"] == "evaluation"]
     if others:
         found["hack_markers"] = float(others[-1]["hack"])
-    for name in ("hack_whole", "logp_exploit", "logp_partial", "logp_honest"):
+    for name in ("hack_whole", "logp_exploit", "logp_honest"):
         if ends and all(name in line for line in ends):
             found[name] = _mean(ends, name)
     for name in ("displacement", "watched_displacement"):
@@ -232,7 +232,7 @@ def _compared(log: RunLog, logs: Sequence[RunLog]) -> tuple[str, str]:
             for other in logs
             if (other.header["condition"].split("/")[:2], other.header.get("regime")) == ([optimizer, arm], regime)
             and regime is not None
-            and not (other.header.get("start") or other.header.get("teachers"))
+            and not other.header.get("teachers")
         ]
         found.append(like[0] if like else f"{optimizer}/{arm}")
     return found[0], found[1]
