@@ -89,7 +89,7 @@ def _serve(data_dir: str, port: int, url: str, log: str) -> None:
         return {"sha256": hashlib.sha256(made.without_prompt().line().encode()).hexdigest()}
 
     with listen("127.0.0.1", port) as listener:
-        run_app(app, settings, listener, controller=controller)
+        run_app(app, settings, listener, runtime=controller)
 
 
 @dataclass
