@@ -13,7 +13,6 @@ from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model, load_model
 from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, TokenRecord, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded, without_last_layers
-from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.protocol.record import describe_packing, pack_record, packed_size, unpack_or_nan, unpack_record
 from assay.poc.verdict.judge import residuals
 from assay.streams import DTYPES
@@ -31,13 +30,6 @@ def proof(small_model: Model) -> Proof:
 def bundled(request: pytest.FixtureRequest) -> tuple[Model, Proof]:
     model = load_model(request.param, dtype="float32", device="cpu")
     return model, prove(model, replace(ROUND, model="", seq_len=32), range(32), batch_size=16)
-
-
-def test_the_presets_of_one_forward_pass_are_described_as_before():
-    for name in FORWARD:
-        assert "steps" not in PIPELINES[name].as_dict()
-    assert get_pipeline("decode").as_dict()["steps"] == 256
-    assert set(PIPELINES) - set(FORWARD) == {"decode"}
 
 
 def test_the_name_of_the_preset_says_how_much_is_decoded():
@@ -65,22 +57,6 @@ def test_a_proof_is_read_as_it_was_written(proof: Proof, tmp_path: Path):
     assert len(base64.b64decode(line["sketches"])) == 24
     assert again.footer.valid == 40
     assert np.isnan(again.distances).all()
-
-
-def test_an_interrupted_run_continues_with_the_same_bytes(small_model: Model, proof: Proof, tmp_path: Path):
-    class Stop(Exception):
-        pass
-
-    def stop(done: int, total: int) -> None:
-        if done == 16:
-            raise Stop
-
-    path, whole = tmp_path / "proof.jsonl", tmp_path / "whole.jsonl"
-    with pytest.raises(Stop):
-        prove(small_model, ROUND, range(40), batch_size=16, output=path, progress=stop)
-    prove(small_model, ROUND, range(40), batch_size=16, output=path)
-    proof.save(whole)
-    assert path.read_text(encoding="utf-8").splitlines()[:-1] == whole.read_text(encoding="utf-8").splitlines()[:-1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.protocol.pack import Pack, group_rows
+from assay.poc.protocol.round import Pack, group_rows
 
 SEQ_LEN, BATCH = 8, 8
 

@@ -110,11 +110,6 @@ def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypa
         list(read_jsonl(path))
 
 
-def test_an_empty_file_has_no_records(tmp_path):
-    (tmp_path / "empty").touch()
-    assert list(read_jsonl(tmp_path / "empty")) == []
-
-
 @pytest.mark.parametrize("read", [lambda p: list(read_jsonl(p)), read_json])
 def test_a_missing_file_or_directory_is_a_data_error(tmp_path, read):
     with pytest.raises(DataError, match="No such file"):

@@ -1,15 +1,13 @@
-import errno
 import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from assay.errors import StorageError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.files.storage import PartialFile, check_new_file, storage_error, write_atomic, write_jsonl
+from assay.files.storage import PartialFile, check_new_file, write_atomic, write_jsonl
 
 
 def run_python(code, *arguments):
@@ -167,42 +165,6 @@ def test_a_missing_directory_and_a_directory_in_the_way(tmp_path):
     (tmp_path / "x.partial").mkdir()
     with pytest.raises(StorageError, match="directory"):
         PartialFile(tmp_path / "x")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_a_storage_error(tmp_path):
-    (tmp_path / "x.partial").symlink_to("/dev/full")
-    with PartialFile(tmp_path / "x") as file, pytest.raises(StorageError, match="No space left") as full:
-        file.append({"nonce": 0})
-    assert "free some space" in full.value.do
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_file_size_limit_leaves_a_file_that_resumes(tmp_path):
-    code = """
-        import resource, sys
-        from assay.errors import StorageError
-        from assay.files.storage import PartialFile
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        with PartialFile(sys.argv[1]) as file:
-            try:
-                for nonce in range(100):
-                    file.append({"nonce": nonce})
-            except StorageError as error:
-                print(error)
-    """
-    path = tmp_path / "proof.jsonl"
-    assert "File too large" in run_python(code, str(path)).stdout
-    assert path.with_name("proof.jsonl.partial").stat().st_size == 100
-    with PartialFile(path) as file:
-        assert len(file.recover()) == 8
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOENT, errno.EIO])
-def test_storage_errors_say_what_to_do(tmp_path, code):
-    error = storage_error(tmp_path / "x", OSError(code, "raw"))
-    assert os.strerror(code) in error.seen
-    assert error.do
 
 
 def test_write_atomic_replaces_in_one_step(tmp_path):

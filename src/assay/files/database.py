@@ -109,7 +109,7 @@ class Database:
         """Open a transaction that is on disk when the block ends, or has changed nothing.
 
         Raises:
-            StorageError: There is no room, the file cannot be written, or it is no longer in its place.
+            StorageError: The disk is full, the file cannot be written, or it is no longer in its place.
         """
         self._check_place()
         # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
@@ -230,7 +230,7 @@ def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
         flag: Flag that names another place, for errors.
 
     Raises:
-        StorageError: It cannot be read, or is no SQLite file.
+        StorageError: The file cannot be read, or is no SQLite file.
     """
     with _three_parts(path, flag):
         connection = _connect_to_read(path)

@@ -113,7 +113,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file, replacing an older one in one step; on failure the older one is untouched.
 
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The file cannot be written.
     """
     path = Path(path)
     _refuse_other_kinds(path)
@@ -134,7 +134,7 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
 
     Raises:
         UsageError: A record is not JSON.
-        StorageError: It cannot be written.
+        StorageError: The file cannot be written.
     """
     write_atomic(path, "".join(dumps(record) + "\n" for record in records))
 
@@ -144,7 +144,7 @@ def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = Fal
 
     Raises:
         UsageError: The file exists and ``overwrite`` is not set.
-        StorageError: It cannot be written.
+        StorageError: The file cannot be written.
     """
     with PartialFile(path, overwrite=overwrite) as out:
         out.restart()

@@ -29,7 +29,7 @@ def parse_toml(text: str) -> JsonObject:
     """Return the tables of a text in TOML.
 
     Raises:
-        ValueError: It is not TOML, or has a whole number beyond those of TOML: Python reads any that is written in
+        ValueError: The text is not TOML, or has a whole number beyond those of TOML: Python reads any written in
             hexadecimal digits, and cannot show it. RecursionError means that it is nested too deeply.
     """
     tables = tomllib.loads(text)

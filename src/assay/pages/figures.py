@@ -102,21 +102,6 @@ def histogram_over_density(
     ax.set_ylabel("density")
 
 
-def bands(
-    ax: "Axes",
-    x: npt.ArrayLike,
-    lower: npt.ArrayLike,
-    mid: npt.ArrayLike,
-    upper: npt.ArrayLike,
-    *,
-    label: str | None = None,
-    colour: str = SERIES[0],
-) -> None:
-    """Draw a line with the band of its uncertainty; all four of shape [N], in the units of the axes."""
-    ax.fill_between(np.asarray(x), np.asarray(lower), np.asarray(upper), color=colour, alpha=0.18, linewidth=0)
-    ax.plot(np.asarray(x), np.asarray(mid), color=colour, linewidth=1.6, label=label)
-
-
 def heatmap(
     ax: "Axes",
     matrix: npt.ArrayLike,

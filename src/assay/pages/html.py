@@ -132,7 +132,7 @@ class Report:
         """Write the page, complete or not at all.
 
         Raises:
-            StorageError: It cannot be written.
+            StorageError: The file cannot be written.
         """
         write_atomic(path, self.render())
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,9 +30,6 @@ Array: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Formats of normals and of weights. The two short ones are the float32 values rounded once, to nearest even."""
-
-STORED_DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))
-"""Each of :data:`DTYPES` by the name that the header of a safetensors file has for it."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -150,23 +147,19 @@ class Backend:
 
     def hashes(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n hashes of each stream, uint32 ``[B, n]``."""
-        with self._room_for(n):
-            return self._hashes(_single(seeds_B), _count(n))
+        return self._make(self._hashes, seeds_B, n)
 
     def uniforms(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
-        with self._room_for(n):
-            return self._uniforms(_single(seeds_B), _count(n))
+        return self._make(self._uniforms, seeds_B, n)
 
     def signs(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n signs of each stream, int8 ``[B, n]``: +1 where the uniform is above 0.5, else -1."""
-        with self._room_for(n):
-            return self._signs(_single(seeds_B), _count(n))
+        return self._make(self._signs, seeds_B, n)
 
     def permutations(self, seeds_B: Seeds, n: int) -> Array:
         """Return a permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
-        with self._room_for(n):
-            return self._permutations(_single(seeds_B), _count(n))
+        return self._make(self._permutations, seeds_B, n)
 
     def picks(self, seeds_B: Seeds, n: int, k: int) -> Array:
         """Choose k indices below n for each stream, int64 ``[B, k]``: those of the k smallest hashes, smallest first.
@@ -199,8 +192,7 @@ class Backend:
 
         The token with the largest sum of logit and number is a sample of the softmax of the logits.
         """
-        with self._room_for(n):
-            return self._gumbels(_single(seeds_B), _count(n))
+        return self._make(self._gumbels, seeds_B, n)
 
     def add_gumbels(self, scores_RV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
         """Add the Gumbel numbers of a stream to every row, in place.
@@ -273,6 +265,10 @@ class Backend:
             )
         with self._room_for(x_BD.shape[1]):
             return self._reflected(x_BD, checked_BR)
+
+    def _make(self, make: Callable[[UInts, int], Array], seeds_B: Seeds, n: int) -> Array:
+        with self._room_for(n):
+            return make(_single(seeds_B), _count(n))
 
     @contextmanager
     def _room_for(self, n: int) -> Iterator[None]:
@@ -474,7 +470,7 @@ def selftest(backend: Backend) -> dict[str, str]:
     """Return SHA-256 of three streams of every kind and dtype, by name: :data:`SELFTEST_EXPECTED` if all is right.
 
     Raises:
-        OutOfMemory: There is no room for a megabyte.
+        OutOfMemory: The device has no room for a megabyte.
     """
     plain, strong = seeds(_TEXTS), seeds(_TEXTS, strength=256)
     streams = {

@@ -1,26 +1,7 @@
 import pytest
 
 from assay.errors import UsageError
-from assay.poc import PIPELINES, get_pipeline
-
-
-def test_every_approach_of_the_published_tables_is_a_row():
-    assert set(PIPELINES) == {
-        "poc-2.0",
-        "artifact",
-        "hardened",
-        "decode",
-        "permutation",
-        "logit-reflections",
-        "logit-signs",
-        "layer-signs",
-        "layer-signs-permutation",
-        "hidden-reflections",
-        "random-head",
-        "end-normalize",
-        "layer-normalize",
-        "layer-reflections",
-    }
+from assay.poc import get_pipeline
 
 
 def test_presets_are_what_the_network_runs():
@@ -35,10 +16,6 @@ def test_presets_are_what_the_network_runs():
         ("unit", 0),
     ]
     assert (artifact.output, artifact.vector_size, artifact.output_size(256, 4096)) == ("vector", 12, 12)
-
-
-def test_sign_flips_is_another_name():
-    assert get_pipeline("sign-flips") is get_pipeline("poc-2.0")
 
 
 def test_output_size_follows_the_head():

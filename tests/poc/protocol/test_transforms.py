@@ -33,7 +33,7 @@ def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, d
 NO_SIGNS = replace(PIPELINES["poc-2.0"], name="without signs", hidden=PIPELINES["poc-2.0"].hidden[1:])
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("numpy", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", VECTORS["seed_distance"], ids=lambda r: f"{r['block_hash']}-{r['nonce']}-{r['dim']}")
 def test_distance_equals_the_known_answer(row, backend, monkeypatch):
     chosen = streams.get_backend(backend)
@@ -101,15 +101,14 @@ def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
         assert ((whole >= 0) & (whole <= 2)).all()
 
 
-@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("preset", FORWARD)
-def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(preset, odd, round_):
+def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(preset, round_):
     transform, states = make(round_, preset, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     expected = transform(states, range(8))
-    states[3, 5] = odd
+    states[[1, 3, 6], 5] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     found = transform(states, range(8))
-    assert found[3].isnan().all()
-    others = [0, 1, 2, 4, 5, 6, 7]
+    assert found[[1, 3, 6]].isnan().all()
+    others = [0, 2, 4, 5, 7]
     assert torch.equal(found[others], expected[others])
 
 

@@ -77,12 +77,6 @@ def test_history_may_differ_by_row():
     np.testing.assert_array_equal(found.numpy(), scores(raw, sampling, seeds, prompt_V=prompt, counts_NV=counts))
 
 
-def test_logits_in_bfloat16_are_those_numbers():
-    raw, seeds = torch.from_numpy(logits(5, VOCABULARY)).bfloat16(), SEED.step_seeds(range(5))
-    found = Sampler([Sampling()], VOCABULARY, "cpu").scores(raw, seeds)
-    np.testing.assert_array_equal(found.numpy(), scores(raw.float().numpy(), Sampling(), seeds))
-
-
 def test_the_logits_are_left_alone():
     raw = torch.from_numpy(logits(len(SETTINGS), VOCABULARY))
     before = raw.clone()
@@ -156,16 +150,6 @@ def test_a_million_draws_are_those_of_ordinary_sampling(name: str):
 def test_a_million_draws_would_show_another_temperature():
     drawn, raw = draws(Sampling())
     assert p_value(drawn, expected(raw, Sampling(temperature=1.01))) < 1e-6
-
-
-def test_draws_of_different_responses_are_independent():
-    """The tokens of two requests with the same logits agree as often as chance has it."""
-    raw = torch.zeros((50_000, 8))
-    other = ResponseSeed(user_seed="u", request_id="s", public_key="K", digest="0" * 64, block_hash="B")
-    sampler = Sampler([Sampling()], 8, "cpu")
-    one, two = (sampler.scores(raw, seed.step_seeds(range(50_000))).argmax(dim=1) for seed in (SEED, other))
-    assert stats.binomtest(int((one == two).sum()), 50_000, 1 / 8).pvalue > 1e-3
-    assert stats.binomtest(int((one[1:] == one[:-1]).sum()), 49_999, 1 / 8).pvalue > 1e-3
 
 
 def test_shapes_that_do_not_fit_are_refused():

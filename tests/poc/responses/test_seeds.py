@@ -18,10 +18,6 @@ def test_the_text_is_that_of_the_format():
     assert SEED.text_of("sketch") == SEED.text.replace("6:tokens", "6:sketch")
 
 
-def test_lengths_are_those_of_utf_8():
-    assert "4:ñé" in ResponseSeed(**FIELDS | {"user_seed": "ñé"}).text
-
-
 def test_words_are_those_of_sha_256():
     digest = hashlib.sha256(SEED.text.encode()).digest()
     assert SEED.words().tolist() == [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)]

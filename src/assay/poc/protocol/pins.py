@@ -189,7 +189,7 @@ class Pins:
         """Return whether a claim of a header agrees with a value that is pinned; the engine is compared elsewhere."""
         wanted = getattr(self, name)
         if name == "nonces":
-            return _are(header, wanted)
+            return _equal(wanted, list(header.all_nonces()))
         if name == "fewest_nonces":  # a set of nonces that is pinned may be any
             return self.nonces is not None or _in_a_row(header, wanted)
         return name in ("builds", "prover_dtype") or bool(_named(name, claim) == wanted)
@@ -224,10 +224,6 @@ def _in_a_row(header: Header, fewest: int) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Sequence) and not isinstance(one, str):
+    if hasattr(one, "__len__") and not isinstance(one, str):  # a numpy array too
         return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
     return bool(one == other)
-
-
-def _are(header: Header, nonces: Sequence[int]) -> bool:
-    return len(nonces) == header.count and all(a == b for a, b in zip(nonces, header.all_nonces(), strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -32,9 +32,6 @@ from assay.poc.protocol.builds import ANY, Build
 from assay.poc.protocol.pins import DIGEST, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
-
-# --------------------------------------------------------------------------------------------------
-# The tables of ``pins.toml``, and what is said where one of them is wrong. docs/pins.md describes every key.
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
@@ -132,16 +129,8 @@ class PinnedFile(Table):
         Raises:
             DataError: The file cannot be read, or is longer than a calibration.
         """
-        return cls(file=os.path.relpath(path, folder), sha256=sha256_of(path))
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a calibration file in hex.
-
-    Raises:
-        DataError: The file cannot be read, or is longer than a calibration.
-    """
-    return hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
+        digest = hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
+        return cls(file=os.path.relpath(path, folder), sha256=digest)
 
 
 class ModelPins(Table):
@@ -194,42 +183,33 @@ def _unfilled(value: Any, place: str = "") -> Iterator[str]:
         yield place
 
 
-def fault_of(kind: type[BaseModel], error: ValidationError, path: str | Path) -> DataError:
+def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     """Return the first fault of a file in three parts, naming the key by its place."""
     faults = error.errors(include_url=False)
-    fault = next(
-        (fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0]
-    )  # a mistyped key misses as well
-    place = ""
-    table: type[BaseModel] | None = kind
-    for step in fault["loc"]:
-        if isinstance(step, int):
-            place += f"[{step}]"
-            continue
-        if table is None:
-            break  # the words of a union, which are no keys
-        place += f".{step}" if place else step
-        kind, table = table, _table_of(table.model_fields[step].annotation) if step in table.model_fields else None
-    name, known = str(place.rpartition(".")[2]), list(kind.model_fields)
-    if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, known, n=1)
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]  # a mistyped key misses as well
+    fault = (unknown or faults)[0]
+    tables: dict[Any, type[BaseModel]] = {
+        "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build, "calibrations": PinnedFile
+    }  # fmt: skip
+    steps = list(fault["loc"])
+    table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
+    while not unknown and isinstance(steps[-1], str) and steps[-1] not in table.model_fields:
+        steps.pop()  # the words of a union, which are no keys
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    name = place.rpartition(".")[2]
+    if unknown:
+        near = get_close_matches(name, table.model_fields, n=1)
         return DataError(
             f"{path}: unknown key {place}",
-            wanted="one of " + ", ".join(known),
+            wanted="one of " + ", ".join(table.model_fields),
             do=f"did you mean {near[0]}?" if near else "remove it",
         )
     if fault["type"] == "missing":
-        do = f'write it; {name} = "*" allows any' if kind is Build and name != "dtype" else "write it: see docs/pins.md"
+        free = table is Build and name != "dtype"
+        do = f'write it; {name} = "*" allows any' if free else "write it: see docs/pins.md"
         return DataError(f"{path}: no {place}", wanted="a value for it", do=do)
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return DataError(f"{path}: {place} is {fault['input']!r:.60}", wanted=wanted, do="correct it: see docs/pins.md")
-
-
-def _table_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the kind of table that a field holds, alone or in a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _table_of(part))), None)
 
 
 class NetworkPins(Table):
@@ -282,7 +262,7 @@ class NetworkPins(Table):
         try:
             read = cls.model_validate(values)
         except ValidationError as error:
-            raise fault_of(cls, error, path) from None
+            raise _fault_of(error, path) from None
         except AssayError as error:
             raise DataError(f"{path}: {error.seen}", wanted=error.wanted, do=error.do) from None
         read._path = Path(path)
@@ -453,10 +433,10 @@ class NetworkPins(Table):
         """
         for pinned in model.calibrations:
             path = self._path.parent / pinned.file
-            found = sha256_of(path)
-            if found != pinned.sha256:
+            found = PinnedFile.of(path, path.parent)
+            if found.sha256 != pinned.sha256:
                 raise DataError(
-                    f"{path} has the SHA-256 {found[:12]}…",
+                    f"{path} has the SHA-256 {found.sha256[:12]}…",
                     wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins",
                     do="fetch the file that the network agreed on, or agree on this one and pin it",
                 )
@@ -472,9 +452,6 @@ def _refuse_doubles(what: str, values: list[tuple[Any, ...]]) -> None:
                 do="remove the others",
             )
 
-
-# --------------------------------------------------------------------------------------------------
-# Write ``pins.toml``: tables as text, in which what is not known yet is marked as required.
 
 HEAD = f"""\
 # What the network agreed on. docs/pins.md describes every key.
@@ -505,14 +482,8 @@ def pins_text(tables: Iterable[tuple[str, Mapping[str, object]]]) -> str:
     lines = [HEAD]
     for name, values in tables:
         lines += ["", name]
-        lines += [f"{key} = {_toml(value)}{_required(key, value)}" for key, value in values.items()]
+        for key, value in values.items():
+            # Texts of TOML are those of JSON, but for one control character that JSON does not escape.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{key} = {text}" + (f"  # required: {BUILD_FIELDS[key]}" if value == UNFILLED else ""))
     return "\n".join([*lines, ""])
-
-
-def _required(key: str, value: object) -> str:
-    return f"  # required: {BUILD_FIELDS[key]}" if value == UNFILLED else ""
-
-
-def _toml(value: object) -> str:
-    """Write a value as TOML, whose texts are those of JSON but for one control character that JSON does not escape."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,16 +1,16 @@
 """A complete proof: what a node hands in and a validator reads."""
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from typing_extensions import override
 
 from assay.errors import AssayError, ProofFormatError, UsageError
 from assay.files.jsonl import dumps
@@ -24,6 +24,7 @@ from assay.poc.protocol.record import (
     Footer,
     Header,
     Record,
+    StrictFile,
     TokenRecord,
     VectorRecord,
     check_fields,
@@ -33,7 +34,6 @@ from assay.poc.protocol.record import (
     is_distance,
     is_valid,
     line_error,
-    numbered_lines,
     parse_footer,
     parse_line,
 )
@@ -51,7 +51,7 @@ _FIELDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Proof:
+class Proof(StrictFile):
     """A complete proof."""
 
     header: Header
@@ -84,30 +84,9 @@ class Proof:
         ends = dumps(self.header.as_dict()), dumps(self.footer.as_dict())
         write_lines(path, [ends[0], *map(self.header.line, self.records), ends[1]], overwrite=overwrite)
 
+    @override
     @classmethod
-    def load(cls, path: str | Path) -> "Proof":
-        """Read and check a proof file.
-
-        Raises:
-            ProofFormatError: The file is not a complete, consistent proof; the message names the line.
-        """
-        return cls._read(path, numbered_lines(path))
-
-    @classmethod
-    def parse(cls, source: str, content: bytes) -> "Proof":
-        """Read and check a proof that is in memory.
-
-        Args:
-            source: Name of the proof, for errors.
-            content: Bytes of its file.
-
-        Raises:
-            ProofFormatError: The content is not a complete, consistent proof; the message names the line.
-        """
-        return cls._read(source, enumerate(io.BytesIO(content), start=1))
-
-    @classmethod
-    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Proof":
+    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
         if not line:
             raise line_error(path, number, "the file is empty", "a proof", "check the path, or fetch the file again")
@@ -129,7 +108,7 @@ class Proof:
         return proof
 
     @classmethod
-    def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> "Proof":
+    def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> Self:
         """Return the proof of these records, with the footer that follows from them.
 
         Args:

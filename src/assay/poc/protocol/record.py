@@ -11,13 +11,14 @@ proof, spaces and the order of keys included, is an error that names the line.
 
 import base64
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from scipy import stats as distributions
@@ -27,9 +28,6 @@ from assay.errors import DataError, ProofFormatError, ProofMismatch
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
-
-# --------------------------------------------------------------------------------------------------
-# How lines of untrusted files are read: exactly the known fields, in exactly the bytes in which they are written.
 
 T = TypeVar("T")
 _DO = "ask the node for it again"
@@ -81,16 +79,37 @@ def parse_footer(line: Any, kind: Callable[..., T]) -> T:
     return kind(**values)
 
 
-def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers, from 1.
+class StrictFile:
+    """A file of JSON Lines that is read strictly: a header, one line for each record, and a footer."""
 
-    Raises:
-        ProofFormatError: The file cannot be read, or a line is too long.
-    """
-    try:
-        yield from read_lines(path)
-    except DataError as error:
-        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and check a file.
+
+        Raises:
+            ProofFormatError: The file cannot be read, or is not complete and consistent; the message names the line.
+        """
+        try:
+            return cls._read(path, read_lines(path))
+        except DataError as error:
+            raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
+
+    @classmethod
+    def parse(cls, source: str, content: bytes) -> Self:
+        """Read and check a file that is in memory.
+
+        Args:
+            source: Name of the file, for errors.
+            content: Bytes of the file.
+
+        Raises:
+            ProofFormatError: The content is not complete and consistent; the message names the line.
+        """
+        return cls._read(source, enumerate(io.BytesIO(content), start=1))
+
+    @classmethod
+    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
+        raise NotImplementedError
 
 
 def parse_line(
@@ -100,6 +119,7 @@ def parse_line(
     parse: Callable[[Any], T],
     write: Callable[[T], str],
     most: Mapping[bytes, int] = MOST_PARTS,
+    longest: int | None = None,
 ) -> T:
     """Parse a line and refuse it if the value would be written in other bytes.
 
@@ -111,10 +131,13 @@ def parse_line(
         write: Function that writes the value as canonical JSON.
         most: Number of times that a character may be in the line. Values take many times the room of their text, so
             they are counted before any is made.
+        longest: Number of bytes that the line may have; any where None.
 
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.
     """
+    if longest is not None and len(line) > longest:
+        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
     for character, times in most.items():
         if (count := line.count(character)) > times:
             raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
@@ -403,7 +426,7 @@ def decode_vector(text: object, size: int) -> np.ndarray:
     Raises:
         ProofFormatError: The value is not a string, not base64, of another length, or not finite.
     """
-    return _floats(_decoded(text, 2 * size, "a vector", f"{size} finite little-endian float16 values"))
+    return _read_floats(_decode(text, 2 * size, "a vector", f"{size} finite little-endian float16 values"))
 
 
 def decode_tokens(text: object, size: int) -> np.ndarray:
@@ -412,7 +435,7 @@ def decode_tokens(text: object, size: int) -> np.ndarray:
     Raises:
         ProofFormatError: The value is not a string, not base64, or of another length.
     """
-    raw = _decoded(text, 4 * size, "tokens", f"{size} little-endian uint32 values")
+    raw = _decode(text, 4 * size, "tokens", f"{size} little-endian uint32 values")
     return np.frombuffer(raw, dtype="<u4").astype(np.uint32)
 
 
@@ -432,9 +455,9 @@ def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
     """
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
-    raw = _decoded(text, packed_size(pipeline), "tokens with sketches", f"{packed_size(pipeline)} bytes")
+    raw = _decode(text, packed_size(pipeline), "tokens with sketches", f"{packed_size(pipeline)} bytes")
     tokens = np.frombuffer(raw, dtype="<u4", count=pipeline.steps).astype(np.uint32)
-    return TokenRecord(nonce, tokens, _floats(raw[4 * pipeline.steps :]).reshape(-1, pipeline.vector_size))
+    return TokenRecord(nonce, tokens, _read_floats(raw[4 * pipeline.steps :]).reshape(-1, pipeline.vector_size))
 
 
 def packed_size(pipeline: Pipeline) -> int:
@@ -459,7 +482,8 @@ def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
 
 
-def _decoded(text: object, size: int, what: str, wanted: str) -> bytes:
+def _decode(text: object, size: int, what: str, wanted: str) -> bytes:
+    """Return the bytes that a base64 string stands for."""
     try:
         if not isinstance(text, str):
             raise ValueError(f"a {type(text).__name__}")
@@ -467,16 +491,13 @@ def _decoded(text: object, size: int, what: str, wanted: str) -> bytes:
         if len(raw) != size:
             raise ValueError(f"{len(raw)} bytes")
     except ValueError as error:
-        raise _undecodable(what, str(error), wanted) from None
+        raise format_error(f"{what} that is {error}", f"base64 of {wanted}") from None
     return raw
 
 
-def _floats(raw: bytes) -> np.ndarray:
+def _read_floats(raw: bytes) -> np.ndarray:
     vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
     if not np.isfinite(vector).all():
-        raise _undecodable("a vector", "NaN or infinity", f"{vector.size} finite little-endian float16 values")
+        wanted = f"base64 of {vector.size} finite little-endian float16 values"
+        raise format_error("a vector that is NaN or infinity", wanted)
     return vector
-
-
-def _undecodable(what: str, seen: str, wanted: str) -> ProofFormatError:
-    return format_error(f"{what} that is {seen}", f"base64 of {wanted}")

@@ -184,7 +184,7 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
     """Return the digest of the checkpoint of all receipts.
 
     Raises:
-        UsageError: They are of several.
+        UsageError: The receipts are of several checkpoints.
     """
     digests = {header.digest for header in headers}
     if len(digests) != 1:

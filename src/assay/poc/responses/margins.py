@@ -41,6 +41,11 @@ _NEGLIGIBLE = 25.0  # in natural logarithms
 _SQUARINGS = 12  # in a row, each of which doubles the error of float32: less than the step of float16 in the end
 
 
+def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Return how far every score is below the best one under the same noise; infinite for a token that is not kept."""
+    return s_NV.amax(dim=1, keepdim=True) - s_NV
+
+
 @dataclass(frozen=True, eq=False)
 class Margins:
     """What the tokens of one response show.
@@ -98,40 +103,6 @@ def measure_margins(
     if not margins:
         return Margins(np.zeros(0, np.float32), np.zeros((0, COLUMNS)))
     return Margins(np.concatenate(margins), round_profiles(np.concatenate(profiles)))
-
-
-def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
-    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border of top-p.
-
-    A border that is drawn too near makes tokens impossible that an honest node may take. The others have at most the
-    smallest logit of the likeliest, which bounds their sum.
-    """
-    known_N = (l_NV > -math.inf).sum(dim=1)
-    if sampling.greedy or sampling.top_p == 1 or 0 < sampling.top_k < int(known_N.min()):
-        return
-    sorted_NV = (l_NV.double() / sampling.temperature).sort(dim=1, descending=True).values
-    weights_NV = (sorted_NV - sorted_NV[:, :1]).exp()
-    weights_NV = torch.where(weights_NV < sampling.min_p, 0.0, weights_NV)
-    # The claimed token is given wherever it stands: the last but one bounds those that were not given.
-    smallest_N = weights_NV.gather(1, (known_N - 2).clamp(min=0)[:, None])[:, 0]
-    others_N = (l_NV.shape[1] - known_N) * smallest_N
-    sums_NV = weights_NV.cumsum(dim=1)
-    near_N, far_N = (
-        (sums_NV < sampling.top_p * total_N[:, None]).sum(dim=1)
-        for total_N in (sums_NV[:, -1], sums_NV[:, -1] + others_N)
-    )
-    if not torch.equal(near_N, far_N):
-        raise UsageError(
-            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of which the engine gave "
-            f"{int(known_N.min())} of {l_NV.shape[1]} logits",
-            wanted="the logits of all tokens that top-p adds up",
-            do="replay it with --engine hf",
-        )
-
-
-def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Return how far every score is below the best one under the same noise; infinite for a token that is not kept."""
-    return s_NV.amax(dim=1, keepdim=True) - s_NV
 
 
 def compute_gaps(
@@ -194,6 +165,35 @@ def _borders(
         enter_NV = torch.maximum(enter_NV, torch.where(kept_NV, 0.0, outside))
         leave_NV = torch.minimum(leave_NV, inside)
     return torch.where(kept_NV, 0.0, enter_NV), leave_NV.clamp(min=0)
+
+
+def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
+    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border of top-p.
+
+    A border that is drawn too near makes tokens impossible that an honest node may take. The others have at most the
+    smallest logit of the likeliest, which bounds their sum.
+    """
+    known_N = (l_NV > -math.inf).sum(dim=1)
+    if sampling.greedy or sampling.top_p == 1 or 0 < sampling.top_k < int(known_N.min()):
+        return
+    sorted_NV = (l_NV.double() / sampling.temperature).sort(dim=1, descending=True).values
+    weights_NV = (sorted_NV - sorted_NV[:, :1]).exp()
+    weights_NV = torch.where(weights_NV < sampling.min_p, 0.0, weights_NV)
+    # The claimed token is given wherever it stands: the last but one bounds those that were not given.
+    smallest_N = weights_NV.gather(1, (known_N - 2).clamp(min=0)[:, None])[:, 0]
+    others_N = (l_NV.shape[1] - known_N) * smallest_N
+    sums_NV = weights_NV.cumsum(dim=1)
+    near_N, far_N = (
+        (sums_NV < sampling.top_p * total_N[:, None]).sum(dim=1)
+        for total_N in (sums_NV[:, -1], sums_NV[:, -1] + others_N)
+    )
+    if not torch.equal(near_N, far_N):
+        raise UsageError(
+            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of which the engine gave "
+            f"{int(known_N.min())} of {l_NV.shape[1]} logits",
+            wanted="the logits of all tokens that top-p adds up",
+            do="replay it with --engine hf",
+        )
 
 
 def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:

@@ -10,16 +10,16 @@ is refused before it is parsed if it is longer, or has more parts, than any rece
 
 import copy
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
@@ -28,12 +28,12 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import parse_model
 from assay.poc.protocol.record import (
     Fingerprint,
+    StrictFile,
     check_fields,
     decode_vector,
     encode_vector,
     format_error,
     line_error,
-    numbered_lines,
     parse_footer,
     parse_line,
 )
@@ -299,9 +299,6 @@ def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
         raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(words), do=f"correct {name}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of receipts: written line by line, read strictly.
-
 T = TypeVar("T")
 
 LONGEST_LINE = 2**25
@@ -321,7 +318,7 @@ FIELDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Receipts:
+class Receipts(StrictFile):
     """A complete file of receipts."""
 
     header: ReceiptHeader
@@ -329,7 +326,7 @@ class Receipts:
     footer: ReceiptFooter
 
     @classmethod
-    def build(cls, header: ReceiptHeader, receipts: Sequence[Receipt], seconds: float) -> "Receipts":
+    def build(cls, header: ReceiptHeader, receipts: Sequence[Receipt], seconds: float) -> Self:
         """Return a complete file of these receipts, with the footer that follows from them.
 
         Raises:
@@ -346,33 +343,12 @@ class Receipts:
         Raises:
             StorageError: The file cannot be written.
         """
-        parts = (self.header, *self.receipts, self.footer)
-        write_lines(path, (part.line() for part in parts), overwrite=overwrite)
+        lines = [self.header.line(), *(receipt.line() for receipt in self.receipts), self.footer.line()]
+        write_lines(path, lines, overwrite=overwrite)
 
+    @override
     @classmethod
-    def load(cls, path: str | Path) -> "Receipts":
-        """Read and check a file of receipts.
-
-        Raises:
-            ProofFormatError: The file is not complete and consistent; the message names the line.
-        """
-        return cls._read(path, numbered_lines(path))
-
-    @classmethod
-    def parse(cls, source: str, content: bytes) -> "Receipts":
-        """Read and check receipts that are in memory.
-
-        Args:
-            source: Name of the file, for errors.
-            content: Bytes of the file.
-
-        Raises:
-            ProofFormatError: The content is not complete and consistent; the message names the line.
-        """
-        return cls._read(source, enumerate(io.BytesIO(content), start=1))
-
-    @classmethod
-    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> "Receipts":
+    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
         if not line:
             raise line_error(path, number, "the file is empty", "receipts", "check the path, or fetch it again")
@@ -384,9 +360,8 @@ class Receipts:
             if footer is not None:
                 raise line_error(path, number, "a line after the footer", "the end of the file")
             if line.startswith(b'{"footer":'):
-                footer = _bounded_line(
-                    path, number, line, partial(parse_footer, kind=ReceiptFooter), ReceiptFooter.line
-                )
+                read = partial(parse_footer, kind=ReceiptFooter)
+                footer = parse_line(path, number, line, read, ReceiptFooter.line, MOST_PARTS, LONGEST_LINE)
                 wanted = tally.footer(footer.seconds)
                 if footer != wanted:
                     seen = f"a footer that does not fit the receipts: {line[:300]!r}"
@@ -474,20 +449,12 @@ def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.
     """
-    return _bounded_line(source, number, line, _parse_receipt, Receipt.line)
+    return parse_line(source, number, line, _parse_receipt, Receipt.line, MOST_PARTS, LONGEST_LINE)
 
 
 def parse_header(line: bytes, *, source: str | Path = "receipts", number: int = 1) -> ReceiptHeader:
     """Read the header line of a file of receipts; arguments and errors are those of :func:`parse_receipt`."""
-    return _bounded_line(source, number, line, _parse_header, ReceiptHeader.line)
-
-
-def _bounded_line(
-    path: str | Path, number: int, line: bytes, parse: Callable[[Any], T], write: Callable[[T], str]
-) -> T:
-    if len(line) > LONGEST_LINE:
-        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {LONGEST_LINE}")
-    return parse_line(path, number, line, parse, write, MOST_PARTS)
+    return parse_line(source, number, line, _parse_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE)
 
 
 def _parse_header(line: Any) -> ReceiptHeader:
@@ -522,10 +489,6 @@ def _parse_receipt(line: Any) -> Receipt:
     for name in ("output", "sketches"):
         if not isinstance(line[name], list):
             raise format_error(f"{name} is {line[name]!r:.60}", "a list")
-    output = line["output"]
-    wanted = len(sketch_steps(len(output)))
-    if len(line["sketches"]) not in (0, wanted):
-        raise format_error(f"{len(line['sketches'])} sketches for {len(output)} tokens", f"{wanted}, or no sketches")
     sketches = [decode_vector(sketch, SKETCH_SIZE) for sketch in line["sketches"]]
     values = {name: line[name] for name in FIELDS - {"sampling", "prompt", "output", "sketches"}}
     return _made(
@@ -534,17 +497,15 @@ def _parse_receipt(line: Any) -> Receipt:
             sampling=None if line["sampling"] is None else _parse_sampling(line["sampling"]),
             prompt=_parse_prompt(line["prompt"]),
             adapter=None if adapter is None else Adapter(**adapter),
-            output=tuple(output),
+            output=tuple(line["output"]),
             sketches=np.array(sketches, dtype=np.float16).reshape(-1, SKETCH_SIZE),
         )
     )
 
 
 def _parse_prompt(value: Any) -> Prompt:
-    if isinstance(value, dict) and "ids" in value:
+    if isinstance(value, dict) and isinstance(value.get("ids"), list):
         check_fields(value, {"ids"}, "the prompt")
-        if not isinstance(value["ids"], list):
-            raise format_error(f"ids of a prompt are {value['ids']!r:.60}", "a list of token ids")
         return Prompt.of(value["ids"])
     check_fields(value, {"sha256", "tokens"}, "the prompt")
     return Prompt(value["sha256"], value["tokens"])

@@ -241,9 +241,6 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
     raise UsageError(f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do)
 
 
-# --------------------------------------------------------------------------------------------------
-# The seed of a response: fixed by what no server can choose alone, before the first token is made.
-
 VERSION = "assay.responses/1"
 HIGHEST_INDEX = 2**16 - 1
 """Highest index of a choice of a request, far above what a server gives."""
