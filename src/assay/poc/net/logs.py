@@ -75,4 +75,4 @@ class _Stderr:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
-    debug = info = warning = error = critical = exception = msg
+    debug = info = warning = error = exception = msg

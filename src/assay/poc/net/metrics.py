@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -27,9 +26,9 @@ class Exported:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.registry = registry
-        self._named: dict[str, Any] = {"namespace": namespace, "registry": registry}
-        self.gauge = partial(Gauge, **self._named)
-        self.histogram = partial(Histogram, **self._named, buckets=_SECONDS)
+        self._namespace = namespace
+        self.gauge = partial(Gauge, namespace=namespace, registry=registry)
+        self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         self.connections_refused = self.counter(
             "connections_refused", "Requests refused, by the bound that they passed.", {"bound": ("client",)}
@@ -43,7 +42,7 @@ class Exported:
             help: What it counts.
             labels: Labels with the values that they are known to have.
         """
-        made = Counter(name, help, list(labels or ()), **self._named)
+        made = Counter(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
         for values in product(*labels.values()) if labels else ():
             made.labels(*values)
         return made
