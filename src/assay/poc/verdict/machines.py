@@ -1,7 +1,7 @@
 """The noise of a machine that was not measured, predicted from the noise between those that were.
 
 The size of the noise between two machines i and j of one build is s_ij, the median of their residuals. All pairs share
-one shape, which is fitted to all of them together. Against a validator's machine j, a new machine is predicted the size
+one shape, which is fitted to all of them together. The size predicted for a new machine and a validator's machine j is
 
     usual_j = median over kinds k of median over machines i of kind k of s_ij.
 
