@@ -13,7 +13,6 @@ from standardwebhooks import Webhook
 
 from assay.errors import StorageError, UsageError
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.server import listen
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app, validate
 from assay.poc.validator import worker as _worker
@@ -60,18 +59,6 @@ def test_others_reach_a_validator_only_with_keys_and_secrets(small_model, tmp_pa
         with pytest.raises(UsageError, match=seen):
             validate(load, settings, made, reference="m", host="0.0.0.0", port=0)
     assert not (tmp_path / "data").exists()
-
-
-def test_a_port_in_use_leaves_nothing_behind(small_model, tmp_path):
-    (tmp_path / "pins.toml").write_text(pins_text(small_model))
-    settings = ValidatorSettings(pins=tmp_path / "pins.toml")
-    service = Settings(data_dir=tmp_path / "data")
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match="in use"):
-            validate(lambda: None, settings, service, reference="m", host="127.0.0.1", port=port)
-    assert not service.data_dir.exists()
 
 
 def test_bodies_are_bounded(validating, small_model):
