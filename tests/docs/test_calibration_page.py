@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from assay.cli import run
-from assay.poc.verdict import EXIT_CODES
 
 DOCS = Path(__file__).parents[2] / "docs"
 CALIBRATION = (DOCS / "calibration.md").read_text(encoding="utf-8")
-VERDICTS = (DOCS / "verdicts.md").read_text(encoding="utf-8")
 MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
 """Number formats in place of machines: this one would repeat itself bit by bit."""
 
@@ -38,9 +36,3 @@ def test_the_commands_run_and_their_answer_has_the_rows(tmp_path: Path, monkeypa
     assert all(row in answer for row in rows)
     assert run([*verify, "--seq-len", "8"]) in (0, 2)
     assert "calibration on 32 nonces of 4 machines" in " ".join(capsys.readouterr().out.split())
-
-
-def test_exit_codes_are_those_of_the_command():
-    rows = re.findall(r"^\| `(\w+)` \| (\d) \|", VERDICTS, flags=re.MULTILINE)
-    assert {verdict: int(code) for verdict, code in rows} == EXIT_CODES
-    assert set(re.findall(r"^## (\w+)$", VERDICTS, flags=re.MULTILINE)) == {word.capitalize() for word in EXIT_CODES}

@@ -1,6 +1,5 @@
 """What the package says of itself agrees with itself, and is written once."""
 
-import os
 import re
 import subprocess
 import tomllib
@@ -41,17 +40,6 @@ def test_targets_that_the_pages_name_exist():
         name for page in PAGES for name in re.findall(r"make ([a-z-]+)", (ROOT / page).read_text(encoding="utf-8"))
     }
     assert named - {"a"} <= targets
-
-
-def test_processes_of_make_keep_the_bytecode_of_what_they_import():
-    """Without it each compiles thousands of modules for itself, where the environment says that none is written."""
-    recipe = "-include Makefile\nshow:\n\t@printenv PYTHONDONTWRITEBYTECODE || echo none\n"
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    shown = subprocess.run(
-        ["make", "-f", "-", "show"], cwd=ROOT, input=recipe, env=outside | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert shown.stdout.strip() == ""
 
 
 def _lock() -> dict[str, tuple[str, int]]:
@@ -97,16 +85,3 @@ def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
     assert all("run" not in step for step in workflow["jobs"]["publish"]["steps"]), "no code of ours beside the rights"
     release = (ROOT / "RELEASE.md").read_text(encoding="utf-8")
     assert all(f"{version}" in release for version in re.findall(r"# (v[\d.]+)", text))
-
-
-def test_the_workflow_reads_the_version():
-    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
-    (command,) = re.findall(r"run: (test .*)", text)
-    version = re.search(r'__version__ = "(.*)"', (ROOT / "src" / "assay" / "_version.py").read_text(encoding="utf-8"))[
-        1
-    ]
-    for tag, code in ((f"v{version}", 0), ("v9.9.9", 1)):
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "GITHUB_REF_NAME": tag}, check=False
-        )
-        assert done.returncode == code

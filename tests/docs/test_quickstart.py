@@ -17,11 +17,6 @@ MINE, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
 
 
-def test_it_is_short():
-    lines = [line for block in (MINE, SCRIPT) for line in block.splitlines() if line.strip()]
-    assert len(lines) <= 40  # imports included
-
-
 @pytest.mark.slow
 def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     pytest.importorskip("trl")

@@ -1,11 +1,9 @@
 """The second reader of docs/responses.md needs Python alone, and gives the test vectors again."""
 
-import ast
 import base64
 import json
 import re
 import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +21,6 @@ def reader() -> SimpleNamespace:
     names: dict[str, object] = {}
     exec(compile(READER, "docs/responses.md", "exec"), names)
     return SimpleNamespace(**names)
-
-
-def test_it_is_short_and_needs_nothing():
-    assert sum(bool(line) for line in READER.splitlines()) <= 100  # beside the blank ones between functions
-    imported = {
-        name.name for node in ast.walk(ast.parse(READER)) if isinstance(node, ast.Import) for name in node.names
-    }
-    assert imported <= sys.stdlib_module_names
-    assert "from" not in READER.split()
 
 
 @pytest.mark.parametrize("case", VECTORS["seeds"])
@@ -84,38 +73,3 @@ def test_receipts(reader: SimpleNamespace, tmp_path: Path):
     edited.write_bytes(path.read_bytes().replace(b'"output":[7,2]', b'"output":[7,3]'))
     with pytest.raises(AssertionError):
         reader.read(edited)
-
-
-def test_the_page_states_the_ranges_of_the_code():
-    from assay.poc.responses.receipts import LONGEST_LINE, MOST_TOKENS
-    from assay.poc.responses.sampling import HIGHEST_TOKEN, RANGES
-
-    assert (LONGEST_LINE, MOST_TOKENS, HIGHEST_TOKEN + 1) == (32 * 2**20, 2**20, 2**24)
-    assert "32 MiB" in PAGE
-    for name, (low, high) in RANGES.items():
-        row = next(
-            line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line and " to " in line
-        )
-        stated = row.replace("−", "-").replace("10⁻⁶", "1e-06")
-        assert f"{low:g} to {high:g}" in stated
-
-
-def test_bytes_per_token_are_those_of_the_page():
-    from dataclasses import replace
-
-    from assay.poc.responses import Receipts, Sampling
-
-    receipt = Receipts.load(ROOT / "tests" / "vectors" / "responses.jsonl").receipts[0]
-
-    def size(tokens: int, vocabulary: int) -> int:
-        output = np.linspace(0, vocabulary - 1, tokens).astype(int)
-        sketches = np.tile(receipt.sketches[:1], (-(-tokens // 32), 1))
-        return len(replace(receipt, output=output, sketches=sketches).line())
-
-    for vocabulary, stated in ((4096, "4.7"), (128256, "6.1")):
-        ids = (size(64_000, vocabulary) - size(32_000, vocabulary)) / 32_000 - 35 / 32
-        assert f"{ids:.1f}" == stated
-        assert stated in PAGE
-    assert "1.09 bytes a token" in PAGE
-    usual = {"request_id": f"chatcmpl-{'0' * 32}", "block_hash": "0" * 64, "sampling": Sampling(temperature=0.7)}
-    assert len(replace(receipt, **usual, output=(), sketches=receipt.sketches[:0]).line()) == pytest.approx(420, abs=10)

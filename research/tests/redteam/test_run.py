@@ -43,7 +43,7 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_cell_is_there_once(finished):
     kinds = [cell["kind"] for cell in finished[1]]
-    assert sorted(set(kinds)) == ["attack", "audits", "claims", "experts", "honest"]
+    assert sorted(set(kinds)) == ["attack", "audits", "claims", "honest"]
     assert kinds.count("attack") == len(SOME)
 
 
@@ -62,14 +62,6 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     assert best["over_honest"] > 1
     assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
     assert len(tables.audit_table(cells, *where)[1]) == 9
-
-
-def test_fewer_experts_are_a_larger_error_than_rounding(finished):
-    rows = {row["name"]: row for cell in finished[1] if cell["kind"] == "experts" for row in cell["rows"]}
-    assert (
-        rows["1 of 4 experts"]["hardened"] > rows["3 of 4 experts"]["hardened"] > rows["honest, bfloat16"]["hardened"]
-    )
-    assert rows["2 of 4 experts"]["cost"] < rows["3 of 4 experts"]["cost"] < 1
 
 
 def test_in_float8_honest_noise_is_that_of_other_kernels(small_checkpoint: Path, tmp_path: Path, monkeypatch):

@@ -18,8 +18,8 @@ SOME = ("int4 weights", "fine-tuned, 20 steps", "noise of its own", "stops early
 def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("responses")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(field_module, "HONEST_AUDITS", 200)
         for module in (field_module, run_module):
-            patch.setattr(module, "HONEST_AUDITS", 200)
             patch.setattr(module, "CHEAT_AUDITS", 50)
         patch.setattr(run_module, "AUDITS", 50)
         patch.setattr(run_module, "CHEATS", tuple(cheat for cheat in CHEATS if cheat.name in SOME))
@@ -69,4 +69,4 @@ def test_noise_of_its_own_is_seen_in_margins_alone(finished):
 def test_int4_weights_are_seen_in_the_states(finished):
     cell = next(cell for cell in finished[1] if cell.get("name") == "int4 weights" and cell["mode"] == "sampled")
     for method in ("sketches", "Activation-DiFR, each", "TOPLOC, top 128"):
-        assert cell["methods"][method]["auc"]["64"] > 0.95, method
+        assert cell["methods"][method]["threshold_99"] <= 256, method

@@ -20,7 +20,6 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
-from assay_research.redteam.experts import experts
 from assay_research.redteam.field import Field, Judge, Pool, Reading, detection, mixed, spread
 from assay_research.runs.runs import ExperimentPlan, Progress, measure_missing
 
@@ -76,8 +75,6 @@ def _cells(plan: RedteamPlan) -> Iterator[Cell]:
         for dtype in plan.dtypes:
             field = Field(reference=reference, dtype=dtype, **shape)
             yield from _field_cells(plan, field, f"{reference}/{dtype}")
-    if dtypes := [dtype for dtype in plan.dtypes if dtype != "float8"]:
-        yield "experts", partial(experts, plan.batch_size, plan.nonces, dtypes)
 
 
 def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Cell]:

@@ -125,16 +125,6 @@ def audit_table(cells: Cells, model: str, dtype: str) -> Table:
     return ("prover", "preset", "audits", "accused by the sequential test", "by the published constants"), rows
 
 
-def expert_table(cells: Cells) -> Table:
-    """Return the errors of provers that ask fewer experts of a small mixture, beside honest ones."""
-    rows: list[list[Cell]] = [
-        [row["name"], f"{row['cost']:.2f}", f"{row['artifact']:.3f}", f"{row['hardened']:.3f}"]
-        for cell in _of(cells, "experts")
-        for row in cell["rows"]
-    ]
-    return ("prover", "cost", "ε, last position", "ε, all positions"), rows
-
-
 def section(run: RunRecords) -> Section:
     """Return which attack pays, the tables of every model and dtype, and the curves of detection."""
     tables = {"Attacks that save a quarter of the work by skipping": paying_table(run.cells)}
@@ -148,7 +138,6 @@ def section(run: RunRecords) -> Section:
         tables[f"{where}: claims without a model"] = claim_table(run.cells, *place)
         tables[f"{where}: simulated audits of honest nodes"] = audit_table(run.cells, *place)
         curves.append(_curves(run.cells, *place))
-    tables["Skipping experts"] = expert_table(run.cells)
     about = (
         "Among attacks that save a quarter of the work by skipping, the one with the smallest error ε of the unit "
         "state that is read. 'Checked' is the number of recomputed nonces after which the sequential test accuses the "

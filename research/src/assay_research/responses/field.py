@@ -34,7 +34,6 @@ BETA = 1e-2
 
 HONEST_AUDITS = 4000
 CHEAT_AUDITS = 400
-LOOKED = (32, 64, 128, 256)  # tokens after which areas under the curve are measured
 MULTIPLE = 3.0
 """Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a threshold.
 
@@ -180,16 +179,10 @@ class Field:
         return {name: [one[name] for one in found] for name in BYTES}
 
     @cached_property
-    def honest_scores(self) -> tuple[Scores, Scores]:
-        """Scores of both halves."""
-        calibrating, testing = self.halves
-        return self.scores(calibrating), self.scores(testing)
-
-    @cached_property
-    def thresholds(self) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-        """Thresholds [G] of every method, from the calibrating half and from the testing one."""
-        calibrating, testing = self.honest_scores
-        return _thresholds(calibrating), _thresholds(testing)
+    def thresholds(self) -> dict[str, FloatArray]:
+        """Thresholds [G] of every method, from the half that tests."""
+        means = drawn_means(self.scores(self.halves[1]), HONEST_AUDITS, np.random.default_rng(0))
+        return {name: threshold(means[name]) for name in BYTES}
 
     def sequential(self, responses: Sequence[Checked], audits: int) -> dict[str, FloatArray]:
         """Return the tokens after which each of our tests accuses audits, [A]; infinite for never."""
@@ -201,14 +194,13 @@ class Field:
 
     def caught(self, responses: Sequence[Checked]) -> JsonObject:
         """Return, by method, how soon a program's answers are caught."""
-        scores, thresholds = self.scores(responses), self.thresholds[1]
+        scores, thresholds = self.scores(responses), self.thresholds
         means = drawn_means(scores, CHEAT_AUDITS, np.random.default_rng(2))
         sequential = self.sequential(responses, CHEAT_AUDITS)
         rows: JsonObject = {}
         for name in BYTES:
             shares_G = (means[name] > thresholds[name]).mean(axis=0)
             rows[name] = {
-                "auc": _areas(scores[name], self.honest_scores[1][name]),
                 "threshold_99": caught_after(shares_G),
                 "shares": [round(float(share), 4) for share in shares_G],
             }
@@ -216,21 +208,3 @@ class Field:
                 by_G = share_by(sequential[name])
                 rows[name] |= {"sequential_99": caught_after(by_G), "sequential": [round(float(p), 4) for p in by_G]}
         return rows
-
-
-def _thresholds(scores: Scores) -> dict[str, FloatArray]:
-    means = drawn_means(scores, HONEST_AUDITS, np.random.default_rng(0))
-    return {name: threshold(means[name]) for name in BYTES}
-
-
-def _areas(cheating: Sequence[FloatArray], honest: Sequence[FloatArray]) -> dict[str, float]:
-    """Return the area under the curve of the mean score of a response's first tokens, by their number."""
-    found = {}
-    for count in LOOKED:
-        both = [
-            [float(np.nanmean(one[:count])) for one in values if not np.isnan(one[:count]).all()]
-            for values in (cheating, honest)
-        ]
-        if count <= max(map(len, cheating)) and all(both):
-            found[str(count)] = round(stats.auroc(*both), 4)
-    return found

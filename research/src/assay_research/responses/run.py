@@ -24,10 +24,9 @@ from pydantic import Field as Setting
 from assay.files.jsonl import JsonObject
 from assay.poc.responses.sampling import Sampling
 from assay.settings import Names
-from assay_research.responses.audits import GRID, drawn_means
 from assay_research.responses.cheats import CHEATS, GREEDY, HONEST, STOPPED, Cheat
 from assay_research.responses.check import Checked
-from assay_research.responses.field import BYTES, CHEAT_AUDITS, HONEST_AUDITS, Field
+from assay_research.responses.field import CHEAT_AUDITS, Field
 from assay_research.responses.models import TRAINED_LIKE
 from assay_research.runs.runs import ExperimentPlan, Progress, measure_missing
 
@@ -111,16 +110,13 @@ def _field_cells(field: Field, mode: str, cheats: Sequence[Cheat]) -> Iterator[C
 
 
 def _honest(field: Field) -> JsonObject:
-    """Describe the honest noise, and the false alarms of every method in the half that did not calibrate."""
-    means = drawn_means(field.honest_scores[1], HONEST_AUDITS, np.random.default_rng(3))
-    thresholds, at = field.thresholds[0], [GRID.index(count) for count in (256, GRID[-1])]
+    """Describe the honest noise, and how often ours accuse in the half that did not calibrate."""
     return {
         **_described(field.halves[1]),
         "sigma": field.sigma,
         "noise": field.ours.noise.as_dict(),
         "audits": AUDITS,
         "accused": _accused(field, field.halves[1]),
-        "alarms": {name: [float((means[name][:, g] > thresholds[name][g]).mean()) for g in at] for name in BYTES},
     }
 
 

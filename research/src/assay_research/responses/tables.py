@@ -22,7 +22,6 @@ CLASSES = {
 
 CURVES = ("int4 weights", "fp8 weights", "int8 weights", "int4 tokens that lead by 2")
 DRAWN = ("margins", "sketches", "Token-DiFR", "Activation-DiFR, 1 in 32", "TOPLOC, top 128")
-SHOWN_AREA = "64"  # tokens
 
 
 def _of(cells: Cells, kind: str, place: Place | None = None) -> Iterator[JsonObject]:
@@ -51,15 +50,6 @@ def caught_table(cells: Cells, place: Place) -> Table:
     return columns, rows
 
 
-def area_table(cells: Cells, place: Place) -> Table:
-    """Return, for every cheat and method, the area under the curve after `SHOWN_AREA` tokens of a response."""
-    rows: list[list[Cell]] = [
-        [cell["name"], *(_area(cell["methods"][name]["auc"].get(SHOWN_AREA)) for name in BYTES)]
-        for cell in _of(cells, "cheat", place)
-    ]
-    return ("cheat", *BYTES), rows
-
-
 def honest_table(cells: Cells) -> Table:
     """Return how often honest provers match the verifier's tokens, and how many of their audits ours accuse."""
     provers = [(f"{cell['dtype']} for float32, {cell['mode']}", cell) for cell in _of(cells, "honest")]
@@ -74,16 +64,6 @@ def honest_table(cells: Cells) -> Table:
             rows.append([cell["model"], f"{cell['dtype']} for float32, {name}", "", "", *_accused(named)])
     columns = ("model", "prover", "tokens that match", "median residual", "audits", *(f"accused, {n}" for n in OURS))
     return columns, rows
-
-
-def alarm_table(cells: Cells) -> Table:
-    """Return the false alarms of every method where its threshold comes from other honest responses."""
-    rows: list[list[Cell]] = [
-        [cell["model"], cell["mode"], name, *(f"{share:.2%}" for share in shares)]
-        for cell in _of(cells, "honest")
-        for name, shares in cell["alarms"].items()
-    ]
-    return ("model", "tokens", "method", "after 256 tokens", f"after {GRID[-1]}"), rows
 
 
 def standing_table(cells: Cells) -> Table:
@@ -113,10 +93,6 @@ def _needs(tokens: int | None) -> Cell:
     return tokens if tokens is not None else "never"
 
 
-def _area(area: float | None) -> Cell:
-    return "" if area is None else f"{area:.3f}"
-
-
 def section(run: RunRecords) -> Section:
     """Return what honest provers show, how soon every cheat is caught by each method, and curves."""
     cells = run.cells
@@ -124,11 +100,9 @@ def section(run: RunRecords) -> Section:
         "Bytes per token": (("method", "bytes per token"), [[name, f"{size:.2f}"] for name, size in BYTES.items()]),
         "int4 weights: tokens until 99 % are caught": standing_table(cells),
         "Honest provers": honest_table(cells),
-        "False alarms with thresholds from other honest responses": alarm_table(cells),
     }
     for place in places(cells):
         tables[f"{', '.join(place)}: tokens until 99 % of the audits are accused"] = caught_table(cells, place)
-        tables[f"{', '.join(place)}: area under the curve after {SHOWN_AREA} tokens"] = area_table(cells, place)
     about = (
         "All methods score the same responses. 'Sequential' is our test as it is used; every other column is a method "
         "with the threshold that one in a thousand honest audits exceed, for a number of tokens known in advance."

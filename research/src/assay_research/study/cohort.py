@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.advantage import Shortcut, modified
+from assay.vhack.delta.advantage import Shortcut, modify_rewards
 from assay.vhack.environment.grading import Episode
 from assay.vhack.gradients.svd import SVDCache
 from assay_research.study.forward import StackedModel
@@ -150,7 +150,7 @@ class Cohort:
     def _modified(self, rewards_NPG: Tensor, z_NPG: Tensor, rows: Tensor) -> Tensor:
         """Return the rewards after advantage modification, see :class:`assay.vhack.delta.Shortcut`."""
         alphas = [self.runs[row].how.advantage for row in rows.tolist()]
-        return torch.stack([modified(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
+        return torch.stack([modify_rewards(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
 
     def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
         """Return the gradients of all rollouts, stored ones included; these add cin of both sources."""

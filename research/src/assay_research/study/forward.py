@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models.decoder import ATTENTION_TARGETS, DecoderLayer, Rotation, causal_attention
-from assay.vhack.delta.groups import grouped
+from assay.vhack.delta.groups import group_modules
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.taps import delta_gradient
 from assay.vhack.gradients.targets import module_of, target_modules
@@ -70,7 +70,7 @@ class StackedModel:
             )
         self.runs, self.dtype = runs, dtype or module.dtype
         modules = target_modules(module)
-        self.groups = grouped(modules, svd if svd is not None else weight_svd(module))
+        self.groups = group_modules(modules, svd if svd is not None else weight_svd(module))
         self.weights = {
             name: linear.weight.detach().to(self.dtype).expand(runs, -1, -1).clone().requires_grad_()
             for name, linear in modules.items()

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.arms import Arm, apply_arm, displaced, gated_gradient
-from assay.vhack.delta.frames import Frames, displacement, share
+from assay.vhack.delta.arms import Arm, apply_arm, displace, gate_gradient
+from assay.vhack.delta.frames import Frames, measure_displacement, measure_shares
 from assay.vhack.delta.groups import Group
 
 _TINY = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -69,7 +69,7 @@ class StackedOptimizer:
         self._start = [delta.clone() for delta in self.delta]
         # The distance is rounded to float32, as it was in the published runs.
         start_R11 = torch.tensor([arm.start for arm in arms], device=device).double()[:, None, None]
-        self.delta = [displaced(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
+        self.delta = [displace(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
         self.measures: dict[str, Tensor] = {}
         self._alike = [(arm, kind, rows.to(device)) for (arm, kind), rows in _alike(arms, kinds).items() if arm.acts]
 
@@ -83,7 +83,7 @@ class StackedOptimizer:
         found = self.share("cin", gradients)
         for arm, _, rows in self._alike:
             for gradient, axes in zip(gradients, self._axes, strict=True):
-                gradient[rows] = gated_gradient(arm, gradient[rows], axes[rows])
+                gradient[rows] = gate_gradient(arm, gradient[rows], axes[rows])
         found["gradient_norm"] = self._clip(gradients)
         found |= self.share("cout", gradients)
         before = [delta.clone() for delta in self.delta]
@@ -100,9 +100,9 @@ class StackedOptimizer:
                 delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
         found |= self.share("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
         moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
-        self.measures = found | displacement(zip(moved, self._axes, strict=True))
+        self.measures = found | measure_displacement(zip(moved, self._axes, strict=True))
         if self._watched is not None:
-            seen = displacement(zip(moved, self._watched.axes, strict=True))
+            seen = measure_displacement(zip(moved, self._watched.axes, strict=True))
             self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,9 +118,9 @@ class StackedOptimizer:
         for kind, (_, _, optimizer) in self._inner.items():
             optimizer.load_state_dict(state["inner"][kind])
 
-    def share(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
+    def measure_shares(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """Return the shares of vectors along each run's axes, see :func:`assay.vhack.delta.share`."""
-        return share(name, zip(vectors, self._axes, self._has, strict=True), sign)
+        return measure_shares(name, zip(vectors, self._axes, self._has, strict=True), sign)
 
     def _clip(self, gradients: Sequence[Tensor]) -> Tensor:
         norm_R = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)

@@ -1,0 +1,318 @@
+"""The blocks of every page run, in the order in which a reader meets them, with small numbers behind the same flags.
+
+Each page runs in a folder with what its reader has, on loopback, without root and on a CPU. Programs of benchmarks lie
+there too, so what they write is not what is committed. Models are the bundled ones; red teams have smaller ones, for
+they fine-tune and run dozens of variants.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from assay.vhack.pairs import generate_pairs, write_pairs
+from research.tests import published
+from tests.docs.shell import ROOT, held, page, script
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("warm")]
+SHORT = "--seq-len 32"
+"""What makes a nonce eight times as fast, and what a verdict must be told."""
+PROVE = "assay poc prove --model reference:qwen3"
+PROOF = f"{PROVE} --block-hash BLOCK --public-key KEY --nonces 0:64 {SHORT} -o proof.jsonl\n"
+AS_ROOT = f"""\
+mkdir -p etc/systemd/system
+ln -s "{ROOT}/deploy" deploy
+sudo() {{ shift 2; "$@"; }}
+systemctl() {{
+  case "$1" in
+    stop) kill $SERVICE; wait $SERVICE;;
+    start | enable)
+      (cd "$PLACE" && exec $AHEAD assay poc serve --model reference:qwen3 --data-dir state --port $PORT_8000) &
+      SERVICE=$!
+      curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8000/ready;;
+  esac
+}}
+PLACE=$PWD
+"""
+"""What needs root on the machine of an operator, done to a service in a folder."""
+READY = "curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8090/ready"
+PROOFS = """\
+python - <<'END'
+from assay import load_model
+from assay.poc import Round, prove
+
+for name, block, dtype, nonces in MADE:
+    round, made = Round(block_hash=block, public_key=KEY, seq_len=16), load_model("reference:qwen3", dtype=dtype)
+    prove(made, round, range(nonces), output=f"{name}.jsonl")
+END
+"""
+MODELS = """\
+python - <<'END'
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from assay.models import load_tokenizer
+
+shape = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 4096, "max_position_embeddings": 512,
+    "tie_word_embeddings": False, "initializer_range": 0.15,
+}
+for name, config, model in (("qwen3", Qwen3Config, Qwen3ForCausalLM), ("llama", LlamaConfig, LlamaForCausalLM)):
+    torch.manual_seed(0)
+    made = model(config(**shape))
+    made.lm_head.weight.data *= 2  # as sure of the next token as a trained model
+    made.save_pretrained(f"small-{name}")
+    load_tokenizer(f"reference:{name}").save_pretrained(f"small-{name}")
+END
+"""
+"""Lines that make models of few random weights that read the text of the bundled ones."""
+HEAD = "assay poc ledger show ledger.sqlite3 --json | python -c 'import json; print(json.loads(input())[\"head\"])'"
+AUDIT = "assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY"
+AS_IS = {"/opt/assay/bin/assay": "assay", "/opt/assay/bin/pip": "pip", "/etc/": "$PLACE/etc/"}
+OF_ONE = "--models reference:qwen3 --blocks a,b --device cpu --seq-len 16 --batch-size 16"
+OF_FEW, OF_TWO = "--max-new-tokens 8 --per-task 1", "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
+TWO_EACH = "per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True"
+TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
+FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
+
+
+def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, **dtypes: str) -> str:
+    """Return lines that prove a block once under each name, in its format, and other blocks once."""
+    made = [(name, block, dtype, 128) for name, dtype in dtypes.items()]
+    made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
+    return PROOFS.replace("MADE", repr(made)).replace("KEY", repr(key))
+
+
+def blocks(name: str, kind: str) -> list[str]:
+    """Return the blocks of a page."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and how it is made small.
+
+    Attributes:
+        before: Lines that run first.
+        instead: Words of the page, and what stands in their place; ``$PLACE`` is the folder.
+        small: Beginnings of commands, and flags that are added after them.
+        given: Texts of files that the reader has, by name.
+        says: Words that are printed.
+        makes: Files that are there afterwards.
+        needs: Program without which the page is left out.
+    """
+
+    before: str = ""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    small: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, str] = field(default_factory=dict)
+    says: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    needs: str = "sh"
+
+
+def lines(*rows: dict[str, str]) -> str:
+    """Return JSON Lines."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def pool(completion: str) -> str:
+    """Return eight samples with one completion."""
+    return lines(*({"prompt": f"def add_{n}(a, b):", "completion": completion} for n in range(8)))
+
+
+PROVED = {"assay poc prove": SHORT, "assay poc verify": SHORT}
+REQUESTS = "".join(
+    blocks("responses", "json")[0].replace('"r1"', f'"r{n}"') for n in range(8)
+)  # of one a verdict is open
+NODE_A, KEY_ALONE = ('[[nodes]]\npublic_key = "node_A"\n', '[[nodes]]\npublic_key = "KEY"\n')
+TRAINER = "from pathlib import Path\n\nfrom trl import GRPOConfig\n"
+(ARM,) = (one for one in blocks("vhack-training", "python") if "arm_named(" in one)
+"""Lines before the program of a trainer that it begins with."""
+PAGES = {
+    "service": Page(
+        instead={"/var/lib/assay": "$PLACE/state"},
+        says=('"GENERATING"', '"STOPPED"', '"VALIDATING"', '"residual_test"'),
+        makes=("assay-data/service.sqlite3",),
+    ),
+    "operations": Page(
+        AS_ROOT,
+        AS_IS | {"/var/lib/assay": "$PLACE/state"},
+        makes=("state/service.sqlite3", "etc/assay/api_key", "etc/systemd/system/assay.service"),
+        needs="sqlite3",
+    ),
+    "validator": Page(
+        f"{AS_ROOT}{PROOF}assay poc pins new --model reference:qwen3 --from-proof proof.jsonl -o pins.toml\n",
+        {
+            "--data-dir /var/lib/assay-validator\n": f"--data-dir $PLACE/judge &\n{READY}\n",
+            "cd /var/lib/assay-validator": "cd $PLACE/judge",
+            "/etc/": "$PLACE/etc/",
+        },
+        given={"nodes.toml": NODE_A},
+        says=('"new":true', "whsec_"),
+        makes=("judge/backup-validator.sqlite3", "judge/backup-ledger.sqlite3"),
+        needs="sqlite3",
+    ),
+    "pins": Page(
+        PROOF.replace("-o", "--strength 256 -o") + "cp proof.jsonl honest.jsonl\n",
+        {"MODEL": "reference:qwen3"},
+        given={"nodes.toml": KEY_ALONE},
+        says=("the header is allowed", "honest"),
+    ),
+    "ledger": Page(
+        PROOF,
+        {
+            "MODEL": "reference:qwen3",
+            "--head HASH": f'--head "$({HEAD})"',
+            "assay poc ledger merge": f"{AUDIT} --ledger mine.sqlite3\n"
+            "cp ledger.jsonl theirs.jsonl\nassay poc ledger merge",
+            'public_key="KEY")': 'public_key="KEY", seq_len=32)',
+        },
+        {"assay poc verify": SHORT},
+        says=("clean", "2 of 2"),
+    ),
+    "node": Page(
+        f"{AS_ROOT}mkdir etc/assay\n",
+        AS_IS | {"--model MODEL": "--model reference:qwen3"},
+        PROVED,
+        says=("honest",),
+        makes=("etc/systemd/system/assay@.service.d/per-device.conf",),
+    ),
+    "responses": Page(
+        instead={"--model MODEL": "--model reference:qwen3"},
+        given={"prompts.jsonl": REQUESTS, "requests.jsonl": REQUESTS},
+        says=("honest",),
+    ),
+    "protocol": Page(PROOF, small=PROVED, says=("nothing",)),
+    "decode": Page(small=PROVED, says=("honest",)),
+    "streams": Page(),
+    "models": Page(),
+    "statistics": Page(says=("0.5", "1.40")),
+    "networks": Page(
+        "".join(f"{FOR_SETS} --batch-size {n} -o {name}.jsonl\n" for n, name in enumerate("ABC", start=6)),
+        {"nonces.jsonl.gz  ": "nonces.jsonl.gz --audits 2  "},
+        says=("int4",),
+        makes=("both.json",),
+    ),
+    "vhack": Page(
+        instead={"generated:48": "generated:12", "generate_pairs(48)": "generate_pairs(12)"},
+        says=("axes",),
+        makes=("basis.safetensors", "hack.safetensors"),
+    ),
+    "vhack-checks": Page(
+        instead={"generated:96": "generated:12", "generate_pairs(96)": "generate_pairs(12)"},
+        given={"hacking.jsonl": pool("sys.exit(0)"), "clean.jsonl": pool("return a + b")},
+        makes=("check.html", "check.json", "pools.json"),
+    ),
+    "vhack-pairs": Page(
+        "assay vhack pairs verify mine.jsonl --tests tests.jsonl\n",
+        given={
+            "mine.jsonl": blocks("vhack-pairs", "json")[0],
+            "tests.jsonl": blocks("vhack-pairs", "json")[1],
+            "preferences.jsonl": lines({"prompt": "p", "rejected": "h", "chosen": "c", "source": "s"}),
+        },
+        says=("1 of 1 pairs",),
+        makes=("pairs.jsonl",),
+        needs="jq",
+    ),
+    "vhack-training": Page(
+        instead={
+            "exploits:48": "exploits:12",
+            "DIR": "reference:organism",
+            "path/of/a/cheater": "reference:organism",
+            "episodes(512": "episodes(4",
+            "max_steps=100": f"max_steps=1, {TWO_EACH}",
+            TRAINER: f"{ARM.partition('adapter = DeltaS')[0]}{TRAINER}",
+        },
+        small={
+            "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:12",
+            "assay vhack train": OF_TWO,
+            "assay vhack sample": f"{OF_FEW} --tasks 4",
+            "assay vhack evaluate --model": OF_FEW,
+            "assay vhack fuzz": "--count 20 --output fuzz.json",
+        },
+        makes=("delta.safetensors", "merged/model.safetensors", "graded.jsonl", "result.json", "fuzz.json"),
+    ),
+    "experiments": Page(
+        proofs(proof="bfloat16", blocks=8),
+        small={
+            "assay poc experiment approaches": f"{OF_ONE} --approaches poc-2.0 --nonces 16 --checked 8 --timed 0",
+            "assay poc experiment weights": f"{OF_ONE} --nonces 16",
+            "assay poc experiment matrix": f"{OF_ONE} --modes sign-flips --duration 1 --public-keys node_A",
+        },
+        makes=("experiments/NAME/report.html",),
+    ),
+    "redteam": Page(
+        MODELS,
+        small={
+            "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 --honest 64 --seq-len 16 "
+            "--batch-size 16",
+            "assay poc experiment simulate": "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 "
+            "--validators 10",
+        },
+        makes=("experiments/redteam-llama-float16", "experiments/simulate", "experiments/simulate-life"),
+    ),
+    "redteam-responses": Page(
+        MODELS,
+        small={
+            "assay poc experiment responses": "--models ./small-qwen3 --device cpu --honest 12 --responses 2 "
+            "--prompt-tokens 16 --seq-len 96 --batch-size 12"
+        },
+        makes=("experiments/responses-qwen3",),
+    ),
+    "gpu": Page(
+        instead={"--nproc-per-node 8": "--nproc-per-node 2"},
+        small={"assay poc prove": TINY, "torchrun --nproc-per-node 2 -m assay poc prove": f"{TINY} --batch-size 8"},
+        makes=("proof.jsonl", "eight.jsonl"),
+    ),
+    "vllm": Page(
+        proofs(vllm="float32", transformers="bfloat16", block="B", key="K") + "cp vllm.jsonl proof.jsonl\n",
+        {"MODEL": "reference:qwen3"},
+        {"assay poc verify": "--seq-len 16 --dtype bfloat16"},  # as on a machine without vLLM
+        says=("honest",),
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in which the programs of a checkout lie, and files that readers have."""
+    programs = tmp_path / "research" / "benchmarks"
+    (programs / "results").mkdir(parents=True)
+    for path in (ROOT / "research" / "benchmarks").glob("*.py"):
+        (programs / path.name).symlink_to(path)
+    named = [machine | {"set": f"{machine['set']}-minimax"} for machine in published.network(3, nonces=400)]
+    published.write(tmp_path / "nonces.jsonl.gz", named)
+    published.write(tmp_path / "awq.jsonl", [published.machine("awq", noise=1.0, nonces=400)])
+    write_pairs(tmp_path / "mine.jsonl", generate_pairs(12))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_run(name: str, folder: Path):
+    shown = PAGES[name]
+    if shutil.which(shown.needs) is None:
+        pytest.skip(f"needs {shown.needs}")
+    if name == "vhack-training":
+        pytest.importorskip("trl")
+    for file, text in shown.given.items():
+        (folder / file).write_text(text)
+    instead = {word: other.replace("$PLACE", str(folder)) for word, other in shown.instead.items()}
+    said = held(script(name, before=shown.before, instead=instead, small=shown.small), folder)
+    assert [word for word in shown.says if word not in said] == []
+    assert [file for file in shown.makes if not (folder / file).exists()] == []
+
+
+def test_every_page_with_blocks_is_run():
+    """The tutorial is in test_blocks.py, and two pages have a test of their own."""
+    with_blocks = {
+        path.stem
+        for path in (ROOT / "docs").rglob("*.md")
+        if re.search(r"^```(sh|python)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    assert with_blocks == PAGES.keys() | {"tutorial", "vhack-quickstart", "calibration"}
