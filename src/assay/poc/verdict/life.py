@@ -71,7 +71,8 @@ class Life:
         UsageError: A rate is not in (0, 1), when the first residuals come.
 
     Example:
-        >>> from assay.poc.verdict import Life, default_noise
+        >>> from assay.poc import default_noise
+        >>> from assay.poc.verdict import Life
         >>> noise = default_noise("vector", "bfloat16", "bfloat16")
         >>> life = Life(alpha=1e-3, beta=1e-2)
         >>> life.update(noise, [noise.size] * 60).evidence.verdict
