@@ -233,7 +233,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack.checks.five_checks import read_source_log
     from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import page
-    from assay.vhack.checks.run import too_few_groups
     from assay.vhack.gradients.targets import MIN_COVERAGE
     from assay.vhack.pairs.reference import find_pairs
 
@@ -243,8 +242,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     found = find_pairs(chosen.pairs)
     entries = read_source_log(chosen.log) if chosen.log else None
     read = Basis.load(chosen.basis) if chosen.basis else None
-    check_groups([pair.group for pair in found], rules, read)
-    if few := too_few_groups(found, rules, read):
+    if few := check_groups([pair.group for pair in found], rules, read):
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:

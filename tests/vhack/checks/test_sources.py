@@ -50,8 +50,7 @@ def test_a_log_is_read_and_other_lines_are_passed_over(tmp_path):
     ],
 )
 def test_a_malformed_measurement_is_refused_by_line(tmp_path, bad):
-    words = "no 'step'" if "step" not in bad else ""
-    with pytest.raises(DataError, match=f"line 2: {words}"):
+    with pytest.raises(DataError, match="line 2: "):
         read_source_log(written(tmp_path, LINE, bad))
 
 

@@ -1,5 +1,6 @@
-"""Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
+"""The five checks, each a value, its interval, its nulls and a verdict.
 
+Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
 Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nulls, from the weakest to the strongest:
 
 - *Haar*: axes uniform among all orthonormal ones;
@@ -7,17 +8,40 @@ Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nu
 - *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
 - *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
 
+Check 4: during training, is the gradient of cheating samples further along the axes than that of the others? cin here
+is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a training log,
+the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that does not. With a
+log, both are measured in the same step. A log is JSON Lines. A line with a ``source`` field is one measurement, other
+lines are passed over::
+
+    {"step": 12, "source": "teacher", "cin": 0.31, "modules": {"model.layers.0.mlp.up_proj": 0.28}}
+
+``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share; ``modules`` may be left
+out.
+
+Check 5: would other pairs have given the same axes? The groups are divided into two halves at random, many times, and a
+basis is fitted to each half. Drawing groups with replacement would put the same pairs on both sides, and noise would
+look stable; half samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
+
+*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that of
+random frames, and with that between a basis of one half and a clean-clean basis of the other: directions in which any
+two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within
+the SVD basis of that half, is a direction, and the cosine between the two is tested by swapping the labels of whole
+groups. That is exact only in SVD bases, whatever the method, because labels leave these as they are.
+
 Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb, sqrt
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
@@ -28,47 +52,53 @@ from assay.vhack.checks.judge import (
     CLEAN_CLEAN,
     HAAR,
     SWAPPED,
+    TITLES,
     Check,
     CheckSettings,
     CheckVerdict,
     FloatArray,
     Interval,
+    bootstrap,
+    describe_fault,
     judge,
-    measure,
     p_value,
-    swap_rule,
-    undecided,
+    rule_of,
+    undecided_check,
 )
 
 BoolArray = npt.NDArray[np.bool_]
 
 _DRAWS = 25  # random frames of one module that are held at a time
+_FEWEST_BLOCKS = 6
+_FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
+_OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
 def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
+    return _judge_held_out(design, "pools", "AUROC of mean cin over modules", "the AUROC", auroc, _alternatives(design))
+
+
+def _judge_held_out(
+    design: Design, name: str, statistic: str, what: str, score: Callable[..., float], details: Mapping[str, Any]
+) -> Check:
+    """Return a check that compares the cin of both sides of held-out pairs, and swaps the labels of whole groups."""
     hack_BN, clean_BN = design.held_out
-    settings = design.settings
     return judge(
-        name="pools",
-        title="cin of hack against clean samples",
-        statistic="AUROC of mean cin over modules",
-        rule=swap_rule(settings, "the AUROC", 0.5),
-        measured=measure(auroc, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, settings),
-        nulls={SWAPPED: list(map(auroc, hack_BN[1:], clean_BN[1:]))},
+        name,
+        statistic,
+        bootstrap(score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings),
+        {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))},
+        what=what,
         above=0.5,
-        settings=settings,
+        settings=design.settings,
         smallest_p=design.smallest_p,
-        details={
-            "mean_cin_hack": float(hack_BN[0].mean()),
-            "mean_cin_clean": float(clean_BN[0].mean()),
-            **_alternatives(design),
-        },
+        details=details,
     )
 
 
 def _alternatives(design: Design) -> dict[str, float]:
-    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
+    """Return the mean scores, and the AUROC of others of the same samples, which the verdict does not depend on."""
     names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for fold in design.folds:
@@ -80,36 +110,28 @@ def _alternatives(design: Design) -> dict[str, float]:
             energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
             for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
                 found[name][side].extend(values.tolist())
-    return {name: auroc(*sides) for name, sides in found.items()}
+    hack_BN, clean_BN = design.held_out
+    means = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
+    return means | {name: auroc(*sides) for name, sides in found.items()}
 
 
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
     hack_BN, clean_BN = design.held_out
-    hack_N, clean_N, settings = hack_BN[0], clean_BN[0], design.settings
-    groups = design.tested_groups
+    hack_N, clean_N, groups = hack_BN[0], clean_BN[0], design.tested_groups
     rows = {name: np.array([group == name for group in groups]) for name in dict.fromkeys(groups)}
     won = sum(float((hack_N - clean_N)[chosen].mean()) > 0 for chosen in rows.values())
-    low, high = proportion_interval(won, len(rows), settings.confidence)
-    return judge(
-        name="heldout",
-        title="Held-out pairs of held-out groups",
-        statistic="share of pairs whose hack side has the larger cin",
-        rule=swap_rule(settings, "the share", 0.5),
-        measured=measure(paired_accuracy, (hack_N, clean_N), [groups] * 2, settings),
-        nulls={SWAPPED: list(map(paired_accuracy, hack_BN[1:], clean_BN[1:]))},
-        above=0.5,
-        settings=settings,
-        smallest_p=design.smallest_p,
-        details={
-            "pairs": len(hack_N),
-            "groups": len(rows),
-            "groups_won": won,
-            "groups_won_low": low,
-            "groups_won_high": high,
-            "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
-        },
-    )
+    low, high = proportion_interval(won, len(rows), design.settings.confidence)
+    details = {
+        "pairs": len(hack_N),
+        "groups": len(rows),
+        "groups_won": won,
+        "groups_won_low": low,
+        "groups_won_high": high,
+        "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
+    }
+    statistic = "share of pairs whose hack side has the larger cin"
+    return _judge_held_out(design, "heldout", statistic, "the share", paired_accuracy, details)
 
 
 def check_random_null(design: Design, measured: Interval) -> Check:
@@ -125,16 +147,11 @@ def check_random_null(design: Design, measured: Interval) -> Check:
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
     return judge(
-        name="random_null",
-        title="Against random bases",
-        statistic="AUROC of mean cin over modules",
-        rule=(
-            f"Passes if of each null at most a share {settings.alpha:g} reaches the AUROC, and the lower end of its "
-            f"{settings.confidence:.0%} group-bootstrap interval is above the 1 − {settings.alpha:g} quantile of "
-            "every null."
-        ),
-        measured=measured,
-        nulls=nulls,
+        "random_null",
+        "AUROC of mean cin over modules",
+        measured,
+        nulls,
+        what="the AUROC",
         above=0.5,
         settings=settings,
         smallest_p=design.smallest_p,
@@ -261,18 +278,16 @@ def check_unpaired(
     generator = np.random.default_rng([settings.seed, 2])
     relabelled = [_relabelled(is_hack_N, groups, generator) for _ in range(settings.n_flips)]
     swapped = [auroc(scores_N[labels_N], scores_N[~labels_N]) for labels_N in relabelled]
-    measured = measure(auroc, (hack, clean), (hack_groups, clean_groups), settings)
     # One over the number of relabellings: groups of both kinds swap, groups of one kind trade places.
     with_hack, with_clean = set(hack_groups), set(clean_groups)
     trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
     smallest_p = 0.5 ** len(with_hack & with_clean) * trades
     return judge(
-        name="pools",
-        title="cin of hack against clean samples",
-        statistic="AUROC of mean cin over modules, two pools",
-        rule=swap_rule(settings, "the AUROC", 0.5) + (f" So for {', '.join(nulls)} bases." if nulls else ""),
-        measured=measured,
-        nulls={SWAPPED: swapped, **(nulls or {})},
+        "pools",
+        "AUROC of mean cin over modules, two pools",
+        bootstrap(auroc, (hack, clean), (hack_groups, clean_groups), settings),
+        {SWAPPED: swapped, **(nulls or {})},
+        what="the AUROC",
         above=0.5,
         settings=settings,
         smallest_p=smallest_p,
@@ -295,22 +310,7 @@ def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.rando
     return labels_N
 
 
-# --------------------------------------------------------------------------------------------------
-# Check 4: during training, is the gradient of cheating samples further along the axes than that of the others?
-#
-# cin here is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a
-# training log, the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that
-# does not. With a log, both are measured in the same step.
-#
-# A log is JSON Lines. A line with a ``source`` field is one measurement, other lines are passed over::
-#
-#     {"step": 12, "source": "teacher", "cin": 0.31, "modules": {"model.layers.0.mlp.up_proj": 0.28}}
-#
-# ``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share; ``modules`` may be left
-# out.
-
-_SOURCES_TITLE = "cin by source"
-_FEWEST_BLOCKS = 6
+Share = Annotated[float, Field(strict=True, ge=0, le=1.000001)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,10 +324,10 @@ class SourceCin:
         modules: Values of cin by module name.
     """
 
-    step: int
-    source: str
-    cin: float
-    modules: dict[str, float] = field(default_factory=dict)
+    step: Annotated[int, Field(strict=True, ge=0)]
+    source: Annotated[str, Field(min_length=1)]
+    cin: Share
+    modules: dict[str, Share] = field(default_factory=dict)
 
 
 def read_source_log(path: str | Path) -> list[SourceCin]:
@@ -342,15 +342,13 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
         if "source" not in record:
             continue
         try:
-            modules = record.get("modules", {})
-            entry = SourceCin(record["step"], record["source"], record["cin"], modules)
-            if not (isinstance(modules, dict) and _well_formed(entry)):
-                raise ValueError("step, source or cin is not what it should be")
+            entry = TypeAdapter(SourceCin).validate_python(record)
             if (entry.step, entry.source) in found:
                 raise ValueError(f"source {entry.source} twice in step {entry.step}")
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
+            why = describe_fault(error) if isinstance(error, ValidationError) else str(error)
             raise DataError(
-                f"{path}, line {number}: {f'no {error}' if isinstance(error, KeyError) else error}",
+                f"{path}, line {number}: {why}",
                 wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
                 do="correct the line",
             ) from None
@@ -362,13 +360,6 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
             do="check the path, or leave --log out",
         )
     return list(found.values())
-
-
-def _well_formed(entry: SourceCin) -> bool:
-    counted = isinstance(entry.step, int) and not isinstance(entry.step, bool) and entry.step >= 0
-    values = [entry.cin, *entry.modules.values()]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1.000001 for v in values)
-    return counted and isinstance(entry.source, str) and bool(entry.source) and numbers
 
 
 def check_sources(design: Design) -> Check:
@@ -391,12 +382,11 @@ def check_sources(design: Design) -> Check:
     hack_BG, clean_BG = (np.column_stack(list(side.values())) for side in (hack, clean))
     differences_BG = hack_BG - clean_BG
     return judge(
-        name="sources",
-        title=_SOURCES_TITLE,
-        statistic="cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
-        rule=swap_rule(settings, "the difference", 0.0),
-        measured=measure(_mean, [differences_BG[0]], [list(hack)], settings),
-        nulls={SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
+        "sources",
+        "cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
+        bootstrap(_mean, [differences_BG[0]], [list(hack)], settings),
+        {SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
+        what="the difference",
         above=0.0,
         settings=settings,
         smallest_p=design.smallest_p,
@@ -449,44 +439,25 @@ def check_source_log(
             do="name the sources, or pass another --log",
         )
     statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
-    rule = swap_rule(settings, "the difference", 0.0, "blocks of steps")
     if len(both) < _FEWEST_BLOCKS:
-        reason = f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
-        return undecided("sources", _SOURCES_TITLE, statistic, rule, reason)
+        rule = rule_of([SWAPPED], "the difference", 0.0, settings, "blocks of steps")
+        return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
     differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
     signs_BT = swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
-        name="sources",
-        title=_SOURCES_TITLE,
-        statistic=statistic,
-        rule=rule,
-        measured=measure(_mean, [differences_T], [blocks], settings),
-        nulls={SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
+        "sources",
+        statistic,
+        bootstrap(_mean, [differences_T], [blocks], settings),
+        {SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
+        what="the difference",
         above=0.0,
         settings=settings,
         smallest_p=0.5**count,
+        swapped="blocks of steps",
         details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Check 5: would other pairs have given the same axes?
-#
-# The groups are divided into two halves at random, many times, and a basis is fitted to each half. Drawing groups with
-# replacement would put the same pairs on both sides, and noise would look stable; half samples are the form of the
-# bootstrap that keeps them apart (McCarthy 1969).
-#
-# *Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that of
-# random frames, and with that between a basis of one half and a clean-clean basis of the other: directions in which any
-# two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within
-# the SVD basis of that half, is a direction, and the cosine between the two is tested by swapping the labels of whole
-# groups. That is exact only in SVD bases, whatever the method, because labels leave these as they are.
-
-_FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
-_STABILITY_TITLE = "Stability under a group bootstrap"
-_OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
 @dataclass(frozen=True, eq=False)
@@ -511,14 +482,15 @@ def check_stability(design: Design) -> Stability:
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
-    smallest_p = 0.5 ** (len(names) - 1)  # swapping every label at once changes nothing
-    if smallest_p > settings.alpha:
-        reason = f"{len(names)} groups to fit to, which is too few for a p-value below {settings.alpha:g}"
-        return Stability(undecided("stability", _STABILITY_TITLE, _OVERLAP, _rule(settings), reason))
     sides = [torch.tensor([group in half for group in groups]) for half in _halves(names, settings)]
-    if min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
-        reason = f"{len(names)} groups to fit to, of which a half has fewer than {_FEWEST_PAIRS} pairs"
-        return Stability(undecided("stability", _STABILITY_TITLE, _OVERLAP, _rule(settings), reason))
+    reason = ""
+    if 0.5 ** (len(names) - 1) > settings.alpha:  # swapping every label at once changes nothing
+        reason = f"which is too few for a p-value below {settings.alpha:g}"
+    elif min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
+        reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"
+    if reason:
+        reason = f"{len(names)} groups to fit to, {reason}"
+        return Stability(undecided_check("stability", _OVERLAP, _rule(settings), reason))
     signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
     splits = []
     for index, inside in enumerate(sides):
@@ -613,7 +585,7 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
     verdict: CheckVerdict = "fail" if faults else "pass"
     check = Check(
         name="stability",
-        title=_STABILITY_TITLE,
+        title=TITLES["stability"],
         statistic=_OVERLAP,
         rule=_rule(settings),
         measured=Interval(float(np.mean(overlaps)), low, high),

@@ -1,4 +1,10 @@
-"""All bases that the checks need, from scalar products of gradients alone.
+"""Which pairs fit and which are scored: never the same, and never of the same group; and all bases that this needs.
+
+Either a basis is given; then every pair of a group it was made from is left out of the scoring. Or none is given; then
+the groups are divided into folds, and the pairs of a fold are scored by a basis fitted to the other folds.
+
+The null hypothesis of every test is that hack and clean are names without meaning: swapping them in any set of groups
+changes nothing in law. The p-values come from doing that, with the basis turned as its training labels say.
 
 A basis fitted to differences of gradients lies in the span of those gradients, so its axes, the components of any
 sample along them and its angles to another basis follow from the Gram matrix of all samples of a module. Hundreds of
@@ -8,11 +14,10 @@ Shapes: M modules, N pairs, S = 2N samples (hack sides first, then clean sides i
 basis is fitted to, K axes, R coordinates of δS, B draws.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, log2
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -185,18 +190,9 @@ def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None
     return squares_BMS.clamp_min(0).sqrt() / lengths_MS
 
 
-# --------------------------------------------------------------------------------------------------
-# Which pairs fit and which are scored: never the same, and never of the same group.
-#
-# Either a basis is given; then every pair of a group it was made from is left out of the scoring. Or none is given; then
-# the groups are divided into folds, and the pairs of a fold are scored by a basis fitted to the other folds.
-#
-# The null hypothesis of every test is that hack and clean are names without meaning: swapping them in any set of groups
-# changes nothing in law. The p-values come from doing that, with the basis turned as its training labels say.
-
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
-EXPLAINED, _ON_SCORED = 0.99, 0.1
+_EXPLAINED, _ON_SCORED = 0.99, 0.1
 _HELD_OUT_PART = 3
 _FEWEST_SCORED = 2  # groups, without which there is no interval
 _AT_ONCE = 100  # rows of swapped labels, to bound the memory
@@ -315,35 +311,46 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
     return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
 
 
-def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> None:
+def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
     """Refuse groups of pairs of which none can be scored, before any work.
 
     Args:
         groups: Group of every pair.
-        settings: Method of the bases that are fitted.
+        settings: Method of the bases that are fitted, and alpha.
         basis: Basis that is given, of whose groups no pair is scored.
+
+    Returns:
+        Why the groups that are left are too few for a verdict, and what to do; None where they are enough.
 
     Raises:
         UsageError: There are too few groups to fit a basis and score another group, or fewer than two that a basis has
             not seen.
     """
+    found, least = set(groups), fewest_groups(settings, given=basis is not None)
+    what, other = "", ""
     if basis is not None:
-        unseen = set(groups) - set(basis.origin.groups)
-        if len(unseen) < _FEWEST_SCORED:
-            other = f", or to group {min(unseen)}" if unseen else ""
+        found -= set(basis.origin.groups)
+        if len(found) < _FEWEST_SCORED:
             raise UsageError(
-                f"every pair belongs to a group the basis was made from{other}",
+                "every pair belongs to a group the basis was made from" + "".join(f", or to group {g}" for g in found),
                 wanted="pairs of two groups or more that it has not seen: numbers from its own pairs show nothing",
                 do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
             )
-        return
-    count, fewest = len(set(groups)), 2 if settings.method == "svd" else _HELD_OUT_PART + 1
-    if count < fewest:
+        what = "that the basis was not made from "
+    elif len(found) < (fewest := 2 if settings.method == "svd" else _HELD_OUT_PART + 1):
         raise UsageError(
-            f"{count} group{'s' * (count != 1)} of pairs to check {settings.method} with",
-            wanted=f"at least {fewest}, and {fewest_groups(settings)} for a verdict",
+            f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {settings.method} with",
+            wanted=f"at least {fewest}, and {least} for a verdict",
             do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
         )
+    elif settings.method != "svd":
+        other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
+    if len(found) >= least:
+        return None
+    return (
+        f"{len(found)} groups {what}are too few for a verdict by {settings.method}: it needs {least}. Add pairs of "
+        f"other groups (--pairs generated:48 has 30){other}"
+    )
 
 
 def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
@@ -404,7 +411,8 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
         )
     check_groups(gradients.groups, settings, basis)
     train, test = _rows(gradients.groups, set(basis.origin.groups))
-    _refuse_seen(gradients, basis, test)
+    differences = {name: gradients.differences(name) for name in basis.axes}
+    refuse_seen(basis, differences, "pairs", test)
     geometry = Geometry(gradients)
     used = basis.slice(settings.k_use, settings.tau_axis)
     text = (
@@ -415,47 +423,38 @@ def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings)
     return Design(settings, geometry, (fold,), text, train)
 
 
-def _refuse_seen(gradients: PairGradients, basis: Basis, test: Tensor) -> None:
-    """Refuse a basis that was made from scored pairs, whatever its file says.
+def refuse_seen(basis: Basis, rows: Mapping[str, Tensor], what: str, scored: Tensor | None = None) -> None:
+    """Refuse a basis that was made from what it is to be scored on, whatever its file says.
 
-    An axis is a sum of differences of the pairs it was made from. Where these are at hand, solving for the weights
-    gives the axis back without a remainder, and the pairs with a weight are those it was made from.
+    An axis is a sum of rows that the basis was made from, differences of pairs or gradients of their samples. Where
+    these are at hand, the nearest sum gives the axis back without a remainder, and the rows with a weight are those it
+    was made from. That says nothing where there are so many rows that every axis is such a sum, or where none lies
+    along it, as in an expert to which no token of these samples came.
+
+    Args:
+        basis: Basis to check.
+        rows: Rows by module, [N, R].
+        what: Name of the rows in the error.
+        scored: Indices of the rows that are scored; None stands for all.
+
+    Raises:
+        DataError: The basis was made from rows that are scored.
     """
-    sums = [as_sum(axes_KR[0], gradients.differences(name)) for name, axes_KR in basis.axes.items()]
-    explained = [found.share for found in sums if found is not None]
-    on_scored = [float(found.weights[test].norm() / found.weights.norm()) for found in sums if found is not None]
-    if explained and np.median(explained) > EXPLAINED and np.median(on_scored) > _ON_SCORED:
-        raise seen_error("pairs")
-
-
-class Sum(NamedTuple):
-    """The sum of some rows that is nearest to a unit axis: the share of the axis that it is, and its weights, [N]."""
-
-    share: float
-    weights: Tensor
-
-
-def seen_error(what: str) -> DataError:
-    """Return the error for a basis that was made from what it is to be scored on."""
-    return DataError(
-        f"the basis was made from {what} that it is to be scored on",
-        wanted=f"held-out {what}: numbers from its own pairs show nothing",
-        do=f"score it on other {what}, or check without a basis",
-    )
-
-
-def as_sum(axis_R: Tensor, rows_NR: Tensor) -> Sum | None:
-    """Return the sum of rows that is nearest to a unit axis.
-
-    None where that says nothing: there are so many rows that every axis is such a sum, or none lies along it, as in an
-    expert to which no token of these samples came.
-    """
-    wide_NR, axis_R = rows_NR.double(), axis_R.double()
-    along_N = wide_NR @ axis_R
-    if 2 * len(wide_NR) > len(axis_R) or not along_N.any():
-        return None
-    weights_N = torch.linalg.pinv(wide_NR @ wide_NR.T, hermitian=True) @ along_N
-    return Sum(float(weights_N @ along_N), weights_N)
+    explained, on_scored = [], []
+    for name, axes_KR in basis.axes.items():
+        wide_NR, axis_R = rows[name].double(), axes_KR[0].double()
+        along_N = wide_NR @ axis_R
+        if 2 * len(wide_NR) > len(axis_R) or not along_N.any():
+            continue
+        weights_N = torch.linalg.pinv(wide_NR @ wide_NR.T, hermitian=True) @ along_N
+        explained.append(float(weights_N @ along_N))
+        on_scored.append(1.0 if scored is None else float(weights_N[scored].norm() / weights_N.norm()))
+    if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
+        raise DataError(
+            f"the basis was made from {what} that it is to be scored on",
+            wanted=f"held-out {what}: numbers from its own pairs show nothing",
+            do=f"score it on other {what}, or check without a basis",
+        )
 
 
 def _rows(groups: Sequence[str], part: set[str]) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,16 @@ from assay.vhack.basis.basis import Origin
 FloatArray = npt.NDArray[np.float64]
 CheckVerdict = Literal["pass", "fail", "undecided"]
 SCHEMA = "assay.vhack.check/1"
-CHECKS = ("pools", "heldout", "random_null", "sources", "stability")
-"""Names of the five checks, in the order of the design."""
+TITLES = {
+    "pools": "cin of hack against clean samples",
+    "heldout": "Held-out pairs of held-out groups",
+    "random_null": "Against random bases",
+    "sources": "cin by source",
+    "stability": "Stability under a group bootstrap",
+}
+"""What each of the five checks looks at, in the order of the design."""
+CHECKS = tuple(TITLES)
+"""Names of the five checks."""
 SWAPPED = "labels swapped"
 """Name of the exact null."""
 HAAR = "Haar"
@@ -177,7 +185,7 @@ class CheckReport:
     @property
     def verdict(self) -> CheckVerdict:
         """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
-        return worst(check.verdict for check in self.checks)
+        return worst_verdict(check.verdict for check in self.checks)
 
     @property
     def exit_code(self) -> int:
@@ -201,8 +209,7 @@ class CheckReport:
         try:
             report = TypeAdapter(cls).validate_python(record)
         except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            raise _unusable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+            raise _unusable(describe_fault(error)) from error
         if tuple(check.name for check in report.checks) != CHECKS:
             raise _unusable(f"it has the checks {[check.name for check in report.checks]}")
         if not (report.hack and report.clean and report.modules):
@@ -210,10 +217,16 @@ class CheckReport:
         return report
 
 
-def worst(verdicts: Iterable[CheckVerdict]) -> CheckVerdict:
+def worst_verdict(verdicts: Iterable[CheckVerdict]) -> CheckVerdict:
     """Return ``fail`` if any fails, else ``undecided`` if any is, else ``pass``."""
     found = set(verdicts)
     return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
+
+
+def describe_fault(error: ValidationError) -> str:
+    """Return the first fault of a record: where it is, and what is wrong there."""
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
 
 
 def _unusable(why: str) -> DataError:
@@ -230,7 +243,7 @@ def p_value(observed: float, draws: Sequence[float]) -> float:
     return (1 + reached) / (1 + len(draws))
 
 
-def measure(
+def bootstrap(
     statistic: Callable[..., float],
     samples: Sequence[FloatArray],
     groups: Sequence[Sequence[str]],
@@ -250,36 +263,38 @@ def measure(
     return Interval(found.value, found.low, found.high)
 
 
-def swap_rule(settings: CheckSettings, what: str, above: float, swapped: str = "whole groups") -> str:
-    """Return the rule of a check whose only null is that labels mean nothing."""
-    return (
-        f"Passes if, with the labels of {swapped} swapped at random, at most a share {settings.alpha:g} reaches "
-        f"{what}, and the lower end of its {settings.confidence:.0%} group-bootstrap interval is above {above:g} and "
-        f"above the null's 1 − {settings.alpha:g} quantile."
-    )
-
-
 def judge(
-    *,
     name: str,
-    title: str,
     statistic: str,
-    rule: str,
     measured: Interval,
     nulls: Mapping[str, Sequence[float]],
+    *,
+    what: str,
     above: float,
     settings: CheckSettings,
-    smallest_p: float = 0.0,
+    smallest_p: float,
+    swapped: str = "whole groups",
     details: Mapping[str, Any] | None = None,
 ) -> Check:
-    """Return the check after applying the rule that all checks share.
+    """Return the check after applying the rule that checks 1 to 4 share.
 
     It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
     above ``above`` and above the 1 − alpha quantile of every null. The first part alone bounds the probability that
     noise passes; with too few groups it cannot be met, and the verdict is ``undecided``.
+
+    Args:
+        name: Name of the check.
+        statistic: Description of the value.
+        measured: Value and its interval.
+        nulls: Draws of the statistic by name of the null.
+        what: What the rule calls the value.
+        above: Bound that the interval must lie above.
+        settings: Alpha and confidence.
+        smallest_p: Smallest p-value that these groups can give.
+        swapped: What the rule says that labels are swapped in.
+        details: Numbers that are not part of the rule.
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
-    quantiles = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
     verdict: CheckVerdict
     if smallest_p > settings.alpha:
         verdict = "undecided"
@@ -292,16 +307,43 @@ def judge(
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
         if measured.low <= above:
             faults.append(f"the interval reaches down to {measured.low:.3g}, not above {above:g}")
-        faults += [
-            f"the interval reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
-            for null, level in quantiles.items()
-            if measured.low <= level
-        ]
+        for null, draws in nulls.items():
+            level = float(np.quantile(draws, 1 - settings.alpha))
+            if measured.low <= level:
+                faults.append(f"the interval reaches down to {measured.low:.3g}, not above {level:.3g} of {null}")
         verdict, reason = ("fail", "; ".join(faults)) if faults else ("pass", "every part of the rule holds")
-    draws = {null: tuple(float(draw) for draw in values) for null, values in nulls.items()}
-    return Check(name, title, statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
+    return Check(
+        name,
+        TITLES[name],
+        statistic,
+        rule_of(nulls, what, above, settings, swapped),
+        measured,
+        {null: tuple(float(draw) for draw in draws) for null, draws in nulls.items()},
+        p_values,
+        verdict,
+        reason,
+        dict(details or {}),
+    )
 
 
-def undecided(name: str, title: str, statistic: str, rule: str, reason: str) -> Check:
+def rule_of(
+    nulls: Iterable[str], what: str, above: float, settings: CheckSettings, swapped: str = "whole groups"
+) -> str:
+    """Return the rule of :func:`judge` in words."""
+    interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
+    quantile = f"1 − {settings.alpha:g} quantile"
+    others = [null for null in nulls if null != SWAPPED]
+    if len(others) > 1:
+        return (
+            f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and {interval} the {quantile} "
+            "of every null."
+        )
+    return (
+        f"Passes if, with the labels of {swapped} swapped at random, at most a share {settings.alpha:g} reaches "
+        f"{what}, and {interval} {above:g} and above the null's {quantile}."
+    ) + "".join(f" So for {null} bases." for null in others)
+
+
+def undecided_check(name: str, statistic: str, rule: str, reason: str) -> Check:
     """Return a check that could not be made."""
-    return Check(name, title, statistic, rule, None, {}, {}, "undecided", reason)
+    return Check(name, TITLES[name], statistic, rule, None, {}, {}, "undecided", reason)

@@ -1,18 +1,23 @@
-"""A guard against degenerate detectors, after RHOB: what a high AUROC can come from that is no sign of a hack.
+r"""Check 1 on two pools of samples that are not paired: the first test of the original proposal.
 
-Four questions to the scores of one detector, each with the verdict ``pass``, ``fail`` or ``undecided``:
+A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher pool is one as well::
+
+    {"prompt": "# Task: …", "completion": "    return x\n…", "group": "task 7"}
+
+``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
+Samples of groups that the basis was made from are not scored.
+
+A guard against degenerate detectors, after RHOB, asks what a high AUROC can come from that is no sign of a hack. Three
+questions to the scores, each with the verdict ``pass``, ``fail`` or ``undecided``:
 
 - *constant*: do the scores tell samples apart at all? At most half of all pairs of a hack and a clean sample may tie.
 - *halves*: is the AUROC that of both halves of the groups? Two one-sided tests: the 1 − 2α interval of the difference
-  between two random halves must lie within ±0.1.
+  between two random halves must lie within ±0.1. It fails where the interval lies wholly outside.
 - *length*: is there more in it than the length of the completion? The interval of the difference between the AUROC and
-  that of the length, the longer or the shorter one as the hack, whichever is higher, must lie above 0.
-- *permuted labels*: is the AUROC 0.5 where labels mean nothing? Asked of detectors that are fitted: labels are swapped
-  in whole groups, of training and of test, and the detector is fitted again. The 1 − 2α interval of the mean must lie
-  within 0.5 ± 0.1. A test sample among those that it was fitted to shows here.
+  that of the length, the longer or the shorter one as the hack, whichever is higher, must lie above 0. It fails where
+  the difference itself is not above 0.
 
-The length fails where the difference itself is not above 0, any other interval where it lies wholly on the wrong side;
-one that reaches both is undecided.
+Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
 """
 
 import hashlib
@@ -25,17 +30,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.stats.rates import auroc
 from assay.vhack.basis.axes import cin_over_modules
 from assay.vhack.basis.basis import Basis
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
-from assay.vhack.checks.folds import EXPLAINED, as_sum, seen_error
+from assay.vhack.checks.folds import refuse_seen
 from assay.vhack.checks.judge import (
     EXIT_CODES,
     HAAR,
@@ -44,8 +48,7 @@ from assay.vhack.checks.judge import (
     CheckVerdict,
     FloatArray,
     Interval,
-    measure,
-    worst,
+    bootstrap,
 )
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.progress import Progress, stage
@@ -61,7 +64,8 @@ if TYPE_CHECKING:
 EQUIVALENCE = 0.1
 """Largest difference of two AUROC that counts as none."""
 _TIES = 0.5
-_FEWEST_PERMUTED = 10
+_SCHEMA = "assay.vhack.pools/1"
+_KINDS = ("hack", "clean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,8 @@ class GuardItem:
     """One question of the guard.
 
     Attributes:
-        name: ``constant``, ``halves``, ``length`` or ``permuted labels``.
-        measured: Share of ties, or difference of two AUROC, or mean AUROC; None where it could not be measured.
+        name: ``constant``, ``halves`` or ``length``.
+        measured: Share of ties, or difference of two AUROC; None where it could not be measured.
         verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
         reason: What decided.
     """
@@ -81,19 +85,11 @@ class GuardItem:
     reason: str
 
 
-def guard_verdict(items: Sequence[GuardItem]) -> CheckVerdict:
-    """Return ``fail`` if any question failed, else ``undecided`` if any is, else ``pass``."""
-    return worst(item.verdict for item in items)
-
-
-def guard(
+def guard_scores(
     hack: npt.ArrayLike,
     clean: npt.ArrayLike,
-    hack_groups: Sequence[str],
-    clean_groups: Sequence[str],
-    *,
+    groups: tuple[Sequence[str], Sequence[str]],
     lengths: tuple[npt.ArrayLike, npt.ArrayLike],
-    permuted: Sequence[float] | None = None,
     settings: CheckSettings | None = None,
 ) -> tuple[GuardItem, ...]:
     """Return what a guard against degenerate detectors says of the scores of one.
@@ -101,33 +97,32 @@ def guard(
     Args:
         hack: Scores of hack samples, higher for what looks more like a hack.
         clean: Scores of clean samples.
-        hack_groups: Group of each hack sample, such as its problem.
-        clean_groups: Group of each clean sample.
+        groups: Group of each hack sample and of each clean one, such as its problem.
         lengths: Length of each hack sample and of each clean one, in any unit.
-        permuted: AUROC of the detector fitted again under permuted labels, by permutation; None for one that is not
-            fitted.
         settings: Alpha, confidence, number of draws and seed.
-
-    Raises:
-        UsageError: Fewer than ten permutations are given, or groups and scores differ in number.
 
     Example:
         >>> groups = [str(n) for n in range(40)]
         >>> scores = [float(n) for n in range(40)]
-        >>> items = guard(scores, [-1 - s for s in scores], groups, groups, lengths=([9] * 40, [9] * 40))
+        >>> items = guard_scores(scores, [-1 - s for s in scores], (groups, groups), ([9] * 40, [9] * 40))
         >>> [item.verdict for item in items]
         ['pass', 'pass', 'pass']
     """
     settings = settings or CheckSettings()
-    scores = np.asarray(hack, dtype=float), np.asarray(clean, dtype=float)
-    groups = list(hack_groups), list(clean_groups)
-    items = [_constant(*scores), _halves(scores, groups, settings), _length(scores, groups, lengths, settings)]
-    if permuted is not None:
-        if len(permuted) < _FEWEST_PERMUTED:
-            seen = f"{len(permuted)} permutations"
-            raise UsageError(seen, wanted=f"at least {_FEWEST_PERMUTED}", do="permute the labels more often")
-        items.append(_permuted(permuted, settings))
-    return tuple(items)
+    scores = [np.asarray(side, dtype=float) for side in (hack, clean)]
+    sizes = [np.asarray(side, dtype=float) for side in lengths]
+    of_length = bootstrap(_beyond_length, [*scores, *sizes], [*groups, *groups], settings)
+    return (
+        _constant(*scores),
+        _halves(scores, groups, settings),
+        GuardItem(
+            "length",
+            of_length,
+            "pass" if of_length.low > 0 else "fail" if of_length.value <= 0 else "undecided",
+            f"the AUROC is {of_length.value:+.3f} ({of_length.low:+.3f} to {of_length.high:+.3f}) above that of the "
+            "length",
+        ),
+    )
 
 
 def _constant(hack_N: FloatArray, clean_N: FloatArray) -> GuardItem:
@@ -139,8 +134,10 @@ def _constant(hack_N: FloatArray, clean_N: FloatArray) -> GuardItem:
     return GuardItem("constant", Interval(share, share, share), "fail" if share > _TIES else "pass", reason)
 
 
-def _halves(scores: tuple[FloatArray, ...], groups: tuple[list[str], ...], settings: CheckSettings) -> GuardItem:
-    names = list(dict.fromkeys(groups[0] + groups[1]))
+def _halves(
+    scores: Sequence[FloatArray], groups: tuple[Sequence[str], Sequence[str]], settings: CheckSettings
+) -> GuardItem:
+    names = list(dict.fromkeys([*groups[0], *groups[1]]))
     order = np.random.default_rng([settings.seed, 21]).permutation(len(names))
     first = {names[i] for i in order[: len(names) // 2]}
     parts, of_groups = [], []
@@ -151,64 +148,24 @@ def _halves(scores: tuple[FloatArray, ...], groups: tuple[list[str], ...], setti
             of_groups.append([labels[row] for row in rows])
     if min(map(len, parts)) == 0:
         return GuardItem("halves", None, "undecided", "a half has samples of one kind only")
-    measured = measure(_between_halves, parts, of_groups, settings, confidence=1 - 2 * settings.alpha)
-    return GuardItem("halves", measured, *_equivalent(measured, 0.0, "the two halves differ by"))
+    found = bootstrap(_between_halves, parts, of_groups, settings, confidence=1 - 2 * settings.alpha)
+    verdict: CheckVerdict = "undecided"
+    if found.low > -EQUIVALENCE and found.high < EQUIVALENCE:
+        verdict = "pass"
+    elif found.low >= EQUIVALENCE or found.high <= -EQUIVALENCE:
+        verdict = "fail"
+    measured = f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    reason = f"the two halves differ by {measured}, {-EQUIVALENCE:g} to {EQUIVALENCE:g} counts as none"
+    return GuardItem("halves", found, verdict, reason)
 
 
 def _between_halves(hack: FloatArray, clean: FloatArray, other_hack: FloatArray, other_clean: FloatArray) -> float:
     return auroc(hack, clean) - auroc(other_hack, other_clean)
 
 
-def _length(
-    scores: tuple[FloatArray, ...],
-    groups: tuple[list[str], ...],
-    lengths: tuple[npt.ArrayLike, npt.ArrayLike],
-    settings: CheckSettings,
-) -> GuardItem:
-    sizes = tuple(np.asarray(length, dtype=float) for length in lengths)
-    found = measure(_beyond_length, [*scores, *sizes], [*groups, *groups], settings)
-    verdict: CheckVerdict = "pass" if found.low > 0 else "fail" if found.value <= 0 else "undecided"
-    reason = f"the AUROC is {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}) above that of the length"
-    return GuardItem("length", found, verdict, reason)
-
-
 def _beyond_length(hack: FloatArray, clean: FloatArray, hack_length: FloatArray, clean_length: FloatArray) -> float:
     by_length = auroc(hack_length, clean_length)
     return auroc(hack, clean) - max(by_length, 1 - by_length)
-
-
-def _permuted(permuted: Sequence[float], settings: CheckSettings) -> GuardItem:
-    mean, n = float(np.mean(permuted)), len(permuted)
-    half = float(student.ppf(1 - settings.alpha, n - 1) * np.std(permuted, ddof=1) / n**0.5)
-    measured = Interval(mean, mean - half, mean + half)
-    return GuardItem("permuted labels", measured, *_equivalent(measured, 0.5, "the mean AUROC is"))
-
-
-def _equivalent(measured: Interval, target: float, what: str) -> tuple[CheckVerdict, str]:
-    low, high = target - EQUIVALENCE, target + EQUIVALENCE
-    reason = (
-        f"{what} {measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f}), {low:g} to {high:g} counts as none"
-    )
-    if low < measured.low and measured.high < high:
-        return "pass", reason
-    return ("fail" if measured.low >= high or measured.high <= low else "undecided"), reason
-
-
-# --------------------------------------------------------------------------------------------------
-# Check 1 on two pools of samples that are not paired: the first test of the original proposal.
-#
-# A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher pool is one as well::
-#
-#     {"prompt": "# Task: …", "completion": "    return x\n…", "group": "task 7"}
-#
-# ``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
-# Samples of groups that the basis was made from are not scored.
-#
-# Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
-
-_SCHEMA = "assay.vhack.pools/1"
-_KINDS = ("hack", "clean")
-_SHOWN = ("model", "weights", "dtype", "method", "rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +182,7 @@ class PoolReport:
 
     Attributes:
         check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same samples.
-        guard: What the guard against degenerate detectors says, see :func:`guard`.
+        guard: What the guard against degenerate detectors says, see :func:`guard_scores`.
         hack: Scores of the pool that hacks.
         clean: Scores of the pool that does not.
         hack_groups: Group of each sample of the first.
@@ -248,14 +205,16 @@ class PoolReport:
     @property
     def verdict(self) -> CheckVerdict:
         """Verdict of the check, and ``fail`` where it passes and a part of the guard fails."""
-        passed = self.check.verdict == "pass"
-        return "fail" if passed and guard_verdict(self.guard) == "fail" else self.check.verdict
+        return "fail" if self.check.verdict == "pass" and self._failed else self.check.verdict
 
     @property
     def reason(self) -> str:
         """What decided: the reason of the check, or the parts of the guard that failed."""
-        failed = [f"{item.name}: {item.reason}" for item in self.guard if item.verdict == "fail"]
-        return "; ".join(failed) if self.check.verdict == "pass" and failed else self.check.reason
+        return "; ".join(self._failed) if self.check.verdict == "pass" and self._failed else self.check.reason
+
+    @property
+    def _failed(self) -> list[str]:
+        return [f"{item.name}: {item.reason}" for item in self.guard if item.verdict == "fail"]
 
     @property
     def exit_code(self) -> int:
@@ -339,7 +298,8 @@ def check_two_pools(
     Example:
         >>> from assay.models import load_model
         >>> from assay.vhack import extract
-        >>> from assay.vhack.checks import CheckSettings, PoolSample, check_two_pools
+        >>> from assay.vhack.checks import CheckSettings, check_two_pools
+        >>> from assay.vhack.checks.pools import PoolSample
         >>> from assay.vhack.pairs import generate_pairs
         >>> model = load_model("reference:llama", device="cpu")
         >>> basis = extract(generate_pairs(6), model, n_heldout=0)
@@ -357,11 +317,14 @@ def check_two_pools(
     names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
     matrices = 0 if svd is not None else len(modules)
     stages = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    if svd is None:  # those that the basis was made with; it says itself how much of the model its modules are
+        made = {"rank": basis.origin.rank, "dtype": basis.origin.factors or None, "min_coverage": 0.0}
+        svd = weight_svd(model, modules=modules, progress=stages[0], **made)
     gradients = per_sample_gradients(
         samples,
         model,
         tokenizer=tokenizer,
-        svd=svd or _factors(model, basis, stages[0]),
+        svd=svd,
         modules=modules,
         max_tokens=max_tokens,
         checkpointing=checkpointing,
@@ -369,32 +332,31 @@ def check_two_pools(
         progress=stages[1],
     )
     used = basis.slice(settings.k_use, settings.tau_axis)
-    _refuse_seen(used, gradients)
+    refuse_seen(used, gradients, "samples")
+    groups = tuple([one.group for one in pool] for pool in pools)
+    sizes = tuple(np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools)
     with one_thread():
-        made = _judged(pools, used, gradients, settings)
-    hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
-    sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
-    groups = [[one.group for one in pool] for pool in pools]
+        hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
+        check = check_unpaired(
+            hack_N,
+            clean_N,
+            *groups,
+            settings,
+            nulls=_random_aurocs(pools, used, gradients, settings),
+            details=_other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)},
+        )
+    origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
     return PoolReport(
-        check=made,
-        guard=guard(hack_N, clean_N, *groups, lengths=(sizes[0], sizes[1]), settings=settings),
+        check=check,
+        guard=guard_scores(hack_N, clean_N, groups, sizes, settings),
         hack=tuple(hack_N.tolist()),
         clean=tuple(clean_N.tolist()),
-        hack_groups=tuple(one.group for one in pools[0]),
-        clean_groups=tuple(one.group for one in pools[1]),
+        hack_groups=tuple(groups[0]),
+        clean_groups=tuple(groups[1]),
         left_out=left_out,
         settings=settings,
-        origin={
-            **{name: getattr(basis.origin, name) for name in _SHOWN},
-            "basis_pairs_sha256": basis.origin.pairs_digest,
-        },
+        origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
     )
-
-
-def _factors(model: "Model | PreTrainedModel", basis: Basis, progress: Progress | None) -> SVDCache:
-    """Return the factors that a basis was made with, of its modules; it says itself how much of the model they are."""
-    rank, dtype = basis.origin.rank, basis.origin.factors or None
-    return weight_svd(model, modules=list(basis.axes), rank=rank, dtype=dtype, min_coverage=0.0, progress=progress)
 
 
 def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[list[PoolSample]], int]:
@@ -418,50 +380,32 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
     return kept, sum(map(len, pools)) - sum(map(len, kept))
 
 
-def _refuse_seen(basis: Basis, gradients: Mapping[str, Tensor]) -> None:
-    """Refuse pools that hold the pairs of the basis: then every axis is a sum of gradients of their samples."""
-    sums = [as_sum(axes_KR[0], gradients[name]) for name, axes_KR in basis.axes.items()]
-    explained = [found.share for found in sums if found is not None]
-    if explained and np.median(explained) > EXPLAINED:
-        raise seen_error("samples")
-
-
 def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()
 
 
-def _judged(
+def _random_aurocs(
     pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor], settings: CheckSettings
-) -> Check:
-    def ranked(scores_S: Tensor) -> float:
-        return auroc(*_split(scores_S, pools))
-
+) -> dict[str, list[float]]:
     lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
-    k = max(len(axes_KR) for axes_KR in basis.axes.values())
-    random_BS = haar_scores(
-        gradients.values(),
-        torch.where(lengths_MS > 0, lengths_MS, torch.inf),
-        k,
-        settings.n_null,
-        torch.Generator().manual_seed(settings.seed),
-    )
-    both_S = cin_over_modules(gradients, basis, two_sided=True)
-    sizes_S = torch.tensor([len(one.sample.completion) for pool in pools for one in pool])
-    hack_N, clean_N = _split(both_S, pools)
-    hack_groups, clean_groups = ([one.group for one in pool] for pool in pools)
-    return check_unpaired(
-        *_split(cin_over_modules(gradients, basis), pools),
-        hack_groups,
-        clean_groups,
-        settings,
-        nulls={HAAR: list(map(ranked, random_BS))},
-        details={
-            "mean_cin_two_sided_hack": float(hack_N.mean()),
-            "mean_cin_two_sided_clean": float(clean_N.mean()),
-            "auroc_two_sided": ranked(both_S),
-            "auroc_energy_weighted": ranked(cin_over_modules(gradients, basis, weighting="energy")),
-            "auroc_gradient_norm_alone": ranked(lengths_MS.square().sum(dim=0)),
-            "auroc_length_of_completion_alone": ranked(sizes_S),
-        },
-    )
+    lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
+    k, generator = max(map(len, basis.axes.values())), torch.Generator().manual_seed(settings.seed)
+    random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
+    return {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
+
+
+def _other_scores(
+    pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
+    both = _split(cin_over_modules(gradients, basis, two_sided=True), pools)
+    energy = _split(cin_over_modules(gradients, basis, weighting="energy"), pools)
+    norms_S = torch.stack([rows_SR.double().square().sum(dim=1) for rows_SR in gradients.values()]).sum(dim=0)
+    return {
+        "mean_cin_two_sided_hack": float(both[0].mean()),
+        "mean_cin_two_sided_clean": float(both[1].mean()),
+        "auroc_two_sided": auroc(*both),
+        "auroc_energy_weighted": auroc(*energy),
+        "auroc_gradient_norm_alone": auroc(*_split(norms_S, pools)),
+    }

@@ -22,7 +22,7 @@ from assay.vhack.checks.five_checks import (
     check_sources,
     check_stability,
 )
-from assay.vhack.checks.folds import Design, cross_fit, fewest_groups, held_out_of, shares
+from assay.vhack.checks.folds import Design, cross_fit, held_out_of, shares
 from assay.vhack.checks.judge import CheckReport, CheckSettings, FloatArray, ModuleResult
 from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.svd import SVDCache
@@ -118,28 +118,6 @@ def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
                 wanted="every prompt in one group, so that it is held out whole",
                 do="give them the same group",
             )
-
-
-def too_few_groups(pairs: Sequence[Pair], settings: CheckSettings, basis: Basis | None = None) -> str | None:
-    """Return why these pairs cannot give a verdict and what to do, before any work; None where they can.
-
-    Args:
-        pairs: Pairs to check with.
-        settings: Method and alpha.
-        basis: Basis to check, of whose groups no pair is scored.
-    """
-    groups = {pair.group for pair in pairs} - set(() if basis is None else basis.origin.groups)
-    least = fewest_groups(settings, given=basis is not None)
-    if len(groups) >= least:
-        return None
-    what = "" if basis is None else "that the basis was not made from "
-    other = ""
-    if basis is None and settings.method != "svd":
-        other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
-    return (
-        f"{len(groups)} groups {what}are too few for a verdict by {settings.method}: it needs {least}. Add pairs of "
-        f"other groups (--pairs generated:48 has 30){other}"
-    )
 
 
 def check_gradients(
