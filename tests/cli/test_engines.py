@@ -72,7 +72,7 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
         (("--engine", "vllm", "--dtype", "int8"), "--dtype int8 with --engine vllm"),
         (("--engine", "vllm", "--preset", "layer-signs"), "preset layer-signs on the vllm engine"),
         (("--dtype", "int4"), "--dtype int4"),
-        (("--dtype", "fp16"), "did you mean --dtype float16?"),
+        (("--dtype", "bfloat"), "did you mean --dtype bfloat16?"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags: tuple[object, ...], words: str, prove):
@@ -103,7 +103,7 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     assert prove("--model", "reference:qwen3", "--seq-len", 200).code == 0
     proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
     flags = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 200, "--ledger", ledger)
-    monkeypatch.setattr("assay.models.load._digest", None)  # weights are read
+    monkeypatch.setattr("assay.models.load.digest_tensors", None)  # weights are read
     for engine in ("hf", "vllm"):
         verdict = assay("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
         assert verdict.code == 2
@@ -130,7 +130,7 @@ def test_what_cannot_be_judged_begins_no_ledger(
     assert '"dtype":"float32"' in text
     proof.write_text(text.replace('"dtype":"float32"', f'"dtype":"{stated}"'))
     if not loads:
-        monkeypatch.setattr("assay.models.load._digest", None)  # weights are read
+        monkeypatch.setattr("assay.models.load.digest_tensors", None)  # weights are read
     known = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24", "--ledger", ledger)
     verdict = assay("poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags)
     assert verdict.code == 2

@@ -99,19 +99,6 @@ def test_a_proof_in_another_number_format_is_refused(prove, assay, small_checkpo
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
 
 
-def test_shares_of_two_nodes_are_disjoint(prove, tmp_path: Path):
-    for node in (0, 1):
-        assert prove(f"{node}.jsonl", node_id=node, node_count=2, nonces="0:4").code == 0
-    shares = [[r.nonce for r in Proof.load(tmp_path / f"{node}.jsonl").records] for node in (0, 1)]
-    assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]
-
-
-def test_sign_flips_names_the_default(prove, tmp_path: Path):
-    assert prove("a.jsonl", preset="sign-flips").code == 0
-    assert prove("b.jsonl").code == 0
-    assert Proof.load(tmp_path / "a.jsonl").footer.sha256 == Proof.load(tmp_path / "b.jsonl").footer.sha256
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -198,20 +185,6 @@ def test_bad_proofs_and_calibrations_are_code_2(prove, assay, small_checkpoint: 
     other = assay("poc", "verify", good, "--model", "reference:llama", "--device", "cpu")
     assert other.code == 2
     assert "checkpoint" in other.err
-
-
-def test_calibrate_in_closed_form(assay):
-    result = assay("poc", "calibrate", "--valid-rate", 0.5905, "--json")
-    assert result.code == 0
-    assert json.loads(result.out)["r_target"] == pytest.approx(1.416, abs=2e-5)
-    for wrong in (
-        (),
-        ("--valid-rate", 0),
-        ("--valid-rate", 1.5),
-        ("--valid-rate", "x"),
-        ("--valid-rate", 0.1, "--dimension", 1),
-    ):
-        assert assay("poc", "calibrate", *wrong).code == 2
 
 
 def test_calibrate_measures_the_r_target_of_a_proof(prove, assay, tmp_path: Path):
@@ -318,3 +291,31 @@ def test_the_published_rule_is_held_against_published_presets(preset, said, prov
     assert prove("proof.jsonl", preset=preset).code == 0
     seen = assay("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--preset", preset, *PINS)
     assert said in next(line for line in seen.out.splitlines() if "published rule" in line)
+
+
+def test_the_round_comes_from_the_pins(prove, assay, small_checkpoint: Path, tmp_path: Path, monkeypatch):
+    assert prove("first.jsonl", nonces="0:32").code == 0
+    pins = tmp_path / "pins.toml"
+    new = ("poc", "pins", "new", "--model", small_checkpoint, "--from-proof", tmp_path / "first.jsonl", "-o", pins)
+    assert assay(*new, "--strength", 32).code == 0
+    base = ("poc", "prove", "--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu")
+    made = assay(*base, "--nonces", "0:32", "-o", tmp_path / "second.jsonl")
+    assert made.code == 0, made.err
+    header = Proof.load(tmp_path / "second.jsonl").header
+    assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (16, "next", 8)
+    known = ("--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu", "--model")
+    assert assay("poc", "verify", tmp_path / "second.jsonl", *known, small_checkpoint).code == 0
+    monkeypatch.setattr("assay.poc.opening.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    for wrong in (
+        ("--seq-len", 17),
+        ("--strength", 256),
+        ("--batch-size", 16),
+        ("--dtype", "bfloat16"),
+        ("--nonces", "0:8"),
+        ("--preset", "artifact"),
+    ):
+        refused = assay(*base, *wrong, "-o", tmp_path / "third.jsonl")
+        assert refused.code == 2
+        assert f"beside {pins}" in refused.err, refused.err
+        assert wrong[0] in refused.err
+    assert not (tmp_path / "third.jsonl").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,18 +101,20 @@ def test_a_missing_file_or_directory_is_named(assay, small_checkpoint, prompts: 
 def test_a_stopped_run_says_that_it_continues_and_does(
     assay, small_checkpoint, prompts: Path, tmp_path: Path, monkeypatch
 ):
-    from assay.poc.responses import respond as _respond
-
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
 
-    def stop(seconds: object, receipt: object) -> None:
-        receipts.append(receipt)
+    loop = sys.modules["assay.poc.responses.respond"]._Loop
+    finish = loop.receipt
+
+    def stop(self, request, **made: object):
+        receipts.append(finish(self, request, **made))
         os.kill(os.getpid(), signal.SIGTERM)
+        return receipts[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(_respond._Pace, "end", stop)
+        patched.setattr(loop, "receipt", stop)
         stopped = assay(*command)
     assert stopped.code == 128 + signal.SIGTERM
     assert stopped.err.endswith("continues it\n")
