@@ -32,7 +32,7 @@ IMPORTED = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
-    "assay.poc.vllm.plugin",
+    "assay.poc.vllm.endpoint_plugin",
 )
 CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
 """What says where modules are found and which platform vLLM has, once they are imported."""

@@ -15,8 +15,8 @@ from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import prefill as _vllm_prefill
 from assay.poc.vllm import rows as _rows
+from assay.poc.vllm.endpoint_plugin import plugin
 from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explain_start
-from assay.poc.vllm.plugin import plugin
 from assay.poc.vllm.prefill import VLLMPrefill
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings

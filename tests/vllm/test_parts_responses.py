@@ -18,7 +18,7 @@ from assay.poc.responses import Prompt, ResponseSeed, Sampling
 from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses, processor_for
-from assay.poc.vllm.plugin import ReceiptMiddleware, Responses
+from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, _next_sketched, read_seed_argument

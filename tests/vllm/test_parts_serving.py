@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.vllm.plugin import ChatBarrier, plugin
+from assay.poc.vllm.endpoint_plugin import ChatBarrier, plugin
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.servers import PassOn
 from assay.poc.vllm.throttle import ThrottleSettings
@@ -174,3 +175,9 @@ def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytes
         app = SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(host=host, uds=None)))
         with pytest.raises(UsageError, match="without a key"):
             plugin().attach_router(app)
+
+
+def test_the_entry_points_of_vllm_are_functions_whatever_was_imported_before():
+    found = [entry for entry in distribution("assay").entry_points if entry.group.startswith("vllm.")]
+    assert {entry.name for entry in found} == {"assay"}
+    assert all(callable(entry.load()) for entry in found)

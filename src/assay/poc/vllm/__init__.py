@@ -21,7 +21,7 @@ _PLACES = {
     "ResponseExtension": "response_worker",
     "VLLMEngine": "engine",
     "WorkerExtension": "worker",
-    "plugin": "plugin",
+    "plugin": "endpoint_plugin",
 }
 
 __all__ = [
