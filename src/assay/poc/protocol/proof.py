@@ -81,8 +81,8 @@ class Proof(StrictFile):
         Raises:
             StorageError: The file cannot be written.
         """
-        ends = dumps(self.header.as_dict()), dumps(self.footer.as_dict())
-        write_lines(path, [ends[0], *map(self.header.line, self.records), ends[1]], overwrite=overwrite)
+        first, last = dumps(self.header.as_dict()), dumps(self.footer.as_dict())
+        write_lines(path, [first, *map(self.header.line, self.records), last], overwrite=overwrite)
 
     @override
     @classmethod

@@ -56,10 +56,6 @@ class Adapter:
         check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
         check_digest("digest of the adapter", self.digest)
 
-    def as_dict(self) -> dict[str, str]:
-        """Return the fields in the order of the line."""
-        return {"name": self.name, "digest": self.digest}
-
 
 @dataclass(frozen=True, eq=False)
 class Lora:

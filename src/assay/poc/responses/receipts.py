@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -91,12 +91,6 @@ class Prompt:
         listed = check_ids("the prompt", ids, fewest=1)
         return cls(hashlib.sha256(np.array(listed, dtype="<u4").tobytes()).hexdigest(), len(listed), listed)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the ids, or hash and length where they are not known."""
-        if self.ids is not None:
-            return {"ids": list(self.ids)}
-        return {"sha256": self.sha256, "tokens": self.tokens}
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Receipt:
@@ -151,7 +145,7 @@ class Receipt:
             return given.reshape(0, SKETCH_SIZE)
         if given.shape != wanted or not np.isfinite(given).all():
             raise UsageError(
-                f"sketches of shape {given.shape} for {len(self.output)} tokens",
+                f"sketches for {len(self.output)} tokens, of shape {given.shape}",
                 wanted=f"finite numbers of shape {wanted}, or no sketches",
                 do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
             )
@@ -175,26 +169,25 @@ class Receipt:
         object.__setattr__(other, "prompt", replace(self.prompt, ids=None))
         return other
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the order of the line; without an adapter there is no field for it."""
-        return {
+    def line(self) -> str:
+        """Return the canonical line of the file, without its newline; without an adapter there is no field for it."""
+        prompt = self.prompt
+        known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
+        values = {
             "request_id": self.request_id,
             "chosen_by": self.chosen_by,
             "index": self.index,
             "user_seed": self.user_seed,
             "block_hash": self.block_hash,
             "sampling": None if self.sampling is None else self.sampling.as_dict(),
-            "prompt": self.prompt.as_dict(),
+            "prompt": known,
             "output": list(self.output),
             "finish": self.finish,
             "mask": self.mask,
-            **({} if self.adapter is None else {"adapter": self.adapter.as_dict()}),
+            **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
             "sketches": [encode_vector(sketch) for sketch in self.sketches],
         }
-
-    def line(self) -> str:
-        """Return the canonical line of the file, without its newline."""
-        return dumps(self.as_dict())
+        return dumps(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +230,9 @@ class ReceiptHeader:
             index=receipt.index,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the order of the line."""
-        return {
+    def line(self) -> str:
+        """Return the canonical line of the file, without its newline."""
+        values = {
             "kind": KIND,
             "schema": SCHEMA,
             "public_key": self.public_key,
@@ -247,10 +240,7 @@ class ReceiptHeader:
             "fingerprint": self.fingerprint.as_dict(),
             "sketch": SKETCH if self.sketched else None,
         }
-
-    def line(self) -> str:
-        """Return the canonical line of the file, without its newline."""
-        return dumps(self.as_dict())
+        return dumps(values)
 
 
 @dataclass(frozen=True, kw_only=True)
