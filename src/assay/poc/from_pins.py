@@ -113,7 +113,7 @@ def _pinned_engine(how: Proving, pins: Pins, given: Mapping[str, Any], file: Pat
     """Return an engine that is one of the builds, as far as that can be said before it is started."""
     builds = pins.builds or ()
     formats = list(dict.fromkeys(of_weights(dtype) for build in builds for dtype in build.dtype))
-    allowed = {
+    allowed: dict[str, Sequence[Any]] = {
         "engine": [name for build in builds for name in build.engine],
         "batch_size": [size for build in builds for size in build.batch_size],
         "dtype": formats,

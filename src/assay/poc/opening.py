@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
 from assay.models.load import Model, load_model, model_info
@@ -28,6 +28,9 @@ from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.verdict.calibration import Calibration
 from assay.poc.verdict.noise import default_noise
 from assay.poc.verifier import judging_batch
+
+if TYPE_CHECKING:
+    from assay.poc.vllm.prefill import VLLMPrefill
 
 EngineName = Literal["hf", "vllm"]
 Kernels = Literal["auto", "compiled", "eager"]
@@ -66,7 +69,7 @@ def vllm_engine(
 @contextmanager
 def vllm_prefill(
     model: str, *, dtype: str, device: str | None, batch_size: int, receipts: Sequence[ReceiptHeader]
-) -> Iterator[Prefill]:
+) -> Iterator["VLLMPrefill"]:
     """Start an offline vLLM that reads whole responses.
 
     Raises:
