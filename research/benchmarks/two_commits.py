@@ -59,12 +59,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
         found = {"prove": best(work, arguments.nonces)}
     if arguments.gradients:
+        from transformers import AutoTokenizer
+
         from assay.vhack import Sample, per_sample_gradients, weight_svd
 
         samples = [
             Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8) for n in range(arguments.samples)
         ]
-        tokenizer = model.tokenizer or load_model("reference:qwen3", device="cpu").tokenizer
+        tokenizer = model.tokenizer or AutoTokenizer.from_pretrained(ROOT / "src/assay/models/reference/qwen3")
         svd = weight_svd(model, method="gram")
         found["gradients"] = best(
             lambda: per_sample_gradients(samples, model, tokenizer=tokenizer, svd=svd), arguments.samples

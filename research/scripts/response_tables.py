@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from assay_research.responses.tables import standing_table
+from assay_research.responses.run import standing_table
 from assay_research.runs.runs import read_run
 from tables import RUNS, print_table
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from assay_research.approaches.approaches import weight_rows
-from assay_research.matrix.table import Configuration, configurations
-from assay_research.redteam.tables import attack_table, fields, honest_errors, paying, paying_table
+from assay_research.matrix.matrix import Configuration, configurations
+from assay_research.redteam.run import attack_table, fields, honest_errors, paying, paying_table
 from assay_research.runs.runs import read_run
 
 from assay.files.jsonl import read_json

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from assay_research.clusters import cheats
 from assay_research.clusters.clusters import (
     HONEST,
     REAL,
@@ -12,7 +11,9 @@ from assay_research.clusters.clusters import (
     ClusterPlan,
     CountRule,
     Oracle,
+    drawn,
     run_clusters,
+    simulated,
 )
 from assay_research.clusters.page import summarise
 from assay_research.runs.report import build_report
@@ -114,10 +115,10 @@ def test_the_oracle_needs_the_fewest_nonces():
     rng = np.random.default_rng(0)
     honest, cheat = (np.exp(0.4 * rng.normal(size=5000) + shift) for shift in (0.0, 1.0))
     oracle = Oracle(honest, cheat)
-    accused, cleared = oracle.simulated(cheats.drawn(rng, cheat, 50, 40), at=(40,))
+    accused, cleared = oracle.simulated(drawn(rng, cheat, 50, 40), at=(40,))
     assert accused[:, -1].all()
     assert not cleared.any()
-    accused, cleared = oracle.simulated(cheats.drawn(rng, honest, 200, 40), at=(40,))
+    accused, cleared = oracle.simulated(drawn(rng, honest, 200, 40), at=(40,))
     assert not accused.any()
     assert cleared.all()
 
@@ -126,7 +127,7 @@ def test_simulated_cheats_have_the_median_that_is_said():
     rng = np.random.default_rng(0)
     honest = 0.2 * np.exp(0.4 * rng.normal(size=2000))
     others = {"larger": 4 * honest, "smaller": 0.9 * honest}
-    found = {cheat.name: cheat for cheat in cheats.simulated(honest, 0.1, others, rng)}
+    found = {cheat.name: cheat for cheat in simulated(honest, 0.1, others, rng)}
     assert "a share as larger" in found
     assert "a share as smaller" not in found
     assert len(found) == 7
@@ -135,5 +136,5 @@ def test_simulated_cheats_have_the_median_that_is_said():
         audits = cheat.audits(rng, 3, 100)
         assert audits.shape == (3, 100)
         assert np.isin(audits, cheat.pool).all()
-    usual = next(iter(cheats.simulated(honest, 0.4, {}, rng)))
+    usual = next(iter(simulated(honest, 0.4, {}, rng)))
     assert np.median(usual.pool) == pytest.approx(1.4 * 0.4, rel=0.01), "the usual size of the validator is larger"

@@ -10,7 +10,7 @@ from assay_research.hostile import HOSTILE_KINDS, hostile_case
 from assay.cli import run as run_command
 from assay.errors import DataError
 from assay.vhack.environment import Limits
-from assay.vhack.environment import grade as _grade
+from assay.vhack.environment import grading as _grade
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from assay_research.matrix.matrix import Plan, run_matrix
-from assay_research.matrix.table import PUBLISHED, configurations
+from assay_research.matrix.matrix import PUBLISHED, Plan, configurations, run_matrix
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import open_run, read_run
 

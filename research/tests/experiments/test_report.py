@@ -2,7 +2,7 @@
 
 import pytest
 from assay_research.runs import report as _report
-from assay_research.runs.report import build_report
+from assay_research.runs.report import Section, build_report
 from assay_research.runs.runs import open_run
 
 from assay.errors import DataError
@@ -11,11 +11,11 @@ from assay.errors import DataError
 @pytest.fixture
 def registered(monkeypatch):
     """Two experiments whose sections are drawn by functions of this test."""
-    monkeypatch.setattr(_report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:draw"))
+    monkeypatch.setattr(_report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:shown"))
 
 
-def draw(report, run) -> None:
-    report.section(f"{run.experiment}: {len(run.cells)} cells")
+def shown(run) -> Section:
+    return Section(f"{run.experiment}: {len(run.cells)} cells", "about", {})
 
 
 def measure(folder, experiment: str, count: int) -> None:

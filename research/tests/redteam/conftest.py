@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assay_research.redteam.attacks import Scene
-from assay_research.redteam.partial import Guesses
+from assay_research.redteam.attacks import Guesses, Scene
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assay_research.redteam.partial import PartialForward, Shortcut
+from assay_research.redteam.attacks import PartialForward, Shortcut
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.models import Model, load_model

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 from assay_research.redteam import field as field_module
 from assay_research.redteam import run as run_module
-from assay_research.redteam import tables
+from assay_research.redteam import run as tables
 from assay_research.redteam.attacks import ATTACKS
-from assay_research.redteam.run import RedteamPlan, run_redteam
-from assay_research.redteam.tables import attack_table, paying
+from assay_research.redteam.run import RedteamPlan, attack_table, paying, run_redteam
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from assay_research.responses.audits import (
+from assay_research.responses.field import (
     ALPHA,
     GRID,
     MOST,

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from assay_research.responses.cheats import CHEATS, DROPPED, EOS, HONEST, STOPPED, Scene, honest
-from assay_research.responses.check import check
-from assay_research.responses.models import TRAINED_ENTROPY, entropy, open_model, scale_for, tuned
-from assay_research.responses.provers import Requests, Served
+from assay_research.responses.field import check
+from assay_research.responses.provers import TRAINED_ENTROPY, Requests, Served, entropy, open_model, scale_for, tuned
 
 from assay.models import Model
 

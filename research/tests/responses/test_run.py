@@ -6,8 +6,7 @@ import pytest
 from assay_research.responses import field as field_module
 from assay_research.responses import run as run_module
 from assay_research.responses.cheats import CHEATS, GREEDY
-from assay_research.responses.run import ResponsesPlan, run_responses
-from assay_research.responses.tables import places
+from assay_research.responses.run import ResponsesPlan, places, run_responses
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 

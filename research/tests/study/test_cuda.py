@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from assay_research.study.forward import StackedModel
-from assay_research.study.generate import Generator
+from assay_research.study.model import Generator, StackedModel
 
 from assay.models import load_model
 from assay.vhack import weight_svd

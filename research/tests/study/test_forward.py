@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-from assay_research.study.forward import StackedModel
-from assay_research.study.generate import Generator
-from assay_research.study.gradient import Batch, policy_gradient, pooled_hidden, token_logprobs
+from assay_research.study.model import Batch, Generator, StackedModel, policy_gradient, pooled_hidden, token_logprobs
 
 from assay.vhack.delta import DeltaS
 

@@ -5,20 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from assay_research.organism import Mixture, Recipe, make_organism
-from assay_research.study.cohort import Cohort
 from assay_research.study.grading import Grader, StudyVerdict
 from assay_research.study.log import RunLog
-from assay_research.study.loop import Study
-from assay_research.study.page import study_page
 from assay_research.study.plan import StudyRun, StudySettings
-from assay_research.study.summary import summarise
+from assay_research.study.study import Cohort, Study
+from assay_research.study.summary import study_page, summarise
 
 from assay.errors import DataError, StorageError
 from assay.vhack import weight_svd
 from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.environment import Episode
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.pairs.reference import environment_pairs
+from assay.vhack.pairs.generate import environment_pairs
 from tests.vhack.delta.conftest import random_basis
 
 EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}

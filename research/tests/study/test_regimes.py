@@ -4,15 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assay_research.study.cohort import Rollouts
-from assay_research.study.gradient import Batch, policy_gradient
 from assay_research.study.grading import StudyVerdict
-from assay_research.study.loop import Study
+from assay_research.study.model import Batch, policy_gradient
 from assay_research.study.plan import StudyRun
+from assay_research.study.study import Rollouts, Study
 from assay_research.study.summary import summarise
 
 from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.pairs.reference import environment_pairs
+from assay.vhack.pairs.generate import environment_pairs
 from tests.vhack.delta.conftest import random_basis
 
 

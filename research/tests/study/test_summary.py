@@ -2,9 +2,8 @@
 
 import pytest
 from assay_research.study.log import RunLog, read_logs
-from assay_research.study.page import source_checks
 from assay_research.study.plan import StudyRun, StudySettings
-from assay_research.study.summary import paired, summarise
+from assay_research.study.summary import paired, source_checks, summarise
 from scipy import stats
 
 from assay.errors import DataError

@@ -43,7 +43,7 @@ from assay.poc.verdict.r_target import distances_to_target
 from assay.settings import Dtype, Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
-from assay_research.matrix.table import PUBLISHED_LIMIT
+from assay_research.matrix.matrix import PUBLISHED_LIMIT
 from assay_research.runs.report import Section, Table
 from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run
 from assay_research.runs.spread import spread_of
@@ -335,11 +335,10 @@ def tensor_parallel(pipeline: Pipeline) -> bool:
     return pipeline.head != "trained"
 
 
-# --------------------------------------------------------------------------------------------------
 # Trained against random weights: is it training that gives distances their structure?
 #
-# The published tests 1 to 3: distances per block with trained weights, with all weights drawn anew for every block, and
-# with only the input embeddings drawn anew (a head that is tied to them changes with them; one that is not stays).
+# The published tests 1 to 3: distances per block with trained weights, with all weights drawn anew for every block,
+# and with only the input embeddings drawn anew (a head that is tied to them changes with them; one that is not stays).
 
 MODES = ("trained", "random-all", "random-embed")
 

@@ -76,8 +76,7 @@ def matrix(run: RunSettings, plan: "Plan", as_json: bool) -> None:
     """
     from functools import partial
 
-    from assay_research.matrix.matrix import run_matrix
-    from assay_research.matrix.table import configurations
+    from assay_research.matrix.matrix import configurations, run_matrix
 
     measure = partial(run_matrix, note=partial(click.echo, err=True))
     found, page = _measure(measure, "matrix", plan, run, "testing", "tests")
@@ -90,7 +89,7 @@ def redteam(run: RunSettings, plan: "RedteamPlan", as_json: bool) -> None:
 
     Gives cost, error, residuals, and who catches it after how many nonces.
     """
-    from assay_research.redteam import tables as team
+    from assay_research.redteam import run as team
     from assay_research.redteam.field import PRESETS
     from assay_research.redteam.run import run_redteam
 

@@ -211,8 +211,7 @@ def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
     from assay.files.jsonl import read_json
     from assay.vhack.checks.judge import CheckReport
     from assay_research.study.log import read_logs
-    from assay_research.study.page import study_page
-    from assay_research.study.summary import summarise
+    from assay_research.study.summary import study_page, summarise
 
     logs = read_logs(list(chosen.results))
     shown = [CheckReport.from_dict(read_json(path)) for path in chosen.check]

@@ -1,12 +1,14 @@
 """The experiment: published sets of nonce vectors, their faults, and every rule with one machine left out.
 
-Legend of shapes: N nonces.
+Cheats are other builds that were passed off as this one, and simulated ones a little noisier than honest machines.
+
+Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at which the verdict is asked for.
 """
 
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -25,15 +27,87 @@ from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.machines import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Settings
-from assay_research.clusters import cheats
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.runs import Progress, measure_missing
 from assay_research.vector_sets import VectorSet, read_vector_sets
 
-# --------------------------------------------------------------------------------------------------
+RATIO = 1.4
+"""Median of a simulated cheat over the honest one: of that pair, or the usual one of that validator if it is larger."""
+
+MULTIPLES = (2.0, 3.3, 6.0)  # of the own noise, for a share of the nonces
+TAIL_DOF = 4.0
+FARTHEST = 2.0  # of two unit vectors
+_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """A simulated cheat against one validator.
+
+    Args:
+        name: Name in tables.
+        pool: Distances [N] of as many of its nonces, from which audits draw without replacement.
+    """
+
+    name: str
+    pool: FloatArray
+
+    def audits(self, rng: np.random.Generator, count: int, checked: int) -> FloatArray:
+        """Return the distances of audits, [R, C]."""
+        return drawn(rng, self.pool, count, checked)
+
+
+def drawn(rng: np.random.Generator, pool_N: FloatArray, count: int, checked: int) -> FloatArray:
+    """Return audits of a pool, [R, C]: in each, nonces without replacement."""
+    return np.stack([rng.permutation(pool_N)[:checked] for _ in range(count)])
+
+
+def simulated(
+    honest_N: FloatArray, usual: float, others: Mapping[str, FloatArray], rng: np.random.Generator
+) -> Iterator[Cheat]:
+    """Yield cheats whose median distance is `RATIO` times that of honest ones.
+
+    A pair of machines may be far closer than others. Who is as far off as honest machines usually are is no cheat that
+    a rule could know, so the ratio is that over the usual median where it is larger.
+
+    Args:
+        honest_N: Honest distances of a pair.
+        usual: Median over machines of their median distance from this validator.
+        others: Distances of other builds by name; those are mixed in that are large enough.
+        rng: Source of what is drawn.
+    """
+    median = float(np.median(honest_N))
+    wanted = RATIO * max(median, usual)
+    yield Cheat(f"all nonces × {RATIO:g}", _clipped(wanted / median * honest_N))
+    for multiple in MULTIPLES:
+        yield _mixed(f"a share × {multiple:g}", honest_N, multiple * max(usual / median, 1.0) * honest_N, wanted, rng)
+    for name, other_N in others.items():
+        if np.median(other_N) > wanted:
+            yield _mixed(f"a share as {name}", honest_N, rng.choice(other_N, honest_N.size), wanted, rng)
+    logs_N = np.log(np.maximum(honest_N, 1e-4))
+    spread = float(np.subtract(*np.quantile(logs_N, (0.75, 0.25)))) / 1.349  # as a normal with these quartiles has it
+    shapes = {"log-normal": rng.normal(size=honest_N.size), "log-t, 4": rng.standard_t(TAIL_DOF, honest_N.size)}
+    for name, z_N in shapes.items():
+        values_N = np.exp(spread * z_N)
+        yield Cheat(f"{name}, × {RATIO:g}", _clipped(values_N * (wanted / float(np.median(values_N)))))
+
+
+def _mixed(name: str, honest_N: FloatArray, larger_N: FloatArray, wanted: float, rng: np.random.Generator) -> Cheat:
+    """Return honest distances of which the share is exchanged that makes the median what is wanted."""
+    order_N = rng.random(honest_N.size)
+    low, high = 0.0, 1.0
+    for _ in range(_STEPS):
+        share = (low + high) / 2
+        mixed_N = np.where(order_N < share, larger_N, honest_N)
+        low, high = (share, high) if np.median(mixed_N) < wanted else (low, share)
+    return Cheat(name, _clipped(np.where(order_N < high, larger_N, honest_N)))
+
+
+def _clipped(values_N: FloatArray) -> FloatArray:
+    return np.minimum(values_N, FARTHEST)
+
+
 # The rules that are held against each other, all with one question: accused after how many nonces?
-#
-# Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at which the verdict is asked for.
 
 ALPHA, BETA = 1e-3, 1e-2
 OURS, NAMED, FIRST, ORACLE = "ours", "ours, cheat named", "first version", "oracle"
@@ -145,10 +219,7 @@ def rules_for(
     return rules | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 
-# --------------------------------------------------------------------------------------------------
 # One machine left out: what every rule says of its honest audits, and of cheats in its place.
-#
-# Legend of shapes: N nonces, R audits, C checked nonces.
 
 HONEST, REAL, SIMULATED = "honest", "real", "simulated"
 """Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
@@ -162,7 +233,6 @@ LEAST_AUDITS = 4200  # honest audits of a build: one accusation in a thousand mu
 INSIDE_AUDITS = 200  # of every pair inside a fold, which give its effect
 CHEAT_AUDITS = 30  # of every pair and cheat
 FEWEST_MACHINES = 3
-_FARTHEST = 2.0
 
 
 @dataclass
@@ -242,7 +312,7 @@ class Fold:
             rules = rules_for(noise, first, effect, build.kinds[machine], judge, named)
             self._honest(tallies, rules, honest_N, known, rng)
             mixed_in = {**self.others, **known}
-            for cheat in cheats.simulated(honest_N, self._usual(judge), mixed_in, rng):
+            for cheat in simulated(honest_N, self._usual(judge), mixed_in, rng):
                 truth = {ORACLE: Oracle(honest_N, cheat.pool)}
                 values_RC = cheat.audits(rng, CHEAT_AUDITS, min(CHECKED, honest_N.size))
                 for name, rule in (rules | truth).items():
@@ -277,8 +347,8 @@ class Fold:
         """Audit the machine that is left out, honestly, by one validator."""
         ordered = 2 * len(self.build.pairs)
         count = max(self.audits, -(-LEAST_AUDITS // ordered))
-        values_RC = cheats.drawn(rng, honest_N, count, min(CHECKED, honest_N.size))
-        alternative_N = next(iter(known.values()), np.minimum(cheats.RATIO * honest_N, _FARTHEST))
+        values_RC = drawn(rng, honest_N, count, min(CHECKED, honest_N.size))
+        alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
         for name, rule in (dict(rules) | {ORACLE: Oracle(honest_N, alternative_N)}).items():
             tallies[HONEST, "", name].add(rule, values_RC)
 
@@ -296,7 +366,7 @@ class Fold:
                 others = [one for one in sets if one is not cheat] or [cheat]
                 law = self._law_of(others, judge if others == [cheat] else None)
                 rules = rules_of(cheat.kind, {model: law} if law else None) | {ORACLE: Oracle(honest_N, values_N)}
-                values_RC = cheats.drawn(rng, values_N, CHEAT_AUDITS, min(CHECKED, values_N.size))
+                values_RC = drawn(rng, values_N, CHEAT_AUDITS, min(CHECKED, values_N.size))
                 for name, rule in rules.items():
                     tallies[REAL, model, name].add(rule, values_RC)
 

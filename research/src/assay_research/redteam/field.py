@@ -29,8 +29,7 @@ from assay.poc.verdict.machines import PAIR_SPREAD
 from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise import Spread
-from assay_research.redteam.attacks import OnEngine, Program, Scene
-from assay_research.redteam.partial import Guesses
+from assay_research.redteam.attacks import Guesses, OnEngine, Program, Scene
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
 """Presets that are attacked."""

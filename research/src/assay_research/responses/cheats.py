@@ -13,8 +13,19 @@ from torch import Tensor
 
 from assay.models.load import Model
 from assay.poc import cheats
-from assay_research.responses.models import open_model, reads_text, tuned, without_layers
-from assay_research.responses.provers import Float8Cache, Requests, Seeded, Served, Step, decode, with_honest_prefill
+from assay_research.responses.provers import (
+    Float8Cache,
+    Requests,
+    Seeded,
+    Served,
+    Step,
+    decode,
+    open_model,
+    reads_text,
+    tuned,
+    with_honest_prefill,
+    without_layers,
+)
 
 TUNED = (20, 200)
 SAFE = (0.5, 2.0, 5.0)

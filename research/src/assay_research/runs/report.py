@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from assay._version import __version__
+from assay import __version__
 from assay.errors import DataError
 from assay.pages.figures import SERIES, figure, legend
 from assay.pages.html import Badge, BadgeKind, Cell, Report
@@ -19,10 +19,10 @@ Table = tuple[tuple[str, ...], list[list[Cell]]]
 SECTIONS = {
     "approaches": "assay_research.approaches.page:section",
     "weights": "assay_research.approaches.approaches:weight_section",
-    "matrix": "assay_research.matrix.table:section",
-    "redteam": "assay_research.redteam.tables:section",
-    "responses": "assay_research.responses.tables:section",
-    "simulate": "assay_research.simulation.page:section",
+    "matrix": "assay_research.matrix.matrix:section",
+    "redteam": "assay_research.redteam.run:section",
+    "responses": "assay_research.responses.run:section",
+    "simulate": "assay_research.simulation.network:section",
     "clusters": "assay_research.clusters.page:section",
 }
 """Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""

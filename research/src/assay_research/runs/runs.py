@@ -43,6 +43,10 @@ Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all)."""
 
 
+Measurement = tuple[str, Callable[[], Mapping[str, Any]]]
+"""Key of a cell, and the function that measures it."""
+
+
 class ExperimentPlan(Settings):
     """Settings of every experiment that runs models.
 
@@ -192,7 +196,7 @@ def measure_missing(
     folder: Path,
     experiment: str,
     settings: Mapping[str, Any],
-    cells: Iterable[tuple[str, Callable[[], Mapping[str, Any]]]],
+    cells: Iterable[Measurement],
     progress: Progress | None = None,
 ) -> None:
     """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.

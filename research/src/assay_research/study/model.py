@@ -9,13 +9,15 @@ The last prompt token begins the completion part, so that every token to be pred
 
 The architecture is that of Llama (rotary positions, grouped queries, SwiGLU, RMS norms), with tied or untied head.
 
-Shapes: R runs, P prompts of a run, G rollouts of a prompt, L prompt tokens without the last, T completion tokens, N any
-number of tokens, H hidden, D head, Q query heads, K key heads, O outputs, I inputs, M modules, C coordinates of δS.
+Legend of shapes: R runs, P prompts of a run, G rollouts of a prompt, L prompt tokens without the last, T completion
+tokens, N any number of tokens, H hidden, D head, Q query heads, K key heads, O outputs, I inputs, M modules, C
+coordinates of δS.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -264,3 +266,239 @@ def _attention(
     mixed = torch.matmul(of_first.reshape(batch, heads, rollouts * queries * many, -1), shared[1])
     other = torch.matmul(of_second.reshape(batch, heads, rollouts, queries * many, -1), own[1])
     return (mixed.view(q.shape) + other.view(q.shape)).permute(0, 2, 3, 1, 4, 5).reshape(*q_RNQD.shape[:2], -1)
+
+
+# Sampling completions for all runs at once; on a GPU one decoding step is a captured graph.
+#
+# Tokens are drawn by inverting the distribution function at uniform numbers that the caller gives. Runs that are given
+# the same numbers and have the same weights therefore write the same, and differ only where their policies do: common
+# random numbers, which make a comparison between arms sharper.
+
+_LOOK_EVERY = 8  # steps between looks at whether all rollouts have ended
+
+
+class Generator:
+    """Samples [R, P, G] completions of at most T tokens.
+
+    Args:
+        model: Model whose weights are read as they are at the time.
+        shape: Sizes: P prompts, G rollouts, L prompt tokens without the last, T completion tokens.
+        end: Token that ends a completion and fills the rest.
+    """
+
+    def __init__(self, model: StackedModel, shape: tuple[int, int, int, int], end: int) -> None:
+        self.model, self.shape, self.end = model, shape, end
+        prompts, rollouts, length, steps = shape
+        rows, each = model.runs * prompts, (model.runs, prompts, rollouts)
+
+        def empty(*sizes: int) -> Keys:
+            whole = (rows, model.key_heads, *sizes, model.head_dim)
+            kept: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+            return [(torch.zeros(whole, **kept), torch.zeros(whole, **kept)) for _ in range(model.n_layers)]
+
+        self._keys, self._own = empty(length), empty(rollouts, steps)
+        with model.device:
+            self._lengths_RP = torch.ones(each[:2], dtype=torch.int64)
+            self._token_RPG = torch.zeros(each, dtype=torch.int64)
+            self._uniform_TRPG = torch.zeros(steps, *each)
+            self._found_TRPG = torch.zeros(steps, *each, dtype=torch.int64)
+            self._ended_RPG = torch.zeros(each, dtype=torch.bool)
+            self._step = torch.zeros(1, dtype=torch.int64)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def sample(self, ids_RPL: Tensor, lengths_RP: Tensor, last: int, uniform_TRPG: Tensor) -> Tensor:
+        """Return completions, [R, P, G, T] int64, filled with the end token.
+
+        Args:
+            ids_RPL: Prompts without their last token, padded on the right.
+            lengths_RP: Lengths of the prompts.
+            last: Last prompt token, the same for all.
+            uniform_TRPG: Uniform numbers in [0, 1), one per token to draw.
+        """
+        for (k, v), (new_k, new_v) in zip(self._keys, self.model.read(ids_RPL), strict=True):
+            k.copy_(new_k)
+            v.copy_(new_v)
+        self._lengths_RP.copy_(lengths_RP)
+        self._uniform_TRPG.copy_(uniform_TRPG)
+        if self._graph is None and self.model.device.type == "cuda":
+            self._capture()
+        self._begin(last)
+        steps = self.shape[3]
+        for done in range(1, steps + 1):
+            if self._graph is None:
+                self._advance()
+            else:
+                self._graph.replay()
+            if done % _LOOK_EVERY == 0 and bool(self._ended_RPG.all()):
+                break
+        return self._found_TRPG.permute(1, 2, 3, 0).contiguous()
+
+    def _begin(self, last: int) -> None:
+        self._token_RPG.fill_(last)
+        self._found_TRPG.fill_(self.end)
+        self._ended_RPG.zero_()
+        self._step.zero_()
+
+    def _advance(self) -> None:
+        hidden = self.model.next_hidden(self._token_RPG, self._keys, self._own, self._lengths_RP, self._step)
+        logits_RPGV = (hidden @ self.model.head.T).float()
+        below_RPGV = logits_RPGV.softmax(dim=-1).cumsum(dim=-1)
+        uniform_RPG = self._uniform_TRPG.index_select(0, self._step)[0] * below_RPGV[..., -1]
+        drawn_RPG = torch.searchsorted(below_RPGV, uniform_RPG[..., None], right=True)[..., 0]
+        drawn_RPG = drawn_RPG.clamp_max(logits_RPGV.shape[-1] - 1)
+        drawn_RPG = torch.where(self._ended_RPG, self.end, drawn_RPG)
+        self._ended_RPG.logical_or_(drawn_RPG == self.end)
+        self._token_RPG.copy_(drawn_RPG)
+        self._found_TRPG.index_copy_(0, self._step, drawn_RPG[None])
+        self._step.add_(1)
+
+    def _capture(self) -> None:
+        """Record one step. It is run a few times before, as capturing asks for; `_begin` undoes what it did."""
+        self._begin(self.end)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._advance()
+
+
+# The policy gradient of δS for all runs at once.
+#
+# The loss of a run is ``−(1/N) Σ_n w_n A_n Σ_t log π(token_nt)`` over its N rollouts, with the advantage A of a
+# rollout against the mean of its prompt's rollouts, not scaled (Dr. GRPO), and one optimiser step per batch, so that π
+# is the policy that wrote the student's rollouts. For stored rollouts w holds truncated importance weights per token,
+# or 1 where they count as if the policy had written them.
+
+# Completion tokens, and prompt tokens, that one pass keeps activations of, in a model of eight layers of width 256.
+_TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
+_WIDTHS = 8 * 256
+_MOST_WEIGHT = 2.0  # of a token of a stored rollout
+_MULTIPLE = 8  # of lengths, as matrix products like them
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rollouts of all runs.
+
+    Attributes:
+        ids: Prompts without the last token, padded on the right, [R, P, L].
+        lengths: Lengths of the prompts, [R, P].
+        last: Last prompt token.
+        tokens: Completions, filled with ``end``, [R, P, G, T].
+        end: End token; the first one of a completion belongs to it.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    last: int
+    tokens: Tensor
+    end: int
+
+    @property
+    def mask(self) -> Tensor:
+        """Which tokens belong to the completion, [R, P, G, T]."""
+        is_end = (self.tokens == self.end).int()
+        return is_end.cumsum(dim=-1) - is_end == 0
+
+    def trimmed(self) -> "Batch":
+        """Return the batch without columns that no prompt or completion reaches."""
+        length = _rounded_up(self.lengths)
+        width = _rounded_up(self.mask.sum(dim=-1))
+        return replace(self, ids=self.ids[:, :, :length], tokens=self.tokens[..., :width].contiguous())
+
+    def of_runs(self, rows_N: Tensor) -> "Batch":
+        """Return some of the runs."""
+        return replace(self, ids=self.ids[rows_N], lengths=self.lengths[rows_N], tokens=self.tokens[rows_N])
+
+    def prompts(self, part: slice) -> "Batch":
+        """Return some of the prompts of every run."""
+        return replace(self, ids=self.ids[:, part], lengths=self.lengths[:, part], tokens=self.tokens[:, part])
+
+
+def _rounded_up(lengths: Tensor) -> int:
+    return -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
+
+
+def advantages(rewards_RPG: Tensor) -> Tensor:
+    """Return the rewards less the mean of the rollouts of the prompt."""
+    return rewards_RPG - rewards_RPG.mean(dim=-1, keepdim=True)
+
+
+def token_logprobs(model: StackedModel, batch: Batch) -> Tensor:
+    """Return ``log π`` of every completion token, [R, P, G, T] float32, zero after the end.
+
+    Args:
+        model: Model at the policy π.
+        batch: Rollouts.
+    """
+    mask_RPGT = batch.mask
+    before = torch.full_like(batch.tokens[..., :1], batch.last)
+    inputs_RPGT = torch.cat((before, batch.tokens[..., :-1]), dim=-1)
+    hidden = model.complete(inputs_RPGT, model.read(batch.ids), batch.lengths)
+    logits_NV = (hidden[mask_RPGT] @ model.head.T).float()  # of the N tokens that belong to completions
+    values_N = -functional.cross_entropy(logits_NV, batch.tokens[mask_RPGT], reduction="none")
+    return torch.zeros(mask_RPGT.shape, device=values_N.device).masked_scatter(mask_RPGT, values_N)
+
+
+def pooled_hidden(model: StackedModel, batch: Batch, layer: int) -> Tensor:
+    """Return the mean output of a layer over the tokens of each completion without its end, [R, P, G, H] float32."""
+    batch = batch.trimmed()
+    found = []
+    for part in _parts(model, batch):
+        some = batch.prompts(part)
+        before = torch.full_like(some.tokens[..., :1], some.last)
+        inputs = torch.cat((before, some.tokens), dim=-1)
+        hidden = model.complete(inputs, model.read(some.ids), some.lengths, layer=layer)[:, :, :, 1:]
+        kept_RPGT = some.mask & (some.tokens != some.end)
+        total = (hidden.float() * kept_RPGT[..., None]).sum(dim=3)
+        found.append(total / kept_RPGT.sum(dim=3).clamp_min(1)[..., None])
+    return torch.cat(found, dim=1)
+
+
+def policy_gradient(
+    model: StackedModel,
+    batch: Batch,
+    advantages_RPG: Tensor,
+    *,
+    behaviour_RPGT: Tensor | None = None,
+    divisor: int | None = None,
+) -> list[Tensor]:
+    """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
+
+    Args:
+        model: Model at the policy to improve.
+        batch: Rollouts of that policy, or stored ones.
+        advantages_RPG: Advantages of the rollouts.
+        behaviour_RPGT: Log-probabilities under the policy that wrote the stored ones; a token then has the weight
+            ``min(π / π_b, 2)``, through which no gradient flows; 1 where it is NaN.
+        divisor: Divisor N of the loss; by default the rollouts of this batch.
+    """
+    batch = batch.trimmed()
+    _, prompts, rollouts, length = batch.tokens.shape
+    total: list[Tensor] = []
+    for part in _parts(model, batch):
+        some = batch.prompts(part)
+        with torch.enable_grad():
+            weighted = logprobs_RPGT = token_logprobs(model, some)
+            if behaviour_RPGT is not None:
+                ratio = (logprobs_RPGT.detach() - behaviour_RPGT[:, part, :, :length]).exp()
+                weighted = logprobs_RPGT * ratio.clamp_max(_MOST_WEIGHT).nan_to_num(1.0)
+            loss = -(weighted.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
+            gradients = torch.autograd.grad(loss, list(model.weights.values()))
+        found = model.delta_gradient(gradients)
+        total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
+    return total
+
+
+def _parts(model: StackedModel, batch: Batch) -> list[slice]:
+    """Return the prompts in parts whose activations fit into memory."""
+    runs, prompts, rollouts, length = batch.tokens.shape
+    tokens = runs * (rollouts * length + batch.ids.shape[2])
+    most = _TOKENS_AT_ONCE[model.device.type] * _WIDTHS // (model.n_layers * model.head.shape[1])
+    chunk = max(1, min(prompts, most // tokens))
+    return [slice(first, first + chunk) for first in range(0, prompts, chunk)]
