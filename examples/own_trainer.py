@@ -16,10 +16,10 @@ from trl import GRPOConfig
 import assay
 from assay.vhack import extract, weight_svd
 from assay.vhack.delta import DeltaS, ProjectedOptimizer, arm_named
-from assay.vhack.pairs.reference import environment_pairs
+from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import OwnReward, TrainLog
-from assay.vhack.training.callback import StepLog
 from assay.vhack.training.grpo import GRPO, last_checkpoint
+from assay.vhack.training.log import StepLog
 
 
 def tasks() -> list[dict[str, str]]:

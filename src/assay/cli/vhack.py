@@ -189,7 +189,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     from assay.vhack.basis.extract import select_pairs
     from assay.vhack.checks.folds import fewest_groups
     from assay.vhack.delta.merge import user_cache
-    from assay.vhack.pairs.reference import find_pairs
+    from assay.vhack.pairs.generate import find_pairs
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     pairs = find_pairs(chosen.pairs)
@@ -234,7 +234,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import page
     from assay.vhack.gradients.targets import MIN_COVERAGE
-    from assay.vhack.pairs.reference import find_pairs
+    from assay.vhack.pairs.generate import find_pairs
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     for path in filter(None, (chosen.output, chosen.html)):
@@ -359,7 +359,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> None:
 @pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")
 def list_pairs(chosen: ListSettings, as_json: bool) -> None:
     """List pairs with their groups and tags."""
-    from assay.vhack.pairs.reference import find_pairs
+    from assay.vhack.pairs.generate import find_pairs
 
     found = find_pairs(chosen.pairs)
     if as_json:
@@ -418,7 +418,7 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
     """
     from assay.vhack.environment.sandbox import available_backend
-    from assay.vhack.pairs.reference import find_pairs
+    from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.verify import read_tests, verify_pairs
 
     found = find_pairs(chosen.pairs)

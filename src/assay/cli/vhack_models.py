@@ -17,7 +17,7 @@ from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
-    from assay.vhack.training.own import Task
+    from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
@@ -104,10 +104,10 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
     The same command continues an interrupted one.
     """
     from assay.files.storage import check_new_file
-    from assay.vhack.training.own import tasks_of
+    from assay.vhack.training.rewards import load_tasks
 
     check_new_file(own.output, overwrite=own.overwrite)
-    tasks, _ = tasks_of(how, least=1, why="to complete")
+    tasks, _ = load_tasks(how, least=1, why="to complete")
     tasks = [task for task in tasks for _ in range(how.per_task)]
     records, first = _sampled(own, how, own.model, tasks, own.output)
     values = {"path": str(own.output), "completions": len(records), "resumed_from": first}
@@ -132,7 +132,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     from assay.files.storage import check_new_file, write_atomic, write_jsonl
     from assay.vhack import training
     from assay.vhack.training.evaluate import read_samples
-    from assay.vhack.training.own import check_gradable, named_function, tasks_of
+    from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
 
     if own.samples is None and own.model is None:
         raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
@@ -142,8 +142,8 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
             raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
     for path in filter(None, (own.output, own.graded)):
         check_new_file(path, overwrite=own.overwrite)
-    reward = named_function(own.reward, "--reward") if own.reward else None
-    tasks, source = tasks_of(how, least=1, why="to evaluate")
+    reward = import_function(own.reward, "--reward") if own.reward else None
+    tasks, source = load_tasks(how, least=1, why="to evaluate")
     records: list[JsonObject] = []
     if own.samples is not None:
         (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)
@@ -183,14 +183,14 @@ def _sampled(
     """Return completions that are sampled into a file, and how many of them an earlier call had left there."""
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
-    from assay.vhack.delta.file import delta_lengths
+    from assay.vhack.delta.file import read_delta_lengths
     from assay.vhack.delta.merge import load_adapter
     from assay.vhack.training.evaluate import sample_tasks
-    from assay.vhack.training.own import prompt_of
     from assay.vhack.training.pool import check_prompts
+    from assay.vhack.training.rewards import read_prompt
 
-    lengths = delta_lengths(own.delta) if own.delta else {}
-    check_prompts(reference, [prompt_of(task) for task in tasks], how.max_new_tokens)
+    lengths = read_delta_lengths(own.delta) if own.delta else {}
+    check_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)
     loaded, origin = load_model(reference, dtype=own.dtype, device=own.device), {}
     if own.delta:
         with progress_bar("decompositions", "matrices") as progress:

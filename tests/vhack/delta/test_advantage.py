@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from assay.errors import DataError
-from assay.vhack.delta.advantage import Shortcut, modified
+from assay.vhack.delta.advantage import Shortcut, modify_rewards
 
 
 def encoded(tokenizer, pairs, side):
@@ -33,10 +33,10 @@ def test_activations_are_means_over_the_completion_behind_the_layer(small_model,
 
 def test_only_what_is_on_the_side_of_the_hack_is_paid_less():
     z = torch.tensor([-3.0, 0.0, 1e-6, 2.0, 50.0])
-    assert modified(torch.ones(5), z, 2.0).tolist() == pytest.approx(
+    assert modify_rewards(torch.ones(5), z, 2.0).tolist() == pytest.approx(
         [1, 1, 0, 1 - 2 / (1 + 2.718281828**-2), -1], abs=1e-5
     )
-    assert modified(torch.zeros(5), z, 2.0).tolist() == [0] * 5
+    assert modify_rewards(torch.zeros(5), z, 2.0).tolist() == [0] * 5
 
 
 def test_one_pair_is_no_scale(small_model, byte_tokenizer, small_pairs):

@@ -84,16 +84,6 @@ def test_weights_follow_a_delta_that_was_changed_behind_the_back_of_the_adapter(
     assert not any("delta_s" in name for name in found)
 
 
-def test_lora_before_or_after_delta_is_the_same_to_the_engine(module):
-    """get_peft_model on a model that has δS wraps the Linears inside it."""
-    adapter = DeltaS(module)
-    names = [name for name, _ in adapter.weights()]
-    with_lora(module)
-    adapter.delta.requires_grad_(True)
-    randomise(adapter)
-    assert [name for name, _ in adapter.weights()] == names
-
-
 def test_what_has_no_plain_weights_is_refused(module, small_svd):
     with pytest.raises(UsageError, match="hook mode"):
         list(DeltaS(module, small_svd, mode="hook").weights())
@@ -140,8 +130,3 @@ def test_the_error_of_lora_is_measured_and_is_that_of_no_better_matrix(module, s
         sizes.append(size**2)
     assert made.error == pytest.approx((sum(errors) / sum(sizes)) ** 0.5, abs=1e-6)
     assert made.errors[made.worst] == max(made.errors.values())
-
-
-def test_a_rank_of_nothing_is_refused(module, small_svd, tmp_path):
-    with pytest.raises(UsageError, match="rank 0"):
-        DeltaS(module, small_svd).save_lora(tmp_path, 0)

@@ -12,7 +12,7 @@ from assay.errors import DataError
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.delta import file as _file
-from assay.vhack.delta.file import delta_lengths
+from assay.vhack.delta.file import read_delta_lengths
 from tests.vhack.delta.conftest import randomise
 
 
@@ -104,4 +104,4 @@ def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path):
 def test_the_lengths_of_what_is_no_vector_are_refused(tmp_path):
     save_file({"m": torch.tensor(1.0)}, tmp_path / "delta.safetensors", {"schema": "assay.delta_s/1"})
     with pytest.raises(DataError, match=r"m of shape \[\]"):
-        delta_lengths(tmp_path / "delta.safetensors")
+        read_delta_lengths(tmp_path / "delta.safetensors")

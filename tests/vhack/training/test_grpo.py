@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl import GRPOTrainer
 
-from assay.vhack.delta.frames import Frames, share
+from assay.vhack.delta.frames import Frames, measure_shares
 from assay.vhack.training import TrainLog
 from assay.vhack.training.grpo import trl_arguments
-from assay.vhack.training.log import StepLog, by_source, read_steps, source_shares
+from assay.vhack.training.log import StepLog, measure_sources, read_steps, split_by_source
 from assay.vhack.training.rewards import SOURCES, EpisodeReward, Outcomes
 from assay.vhack.training.run import Prepared
 from tests.vhack.training.conftest import cheating
@@ -88,16 +87,6 @@ def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
     weights = trainer.seen[-1][2]
     assert weights[0] / weights[2] == pytest.approx(math.exp(shift), rel=1e-4)
     assert weights[1] / weights[2] == (abs(shift) > 0.2)
-
-
-def test_trl_alone_would_ignore_what_is_stored(trainer, batch):
-    """The reason for the subclass: the same rollouts, stored log-probabilities that differ, one loss by TRL."""
-    batches = [near(trainer, batch, shift) for shift in (0.0, 0.1)]
-    model = trainer.adapter.model
-    alone = [float(GRPOTrainer._compute_loss(trainer, model, dict(one)).detach()) for one in batches]
-    ours = [float(trainer._compute_loss(model, one).detach()) for one in batches]
-    assert alone[0] == alone[1] == pytest.approx(ours[0], abs=1e-7)
-    assert ours[0] != pytest.approx(ours[1], abs=1e-3)
 
 
 class Sampler:
@@ -189,7 +178,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
     with adapter.per_sample() as trainer.watching:
         for part in parts:
             trainer._compute_loss(adapter.model, part).backward()
-    found = by_source(source_shares(trainer.watching, frames))
+    found = split_by_source(measure_sources(trainer.watching, frames))
     assert list(found) == ["student", "teacher", "exploited", "correct"]
     trainer.watching = None
     for name, of in SOURCES.items():
@@ -199,7 +188,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
             mine = {**part, "advantages": part["advantages"] * those}
             trainer._compute_loss(adapter.model, mine).backward()
         vectors = [(p.grad, a, h) for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)]
-        wanted = {key: float(value) for key, value in share("cin", vectors, 1).items()}
+        wanted = {key: float(value) for key, value in measure_shares("cin", vectors, 1).items()}
         measured = found[name]
         length = measured.pop("length")
         assert measured == pytest.approx(wanted, rel=1e-4)

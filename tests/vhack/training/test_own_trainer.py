@@ -77,15 +77,6 @@ def test_it_logs_its_sources_and_goes_on_as_if_never_stopped(checkpoint, pairs, 
     assert {"student", "teacher"} <= sources
 
 
-def test_a_log_goes_on_with_lines_of_ones_own_that_have_no_step(tmp_path):
-    log = TrainLog(tmp_path / "log.jsonl", {"who": "me"})
-    log.write("note", text="began")
-    for step in range(2):
-        log.write("step", step=step)
-    TrainLog(tmp_path / "log.jsonl", {}, step=1)
-    assert [line["kind"] for line in read_records(tmp_path / "log.jsonl")] == ["run", "note", "step"]
-
-
 @pytest.mark.parametrize("changes", [{"max_grad_norm": 1.0}, {"shuffle_dataset": True}, {"bf16": True}], ids=str)
 def test_settings_of_trl_that_would_undo_the_gate_are_refused(checkpoint, tmp_path, changes):
     model = load_model(checkpoint, dtype="float32", device="cpu")

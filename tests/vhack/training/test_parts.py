@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,18 +66,6 @@ def test_settings_know_in_what_they_differ():
     assert not one.differences(json.loads(json.dumps(one.model_dump(mode="json"))))
     other = TrainSettings(model="m", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",))
     assert {line.split()[0] for line in other.differences(one.model_dump(mode="json"))} == {"lr", "modes"}
-
-
-def test_the_defaults_are_an_arm_that_the_study_found_to_succeed():
-    """The row of the default arm on the page of results, with the pairs and rate of that experiment."""
-    page = (Path(__file__).parents[3] / "docs" / "vhack-results.md").read_text(encoding="utf-8")
-    chosen = TrainSettings(model="m")
-    assert chosen.arm == "displaced-0.4+erase-update-two-sided"
-    (row,) = [line for line in page.splitlines() if line.startswith("| **displaced and held** | 8 |")]
-    assert row.endswith("| **succeeds** |")
-    assert (chosen.pairs, chosen.lr, chosen.k_use, chosen.method) == ("exploits:48", 0.015, 5, "lda")
-    assert "48 pairs whose hack side" in " ".join(page.split())
-    assert "Adam 0.015" in " ".join(page.split())
 
 
 def test_a_run_of_the_first_version_keeps_the_defaults_that_it_began_with():

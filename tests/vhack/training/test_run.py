@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 
 from assay.errors import AssayError, DataError, ModelError, UsageError
-from assay.models import load_model
 from assay.vhack import Basis
 from assay.vhack.basis import extract as _extract
 from assay.vhack.checks.five_checks import read_source_log
@@ -89,8 +88,8 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
     assert result.last["cin"] == pytest.approx(sum(step["cin"] for step in steps) / 3)
 
 
-@pytest.mark.parametrize("arm", [*(name for name in ARMS if name != "erase-gradient"), DEFAULT_ARM])
-def test_every_arm_runs(run, tmp_path, arm):
+@pytest.mark.parametrize("arm", [*(name for name in ARMS if not name.startswith("erase")), DEFAULT_ARM])
+def test_every_kind_of_arm_runs(run, tmp_path, arm):
     steps = read_steps(run(arm, arm=arm, steps=1).folder / "log.jsonl")[1]
     (step,) = steps
     wanted = {"no-loophole": 0.0, "ground-truth-penalty": -2 / 6}.get(arm, 2 / 6)
@@ -98,9 +97,8 @@ def test_every_arm_runs(run, tmp_path, arm):
     delta = load_file(tmp_path / arm / "delta.safetensors")
     moved = any(tensor.any() for name, tensor in delta.items() if not name.startswith("_"))
     assert moved == (arm != "no-loophole" or step["solve"] > 0)
-    if arm in ("erase-update-two-sided", DEFAULT_ARM):
-        assert step["leak_two_sided"] < 1e-6
     if arm == DEFAULT_ARM:
+        assert step["leak_two_sided"] < 1e-6
         assert step["displacement"] == pytest.approx(0.4 * 2 * 14, rel=1e-5)  # two axes in each of 14 modules
     if arm == "box":
         assert step["displacement_hackward"] < 1e-7
@@ -158,22 +156,6 @@ def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_pat
     assert lines(tmp_path / "run") == before
 
 
-def test_a_longer_run_that_went_down_after_its_last_checkpoint_does_not_end_with_the_file_of_the_shorter_one(
-    run, tmp_path
-):
-    delta, log = tmp_path / "run" / "delta.safetensors", tmp_path / "run" / "log.jsonl"
-    run("run", steps=1)
-    shorter = delta.read_bytes()
-    run("run", steps=2)
-    wanted = load(delta.read_bytes())
-    delta.write_bytes(shorter)
-    log.write_bytes(b"".join(line for line in log.read_bytes().splitlines(True) if b'"kind":"end"' not in line))
-    assert run("run", steps=2).resumed_from == 2
-    found = load(delta.read_bytes())
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
-    assert lines(tmp_path / "run")[-1] == {"kind": "end", "steps": 2}
-
-
 def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     run("run", steps=4, save_every=2)
     (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
@@ -189,14 +171,6 @@ def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     run("second", steps=1, basis=str(tmp_path / "first" / "basis.safetensors"))
     wanted, found = (load_file(tmp_path / name / "delta.safetensors") for name in ("first", "second"))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-
-
-def test_the_model_is_left_as_it_was(settings, tasks, pairs, tmp_path, checkpoint):
-    loaded = load_model(str(checkpoint), dtype="float32", device="cpu")
-    weights = {name: value.clone() for name, value in loaded.module.state_dict().items()}
-    train(settings(steps=1), tmp_path / "run", tasks=tasks, pairs=pairs, model=loaded)
-    after = loaded.module.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in weights.items())
 
 
 def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):

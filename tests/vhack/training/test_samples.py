@@ -102,22 +102,9 @@ def test_lines_that_cannot_be_graded_are_named(tasks, tmp_path, changes, words):
         read_samples(tmp_path / "file", [])
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="no completion"):
-        read_samples(tmp_path / "file", [])
-
-
 def test_a_model_that_computes_nothing_finite_is_refused_in_words(model, tasks, tmp_path):
     with torch.no_grad():
         next(model.module.parameters()).fill_(torch.nan)
     with pytest.raises(ModelError, match="not finite"):
         sample_tasks(tmp_path / "file", model, tasks, **HOW)
     assert not (tmp_path / "file").exists()
-
-
-def test_a_tokenizer_without_an_end_is_refused_in_words(model, tasks, tmp_path):
-    model.tokenizer.eos_token = None
-    with pytest.raises(UsageError, match="without a token that ends a text"):
-        sample_tasks(tmp_path / "file", model, tasks, **HOW)
-    assert not list(tmp_path.iterdir())

@@ -72,14 +72,6 @@ def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode, lora):
     assert all(torch.equal(engine.parameters[name], weight) for name, weight in wanted.items())
 
 
-def test_by_itself_trl_sends_what_vllm_does_not_know(model):
-    """The reason for sync_merged."""
-    engine = Weights(model.module)
-    DeltaS(model.module)
-    with pytest.raises(KeyError, match="delta_s"):
-        generation(model.module, engine, "colocate").sync_weights()
-
-
 def test_a_trainer_without_vllm_is_refused(model):
     with pytest.raises(UsageError, match="without vLLM"):
         sync_merged(SimpleNamespace(), DeltaS(model.module))

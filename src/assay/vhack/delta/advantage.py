@@ -103,7 +103,7 @@ class Shortcut:
         return (_activations(module_of(model), encoded, self.layer) @ self.direction - self.middle) / self.spread
 
 
-def modified(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
+def modify_rewards(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
     """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength α."""
     return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
 

@@ -25,11 +25,11 @@ Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M,
 """
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from assay.errors import UsageError
@@ -54,37 +54,13 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
   is lost too, because half of what it whitens by are hacks;
 - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
-:func:`assay.vhack.delta.basis_of_kind` makes them.
+:func:`assay.vhack.delta.controls.make_basis` makes them.
 """
 
 TRUSTED = "trusted"
 _LEVELS = ("gradient", "update")
-_START, _AWAY = "displaced-", "+away-"
+_NAME = re.compile(r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?")
 _ADDED = "displaced-A+ARM, ARM+away-B"
-
-_WEAK_PULL = "undecided under the weaker pull of the first experiment, not run in the second"
-_MEASURED = {
-    "none": "fails: plain training, hack rate 0.996 at the end, all eight seeds",
-    "no-loophole": "is the reference: no hacking, solve rate 0.927, eight seeds",
-    "erase-gradient": "fails along axes of minimal pairs: hack rate 0.987 at the end, all eight seeds; along axes of "
-    "whole exploits two of five seeds escaped",
-    "erase-gradient:random": "fails: hack rate 0.996 at the end, all eight seeds",
-    "erase-gradient-two-sided": "fails under the weaker pull of the first experiment: four of eight seeds tipped",
-    "erase-update": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
-    "erase-update-two-sided": "fails along axes of whole exploits: hack rate 0.994 at the end, all five seeds",
-    "box": "fails along axes of minimal pairs: hack rate 0.996 at the end, all eight seeds",
-    "constant-push": _WEAK_PULL,
-    "ground-truth-penalty": _WEAK_PULL,
-    "advantage-modification": "succeeds: hack rate 0.000, solve rate 0.942, eight seeds",
-    "erase-gradient+away-0.2": "succeeds along 20 axes by svd: hack rate 0.005, solve rate 0.916, eight seeds",
-    "displaced-0.4+none": "succeeds while no exploit is sampled: hack rate 0.001, solve rate 0.930, five seeds; "
-    "with 30 M parameters it tipped even then in four of five seeds, and with one stored exploit in every group "
-    "it tips in every seed",
-    DEFAULT_ARM: "succeeds while no exploit is sampled: hack rate 0.000, solve rate 0.917, eight seeds, "
-    "and with 30 M parameters 0.003, five seeds; with one stored exploit in every group it ends at 0.995 in all seeds",
-    f"{DEFAULT_ARM}:random": "fails: hack rate 0.997 at the end, all five seeds",
-}
-"""What docs/vhack-results.md says of each arm that was run with Adam, in words that follow "it"."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +71,10 @@ class Gate:
         kind: One of ``"one_sided"``, ``"two_sided"``, ``"reverse"``, ``"keep"``, and ``"none"``, which only measures.
             ``"no_gate"``, the first version's word for ``"two_sided"``, is still read.
         gain: Factor γ of what is removed.
-        preserve_magnitude: Whether what is left of each module's vector is scaled to the length that it had.
     """
 
     kind: str = "one_sided"
     gain: float = 1.0
-    preserve_magnitude: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _OLD_WORDS.get(self.kind, self.kind))
@@ -130,11 +104,7 @@ class Gate:
             # A module without axes has nothing that could be kept, and is left alone.
             outside_MR = (wide_MR - spread(axes_MKR, at_MK)) * axes_MKR.any(dim=-1).any(dim=-1)[..., None]
             left_MR = wide_MR - self.gain * outside_MR
-        if not self.preserve_magnitude:
-            return left_MR
-        before_M1, after_M1 = wide_MR.norm(dim=-1, keepdim=True), left_MR.norm(dim=-1, keepdim=True)
-        # Where almost nothing is left there is no direction to scale.
-        return left_MR * torch.where(after_M1 > 1e-9 * before_M1, before_M1 / after_M1, 1.0)
+        return left_MR
 
 
 @dataclass(frozen=True)
@@ -199,14 +169,6 @@ class Arm:
         """Whether it does anything along its axes; otherwise they are only measured."""
         return self.gate.kind != "none" or self.box is not None or self.start != 0 or self.push != 0
 
-    @property
-    def evidence(self) -> str:
-        """One sentence: what the study of docs/vhack-results.md found of this arm, if it was measured there."""
-        found = _MEASURED.get(self.name)
-        if found is None:
-            return f"arm {self.name}: docs/vhack-results.md has no measurement of it"
-        return f"arm {self.name}: on the study's organism (7 M parameters, 200 steps) it {found} (vhack-results.md)"
-
     def reward(self, correct: Number, exploited: Number) -> Number:
         """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""
         return correct + self.exploit_pays * exploited
@@ -243,27 +205,25 @@ def arm_named(name: str) -> Arm:
     >>> arm.start, arm.gate.kind, arm.level
     (0.4, 'two_sided', 'update')
     """
-    whole, colon, kind = name.partition(":")
-    start, rest = 0.0, whole
-    if whole.startswith(_START):
-        distance, _, rest = whole.removeprefix(_START).partition("+")
-        start = _distance(name, distance)
-    base, bounded, away = rest.partition(_AWAY)
-    if base not in ARMS:
+    form = _NAME.fullmatch(name)
+    if form is None or form["arm"] not in ARMS:
+        known = ["displaced-0.4+none", DEFAULT_ARM, *ARMS]
+        nearest = (get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
         wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
-        nearest = (get_close_matches(whole, [*_MEASURED, *ARMS], n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
         raise UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
-    arm = replace(ARMS[base], name=whole)
-    if start:
+    arm = replace(ARMS[form["arm"]], name=name.partition(":")[0])
+    if form["start"] is not None:
+        start = _distance(name, form["start"])
         arm = replace(arm, start=start, says=f"from {start:g} away from the hack: {arm.says}")
-    if bounded:
-        box = Box(hackward=0.0, away=_distance(name, away))
+    if form["away"] is not None:
+        box = Box(hackward=0.0, away=_distance(name, form["away"]))
         arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
-    if not colon or kind == arm.basis == "true":
+    kind = form["axes"]
+    if kind is None or kind == arm.basis == "true":
         return arm
     if kind not in BASIS_KINDS or not arm.acts or arm.basis != "true":
         raise UsageError(
-            f"arm {whole} along {kind} axes",
+            f"arm {arm.name} along {kind} axes",
             wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
             do="choose another arm, or leave the axes out",
         )
@@ -282,7 +242,7 @@ def _distance(name: str, text: str) -> float:
     return found
 
 
-def gated_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+def gate_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
     """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients.
 
     Args:
@@ -314,14 +274,14 @@ def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, a
         update_MR = delta_MR.double() - before_MR.double()
         delta_MR = (before_MR.double() + arm.gate.apply(update_MR, axes_MKR, -1)).to(delta_MR.dtype)
     if arm.push:
-        delta_MR = displaced(delta_MR, arm.push * rate, axes_MKR)
+        delta_MR = displace(delta_MR, arm.push * rate, axes_MKR)
     if arm.box is not None:
         moved_MR = delta_MR.double() - start_MR.double()
         delta_MR = (delta_MR.double() + arm.box.correction(moved_MR, axes_MKR)).to(delta_MR.dtype)
     return delta_MR
 
 
-def displaced(delta_MR: Tensor, distance: float | Tensor, axes_MKR: Tensor) -> Tensor:
+def displace(delta_MR: Tensor, distance: float | Tensor, axes_MKR: Tensor) -> Tensor:
     """Return δS moved along +v of every axis, away from the hack, [..., M, R].
 
     Args:

@@ -14,7 +14,7 @@ from assay.vhack.basis.extract import PairGradients
 from assay.vhack.delta.arms import BASIS_KINDS, TRUSTED
 
 
-def basis_of_kind(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
+def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
     """Return the axes of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.
 
     Args:

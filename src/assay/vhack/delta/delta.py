@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
-from assay.vhack.delta.export import LoRA, plain_weights, save_lora
-from assay.vhack.delta.file import load_delta, save_delta
-from assay.vhack.delta.groups import Group, Plan, adapt, grouped
-from assay.vhack.delta.rollouts import Rollouts
+from assay.vhack.delta.file import LoRA, load_delta, plain_weights, save_delta, save_lora
+from assay.vhack.delta.frames import Rollouts
+from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
 from assay.vhack.gradients.division import local, local_rows, of_one_tensor, reshard, whole
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of, target_modules
@@ -89,7 +88,7 @@ class DeltaS(nn.Module):
         modules = target_modules(module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
-        self.groups: list[Group] = grouped(modules, factors)
+        self.groups: list[Group] = group_modules(modules, factors)
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )

@@ -14,7 +14,11 @@ What is measured along them in every step:
 The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖, and *energy*
 is ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
 
-Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
+A gate on the sum of all rollouts cannot tell a hack from an honest solution that pulls the other way: they cancel
+before it looks. With the gradients of single rollouts (:class:`Rollouts`) it can look at each.
+
+Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS; dimensions before M, such as one per run, are
+kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.groups import Group
+from assay.vhack.delta.groups import Group, Kinds
 
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
 _SKEW = 1e-3
@@ -117,7 +121,7 @@ class Measures:
         return dict(zip(self.tensors, values, strict=True))
 
 
-def share(
+def measure_shares(
     name: str,
     vectors: Iterable[tuple[Tensor, Tensor, Tensor]],
     sign: int,
@@ -150,7 +154,7 @@ def share(
     return {name + suffix: value for suffix, value in zip(_SHARE, values, strict=True)}
 
 
-def displacement(
+def measure_displacement(
     moved: Iterable[tuple[Tensor, Tensor]], process_group: dist.ProcessGroup | None = None
 ) -> dict[str, Tensor]:
     """Return where δS is along the axes: the sum over all of them, the norm, and the farthest toward the hack.
@@ -167,3 +171,57 @@ def displacement(
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(farthest, op=dist.ReduceOp.MAX, group=process_group)
     return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}
+
+
+class Rollouts:
+    """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.
+
+    :meth:`DeltaS.per_sample` makes it. Their sum is what those passes have added to the gradient of δS.
+
+    Args:
+        counts: Number of modules per group.
+
+    Attributes:
+        kinds: Kinds of samples; set before a forward pass, it keeps one row per kind instead, which is cheaper.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
+        self.kinds: Kinds | None = None
+
+    def record(self, group: int, module: int, rows_BR: Tensor) -> None:
+        """Add the rollouts of one backward pass."""
+        self._parts[group][module].append(rows_BR)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Gradients per group, [M, N, R] float32.
+
+        Raises:
+            UsageError: There was no backward pass, or not every module took part in it.
+        """
+        counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
+        if len(counts) != 1 or counts == {0}:
+            raise UsageError(
+                f"gradients of {sorted(counts)} rollouts in different modules",
+                wanted="one number of rollouts for all of them, at least 1",
+                do="run forward and backward of the whole model inside per_sample()",
+            )
+        found = []
+        for modules in self._parts:
+            rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules
+            found.append(rows.view(len(modules), -1, rows.shape[1]))
+        return found
+
+    def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
+        """Return the share of each rollout's gradient along the axes, the mean over modules that have any, [N] float64.
+
+        :func:`assay.vhack.cin_over_modules` defines it.
+
+        Args:
+            frames: Axes.
+            two_sided: Whether ‖V g‖ is counted instead of ‖relu(V g)‖.
+        """
+        vectors = (rows_MNR.transpose(0, 1) for rows_MNR in self.rows)
+        shares = measure_shares("cin", zip(vectors, frames.axes, frames.has_axes, strict=True), 1)
+        return shares["cin_two_sided" if two_sided else "cin"]

@@ -5,7 +5,19 @@ A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is 
 Under FSDP2 a weight is a DTensor whose rows are spread over the processes. Each process merges the rows that it has:
 row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
 
-Shapes: M modules of a group, O outputs, I inputs, R coordinates of δS.
+The product that a module adds, and its gradient with respect to δS::
+
+    y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
+
+In *hook mode* the second term is computed and added. In *merged mode* it is in the weights, and only the gradient is
+computed here. Its sum is done in the cheaper of two orders, which differ in rounding:
+
+- *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
+- *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I operations.
+
+Gradients of single samples can only be computed by projecting; sums over a few kinds of samples by either.
+
+Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordinates of δS, G kinds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +123,7 @@ def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor
     return (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
 
 
-def grouped(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
+def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
     """Return groups of modules of one shape, rank, dtype and device, in the order of their first modules.
 
     Raises:
@@ -152,26 +164,6 @@ def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None
             do="compute them with weight_svd of this very model",
         )
 
-
-# --------------------------------------------------------------------------------------------------
-# The product that a module adds, and its gradient with respect to δS.
-#
-#     y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
-#
-# In *hook mode* the second term is computed and added. In *merged mode* it is already in the weights, the output of the
-# Linear is passed on as it is, and only the gradient is computed here. Its sum is done in one of two orders:
-#
-# - *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
-# - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, the gradient that W would have, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I
-#   operations. For a square matrix this is less as soon as T > R, and in the limit half.
-#
-# Gradients of single samples can only be computed by projecting. Where sums over a few kinds of samples are enough, each
-# kind has its outer sum, if that saves enough: it takes several operations per kind, and a GPU must be sent each of them.
-#
-# Both are exact; they differ in rounding. What is kept for the backward pass in merged mode is x, which the q, k and v
-# projections share, and gate and up as well.
-#
-# Shapes: B samples, T tokens, N = B·T of them, O outputs, I inputs, R coordinates of δS, G kinds.
 
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
 _WORTH = {"cuda": 2e10}

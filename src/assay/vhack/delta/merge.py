@@ -10,7 +10,7 @@ from assay.files.storage import storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.delta import DeltaS
-from assay.vhack.delta.file import delta_lengths
+from assay.vhack.delta.file import read_delta_lengths
 from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import target_modules
 
@@ -35,7 +35,7 @@ def load_adapter(model: Model, path: Path, lengths: dict[str, int], *, progress:
     Args:
         model: Model for which the δS was trained.
         path: File of the δS.
-        lengths: Number of coordinates of each module, as :func:`delta_lengths` reads them of the file.
+        lengths: Number of coordinates of each module, as :func:`read_delta_lengths` reads them of the file.
         progress: Function that is called with (matrices decomposed, matrices in all).
 
     Raises:
@@ -83,7 +83,7 @@ def write_merged(
         raise UsageError(
             f"{folder}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
         )
-    lengths = delta_lengths(path)
+    lengths = read_delta_lengths(path)
     model = load_model(reference, dtype=dtype, device=device)
     adapter = load_adapter(model, path, lengths, progress=progress)
     values: dict[str, Any] = {"path": str(folder), "model": model.reference, "modules": len(lengths)}

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.arms import Arm, Box, Gate, apply_arm, displaced, gated_gradient
+from assay.vhack.delta.arms import Arm, Box, Gate, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
-from assay.vhack.delta.frames import Frames, Measures, displacement, share
+from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
 from assay.vhack.gradients.division import local, local_rows, processes
 
 _KEY = "vhack"
@@ -127,7 +127,7 @@ class ProjectedOptimizer(Optimizer):
         """
         for index, parameter in enumerate(self.adapter.delta):
             delta_MR = local(parameter)
-            delta_MR.copy_(displaced(delta_MR, distance, self._axes(index)))
+            delta_MR.copy_(displace(delta_MR, distance, self._axes(index)))
         self.adapter.refresh()
 
     def _share_with_inner(self) -> None:
@@ -183,7 +183,7 @@ class ProjectedOptimizer(Optimizer):
                 gradient_MR /= dist.get_world_size(self.process_group)
         raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
-            gradient_MR.copy_(gated_gradient(self.arm, gradient_MR, self._axes(index)))
+            gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self._axes(index)))
         if self.max_norm is not None:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
@@ -225,11 +225,11 @@ class ProjectedOptimizer(Optimizer):
                 continue
             axes = [axes_MKR[part] for axes_MKR, part in zip(frames.axes, rows, strict=True)]
             parts = ((vectors[index], axes[index], frames.has_axes[index][rows[index]]) for index in kept)
-            for suffix, values in share("", parts, 1, spread_over).items():
+            for suffix, values in measure_shares("", parts, 1, spread_over).items():
                 shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
                 found |= {prefix + name + suffix: value for name, value in shares}
             moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
-            where = displacement(zip(moved, axes, strict=True), spread_over)
+            where = measure_displacement(zip(moved, axes, strict=True), spread_over)
             found |= {prefix + name: value for name, value in where.items()}
         return Measures(found)
 

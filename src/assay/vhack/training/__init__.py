@@ -2,7 +2,7 @@
 
 from assay.vhack.training.evaluate import Evaluation, evaluate, sample_tasks
 from assay.vhack.training.log import TrainLog
-from assay.vhack.training.own import OwnReward
+from assay.vhack.training.rewards import OwnReward
 from assay.vhack.training.run import train
 from assay.vhack.training.settings import SampleSettings, TaskSettings, TrainSettings
 

@@ -1,4 +1,4 @@
-r"""Completions of tasks in a file: sampled from a model, continued after an interruption, read again to be graded.
+r"""Completions of tasks: sampled into a file, read again, and graded for how often a model solves and hacks.
 
 The file is JSON Lines, one completion per line, in the order of the tasks::
 
@@ -8,6 +8,9 @@ The file is JSON Lines, one completion per line, in the order of the tasks::
 
 It is a teacher pool (:class:`RolloutPool`) and a pool of ``assay vhack pools`` as it stands. Completions of tasks of
 one's own have no ``task``, ``mode`` and ``markers``, and a ``group`` only if their task has one.
+
+Built-in tasks are run and graded as in training; others are paid by a reward of one's own, in the form that training
+takes. Intervals of rates keep the completions of a task together.
 """
 
 import os
@@ -28,8 +31,8 @@ from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode, Grade, grade_many
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.progress import Progress
-from assay.vhack.training.own import OwnReward, RewardFunction, Task, check_gradable, prompt_of
-from assay.vhack.training.pool import PoolRollout, Sampling, prompt_ids, sampled
+from assay.vhack.training.pool import PoolRollout, Sampling, encode_prompts, sample_batches
+from assay.vhack.training.rewards import OwnReward, RewardFunction, Task, check_gradable, read_prompt
 
 if TYPE_CHECKING:
     from assay.models.load import Model
@@ -65,8 +68,8 @@ def sample_tasks(
     """
     dtype = dtype_name(model.dtype)
     about = {"model": model.reference, "weights": model.digest, "dtype": dtype, **(origin or {}), **how}
-    prompts = [prompt_of(task) for task in tasks]
-    ids = prompt_ids(model, prompts, how["max_new_tokens"])
+    prompts = [read_prompt(task) for task in tasks]
+    ids = encode_prompts(model, prompts, how["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
         lines = file.recover()
         first = len(lines) // how["batch"] * how["batch"] if len(lines) < len(tasks) else len(lines)
@@ -85,7 +88,7 @@ def sample_tasks(
             file.restart()
             file.append_lines(lines[:first])
         done = first
-        for part in sampled(model, prompts, ids, first, **how):
+        for part in sample_batches(model, prompts, ids, first, **how):
             these = tasks[done : done + len(part)]
             file.append_lines([dumps(_record(*one, about)) for one in zip(these, part, strict=True)])
             done += len(part)
@@ -109,7 +112,7 @@ def group_of(task: Task) -> str:
     if isinstance(task, Episode):
         return task.task.name
     named = task.get("group") if isinstance(task, Mapping) else None
-    return named if isinstance(named, str) else prompt_of(task)
+    return named if isinstance(named, str) else read_prompt(task)
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
@@ -125,9 +128,9 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObje
     """
     by_prompt: dict[str, Task] = {}
     for task in tasks:
-        if by_prompt.setdefault(prompt_of(task), task) != task:
+        if by_prompt.setdefault(read_prompt(task), task) != task:
             raise DataError(
-                f"two different tasks with the prompt {prompt_of(task)!r:.80}",
+                f"two different tasks with the prompt {read_prompt(task)!r:.80}",
                 wanted="prompts by which the tasks of completions can be found",
                 do="make them differ, or leave one out",
             )
@@ -166,12 +169,6 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
         )
     return made
 
-
-# --------------------------------------------------------------------------------------------------
-# How often a model solves its tasks and how often it hacks; intervals keep the completions of a task together.
-#
-# Built-in tasks are run and graded as in training; others are paid by a reward of one's own, in the form that training
-# takes. Nothing is trained.
 
 _BATCH = 64  # completions that are graded between two calls of progress
 _NAMES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}

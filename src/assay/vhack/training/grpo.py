@@ -25,11 +25,11 @@ from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.advantage import Shortcut, modified
+from assay.vhack.delta.advantage import Shortcut, modify_rewards
 from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
-from assay.vhack.delta.rollouts import Rollouts
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import Outcomes, Reward
@@ -39,19 +39,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# --------------------------------------------------------------------------------------------------
-# The weights that TRL hands to a vLLM that generates.
-#
-# TRL calls ``load_weights`` of a vLLM in the same process once for every weight, and each call lists all parameters of
-# vLLM's model. Here one call takes them all: 0.017 s for 0.19 s with the 310 weights of shape:qwen3-0.6b on an H200, in a
-# step of 0.97 s (benchmarks/results/vhack_vllm_h200.json, ``sections``).
-
-
 def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     """Let a trainer of TRL with ``use_vllm`` hand over the weights of :meth:`DeltaS.weights`, in both of its modes.
 
     By itself TRL sends every parameter, those of δS too, which vLLM does not know, and takes LoRA out again by
-    subtraction, which leaves errors of rounding in the weights.
+    subtraction, which leaves errors of rounding in the weights. In one process it loads every weight by itself:
+    0.19 s instead of 0.017 s with 310 weights on an H200 (research/results/vhack_vllm_h200.json, ``sections``).
 
     Args:
         trainer: Trainer whose ``vllm_generation`` is there.
@@ -197,7 +190,7 @@ class GRPO(GRPOTrainer):
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         rows = list(zip(prompt_ids, completion_ids_list, strict=True))
         z_B = self.processes.together(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
-        return modified(rewards, z_B[:, None], self.projected.arm.advantage)
+        return modify_rewards(rewards, z_B[:, None], self.projected.arm.advantage)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)

@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
-from assay.vhack.delta.frames import Frames, share
-from assay.vhack.delta.rollouts import Rollouts
+from assay.vhack.delta.frames import Frames, Rollouts, measure_shares
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import NOTHING, SOURCES, Outcomes
 
@@ -115,11 +114,6 @@ def read_records(path: Path) -> list[JsonObject]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# The one callback: what a step did, from the one backward pass of all its rollouts, to log, console and trackers.
-#
-# Shapes: M modules of a group, N rows, one per kind and backward pass, R coordinates of δS, G sources.
-
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
 _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
 
@@ -162,7 +156,7 @@ class StepLog(TrainerCallback):
         self._sources = {}
         if rollouts is not None and frames:
             # Read at the end of the step: here it would keep the device waiting for the operations of the optimizer.
-            self._sources = source_shares(rollouts, frames, self.trainer.processes)
+            self._sources = measure_sources(rollouts, frames, self.trainer.processes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the step down; `state.global_step` is already that of the next one."""
@@ -212,7 +206,7 @@ class StepLog(TrainerCallback):
         sources = {}
         of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
         counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
-        for name, found in by_source(self._sources).items():
+        for name, found in split_by_source(self._sources).items():
             if found.pop("length") > 0 and counts[name]:
                 sources[name] = {**found, "rollouts": counts[name]}
         values |= trainer.projected.measures.as_dict()
@@ -220,10 +214,10 @@ class StepLog(TrainerCallback):
         return values, sources
 
 
-def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
+def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Return ``cin``, ``cin_two_sided`` and ``cin_energy`` of the summed gradient of each source, and its ``length``.
 
-    Each is [G], in the order of ``SOURCES``, on the device; `by_source` reads them.
+    Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them.
 
     Args:
         rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
@@ -237,12 +231,12 @@ def source_shares(rollouts: Rollouts, frames: Frames, processes: Processes = ALO
         kinds_MKR = rows_MNR.view(len(rows_MNR), -1, len(kinds), rows_MNR.shape[2]).sum(dim=1)
         sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
     processes.add_up(sums)
-    shares = share("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
+    shares = measure_shares("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
     return {**shares, "length": length_G}
 
 
-def by_source(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def split_by_source(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Return the numbers of each source, read from the device at once; nothing where nothing was measured."""
     if not found:
         return {}

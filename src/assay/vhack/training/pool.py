@@ -161,9 +161,9 @@ def sample_pool(
         UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its context.
     """
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    ids = prompt_ids(teacher, wanted, max_new_tokens)
+    ids = encode_prompts(teacher, wanted, max_new_tokens)
     how = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch)
-    return RolloutPool([rollout for part in sampled(teacher, wanted, ids, **how) for rollout in part])
+    return RolloutPool([rollout for part in sample_batches(teacher, wanted, ids, **how) for rollout in part])
 
 
 class Sampling(TypedDict):
@@ -175,7 +175,7 @@ class Sampling(TypedDict):
     batch: int
 
 
-def end_token(model: "Model") -> int:
+def find_end_token(model: "Model") -> int:
     """Return the token that ends a completion.
 
     Raises:
@@ -196,11 +196,11 @@ def _ending(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "Pre
     return tokenizer
 
 
-def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts.
 
     Raises:
-        UsageError: As of :func:`end_token`, or a prompt with its completion is longer than the context of the model.
+        UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
     """
     tokenizer = _ending(model.tokenizer, model.reference)
     known = _fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
@@ -208,10 +208,10 @@ def prompt_ids(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> l
 
 
 def check_prompts(reference: str, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Refuse what :func:`prompt_ids` refuses, of a model whose weights were not read.
+    """Refuse what :func:`encode_prompts` refuses, of a model whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`prompt_ids`.
+        UsageError: As of :func:`encode_prompts`.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     tokenizer = _ending(load_tokenizer(reference), reference)
@@ -250,7 +250,7 @@ def finite_sampling(do: str) -> Iterator[None]:
         ) from error
 
 
-def sampled(
+def sample_batches(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, a batch at a time.
@@ -260,7 +260,7 @@ def sampled(
     Args:
         model: Model to sample from.
         prompts: Prompts, one for each completion.
-        ids: Tokens of each, as `prompt_ids` gives them.
+        ids: Tokens of each, as `encode_prompts` gives them.
         first: Index of the first prompt to complete, a multiple of the batch.
         how: Temperature, longest completion, seed and completions at once.
     """
@@ -274,7 +274,7 @@ def _completed(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    end = end_token(model)
+    end = find_end_token(model)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")

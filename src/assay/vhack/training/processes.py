@@ -77,7 +77,7 @@ ALONE = Processes()
 """A process on its own."""
 
 
-def join(device: str | None) -> Processes:
+def join_processes(device: str | None) -> Processes:
     """Return the processes that this one was started with, connected; a process on its own is the only one.
 
     Args:

@@ -1,20 +1,41 @@
-"""Rewards from the environment: completions are run in the sandbox, and paid as the arm says.
+"""Tasks, and the rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
+
+*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt`` and whatever
+else the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
+
+    def tasks():
+        return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
+
+*A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks as lists of one
+length, and returns what each completion is paid. Instead of a number it may return a mapping with ``reward`` and, for
+the hack and solve rate in the log, ``exploited`` and ``correct``::
+
+    def reward(prompts, completions, answer, **_):
+        return [float(text.strip() == wanted) for text, wanted in zip(completions, answer)]
 
 Shapes: B rollouts.
 """
 
+import math
 import random
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
+from assay.vhack.environment.sandbox import available_backend
+from assay.vhack.training.settings import TaskSettings, TrainSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,3 +178,220 @@ class EpisodeReward(Reward):
         paid = [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]
         self.last = Outcomes(torch.tensor(rows), torch.tensor(paid))
         return [*paid]
+
+
+Task = Episode | str | Mapping[str, Any]
+"""A task: a built-in one, a prompt, or a row of one's own with a prompt."""
+RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
+
+
+def import_function(where: str, flag: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names; modules in the working directory are found too.
+
+    Args:
+        where: Name of the module and of the function in it.
+        flag: Flag that names it, for errors.
+
+    Raises:
+        UsageError: The text has another form, the module cannot be imported or fails when it is, or it has no such
+            function.
+    """
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise UsageError(f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:  # whatever a module of the user raises while it is imported
+        raise UsageError(
+            f"{flag} {where}: {type(error).__name__}: {error}",
+            wanted="a function in a module that can be imported from here",
+            do=f"check both names, start from the directory of the module, and try python -c 'import {module}'",
+        ) from error
+    finally:
+        with suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(here)
+    if not callable(found):
+        raise UsageError(f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}")
+    made: Callable[..., Any] = found
+    return made
+
+
+def load_tasks(
+    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str
+) -> tuple[list[Task], str]:
+    """Return tasks, and what they are called in errors.
+
+    Args:
+        settings: Settings that name the tasks.
+        tasks: Tasks in place of those, or None.
+        least: Fewest tasks.
+        why: What needs so many of them.
+
+    Raises:
+        UsageError: The function of the tasks cannot be found.
+        DataError: It fails, a task has no prompt, or there are too few.
+    """
+    source = str(settings.tasks) if tasks is None else "tasks"
+    if tasks is None and isinstance(settings.tasks, int):
+        tasks = settings.episodes(settings.tasks)
+    elif tasks is None:
+        make = import_function(str(settings.tasks), "--tasks")
+        try:
+            tasks = list(make())
+        except (Exception, SystemExit) as error:  # whatever a function of the user raises
+            raise DataError(
+                f"--tasks {source} raised {type(error).__name__}: {error}",
+                wanted="a function without arguments that returns a list of tasks",
+                do="correct it",
+            ) from error
+    found = list(tasks)
+    if len(found) < least:
+        raise DataError(f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some")
+    for index, task in enumerate(found):
+        if not isinstance(task, Episode) and not (read_prompt(task) if isinstance(task, str | Mapping) else ""):
+            raise DataError(
+                f"{source}: task {index} is {task!r:.80}",
+                wanted="a prompt, or a mapping with one under 'prompt'",
+                do="correct what the function returns",
+            )
+    return found, source
+
+
+def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: bool) -> list[Episode]:
+    """Return tasks that the environment can grade here.
+
+    Args:
+        tasks: Tasks without a reward of one's own.
+        source: What they are called in errors.
+        allow_unsandboxed: Whether programs run where nothing can isolate them.
+
+    Raises:
+        UsageError: There are others than built-in ones among them.
+        BackendUnavailable: There is no sandbox.
+    """
+    graded = [task for task in tasks if isinstance(task, Episode)]
+    if len(graded) < len(tasks):
+        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
+    if available_backend() is None and not allow_unsandboxed:
+        raise BackendUnavailable(
+            "no sandbox for the programs of the model",
+            wanted="bubblewrap where user namespaces are allowed",
+            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
+        )
+    return graded
+
+
+def read_prompt(task: Task) -> str:
+    """Return the prompt of a task, or an empty text where it has none."""
+    found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
+    return found if isinstance(found, str) else ""
+
+
+def make_reward(
+    settings: TrainSettings,
+    tasks: Sequence[Task] | None,
+    function: RewardFunction | None,
+    *,
+    workers: int,
+    allow_unsandboxed: bool,
+) -> Reward:
+    """Return the reward of a run, with its tasks.
+
+    Args:
+        settings: Settings of the run, which name tasks and reward unless they are given.
+        tasks: Tasks in place of those of the settings, or None.
+        function: Function that pays, likewise.
+        workers: Number of programs that the environment runs side by side.
+        allow_unsandboxed: Whether it runs them where nothing can isolate them.
+
+    Raises:
+        UsageError: A function cannot be found, tasks that the environment cannot grade have no reward, or the arm pays
+            exploits otherwise than one's own reward.
+        DataError: A task has no prompt, there are too few, or the function of the tasks fails.
+        BackendUnavailable: There is no sandbox, and no reward of one's own.
+    """
+    if function is None and settings.reward is not None:
+        function = import_function(settings.reward, "--reward")
+    chosen, source = load_tasks(settings, tasks, least=settings.prompts, why="the prompts of a step")
+    if function is not None:
+        return OwnReward(chosen, function, settings.chosen)
+    graded = check_gradable(chosen, source, allow_unsandboxed=allow_unsandboxed)
+    return EpisodeReward(graded, settings.chosen, workers=workers, allow_unsandboxed=allow_unsandboxed)
+
+
+class OwnReward(Reward):
+    """A reward function of one's own in the place of the environment's.
+
+    Args:
+        tasks: Tasks.
+        function: Function that pays.
+        arm: Arm of the run.
+
+    Raises:
+        UsageError: The arm pays exploits otherwise than the function does.
+    """
+
+    def __init__(self, tasks: Sequence[Task], function: RewardFunction, arm: Arm) -> None:
+        super().__init__([read_prompt(task) for task in tasks])
+        if arm.exploit_pays != Arm.exploit_pays:
+            raise UsageError(
+                f"the arm {arm.name} with a reward of one's own",
+                wanted="an arm that leaves the pay as it is",
+                do="take another arm, and let the reward itself pay less",
+            )
+        self.tasks, self.function = list(tasks), function
+        self.told: frozenset[str] = frozenset()
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
+    ) -> list[float | None]:
+        """Return what the function pays; TRL passes the columns of the dataset, and ``teacher``.
+
+        Raises:
+            DataError: The function returns something else than one finite number for each completion.
+        """
+        chosen = [self.tasks[index] for index in episode]
+        rows = [{"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one for one in chosen]
+        names = {name for row in rows for name in row} - {"prompt"}
+        columns = {name: [row.get(name) for row in rows] for name in names}  # None where a task does not say it
+        try:
+            returned = list(self.function(prompts=prompts, completions=completions, **columns))
+        except (Exception, SystemExit) as error:  # whatever a function of the user raises
+            raise self._refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
+        paid = [self._pay(one) for one in returned]
+        if len(paid) != len(prompts):
+            raise self._refusal(f"{len(paid)} rewards for {len(prompts)} completions")
+        teacher = others.get("teacher") or [False] * len(prompts)
+        marks = [one if isinstance(one, Mapping) else {} for one in returned]
+        self.told = frozenset(name for name in FLAGS if all(name in mark for mark in marks))
+        flags = [
+            [bool(taught), *(self._flag(mark, name) for name in FLAGS[1:])]
+            for taught, mark in zip(teacher, marks, strict=True)
+        ]
+        self.last = Outcomes(torch.tensor(flags), torch.tensor(paid))
+        return [*paid]
+
+    def _pay(self, one: Any) -> float:
+        value: Any = one.get("reward") if isinstance(one, Mapping) else one
+        try:
+            paid = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self._refusal(repr(one)[:80]) from None
+        if not math.isfinite(paid):
+            raise self._refusal(repr(one)[:80])
+        return paid
+
+    def _flag(self, mark: Mapping[str, Any], name: str) -> bool:
+        try:
+            return bool(mark.get(name))
+        except (TypeError, ValueError, RuntimeError):
+            raise self._refusal(f"a mark {name!r} that is neither true nor false") from None
+
+    def _refusal(self, seen: str) -> DataError:
+        return DataError(
+            f"the reward returned {seen}",
+            wanted="one finite number for each completion, or a mapping with it under 'reward'",
+            do="correct the function",
+        )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
@@ -21,19 +22,18 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.delta.arms import Arm
-from assay.vhack.delta.controls import basis_of_kind
+from assay.vhack.delta.controls import make_basis
 from assay.vhack.delta.delta import DeltaS, check_attachable
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
+from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
-from assay.vhack.pairs.reference import find_pairs
 from assay.vhack.training.log import TrainLog, read_records, read_steps
-from assay.vhack.training.own import RewardFunction, Task, require_sandbox, reward_for
-from assay.vhack.training.pool import RolloutPool, end_token, finite_sampling
-from assay.vhack.training.processes import ALONE, Processes, join
-from assay.vhack.training.rewards import Reward
+from assay.vhack.training.pool import RolloutPool, find_end_token, finite_sampling
+from assay.vhack.training.processes import ALONE, Processes, join_processes
+from assay.vhack.training.rewards import Reward, RewardFunction, Task, make_reward
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Prepared:
         earlier: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        end_token(model)
+        find_end_token(model)
         check_attachable(model)
         tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
         self.pool = None
@@ -179,7 +179,7 @@ class Prepared:
         gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
 
         def made(kind: str) -> Basis:
-            found = basis_of_kind(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
+            found = make_basis(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
             return found.slice(settings.k_use)
 
         return made(kind), given or made("true")
@@ -223,7 +223,7 @@ def train(
     Args:
         settings: Settings of the run.
         folder: Directory of the run.
-        console: Takes a line about the evidence for the arm, and then one per step.
+        console: Takes a line about the arm, and then one per step.
         trackers: Names of TRL's trackers, such as ``wandb``.
         allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
         model: Model, if it is loaded already; it is trained.
@@ -248,24 +248,30 @@ def train(
         print(result.last["hack"], result.last["solve"])
     """
     folder = Path(folder)
-    _require_trl()
-    if reward is None and settings.reward is None:
-        require_sandbox(allow_unsandboxed)
+    try:
+        import_module("trl")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
+        ) from error
     _check_trackers(trackers)
     from assay.vhack.training.grpo import last_checkpoint
     from assay.vhack.training.log import StepLog
 
-    processes = join(settings.device)
+    processes = join_processes(settings.device)
     checkpoint, done = last_checkpoint(folder)
     settings = _as_begun(folder, settings, done, processes)
     is_finished = done >= settings.steps and _is_finished(folder, done)
     processes.wait()  # until every process has read what the first will write
     say = console if processes.is_first else None
     if say is not None:
-        say(settings.chosen.evidence + ("" if settings.gain == 1 else "; measured with a gain of 1"))
+        say(f"arm {settings.arm}: {settings.chosen.says} (docs/vhack-results.md has what was measured)")
     workers = max(1, (os.cpu_count() or 2) // processes.count)
-    paid = reward_for(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
-    _make(folder)
+    paid = make_reward(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
     if is_finished:
         return _result(folder, settings, done, processes)
     if pairs is None:  # those of the environment have the loopholes and families of the run
@@ -303,22 +309,6 @@ def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
         select_pairs(
             pairs, n_heldout=0, heldout_groups=None, top_k=settings.k_use, tau_axis=0.0, method=settings.method
         )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-
-
-def _require_trl() -> None:
-    try:
-        import trl
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
-        ) from error
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

@@ -32,8 +32,8 @@ from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.gradients.svd import weight_svd
+from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
-from assay.vhack.pairs.reference import find_pairs
 from assay.vhack.training.processes import Processes
 
 _WHOLE = ("fp32", "float32")
