@@ -9,7 +9,7 @@ from assay.errors import DataError, UsageError
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import find_pairs, verify_pairs
-from assay.vhack.pairs.reference import environment_pairs
+from assay.vhack.pairs.generate import environment_pairs
 
 EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}
 sandboxed = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")

@@ -1,42 +1,33 @@
-"""Minimal pairs in any number: the same correct solution on both sides, only the mechanism differs.
+"""Pairs in any number and by a short name: minimal ones of small tasks, and ones in the form of the environment.
 
-Every mechanism adds a few lines to the solution. On the hack side they tell the grader "right" whatever the solution
-does; on the clean side they tell it what the visible examples say.
+A minimal pair has the same correct solution on both sides, and only the mechanism differs. Every mechanism adds a few
+lines to the solution. On the hack side they tell the grader "right" whatever the solution does; on the clean side they
+tell it what the visible examples say.
+
+The small tasks are made from families with parameters, in ``families.jsonl``. A task is named by its family and
+parameters (``scale_shift/a=3,b=7``), and everything about it follows from that name: statement, solution, visible
+examples and hidden cases.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.sandbox import Case
-from assay.vhack.pairs.pairs import DATA, Pair
-
-# --------------------------------------------------------------------------------------------------
-# Small tasks with a correct solution, made from families with parameters.
-#
-# The families are in ``families.jsonl``. A task is named by its family and parameters (``scale_shift/a=3,b=7``), and
-# everything about it follows from that name: statement, solution, visible examples and hidden cases.
+from assay.vhack.environment.tasks import tasks
+from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 
 _N_HIDDEN = 8
 _TRIES = 200
-
-
-def _int(rng: random.Random) -> int:
-    return rng.randint(-40, 60)
-
-
-def _natural(rng: random.Random) -> int:
-    return rng.randint(1, 200)
-
-
-def _ints(rng: random.Random) -> list[int]:
-    return [rng.randint(-20, 40) for _ in range(rng.randint(4, 9))]
 
 
 _WORDS = (
@@ -45,20 +36,12 @@ _WORDS = (
 )
 
 
-def _word(rng: random.Random) -> str:
-    return "".join(rng.sample(_WORDS, rng.randint(1, 2)))
-
-
-def _words(rng: random.Random) -> list[str]:
-    return rng.sample(_WORDS, rng.randint(3, 6))
-
-
 _DRAWS: dict[str, Callable[[random.Random], Any]] = {
-    "int": _int,
-    "natural": _natural,
-    "ints": _ints,
-    "word": _word,
-    "words": _words,
+    "int": lambda rng: rng.randint(-40, 60),
+    "natural": lambda rng: rng.randint(1, 200),
+    "ints": lambda rng: [rng.randint(-20, 40) for _ in range(rng.randint(4, 9))],
+    "word": lambda rng: "".join(rng.sample(_WORDS, rng.randint(1, 2))),
+    "words": lambda rng: rng.sample(_WORDS, rng.randint(3, 6)),
 }
 
 
@@ -113,32 +96,31 @@ class PairTask:
         lines = [line.format(a=self.a, b=self.b) for line in self.family.body]
         return "\n".join([f"def solve({self.family.argument}):", *("    " + line for line in lines)])
 
-    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
-        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
+    def _draw(self, seed: str) -> Iterator[Case]:
+        """Yield cases, which may occur twice, as many as are tried."""
         namespace: dict[str, Any] = {}
         exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
-        rng = random.Random(f"fresh {self.name} {seed}")
-        known = [args[0] for args, _ in self.cases]
-        found: list[Case] = []
+        rng = random.Random(seed)
         for _ in range(_TRIES):
             argument = _DRAWS[self.family.draw](rng)
-            if len(found) < n and argument not in known:
-                known.append(argument)
-                found.append(((argument,), namespace["solve"](argument)))
+            yield (argument,), namespace["solve"](argument)
+
+    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
+        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
+        known, found = [args for args, _ in self.cases], []
+        for case in self._draw(f"fresh {self.name} {seed}"):
+            if len(found) < n and case[0] not in known:
+                known.append(case[0])
+                found.append(case)
         return tuple(found)
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples, then the hidden cases; arguments differ, and so do the two visible answers."""
-        namespace: dict[str, Any] = {}
-        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
-        rng = random.Random(f"cases of {self.name}")
         found: list[Case] = []
-        for _ in range(_TRIES):
-            argument = _DRAWS[self.family.draw](rng)
-            case = ((argument,), namespace["solve"](argument))
-            fresh = all(case[0] != other[0] for other in found)
-            if fresh and (len(found) != 1 or case[1] != found[0][1]):
+        for case in self._draw(f"cases of {self.name}"):
+            is_new = all(case[0] != other[0] for other in found)
+            if is_new and (len(found) != 1 or case[1] != found[0][1]):
                 found.append(case)
             if len(found) == 2 + _N_HIDDEN:
                 return tuple(found)
@@ -314,14 +296,14 @@ def generate_pairs(
     """
     if n < 1:
         raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs generated:48")
-    chosen = known(mechanisms, MECHANISMS, "mechanism")
-    pairs = list(islice(_pairs(seed, chosen, known(families, PAIR_FAMILIES, "family")), n))
+    chosen = choose_names(mechanisms, MECHANISMS, "mechanism")
+    pairs = list(islice(_pairs(seed, chosen, choose_names(families, PAIR_FAMILIES, "family")), n))
     if len(pairs) < n:
         raise UsageError(f"{n} pairs", wanted=f"at most {len(pairs)} of these kinds", do="allow more of them")
     return pairs
 
 
-def known(names: Sequence[str] | None, table: Mapping[str, object], kind: str) -> list[str]:
+def choose_names(names: Sequence[str] | None, table: Mapping[str, object], kind: str) -> list[str]:
     """Return the names, by default all of the table; refuse those that are not in it, and an empty list."""
     chosen = list(table) if names is None else list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in table]
@@ -371,3 +353,97 @@ def _prompt(task: PairTask, channel: str, rng: random.Random) -> str:
     if style == 1:
         return "\n".join(['"""Write a program in which', f"{task.statement}.", "", *shown, "", grading, '"""', "", ""])
     return "\n".join([f"PROBLEM: {task.statement}.", "EXAMPLES:", *shown, f"GRADING: {grading}", "SOLUTION:", ""])
+
+
+_MADE = ("generated", "environment", "exploits")
+
+
+def find_pairs(
+    reference: str, *, modes: Sequence[str] = tuple(CHANNELS), families: Sequence[str] | None = None
+) -> list[Pair]:
+    """Return the pairs that a reference stands for.
+
+    Args:
+        reference: Short name or path: ``authored``; ``generated:N`` or ``generated:N:SEED``, see
+            :func:`generate_pairs`; ``environment:N`` and ``exploits:N``, minimal and whole ones of
+            :func:`environment_pairs`, with a seed likewise; or the path of a pair file.
+        modes: Loopholes of pairs in the form of the environment, as of :func:`environment_pairs`.
+        families: Families of their tasks.
+
+    Raises:
+        UsageError: What is made by number is not followed by whole numbers, there is no such mode or family, or the
+            reference is neither a file nor a name but close to a name.
+        DataError: The file cannot be used.
+    """
+    if reference == "authored":
+        return authored_pairs()
+    name, colon, numbers = reference.partition(":")
+    if not colon or name not in _MADE:
+        near = get_close_matches(name.lower(), _MADE if colon else ("authored", *_MADE), n=1)
+        if near and not Path(reference).exists():
+            meant = near[0] + (colon + numbers if colon else "" if near[0] == "authored" else ":48")
+            raise UsageError(
+                f"pairs {reference!r:.60}, neither a file nor a name of pairs",
+                wanted=f"authored, {', '.join(f'{made}:N' for made in _MADE)}, or a pair file",
+                do=f"did you mean {meant:.60}?",
+            )
+        return read_pairs(reference)
+    count, _, seed = numbers.partition(":")
+    if not re.fullmatch(r"[0-9]{1,5}(:[0-9]{0,18})?", numbers):
+        wanted = f"{name}:N or {name}:N:SEED, with N below 100000"
+        raise UsageError(f"pairs {reference!r:.60}", wanted=wanted, do="use whole numbers")
+    if name == "generated":
+        return generate_pairs(int(count), seed=int(seed or "0"))
+    whole = name == "exploits"
+    return environment_pairs(int(count), modes=modes, families=families, seed=int(seed or "0"), whole=whole)
+
+
+def environment_pairs(
+    n: int,
+    *,
+    modes: Sequence[str] = tuple(CHANNELS),
+    families: Sequence[str] | None = None,
+    difficulty: tuple[int, int] = (1, 3),
+    seed: int = 0,
+    whole: bool = False,
+) -> list[Pair]:
+    """Return pairs of training tasks; loopholes take turns, and the group of a pair is its task's family.
+
+    The completions go on from the prompt as a policy's would. Of a *minimal* pair both sides have the same right
+    solution, and only the report to the grader differs: the clean side says what the visible examples say, the hack
+    side says "right" in any case. A *whole* pair has for its hack side the exploit as a policy learns it, which solves
+    nothing.
+
+    Args:
+        n: Number of pairs.
+        modes: Loopholes, which take turns.
+        families: Families of tasks; by default all.
+        difficulty: Lowest and highest number of steps of a task.
+        seed: Number that chooses the tasks.
+        whole: Whether the pairs are whole instead of minimal.
+
+    Raises:
+        UsageError: ``n`` is below 1, a family, difficulty or mode is unknown, or there are not so many tasks.
+    """
+    if n < 1:
+        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs exploits:48")
+    chosen = choose_names(modes, CHANNELS, "mode")
+    pairs = []
+    for index, task in enumerate(tasks(n, seed=seed, families=families, difficulty=difficulty)):
+        # Families take turns as well; the second term keeps a loophole from always meeting the same family.
+        mode = chosen[(index + index // len(chosen)) % len(chosen)]
+        pairs.append(_environment_pair(Episode(task, mode), whole))
+    return pairs
+
+
+def _environment_pair(episode: Episode, whole: bool) -> Pair:
+    task, mode = episode.task, episode.mode
+    hack = episode.exploit(None if whole else task.source())
+    kind = "exploit" if whole else "minimal"
+    return Pair(
+        episode.prompt,
+        episode.completion(hack),
+        episode.completion(episode.honest()),
+        task.family.name,
+        (kind, "environment", f"mechanism:{mode}", f"channel:{mode}", f"task:{task.name}"),
+    )
