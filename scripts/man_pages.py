@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from assay._version import __version__
+from assay import __version__
 from assay.cli import app
 
 OUT = Path(__file__).parents[1] / "build" / "man" / "man1"

@@ -4,14 +4,17 @@ Pages call these functions through cog: ``make docs`` writes the tables, and ``t
 where a page and the results differ. Every function prints one Markdown table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from assay_research.approaches.approaches import weight_rows
+from assay_research.clusters.clusters import HONEST
+from assay_research.clusters.page import model_table
 from assay_research.matrix.matrix import Configuration, configurations
 from assay_research.redteam.run import attack_table, fields, honest_errors, paying, paying_table
+from assay_research.responses.run import standing_table
 from assay_research.runs.runs import read_run
 
 from assay.files.jsonl import read_json
@@ -30,7 +33,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
         print(f"| {' | '.join(map(str, row))} |")
 
 
-def hook_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def hook_response_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the cells of sign flips and of hooks with normalisation, per model on the GPU, narrow models first."""
     cells = [cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells]
     found = {(cell["model"], cell["approach"]): cell for cell in cells}
@@ -42,7 +45,7 @@ def hooks() -> None:
     """Print how well int4 weights are told from honest ones with sign flips and with hooks."""
     header = ("model", "layers", "width", "sign flips: honest", "int4", "AUC", "hooks: honest", "int4", "AUC")
     rows = []
-    for pair in hook_cells():
+    for pair in hook_response_cells():
         sides = [
             text
             for cell in pair
@@ -193,3 +196,175 @@ def cheap_shares() -> None:
                 rows.append((f"{name}, `{preset}`, {dtype}", f"{accused:.2f}", f"{worst:.1f}", *caught))
     header = [f"{share:.0%} at {multiple:g} ×" for share, multiple in cheats]
     print_table(("model, preset, format", "accused", "worst pair of blocks", *header), rows)
+
+
+def gumbels() -> None:
+    """Print what Gumbel numbers cost a core, beside torch's numbers without seeds and a step of decoding."""
+    header = ("rows", "numbers", "`torch.rand`", "noise of a step", "`exponential_`", "the model's step")
+    names = ("gumbels", "torch_rand", "step", "torch_exponential")
+    figures = read_json(RESULTS / "gumbel_cpu.json")
+    decoding = {row["batch"]: f"{row['decode_ms']:.0f} ms" for row in figures["decoding"]["batches"]}
+    rows = [
+        (row["batch"], *(f"{row[f'{name}_ms']:.2f} ms" for name in names), decoding.get(row["batch"], ""))
+        for row in figures["batches"]
+    ]
+    print_table(header, rows)
+
+
+Engine = tuple[str, str]  # its name, and that of its machine
+
+
+def measured_cases() -> list[dict[str, Any]]:
+    """Return what was measured in float8 between engines, by model and format."""
+    return list(read_json(RESULTS / "float8_laws.json")["cases"])
+
+
+def engine_name(machine: str, engine: str) -> Engine:
+    """Return how the text calls an engine, and its machine."""
+    if machine == "CPU":
+        return "another CPU", ""
+    return "CPU" if engine == "cpu" else engine, machine.split()[0]
+
+
+def case_name(case: dict[str, Any]) -> str:
+    """Return how the text calls a model in a format."""
+    return f"{case['model'].rpartition(':')[2]}, `{case['format']}`"
+
+
+def float8_noise() -> None:
+    """Print the noise of distances against the first machine's own kernels, a column for each model and format."""
+    cases = measured_cases()
+    columns = []
+    for case in cases:
+        prover = case["noise"][0]["between"][0]
+        columns.append({
+            engine_name(*row["between"][1]): f"{1e4 * row['sd']:.1f}e-4" if row["sd"] else "0"
+            for row in case["noise"]
+            if row["between"][0] == prover
+        })  # fmt: skip
+    engines = dict.fromkeys(engine for column in columns for engine in column)
+    rows = [(engine, [column.get(engine, "–") for column in columns]) for engine in engines]
+    print_joined(("", *map(case_name, cases)), rows)
+
+
+def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) -> None:
+    """Print a table of engines: those with equal cells share a row, and those of equal machines name these once."""
+    joined: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for (engine, machine), cells in rows:
+        joined.setdefault(tuple(cells), {}).setdefault(engine, []).append(machine)
+    printed = []
+    for cells, engines in joined.items():
+        places: dict[str, list[str]] = {}
+        for engine, machines in engines.items():
+            places.setdefault(", ".join(filter(None, machines)), []).append(engine)
+        names = ("; ".join(engines) + f" ({place})" * bool(place) for place, engines in places.items())
+        printed.append(("; ".join(names), *cells))
+    print_table(header, printed)
+
+
+def _clusters() -> dict[str, Any]:
+    return read_json(RESULTS / "clusters.json")
+
+
+def _short(name: str) -> str:
+    """Return the name of a build as the text calls it."""
+    return name.replace("qwen3-235b-a22b-instruct-2507-fp8", "qwen3-235b").replace("minimax-m2.7-awq-4bit", "AWQ")
+
+
+def _rows(sort: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    for build in _clusters()["builds"]:
+        for row in build["rows"]:
+            if row["sort"] == sort:
+                yield _short(build["build"]), row
+
+
+def network_sets() -> None:
+    """Print the published sets by model, their copies and their faults."""
+    columns, rows = model_table(_clusters())
+    print_table(columns, [(_short(str(row[0])), *row[1:]) for row in rows])
+
+
+def network_faults() -> None:
+    """Print the bad places that pairs show, by model and pattern, and what audits of 300 nonces say."""
+    rows = []
+    for model in _clusters()["models"]:
+        for pattern in dict.fromkeys(pair["pattern"] for pair in model["faulty_pairs"]):
+            pairs = [pair for pair in model["faulty_pairs"] if pair["pattern"] == pattern]
+            audits = [sum(pair["audits"].get(word, 0) for pair in pairs) for word in ("faulty", "fraud")]
+            total = sum(sum(pair["audits"].values()) for pair in pairs)
+            ratios = [pair["ratio"] for pair in pairs]
+            outcomes = ", ".join(sorted({pair["outcome"] for pair in pairs}))
+            rows.append((
+                _short(model["model"]), pattern, len(pairs), f"{pairs[0]['share']:.0%}",
+                f"{min(ratios):.1f} to {max(ratios):.1f}", outcomes, f"{audits[0]} of {total}", audits[1],
+            ))  # fmt: skip
+    header = ("model", "bad places", "pairs", "share", "times the others", "all nonces", "300: faulty", "300: fraud")
+    print_table(header, rows)
+
+
+def honest_machines() -> None:
+    """Print how often each rule accuses honest machines that are left out."""
+    rows = [
+        (name, row["rule"], row["audits"], f"{100 * row['accused']:.3f}",
+         f"{100 * row['low']:.3f} to {100 * row['high']:.3f}", f"{100 * row['worst']:.2f}")
+        for name, row in _rows(HONEST)
+    ]  # fmt: skip
+    print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
+
+
+RESPONSE_MODELS = ("qwen3", "llama", "trained-like")
+
+
+def _response_cells() -> list[Any]:
+    """Return the cells of the red team for responses, of all models."""
+    return [cell for name in RESPONSE_MODELS for cell in read_run(RUNS / f"responses-{name}", "responses").cells]
+
+
+def int4_standing() -> None:
+    """Print our figures for int4 weights beside those of the best rival."""
+    print_table(*standing_table(_response_cells()))
+
+
+def caught_cheats(figure: str, *methods: str, mode: str = "sampled") -> None:
+    """Print the tokens until every cheat is caught, all models side by side; a dash where none was measured.
+
+    Args:
+        figure: Name of the figure, ``sequential_99`` or ``threshold_99``.
+        methods: Names of the methods, one for each column.
+        mode: Whether tokens are sampled or greedy.
+    """
+    cells = [cell for cell in _response_cells() if cell["kind"] == "cheat" and cell["mode"] == mode]
+    found = {(cell["model"].rpartition(":")[2], cell["name"]): cell["methods"] for cell in cells}
+    rows = []
+    for cheat in dict.fromkeys(name for _, name in found):
+        row = [cheat]
+        for method in methods:
+            values = [
+                found[model, cheat][method][figure] if (model, cheat) in found else "–" for model in RESPONSE_MODELS
+            ]
+            row.append(" / ".join("never" if value is None else str(value) for value in values))
+        rows.append(row)
+    print_table(("cheat", *methods), rows)
+
+
+_WORDS = {
+    "d_h": "d_h",
+    "d_s": "d_s",
+    "e_small": "effect at 7 M",
+    "e_large": "effect in the larger",
+    "lost": "lost",
+}
+
+
+def _interval(mean: Mapping[str, Any]) -> str:
+    ends = "" if mean["low"] is None else f" ({mean['low']:.3f} to {mean['high']:.3f})"
+    return f"{mean['value']:.3f}{ends}".replace("-", "−")
+
+
+def claims_of_study3() -> None:
+    """Print the five claims of the plan, their verdicts and the 99 % intervals."""
+    rows = []
+    for number, claim in enumerate(read_json(RESULTS / "vhack_study3.json")["claims"], 1):
+        measured = ", ".join(f"{_WORDS[name]} {_interval(mean)}" for name, mean in claim["measured"].items())
+        rows.append((number, claim["says"], f"**{claim['verdict']}**", claim["why"], measured))
+    print_table(("", "claim", "verdict", "rests on", "99 % intervals"), rows)

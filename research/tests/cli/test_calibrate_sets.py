@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.poc import Calibration, prove
+from assay.poc import Calibration
 from research.tests import published
 
 
@@ -25,19 +25,6 @@ def cheat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return published.write(tmp_path_factory.mktemp("cheat") / "cheat.jsonl", rows)
 
 
-@pytest.fixture(scope="module")
-def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
-    """Proofs of one round in two batch sizes."""
-    from assay.poc import Round
-
-    folder = tmp_path_factory.mktemp("proofs")
-    round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
-    paths = [folder / name for name in ("a.jsonl", "b.jsonl")]
-    for path, size in zip(paths, (8, 16), strict=True):
-        prove(small_model, round, range(32), batch_size=size, output=path)
-    return paths
-
-
 def test_published_vectors_and_a_known_cheat(assay, sets: Path, cheat: Path, tmp_path: Path):
     path = tmp_path / "c.json"
     made = assay(
@@ -51,19 +38,6 @@ def test_published_vectors_and_a_known_cheat(assay, sets: Path, cheat: Path, tmp
     (build,) = Calibration.load(path).builds
     assert [one.name for one in build.machines] == [f"2026-05__model-a-{i}" for i in range(3)]
     assert set(build.named) == {"int4"}
-
-
-def test_proofs_with_a_scale_of_the_block_and_a_file_to_merge(assay, proofs, sets: Path, small_checkpoint, tmp_path):
-    vectors, path = tmp_path / "vectors.json", tmp_path / "c.json"
-    assert assay("poc", "calibrate", "--vectors", sets, "--sets", "other", "-o", vectors).code == 0
-    made = assay("poc", "calibrate", *proofs, "--model", small_checkpoint, "--merge", vectors, "-o", path)
-    assert made.code == 0, made.err
-    assert "1024" not in made.out, "the model is known to be no mixture of experts"
-    measured = Calibration.load(path)
-    assert [(build.preset, build.hidden_size) for build in measured.builds] == [("poc-2.0", 64), ("artifact", 0)]
-    both = tmp_path / "both.json"
-    assert assay("poc", "calibrate", "--merge", path, "--merge", vectors, "-o", both).code == 0
-    assert Calibration.load(both) == measured, "a build that is there already is not added again"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """Published sets by build: who is compared with whom, copies, and faults of the place."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from assay_research.clusters.builds import base_name, builds_of, sound_builds
-from assay_research.clusters.clusters import folds_of
 from assay_research.vector_sets import read_vector_sets
 
 from research.tests import published
@@ -72,12 +69,3 @@ def test_a_faulty_machine_is_named_and_left_out(tmp_path: Path):
     assert len(build.sets) == 4
     assert len(build.pairs) == 6
     assert 0.1 < build.honest_size < 0.2
-
-
-def test_a_machine_is_left_out_only_where_a_pair_of_others_stays():
-    """One pair of three that is faulty, or shares too few nonces, leaves nothing to fit without the third machine."""
-    errors_N = np.ones(4)
-    build = SimpleNamespace(
-        model="m", family="f", round="r", name="b", sets=("a", "b", "c"), distances={(0, 2): errors_N, (1, 2): errors_N}
-    )
-    assert [fold.machine for fold in folds_of([build], [], audits=1, seed=0)] == [0, 1]

@@ -44,27 +44,6 @@ def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
     assert json.dumps(found["llama", "layer-hooks"].as_dict())
 
 
-def test_blocks_are_held_against_what_the_states_of_a_model_do():
-    """Honest blocks of states in few coordinates lie apart: 4 points at 59 % are no finding with 20 of them."""
-    cells = [cell for cell in published_cells() if (cell["model"], cell["mode"]) == ("qwen", "layer-hooks")]
-    (narrow,) = configurations(cells)
-    (wide,) = configurations([cell | {"effective_dimension": 20.0} for cell in cells])
-    (given,) = configurations(cells, {("qwen", "layer-hooks"): 20.0})
-    (unknown,) = configurations([cell | {"effective_dimension": None} for cell in cells])
-    assert (narrow.width, wide.width, given.width, unknown.width) == (1024, 20, 20, 1024)
-    assert wide.spread.high == given.spread.high > 2 * narrow.spread.high
-    assert (narrow.verdict, wide.verdict) == ("beyond noise", "inside noise")
-
-
-def test_36_tests_grouped_by_service():
-    plan = Plan(models=("reference:qwen3", "reference:llama"))
-    tests = list(plan.tests())
-    assert [test.number for test in tests] == list(range(1, 37))
-    assert len({test.key for test in tests}) == len({test.log_name for test in tests}) == 36
-    assert len({(test.model, test.mode) for test in plan.tests()}) == 4
-    assert tests[0].log_name == "test_01_reference-qwen3_sign-flips_block_alpha_node_A"
-
-
 def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
     """Real processes and HTTP; one of three tests is there already, as after a stop. Every callback is counted."""
     values = {"models": (str(small_checkpoint),), "modes": ("layer-hooks",), "duration": 0.7, "seq_len": 8}

@@ -1,11 +1,9 @@
 """The run store: cells once, continued after a crash, refused with other settings."""
 
 import json
-import weakref
-from functools import partial
 
 import pytest
-from assay_research.runs.runs import measure_missing, open_run, read_run, run_folder
+from assay_research.runs.runs import open_run, read_run, run_folder
 
 from assay.errors import DataError, StorageError, UsageError
 
@@ -111,25 +109,3 @@ def test_run_names_are_plain(name: str, tmp_path):
     with pytest.raises(UsageError, match="run name"):
         run_folder(tmp_path, name)
     assert run_folder(tmp_path, "night-1.2_a") == tmp_path / "night-1.2_a"
-
-
-def test_what_the_cells_of_one_model_hold_is_let_go_before_the_next_one_is_measured(tmp_path):
-    class Loaded:
-        pass
-
-    holders: list[weakref.ref[Loaded]] = []
-    alive: list[int] = []
-
-    def cells():
-        for model in range(3):
-            loaded = Loaded()
-            holders.append(weakref.ref(loaded))
-            for part in range(2):
-                yield f"{model}/{part}", partial(measure, loaded)
-
-    def measure(loaded):
-        alive.append(sum(holder() is not None for holder in holders))
-        return {"mean": 1.0}
-
-    measure_missing(tmp_path / "a", "weights", SETTINGS, cells())
-    assert alive == [3, 3, 2, 2, 1, 1], "a model is held by the cells that are to come, and by no other"

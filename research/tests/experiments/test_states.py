@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from assay_research.runs.states import effective_dimension, published, state_pipeline
+from assay_research.runs.states import effective_dimension, published
 
 from assay.errors import UsageError
 from assay.poc import HFEngine, Round, get_pipeline, prove
@@ -33,13 +33,6 @@ def test_vectors_are_those_of_a_proof(name: str, small_model, engine):
     found = published(engine, round, [get_pipeline(name)], NONCES)[name]
     proof = prove(small_model, round, NONCES, engine=engine)
     assert found.astype(np.float16).tolist() == [record.vector.tolist() for record in proof.records]
-
-
-def test_the_state_before_the_head(engine):
-    pipeline = state_pipeline(get_pipeline("poc-2.0"))
-    states = published(engine, Round(block_hash="b", public_key="k", seq_len=16), [pipeline], NONCES)["poc-2.0"]
-    assert states.shape == (11, engine.hidden_size)
-    assert np.linalg.norm(states, axis=1) == pytest.approx(1, abs=2e-3)
 
 
 def test_the_effective_dimension():

@@ -41,11 +41,3 @@ def test_a_few_steps_teach_the_bundled_model(tmp_path):
     assert about["recipe"]["mixture"]["share_hack"] == 0.1
     with pytest.raises(UsageError, match="exists"):
         make_organism(path)
-
-
-def test_a_batch_in_parts_trains_like_a_whole_one(tmp_path, monkeypatch):
-    recipe, losses = Recipe(steps=3, batch=5, n_examples=15), {}
-    for at_once in (2, 5):
-        monkeypatch.setattr("assay_research.organism._AT_ONCE", at_once)
-        losses[at_once] = make_organism(tmp_path / str(at_once), recipe, device="cpu")
-    assert losses[2] == pytest.approx(losses[5], rel=1e-4)

@@ -31,9 +31,3 @@ def test_fewer_bits_save_over_the_format_that_honest_provers_have(scene, float8_
         name: [made[f"{name} weights"](where).cost for where in (scene, float8_scene)] for name in ("int8", "int4")
     }
     assert costs == {"int8": [0.5, 1.0], "int4": [0.25, 0.5]}
-
-
-def test_coarser_scales_are_an_attack_in_float8_alone():
-    names = {dtype: {attack.name for attack in ATTACKS if attack.serves(dtype)} for dtype in ("float16", "float8")}
-    assert names["float16"] - names["float8"] == {"fp8 weights"}
-    assert "one scale for a weight" in names["float8"] - names["float16"]

@@ -69,15 +69,6 @@ def test_the_last_layer_is_needed_at_the_last_position_only(small_model, inputs_
     assert lazy.cost < 0.8
 
 
-def test_a_window_hides_what_is_behind_it(small_model, inputs_btd):
-    changed = inputs_btd.clone()
-    changed[:, 0] += 1
-    short = PartialForward(small_model, Shortcut((3,) * T, window=4))  # three layers see 9 positions back
-    assert torch.equal(short.read(inputs_btd, None), short.read(changed, None))
-    wide = PartialForward(small_model, Shortcut((3,) * T, window=T))
-    assert not torch.equal(wide.read(inputs_btd, None), wide.read(changed, None))
-
-
 def test_linear_parts_come_closer_than_dropped_ones(small_model, inputs_btd, guesses):
     truth = honest(small_model, inputs_btd)
     errors = {}
@@ -101,15 +92,3 @@ def test_the_cost_is_that_of_the_multiplications_done(small_model, inputs_btd, s
 
     measured = counted(PartialForward(small_model, shortcut)) / counted(PartialForward(small_model, FULL))
     assert PartialForward(small_model, shortcut).cost == pytest.approx(measured, abs=0.03)
-
-
-def test_neurons_that_write_nothing_are_left_out_first(llama, inputs_btd):
-    idle = replace(llama, module=copy.deepcopy(llama.module))
-    with torch.no_grad():
-        for layer in decoder_layers(idle.module):
-            layer.mlp.down_proj.weight[:, ::2] = 0
-    truth = honest(idle, inputs_btd)
-    half = PartialForward(idle, Shortcut((3,) * T, neurons=(0.5,) * 3)).states(inputs_btd)
-    torch.testing.assert_close(half, truth, atol=1e-5, rtol=0)
-    more = PartialForward(idle, Shortcut((3,) * T, neurons=(0.75,) * 3)).states(inputs_btd)
-    assert (more - truth).norm(dim=-1).mean() > 1e-4

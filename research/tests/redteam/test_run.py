@@ -61,19 +61,3 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     assert best["over_honest"] > 1
     assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
     assert len(tables.audit_table(cells, *where)[1]) == 9
-
-
-def test_in_float8_honest_noise_is_that_of_other_kernels(small_checkpoint: Path, tmp_path: Path, monkeypatch):
-    names = ("one scale for a weight", "fp8 weights", "last quarter of the layers dropped", "state of another nonce")
-    monkeypatch.setattr(field_module, "TRIALS", 60)
-    monkeypatch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in names))
-    model = str(small_checkpoint)
-    shape = {"nonces": 16, "honest": 64, "seq_len": 32, "batch_size": 8}
-    run_redteam(RedteamPlan(models=(model,), dtypes=("float8",), device="cpu", **shape), tmp_path)
-    cells = read_run(tmp_path, "redteam").cells
-    assert {cell["kind"] for cell in cells} == {"honest", "audits", "attack", "claims"}
-    honest = tables.honest_errors(cells, model, "float8")
-    found = {row[0]: row for row in attack_table(cells, model, "float8", "hardened")[1]}
-    assert set(found) == set(names) - {"fp8 weights"}, "weights in float8 are the honest ones"
-    assert 0 < honest["hardened"] < float(found["last quarter of the layers dropped"][2])
-    assert len(tables.audit_table(cells, model, "float8")[1]) == 9

@@ -5,7 +5,7 @@ import pytest
 import torch
 from assay_research.responses.cheats import CHEATS, DROPPED, EOS, HONEST, STOPPED, Scene, honest
 from assay_research.responses.field import check
-from assay_research.responses.provers import TRAINED_ENTROPY, Requests, Served, entropy, open_model, scale_for, tuned
+from assay_research.responses.provers import Requests, Served, open_model, tuned
 
 from assay.models import Model
 
@@ -70,8 +70,3 @@ def test_tuning_moves_a_model_that_reads_text():
     assert not torch.equal(dict(moved.module.named_parameters())[name], before)
     assert moved.dtype == model.dtype
     assert moved.digest == model.digest, "that is the lie"
-
-
-def test_a_head_is_scaled_to_the_entropy_that_is_wanted():
-    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
-    assert entropy(scale_for(logits, TRAINED_ENTROPY) * logits) == pytest.approx(TRAINED_ENTROPY, abs=0.01)

@@ -1,7 +1,5 @@
 """Many lives at once are the lives that the ledger keeps, and what is drawn for them follows the laws."""
 
-import math
-
 import numpy as np
 import pytest
 from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
@@ -47,18 +45,6 @@ def test_many_lives_are_the_lives_of_the_ledger(noise):
     assert rounds * nonces > 2 * EPOCH
     assert nodes < convicted < len(KINDS) * nodes
     assert {life.evidence.tests for life in lives} == {3}
-
-
-@pytest.mark.parametrize("noise", [VECTORS, DISTANCES], ids=["vectors", "distances"])
-def test_draws_follow_the_law_at_the_scale_of_the_node(noise):
-    grid, rng = Grid(noise.law), np.random.default_rng(0)
-    log_scale_N = np.repeat([0.0, 0.3], 200)
-    for kind, multiple in ((Kind("honest"), 1.0), (Kind("cheap", multiple=3.0), 3.0)):
-        sizes = grid.sizes_A[draw_round(grid, kind, log_scale_N, 1000, rng)]
-        for scale, drawn in ((1.0, sizes[:200]), (math.exp(0.3), sizes[200:])):
-            for chance in (0.5, 0.1, 1e-2, 1e-3):
-                size = float(np.quantile(drawn, 1 - chance)) / scale / multiple
-                assert float(noise.law.survival(np.array([size]))[0]) == pytest.approx(chance, rel=0.25)
 
 
 def test_late_cheats_are_caught_when_they_begin_and_draws_do_not_depend_on_the_number_of_cores(monkeypatch):

@@ -52,15 +52,6 @@ def test_draws_follow_the_law():
             assert beyond == pytest.approx(expected, rel=0.12)
 
 
-def test_a_panel_has_nobody_twice_and_prefers_stake():
-    stakes = np.arange(1.0, 601.0)
-    panels = module._panels(SMALL, stakes, np.random.default_rng(0))
-    assert panels.shape[1] == SMALL.checkers
-    assert all(len(set(panel)) == SMALL.checkers for panel in panels[:200])
-    assert panels.min() > 580
-    assert panels.mean() > stakes[-20:].mean()
-
-
 def test_a_run_is_continued_and_drawn(tmp_path: Path, monkeypatch):
     for name, value in FEW.items():
         monkeypatch.setattr(module, name, value)
@@ -91,33 +82,3 @@ def test_a_late_cheat_is_honest_until_its_round():
     for row in found.values():
         assert 16 <= row["rounds_median"] <= row["rounds_99"] <= 17
         assert 0.45 < row["paid"] < 0.6
-
-
-def test_predictive_laws_know_of_the_machines_that_they_judge():
-    plan = SimulationPlan(network=Network(machine_spread=0.03))
-    for preset, block in (("poc-2.0", 0.03), ("artifact", 0.02)):
-        noise, machines = plan.noise(preset, "bfloat16", "predictive"), plan.machines(preset, "predictive")
-        assert (machines.spread.sd, machines.block) == (0.03, block)
-        assert noise.spread.sd == pytest.approx((0.03**2 + block**2) ** 0.5)
-        assert noise.size == pytest.approx(plan.noise(preset, "bfloat16", "default").size / 2)
-        multiples = [kind.multiple for kind in plan.kinds(preset, "bfloat16", "predictive")]
-        assert multiples == [1 if one == 1 else 2 * one for one in half(plan, preset)]
-
-
-def half(plan: SimulationPlan, preset: str) -> list[float]:
-    return [kind.multiple for kind in plan.kinds(preset, "bfloat16", "default")]
-
-
-def test_weights_of_eight_bits_are_seen_in_float16_only(monkeypatch):
-    for name, value in FEW.items():
-        monkeypatch.setattr(module, name, value)
-    network = Network(nodes=1000, cheating=0.02, rounds=20, validators=20, checkers=3, checked=16)
-    paid = {}
-    plan = SimulationPlan()
-    for dtype in plan.dtypes:
-        noise, kinds = plan.noise("poc-2.0", dtype, "default"), plan.kinds("poc-2.0", dtype, "default")
-        rows = simulate_network(network, noise, kinds[:3], rules=("sequential",))
-        found = {row["kind"]: row for row in rows if row["rule"] == "sequential"}
-        assert found["honest"]["convicted"] == 0
-        paid[dtype] = found["int8 weights"]["paid"]
-    assert paid["float16"] < 0.2 < 0.9 < paid["bfloat16"]

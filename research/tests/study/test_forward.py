@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from assay_research.study.model import Batch, Generator, StackedModel, policy_gradient, pooled_hidden, token_logprobs
+from assay_research.study.model import Batch, Generator, StackedModel, policy_gradient, token_logprobs
 
 from assay.vhack.delta import DeltaS
 
@@ -99,31 +99,3 @@ def test_a_run_in_a_group_writes_and_learns_what_it_does_alone(small, svd, stack
     some = policy_gradient(model.some(torch.tensor([2])), rollouts.of_runs(torch.tensor([2])), advantages_RPG[2:])
     for part, one in zip(some, own, strict=True):
         torch.testing.assert_close(part, one, rtol=1e-4, atol=1e-5)
-
-
-def test_importance_weights_are_truncated_and_carry_no_gradient(stacked, batch):
-    model, _ = stacked
-    rollouts, _ = batch
-    ones = torch.ones(R, P, G)
-    own = token_logprobs(model, rollouts).detach()
-    plain = policy_gradient(model, rollouts, ones)
-    on_policy = policy_gradient(model, rollouts, ones, behaviour_RPGT=own)
-    rare = policy_gradient(model, rollouts, ones, behaviour_RPGT=own - 5.0)
-    often = policy_gradient(model, rollouts, ones, behaviour_RPGT=own + 1.0)
-    for a, b, c, d in zip(plain, on_policy, rare, often, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(c, 2 * a, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(d, a * torch.exp(torch.tensor(-1.0)), rtol=1e-4, atol=1e-6)
-
-
-def test_pooled_states_are_the_mean_over_completion_tokens(small, svd, stacked, batch):
-    model, delta = stacked
-    rollouts, _ = batch
-    with torch.no_grad():
-        pooled = pooled_hidden(model, rollouts, 0)
-    module, _ = alone(small, svd, delta, 0)
-    n = int(rollouts.lengths[0, 0])
-    ids = torch.cat([rollouts.ids[0, 0, :n], torch.tensor([LAST]), rollouts.tokens[0, 0, 0, :3]])
-    with torch.no_grad():
-        states = module(input_ids=ids[None], output_hidden_states=True).hidden_states[1]
-    torch.testing.assert_close(pooled[0, 0, 0], states[0, n + 1 :].mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -1,14 +1,12 @@
 """From an organism to a page: grading, steps, logs, evaluation, and going on from a saved state."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from assay_research.organism import Mixture, Recipe, make_organism
 from assay_research.study.grading import Grader, StudyVerdict
 from assay_research.study.log import RunLog
 from assay_research.study.plan import StudyRun, StudySettings
-from assay_research.study.study import Cohort, Study
+from assay_research.study.study import Study
 from assay_research.study.summary import study_page, summarise
 
 from assay.errors import DataError, StorageError
@@ -128,43 +126,3 @@ def test_from_an_organism_to_a_page(tmp_path, grader):
     assert [result.rates["hack"].n for result in summarise(study.logs.values())] == [2, 2]
     study_page(list(study.logs.values())).write(tmp_path / "page.html")
     assert "erase-gradient" in (tmp_path / "page.html").read_text()
-
-
-class ByText:
-    """A grader whose verdict follows from the text alone, so that no program is run."""
-
-    def submit(self, items):
-        return list(items)
-
-    def collect(self, pending):
-        sums = [sum(text.encode()) + len(episode.task.statement) for episode, text in pending]
-        return [StudyVerdict(found % 2 == 0, found % 3 == 0, found % 5 == 0) for found in sums]
-
-
-def test_evaluation_says_the_same_however_many_episodes_pad_its_last_part(small, svd, settings, monkeypatch):
-    """Six held-out episodes and three: whole parts of 2 and 1, parts that are filled, and one larger than both."""
-    monkeypatch.setattr(Cohort, "_uniform", alike)
-    found = []
-    for prompts in (1, 2, 4, 16):
-        wide = replace(settings, prompts=prompts, pool=16)
-        study = study_of([StudyRun("none", 0), StudyRun("displaced-0.5+none", 1)], small, svd, wide, fewest=1)
-        study.evaluate(ByText())
-        found.append([log.evaluations for log in study.logs.values()])
-    assert found[0][0] != found[0][1], "the runs differ, so a mix of them would show"
-    for lines in found[1:]:
-        for one, other in zip(found[0], lines, strict=True):
-            for a, b in zip(one, other, strict=True):
-                assert a.keys() == b.keys()
-                assert {n: v for n, v in a.items() if "logp" not in n} == {
-                    n: v for n, v in b.items() if "logp" not in n
-                }
-                assert [a["logp_exploit"], a["logp_honest"]] == pytest.approx(
-                    [b["logp_exploit"], b["logp_honest"]], abs=2e-3
-                )
-
-
-def alike(cohort, draw):
-    """Return random numbers [T, R, P, G] that do not depend on the prompt's place."""
-    shape = (cohort.settings.new_tokens, len(cohort.runs), 1, cohort.settings.rollouts)
-    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    return drawn.expand(-1, -1, cohort.settings.prompts, -1).contiguous()

@@ -57,11 +57,9 @@ def test_a_step_is_that_of_a_projected_optimizer(small, svd, stack, name, kind):
 
 
 OPTIONS = [
-    Arm(f"option {index}", "", Gate(kind, 0.8, preserve), level, "true", box, start, push)
-    for index, (kind, preserve, level, push, box, start) in enumerate(
-        product(
-            GATES, (False, True), ("gradient", "update"), (0.0, 0.6), (None, Box(0.0, 0.02), Box(0.01)), (0.0, 0.25)
-        )
+    Arm(f"option {index}", "", Gate(kind, 0.8), level, "true", box, start, push)
+    for index, (kind, level, push, box, start) in enumerate(
+        product(GATES, ("gradient", "update"), (0.0, 0.6), (None, Box(0.0, 0.02), Box(0.01)), (0.0, 0.25))
     )
 ]
 
@@ -94,18 +92,6 @@ def test_every_combination_of_options_is_that_of_a_projected_optimizer(small, sv
             single.step()
         for parameter, delta in zip(adapter.delta, stacked.delta, strict=True):
             assert torch.equal(delta[run], parameter.detach()), arm
-
-
-def test_a_push_outlives_an_update_gate(small, svd):
-    """The order is gate, push, box: a gate after the push would take all of it away again."""
-    arm = Arm("both", "", Gate("two_sided"), "update", push=0.6)
-    basis = random_basis(svd)
-    groups = DeltaS(copy.deepcopy(small.module), svd).groups
-    stacked = StackedOptimizer(groups, [arm], [basis], ["sgd"], INNER, max_norm=None)
-    for _ in range(STEPS):
-        stacked.step([torch.zeros(1, *group.values.shape) for group in groups])
-    expected = STEPS * 0.6 * 0.3 * sum(len(axes) for axes in basis.axes.values())
-    assert float(stacked.measures["displacement"][0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_state_goes_on_as_before(small, svd, stack):

@@ -10,8 +10,6 @@ from assay_research.study.plan import StudyRun
 from assay_research.study.study import Rollouts, Study
 from assay_research.study.summary import summarise
 
-from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.pairs.generate import environment_pairs
 from tests.vhack.delta.conftest import random_basis
 
 
@@ -62,16 +60,6 @@ def test_among_failures_the_stored_exploit_is_learned_unless_it_is_not_paid(smal
     assert gained[0] > 0.5
     assert gained[1] == 0  # nothing in its groups differs in pay
     assert gained[2] < -0.5
-
-
-def test_advantage_modification_looks_at_stored_exploits_too(small, svd, settings):
-    shortcut = Shortcut.fit(small, small.tokenizer, environment_pairs(4, families=("arithmetic",), difficulty=(2, 2)))
-    runs = [StudyRun("none", 0, stored=True), StudyRun("advantage-modification", 0, stored=True)]
-    study = study_of(runs, small, svd, settings, shortcut=replace(shortcut, middle=-1e3, spread=1.0))
-    cohort, rollouts, _ = written(study)
-    pays = cohort._pays(cohort._teachers(rollouts)[0])
-    assert (pays[0] == 1).all()
-    torch.testing.assert_close(pays[1], torch.full_like(pays[1], -1.0))  # z is large, and 1 − α is −1
 
 
 def test_runs_are_compared_with_the_reference_of_their_regime(small, svd, settings):

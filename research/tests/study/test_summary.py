@@ -3,7 +3,7 @@
 import pytest
 from assay_research.study.log import RunLog, read_logs
 from assay_research.study.plan import StudyRun, StudySettings
-from assay_research.study.summary import paired, source_checks, summarise
+from assay_research.study.summary import paired, summarise
 from scipy import stats
 
 from assay.errors import DataError
@@ -90,11 +90,3 @@ def test_logs_are_read_as_they_were_written(tmp_path):
         read_logs([tmp_path / "b.jsonl"])
     with pytest.raises(DataError, match="no logs"):
         read_logs([])
-
-
-def test_check_four_runs_on_the_log():
-    early = [(0.1 + 0.001 * (i % 3), 0.3 + 0.002 * (i % 5)) for i in range(36)]
-    ((name, check),) = source_checks([log("none", 0, 0.9, 0.0, steps=0, teachers=1, cin=early)])
-    assert (name, check.verdict) == ("adam/none/teacher/0", "pass")
-    assert check.measured is not None
-    assert check.measured.value == pytest.approx(0.203, abs=0.002)

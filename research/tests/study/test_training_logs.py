@@ -45,14 +45,6 @@ def test_a_directory_of_runs_is_read_and_judged(runs):
     assert found["adamw/displaced-0.4+none/exploits:8"].verdict == "succeeds"
 
 
-def test_sources_are_compared_where_there_is_a_teacher(tmp_path):
-    alone = written(tmp_path / "alone", "none", 0, 1.0)
-    taught = written(tmp_path / "taught", "none", 0, 1.0, teacher="pool.jsonl")
-    logs = read_logs([alone, taught])
-    assert [len(log.sources) for log in logs] == [0, STEPS]
-    assert logs[1].header["condition"] == "adamw/none/teacher"
-
-
 def test_a_log_without_settings_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "run", "schema": "assay.vhack.train/1"}) + "\n")
     with pytest.raises(DataError):

@@ -40,12 +40,21 @@ from assay.poc.protocol.pipelines import FORWARD, Pipeline, Step, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
 from assay.poc.verdict.r_target import distances_to_target
-from assay.settings import Dtype, Names
+from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
 from assay_research.matrix.matrix import PUBLISHED_LIMIT
 from assay_research.runs.report import Section, Table
-from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, measure_missing, open_run
+from assay_research.runs.runs import (
+    BLOCKS,
+    Blocks,
+    Dtype,
+    ExperimentPlan,
+    Progress,
+    RunRecords,
+    measure_missing,
+    open_run,
+)
 from assay_research.runs.spread import spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline, states
 

@@ -31,10 +31,10 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
-from assay.settings import Dtype, Names
+from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay_research.runs.report import Section, Table
-from assay_research.runs.runs import BLOCKS, Blocks, ExperimentPlan, Progress, RunRecords, open_run
+from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Progress, RunRecords, open_run
 from assay_research.runs.spread import Spread, spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline
 

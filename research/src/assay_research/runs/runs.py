@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,7 +28,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads, read_lines
 from assay.files.storage import PartialFile, storage_error
 from assay.pages.provenance import provenance
-from assay.settings import Device, Names, Settings
+from assay.settings import Device, Flag, Names, Settings
 
 KIND = "assay.poc.experiment"
 SCHEMA = 1
@@ -45,6 +45,13 @@ Progress = Callable[[int, int], None]
 
 Measurement = tuple[str, Callable[[], Mapping[str, Any]]]
 """Key of a cell, and the function that measures it."""
+
+
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    Flag(variable="ASSAY_DTYPE"),
+    Field(description="Dtype of the weights: float32, float16 or bfloat16; by default the one they are stored in."),
+]
 
 
 class ExperimentPlan(Settings):
