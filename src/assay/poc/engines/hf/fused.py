@@ -8,9 +8,9 @@ Against layers that Inductor compiles, the forward pass in bfloat16 is 1.06, 1.0
 shapes of 0.6, 1, 4 and 8 billion parameters on an H200 (`last` over `inductor`), and `prove` in float8 is 1.27, 1.48,
 1.53 and 1.64 times as fast as `prove` in bfloat16:
 
-    python benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
+    python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
 
-Legend of shapes: as in `_lean`.
+Legend of shapes: as in `lean`.
 """
 
 from functools import cache

@@ -1,5 +1,7 @@
 """What stands between the products of a layer, as triton kernels: each passes once over what it reads and writes.
 
+:mod:`assay.poc.engines.hf.fused` uses them and says what they gain: 1.01 to 1.06 in bfloat16, 1.27 to 1.64 in float8.
+
 - `normalised`: the residual stream plus an update, and its norm.
 - `turned`: queries and keys after their norms and the rotation, written over what they were.
 - `gated`: the activated gate times the other projection.
