@@ -70,11 +70,6 @@ def _split(text: str) -> tuple[str, ...]:
 Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 """Words that are separated by commas where they are written as text."""
 
-Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    Flag(variable="ASSAY_DTYPE"),
-    Field(description="Dtype of the weights: float32, float16 or bfloat16; by default the one they are stored in."),
-]
 Device = Annotated[
     str | None,
     Flag(variable="ASSAY_DEVICE", unit="DEVICE"),

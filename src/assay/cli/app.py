@@ -26,13 +26,13 @@ from assay.cli.vhack import vhack
 from assay.errors import AssayError
 
 
-def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         click.echo(f"assay {__version__}")
         context.exit()
 
 
-def _keep_config(context: click.Context, option: click.Parameter, path: str | None) -> None:
+def _keep_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
     context.obj = Path(path) if path else _user_config()
 
 

@@ -14,7 +14,7 @@ DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
 HASH, KEY, TEXT, NUMBER, NAME = (Flag(unit=unit) for unit in ("HASH", "KEY", "TEXT", "NUMBER", "NAME"))
 NONCES, POSITIONS, RESPONSES = Flag(unit="NONCES"), Flag(unit="POSITIONS"), Flag(unit="RESPONSES")
 TOKENS, PAIRS, AXES, SHARE = Flag(unit="TOKENS"), Flag(unit="PAIRS"), Flag(unit="AXES"), Flag(unit="SHARE")
-DIRECTORY, ROWS, DISTANCE = Flag(unit="DIRECTORY"), Flag(unit="ROWS"), Flag(unit="DISTANCE")
+ROWS, DISTANCE = Flag(unit="ROWS"), Flag(unit="DISTANCE")
 
 EngineName = Literal["hf", "vllm"]
 KernelName = Annotated[
