@@ -84,14 +84,18 @@ class _Rate(ProgressColumn):
 
 
 def _lines(label: str, unit: str) -> Callable[[int, int], None]:
-    begun = last = time.monotonic()
+    marks: list[
+        tuple[float, int]
+    ] = []  # the first update, which may come long after a model began to load, and the last
 
     def update(done: int, total: int) -> None:
-        nonlocal last
         now = time.monotonic()
-        if now - last >= PAUSE:
-            last = now
-            click.echo(f"{label}: {done} of {total} {unit}, {done / (now - begun):.1f} {unit}/s", err=True)
+        if not marks:
+            marks.extend([(now, done)] * 2)
+        elif now - marks[1][0] >= PAUSE:
+            marks[1] = (now, done)
+            rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
+            click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s", err=True)
 
     return update
 
