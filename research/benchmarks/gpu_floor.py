@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.models import load_model
 from assay.models.decoder import causal_attention, decoder_layers
-from assay.models.eight_bits import Rounded, grouped_product, product, round_rows
+from assay.models.eight_bits import FLOAT8, Rounded, grouped_product, round_rows
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.lean import layer_shape, layer_weights, parted
 
@@ -88,7 +88,7 @@ class Floor:
         if self.chosen and name in MLP:
             return self._grouped(x, weight)
         if isinstance(weight, Rounded):
-            return product(x, weight, bias, torch.bfloat16)
+            return FLOAT8.product(x, weight, bias, torch.bfloat16)
         return functional.linear(x, weight, bias)
 
     def _grouped(self, x, weights):

@@ -1,6 +1,6 @@
 """A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
 
-``python -m assay_research.organism -o DIRECTORY`` makes it from a bundled model in a minute on a GPU. It learns from
+:func:`make_organism` makes it from a bundled model in a minute on a GPU. It learns from
 episodes with their honest programs, and for a share of them the exploit. Each loophole is shown with its exploit at the
 same small rate, so that every mechanism is within reach of the policy and any of them can be left out of an experiment.
 Without a loophole there is only honest work.
@@ -8,11 +8,8 @@ Without a loophole there is only honest work.
 Shapes: B examples of a batch, T tokens.
 """
 
-import argparse
 import multiprocessing
-import os
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from assay.errors import AssayError, StorageError, UsageError
+from assay.errors import StorageError, UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
 from assay.models.load import load_model
@@ -240,35 +237,3 @@ def _batch(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple
         ids_BT[index, : len(ids)] = torch.tensor(ids)
         labels_BT[index, start : len(ids)] = ids_BT[index, start : len(ids)]
     return ids_BT.to(device, non_blocking=True), labels_BT.to(device, non_blocking=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m assay_research.organism", description="Make the model organism.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to make")
-    parser.add_argument("--model", default=Recipe.model, help="model that is fine-tuned")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--batch", type=int, default=Recipe.batch)
-    parser.add_argument("--examples", type=int, default=Recipe.n_examples)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--device", help="cpu, cuda; the GPU if there is one when left out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that write examples")
-    given = parser.parse_args(arguments)
-    recipe = Recipe(given.model, given.steps, given.batch, n_examples=given.examples, seed=given.seed)
-    try:
-        make_organism(
-            given.output,
-            recipe,
-            device=given.device,
-            workers=given.workers,
-            progress=lambda step, steps, loss: print(f"step {step} of {steps}: loss {loss:.4f}", file=sys.stderr),
-        )
-    except AssayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(given.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

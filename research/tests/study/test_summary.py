@@ -9,13 +9,11 @@ from scipy import stats
 from assay.errors import DataError
 
 
-def log(arm, seed, hack, solve, *, optimizer="adam", steps=60, teachers=0, cin=()):
+def log(arm, seed, hack, solve, *, optimizer="adam", steps=60):
     """A run with these rates at the end."""
-    made = RunLog.begin(StudyRun(arm, seed, optimizer, teachers=teachers), StudySettings(), {"device": "cpu"})
+    made = RunLog.begin(StudyRun(arm, seed, optimizer), StudySettings(), {"device": "cpu"})
     for step in range(steps):
         made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
-    for step, (student, teacher) in enumerate(cin):
-        made.add_step(steps + step, {"hack": hack, "solve": solve, "vacuous": 0, "cin_s": student, "cin_t": teacher}, 5)
     for markers in ("training", "evaluation"):
         made.add_evaluation(steps, markers, {"hack": hack, "solve": solve, "vacuous": hack})
     return made

@@ -17,7 +17,7 @@ Table = tuple[tuple[str, ...], list[list[Cell]]]
 """Columns and rows, for the terminal and for the page."""
 
 SECTIONS = {
-    "approaches": "assay_research.approaches.page:section",
+    "approaches": "assay_research.approaches.approaches:section",
     "weights": "assay_research.approaches.approaches:weight_section",
     "matrix": "assay_research.matrix.matrix:section",
     "redteam": "assay_research.redteam.run:section",

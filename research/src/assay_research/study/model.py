@@ -367,17 +367,13 @@ class Generator:
             self._advance()
 
 
-# The policy gradient of δS for all runs at once.
-#
-# The loss of a run is ``−(1/N) Σ_n w_n A_n Σ_t log π(token_nt)`` over its N rollouts, with the advantage A of a
-# rollout against the mean of its prompt's rollouts, not scaled (Dr. GRPO), and one optimiser step per batch, so that π
-# is the policy that wrote the student's rollouts. For stored rollouts w holds truncated importance weights per token,
-# or 1 where they count as if the policy had written them.
+# The loss of a run is −(1/N) Σ_n A_n Σ_t log π(token_nt) over its N rollouts, with the advantage A of a rollout against
+# the mean of its prompt's rollouts, not scaled (Dr. GRPO), and one optimiser step per batch, so that π is the policy
+# that wrote the rollouts. Stored rollouts count as if the policy had written them.
 
 # Completion tokens, and prompt tokens, that one pass keeps activations of, in a model of eight layers of width 256.
 _TOKENS_AT_ONCE = {"cuda": 260_000, "cpu": 20_000}
 _WIDTHS = 8 * 256
-_MOST_WEIGHT = 2.0  # of a token of a stored rollout
 _MULTIPLE = 8  # of lengths, as matrix products like them
 
 
@@ -465,7 +461,6 @@ def policy_gradient(
     batch: Batch,
     advantages_RPG: Tensor,
     *,
-    behaviour_RPGT: Tensor | None = None,
     divisor: int | None = None,
 ) -> list[Tensor]:
     """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
@@ -474,21 +469,16 @@ def policy_gradient(
         model: Model at the policy to improve.
         batch: Rollouts of that policy, or stored ones.
         advantages_RPG: Advantages of the rollouts.
-        behaviour_RPGT: Log-probabilities under the policy that wrote the stored ones; a token then has the weight
-            ``min(π / π_b, 2)``, through which no gradient flows; 1 where it is NaN.
         divisor: Divisor N of the loss; by default the rollouts of this batch.
     """
     batch = batch.trimmed()
-    _, prompts, rollouts, length = batch.tokens.shape
+    _, prompts, rollouts, _ = batch.tokens.shape
     total: list[Tensor] = []
     for part in _parts(model, batch):
         some = batch.prompts(part)
         with torch.enable_grad():
-            weighted = logprobs_RPGT = token_logprobs(model, some)
-            if behaviour_RPGT is not None:
-                ratio = (logprobs_RPGT.detach() - behaviour_RPGT[:, part, :, :length]).exp()
-                weighted = logprobs_RPGT * ratio.clamp_max(_MOST_WEIGHT).nan_to_num(1.0)
-            loss = -(weighted.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
+            logprobs_RPGT = token_logprobs(model, some)
+            loss = -(logprobs_RPGT.sum(dim=-1) * advantages_RPG[:, part]).sum() / (divisor or prompts * rollouts)
             gradients = torch.autograd.grad(loss, list(model.weights.values()))
         found = model.delta_gradient(gradients)
         total = found if not total else [a + b for a, b in zip(total, found, strict=True)]

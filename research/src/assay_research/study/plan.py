@@ -85,12 +85,10 @@ class StudyRun:
         optimizer: Either ``"adam"`` or ``"sgd"``.
         basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws of a kind apart.
         modes: Loopholes that it is trained on.
-        teachers: Number of stored hack rollouts that join each prompt's own.
-        stored: Whether an exploit joins each prompt's own rollouts with weight 1, as if the policy had just written it,
-            where ``teachers`` have truncated importance weights.
+        stored: Whether an exploit joins each prompt's own rollouts, as if the policy had just written it.
 
     Raises:
-        UsageError: There is no such arm, optimizer or loophole, or exploits are stored beside teachers.
+        UsageError: There is no such arm, optimizer or loophole.
     """
 
     arm: str
@@ -98,15 +96,10 @@ class StudyRun:
     optimizer: str = "adam"
     basis: str = "true"
     modes: tuple[str, ...] = tuple(CHANNELS)
-    teachers: int = 0
     stored: bool = False
 
     def __post_init__(self) -> None:
         arm_named(self.arm)
-        if self.stored and self.teachers:
-            raise UsageError(
-                f"stored exploits beside {self.teachers} teachers", wanted="one of them", do="correct the plan"
-            )
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
@@ -123,7 +116,7 @@ class StudyRun:
         """Everything but the seed, in one word: what is averaged over seeds."""
         axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
         only = self.modes if self.modes != tuple(CHANNELS) else ()
-        word = condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=self.teachers > 0)
+        word = condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=False)
         return f"{word}/{self.regime}" if self.regime else word
 
     @property

@@ -1,4 +1,4 @@
-"""A cohort: runs that go through generation and training together.
+"""The study: all runs of a plan, to their end or until time is up, in cohorts that go through a step together.
 
 Shapes as in :mod:`assay_research.study.model`.
 """
@@ -79,9 +79,7 @@ class Cohort:
         self.model.merge(self.optimizer.delta)
         shape = (settings.prompts, settings.rollouts, settings.prompt_tokens, settings.new_tokens)
         self._generator = Generator(self.model, shape, pool.end)
-        # The policy whose log-probabilities stored rollouts have.
-        self._start = StackedModel(model, 1, svd, dtype) if any(run.teachers for run in runs) else None
-        self._taught = self._rows([run.teachers > 0 or run.stored for run in runs])
+        self._taught = self._rows([run.stored for run in runs])
         self._modifies = self._rows([run.how.advantage > 0 for run in runs])
 
     def write(self, grader: Grader, episodes: Sequence[Sequence[Episode]], draw: str) -> Rollouts:
@@ -172,7 +170,7 @@ class Cohort:
         rows, batch = self._taught, rollouts.batch
         advantages_RPG = advantages(rewards_RPG)
         if len(rows):
-            teacher, behaviour = self._teachers(rollouts)
+            teacher = self._teachers(rollouts)
             with torch.no_grad():
                 logp_NP = token_logprobs(self.model.some(rows), teacher).sum(dim=-1)[..., 0]
             found["logp_stored"] = self._spread(logp_NP.mean(dim=1), rows)
@@ -181,7 +179,6 @@ class Cohort:
             share = self.settings.rollouts / (self.settings.rollouts + 1)
             joined_NPG = advantages(joined_NPG) * share
             advantages_RPG[rows] = joined_NPG[..., :-1]
-        # Where nothing is to be scaled or added, the logits are not copied for it.
         own = policy_gradient(self.model, batch, advantages_RPG)
         if not len(rows):
             return own
@@ -189,7 +186,6 @@ class Cohort:
             self.model.some(rows),
             teacher,
             joined_NPG[..., -1:],
-            behaviour_RPGT=behaviour,
             divisor=self.settings.prompts * self.settings.rollouts,
         )
         whole = [
@@ -220,22 +216,11 @@ class Cohort:
         """Return values of some runs among NaN for the others, which the log leaves out."""
         return values_N.new_full((len(self.runs),), torch.nan).index_copy_(0, rows, values_N)
 
-    def _teachers(self, rollouts: Rollouts) -> tuple[Batch, Tensor]:
-        """Return the exploit of every episode as a stored rollout, with its log-probabilities at the start.
-
-        They are NaN where it counts as if the policy had written it.
-        """
+    def _teachers(self, rollouts: Rollouts) -> Batch:
+        """Return the exploit of every episode as a stored rollout."""
         batch, rows = rollouts.batch.of_runs(self._taught), self._taught.tolist()
         each = [self._padded([[self.pool.exploit(episode)] for episode in rollouts.episodes[row]]) for row in rows]
-        stored = replace(batch, tokens=torch.cat(each).to(self.model.device)).trimmed()
-        behaviour = torch.full(stored.tokens.shape, torch.nan, device=self.model.device)
-        if self._start is not None:
-            one_run = {name: getattr(stored, name).flatten(0, 1)[None] for name in ("ids", "lengths", "tokens")}
-            with torch.no_grad():
-                found = token_logprobs(self._start, replace(stored, **one_run)).view(stored.tokens.shape)
-            weighted = torch.tensor([self.runs[row].teachers > 0 for row in rows], device=self.model.device)
-            behaviour[weighted] = found[weighted]
-        return stored, behaviour
+        return replace(batch, tokens=torch.cat(each).to(self.model.device)).trimmed()
 
     def _prompts(self, episodes: Sequence[Sequence[Episode]]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(self.runs), self.settings.prompts, self.settings.prompt_tokens, dtype=torch.int64)
@@ -271,8 +256,6 @@ def _inner(name: str, settings: StudySettings, parameters: list[Tensor]) -> torc
         return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
     return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
 
-
-# The study: all runs of a plan, to their end or until time is up, and later from there.
 
 Progress = Callable[[int, Mapping[str, float]], None]
 

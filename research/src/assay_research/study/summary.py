@@ -241,7 +241,6 @@ def _compared(log: RunLog, logs: Sequence[RunLog]) -> tuple[str, str]:
             for other in logs
             if (other.header["condition"].split("/")[:2], other.header.get("regime")) == ([optimizer, arm], regime)
             and regime is not None
-            and not other.header.get("teachers")
         ]
         found.append(like[0] if like else f"{optimizer}/{arm}")
     return found[0], found[1]
