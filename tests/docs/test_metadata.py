@@ -61,15 +61,6 @@ def test_the_lock_has_every_pin_and_names_no_source():
         assert lock[name][0] == version, name
 
 
-def test_the_lock_has_what_every_extra_asks_for():
-    lock = _lock()
-    extras = [
-        PROJECT["dependencies"],
-        *(PROJECT["optional-dependencies"][name] for name in ("dev", "serve", "train", "quant", "site")),
-    ]
-    for requirement in (one for extra in extras for one in extra if not one.startswith("assay[")):
-        name = re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
-        assert name in lock, f"{name}: `make lock`"
 
 
 def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
