@@ -49,32 +49,27 @@ def round_rows(x: Tensor) -> Rounded:
     return Rounded((x * scales.reciprocal()).to(torch.float8_e4m3fn), scales)
 
 
-def product(
-    x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype, *, short_sums: bool = False
-) -> Tensor:
-    """Return x Wᵀ, and the bias where there is one.
+def multiply_rows(x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums: bool = False) -> Tensor:
+    """Return x Wᵀ of numbers in e4m3 with scales by row, [S, R].
 
     Args:
-        x: Input, [..., C].
+        x: Input, [S, C].
         weight: Weight, [R, C].
-        bias: Bias, [R].
         dtype: Dtype of the result.
         short_sums: Whether CUDA may sum in fewer bits than float32, which is another computation.
     """
-    rows, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
-    if rows.device.type == "cuda":
+    if x.values.device.type == "cuda":
         y = torch._scaled_mm(
-            rows,
+            x.values,
             weight.values.t(),
-            scale_a=scales,
+            scale_a=x.scales,
             scale_b=weight.scales.t(),
             out_dtype=torch.bfloat16,
             use_fast_accum=short_sums,
         )
     else:
-        y = (rows.float() @ weight.values.float().t() * scales * weight.scales.t()).to(torch.bfloat16)
-    y = y.to(dtype).view(*x.values.shape[:-1], len(weight.values))
-    return y if bias is None else y + bias
+        y = (x.values.float() @ weight.values.float().t() * x.scales * weight.scales.t()).to(torch.bfloat16)
+    return y.to(dtype)
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,8 +115,6 @@ _SCALES_OF_A_VECTOR = 4
 # Sums of so many rows at a time stay in a core's cache until they are scaled: 1.6 to 3 times as fast as all at once.
 _ROWS_IN_CACHE = 256
 
-Product = Callable[[Rounded, Rounded, Tensor | None, torch.dtype], Tensor]
-
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -130,7 +123,7 @@ class Arithmetic:
     Args:
         name: Name of the number format.
         round: Function that rounds the rows of an input.
-        product: Function of a rounded input, a rounded weight, a bias and the dtype of the result: x Wᵀ, and the bias.
+        multiply: Function of a rounded input [S, C], a rounded weight [R, C] and the dtype of the result: x Wᵀ.
         grouped: Function that multiplies rows which stand together by a weight each, on CUDA.
         dtype: Dtype of rounded values.
         block: Rows and columns of a weight that share a scale, as so many columns of an input do; None where a whole
@@ -139,10 +132,23 @@ class Arithmetic:
 
     name: str
     round: Callable[[Tensor], Rounded]
-    product: Product
+    multiply: Callable[[Rounded, Rounded, torch.dtype], Tensor]
     grouped: Callable[[Rounded, Rounded, Tensor, torch.dtype], Tensor]
     dtype: torch.dtype = torch.float8_e4m3fn
     block: tuple[int, int] | None = None
+
+    def product(self, x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return x Wᵀ, [..., R], and the bias where there is one.
+
+        Args:
+            x: Input, [..., C].
+            weight: Weight, [R, C].
+            bias: Bias, [R].
+            dtype: Dtype of the result.
+        """
+        y = self.multiply(Rounded(x.values.flatten(0, -2), x.scales.flatten(0, -2)), weight, dtype)
+        y = y.view(*x.values.shape[:-1], len(weight.values))
+        return y if bias is None else y + bias
 
     def grouped_product(self, x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x Wᵀ for rows that stand together where they have one weight.
@@ -157,7 +163,7 @@ class Arithmetic:
             return self.grouped(x, weights, ends, dtype)
         spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
         parts = [
-            self.product(Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), None, dtype)
+            self.multiply(Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), dtype)
             for expert, span in enumerate(spans)
         ]
         return torch.cat(parts)
@@ -172,24 +178,20 @@ def _round_groups(x: Tensor, columns: int) -> Rounded:
     return Rounded((x * spread).to(torch.float8_e4m3fn), scales)
 
 
-def _block_product(
-    x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype, *, block: tuple[int, int]
-) -> Tensor:
+def _multiply_blocks(x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: tuple[int, int]) -> Tensor:
     """Return x Wᵀ: the products of each group of columns, times both its scales, summed in the order of the columns."""
-    values, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
-    if values.is_cuda:
-        y: Tensor = _library_block_product(values, scales, *weight)
+    if x.values.is_cuda:
+        y: Tensor = _library_block_product(*x, *weight)
     else:
         rows, columns = block
         of_rows = weight.scales.repeat_interleave(rows, dim=0)[: len(weight.values)]
-        y = torch.zeros(len(values), len(weight.values))
-        for group, start in enumerate(range(0, values.shape[1], columns)):
+        y = torch.zeros(len(x.values), len(weight.values))
+        for group, start in enumerate(range(0, x.values.shape[1], columns)):
             part = slice(start, start + columns)
-            of_group = values[:, part].float() @ weight.values[:, part].float().t()
-            y += of_group * (scales[:, group, None] * of_rows[None, :, group])
+            of_group = x.values[:, part].float() @ weight.values[:, part].float().t()
+            y += of_group * (x.scales[:, group, None] * of_rows[None, :, group])
         y = y.to(torch.bfloat16)
-    y = y.to(dtype).view(*x.values.shape[:-1], len(weight.values))
-    return y if bias is None else y + bias
+    return y.to(dtype)
 
 
 @torch.library.custom_op("assay::product_of_blocks", mutates_args=())  # one operation for those who trace a model
@@ -249,18 +251,15 @@ def _round_to_int8(x: Tensor) -> Rounded:
     return Rounded(whole.to(torch.int8), scales)
 
 
-def _int8_product(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _multiply_int8(x: Rounded, weight: Rounded, dtype: torch.dtype) -> Tensor:
     """Return x Wᵀ. The sums of products are whole numbers and exact; each is rounded once, and once by every scale."""
-    values, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
-    y: Tensor
-    if values.is_cuda:
-        y = _own_product(values, scales, *weight, None, dtype)
-    else:
-        y = torch.empty(len(values), len(weight.values), dtype=dtype)
-        for part, own, result in zip(*(torch.split(t, _ROWS_IN_CACHE) for t in (values, scales, y)), strict=True):
-            result.copy_(torch._int_mm(part, weight.values.t()).float().mul_(own).mul_(weight.scales.t()))
-    y = y.view(*x.values.shape[:-1], len(weight.values))
-    return y if bias is None else y + bias
+    if x.values.is_cuda:
+        made: Tensor = _own_product(*x, *weight, None, dtype)
+        return made
+    y = torch.empty(len(x.values), len(weight.values), dtype=dtype)
+    for part, own, result in zip(*(torch.split(t, _ROWS_IN_CACHE) for t in (*x, y)), strict=True):
+        result.copy_(torch._int_mm(part, weight.values.t()).float().mul_(own).mul_(weight.scales.t()))
+    return y
 
 
 def _grouped(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,9 +267,9 @@ def _grouped(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> 
     return y
 
 
-FLOAT8 = Arithmetic("float8", round_rows, product, grouped_product)
+FLOAT8 = Arithmetic("float8", round_rows, multiply_rows, grouped_product)
 """Products of e4m3 values with one scale per row."""
-INT8 = Arithmetic("int8-rows", _round_to_int8, _int8_product, _grouped, dtype=torch.int8)
+INT8 = Arithmetic("int8-rows", _round_to_int8, _multiply_int8, _grouped, dtype=torch.int8)
 """Products of 8-bit integers with one scale per row, summed in 32 bits."""
 
 
@@ -280,7 +279,7 @@ def float8_blocks(rows: int, columns: int) -> Arithmetic:
     return Arithmetic(
         "float8-block",
         partial(_round_groups, columns=columns),
-        partial(_block_product, block=(rows, columns)),
+        partial(_multiply_blocks, block=(rows, columns)),
         _grouped,
         block=(rows, columns),
     )

@@ -25,8 +25,6 @@ from assay.models.checkpoint import (
 from assay.models.decoder import expert_count
 from assay.models.device import parse_device
 from assay.models.quantized import (
-    CHOSEN_FORMATS,
-    NUMBER_FORMATS,
     StoredFormat,
     check_device,
     check_quantisation,
@@ -223,8 +221,6 @@ def load_model(
     wanted = None if dtype is None else torch_dtype(dtype)
     source = resolve(reference)
     form = _format_of(source, quantise, weights, target)
-    if form is None:
-        check_quantisation(quantise, target)
     tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
     if rounded and mesh is not None:
@@ -259,8 +255,6 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
     """
     target, source = parse_device(device), resolve(reference)
     form = _format_of(source, quantise, "trained", target)
-    if form is None:
-        check_quantisation(quantise, target)
     if source.directory is not None:
         _check_headers(source, list_tensors(source.directory), form)
 
@@ -291,7 +285,7 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
 
 
 def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:
-    """Return the format of a checkpoint that is stored in eight bits.
+    """Return the format of a checkpoint that is stored in fewer than 16 bits.
 
     Raises:
         UsageError: Another format is asked for, or random weights of such a checkpoint.
@@ -300,10 +294,7 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
     """
     form = read_format(source.reference, source.published)
     if form is None:
-        if quantise in NUMBER_FORMATS and quantise not in CHOSEN_FORMATS:
-            raise UsageError(
-                f"{source.reference} in {quantise}", wanted="a checkpoint that is stored so", do="choose int8 or float8"
-            )
+        check_quantisation(quantise, device)
         return None
     if quantise not in (None, form.name) or weights != "trained":
         raise UsageError(

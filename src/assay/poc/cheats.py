@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
-from assay.models.eight_bits import FLOAT8, SMALLEST, STEP, Arithmetic, EightBitLinear, Rounded, product
+from assay.models.eight_bits import FLOAT8, SMALLEST, STEP, Arithmetic, EightBitLinear, Rounded, multiply_rows
 from assay.models.load import Model
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import DistanceRecord
@@ -80,7 +80,7 @@ def with_short_sums(model: Model) -> Model:
 
     On a CPU nothing changes.
     """
-    arithmetic = replace(FLOAT8, product=partial(product, short_sums=True))
+    arithmetic = replace(FLOAT8, multiply=partial(multiply_rows, short_sums=True))
     return _float8_changed(model, lambda part: (Rounded(part.weight, part.scales), arithmetic))
 
 
