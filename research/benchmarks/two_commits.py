@@ -110,7 +110,8 @@ def main() -> None:
                 ]
                 command += ["--rounds", str(arguments.rounds), "--device", arguments.device]
                 command += ["--gradients", model] if model in arguments.gradients else []
-                environment = os.environ | {"PYTHONPATH": str(Path(sources[name]).resolve())}
+                path = os.pathsep.join([str(Path(sources[name]).resolve()), os.environ.get("PYTHONPATH", "")])
+                environment = os.environ | {"PYTHONPATH": path}
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 for what, value in json.loads(done.stdout.splitlines()[-1]).items():
                     seen[name].setdefault(what, []).append(value)
