@@ -1,6 +1,7 @@
 """What gradients are tested against: plain autograd, one sample at a time, through W + U diag(δS) Vh written out."""
 
 import torch
+from scipy.linalg import subspace_angles
 from torch.nn import functional
 
 from assay.vhack import target_modules
@@ -84,3 +85,8 @@ def worst_error(found, wanted):
     by_module = max(float(errors[name].norm() / wanted[name].norm()) for name in wanted)
     by_sample = torch.cat(list(errors.values()), 1).norm(dim=1) / torch.cat(list(wanted.values()), 1).norm(dim=1)
     return max(by_module, float(by_sample.max()))
+
+
+def principal_angles(axes_KR, others_JR):
+    """The angles between two row spaces in radians, smallest first."""
+    return torch.from_numpy(subspace_angles(axes_KR.double().T.numpy(), others_JR.double().T.numpy())[::-1].copy())

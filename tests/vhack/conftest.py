@@ -1,8 +1,8 @@
-"""A tokenizer for the small model, and samples of different lengths."""
+"""A tokenizer for the small model, samples of different lengths, and their gradients; all are made once."""
 
 import pytest
 
-from assay.vhack import Pair, Sample, weight_svd
+from assay.vhack import Pair, Sample, per_sample_gradients, weight_svd
 from tests.vhack.adapter import sequential_gradients
 
 
@@ -46,6 +46,16 @@ def small_svd(small_model):
 def wanted(small_model, byte_tokenizer, samples, small_svd):
     """Gradients of the samples by the definition, one at a time."""
     return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)
+
+
+@pytest.fixture(scope="session")
+def gradients_of(small_model, byte_tokenizer, samples, small_svd):
+    """A function that takes gradients: of the samples and the small model, unless others are given."""
+
+    def take(model=small_model, chosen=samples, **how):
+        return per_sample_gradients(chosen, model, **{"tokenizer": byte_tokenizer, "svd": small_svd} | how)
+
+    return take
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Basis, Origin, PairGradients, cin, cin_over_modules
 from assay.vhack.basis.axes import METHODS, shrinkage
-from tests.vhack.angles import principal_angles
+from tests.vhack.adapter import principal_angles
 
 N, R = 10, 200
 

@@ -22,7 +22,7 @@ from assay.vhack import (
 )
 from assay.vhack.basis import extract as _extract
 from assay.vhack.gradients import svd as _svd
-from tests.vhack.angles import principal_angles
+from tests.vhack.adapter import principal_angles
 
 
 @pytest.fixture

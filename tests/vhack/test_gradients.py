@@ -12,7 +12,7 @@ from assay.models import load_model
 from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import batches as _batches
 from assay.vhack.gradients import division as _division
-from assay.vhack.gradients import packed as _blocks
+from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
     WIDE_COPIES_IN_TURNS,
     Segments,
@@ -29,7 +29,7 @@ from assay.vhack.gradients.fused import Norm
 from assay.vhack.gradients.per_sample import check_finite
 from assay.vhack.gradients.replica import Replica
 from assay.vhack.gradients.taps import Tap
-from tests.vhack.adapter import made, sequential_gradients, worst_error
+from tests.vhack.adapter import sequential_gradients, worst_error
 
 
 @pytest.fixture
@@ -38,22 +38,24 @@ def module(small_model):
     return copy.deepcopy(small_model.module)
 
 
-def test_they_equal_the_loop_through_the_adapter(small_model, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+@pytest.fixture
+def encoded(byte_tokenizer, samples):
+    return encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
+
+
+def test_they_equal_the_loop_through_the_adapter(gradients_of, samples, small_svd, wanted):
+    found = gradients_of()
     assert worst_error(found, wanted) < 1e-5
-    assert {name: rows.shape for name, rows in found.items()} == {
-        name: (len(samples), factors.rank) for name, factors in small_svd.items()
-    }
+    shapes = {name: (len(samples), factors.rank) for name, factors in small_svd.items()}
+    assert {name: rows.shape for name, rows in found.items()} == shapes
     assert all(rows.dtype == torch.float32 and rows.device.type == "cpu" for rows in found.values())
 
 
-@pytest.mark.parametrize("reference", ["reference:qwen3", "reference:llama"])
-def test_they_equal_the_loop_on_the_reference_models(reference):
-    model = load_model(reference, dtype="float32", device="cpu")
+def test_they_equal_the_loop_on_a_reference_model():
+    model = load_model("reference:llama", dtype="float32", device="cpu")
     text = "def solve(x):\n    # start with x; add 7; take the remainder of division by 9\n"
     samples = [
         Sample(text, "    x = x + 7\n    return x % 9\n\n\ndef run_tests():\n    assert solve(2) == 0\n"),
-        Sample(text * 3, "    return x\n\n\ndef run_tests():\n    print(solve(2))\n"),
         Sample("import os", "\n"),
         # Long enough for the ways that are meant for long samples.
         Sample(text * 40, "    return (x + 7) % 9\n" * 20),
@@ -63,50 +65,34 @@ def test_they_equal_the_loop_on_the_reference_models(reference):
     assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
 
 
-def test_prompt_tokens_carry_gradient(small_model, byte_tokenizer, samples, small_svd):
+def test_prompt_tokens_carry_gradient(gradients_of, small_model, byte_tokenizer, samples, small_svd):
     dropped = sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd, completion_only=True)
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    missing = {name: float((rows - dropped[name]).norm() / rows.norm()) for name, rows in found.items()}
+    missing = {name: float((rows - dropped[name]).norm() / rows.norm()) for name, rows in gradients_of().items()}
     # In the last layer only keys and values reach from the prompt to the loss.
     last = f"layers.{small_model.num_layers - 1}."
-    reached = [name for name in found if last not in name or name.endswith(("k_proj", "v_proj"))]
+    reached = [name for name in missing if last not in name or name.endswith(("k_proj", "v_proj"))]
     assert min(missing[name] for name in reached) > 0.01
     assert sum(missing.values()) / len(missing) > 0.2
 
 
-@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
-def test_batches_and_padding_do_not_matter(small_model, byte_tokenizer, samples, small_svd, wanted, max_tokens):
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=max_tokens)
-    assert worst_error(found, wanted) < 1e-5
-
-
-def test_checkpointing_changes_nothing_but_memory(module, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, checkpointing=True)
-    assert worst_error(found, wanted) < 1e-5
+@pytest.mark.parametrize(
+    "how", [{"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}], ids=str
+)
+def test_batches_padding_and_memory_do_not_matter(gradients_of, module, wanted, how):
+    assert worst_error(gradients_of(module, **how), wanted) < 1e-5
     assert not any("forward" in vars(layer) for layer in module.model.layers)
 
 
-def test_truncated_factors_give_the_first_coordinates(small_model, byte_tokenizer, samples, small_svd, wanted):
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd.truncated(8))
+def test_truncated_factors_give_the_first_coordinates(gradients_of, small_svd, wanted):
+    found = gradients_of(svd=small_svd.truncated(8))
     assert worst_error(found, {name: rows[:, :8] for name, rows in wanted.items()}) < 1e-4
 
 
-def test_bfloat16_is_close_to_float32(small_checkpoint, byte_tokenizer, samples, wanted):
-    model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
-    found = per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=weight_svd(model, dtype="bfloat16"))
-    for name, rows in found.items():
-        cosine = torch.cosine_similarity(rows, wanted[name], dim=1)
-        assert rows.dtype == torch.float32
-        # Singular vectors of rounded weights differ a little, and so do the coordinates.
-        assert cosine.min() > 0.9, name
-
-
-def test_bfloat16_on_a_cpu_has_the_attention_and_the_norms_of_float32(
-    monkeypatch, small_checkpoint, byte_tokenizer, samples
+def test_bfloat16_is_close_to_float32_by_the_attention_and_the_norms_of_float32(
+    monkeypatch, small_checkpoint, gradients_of, wanted
 ):
     model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
-    svd = weight_svd(model, dtype="bfloat16")
-    written_out = {_blocks._InBlocks: 0, Norm: 0}
+    written_out = {_packed._InBlocks: 0, Norm: 0}
     for kind in written_out:
 
         def counted(*given, kind=kind, real=kind.apply):
@@ -114,94 +100,45 @@ def test_bfloat16_on_a_cpu_has_the_attention_and_the_norms_of_float32(
             return real(*given)
 
         monkeypatch.setattr(kind, "apply", counted)
-    per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=svd, max_tokens=4096)
-    assert written_out[_blocks._InBlocks] == model.num_layers
+    found = gradients_of(model, svd=weight_svd(model, dtype="bfloat16"), max_tokens=4096)
+    assert written_out[_packed._InBlocks] == model.num_layers
     assert written_out[Norm] > 2 * model.num_layers
+    for name, rows in found.items():
+        assert rows.dtype == torch.float32
+        # Singular vectors of rounded weights differ a little, and so do the coordinates.
+        assert torch.cosine_similarity(rows, wanted[name], dim=1).min() > 0.9, name
 
 
-@pytest.mark.parametrize("family", ["Granite", "Qwen2", "Gemma2"])
-def test_other_families(family, byte_tokenizer, samples):
-    # Scaled logits, biased projections, capped logits: what a model does around its matrices must stay in the loss.
-    module = made(family, **{"logits_scaling": 4.0} if family == "Granite" else {})
-    svd = weight_svd(module)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
-    assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
-
-
-def test_the_model_is_left_as_it_was(module, byte_tokenizer, samples, small_svd):
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(gradients_of, module, fails):
     module.train()
     module.model.layers[0].eval()
-    frozen = module.model.embed_tokens.weight.requires_grad_(False)
-    gradient = torch.ones_like(module.model.norm.weight)
-    module.model.norm.weight.grad = gradient
-    before = _state(module)
-    per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, checkpointing=True)
-    _assert_same(before, _state(module))
-    assert not frozen.requires_grad
-    assert module.model.norm.weight.grad is gradient
-    assert torch.equal(gradient, torch.ones_like(gradient))
-
-
-def test_the_model_is_left_as_it_was_after_an_error(monkeypatch, module, byte_tokenizer, samples, small_svd):
-    before = _state(module)
-    with pytest.raises(ZeroDivisionError):
-        per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, progress=lambda *_: 1 // 0)
-    _assert_same(before, _state(module))
+    module.model.embed_tokens.weight.requires_grad_(False)
+    module.model.norm.weight.grad = torch.ones_like(module.model.norm.weight)
+    before, weights = _state(module), copy.deepcopy(module.state_dict())
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            gradients_of(module, progress=lambda *_: 1 // 0)
+    else:
+        gradients_of(module, checkpointing=True)
+    assert before == _state(module)
+    assert all(torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
 
 
 def _state(module):
-    return {
-        "weights": {name: parameter.detach().clone() for name, parameter in module.named_parameters()},
-        "flags": [parameter.requires_grad for parameter in module.parameters()],
-        "training": [part.training for part in module.modules()],
-        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
-    }
+    return [
+        *((name, p.requires_grad, p.grad is None or p.grad.tolist()) for name, p in module.named_parameters()),
+        *((part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()),
+    ]
 
 
-def _assert_same(before, after):
-    for name, weight in before.pop("weights").items():
-        assert torch.equal(weight, after["weights"][name]), name
-    assert before == {key: after[key] for key in before}
-
-
-def test_they_can_be_had_where_gradients_are_off(small_model, byte_tokenizer, samples, small_svd, wanted):
-    with torch.no_grad():
-        found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    with torch.inference_mode():
-        again = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)]
+)
+def test_they_are_those_of_the_weights_whatever_the_loop_around_them_does(gradients_of, wanted, context):
+    with context():
+        found = gradients_of()
     assert worst_error(found, wanted) < 1e-5
-    assert worst_error(again, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_they_are_those_of_the_weights_in_a_loop_with_autocast(
-    small_model, byte_tokenizer, samples, small_svd, wanted, threads
-):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    finally:
-        torch.set_num_threads(before)
-    assert worst_error(found, wanted) < 1e-5
-
-
-def test_progress_counts_samples(small_model, byte_tokenizer, samples, small_svd):
-    seen = []
-    per_sample_gradients(
-        samples,
-        small_model,
-        tokenizer=byte_tokenizer,
-        svd=small_svd,
-        max_tokens=1,
-        progress=lambda *at: seen.append(at),
-    )
-    assert seen == [(n + 1, len(samples)) for n in range(len(samples))]
-
-
-def test_factors_are_computed_when_none_are_given(small_model, byte_tokenizer, samples, wanted):
-    assert worst_error(per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer), wanted) < 1e-5
 
 
 def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
@@ -213,11 +150,10 @@ def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_batches_hold_similar_lengths_within_the_budget(byte_tokenizer, samples, packed):
-    encoded = encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
+def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
     batches = plan(encoded, 160, packed=packed)
     lengths = [[len(one.ids) for one in batch] for batch in batches]
-    assert sorted(one.index for batch in batches for one in batch) == list(range(len(samples)))
+    assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
     assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
     assert all(len(batch) == 1 or (sum(batch) if packed else max(batch) * len(batch)) <= 160 for batch in lengths)
     assert len(batches) == (2 if packed else 3)
@@ -228,15 +164,13 @@ def test_batches_that_run_at_once_are_of_equal_size(byte_tokenizer, samples, max
     encoded = encode(byte_tokenizer, samples * 3, [str(n) for n in range(3 * len(samples))], 1000)
     batches = plan(encoded, max_tokens, packed=True, at_once=2)
     sizes = [sum(len(one.ids) for one in batch) for batch in batches]
-    longest = max(len(one.ids) for one in encoded)
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
     assert all(size <= max_tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
-    assert max(sizes) - min(sizes) <= longest
+    assert max(sizes) - min(sizes) <= max(len(one.ids) for one in encoded)
     assert len(batches) % 2 == 0 or len(batches) == len(encoded)
 
 
-def test_the_token_budget_follows_the_free_memory(small_model, byte_tokenizer, samples):
-    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
+def test_the_token_budget_follows_the_free_memory(small_model, encoded):
     budgets, layers = [], small_model.module.config.num_hidden_layers
     for free in (1, 20_000_000, 40_000_000, 10**15):
         room = room_for_batches(free)
@@ -247,8 +181,7 @@ def test_the_token_budget_follows_the_free_memory(small_model, byte_tokenizer, s
     assert budgets[3] == [2048, 2048]
 
 
-def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, byte_tokenizer, samples):
-    encoded = encode(byte_tokenizer, samples, ["s"] * len(samples), 1000)
+def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, encoded):
     module, layers = small_model.module, small_model.module.config.num_hidden_layers
     monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
     how = {"packed": True, "equal_lengths": False, "at_once": 2}
@@ -272,6 +205,17 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
     assert seen[0] == (len(encoded), layers)
 
 
+def test_what_is_gathered_is_no_room_for_a_batch(small_model):
+    """By the third and fourth line of the formula in docs/vhack.md."""
+    module = small_model.module
+    every = sum(parameter.numel() for parameter in module.parameters())
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
+    factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
+    gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
+    assert room_in_turns(module, gathered) <= 0
+    assert 0 < room_in_turns(module, 3 * gathered) < 2 * gathered
+
+
 def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_matrix():
     rows = {name: torch.ones(3, 4) for name in ("a", "b")}
     encoded = [_batches.Encoded(index, f"sample {index}", [1, 2], 1) for index in range(3)]
@@ -291,38 +235,25 @@ def test_tensors_are_added_up_over_processes_in_groups_of_a_bounded_size(monkeyp
 @pytest.mark.parametrize(
     ("by_samples", "again", "is_early"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(small_model, by_samples, again, is_early):
+def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(
+    small_model, small_svd, by_samples, again, is_early
+):
     segments = Segments.of([3], torch.device("cpu"))
-    kept = []
-    for name, linear in target_modules(small_model).items():
-        factors = weight_svd(small_model, modules=[name], min_coverage=0.0)[name]
-        how = {"factored": False, "together": False, "checkpointing": again, "kernels": None}
-        tap = Tap(name, linear, factors, {}, division=Division(None, by_samples), segments=lambda: segments, **how)
+    how = {"factored": False, "together": False, "checkpointing": again, "kernels": None}
+    kept, modules = [], target_modules(small_model)
+    for name, linear in modules.items():
+        tap = Tap(name, linear, small_svd[name], {}, lambda: segments, division=Division(None, by_samples), **how)
         if tap.way(torch.zeros(3, linear.in_features), segments).early:
             kept.append(name)
-    shorter = [n for n, linear in target_modules(small_model).items() if linear.out_features < linear.in_features]
+    shorter = [name for name, linear in modules.items() if linear.out_features < linear.in_features]
     assert kept == (shorter if is_early else [])
     assert any("down_proj" in name for name in shorter)
 
 
-def test_what_is_gathered_is_no_room_for_a_batch(small_model):
-    """By the third and fourth line of the formula in docs/vhack.md."""
-    module = small_model.module
-    every = sum(parameter.numel() for parameter in module.parameters())
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
-    factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
-    gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
-    assert room_in_turns(module, gathered) <= 0
-    assert 0 < room_in_turns(module, 3 * gathered) < 2 * gathered
-
-
 @pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)
-def test_a_batch_that_runs_out_of_memory_is_split(
-    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, full
-):
+def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, gradients_of, wanted, full):
     """A GPU has an error of its own for it, a CPU has not."""
-    real = Replica.gradients
-    sizes = []
+    real, sizes = Replica.gradients, []
 
     def cramped(replica, encoded):
         sizes.append(len(encoded))
@@ -332,118 +263,87 @@ def test_a_batch_that_runs_out_of_memory_is_split(
 
     monkeypatch.setattr(Replica, "gradients", cramped)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # with more, batches run side by side and are smaller
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
-    assert worst_error(found, wanted) < 1e-5
+    assert worst_error(gradients_of(max_tokens=10_000), wanted) < 1e-5
     assert sizes == [5, 2, 3, 1, 2]
 
 
-def test_one_sample_that_does_not_fit_is_named(monkeypatch, small_model, byte_tokenizer, samples, small_svd):
+def test_one_sample_that_does_not_fit_is_named(monkeypatch, gradients_of):
     def full(*_):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Replica, "gradients", full)
     with pytest.raises(OutOfMemory, match="sample 1 with 91 tokens"):
-        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+        gradients_of()
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (Sample("def f():", ""), "sample 1: empty completion"),
-        (Sample("", "return 1"), "sample 1: empty prompt"),
-        (Sample("p" * 120, "c" * 9), "sample 1: 120 tokens of prompt and 9 of completion"),
-    ],
-)
-def test_samples_that_cannot_be_used_are_named(small_model, byte_tokenizer, small_svd, bad, message):
-    with pytest.raises(DataError, match=message):
-        per_sample_gradients([Sample("a", "b"), bad], small_model, tokenizer=byte_tokenizer, svd=small_svd)
-
-
-def test_a_text_beyond_the_context_is_refused_without_a_warning_of_the_library(caplog):
-    model = load_model("reference:qwen3", device="cpu")
-    with pytest.raises(DataError, match="long: 1 tokens of prompt and 25"):
-        encode(model.tokenizer, [Sample("x", "y " * 2500)], ["long"], model.max_positions)
-    assert caplog.text == ""
-
-
-def test_the_longest_sample_that_fits_is_used(small_model, byte_tokenizer, small_svd):
-    found = per_sample_gradients([Sample("p" * 120, "c" * 8)], small_model, tokenizer=byte_tokenizer, svd=small_svd)
+def test_the_longest_sample_that_fits_is_used_and_a_longer_one_is_named(gradients_of):
+    found = gradients_of(chosen=[Sample("p" * 120, "c" * 8)])
     assert all(torch.isfinite(rows).all() and rows.any() for rows in found.values())
+    with pytest.raises(DataError, match="sample 1: 120 tokens of prompt and 9 of completion"):
+        gradients_of(chosen=[Sample("a", "b"), Sample("p" * 120, "c" * 9)])
 
 
-def test_a_loss_that_is_not_finite_is_named(module, byte_tokenizer, samples, small_svd):
+def test_a_loss_that_is_not_finite_is_named(gradients_of, module, byte_tokenizer):
     # Only the third sample has a quotation mark.
     (quote,) = byte_tokenizer("'")["input_ids"]
     module.model.embed_tokens.register_forward_hook(
         lambda _, ids, output: output.masked_fill((ids[0] == quote)[..., None], torch.inf)
     )
-    with pytest.raises(DataError, match="the loss or the gradient of third"):
-        per_sample_gradients(
-            samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=1, names=["a", "b", "third", "d", "e"]
-        )
+    with pytest.raises(DataError, match=r"the loss or the gradient of third in .* is not finite"):
+        gradients_of(module, max_tokens=1, names=["a", "b", "third", "d", "e"])
 
 
-def test_a_gradient_that_is_not_finite_is_named(module, byte_tokenizer, samples, small_svd):
-    up = module.model.layers[1].mlp.up_proj
-
+def test_a_gradient_that_is_not_finite_is_named(gradients_of, module):
     def spoil(_, __, output):
         output.register_hook(lambda gradient: gradient * torch.nan)
 
-    up.register_forward_hook(spoil)
+    module.model.layers[1].mlp.up_proj.register_forward_hook(spoil)
     with pytest.raises(DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"):
-        per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd)
+        gradients_of(module)
 
 
-def test_no_samples_and_no_tokenizer_are_refused(small_model, byte_tokenizer, samples, small_svd):
-    with pytest.raises(UsageError, match="no samples"):
-        per_sample_gradients([], small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    with pytest.raises(UsageError, match="without a tokenizer"):
-        per_sample_gradients(samples, small_model, tokenizer=None, svd=small_svd)
+@pytest.mark.parametrize(
+    ("wrong", "seen"),
+    [
+        ({"chosen": []}, "no samples"),
+        ({"tokenizer": None}, "without a tokenizer"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"modules": ["lm_head"]}, "'lm_head', which carries no δS"),
+        ({"modules": []}, "no module at all"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_for_is_refused(gradients_of, wrong, seen):
+    with pytest.raises(UsageError, match=seen):
+        gradients_of(**wrong)
 
 
-@pytest.mark.parametrize("max_tokens", [0, -1])
-def test_a_batch_of_no_tokens_is_refused(small_model, byte_tokenizer, samples, small_svd, max_tokens):
-    with pytest.raises(UsageError, match=f"max_tokens={max_tokens}"):
-        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=max_tokens)
-
-
-def test_some_modules_can_be_had_alone(small_model, byte_tokenizer, samples, small_svd, wanted):
+def test_some_modules_can_be_had_alone(gradients_of, small_model, wanted):
     names = ["model.layers.2.mlp.down_proj", "model.layers.0.self_attn.v_proj"]
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, modules=names)
+    found = gradients_of(modules=names)
     assert list(found) == names[::-1]
     assert worst_error(found, {name: wanted[name] for name in found}) < 1e-5
     assert list(weight_svd(small_model, modules=names)) == names[::-1]
 
 
-@pytest.mark.parametrize(("names", "seen"), [(["lm_head"], "'lm_head', which carries no δS"), ([], "no module at all")])
-def test_modules_that_carry_no_delta_are_refused(small_model, byte_tokenizer, samples, small_svd, names, seen):
-    with pytest.raises(UsageError, match=seen):
-        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, modules=names)
-
-
-def test_weights_without_memory_are_refused_by_name(small_model, byte_tokenizer, samples, small_svd):
+def test_weights_without_memory_are_refused_by_name(gradients_of, module):
     """As offloading leaves them; models that are only divided are in test_in_parts.py."""
-    module = copy.deepcopy(small_model.module)
     module.model.layers[1].mlp.up_proj.to("meta")
-    for work in (
-        weight_svd,
-        lambda model: per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=small_svd),
-    ):
+    for work in (weight_svd, gradients_of):
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own") as raised:
             work(module)
         assert "over more devices" in raised.value.do
 
 
-def test_factors_of_another_model_are_refused(small_model, byte_tokenizer, samples):
+def test_factors_of_another_model_are_refused(gradients_of):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
     with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):
-        per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=other)
+        gradients_of(svd=other)
 
 
-def test_float16_is_refused(small_checkpoint, byte_tokenizer, samples, small_svd):
-    model = load_model(small_checkpoint, dtype="float16", device="cpu")
+def test_float16_is_refused(gradients_of, module):
     with pytest.raises(ModelError, match="float16"):
-        per_sample_gradients(samples, model, tokenizer=byte_tokenizer, svd=small_svd)
+        gradients_of(module.half())
 
 
 def test_a_model_without_projections_is_refused():
@@ -454,5 +354,4 @@ def test_a_model_without_projections_is_refused():
 def test_targets_are_all_projections_and_nothing_else(small_model):
     names = list(target_modules(small_model))
     assert len(names) == 7 * small_model.num_layers
-    assert not [name for name in names if "embed" in name or "lm_head" in name]
     assert names == [name for name, _ in small_model.module.named_modules() if name.endswith("_proj")]

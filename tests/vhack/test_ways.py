@@ -3,22 +3,17 @@
 import copy
 import math
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional
 
 from assay.models import load_model
-from assay.models.device import current
-from assay.vhack import Sample, per_sample_gradients, target_modules, weight_svd
+from assay.vhack import target_modules, weight_svd
 from assay.vhack.gradients import per_sample as _gradients
-from assay.vhack.gradients import replica as _replica
 from assay.vhack.gradients import taps as _taps
 from assay.vhack.gradients.batches import Segments
 from assay.vhack.gradients.fused import Norm, _even, is_plain_norm, sample_products, segment_products
-from assay.vhack.gradients.packed import attend
 from assay.vhack.gradients.replica import Recipe, Replica, recipe_for
 from assay.vhack.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import sequential_gradients, worst_error
@@ -42,45 +37,38 @@ EVERYTHING = Recipe(packed=True, factored=True, together=False)
     ids=str,
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_recipe_is_exact(
-    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, recipe, checkpointing
-):
+def test_every_recipe_is_exact(monkeypatch, gradients_of, wanted, recipe, checkpointing):
     monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
-    found = per_sample_gradients(
-        samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=200, checkpointing=checkpointing
-    )
-    assert worst_error(found, wanted) < 1e-5
+    assert worst_error(gradients_of(max_tokens=200, checkpointing=checkpointing), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("how", ["project", "right", "left", "outer"])
-def test_every_order_of_the_sum_is_exact(monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted, how):
+def test_every_order_of_the_sum_is_exact(monkeypatch, gradients_of, wanted, how):
     monkeypatch.setattr(Tap, "way", lambda *_: Way(how, how == "left", output=False, input=False))
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    assert worst_error(found, wanted) < 1e-5
+    assert worst_error(gradients_of(), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("condition", [8.0, 30.0])
 def test_singular_values_are_divided_by_where_they_are_of_one_size(
-    monkeypatch, small_model, byte_tokenizer, samples, condition, checkpointing
+    monkeypatch, gradients_of, small_model, byte_tokenizer, samples, checkpointing
 ):
-    module, svd = _with_condition(small_model.module, condition)
+    module, svd = _with_condition(small_model.module, 30.0)
     ways = _watched_ways(monkeypatch)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd, checkpointing=checkpointing)
+    found = gradients_of(module, svd=svd, checkpointing=checkpointing)
     assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
     assert worst_error(found, sequential_gradients(module, byte_tokenizer, samples, svd)) < 1e-5
 
 
-def test_small_singular_values_are_not_divided_by(monkeypatch, small_model, byte_tokenizer, samples):
+def test_small_singular_values_are_not_divided_by(monkeypatch, gradients_of, small_model, byte_tokenizer, samples):
     module, svd = _with_condition(small_model.module, 1e5)
     ways = _watched_ways(monkeypatch)
     wanted = sequential_gradients(module, byte_tokenizer, samples, svd)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
+    found = gradients_of(module, svd=svd)
     assert "inner" not in {ways[name] for name in ways if name.endswith(ALONG)}
     assert worst_error(found, wanted) < 1e-5
     # What it protects from.
     monkeypatch.setattr(_taps, "_CONDITION", 1e6)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
+    found = gradients_of(module, svd=svd)
     assert {ways[name] for name in ways if name.endswith(ALONG)} == {"inner"}
     assert worst_error(found, wanted) > 1e-4
 
@@ -192,7 +180,7 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-def test_batches_run_side_by_side(monkeypatch, two_threads, small_model, byte_tokenizer, samples, small_svd, wanted):
+def test_batches_run_side_by_side(monkeypatch, two_threads, gradients_of, wanted):
     seen = set()
     real = Replica.gradients
     both = threading.Barrier(2, timeout=60)
@@ -204,47 +192,20 @@ def test_batches_run_side_by_side(monkeypatch, two_threads, small_model, byte_to
         return real(replica, encoded)
 
     monkeypatch.setattr(Replica, "gradients", watched)
-    found = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=100)
+    found = gradients_of(max_tokens=100)
     assert torch.get_num_threads() == 2
     assert len(seen) == 2
     assert worst_error(found, wanted) < 1e-5
 
 
-def test_a_model_with_hooks_runs_one_batch_at_a_time(
-    monkeypatch, small_model, byte_tokenizer, samples, small_svd, wanted
-):
+def test_a_model_with_hooks_runs_one_batch_at_a_time(monkeypatch, gradients_of, small_model, wanted):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     seen = []
     module = copy.deepcopy(small_model.module)
     module.model.layers[0].register_forward_hook(lambda *_: seen.append(threading.get_ident()))
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=100)
+    found = gradients_of(module, max_tokens=100)
     assert set(seen) == {threading.get_ident()}
     assert worst_error(found, wanted) < 1e-5
-
-
-def test_the_device_of_the_model_is_the_current_one_for_its_kernels(
-    monkeypatch, small_model, byte_tokenizer, samples, small_svd
-):
-    entered, real = [], Replica._computed
-
-    @contextmanager
-    def entering(device):
-        entered.append(device)
-        yield
-        entered.append(None)
-
-    def computed(replica, encoded):
-        assert entered[-1] == small_model.device
-        return real(replica, encoded)
-
-    monkeypatch.setattr(_replica, "current", entering)
-    monkeypatch.setattr(Replica, "_computed", computed)
-    per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
-    assert entered == [small_model.device, None]
-    monkeypatch.setattr(torch.cuda, "device", lambda device: f"on {device}")
-    assert current(torch.device("cuda", 1)) == "on cuda:1"
-    with current(torch.device("cpu")):
-        pass
 
 
 def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
@@ -257,7 +218,7 @@ def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
     assert not any("forward" in vars(part) for part in small_model.module.modules())
 
 
-def test_forward_functions_of_their_own_are_kept(small_model, byte_tokenizer, samples, small_svd, wanted):
+def test_forward_functions_of_their_own_are_kept(gradients_of, small_model, wanted):
     class Counting(torch.nn.Linear):
         def forward(self, inputs):
             calls.append(inputs.shape)
@@ -269,38 +230,9 @@ def test_forward_functions_of_their_own_are_kept(small_model, byte_tokenizer, sa
     first.forward = first.forward
     first.self_attn.k_proj.forward = first.self_attn.k_proj.forward
     second.mlp.up_proj.__class__ = Counting
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
+    found = gradients_of(module, max_tokens=10_000)
     assert worst_error(found, wanted) < 1e-5
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_stays_within_a_sample(heads, together, dtype):
-    generator = torch.Generator().manual_seed(0)
-    lengths = [1, 63, 64, 65, 130]
-    shapes = [(sum(lengths), count, 8) for count in (heads[0], heads[1], heads[1])]
-    parts = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-    weight = torch.randn(sum(lengths), heads[0], 8, generator=generator, dtype=dtype)
-    segments = Segments.of(lengths, torch.device("cpu"))
-    results = []
-    for ours in (True, False):
-        leaves = [part.detach().requires_grad_() for part in parts]
-        if ours:
-            out = attend(*leaves, segments, scale=0.3, together=together)
-        else:
-            each = [
-                functional.scaled_dot_product_attention(
-                    *(leaf[start:end].transpose(0, 1)[None] for leaf in leaves),
-                    is_causal=True, scale=0.3, enable_gqa=True,
-                )[0]
-                for start, end in segments.bounds
-            ]  # fmt: skip
-            out = torch.cat(each, dim=1).transpose(0, 1)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -354,11 +286,3 @@ def test_a_norm_that_computes_something_else_is_left_alone():
 
     assert not is_plain_norm(OtherRMSNorm())
     assert not is_plain_norm(torch.nn.LayerNorm(8))
-
-
-def test_a_sample_that_is_left_out_changes_nothing_for_the_others(small_model, byte_tokenizer, samples, small_svd):
-    everything = per_sample_gradients(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
-    other = [*samples[:2], Sample("import sys", "\nprint(sys.argv)\n"), *samples[3:]]
-    changed = per_sample_gradients(other, small_model, tokenizer=byte_tokenizer, svd=small_svd, max_tokens=10_000)
-    rest = [0, 1, 3, 4]
-    assert worst_error({n: g[rest] for n, g in changed.items()}, {n: g[rest] for n, g in everything.items()}) < 1e-5

@@ -13,7 +13,7 @@ from assay.vhack.checks.five_checks import _halves, check_stability
 from assay.vhack.checks.folds import cross_fit
 from assay.vhack.checks.judge import CHECKS
 from assay.vhack.checks.page import page
-from tests.vhack.angles import principal_angles
+from tests.vhack.adapter import principal_angles
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from assay.vhack import Basis, PairGradients
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
 from assay.vhack.delta.arms import BASIS_KINDS, DEFAULT_ARM, GATES, Box
 from assay.vhack.delta.controls import make_basis
-from tests.vhack.angles import principal_angles
+from tests.vhack.adapter import principal_angles
 from tests.vhack.delta.conftest import loss_of
 
 ROOT = Path(__file__).parents[3]
