@@ -80,12 +80,12 @@ class StackedOptimizer:
         Args:
             gradients: Gradient of δS per group, [R, M, C] float32; changed in place.
         """
-        found = self.share("cin", gradients)
+        found = self.measure_shares("cin", gradients)
         for arm, _, rows in self._alike:
             for gradient, axes in zip(gradients, self._axes, strict=True):
                 gradient[rows] = gate_gradient(arm, gradient[rows], axes[rows])
         found["gradient_norm"] = self._clip(gradients)
-        found |= self.share("cout", gradients)
+        found |= self.measure_shares("cout", gradients)
         before = [delta.clone() for delta in self.delta]
         for rows, parameters, optimizer in self._inner.values():
             for parameter, delta, gradient in zip(parameters, self.delta, gradients, strict=True):
@@ -98,7 +98,7 @@ class StackedOptimizer:
             rate = float(self._inner[kind][2].param_groups[0]["lr"])
             for delta, old, start, axes in zip(self.delta, before, self._start, self._axes, strict=True):
                 delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
-        found |= self.share("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
+        found |= self.measure_shares("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
         moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
         self.measures = found | measure_displacement(zip(moved, self._axes, strict=True))
         if self._watched is not None:
