@@ -95,6 +95,12 @@ def test_zero_has_the_same_sign_everywhere(backend):
     np.testing.assert_array_equal(np.signbit(normals[:, 1]), np.sin(2 * np.pi * turns) < 0)
 
 
+def test_large_single_stream_crosses_the_tiles(backend, definition):
+    for strength in (32, 256):
+        seed = seeds(["one long stream"], strength)
+        assert digest(backend.normals(seed, 1_000_003)) == digest(definition.normals(seed, 1_000_003))
+
+
 def test_batch_mates_do_not_matter(backend):
     together = as_tensor(backend.normals(seeds(TEXTS), 777))
     for row, text in enumerate(TEXTS):

@@ -119,6 +119,10 @@ def test_the_ends_are_those_of_two_to_the_32_values():
     assert below == above == np.float32(-np.log(np.log(2)))
 
 
+def test_a_smaller_hash_never_has_the_smaller_number(sample):
+    assert (np.diff(gumbels_of(sample)) <= 0).all()
+
+
 def test_no_value_on_the_way_is_subnormal(sample):
     """Nor is one 0 that should not be: flush-to-zero modes change nothing."""
     tiny = np.finfo(np.float32).tiny

@@ -99,6 +99,11 @@ def test_digest_of_nothing():
     assert digest(np.zeros((2, 0), np.float32)) == digest(torch.zeros(2, 0)) == hashlib.sha256().hexdigest()
 
 
+def test_digest_of_bfloat16_is_that_of_its_bytes():
+    values = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    assert digest(values) == hashlib.sha256(values.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_of_every_backend(name, dtype):

@@ -80,10 +80,23 @@ def test_a_forbidden_token_stays_forbidden(backend):
     assert (made == -torch.inf).all()
 
 
+def test_seeds_may_be_int32_with_the_same_bits(backend):
+    made = [on(backend, scores()) for _ in range(2)]
+    backend.add_gumbels(made[0], on(backend, SEEDS))
+    backend.add_gumbels(made[1], on(backend, SEEDS.view(np.int32)))
+    assert made[0].equal(made[1])
+
+
 def test_scores_of_a_model_that_learns(backend):
     made = on(backend, scores()).requires_grad_()
     backend.add_gumbels(made, on(backend, SEEDS))
     assert made.detach().cpu().equal(expected_sum(scores(), SEEDS))
+
+
+def test_numpy_scores_change_too():
+    made = scores().numpy()
+    get_backend().add_gumbels(made, SEEDS)
+    assert torch.from_numpy(made).equal(expected_sum(scores(), SEEDS))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +165,13 @@ def test_each_row_has_the_seed_of_its_own_step(backend, dtype):
     made = backend.row_seeds(on(backend, WORDS.view(np.int32)), on(backend, steps))
     assert str(made.device).startswith(backend.device)
     assert digest(made) == digest(step_seeds(WORDS, STEPS).diagonal())
+
+
+def test_many_rows_and_none(backend):
+    many = np.resize(WORDS, (1000, 8))
+    expected = step_seeds(WORDS, range(1000))[np.arange(1000) % len(WORDS), range(1000)]
+    assert digest(backend.row_seeds(on(backend, many), on(backend, np.arange(1000)))) == digest(expected)
+    assert tuple(backend.row_seeds(on(backend, many[:0]), on(backend, np.arange(0))).shape) == (0,)
 
 
 def test_the_noise_of_a_step(backend):
