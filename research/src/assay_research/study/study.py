@@ -192,7 +192,7 @@ class Cohort:
             torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
         ]
         for suffix, gradients in (("_s", own), ("_t", whole)):
-            shares = self.optimizer.share("cin", gradients)
+            shares = self.optimizer.measure_shares("cin", gradients)
             for name in ("cin", "cin_two_sided"):
                 found[name + suffix] = self._spread(shares[name][rows], rows)
         return [a + b for a, b in zip(own, whole, strict=True)]
