@@ -69,16 +69,15 @@ def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
 
     ``sizes`` replace those of the configuration.
     """
-    from assay_research.redteam.experts import SHAPE
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "mixtral":
-            own = {"num_local_experts": SHAPE["num_experts"], "intermediate_size": SHAPE["moe_intermediate_size"]}
-            model: Any = MixtralForCausalLM(MixtralConfig(**SHAPE | own | sizes))
+            own = {"num_local_experts": MIXTURE["num_experts"], "intermediate_size": MIXTURE["moe_intermediate_size"]}
+            model: Any = MixtralForCausalLM(MixtralConfig(**MIXTURE | own | sizes))
         else:
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | sizes))
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE | sizes))
         model.save_pretrained(target)
     return target
 
@@ -176,6 +175,14 @@ DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 """The sizes of the decoders that :func:`make_hybrid` and :func:`make_wrapper` write."""
+
+MIXTURE = {name: size for name, size in DECODER.items() if not name.endswith("_token_id")} | {
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
+"""The sizes of the mixtures that :func:`make_mixture` writes."""
 
 
 def _write(factory: Any, config: Any, target: Path) -> Path:

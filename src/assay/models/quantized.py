@@ -338,16 +338,16 @@ class _Reader:
         if stored is None or stored.dtype not in EIGHT_BITS:
             return False
         if stored.dtype != self.form.dtype:
-            raise self.bad(name, f"is stored as {stored.dtype}, and the format is {self.form.name}")
+            raise self.refusal(name, f"is stored as {stored.dtype}, and the format is {self.form.name}")
         return True
 
     def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
         """Return a tensor, which must have the shape where one is given."""
         stored = self._tensors.get(name)
         if stored is None:
-            raise self.bad(name, "is missing")
+            raise self.refusal(name, "is missing")
         if shape is not None and stored.shape != tuple(shape):
-            raise self.bad(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
+            raise self.refusal(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
         self._left.discard(name)
         return self._content(stored)
 
@@ -362,18 +362,18 @@ class _Reader:
         """Return whether a claim about numbers is true; headers have no numbers, so it is believed of them."""
         return self.headers_only or claim()
 
-    def plain(self, name: str, shape: torch.Size) -> Tensor:
+    def read_plain(self, name: str, shape: torch.Size) -> Tensor:
         """Return a tensor that is not in eight bits, in the dtype of the model."""
         if self.is_rounded(name):
-            raise self.bad(name, "is stored in eight bits, and it is no weight of a linear layer")
+            raise self.refusal(name, "is stored in eight bits, and it is no weight of a linear layer")
         return self.read(name, shape).to(self.dtype)
 
-    def rounded(self, name: str, shape: torch.Size) -> Rounded:
+    def read_rounded(self, name: str, shape: torch.Size) -> Rounded:
         """Return a weight in eight bits with its scales, as its layer takes them."""
         values = self.read(f"{name}.weight", shape)
         names = [f"{name}.{end}" for end in _SCALES if self.has(f"{name}.{end}")]
         if len(names) != 1:
-            raise self.bad(f"{name}.weight", f"has {len(names)} tensors of scales")
+            raise self.refusal(f"{name}.weight", f"has {len(names)} tensors of scales")
         scales = self.read(names[0]).float()
         rows, columns = shape
         if self.form.block is not None:
@@ -382,25 +382,25 @@ class _Reader:
             wanted = (rows, 1)
             scales = scales.reshape(-1, 1).expand(rows, 1) if scales.numel() == 1 else scales.reshape(-1, 1)
         if tuple(scales.shape) != wanted or not self._holds(lambda: bool((scales > 0).all())):
-            raise self.bad(names[0], f"has the shape {list(scales.shape)}, or scales that are not positive")
+            raise self.refusal(names[0], f"has the shape {list(scales.shape)}, or scales that are not positive")
         return Rounded(values, scales.contiguous())
 
     def is_packed(self, place: str) -> bool:
         """Return whether the weight of a layer is stored in four bits."""
         return self.form.packing is not None and self.has(f"{place}.{_PACKED[self.form.packing]}")
 
-    def restore(self, place: str, shape: torch.Size) -> Tensor:
+    def read_packed(self, place: str, shape: torch.Size) -> Tensor:
         """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
         (rows, columns), group = shape, self.form.group or shape[1]
         if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
-            raise self.bad(place, f"has {rows} rows of {columns} columns, in groups of {group}")
+            raise self.refusal(place, f"has {rows} rows of {columns} columns, in groups of {group}")
         of_rows, groups = rows // OF_A_WORD, columns // group
         zeros: Tensor | int = CENTRE
         if self.form.packing == "compressed-tensors":
             numbers = unpack_words(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
             said = self.read(f"{place}.weight_shape")
             if not self._holds(lambda: said.tolist() == list(shape)):
-                raise self.bad(f"{place}.weight_shape", f"is not {list(shape)}")
+                raise self.refusal(f"{place}.weight_shape", f"is not {list(shape)}")
             if self.form.zeros:
                 zeros = unpack_words(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
             scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
@@ -417,21 +417,21 @@ class _Reader:
     def _words(self, name: str, *shape: int) -> Tensor:
         words = self.read(name, torch.Size(shape))
         if words.dtype != torch.int32:
-            raise self.bad(name, f"is stored as {words.dtype}, and four bits are packed in int32")
+            raise self.refusal(name, f"is stored as {words.dtype}, and four bits are packed in int32")
         return words
 
     def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
         """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
         zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows))
         if not self._holds(lambda: bool((zeros == CENTRE - 1).all())):  # stored less one
-            raise self.bad(f"{place}.qzeros", "has other zeros than symmetric weights")
+            raise self.refusal(f"{place}.qzeros", "has other zeros than symmetric weights")
         if self.has(f"{place}.g_idx"):
             order = self.read(f"{place}.g_idx", torch.Size((columns,)))
             in_order = [column * groups // columns for column in range(columns)]
             if not self._holds(lambda: order.tolist() == in_order):
-                raise self.bad(f"{place}.g_idx", "has columns out of order")
+                raise self.refusal(f"{place}.g_idx", "has columns out of order")
 
-    def bad(self, name: str, fault: str) -> BadWeights:
+    def refusal(self, name: str, fault: str) -> BadWeights:
         """Return the error that names a tensor, what is wrong with it, and its file."""
         return BadWeights(
             f"{find_file(self._source.checkpoint, self._tensors, name)}: {name!r} {fault}",
@@ -450,37 +450,37 @@ class _Reader:
 
     def check_all_taken(self) -> None:
         if self._left:
-            raise self.bad(min(self._left), f"is surplus, one of {len(self._left)}")
+            raise self.refusal(min(self._left), f"is surplus, one of {len(self._left)}")
 
 
 def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
     """Give a module and all inside it what the checkpoint stores, with layers in eight bits where it has them."""
     for name, parameter in owner.named_parameters(recurse=False):
-        parameter.data = reader.plain(prefix + name, parameter.shape)
+        parameter.data = reader.read_plain(prefix + name, parameter.shape)
     for name, part in list(owner.named_children()):
         place = f"{prefix}{name}"
         if isinstance(part, nn.Linear):
             if reader.is_rounded(f"{place}.weight"):
-                setattr(owner, name, _layer(part, place, reader))
+                setattr(owner, name, _make_linear(part, place, reader))
             elif reader.is_packed(place):
-                part.weight.data = reader.restore(place, part.weight.shape)
+                part.weight.data = reader.read_packed(place, part.weight.shape)
                 if part.bias is not None:
-                    part.bias.data = reader.plain(f"{place}.bias", part.bias.shape)
+                    part.bias.data = reader.read_plain(f"{place}.bias", part.bias.shape)
             elif reader.has(f"{place}.weight") or place != "lm_head" or not reader.tied:
                 _fill(part, f"{place}.", reader)
         elif any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
-            setattr(owner, name, _experts(part, place, reader))
+            setattr(owner, name, _make_experts(part, place, reader))
         else:
             _fill(part, f"{place}.", reader)
 
 
-def _layer(linear: nn.Linear, place: str, reader: _Reader) -> EightBitLinear:
-    weight = reader.rounded(place, linear.weight.shape)
-    bias = None if linear.bias is None else nn.Parameter(reader.plain(f"{place}.bias", linear.bias.shape), False)
+def _make_linear(linear: nn.Linear, place: str, reader: _Reader) -> EightBitLinear:
+    weight = reader.read_rounded(place, linear.weight.shape)
+    bias = None if linear.bias is None else nn.Parameter(reader.read_plain(f"{place}.bias", linear.bias.shape), False)
     return EightBitLinear(weight, bias, reader.form.arithmetic)
 
 
-def _experts(part: Any, place: str, reader: _Reader) -> nn.Module:
+def _make_experts(part: Any, place: str, reader: _Reader) -> nn.Module:
     """Return experts whose projections are stored one by one, gate and up apart."""
     check_experts(place, part, dict(part.named_parameters(recurse=False)))
     count, double, width = part.gate_up_proj.shape
@@ -492,31 +492,31 @@ def _experts(part: Any, place: str, reader: _Reader) -> nn.Module:
     if not reader.is_rounded(f"{place}.0.gate_proj.weight"):
 
         def whole(at: str, shape: torch.Size) -> Tensor:
-            return reader.restore(at, shape) if reader.is_packed(at) else reader.plain(f"{at}.weight", shape)
+            return reader.read_packed(at, shape) if reader.is_packed(at) else reader.read_plain(f"{at}.weight", shape)
 
         plain = {name: each(name, whole) for name in shapes}
         gates = zip(plain["gate_proj"], plain["up_proj"], strict=True)
         part.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in gates])
         part.down_proj.data = torch.stack(plain["down_proj"])
         return cast("nn.Module", part)
-    read = {name: each(name, reader.rounded) for name in shapes}
+    read = {name: each(name, reader.read_rounded) for name in shapes}
     block = reader.form.block
     if block is not None and (double // 2) % block[0]:
-        raise reader.bad(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
-    gate_up = [_below(*pair) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
-    return EightBitExperts(part, _stacked(gate_up), _stacked(read["down_proj"]), reader.form.arithmetic)
+        raise reader.refusal(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
+    gate_up = [_concatenate_rows(*pair) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
+    return EightBitExperts(part, _stack_weights(gate_up), _stack_weights(read["down_proj"]), reader.form.arithmetic)
 
 
-def _below(one: Rounded, other: Rounded) -> Rounded:
+def _concatenate_rows(one: Rounded, other: Rounded) -> Rounded:
     """Return the rows of two weights as those of one."""
-    return Rounded(*(_joined([a, b], torch.cat) for a, b in zip(one, other, strict=True)))
+    return Rounded(*(_join_tensors([a, b], torch.cat) for a, b in zip(one, other, strict=True)))
 
 
-def _stacked(weights: list[Rounded]) -> Rounded:
-    return Rounded(*(_joined(list(parts), torch.stack) for parts in zip(*weights, strict=True)))
+def _stack_weights(weights: list[Rounded]) -> Rounded:
+    return Rounded(*(_join_tensors(list(parts), torch.stack) for parts in zip(*weights, strict=True)))
 
 
-def _joined(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+def _join_tensors(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """Join tensors, those of eight bits as bytes: not every function takes their dtype."""
     dtype = parts[0].dtype
     return join([part.view(torch.uint8) for part in parts]).view(dtype) if dtype.itemsize == 1 else join(parts)

@@ -113,8 +113,8 @@ class DeltaS(nn.Module):
             if "generate" in vars(module):
                 self._undo.callback(setattr, module, "generate", generate)
             self._undo.callback(vars(module).pop, "generate")
-            vars(module)["generate"] = self._plainly(generate)
-        self._look()
+            vars(module)["generate"] = self._generate_without_hooks(generate)
+        self._take_views()
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -171,7 +171,7 @@ class DeltaS(nn.Module):
         """
         enabled, self._enabled = self._enabled, False
         try:
-            with self._originals() if enabled and self.mode == "merged" else nullcontext():
+            with self._original_weights() if enabled and self.mode == "merged" else nullcontext():
                 yield
         finally:
             self._enabled = enabled
@@ -281,29 +281,29 @@ class DeltaS(nn.Module):
 
     def _hook(self) -> None:
         """Hook the model and every module. Each forward pass of the model takes new views of δS."""
-        self._handles = [self.model.register_forward_pre_hook(self._before)]
+        self._handles = [self.model.register_forward_pre_hook(self._prepare_forward)]
         for g, group in enumerate(self.groups):
             for m, linear in enumerate(group.linears):
-                self._handles.append(linear.register_forward_hook(self._behind(g, m)))
+                self._handles.append(linear.register_forward_hook(self._make_hook(g, m)))
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _before(self, module: nn.Module, *_: object) -> None:
+    def _prepare_forward(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
             return
         if self._is_stale():
             self.refresh()
         if torch.is_grad_enabled() or self.mode == "hook":
-            self._look()
+            self._take_views()
 
-    def _look(self) -> None:
+    def _take_views(self) -> None:
         """Take views of δS, one per module, that lead back to the parameters."""
         self._views = [whole(parameter).unbind() for parameter in self.delta]
 
-    def _behind(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def _make_hook(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
         adds = self.mode == "hook"
         plan = Plan(group.names[m], group.left[m], group.right[m], adds)
@@ -321,7 +321,7 @@ class DeltaS(nn.Module):
 
         return hook
 
-    def _plainly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+    def _generate_without_hooks(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generate)
         def plain(*arguments: Any, **keywords: Any) -> Any:
             if self._enabled and self._is_stale():
@@ -337,7 +337,7 @@ class DeltaS(nn.Module):
         return plain
 
     @contextmanager
-    def _originals(self) -> Iterator[None]:
+    def _original_weights(self) -> Iterator[None]:
         sharded = self.groups[0].is_sharded
         if sharded:
             reshard(self.model)

@@ -242,7 +242,7 @@ class _Adapted(torch.autograd.Function):
             return output.view_as(output)
         ctx.save_for_backward(inputs, delta_R)
         with torch.autocast(output.device.type, enabled=False):
-            along = _to(inputs, plan.right) @ plan.right.T
+            along = _cast_like(inputs, plan.right) @ plan.right.T
             added = (along * delta_R).to(plan.left.dtype) @ plan.left.T
         # A zero is not added but left out: -0 + 0 would be another zero.
         return torch.where(added == 0, output, (output + added).to(output.dtype))
@@ -254,36 +254,40 @@ class _Adapted(torch.autograd.Function):
         plan: Plan = ctx.plan
         of_output, of_inputs, of_delta, _ = ctx.needs_input_grad
         with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
-            to_inputs = _of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
-            to_delta = _of_delta(gradient, inputs, plan) if of_delta else None
+            to_inputs = _gradient_of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
+            to_delta = _gradient_of_delta(gradient, inputs, plan) if of_delta else None
         return gradient if of_output else None, to_inputs, to_delta, None
 
 
-def _of_inputs(gradient: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
-    along = (_to(gradient, plan.left) @ plan.left) * delta_R
+def _gradient_of_inputs(gradient: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    along = (_cast_like(gradient, plan.left) @ plan.left) * delta_R
     return (along.to(plan.right.dtype) @ plan.right).to(inputs.dtype)
 
 
-def _of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
-    gradient, inputs = _to(gradient, plan.left), _to(inputs, plan.right)
+def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
+    gradient, inputs = _cast_like(gradient, plan.left), _cast_like(inputs, plan.right)
     if plan.rows is None:
-        return _summed(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = _summed(gradient, inputs, plan) if plan.kinds is None else _by_kind(gradient, inputs, plan, plan.kinds)
+        return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
+    rows_BR = (
+        _sum_products(gradient, inputs, plan)
+        if plan.kinds is None
+        else _sum_by_kind(gradient, inputs, plan, plan.kinds)
+    )
     plan.rows(rows_BR)
     return rows_BR.sum(dim=0)
 
 
-def _by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
+def _sum_by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
     """Return the gradient summed over the samples of each kind, [G, R] float32."""
     filled = sum(len(members) > 0 for members in kinds.members)
     saved = _multiplications_saved(inputs_BTI.shape[0] * inputs_BTI.shape[1], filled, plan)
     if saved <= _WORTH.get(gradient_BTO.device.type, 0.0):
-        return kinds.weights @ _summed(gradient_BTO, inputs_BTI, plan)
+        return kinds.weights @ _sum_products(gradient_BTO, inputs_BTI, plan)
     sums = []
     for members in kinds.members:
         whole = len(members) == len(inputs_BTI)
         theirs, taken = (x if whole else x.index_select(0, members) for x in (gradient_BTO, inputs_BTI))
-        sums.append(_summed(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
+        sums.append(_sum_products(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
     return torch.stack(sums)
 
 
@@ -293,12 +297,12 @@ def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
     return tokens * rank * (outputs + width) - (tokens + sums * rank) * outputs * width
 
 
-def _summed(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
+def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
     if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
     return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)
 
 
-def _to(tensor: Tensor, other: Tensor) -> Tensor:
+def _cast_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)

@@ -2,6 +2,7 @@
 
 from assay.vhack.training.evaluate import Evaluation, evaluate, sample_tasks
 from assay.vhack.training.log import TrainLog
+from assay.vhack.training.pool import sample_pool
 from assay.vhack.training.rewards import OwnReward
 from assay.vhack.training.run import train
 from assay.vhack.training.settings import SampleSettings, TaskSettings, TrainSettings
@@ -14,6 +15,7 @@ __all__ = [
     "TrainLog",
     "TrainSettings",
     "evaluate",
+    "sample_pool",
     "sample_tasks",
     "train",
 ]

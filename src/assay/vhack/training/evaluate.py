@@ -309,18 +309,18 @@ def evaluate(
     if reward is None:
         episodes = check_gradable(tasks, "tasks", allow_unsandboxed=allow_unsandboxed)
         sandboxed = partial(grade_many, workers=workers or os.cpu_count() or 1, allow_unsandboxed=allow_unsandboxed)
-        grade = partial(_run, episodes, completions, sandboxed)
+        grade = partial(_grade_episodes, episodes, completions, sandboxed)
     else:
-        grade = partial(_paid, OwnReward(tasks, reward, ARMS["none"]), completions)
+        grade = partial(_grade_by_reward, OwnReward(tasks, reward, ARMS["none"]), completions)
     grades: list[Graded] = []
     for start in range(0, len(completions), _BATCH):
         grades += grade(range(start, min(start + _BATCH, len(completions))))
         if progress is not None:
             progress(len(grades), len(completions))
-    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), tuple(map(_mechanism, tasks)))
+    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), tuple(map(_mechanism_of, tasks)))
 
 
-def _run(
+def _grade_episodes(
     episodes: Sequence[Episode],
     completions: Sequence[str],
     sandboxed: Callable[[list[tuple[Episode, str]]], list[Grade]],
@@ -330,7 +330,7 @@ def _run(
     return [Graded(one.reward, one.correct, one.exploited, one.accepted and one.vacuous, one.fault) for one in found]
 
 
-def _paid(own: OwnReward, completions: Sequence[str], rows: range) -> list[Graded]:
+def _grade_by_reward(own: OwnReward, completions: Sequence[str], rows: range) -> list[Graded]:
     paid = own([own.prompts[row] for row in rows], [completions[row] for row in rows], list(rows))
     marks = {flag: own.last.column(flag).tolist() for flag in _NAMES.values() if flag in own.told}
     return [
@@ -339,7 +339,7 @@ def _paid(own: OwnReward, completions: Sequence[str], rows: range) -> list[Grade
     ]
 
 
-def _mechanism(task: Task) -> str:
+def _mechanism_of(task: Task) -> str:
     if isinstance(task, Episode):
         return task.mode
     named = task.get("mechanism") if isinstance(task, Mapping) else None

@@ -156,7 +156,7 @@ class GRPO(GRPOTrainer):
         Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL passes the trainer too.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        taught = self._taught(prompts)
+        taught = self._choose_teachers(prompts)
         asked = [ids for ids, teacher in zip(prompt_ids, taught, strict=True) if teacher is None]
         generate: Any = self._generate_single_turn
         sampled, logprobs = generate(asked, None, {}, 1) if asked else ([], None)
@@ -169,7 +169,7 @@ class GRPO(GRPOTrainer):
             "teacher": [teacher is not None for teacher in taught],
         }
 
-    def _taught(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
+    def _choose_teachers(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
         """Return what the pool gives for each place."""
         assert self.pool is not None
         assert self.num_generations is not None
@@ -189,7 +189,7 @@ class GRPO(GRPOTrainer):
             return rewards
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         rows = list(zip(prompt_ids, completion_ids_list, strict=True))
-        z_B = self.processes.together(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
+        z_B = self.processes.gather(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
         return modify_rewards(rewards, z_B[:, None], self.projected.arm.advantage)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -191,13 +191,13 @@ class StepLog(TrainerCallback):
         trainer = self.trainer
         processes, device = trainer.processes, trainer.args.device
         flags, paid = (
-            processes.together(torch.cat(parts).to(device)).cpu()
+            processes.gather(torch.cat(parts).to(device)).cpu()
             for parts in zip(*((outcomes.flags, outcomes.paid) for outcomes, _, _ in trainer.seen), strict=True)
         )
         outcomes, reward = Outcomes(flags, paid), float(paid.double().mean())
         loss = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
         weights = torch.stack([weights for _, _, weights in trainer.seen]).sum(dim=0).to(device)
-        processes.add_up([loss, weights])
+        processes.sum_over([loss, weights])
         rates = outcomes.rates(trainer.reward.told)
         values: JsonObject = {**rates, "reward": reward, "loss": float(loss) / processes.count}
         total, outside, count = weights.tolist()
@@ -230,7 +230,7 @@ def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = A
     for rows_MNR in rollouts.rows:
         kinds_MKR = rows_MNR.view(len(rows_MNR), -1, len(kinds), rows_MNR.shape[2]).sum(dim=1)
         sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
-    processes.add_up(sums)
+    processes.sum_over(sums)
     shares = measure_shares("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
     length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
     return {**shares, "length": length_G}

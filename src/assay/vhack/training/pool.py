@@ -90,13 +90,15 @@ class RolloutPool:
                 message names the line.
         """
         lines = read_jsonl(path)
-        found = [_checked(record, tokenizer, max_new_tokens, f"{path}, line {number}") for number, record in lines]
+        found = [
+            _parse_rollout(record, tokenizer, max_new_tokens, f"{path}, line {number}") for number, record in lines
+        ]
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
         return cls(found)
 
 
-def _checked(
+def _parse_rollout(
     record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
 ) -> PoolRollout:
     """Return the rollout of a line, or refuse what a trainer could not use."""
@@ -181,10 +183,10 @@ def find_end_token(model: "Model") -> int:
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
     """
-    return int(_ending(model.tokenizer, model.reference).eos_token_id)
+    return int(_require_end_token(model.tokenizer, model.reference).eos_token_id)
 
 
-def _ending(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
+def _require_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a model, which must have a token that ends a completion."""
     if tokenizer is None or tokenizer.eos_token_id is None:
         without = "a tokenizer" if tokenizer is None else "a token that ends a text"
@@ -202,8 +204,8 @@ def encode_prompts(model: "Model", prompts: Sequence[str], max_new_tokens: int) 
     Raises:
         UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
     """
-    tokenizer = _ending(model.tokenizer, model.reference)
-    known = _fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
+    tokenizer = _require_end_token(model.tokenizer, model.reference)
+    known = _encode_fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
     return [known[prompt] for prompt in prompts]
 
 
@@ -214,11 +216,11 @@ def check_prompts(reference: str, prompts: Sequence[str], max_new_tokens: int) -
         UsageError: As of :func:`encode_prompts`.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
-    tokenizer = _ending(load_tokenizer(reference), reference)
-    _fitting(tokenizer, prompts, max_new_tokens, model_info(reference).max_positions)
+    tokenizer = _require_end_token(load_tokenizer(reference), reference)
+    _encode_fitting(tokenizer, prompts, max_new_tokens, model_info(reference).max_positions)
 
 
-def _fitting(
+def _encode_fitting(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_new_tokens: int, context: int | None
 ) -> dict[str, list[int]]:
     """Return the tokens of each prompt, which must fit into the context of a model with a completion."""
@@ -266,11 +268,11 @@ def sample_batches(
     """
     for start in range(first, len(prompts), how["batch"]):
         part = slice(start, start + how["batch"])
-        yield _completed(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
+        yield _sample_batch(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
 
 
 @torch.no_grad()
-def _completed(
+def _sample_batch(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)

@@ -42,7 +42,7 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def told(self, what: _T) -> _T:
+    def broadcast(self, what: _T) -> _T:
         """Return an object of the first process."""
         if self.count == 1:
             return what
@@ -50,7 +50,7 @@ class Processes:
         dist.broadcast_object_list(told, src=0)
         return told[0]
 
-    def together(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, those of the first one first; each has as many."""
         if self.count == 1:
             return rows
@@ -58,12 +58,12 @@ class Processes:
         dist.all_gather(found, rows.contiguous())
         return torch.cat(found)
 
-    def add_up(self, tensors: list[Tensor]) -> None:
+    def sum_over(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
         for tensor in tensors if self.count > 1 else ():
             dist.all_reduce(tensor)
 
-    def same_factors(self, svd: SVDCache) -> None:
+    def broadcast_factors(self, svd: SVDCache) -> None:
         """Write the factors of the first process over those of this one.
 
         Singular vectors of nearly equal values are not unique, and means over processes need one set of coordinates.

@@ -107,11 +107,11 @@ class Prepared:
         self.arm: Arm = settings.chosen
         self.shortcut = Shortcut.fit(model, tokenizer, pairs) if self.arm.advantage else None
         self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
-        processes.same_factors(self.svd)
-        self.axes, self.watched = self._extracted(load=True)
+        processes.broadcast_factors(self.svd)
+        self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
         self.optimizer = ProjectedOptimizer(
-            _inner(settings, self.adapter),
+            _make_inner_optimizer(settings, self.adapter),
             self.adapter,
             self.axes,
             arm=self.arm,  # a start of its own is in the δS of every checkpoint
@@ -154,15 +154,12 @@ class Prepared:
         if not self.settings.refresh or step % self.settings.refresh:
             return None
         before = trainer.axes[1] or trainer.axes[0]
-        axes, watched = self._extracted(load=False)
+        axes, watched = self.processes.broadcast(self._extract_axes(load=False))
         trainer.use_axes(axes, watched)
-        return _overlap(before, watched or axes) if before is not None else None
+        return _measure_overlap(before, watched or axes) if before is not None else None
 
-    def _extracted(self, *, load: bool) -> tuple[Basis, Basis | None]:
-        """Return the axes of the arm, and the true ones where these are others: those that the first process finds."""
-        return self.processes.told(self._found(load=load))
-
-    def _found(self, *, load: bool) -> tuple[Basis, Basis | None]:
+    def _extract_axes(self, *, load: bool) -> tuple[Basis, Basis | None]:
+        """Return the axes of the arm, and the true ones where these are others."""
         settings, kind = self.settings, self.arm.basis
         given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
         if kind == "true":
@@ -185,13 +182,13 @@ class Prepared:
         return made(kind), given or made("true")
 
 
-def _inner(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
+def _make_inner_optimizer(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
     return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def _overlap(before: Basis, after: Basis) -> float:
+def _measure_overlap(before: Basis, after: Basis) -> float:
     """Return the mean squared cosine of the principal angles between two bases, over the modules that both have."""
     shares = []
     for name, axes_KR in before.axes.items():
@@ -260,7 +257,7 @@ def train(
 
     processes = join_processes(settings.device)
     checkpoint, done = last_checkpoint(folder)
-    settings = _as_begun(folder, settings, done, processes)
+    settings = _continue_settings(folder, settings, done, processes)
     is_finished = done >= settings.steps and _is_finished(folder, done)
     processes.wait()  # until every process has read what the first will write
     say = console if processes.is_first else None
@@ -325,7 +322,7 @@ def _check_trackers(names: tuple[str, ...]) -> None:
         )
 
 
-def _as_begun(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
+def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
     """Return the settings with which a run goes on, after a look at those in its log."""
     for path in (settings.basis, settings.teacher):
         if path is not None and not Path(path).is_file():

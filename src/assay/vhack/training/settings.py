@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
+from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
@@ -50,15 +51,12 @@ class TaskSettings(Settings):
         512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
     )
 
-    def episodes(self, count: int) -> list[Episode]:
+    def episodes(self, count: int, split: str = "training") -> list[Episode]:
         """Return so many of the tasks that the settings describe, each with its loophole.
 
         Raises:
             UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
         """
-        return self._drawn(count, "training")
-
-    def _drawn(self, count: int, split: str) -> list[Episode]:
         return episodes(
             count,
             seed=self.seed,
@@ -92,13 +90,9 @@ class SampleSettings(TaskSettings):
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
     batch: int = Field(32, ge=1, description="Completions at once; other batches draw other completions.")
 
-    def episodes(self, count: int) -> list[Episode]:
-        """Return so many of the tasks that the settings describe, each with its loophole.
-
-        Raises:
-            UsageError: There is no such mode, family or difficulty, or there are not so many tasks.
-        """
-        return [replace(one, split=self.markers) for one in self._drawn(count, self.split)]
+    @override
+    def episodes(self, count: int, split: str = "") -> list[Episode]:
+        return [replace(one, split=self.markers) for one in super().episodes(count, split or self.split)]
 
     @property
     def how(self) -> Sampling:

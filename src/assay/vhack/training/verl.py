@@ -67,12 +67,12 @@ class DeltaEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         whole: Any = _whole(module)
         processes = Processes(dist.get_world_size(), self.rank)
         svd = weight_svd(whole)
-        processes.same_factors(svd)
+        processes.broadcast_factors(svd)
         tokenizer, basis = self.model_config.tokenizer, None
         if processes.is_first:
             how: dict[str, Any] = {"n_heldout": 0, "top_k": self.k_use, "method": self.method}
             basis = extract(self.pairs, whole, tokenizer=tokenizer, svd=svd, **how)
-        self._basis: Basis | None = processes.told(basis)
+        self._basis: Basis | None = processes.broadcast(basis)
         self.adapter = DeltaS(whole, svd)
         how = {"mesh": self.device_mesh, "reshard_after_forward": self.engine_config.reshard_after_forward}
         apply_fsdp2(whole, how, self.engine_config)
