@@ -27,6 +27,7 @@ from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.machines import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Settings
+from assay.stats.fits import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.runs import Progress, measure_missing
 from assay_research.vector_sets import VectorSet, read_vector_sets
@@ -188,7 +189,7 @@ class Oracle:
         return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
-def fit(distances_N: FloatArray) -> "stats.NoiseFit[stats.LogNoise]":
+def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
     """Fit the law of published vectors."""
     return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
 

@@ -378,7 +378,7 @@ def section(run: RunRecords) -> Section:
 
 
 def _curves(cells: Cells, model: str, dtype: str) -> Curves:
-    lines = {}
+    lines: dict[str, tuple[tuple[int, ...], list[float]]] = {}
     for cell in _of(cells, "attack", model=model, dtype=dtype):
         if cell["name"] in CURVES:
             preset = "poc-2.0" if "poc-2.0" in cell["presets"] else "hardened"
