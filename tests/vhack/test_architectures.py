@@ -1,13 +1,20 @@
-"""Models that are built in other ways than Llama: their gradients are those of the weights, or they are refused."""
+"""Models that are built in other ways than Llama: their gradients are those of the weights, or they are refused.
+
+And how much of a model targets cover: a part is never taken for the whole.
+"""
+
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.vhack import per_sample_gradients, target_modules, weight_svd
+from assay.vhack import Basis, Coverage, extract, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from tests.vhack.adapter import made, worst_error
+from assay.vhack.gradients.targets import coverage
+from tests.vhack.adapter import made, sequential_gradients, worst_error
 
 LATENT = {
     "kv_lora_rank": 8,
@@ -19,14 +26,10 @@ LATENT = {
     "head_dim": None,
 }
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-SPARSE = {
-    "index_n_heads": 2,
-    "index_head_dim": 8,
-    "index_topk": 4,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-}
+ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+SPARSE = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
 
 def of_weights(module, tokenizer, samples, svd):
@@ -48,67 +51,80 @@ def of_weights(module, tokenizer, samples, svd):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "count"),
     [
+        # What a model does around its matrices must stay in the loss: scaled logits, biases, capped logits.
+        ("Granite", {"logits_scaling": 4.0}, 14),
+        ("Qwen2", {}, 14),
+        ("Gemma2", {}, 14),
+        # Fused projections are one matrix each.
+        ("Phi3", {}, 8),
+        # Targets are a part of the model.
+        ("OPT", OPT, 6),
+        ("FalconH1", FALCON_H1, 14),
         # Each layer runs several times in a pass.
-        ("HrmText", {"num_layers_per_stack": 2}),
+        ("HrmText", {"num_layers_per_stack": 2}, None),
         # The experts that all tokens share are given them in one row.
-        ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 16}),
-        ("Ernie4_5_Moe", {"moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1}),
+        ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 16}, None),
         # Attention chooses its keys, and padding would change the choice.
-        ("DeepseekV32", LATENT | SPARSE),
-        ("Doge", {"keep_window_size": 8}),
+        ("DeepseekV32", LATENT | ROUTED | SPARSE, None),
+        ("Doge", {"keep_window_size": 8}, None),
         # Its decoder has attention to an encoder that is not there, and says nothing of where it looks.
-        ("TrOCR", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}),
+        ("TrOCR", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}, None),
         # A context by another name, no position ids, and no target in attention.
-        ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "max_position_embeddings": None}),
         (
-            "DeepseekV3",
-            LATENT
-            | {
-                "n_routed_experts": 4,
-                "num_experts_per_tok": 2,
-                "n_group": 2,
-                "topk_group": 1,
-                "first_k_dense_replace": 1,
-            },
+            "Mpt",
+            {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "max_position_embeddings": None},
+            None,
         ),
-        ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-        ("BitNet", {}),
-        ("StableLm", {}),
+        ("DeepseekV3", LATENT | ROUTED | {"num_experts_per_tok": 2, "first_k_dense_replace": 1}, None),
+        ("BitNet", {}, 14),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_gradients_are_those_of_the_weights(family, changes, samples, byte_tokenizer):
+def test_gradients_are_those_of_the_weights(family, changes, count, gradients_of, samples, byte_tokenizer):
     module = made(family, **changes)
     svd = weight_svd(module, min_coverage=0.0)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
-    wanted = of_weights(module, byte_tokenizer, samples, svd)
+    assert count in (None, len(svd))
+    found, wanted = gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd)
     reached = {name for name in wanted if wanted[name].any()}
     assert reached
     assert not any(found[name].any() for name in found.keys() - reached)
     assert worst_error(*({name: rows[name] for name in reached} for rows in (found, wanted))) < 1e-5
 
 
-def test_prefixes_that_peft_has_learnt_take_part(samples, byte_tokenizer):
+def test_prefixes_that_peft_has_learnt_take_part(gradients_of, samples, byte_tokenizer):
     """Samples of a Qwen2 are packed by themselves, without what stands before each of them."""
     from peft import PrefixTuningConfig, get_peft_model
 
     module = get_peft_model(made("Qwen2"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
     module.requires_grad_(True)
     svd = weight_svd(module)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd)
-    assert worst_error(found, of_weights(module, byte_tokenizer, samples, svd)) < 1e-5
+    assert worst_error(gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd)) < 1e-5
 
 
-def test_a_layer_for_which_the_intermediate_sizes_are_a_list_has_a_budget(samples, byte_tokenizer):
+def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(gradients_of, samples, byte_tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    asked = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model, plain = get_peft_model(made("Llama"), asked), made("Llama")
+    assert sum(name.endswith(("q_proj.base_layer", "down_proj.base_layer")) for name in target_modules(model)) == 4
+    assert coverage(model) == Coverage(1.0, ())
+    svd = weight_svd(model)
+    named = {n: next(f for f in svd if f.removesuffix(".base_layer").endswith(n)) for n in target_modules(plain)}
+    wanted = sequential_gradients(plain, byte_tokenizer, samples, {name: svd[own] for name, own in named.items()})
+    found = gradients_of(model, svd=svd)
+    assert worst_error({name: found[own] for name, own in named.items()}, wanted) < 1e-5
+
+
+def test_a_layer_for_which_the_intermediate_sizes_are_a_list_has_a_budget(gradients_of, samples):
     kinds = ["sliding_attention", "full_attention"] * 3
     small = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": 2, "laurel_rank": 4}
     module = made(
         "Gemma3n", "TextConfig", **small, activation_sparsity_pattern=[0.0] * 6, hidden_size_per_layer_input=8
     )
     assert len(module.config.intermediate_size) == 6
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=weight_svd(module, min_coverage=0.0))
+    found = gradients_of(module, svd=weight_svd(module, min_coverage=0.0))
     assert all(len(rows) == len(samples) for rows in found.values())
 
 
@@ -131,3 +147,65 @@ def test_projections_that_share_a_weight_are_refused():
     for use in (target_modules, weight_svd, DeltaS):
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj has the weight of model\.layers\.0\."):
             use(module)
+
+
+WHOLE = dict.fromkeys(["Llama", "Qwen3", "Gemma3", "Cohere", "Olmo2", "Phi3", "Glm4"], (1.0, ""))
+PARTS = {
+    "Mixtral": (0.9999, "gate"),
+    "GptOss": (0.9999, "router"),
+    "DeepseekV3": (0.99, "kv_b_proj"),
+    "Qwen3Next": (0.98, "in_proj_qkvz"),
+    "Jamba": (0.94, "x_proj"),
+    "FalconH1": (0.93, "in_proj"),
+    "OPT": (0.25, "fc1"),
+    "Lfm2": (0.12, "w1"),
+}
+
+
+@pytest.mark.parametrize("family", [*WHOLE, *PARTS])
+def test_coverage_of_architectures_is_what_the_documentation_says(family):
+    """In the sizes that transformers has as defaults, eight layers of each, without memory."""
+    import transformers
+
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    with torch.device("meta"):
+        found = coverage(getattr(transformers, f"{family}ForCausalLM")(config(num_hidden_layers=8)))
+    share, left_out = (WHOLE | PARTS)[family]
+    assert found.share == pytest.approx(share, abs=0.005)
+    assert any(name.endswith(left_out) for name in found.left_out) or family in WHOLE
+
+
+def test_the_parameters_of_an_adapter_are_not_counted():
+    model = made("Llama")
+    adapter = DeltaS(model)
+    assert coverage(model) == Coverage(1.0, ())
+    adapter.detach()
+
+
+def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(tmp_path, small_pairs, byte_tokenizer):
+    model = made("OPT", **OPT)
+    path = tmp_path / "basis.safetensors"
+    asked = {"tokenizer": byte_tokenizer, "n_heldout": 0}
+    with pytest.raises(ModelError, match="targets cover") as raised:
+        extract(small_pairs, model, **asked)
+    assert "2 model.decoder.layers.*.fc1" in raised.value.seen
+    assert "--allow-partial" in raised.value.do
+    basis = extract(small_pairs, model, min_coverage=0.0, path=path, **asked)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2}
+    sizes = {name: size for name, size in sizes.items() if "embed" not in name}
+    covered = sum(size for name, size in sizes.items() if name.removesuffix(".weight") in basis.axes)
+    assert basis.origin.coverage.share == pytest.approx(covered / sum(sizes.values()))
+    assert len(basis.origin.coverage.left_out) == len(sizes) - len(basis.axes) == 6
+    assert Basis.load(path, model).origin == basis.origin
+    with safe_open(path, "pt") as reader:
+        assert json.loads(reader.metadata()["coverage"])["share"] == basis.origin.coverage.share
+
+
+def test_the_file_of_a_whole_model_says_nothing_of_coverage(
+    tmp_path, small_model, small_pairs, byte_tokenizer, small_svd
+):
+    path = tmp_path / "basis.safetensors"
+    basis = extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, path=path)
+    assert basis.origin.coverage == Coverage(1.0, ())
+    with safe_open(path, "pt") as reader:
+        assert "coverage" not in reader.metadata()

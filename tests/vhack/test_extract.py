@@ -80,11 +80,6 @@ def test_as_many_groups_are_held_out_as_a_sixth_of_the_pairs_takes():
     assert len(split_pairs(many)[1]) == 20
 
 
-def test_a_number_of_pairs_can_be_held_out(small_pairs):
-    assert split_pairs(small_pairs, n_heldout=3) == (small_pairs[:5], small_pairs[5:])
-    assert split_pairs(small_pairs, n_heldout=0) == (small_pairs, [])
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -124,8 +119,6 @@ def test_a_pair_that_occurs_twice_is_named(small_model, byte_tokenizer, small_pa
     ("change", "message"),
     [
         ({"hack": ""}, r"pair 4 \(group 'group 0'\), hack side: empty completion"),
-        ({"clean": ""}, r"pair 4 \(group 'group 0'\), clean side: empty completion"),
-        ({"prompt": "x" * 200}, r"pair 4 \(group 'group 0'\), hack side: 200 tokens of prompt"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named(small_model, byte_tokenizer, small_pairs, small_svd, change, message):
@@ -229,8 +222,6 @@ def test_a_missing_file_is_extracted_and_an_existing_one_used(
     ("change", "message"),
     [
         ({"method": "mean-diff"}, "other method"),
-        ({"top_k": 3}, "other top_k"),
-        ({"tau_axis": 0.25}, "other tau_axis"),
         ({"rank": 7}, "other rank"),
         ({"factors": "bfloat16", "svd": None}, "other factors"),
         ({"n_heldout": 3}, "other pairs"),

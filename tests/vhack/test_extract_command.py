@@ -53,19 +53,8 @@ def test_a_basis_is_written_and_described(extract, tmp_path):
 
 def test_a_table_without_json_and_no_cache(extract, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", authored_pairs()[:2])
-    code, out, _ = extract(
-        "--pairs",
-        tmp_path / "pairs.jsonl",
-        "--n-heldout",
-        0,
-        "--no-cache",
-        "--rank",
-        8,
-        "--method",
-        "svd",
-        "-o",
-        tmp_path / "b",
-    )
+    asked = ["--n-heldout", "0", "--no-cache", "--rank", "8", "--method", "svd"]
+    code, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", *asked, "-o", tmp_path / "b")
     assert code == 0
     assert "captured energy" in out
     assert not (tmp_path / "cache").exists()
@@ -123,9 +112,3 @@ def test_a_user_without_a_cache_directory_does_without(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert user_cache(model) is None
     assert user_cache(model, tmp_path) == tmp_path
-
-
-def test_a_place_that_is_not_there_is_refused_before_the_work(extract, tmp_path):
-    code, _, err = extract("-o", tmp_path / "nowhere" / "basis")
-    assert code == 2
-    assert "create the directory first" in err

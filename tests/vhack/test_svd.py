@@ -51,7 +51,7 @@ def test_both_roads_span_the_same_directions():
     assert torch.allclose(exact.right, gram.right * signs[:, None], atol=1e-5)
 
 
-@pytest.mark.parametrize("smallest", [1e-6, 1e-9, 1e-14])
+@pytest.mark.parametrize("smallest", [1e-6, 1e-14])
 def test_small_singular_values_do_not_spoil_the_gram_road(smallest):
     weight = matrix(80, 40, smallest)
     factors = factorise(weight, method="gram")
@@ -69,15 +69,6 @@ def test_an_inaccurate_result_is_given_up_for_the_exact_one(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", blunt)
     assert _svd._by_gram(weight) is None
     assert max(errors(weight, factorise(weight, method="gram"))) < 1e-5
-
-
-@pytest.mark.parametrize("method", ["exact", "gram"])
-def test_matrices_of_low_rank(method):
-    for weight in (matrix(30, 4) @ matrix(4, 20), torch.zeros(8, 5), torch.ones(6, 9)):
-        factors = factorise(weight.double(), method=method)
-        assert max(errors(weight.double(), factors)) < 1e-5 or not weight.any()
-        assert factors.orthogonality < 1e-6
-        assert torch.isfinite(factors.left).all()
 
 
 def test_factors_can_be_bfloat16():
@@ -203,7 +194,10 @@ def test_the_number_of_threads_is_put_back(small_model, linear):
         torch.set_num_threads(before)
 
 
-def test_progress_counts_matrices(small_model):
-    seen = []
-    weight_svd(small_model, progress=lambda *at: seen.append(at))
-    assert seen == [(n + 1, 21) for n in range(21)]
+@pytest.mark.parametrize("method", ["exact", "gram"])
+def test_matrices_of_low_rank(method):
+    for weight in (matrix(30, 4) @ matrix(4, 20), torch.zeros(8, 5), torch.ones(6, 9)):
+        factors = factorise(weight.double(), method=method)
+        assert max(errors(weight.double(), factors)) < 1e-5 or not weight.any()
+        assert factors.orthogonality < 1e-6
+        assert torch.isfinite(factors.left).all()

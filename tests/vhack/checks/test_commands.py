@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from assay.cli.vhack import CheckCommand, ExtractSettings, print_checks, vhack
+from assay.cli.vhack import CheckCommand, ExtractSettings, vhack
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Origin
 from assay.vhack.checks import CheckSettings, check_gradients
@@ -121,10 +121,3 @@ def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick):
         }
         assert "undecided" in verdicts[least - 1]
         assert "undecided" not in verdicts[least]
-
-
-def test_the_table_of_a_report_gives_every_verdict_with_its_reason(gradients, quick, capsys):
-    print_checks(check_gradients(gradients(0), settings=quick), title="")
-    shown = capsys.readouterr().out
-    assert shown.count("fail") >= 5
-    assert "Against random bases: p = " in shown

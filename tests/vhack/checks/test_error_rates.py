@@ -17,16 +17,17 @@ from assay.vhack.checks.judge import CHECKS
 SEEDS = 200
 
 
-def passes(gradients, settings, **options):
+def passes(gradients, settings, seeds=range(SEEDS), **options):
     """Per check, how many of the seeds pass it."""
     counts = dict.fromkeys(CHECKS, 0)
-    for seed in range(SEEDS):
+    for seed in seeds:
         for check in check_gradients(gradients(seed, **options), settings=settings).checks:
             assert check.verdict != "undecided"
             counts[check.name] += check.verdict == "pass"
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"shared": 1.0, "ranks": (48, 40)}, {"own_axis": 2.0, "ranks": (48, 40)}],
@@ -50,11 +51,7 @@ def test_on_its_own_pairs_a_basis_of_noise_would_look_strong(gradients):
 @pytest.mark.parametrize(("strength", "low", "high"), [(1.0, 0.0, 0.5), (4.0, 0.95, 1.0)])
 def test_planted_axes_pass_when_they_are_strong_enough(gradients, quick, strength, low, high):
     seeds = 40
-    counts = dict.fromkeys(CHECKS, 0)
-    for seed in range(seeds):
-        report = check_gradients(gradients(1000 + seed, strength=strength), settings=quick)
-        for check in report.checks:
-            counts[check.name] += check.verdict == "pass"
+    counts = passes(gradients, quick, range(1000, 1000 + seeds), strength=strength)
     assert all(low <= count / seeds <= high for count in counts.values()), counts
 
 
@@ -76,6 +73,7 @@ def expected_auroc(strength, cosine, r):
     return above + both_zero / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.5, 2.5, 4.0])
 def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength):
     n_groups, r, folds = 24, 240, 4
@@ -100,16 +98,10 @@ def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength)
     assert np.mean(ranked) == pytest.approx(np.mean(expected), abs=4 * np.std(ranked) / sqrt(SEEDS))
 
 
+@pytest.mark.slow
 def test_noise_passes_no_check_of_a_whitened_basis_more_often_than_stated(gradients, quick):
     """The default of extraction: one split, of which nine groups are scored."""
     settings = replace(quick, method="lda")
     seeds = 40
-    counts = dict.fromkeys(CHECKS, 0)
-    for seed in range(seeds):
-        report = check_gradients(
-            gradients(seed, n_groups=27, per_group=2, shared=1.0, ranks=(48, 40)), settings=settings
-        )
-        for check in report.checks:
-            assert check.verdict != "undecided"
-            counts[check.name] += check.verdict == "pass"
+    counts = passes(gradients, settings, range(seeds), n_groups=27, per_group=2, shared=1.0, ranks=(48, 40))
     assert all(count <= stats.binom.ppf(0.999, seeds, settings.alpha) for count in counts.values()), counts

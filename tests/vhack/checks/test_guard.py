@@ -67,6 +67,7 @@ def test_groups_of_one_kind_in_a_half_are_undecided():
     assert items[1].verdict == "undecided"
 
 
+@pytest.mark.slow
 def test_noise_passes_no_more_often_than_it_may():
     """Beating the length is a test of its own: noise that has nothing to do with labels seldom does."""
     passed = sum(verdicts(*scores(seed, 0.0), sizes=lengths(1000 + seed))["length"] == "pass" for seed in range(60))

@@ -42,11 +42,6 @@ def test_a_wrong_clean_side_is_found_out():
     assert verdict.as_dict()["faults"] == list(verdict.faults)
 
 
-def test_an_exploit_that_solves_the_task_is_none():
-    pair = next(pair for pair in authored_pairs() if pair.group == "stdout_marker")
-    assert "the hack side solves the task" in verify_pairs([replace(pair, hack=pair.clean + "# \n")])[0].faults
-
-
 def test_one_is_not_true_and_a_fenced_block_is_the_program(tmp_path):
     tests = tmp_path / "tests.jsonl"
     tests.write_text(json.dumps({"task": "even", "entry": "even", "cases": [{"args": [2], "expected": True}]}) + "\n")
@@ -121,8 +116,3 @@ def test_hostile_sides_are_faults_and_end_no_verification(form):
     for verdict in verify_pairs(pairs):
         assert not verdict.clean.correct
         assert "the clean side fails hidden cases" in verdict.faults
-
-
-def test_a_side_without_a_utf8_form_is_a_fault_of_its_pair():
-    pair = replace(generate_pairs(1)[0], hack="x = '\ud800'\n")
-    assert "the hack side is not accepted by its channel" in verify_pairs([pair])[0].faults
