@@ -11,16 +11,26 @@ import pytest
 import assay
 
 PACKAGES = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay.") if found.ispkg)]
+FACES = [name for name in PACKAGES if hasattr(importlib.import_module(name), "__all__")]
+MOST_NAMES = 200
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", FACES)
 def test_exported_names(name: str):
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)
     for exported in module.__all__:
-        value = getattr(module, exported)
+        try:
+            value = getattr(module, exported)
+        except ModuleNotFoundError as error:
+            assert (name, error.name) == ("assay.poc.vllm", "vllm")  # where vLLM is not installed
+            continue
         if inspect.isclass(value) or inspect.isfunction(value):
             assert inspect.getdoc(value), f"{name}.{exported} has no docstring"
+
+
+def test_faces_stay_few():
+    assert sum(len(importlib.import_module(name).__all__) for name in FACES) <= MOST_NAMES
 
 
 def test_every_module_says_what_it_is():

@@ -1,14 +1,9 @@
 """The shape of the house: no circle, no private name across modules, no function too long to read."""
 
 import ast
-import re
-import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
-
-from vulture import Vulture
 
 import assay
 
@@ -72,7 +67,7 @@ def test_an_underscore_is_a_boundary():
 
 
 def test_no_function_is_longer_than_a_screen():
-    """Code lines: without docstring, comments and blank lines; on the command line, without the signature either."""
+    """Code lines: without docstring, comments, blank lines inner functions, and the signature of a command."""
     found = defaultdict(int)
     for name, tree in TREES.items():
         lines = MODULES[name].read_text(encoding="utf-8").splitlines()
@@ -80,44 +75,24 @@ def test_no_function_is_longer_than_a_screen():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
                 start = body[0].lineno if name.startswith(SIGNATURES) else node.lineno
-                documented = range(node.body[0].lineno, body[0].lineno) if body is not node.body else range(0)
+                left_out = set(range(node.body[0].lineno, body[0].lineno)) if body is not node.body else set()
+                for inner in (one for part in body for one in ast.walk(part)):
+                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                        left_out |= set(range(inner.lineno, (inner.end_lineno or 0) + 1))
                 code = [
                     number
                     for number in range(start, (node.end_lineno or start) + 1)
-                    if number not in documented and lines[number - 1].strip() and lines[number - 1].strip()[0] != "#"
+                    if number not in left_out and lines[number - 1].strip() and lines[number - 1].strip()[0] != "#"
                 ]
                 found[f"{name}.{node.name}"] = len(code)
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
 
 
-def test_every_name_of_a_module_is_used():
-    """By its own module, an import, an attribute or a text; `make check` compares names, wherever else they stand."""
-    folders = [ROOT.parent / name for name in ("research/benchmarks", "examples")]
-    others = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
-    nodes = [node for tree in [*TREES.values(), *others] for node in ast.walk(tree)]
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    imported = {(node.module, alias.name) for node in froms for alias in node.names}
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | LOADED
-    unused = []
-    for name, tree in TREES.items():
-        said = {statement: words(statement) for statement in tree.body}
-        counts = sum(said.values(), Counter())
-        for statement, own in said.items():
-            given = list(given_names(statement))
-            elsewhere = any(counts[one] > own[one] or one in read or (name, one) in imported for one in given)
-            if given and not elsewhere and not getattr(statement, "decorator_list", []):
-                unused.append(f"{name}: {', '.join(given)}")
-    assert not unused
-
-
 def test_research_and_examples_import_what_there_is():
     """Most of them run for minutes, or on machines with a GPU, so an import of a name that has moved shows late."""
     missing = []
-    for path in (
-        path
-        for name in ("research/benchmarks", "research/scripts", "examples", "scripts")
-        for path in (ROOT.parent / name).glob("*.py")
-    ):
+    paths = [path for name in ("examples", "scripts") for path in (ROOT.parent / name).glob("*.py")]
+    for path in [*paths, *RESEARCH]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             if module.partition(".")[0] == "assay":
@@ -133,14 +108,6 @@ def test_research_and_examples_import_what_there_is():
     assert not missing
 
 
-def words(statement: ast.stmt) -> Counter[str]:
-    """The names in a statement, with those in its texts, and how often they stand there."""
-    nodes = list(ast.walk(statement))
-    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    texts += [node.id for node in nodes if isinstance(node, ast.Name)]
-    return Counter(re.findall(r"\w+", " ".join(texts)))
-
-
 def given_names(statement: ast.stmt) -> Iterator[str]:
     """The names that a statement of a module gives, but those that Python reads."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -150,14 +117,3 @@ def given_names(statement: ast.stmt) -> Iterator[str]:
         name = target.name if isinstance(target, kinds) else getattr(target, "id", "__")
         if not name.startswith("__"):
             yield name
-
-
-def test_every_name_that_counts_as_used_needs_to(monkeypatch):
-    """`make check` finds what is unused; this finds entries of its list that are not needed any more."""
-    checkout = ROOT.parent
-    monkeypatch.chdir(checkout)
-    config = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["vulture"]
-    search = Vulture(ignore_decorators=config["ignore_decorators"])
-    search.scavenge(config["paths"])
-    unused = {found.name for found in search.get_unused_code()}
-    assert [name for name in config["ignore_names"] if not any(fnmatchcase(one, name) for one in unused)] == []
