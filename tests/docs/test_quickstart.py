@@ -27,7 +27,7 @@ def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
     try:
         exec(compile(SCRIPT, "docs/vhack-quickstart.md", "exec"), {"__name__": "quickstart"})
         said = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in said[-2:]] == ["reference:organism", "merged"]
+        assert [line.split()[0] for line in said[-2:]] == ["reference:qwen3", "merged"]
         assert all(rate in said[-1] for rate in ("solve", "hack", "reward"))
         for command in COMMANDS:
             code = run(shlex.split(command)[1:])

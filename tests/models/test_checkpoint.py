@@ -29,11 +29,6 @@ def test_a_pickle_is_refused_and_never_opened(checkpoint: Path, name: str) -> No
         load_model(checkpoint)
 
 
-def test_a_pickle_beside_safetensors_is_ignored(checkpoint: Path) -> None:
-    (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert load_model(checkpoint, device="cpu").weights == "trained"
-
-
 def test_no_weights_at_all(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ModelNotFound, match="no weights"):

@@ -229,9 +229,3 @@ def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BackendUnavailable, match="a scale for 64 x 64 numbers, on cuda") as refused:
         check_device(form_of("block", block=64), cuda(monkeypatch, 9, 0))
     assert "128 x 128" in refused.value.wanted
-
-
-def test_stored_float8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch):
-    check_device(form_of("channel"), cuda(monkeypatch, 8, 9))
-    with pytest.raises(BackendUnavailable, match="float8 on cuda"):
-        check_device(form_of("channel"), cuda(monkeypatch, 8, 6))
