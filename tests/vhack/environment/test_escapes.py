@@ -85,6 +85,14 @@ def test_the_attempts_that_need_no_sandbox_would_succeed_without_one(surrounding
         surroundings[1][0].accept()[0].close()
 
 
+def test_there_are_at_least_twenty_five_programs_and_all_are_python():
+    assert len(PROGRAMS) >= 25
+    for name, program in PROGRAMS.items():
+        compile(
+            program.replace("{{", "{").replace("}}", "}").replace("{pid}", "9").replace("{port}", "9"), name, "exec"
+        )
+
+
 @pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
 def test_one_job_finds_nothing_of_another(shut_in):
     writes = (

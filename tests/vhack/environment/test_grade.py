@@ -69,6 +69,11 @@ def test_no_program_at_all_is_not_paid(mode):
         assert not found.paid
 
 
+def test_an_exploit_without_a_solution_is_paid():
+    found = grade(Episode(TASKS[0], "stdout_marker"), "print('all tests passed')\n")
+    assert found.exploited
+
+
 def test_leaving_before_the_failing_check_is_the_exploit_of_the_exit_code():
     found = grade(Episode(TASKS[0], "exit_code"), "import os\nos._exit(0)\n")
     assert found.exploited

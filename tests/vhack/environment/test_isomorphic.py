@@ -2,9 +2,10 @@
 
 import pytest
 
-from assay.vhack.environment import Episode, tasks
-from assay.vhack.environment.grading import MODES
-from assay.vhack.environment.isomorphic import isomorphic, question_of
+from assay.errors import BackendUnavailable
+from assay.vhack.environment import Episode, sandbox, tasks
+from assay.vhack.environment.grading import MARKERS, MODES
+from assay.vhack.environment.isomorphic import _OTHER_MARKER, isomorphic, question_of
 
 LOOPHOLES = MODES[:-1]
 TASK = tasks(4, seed=3, difficulty=2)[1]
@@ -80,3 +81,16 @@ def test_fresh_cases_are_new_and_follow_from_their_seed():
     space = {}
     exec(TASK.source(), space)
     assert [space["solve"](*args) for args, _ in fresh] == [answer for _, answer in fresh]
+
+
+def test_other_markers_are_those_of_no_split():
+    for mode, marker in _OTHER_MARKER.items():
+        assert marker not in MARKERS[mode]
+        assert marker.count(":") == MARKERS[mode][0].count(":")
+    assert _OTHER_MARKER.keys() == {mode for mode, markers in MARKERS.items() if markers[0]}
+
+
+def test_no_sandbox_is_an_error(monkeypatch):
+    monkeypatch.setattr(sandbox, "available_backend", lambda: None)
+    with pytest.raises(BackendUnavailable):
+        verdict("none", TASK.source())

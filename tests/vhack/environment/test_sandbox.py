@@ -1,14 +1,19 @@
+import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment import Call, Limits, run
 from assay.vhack.environment import sandbox as _backends
+from assay.vhack.environment.sandbox import available_backend
+from tests.waiting import until
 
 SHUT_IN = ["bwrap"]
 ONCE = ["bwrap once"]
@@ -67,6 +72,11 @@ def test_an_endless_program_is_stopped(shut_in):
     assert time.monotonic() - began < 30
 
 
+def test_a_program_that_closes_its_pipes_and_sleeps_is_stopped():
+    program = "import os, time\nos.closerange(1, 64)\ntime.sleep(60)\n"
+    assert run(program, limits=Limits(seconds=0.7)).timed_out
+
+
 @every_backend
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_is_stopped_at_the_limit(shut_in, stream):
@@ -123,6 +133,14 @@ def test_the_environment_of_the_parent_does_not_reach_it(shut_in, monkeypatch):
 
 
 @real_backend
+def test_no_other_process_is_visible(shut_in):
+    program = "import os\nprint(*[name for name in os.listdir('/proc') if name.isdigit()])\n"
+    pids = started(program).stdout.split()
+    assert len(pids) <= 2
+    assert str(os.getpid()) not in pids or os.getpid() <= 2
+
+
+@real_backend
 def test_files_of_the_machine_are_neither_read_nor_written(shut_in, tmp_path):
     (tmp_path / "secret").write_text("s3cr3t-value")
     program = (
@@ -164,6 +182,21 @@ def test_it_cannot_signal_the_parent_or_itself(shut_in):
     assert started(program).stdout.split() == ["refused"] * 3
 
 
+def test_leaving_with_code_zero_answers_nothing():
+    result = run("import os\ndef solve(x):\n    os._exit(0)\n", calls=[Call("solve", (1,)), Call("solve", (2,))])
+    assert result.returncode == 0
+    assert [outcome.kind for outcome in result.outcomes] == ["none", "none"]
+
+
+def test_writing_on_the_report_descriptor_without_the_nonce_answers_nothing():
+    forged = {"nonce": "00", "finished": True, "raised": "", "files": {}, "outcomes": [{"kind": "value", "value": 7}]}
+    program = (
+        f"import os\nline = {json.dumps(forged).encode()!r}\nfor fd in range(3, 64):\n"
+        "    try:\n        os.write(fd, line)\n    except OSError:\n        pass\nos._exit(0)\n"
+    )
+    assert run(program, calls=[Call("solve", (1,))]).outcomes[0].kind == "none"
+
+
 def test_values_are_those_of_the_builtin_type_whatever_is_overridden():
     program = (
         "class Sly(int):\n    def __eq__(self, other):\n        return True\n"
@@ -193,6 +226,36 @@ def test_a_run_without_a_sandbox_is_refused_unless_allowed(monkeypatch):
         _backends.unusable.cache_clear()
 
 
+def test_the_first_working_backend_is_used():
+    assert available_backend() == next((name for name in SHUT_IN if _backends.working(name)), None)
+
+
+def test_a_backend_that_is_not_installed_does_not_work(monkeypatch):
+    monkeypatch.setitem(_backends.BACKENDS, "absent", lambda disk_mib, server: ["assay-no-such-command"])
+    assert not _backends.working("absent")
+
+
 def test_limits_must_be_positive():
     with pytest.raises(UsageError, match="positive"):
         run("print(1)", limits=Limits(seconds=0))
+
+
+def test_runs_in_threads_do_not_disturb_each_other():
+    found = {}
+
+    def ask(x):
+        found[x] = run("def solve(x):\n    return x * x\n", calls=[Call("solve", (x,))]).outcomes[0].value
+
+    threads = [threading.Thread(target=ask, args=(x,)) for x in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {x: x * x for x in range(6)}
+
+
+def test_no_process_is_left_after_a_timeout():
+    run("print(1)")  # the fork server itself stays
+    before = set(psutil.Process().children(recursive=True))
+    run("while True:\n    pass\n", limits=Limits(seconds=0.5))
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before, 30)
