@@ -16,7 +16,7 @@ from assay.vhack import extract, per_sample_gradients, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import per_sample as _per_sample
 from assay.vhack.gradients import taps as _taps
-from assay.vhack.gradients.division import local, whole
+from assay.vhack.gradients.division import gather_whole, local_part
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -61,18 +61,18 @@ def state_of(module):
         module.config._attn_implementation,
         *((name, part.training, "forward" in vars(part)) for name, part in module.named_modules()),
         *(len(part._forward_pre_hooks) for part in module.modules()),
-        *((name, p.requires_grad, p.grad is None, local(p).sum().item()) for name, p in module.named_parameters()),
+        *((name, p.requires_grad, p.grad is None, local_part(p).sum().item()) for name, p in module.named_parameters()),
     ]
 
 
 def gathered(factors):
-    return tuple(whole(part).cpu() for part in (factors.left, factors.values, factors.right))
+    return tuple(gather_whole(part).cpu() for part in (factors.left, factors.values, factors.right))
 
 
 @contextmanager
 def gathered_numbers():
     """How many numbers of gathered factors exist at once, at most."""
-    alive, peak, gathering = WeakValueDictionary(), [0], _taps.gathering
+    alive, peak, gathering = WeakValueDictionary(), [0], _taps.start_gathering
 
     def counted(tensor):
         wait = gathering(tensor)
@@ -87,11 +87,11 @@ def gathered_numbers():
 
         return and_count
 
-    _taps.gathering = counted
+    _taps.start_gathering = counted
     try:
         yield peak
     finally:
-        _taps.gathering = gathering
+        _taps.start_gathering = gathering
 
 
 def found_in(module, samples, tokenizer, svd=None, **settings):
@@ -105,7 +105,7 @@ def found_in(module, samples, tokenizer, svd=None, **settings):
         "gathered at once": peak[0],
         "gradients": dict(found),
         "factors": {name: gathered(each) for name, each in svd.items()},
-        "kept": sum(local(part).numel() for each in svd.values() for part in (each.left, each.right)),
+        "kept": sum(local_part(part).numel() for each in svd.values() for part in (each.left, each.right)),
         "is as it was": before == state_of(module),
     }
 

@@ -16,13 +16,13 @@ from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
     WIDE_COPIES_IN_TURNS,
     Segments,
+    count_tokens,
     encode,
-    plan,
+    plan_batches,
     plan_in_turns,
     room_for_batches,
     room_in_turns,
     token_budget,
-    tokens_of,
 )
 from assay.vhack.gradients.division import Division
 from assay.vhack.gradients.fused import Norm
@@ -151,7 +151,7 @@ def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
-    batches = plan(encoded, 160, packed=packed)
+    batches = plan_batches(encoded, 160, packed=packed)
     lengths = [[len(one.ids) for one in batch] for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
     assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
@@ -162,7 +162,7 @@ def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
 @pytest.mark.parametrize("max_tokens", [1, 60, 100, 160, 1000])
 def test_batches_that_run_at_once_are_of_equal_size(byte_tokenizer, samples, max_tokens):
     encoded = encode(byte_tokenizer, samples * 3, [str(n) for n in range(3 * len(samples))], 1000)
-    batches = plan(encoded, max_tokens, packed=True, at_once=2)
+    batches = plan_batches(encoded, max_tokens, packed=True, at_once=2)
     sizes = [sum(len(one.ids) for one in batch) for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
     assert all(size <= max_tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
@@ -194,9 +194,9 @@ def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small
         in_turns = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
         fits = in_turns(recomputed=recomputed)
         # A sample that does not fit has a batch to itself.
-        assert all(tokens_of(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
+        assert all(count_tokens(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
         if recomputed:
-            largest = max(tokens_of(batch, packed=True) for batch in batches)
+            largest = max(count_tokens(batch, packed=True) for batch in batches)
             assert largest > in_turns(recomputed=recomputed - 1)
         seen.append((len(batches), recomputed))
     assert seen[-1] == (2, 0)

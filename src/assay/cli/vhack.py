@@ -232,7 +232,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.five_checks import read_source_log
     from assay.vhack.checks.folds import check_groups
-    from assay.vhack.checks.page import page
+    from assay.vhack.checks.page import make_page
     from assay.vhack.gradients.targets import MIN_COVERAGE
     from assay.vhack.pairs.generate import find_pairs
 
@@ -260,7 +260,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     if chosen.output:
         write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
     if chosen.html:
-        page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
+        make_page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
     if as_json:
         emit_document(result.as_dict())
     else:
@@ -311,7 +311,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     """
     from assay.files.jsonl import read_json
     from assay.vhack.checks.judge import CheckReport
-    from assay.vhack.checks.page import page
+    from assay.vhack.checks.page import make_page
 
     if len(chosen.results) > 1 or chosen.results[0].suffix != ".json":
         extension("vhack report --runs")(chosen, as_json)
@@ -319,7 +319,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     if chosen.check:
         raise UsageError(f"--check {chosen.check[0]} beside a check", wanted="logs of runs", do="leave it out")
     read = CheckReport.from_dict(read_json(chosen.results[0]))
-    page(read, command=f"assay vhack report {chosen.results[0]}").write(chosen.output)
+    make_page(read, command=f"assay vhack report {chosen.results[0]}").write(chosen.output)
     show_values("assay.vhack.report/1", {"path": str(chosen.output), "verdict": read.verdict}, as_json)
 
 

@@ -7,7 +7,7 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin, PairGradients
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.folds import cross_fit, held_out_of, swaps
+from assay.vhack.checks.folds import cross_fit, design_for_basis, draw_swaps
 
 
 def part(pairs, rows, **others):
@@ -48,7 +48,7 @@ def test_a_fold_does_not_know_its_test_pairs(gradients):
 def test_a_basis_is_scored_on_other_groups_only(gradients):
     pairs = gradients(0, strength=3.0)
     basis = pairs.basis(keep=list(range(12)))
-    design = held_out_of(basis, pairs, CheckSettings())
+    design = design_for_basis(basis, pairs, CheckSettings())
     assert design.folds[0].test.tolist() == list(range(12, 24))
     assert design.folds[0].train.tolist() == list(range(12))
 
@@ -56,7 +56,7 @@ def test_a_basis_is_scored_on_other_groups_only(gradients):
 def test_groups_of_the_basis_are_not_scored_even_by_other_pairs(gradients):
     pairs = gradients(0, strength=3.0)
     basis = pairs.basis(keep=[0, 3, 6, 9])
-    tested = held_out_of(basis, pairs, CheckSettings()).tested_groups
+    tested = design_for_basis(basis, pairs, CheckSettings()).tested_groups
     assert set(tested) == {"g4", "g5", "g6", "g7"}
 
 
@@ -130,7 +130,7 @@ def test_single_pairs_leave_too_little_for_differences_between_clean_sides(gradi
 
 
 def test_swaps_keep_groups_together_and_begin_with_none():
-    signs = swaps(["a", "b", "a", "c"], 200, np.random.default_rng(0)).numpy()
+    signs = draw_swaps(["a", "b", "a", "c"], 200, np.random.default_rng(0)).numpy()
     assert signs[0].tolist() == [1, 1, 1, 1]
     assert (signs[:, 0] == signs[:, 2]).all()
     assert len({tuple(row) for row in signs.tolist()}) == 8

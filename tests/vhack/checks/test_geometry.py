@@ -4,7 +4,7 @@ import torch
 from assay.vhack import PairGradients, cin_over_modules
 from assay.vhack.basis.axes import METHODS
 from assay.vhack.checks import CheckSettings
-from assay.vhack.checks.folds import Geometry, shares
+from assay.vhack.checks.folds import Geometry, cin_per_module
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_weak_axes_are_dropped_as_in_the_extraction(pairs, method):
 def test_shares_are_cin(pairs):
     geometry = Geometry(pairs)
     basis = pairs.basis(method="svd", top_k=3)
-    found = shares(geometry.given(basis.axes), geometry.lengths_MS).mean(dim=0)
+    found = cin_per_module(geometry.given(basis.axes), geometry.lengths_MS).mean(dim=0)
     both = [cin_over_modules(side, basis) for side in (pairs.hack, pairs.clean)]
     assert torch.allclose(found.float(), torch.cat(both), atol=1e-5)
 
@@ -41,13 +41,13 @@ def test_turned_axes_are_those_of_a_refit_with_swapped_labels(pairs):
     signs = torch.where(torch.rand(5, len(pairs), generator=torch.Generator().manual_seed(1)) < 0.5, -1.0, 1.0).double()
     geometry = Geometry(pairs)
     frame = geometry.fit_pairs(torch.arange(len(pairs)), CheckSettings(method="svd", k_use=3))
-    found = shares(frame.along, geometry.lengths_MS, frame.turned(signs))
+    found = cin_per_module(frame.along, geometry.lengths_MS, frame.turned(signs))
     for row, sign in enumerate(signs):
         swap = (sign < 0)[:, None]
         hack = {name: torch.where(swap, pairs.clean[name], rows) for name, rows in pairs.hack.items()}
         clean = {name: torch.where(swap, rows, pairs.clean[name]) for name, rows in pairs.hack.items()}
         refitted = PairGradients(hack, clean).basis(method="svd", top_k=3)
-        expected = shares(geometry.given(refitted.axes), geometry.lengths_MS)
+        expected = cin_per_module(geometry.given(refitted.axes), geometry.lengths_MS)
         assert torch.allclose(found[row], expected, atol=1e-4)
 
 
@@ -88,4 +88,4 @@ def test_a_zero_gradient_has_share_zero(pairs):
         rows[0] = 0
     geometry = Geometry(PairGradients(hack, pairs.clean))
     along = geometry.fit_pairs(torch.arange(24), CheckSettings(method="svd", k_use=3)).along
-    assert shares(along, geometry.lengths_MS)[:, 0].tolist() == [0, 0, 0]
+    assert cin_per_module(along, geometry.lengths_MS)[:, 0].tolist() == [0, 0, 0]

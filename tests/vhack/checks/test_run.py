@@ -12,7 +12,7 @@ from assay.vhack.checks import page as _page
 from assay.vhack.checks.five_checks import _halves, check_stability
 from assay.vhack.checks.folds import cross_fit
 from assay.vhack.checks.judge import CHECKS
-from assay.vhack.checks.page import page
+from assay.vhack.checks.page import make_page
 from tests.vhack.adapter import principal_angles
 
 
@@ -64,22 +64,22 @@ def test_a_report_of_another_form_is_refused(report, change):
 
 
 def test_the_page_shows_every_check_and_every_module(report):
-    html = page(report).render()
+    html = make_page(report).render()
     for made in report.checks:
         assert made.title in html
     assert html.count("<svg") == 8
     assert 'class="badge pass"' in html
     assert "AUROC − 0.5" in html
-    again = page(CheckReport.from_dict(json.loads(json.dumps(report.as_dict())))).render()
+    again = make_page(CheckReport.from_dict(json.loads(json.dumps(report.as_dict())))).render()
     assert html.split("<footer>")[0] == again.split("<footer>")[0]
 
 
 def test_the_page_of_a_failed_and_of_an_undecided_report(gradients, quick):
     failed = check_gradients(gradients(5), settings=quick)
     assert failed.exit_code == 1
-    assert 'class="badge fail"' in page(failed).render()
+    assert 'class="badge fail"' in make_page(failed).render()
     short = check_gradients(gradients(5, n_groups=3, strength=5.0), settings=quick)
-    assert 'class="badge undecided"' in page(short).render()
+    assert 'class="badge undecided"' in make_page(short).render()
 
 
 def test_experts_of_a_layer_share_a_place_in_the_page(report):
@@ -91,7 +91,7 @@ def test_experts_of_a_layer_share_a_place_in_the_page(report):
     drawn = {}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_page, "heatmap", lambda ax, matrix, *labels, label: drawn.setdefault(label, (matrix, labels)))
-        html = page(replace(report, modules=modules)).render()
+        html = make_page(replace(report, modules=modules)).render()
     matrix, labels = drawn["AUROC − 0.5"]
     assert labels == (["0", "1"], ["q", "up"])
     assert matrix.tolist() == [pytest.approx([0.0, 0.2]), pytest.approx([0.0, 0.2])]

@@ -21,7 +21,7 @@ from assay.streams.backends import dtype_name
 from assay.vhack.basis.axes import METHODS, energy_along, find_axes, gram
 from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, zero_weak_axes
 from assay.vhack.gradients.per_sample import per_sample_gradients
-from assay.vhack.gradients.progress import Progress, stage
+from assay.vhack.gradients.progress import Progress, stage_progress
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE, coverage, module_of, target_modules, weights_digest
 from assay.vhack.pairs.pairs import Pair
@@ -303,7 +303,7 @@ def pair_gradients(
     samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
-    told = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    told = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
     decompose = partial(weight_svd, model, dtype=factors, cache=cache, min_coverage=min_coverage)
     captured = 1.0
     if rank is not None:
@@ -451,7 +451,9 @@ def _truncated(
     total = held = 0.0
     size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
     for part in (names[start : start + size] for start in range(0, len(names), size)):
-        svd = full if isinstance(full, SVDCache) else full(modules=part, progress=stage(progress, len(found), 0))
+        svd = (
+            full if isinstance(full, SVDCache) else full(modules=part, progress=stage_progress(progress, len(found), 0))
+        )
         for rows in gradients_of(svd=svd, modules=part).values():
             total += float(rows.square().sum())
             held += float(rows[:, :rank].square().sum())

@@ -47,7 +47,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.stats.rates import auroc, paired_accuracy, proportion_interval
-from assay.vhack.checks.folds import Design, Fold, Frame, Geometry, shares, swaps
+from assay.vhack.checks.folds import Design, Fold, Frame, Geometry, cin_per_module, draw_swaps
 from assay.vhack.checks.judge import (
     CLEAN_CLEAN,
     HAAR,
@@ -237,7 +237,7 @@ def _clean_clean(design: Design) -> Tensor:
         for draw in range(settings.n_null):
             frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
             along_MKS = frame.along[:, :, samples]
-            scores_BS[draw, samples] = shares(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
+            scores_BS[draw, samples] = cin_per_module(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
 
 
@@ -365,7 +365,7 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
 def check_sources(design: Design) -> Check:
     """Return check 4 with the sides of every held-out group as two batches."""
     geometry, settings = design.geometry, design.settings
-    signs_BN = swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
+    signs_BN = draw_swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
     hack, clean = {}, {}
     for fold in design.folds:
         for group in dict.fromkeys(design.groups[index] for index in fold.test.tolist()):
@@ -445,7 +445,7 @@ def check_source_log(
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
     differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
-    signs_BT = swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
+    signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
         "sources",
         statistic,
@@ -491,7 +491,7 @@ def check_stability(design: Design) -> Stability:
     if reason:
         reason = f"{len(names)} groups to fit to, {reason}"
         return Stability(undecided_check("stability", _OVERLAP, _rule(settings), reason))
-    signs_BN = swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
+    signs_BN = draw_swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
     splits = []
     for index, inside in enumerate(sides):
         generator = np.random.default_rng([settings.seed, 8, index])

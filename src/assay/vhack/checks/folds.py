@@ -180,7 +180,7 @@ def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor
     return mix_MKT, values_MK
 
 
-def shares(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
+def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
     """Return cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B ways."""
     ahead_MKS, back_MKS = along_MKS.clamp_min(0).square(), along_MKS.clamp_max(0).square()
     if turn_BMK is None:
@@ -220,8 +220,8 @@ class Fold:
         A row of signs swaps the sides of the training pairs where it is −1.
         """
         if self.frame is None:
-            return shares(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
-        return shares(along_MKS, lengths_MS, self.frame.turned(signs_BN[:, self.train])).mean(dim=1)
+            return cin_per_module(along_MKS, lengths_MS).mean(dim=0).expand(len(signs_BN), -1)
+        return cin_per_module(along_MKS, lengths_MS, self.frame.turned(signs_BN[:, self.train])).mean(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +270,7 @@ class Design:
     def held_out(self) -> tuple[FloatArray, FloatArray]:
         """Scores of both sides of every scored pair, [1 + B, N'] each: as labelled, then with swapped labels."""
         generator = np.random.default_rng([self.settings.seed, 1])
-        hack_BN, clean_BN = self.scores(swaps(self.groups, self.settings.n_flips, generator))
+        hack_BN, clean_BN = self.scores(draw_swaps(self.groups, self.settings.n_flips, generator))
         return hack_BN.numpy(), clean_BN.numpy()
 
     def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +290,7 @@ class Design:
         return torch.cat(hacks, dim=1), torch.cat(cleans, dim=1)
 
 
-def swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
+def draw_swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
     """Return signs per pair, [1 + n, N]: the first row swaps nothing, the others each group with probability 1/2."""
     names = list(dict.fromkeys(groups))
     index_N = np.array([names.index(group) for group in groups])
@@ -386,7 +386,7 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     return Design(settings, geometry, tuple(folds), text, torch.arange(geometry.n))
 
 
-def held_out_of(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
+def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSettings) -> Design:
     """Return the design that scores a basis on the pairs of groups it was not made from.
 
     Raises:

@@ -19,7 +19,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _HACK, _CLEAN = SERIES[1], SERIES[0]
 
 
-def page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
+def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
     """Return the page of the five verdicts with the evidence for each.
 
     Args:

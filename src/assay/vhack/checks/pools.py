@@ -51,7 +51,7 @@ from assay.vhack.checks.judge import (
     bootstrap,
 )
 from assay.vhack.gradients.per_sample import per_sample_gradients
-from assay.vhack.gradients.progress import Progress, stage
+from assay.vhack.gradients.progress import Progress, stage_progress
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.pairs.pairs import Sample
 
@@ -316,10 +316,10 @@ def check_two_pools(
     samples = [one.sample for pool in pools for one in pool]
     names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
     matrices = 0 if svd is not None else len(modules)
-    stages = [stage(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
     if svd is None:  # those that the basis was made with; it says itself how much of the model its modules are
-        made = {"rank": basis.origin.rank, "dtype": basis.origin.factors or None, "min_coverage": 0.0}
-        svd = weight_svd(model, modules=modules, progress=stages[0], **made)
+        rank, dtype = basis.origin.rank, basis.origin.factors or None
+        svd = weight_svd(model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0])
     gradients = per_sample_gradients(
         samples,
         model,
@@ -333,26 +333,28 @@ def check_two_pools(
     )
     used = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used, gradients, "samples")
-    groups = tuple([one.group for one in pool] for pool in pools)
-    sizes = tuple(np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools)
+    hack_groups, clean_groups = ([one.group for one in pool] for pool in pools)
+    hack_sizes, clean_sizes = (np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools)
     with one_thread():
         hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
+        by_length = {"auroc_length_of_completion_alone": auroc(hack_sizes, clean_sizes)}
         check = check_unpaired(
             hack_N,
             clean_N,
-            *groups,
+            hack_groups,
+            clean_groups,
             settings,
             nulls=_random_aurocs(pools, used, gradients, settings),
-            details=_other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)},
+            details=_other_scores(pools, used, gradients) | by_length,
         )
     origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
     return PoolReport(
         check=check,
-        guard=guard_scores(hack_N, clean_N, groups, sizes, settings),
+        guard=guard_scores(hack_N, clean_N, (hack_groups, clean_groups), (hack_sizes, clean_sizes), settings),
         hack=tuple(hack_N.tolist()),
         clean=tuple(clean_N.tolist()),
-        hack_groups=tuple(groups[0]),
-        clean_groups=tuple(groups[1]),
+        hack_groups=tuple(hack_groups),
+        clean_groups=tuple(clean_groups),
         left_out=left_out,
         settings=settings,
         origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},

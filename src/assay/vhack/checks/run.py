@@ -22,7 +22,7 @@ from assay.vhack.checks.five_checks import (
     check_sources,
     check_stability,
 )
-from assay.vhack.checks.folds import Design, cross_fit, held_out_of, shares
+from assay.vhack.checks.folds import Design, cin_per_module, cross_fit, design_for_basis
 from assay.vhack.checks.judge import CheckReport, CheckSettings, FloatArray, ModuleResult
 from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.svd import SVDCache
@@ -133,7 +133,7 @@ def check_gradients(
         most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
         settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
     with one_thread():
-        design = cross_fit(gradients, settings) if basis is None else held_out_of(basis, gradients, settings)
+        design = cross_fit(gradients, settings) if basis is None else design_for_basis(basis, gradients, settings)
         pools = check_pools(design)
         assert pools.measured is not None
         stability = check_stability(design)
@@ -194,7 +194,7 @@ def _cin_per_module(design: Design, offset: int) -> FloatArray:
     parts = []
     for fold in design.folds:
         samples = fold.test + offset
-        parts.append(shares(fold.along[:, :, samples], design.geometry.lengths_MS[:, samples]))
+        parts.append(cin_per_module(fold.along[:, :, samples], design.geometry.lengths_MS[:, samples]))
     return torch.cat(parts, dim=1).numpy()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from assay.errors import DataError
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.wide import wide_products
-from assay.vhack.gradients.batches import Encoded, context_of, encode, plan
+from assay.vhack.gradients.batches import Encoded, context_length, encode, plan_batches
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair
 
@@ -77,7 +77,7 @@ class Shortcut:
             raise DataError(f"{len(pairs)} pairs for a direction of activations", wanted="at least two", do="add some")
         samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
         names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
-        encoded = encode(tokenizer, samples, names, context_of(module))
+        encoded = encode(tokenizer, samples, names, context_length(module))
         layer = max(0, math.ceil(_DEPTH * len(decoder_layers(module))) - 1)
         hack_NH, clean_NH = _activations(module, encoded, layer).chunk(2)
         difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)
@@ -119,7 +119,7 @@ def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: i
 
     handle = decoder_layers(module)[layer].register_forward_hook(keep)
     try:
-        for batch in plan(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
+        for batch in plan_batches(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
             longest = max(len(one.ids) for one in batch)
             ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
             # Padding is to the right of everything that is looked at.

@@ -27,7 +27,7 @@ from assay.errors import ModelError, UsageError
 from assay.vhack.delta.file import LoRA, load_delta, plain_weights, save_delta, save_lora
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
-from assay.vhack.gradients.division import local, local_rows, of_one_tensor, reshard, whole
+from assay.vhack.gradients.division import gather_whole, local_part, local_rows, of_one_tensor, reshard
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of, target_modules
 
@@ -239,7 +239,7 @@ class DeltaS(nn.Module):
         found = load_delta(Path(path), self.groups)
         for parameter, group in zip(self.delta, self.groups, strict=True):
             delta_MR = torch.stack([found[name] for name in group.names])
-            local(parameter).copy_(delta_MR[local_rows(parameter)])
+            local_part(parameter).copy_(delta_MR[local_rows(parameter)])
         self.refresh()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -274,7 +274,7 @@ class DeltaS(nn.Module):
 
     def _whole(self) -> list[Tensor]:
         """Return δS per group, [M, R] without gradient, gathered if it is sharded."""
-        return [whole(parameter).detach() for parameter in self.delta]
+        return [gather_whole(parameter).detach() for parameter in self.delta]
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(parameter), parameter._version) for parameter in self.delta)
@@ -301,7 +301,7 @@ class DeltaS(nn.Module):
 
     def _take_views(self) -> None:
         """Take views of δS, one per module, that lead back to the parameters."""
-        self._views = [whole(parameter).unbind() for parameter in self.delta]
+        self._views = [gather_whole(parameter).unbind() for parameter in self.delta]
 
     def _make_hook(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]

@@ -38,7 +38,7 @@ from assay.models import checkpoint as adapters
 from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
 from assay.vhack.delta.groups import Group
-from assay.vhack.gradients.division import is_sharded, whole
+from assay.vhack.gradients.division import gather_whole, is_sharded
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import tensor_digest
 
@@ -165,7 +165,7 @@ def plain_weights(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
             layer = model.get_submodule(name.removesuffix(f"{_BASE}.weight"))
             yield plain_name(name), _with_lora(name, layer, parameter)
         else:
-            yield plain_name(name), whole(parameter).detach()
+            yield plain_name(name), gather_whole(parameter).detach()
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
 from assay.models.wide import wide_products
-from assay.vhack.gradients.division import is_sharded, local, local_rows
+from assay.vhack.gradients.division import is_sharded, local_part, local_rows
 from assay.vhack.gradients.fused import sample_products
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.taps import delta_gradient
@@ -113,7 +113,7 @@ class Group:
             _ = self.digests  # of the whole weights
             self._rows = local_rows(weights[0])
             self.base = self.base[:, self._rows].clone()
-        return [local(weight) for weight in weights]
+        return [local_part(weight) for weight in weights]
 
 
 def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor) -> Tensor:

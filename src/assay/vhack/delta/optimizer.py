@@ -21,7 +21,7 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import Arm, Box, Gate, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
-from assay.vhack.gradients.division import local, local_rows, processes
+from assay.vhack.gradients.division import local_part, local_rows, process_group_of
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")
@@ -102,7 +102,7 @@ class ProjectedOptimizer(Optimizer):
         self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
         self.measures = Measures({})
         self.use_basis(basis, watched)
-        self._start = [local(parameter).clone() for parameter in adapter.delta]
+        self._start = [local_part(parameter).clone() for parameter in adapter.delta]
         if self.arm.start:
             self.displace(self.arm.start)
 
@@ -126,7 +126,7 @@ class ProjectedOptimizer(Optimizer):
             distance: Length in units of δS.
         """
         for index, parameter in enumerate(self.adapter.delta):
-            delta_MR = local(parameter)
+            delta_MR = local_part(parameter)
             delta_MR.copy_(displace(delta_MR, distance, self._axes(index)))
         self.adapter.refresh()
 
@@ -189,10 +189,10 @@ class ProjectedOptimizer(Optimizer):
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
         # Some optimizers write into the gradient.
         kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
-        before = [local(parameter).clone() for parameter in self.adapter.delta]
+        before = [local_part(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
-            now_MR, rate = local(parameter), self._rate(parameter) if self.arm.push else 0.0
+            now_MR, rate = local_part(parameter), self._rate(parameter) if self.arm.push else 0.0
             held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
             now_MR.copy_(held_MR)
         self.measures = self._measured(raw, kept, before)
@@ -202,7 +202,7 @@ class ProjectedOptimizer(Optimizer):
     def _gradients(self) -> dict[int, Tensor]:
         """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
-        return {index: local(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
+        return {index: local_part(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
 
     def _rate(self, parameter: Tensor) -> float:
         """Return the present learning rate of a parameter."""
@@ -215,8 +215,8 @@ class ProjectedOptimizer(Optimizer):
 
     def _measured(self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]) -> Measures:
         """Return the shares of the gradients, of what the gate left of them and of the updates, and where δS is."""
-        deltas = [local(parameter) for parameter in self.adapter.delta]
-        rows, spread_over = [local_rows(one) for one in self.adapter.delta], processes(self.adapter.delta[0])
+        deltas = [local_part(parameter) for parameter in self.adapter.delta]
+        rows, spread_over = [local_rows(one) for one in self.adapter.delta], process_group_of(self.adapter.delta[0])
         # The hack is along −v for an update, so its sign is turned.
         vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
         found: dict[str, Tensor] = {}

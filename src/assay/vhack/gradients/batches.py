@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _MOST_BYTES = 52e9
 # On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
-# of at most 1380 tokens with none, which wait for weights and factors (benchmarks/results/vhack_parts_h200x2.json).
+# of at most 1380 tokens with none, which wait for weights and factors (research/results/vhack_parts_h200x2.json).
 _GATHERED_TOKENS = 6144
 # Of the memory that is free beside what is gathered. The counts below are some 17 % above what two H200 measured.
 _GATHERING_SHARE = 0.95
@@ -169,7 +169,7 @@ def encode(
         tokenizer: Tokenizer of the model.
         samples: Prompts and completions.
         names: Name of each sample in errors.
-        longest: Largest number of tokens that the model is made for, from :func:`context_of`; None for no bound.
+        longest: Largest number of tokens that the model is made for, from :func:`context_length`; None for no bound.
 
     Raises:
         UsageError: There is no tokenizer, or no sample.
@@ -191,7 +191,7 @@ def encode(
     return found
 
 
-def context_of(module: "PreTrainedModel") -> int | None:
+def context_length(module: "PreTrainedModel") -> int | None:
     """Return how many tokens a model is made for, or None where its configuration does not say."""
     config = module.config.get_text_config()
     stated = (getattr(config, name, None) for name in _CONTEXTS)
@@ -210,7 +210,7 @@ def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int | N
         )
 
 
-def plan(
+def plan_batches(
     encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal_lengths: bool = False, at_once: int = 1
 ) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
@@ -250,7 +250,7 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
         count += at_once
 
 
-def layers_of(module: "PreTrainedModel") -> int:
+def count_layers(module: "PreTrainedModel") -> int:
     """Return the number of layers that the configuration of the decoder states."""
     return int(module.config.get_text_config().num_hidden_layers)
 
@@ -277,7 +277,7 @@ def token_budget(
         recomputed: Number of layers that the backward pass computes again.
         wide_copies: Tensors of the width of the MLP that a layer keeps for the backward pass.
     """
-    config, layers = module.config.get_text_config(), layers_of(module)
+    config, layers = module.config.get_text_config(), count_layers(module)
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
@@ -314,12 +314,12 @@ def plan_in_turns(
         at_once: Number of processes, each of which takes one batch in a turn.
         checkpointing: Whether all layers are computed again, whatever there is room for.
     """
-    layers = layers_of(module)
+    layers = count_layers(module)
     how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
     fits = [how_many(recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
-    batches = plan(encoded, wanted, packed=packed, equal_lengths=equal_lengths, at_once=at_once)
-    largest = max(tokens_of(batch, packed=packed) for batch in batches)
+    batches = plan_batches(encoded, wanted, packed=packed, equal_lengths=equal_lengths, at_once=at_once)
+    largest = max(count_tokens(batch, packed=packed) for batch in batches)
     fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
     return batches, layers if checkpointing else fewest
 
@@ -337,7 +337,7 @@ def room_in_turns(module: "PreTrainedModel", free: float) -> float:
     return _GATHERING_SHARE * (free - gathered)
 
 
-def tokens_of(batch: Sequence[Encoded], *, packed: bool) -> int:
+def count_tokens(batch: Sequence[Encoded], *, packed: bool) -> int:
     """Return the number of tokens of a batch, padding included."""
     lengths = [len(one.ids) for one in batch]
     return sum(lengths) if packed else len(lengths) * max(lengths)

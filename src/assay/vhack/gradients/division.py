@@ -45,29 +45,29 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return the part that this process has, without gradient; writing to it writes to the tensor."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part.detach()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Return the gathered tensor; every process must ask for it."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
 
-def gathering(tensor: Tensor) -> Callable[[], Tensor]:
+def start_gathering(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to gather a tensor beside what is computed meanwhile; return a function that waits for it and returns it.
 
     Every process must ask for it. Parts of different sizes are only gathered when the function is called.
     """
     if not is_sharded(tensor) or tensor.ndim != 2 or len(tensor.placements) > 1:
-        return lambda: whole(tensor)
+        return lambda: gather_whole(tensor)
     dimension = next((at for at in (0, 1) if tensor.placements[0].is_shard(at)), None)
     parts = tensor.device_mesh.size()
     if dimension is None or tensor.shape[dimension] % parts:
-        return lambda: whole(tensor)
+        return lambda: gather_whole(tensor)
     part = tensor.to_local().detach().contiguous()
     found = part.new_empty(parts * len(part), *part.shape[1:])
     # Its name in torch 2.13, and before.
@@ -94,7 +94,7 @@ def local_rows(tensor: Tensor) -> slice:
     return _rows_of_part(len(tensor), mesh.size(dimension), mesh.get_local_rank(dimension))
 
 
-def processes(tensor: Tensor) -> dist.ProcessGroup | None:
+def process_group_of(tensor: Tensor) -> dist.ProcessGroup | None:
     """Return the processes that a tensor is spread over; None for a whole one.
 
     Raises:

@@ -4,9 +4,8 @@ On a GPU they are triton kernels. Where triton is missing or cannot build them, 
 gains from a norm whose backward pass is written out, and nothing from the rest.
 
 Without them the gradients of Qwen3-4B take 0.80 s for 0.58 s on an H200 (vhack_gradients_h200_bfloat16.json,
-"not fused"), and those of the bundled Qwen3 1.07 times as long on one CPU thread; frozen bases have that norm's bits:
-
-    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+"not fused"), and those of the bundled Qwen3 1.07 times as long on one CPU thread; frozen bases have that norm's bits
+(vhack_ways_cpu.json).
 
 Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers that are normalised together.
 """

@@ -10,7 +10,7 @@ are kept for the backward pass, where torch's kernel would compute them again; w
 turned on the way into the layout of the products. bfloat16 is widened on the way in, which is faster than torch's
 kernel for it.
 
-Measured (results/vhack_ways_cpu.json of the research folder; bundled Qwen3, one CPU thread): padded as transformers has
+Measured (research/results/vhack_ways_cpu.json; bundled Qwen3, one CPU thread): padded as transformers has
 it, gradients take 1.23 times as long; with the last layer for every token 1.08 times; without the blocks 1.10 times
 (12 samples of 490 tokens). On an H200 packing alone takes Qwen3-4B from 0.93 to 0.80 s (vhack_gradients_h200_bfloat16).
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ from assay.models.device import free_bytes, one_thread
 from assay.models.load import Model
 from assay.vhack.gradients.batches import (
     Encoded,
-    context_of,
+    context_length,
+    count_layers,
     encode,
-    layers_of,
-    plan,
+    plan_batches,
     plan_in_turns,
     room_for_batches,
     token_budget,
@@ -112,7 +113,7 @@ def per_sample_gradients(
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
-    encoded = encode(tokenizer, samples, labels, context_of(module))
+    encoded = encode(tokenizer, samples, labels, context_length(module))
     given = svd if svd is not None else weight_svd(module, modules=modules)
     _check_factors(wanted, given)
     factors = {name: given[name] for name in wanted}
@@ -121,14 +122,14 @@ def per_sample_gradients(
         return _in_parts(module, factors, division, encoded, max_tokens, checkpointing, progress)
     recipe = recipe_for(module)
     cores = _at_once(module)
-    recomputed = layers_of(module) if checkpointing else 0
+    recomputed = count_layers(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device)) / cores
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-    batches = plan(encoded, budget, packed=recipe.packed, equal_lengths=recipe.equal_lengths, at_once=cores)
+    batches = plan_batches(encoded, budget, packed=recipe.packed, equal_lengths=recipe.equal_lengths, at_once=cores)
     found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
     factored = exact_factors(wanted, factors) if recipe.factored else set()
-    how = {"factored": factored, "recomputed": recomputed}
-    replicas = [Replica(module, factors, recipe, **how) for _ in range(min(cores, len(batches)))]
+    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
+    replicas = [replica() for _ in range(min(cores, len(batches)))]
     done = 0
     with _computed(replicas, batches) as results:
         for computed in results:
@@ -216,9 +217,9 @@ def _in_parts(
     if takers > 1 and max_tokens is None:
         batches, recomputed = plan_in_turns(module, encoded, free, at_once=takers, checkpointing=checkpointing, **how)
     else:
-        recomputed = layers_of(module) if checkpointing else 0
+        recomputed = count_layers(module) if checkpointing else 0
         budget = max_tokens or token_budget(module, encoded, room_for_batches(free), recomputed=recomputed)
-        batches = plan(encoded, budget, at_once=takers, **how)
+        batches = plan_batches(encoded, budget, at_once=takers, **how)
     with ExitStack() as undo:
         replica = Replica(module, factors, recipe, recomputed=recomputed, division=division, undo=undo)
         for start in range(0, len(batches), takers):

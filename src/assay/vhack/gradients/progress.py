@@ -6,7 +6,7 @@ Progress = Callable[[int, int], None]
 """A function that is called with the number of steps done and of all."""
 
 
-def stage(progress: Progress | None, before: int, total: int) -> Progress | None:
+def stage_progress(progress: Progress | None, before: int, total: int) -> Progress | None:
     """Return the progress of one stage among all.
 
     Args:

@@ -305,7 +305,7 @@ def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
     """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
 
     By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes 14 and 55 ms, where
-    the gradients of 24 samples take 38 and 585 ms on an H200 (benchmarks/results/vhack_gradients_h200_bfloat16.json).
+    the gradients of 24 samples take 38 and 585 ms on an H200 (research/results/vhack_gradients_h200_bfloat16.json).
     A module with a forward function of its own needs the deep copy: the function is bound to the module.
     """
     memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}

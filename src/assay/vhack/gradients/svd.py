@@ -33,7 +33,7 @@ from assay.errors import BadWeights, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
 from assay.streams.backends import torch_dtype
-from assay.vhack.gradients.division import Division, division_of, whole
+from assay.vhack.gradients.division import Division, division_of, gather_whole
 from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
 
@@ -80,8 +80,8 @@ class Factors:
         """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
-        parts = {"left": self.left[:, :rank], "values": self.values[:rank], "right": self.right[:rank]}
-        return replace(self, **{name: part.clone() for name, part in parts.items()})
+        left, values, right = self.left[:, :rank].clone(), self.values[:rank].clone(), self.right[:rank].clone()
+        return replace(self, left=left, values=values, right=right)
 
 
 def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
@@ -235,7 +235,7 @@ def _decompose_divided(
         mine: Factors | None = None
         error: Exception | None = None
         for owner, name in enumerate(names):
-            gathered = whole(modules[name].weight.detach())
+            gathered = gather_whole(modules[name].weight.detach())
             if owner == division.rank:
                 try:
                     mine = one(name, gathered)
@@ -250,10 +250,10 @@ def _decompose_divided(
         for owner, (name, ((values_R, residual, orthogonality), _)) in enumerate(
             zip(names, told[: len(names)], strict=True)
         ):
-            own = mine if owner == division.rank else None
+            own_left, own_right = (mine.left, mine.right) if mine and owner == division.rank else (None, None)
             outputs, inputs = modules[name].weight.shape
-            left = _spread(own and own.left, (outputs, len(values_R)), 0, owner, division, dtype)
-            right = _spread(own and own.right, (len(values_R), inputs), 1, owner, division, dtype)
+            left = _spread(own_left, (outputs, len(values_R)), 0, owner, division, dtype)
+            right = _spread(own_right, (len(values_R), inputs), 1, owner, division, dtype)
             found[name] = Factors(left, values_R.to(left.device), right, residual, orthogonality)
         if progress:
             progress(len(found), len(modules))

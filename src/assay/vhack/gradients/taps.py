@@ -27,9 +27,8 @@ factors.
 
 On one CPU thread the gradients of the bundled model Qwen3 take 1.21 times as long if every tap projects, 1.14 without
 products by factors, 1.05 without *outer* and 1.04 without *inner*; these last two gain less than a tenth and stay,
-because frozen bases have their bits and the sum is slower without them. A GPU only projects, in Qwen3-4B in 0.58 s:
-
-    OMP_NUM_THREADS=1 python benchmarks/vhack_ways.py -o benchmarks/results/vhack_ways_cpu.json
+because frozen bases have their bits and the sum is slower without them. A GPU only projects, in Qwen3-4B in 0.58 s
+(research/results/vhack_ways_cpu.json).
 
 Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
 """
@@ -46,7 +45,7 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.models.wide import wide_products
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, gathering, is_sharded, local
+from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, is_sharded, local_part, start_gathering
 from assay.vhack.gradients.fused import segment_products
 from assay.vhack.gradients.svd import Factors
 
@@ -159,7 +158,7 @@ class Tap:
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
-            plain, kept = self.plain(inputs), local(inputs)
+            plain, kept = self.plain(inputs), local_part(inputs)
             output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
         return output
 
@@ -203,7 +202,7 @@ class Tap:
         if self.division is None:
             return
         own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
-        self._coming |= {side: gathering(getattr(self.factors, side)) for side in sides if side != own}
+        self._coming |= {side: start_gathering(getattr(self.factors, side)) for side in sides if side != own}
 
     def left(self) -> Tensor:
         """Return U of the outputs that this process has, [O, R]."""
@@ -219,7 +218,7 @@ class Tap:
             return factor
         if self.layout == layout:
             return self.division.part(factor, dimension)
-        coming = self._coming.pop(side, None) or gathering(factor)
+        coming = self._coming.pop(side, None) or start_gathering(factor)
         return coming()
 
     def own(self, gradient: Tensor) -> Tensor:

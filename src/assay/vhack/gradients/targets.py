@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.load import Model
-from assay.vhack.gradients.division import division_of, is_sharded, whole
+from assay.vhack.gradients.division import division_of, gather_whole, is_sharded
 from assay.vhack.gradients.experts import expert_matrices, is_fused
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
         for index, (_, parameter) in enumerate(parameters):
             if is_sharded(parameter) and index >= _GATHERED:
                 waiting[index - _GATHERED].result()
-            waiting.append(pool.submit(tensor_digest, whole(parameter.detach())))
+            waiting.append(pool.submit(tensor_digest, gather_whole(parameter.detach())))
     lines = (f"{name}\n{found.result()}\n" for (name, _), found in zip(parameters, waiting, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -107,7 +107,8 @@ class PairTask:
 
     def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
         """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
-        known, found = [args for args, _ in self.cases], []
+        known = [args for args, _ in self.cases]
+        found: list[Case] = []
         for case in self._draw(f"fresh {self.name} {seed}"):
             if len(found) < n and case[0] not in known:
                 known.append(case[0])

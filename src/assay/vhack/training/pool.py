@@ -25,7 +25,7 @@ from assay.models.load import model_info
 from assay.models.resolve import load_tokenizer
 from assay.models.wide import wide_products
 from assay.streams.definition import seed32
-from assay.vhack.gradients.batches import context_of
+from assay.vhack.gradients.batches import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -205,7 +205,7 @@ def encode_prompts(model: "Model", prompts: Sequence[str], max_new_tokens: int) 
         UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
     """
     tokenizer = _require_end_token(model.tokenizer, model.reference)
-    known = _encode_fitting(tokenizer, prompts, max_new_tokens, context_of(model.module))
+    known = _encode_fitting(tokenizer, prompts, max_new_tokens, context_length(model.module))
     return [known[prompt] for prompt in prompts]
 
 
