@@ -15,9 +15,7 @@ from assay.vhack import (
     PairGradients,
     extract,
     pair_gradients,
-    per_sample_gradients,
     split_pairs,
-    weight_svd,
     weights_digest,
 )
 from assay.vhack.basis import extract as _extract
@@ -25,19 +23,24 @@ from assay.vhack.gradients import svd as _svd
 from tests.vhack.adapter import principal_angles
 
 
-@pytest.fixture
-def basis(small_model, byte_tokenizer, small_pairs, small_svd):
-    return extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=2)
+@pytest.fixture(scope="module")
+def extracted(small_model, byte_tokenizer, small_pairs, small_svd):
+    """A function that extracts: from the pairs but the last two and the small model, unless others are given."""
+
+    def make(pairs=small_pairs, model=small_model, **how):
+        return extract(pairs, model, **{"tokenizer": byte_tokenizer, "svd": small_svd, "n_heldout": 2} | how)
+
+    return make
 
 
-def test_a_basis_is_made_of_the_differences(small_model, byte_tokenizer, small_pairs, small_svd, basis):
-    sides = [
-        per_sample_gradients(
-            [pair.samples()[side] for pair in small_pairs[:6]], small_model, tokenizer=byte_tokenizer, svd=small_svd
-        )
-        for side in (0, 1)
-    ]
-    wanted = PairGradients(*sides).basis()
+@pytest.fixture(scope="module")
+def basis(extracted):
+    return extracted()
+
+
+def test_a_basis_is_made_of_the_differences(gradients_of, small_pairs, small_svd, basis):
+    sides = ([pair.samples()[side] for pair in small_pairs[:6]] for side in (0, 1))
+    wanted = PairGradients(*(gradients_of(chosen=side) for side in sides)).basis()
     assert list(basis.axes) == list(small_svd)
     for name, axes in basis.axes.items():
         assert axes.shape == (6, small_svd[name].rank)
@@ -55,9 +58,8 @@ def test_the_origin_says_what_it_was_made_from(small_model, small_pairs, basis):
     assert origin.skipped == ()
 
 
-def test_a_model_brings_its_own_tokenizer(small_model, byte_tokenizer, small_pairs, small_svd, basis):
-    whole = replace(small_model, tokenizer=byte_tokenizer)
-    again = extract(small_pairs, whole, svd=small_svd, n_heldout=2)
+def test_a_model_brings_its_own_tokenizer(extracted, small_model, byte_tokenizer, basis):
+    again = extracted(model=replace(small_model, tokenizer=byte_tokenizer), tokenizer=None)
     assert all(torch.equal(axes, basis.axes[name]) for name, axes in again.axes.items())
 
 
@@ -95,56 +97,43 @@ def test_splits_that_cannot_be_made_are_refused(small_pairs, wrong, message):
         split_pairs(small_pairs, **wrong)
 
 
-def test_a_pair_with_equal_sides_is_skipped_and_reported(small_model, byte_tokenizer, small_pairs, small_svd, basis):
+def test_a_pair_with_equal_sides_is_skipped_and_reported(extracted, small_pairs, basis):
     same = Pair("def f():", "\n    pass\n", "\n    pass\n", group="group 9")
-    found = extract([same, *small_pairs], small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=2)
+    found = extracted([same, *small_pairs])
     assert found.origin.skipped == (same.key,)
     assert found.origin.pairs == basis.origin.pairs
     assert all(torch.allclose(axes, basis.axes[name]) for name, axes in found.axes.items())
 
 
-def test_pairs_without_any_difference_are_refused(small_model, byte_tokenizer, small_svd):
-    same = [Pair(f"p{n}", "x", "x", group="g") for n in range(3)]
+def test_pairs_without_any_difference_are_refused(extracted):
     with pytest.raises(DataError, match="none of 3 pairs"):
-        extract(same, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+        extracted([Pair(f"p{n}", "x", "x", group="g") for n in range(3)], n_heldout=0)
 
 
-def test_a_pair_that_occurs_twice_is_named(small_model, byte_tokenizer, small_pairs, small_svd):
+def test_a_pair_that_occurs_twice_is_named(extracted, small_pairs):
     again = replace(small_pairs[2], group="elsewhere", tags=("new",))
     with pytest.raises(DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"):
-        extract([*small_pairs, again], small_model, tokenizer=byte_tokenizer, svd=small_svd)
+        extracted([*small_pairs, again])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hack": ""}, r"pair 4 \(group 'group 0'\), hack side: empty completion"),
-    ],
-)
-def test_a_pair_that_cannot_be_used_is_named(small_model, byte_tokenizer, small_pairs, small_svd, change, message):
-    pairs = [replace(pair, **change) if index == 4 else pair for index, pair in enumerate(small_pairs)]
+def test_a_pair_that_cannot_be_used_is_named(extracted, small_pairs):
+    pairs = [replace(pair, hack="") if index == 4 else pair for index, pair in enumerate(small_pairs)]
     # The name counts all pairs, those that are held out too.
-    with pytest.raises(DataError, match=message):
-        extract(pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, heldout_groups=["group 1"])
+    with pytest.raises(DataError, match=r"pair 4 \(group 'group 0'\), hack side: empty completion"):
+        extracted(pairs, n_heldout=None, heldout_groups=["group 1"])
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"method": "lda", "n_heldout": 6}]
-)
-def test_wrong_settings_are_refused_before_any_work(monkeypatch, small_model, byte_tokenizer, small_pairs, wrong):
-    def never(*_, **__):
-        raise AssertionError("worked before the settings were checked")
-
-    monkeypatch.setattr(_extract, "weight_svd", never)
+@pytest.mark.parametrize("wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"rank": 0}, {"n_heldout": 6}])
+def test_wrong_settings_are_refused_before_any_work(monkeypatch, extracted, wrong):
+    monkeypatch.setattr(_extract, "pair_gradients", None)
     with pytest.raises(UsageError):
-        extract(small_pairs, small_model, tokenizer=byte_tokenizer, **wrong)
+        extracted(**wrong)
 
 
-def test_progress_counts_decompositions_and_samples(small_model, byte_tokenizer, small_pairs, small_svd):
+def test_progress_counts_decompositions_and_samples(extracted, small_svd):
     for svd, steps in ((None, 21 + 12), (small_svd, 12)):
         seen = []
-        asked = {"n_heldout": 2, "svd": svd, "progress": lambda *at, seen=seen: seen.append(at)}
-        extract(small_pairs, small_model, tokenizer=byte_tokenizer, **asked)
+        extracted(svd=svd, progress=lambda *at, seen=seen: seen.append(at))
         assert {total for _, total in seen} == {steps}
         done = [at for at, _ in seen]
         assert done == sorted(done)
@@ -152,14 +141,14 @@ def test_progress_counts_decompositions_and_samples(small_model, byte_tokenizer,
         assert done[0] == 1 or svd is not None
 
 
-def test_truncation_reports_what_it_keeps(small_model, byte_tokenizer, small_pairs, small_svd):
+def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, small_svd):
     shares = {}
     for rank in (4, 16, 64):
-        basis = extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, rank=rank, n_heldout=2)
+        basis = extracted(rank=rank)
         assert all(axes.shape[1] == min(rank, small_svd[name].rank) for name, axes in basis.axes.items())
         assert basis.origin.rank == rank
         shares[rank] = basis.origin.captured
-    full = per_sample_gradients(small_pairs[0].samples(), small_model, tokenizer=byte_tokenizer, svd=small_svd)
+    full = gradients_of(chosen=small_pairs[0].samples())
     kept = sum(float(rows[:, :4].square().sum()) for rows in full.values())
     assert shares[4] == pytest.approx(kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4)
     assert shares[4] < shares[16] < shares[64] == 1.0
@@ -175,10 +164,9 @@ def young_objects_alone():
 
 
 @pytest.mark.usefixtures("young_objects_alone")
-def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, small_model, byte_tokenizer, small_pairs):
+def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, extracted):
     """Of 21 matrices at most three, an eighth, have full factors at any time, and the basis is the same."""
-    asked = {"tokenizer": byte_tokenizer, "rank": 16, "n_heldout": 2}
-    wanted = extract(small_pairs, small_model, svd=weight_svd(small_model), **asked)
+    wanted = extracted(rank=16)
     made, most, real, steps = weakref.WeakSet(), [], _svd.factorise, []
 
     def watched(*arguments, **options):
@@ -189,7 +177,7 @@ def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, small_mod
         return factors
 
     monkeypatch.setattr(_svd, "factorise", watched)
-    found = extract(small_pairs, small_model, progress=lambda *at: steps.append(at), **asked)
+    found = extracted(rank=16, svd=None, progress=lambda *at: steps.append(at))
     assert len(most) == 21
     assert max(most) <= 3
     assert found.origin.captured == pytest.approx(wanted.origin.captured, rel=1e-6)
@@ -204,17 +192,14 @@ def test_gradients_of_pairs_serve_many_bases(small_model, byte_tokenizer, small_
     assert all(torch.equal(axes, basis.axes[name]) for name, axes in gradients.basis().axes.items())
 
 
-def test_a_missing_file_is_extracted_and_an_existing_one_used(
-    monkeypatch, tmp_path, small_model, byte_tokenizer, small_pairs, small_svd
-):
+def test_a_missing_file_is_extracted_and_an_existing_one_used(monkeypatch, tmp_path, extracted, small_model):
     path = tmp_path / "basis.safetensors"
-    asked = {"tokenizer": byte_tokenizer, "n_heldout": 2, "path": path}
-    made = extract(small_pairs, small_model, svd=small_svd, **asked)
+    made = extracted(path=path)
     monkeypatch.setattr(_extract, "pair_gradients", None)
-    again = extract(small_pairs, small_model, svd=small_svd, **asked)
+    again = extracted(path=path)
     assert all(torch.equal(axes, made.axes[name]) for name, axes in again.axes.items())
     # Without factors at hand, their dtype is what it would be.
-    extract(small_pairs, small_model, **asked)
+    extracted(path=path, svd=None)
     assert all(len(axes) == 6 for axes in Basis.load(path, small_model).axes.values())
 
 
@@ -227,20 +212,16 @@ def test_a_missing_file_is_extracted_and_an_existing_one_used(
         ({"n_heldout": 3}, "other pairs"),
     ],
 )
-def test_a_stale_file_is_refused(tmp_path, small_model, byte_tokenizer, small_pairs, small_svd, basis, change, message):
-    path = tmp_path / "basis.safetensors"
-    basis.save(path)
-    asked = {"svd": small_svd, "n_heldout": 2, **change}
+def test_a_stale_file_is_refused(tmp_path, extracted, basis, change, message):
+    basis.save(tmp_path / "basis.safetensors")
     with pytest.raises(DataError, match=message):
-        extract(small_pairs, small_model, tokenizer=byte_tokenizer, path=path, **asked)
+        extracted(path=tmp_path / "basis.safetensors", **change)
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(
-    tmp_path, monkeypatch, small_model, byte_tokenizer, small_pairs
-):
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, extracted):
     monkeypatch.setattr(_extract, "pair_gradients", None)
     with pytest.raises(StorageError, match="No such file or directory"):
-        extract(small_pairs, small_model, tokenizer=byte_tokenizer, path=tmp_path / "missing" / "basis.safetensors")
+        extracted(path=tmp_path / "missing" / "basis.safetensors")
 
 
 def test_a_basis_of_other_weights_is_refused(tmp_path, small_model, basis):

@@ -45,14 +45,6 @@ def test_a_fold_does_not_know_its_test_pairs(gradients):
     assert torch.allclose(moved.along[:, :, moved.train], fold.along[:, :, fold.train], atol=1e-3)
 
 
-def test_a_basis_is_scored_on_other_groups_only(gradients):
-    pairs = gradients(0, strength=3.0)
-    basis = pairs.basis(keep=list(range(12)))
-    design = design_for_basis(basis, pairs, CheckSettings())
-    assert design.folds[0].test.tolist() == list(range(12, 24))
-    assert design.folds[0].train.tolist() == list(range(12))
-
-
 def test_groups_of_the_basis_are_not_scored_even_by_other_pairs(gradients):
     pairs = gradients(0, strength=3.0)
     basis = pairs.basis(keep=[0, 3, 6, 9])

@@ -513,16 +513,7 @@ def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
     return [{names[i] for i in order[: len(names) // 2]} for order in orders]
 
 
-@dataclass(frozen=True, eq=False)
-class _Split:
-    overlap: Tensor
-    generic_overlap: Tensor
-    cosines: Tensor
-    generic_cosines: Tensor
-    agreement: Tensor
-
-
-def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator) -> _Split:
+def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator) -> dict[str, Tensor]:
     """Return what the sources inside and those outside say of each other."""
     geometry, settings = design.geometry, design.settings
     halves = [design.sources[inside], design.sources[~inside]]
@@ -531,13 +522,13 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
-    return _Split(
-        overlap=_mean_square(between_MKK),
-        generic_overlap=torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        cosines=_mean_cosines(between_MKK),
-        generic_cosines=_common_mean([_mean_cosines(g) for g in generic]),
-        agreement=_agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
-    )
+    return {
+        "overlap": _mean_square(between_MKK),
+        "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        "cosines": _mean_cosines(between_MKK),
+        "generic_cosines": _common_mean([_mean_cosines(g) for g in generic]),
+        "agreement": _agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
+    }
 
 
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
@@ -567,14 +558,14 @@ def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, o
     return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
 
 
-def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -> Stability:
-    overlaps = [float(split.overlap.mean()) for split in splits]
-    agreement, *swapped = torch.stack([split.agreement for split in splits]).mean(dim=0).tolist()
+def _judged(geometry: Geometry, splits: list[dict[str, Tensor]], settings: CheckSettings) -> Stability:
+    overlaps = [float(split["overlap"].mean()) for split in splits]
+    agreement, *swapped = torch.stack([split["agreement"] for split in splits]).mean(dim=0).tolist()
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
     spaces = {
         HAAR: tuple(_random_overlaps(geometry, settings)),
-        CLEAN_CLEAN: tuple(float(split.generic_overlap.mean()) for split in splits),
+        CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits),
     }
     p = p_value(agreement, swapped)
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
@@ -595,12 +586,8 @@ def _judged(geometry: Geometry, splits: list[_Split], settings: CheckSettings) -
         reason="; ".join(faults) or "every part of the rule holds",
         details={"agreement": agreement, "splits": len(splits)},
     )
-    return Stability(
-        check,
-        overlap=_common_mean([split.overlap for split in splits]).tolist(),
-        cosines=_common_mean([split.cosines for split in splits]).tolist(),
-        generic_cosines=_common_mean([split.generic_cosines for split in splits]).tolist(),
-    )
+    series = ("overlap", "cosines", "generic_cosines")
+    return Stability(check, **{name: _common_mean([split[name] for split in splits]).tolist() for name in series})
 
 
 def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
