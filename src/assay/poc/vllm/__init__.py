@@ -26,8 +26,6 @@ _PLACES = {
 
 __all__ = [
     "PluginSettings",
-    "ProcessorV1",
-    "ProcessorV2",
     "ResponseExtension",
     "VLLMEngine",
     "WorkerExtension",
