@@ -13,7 +13,7 @@ MODULES = {
     for path in sorted((ROOT / "assay").rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-LONGEST_FUNCTION = 60
+LONGEST_FUNCTION = 65
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
 LOADED = {"TorchBackend", "TritonBackend", "plugin", "before_start", "train_delta"}
 """Names that are put together at run time, and entry points of vLLM and verl."""

@@ -16,6 +16,7 @@ class Refusal(AssayError):
         do: Action that the client can take.
         retry_after: Seconds after which the same request may succeed.
         fields: Further members of the response body.
+        field: Name of the setting that is at fault, as of every :class:`assay.errors.AssayError`.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Refusal(AssayError):
         do: str,
         retry_after: int | None = None,
         fields: Mapping[str, Any] | None = None,
+        field: str = "",
     ) -> None:
-        super().__init__(seen, wanted=wanted, do=do)
+        super().__init__(seen, wanted=wanted, do=do, field=field)
         self.status = status
         self.retry_after = retry_after
         self.fields = dict(fields or {})
