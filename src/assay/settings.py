@@ -127,7 +127,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def environment_name(cls, field: str) -> str | None:
-        """Return the variable that sets a field, or None where there is none."""
+        """Return the variable that sets a field, or None for a field without one."""
         flag, prefix = cls.flag(field), cls.model_config.get("env_prefix")
         return flag.variable or (prefix and f"{prefix}{flag.names[-1].lstrip('-').replace('-', '_').upper()}") or None
 

@@ -235,7 +235,7 @@ def test_interval_of_shares_covers_the_mean_of_machines(rates, machines: int, fe
 
 
 def test_a_bootstrap_does_not_cover_the_mean_of_machines():
-    """Why :func:`grouped_share_interval` is none."""
+    """Why :func:`grouped_share_interval` gives no interval."""
     seen = RATES["one machine of ten is accused"](np.random.default_rng(2), (60, 7))
     drawn = [group_bootstrap(mean, [row], [range(7)], n_resamples=100) for row in seen if row.any()]
     assert sum(one.low <= 0.005 <= one.high for one in drawn) / len(seen) < 0.6

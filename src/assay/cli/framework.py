@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def default(self) -> Any:
-        """The default as a user writes it; None where there is none."""
+        """The default as a user writes it; None for a setting without one."""
         if self.field.is_required():
             return None
         value = self.field.get_default(call_default_factory=True)
@@ -89,7 +89,7 @@ class Setting:
 
     @property
     def help(self) -> str:
-        """The description with the default behind it."""
+        """The description, then the default."""
         is_none = self.default is None or self.default is False or self.default in ("", [])
         shown = "" if is_none else f"  [default: {self.default}]"
         return f"{self.field.description or ''}{'  [required]' if self.field.is_required() else shown}"

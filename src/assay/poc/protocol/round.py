@@ -159,8 +159,8 @@ class Round:
         """Return nonces of any kind, a generator or a numpy array too, as a range or a list.
 
         Raises:
-            UsageError: There are none or too many, or one is out of range, belongs to another node, or does not ascend;
-                names the first one.
+            UsageError: The nonces are empty or too many, or one is out of range, belongs to another node, or does not
+                ascend; names the first one.
         """
         most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
         if isinstance(nonces, range):

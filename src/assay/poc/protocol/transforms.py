@@ -68,8 +68,8 @@ def random_projection(
 def sketch_states(states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]) -> Float16[Tensor, "S K"]:
     """Return unit(P · unit(h)) of every state h after the final norm, with P [12, D] the normals of its seed.
 
-    Whoever prefills prompt and tokens once has the same states, and so the same sketches up to rounding. A projection
-    that nobody knows before the seed leaves nothing to prepare, and reads all coordinates of the state alike.
+    Whoever prefills prompt and tokens once has the same states, and so the same sketches up to rounding. The seed
+    fixes the projection, so a node cannot prepare for it, and every coordinate of the state counts alike.
     """
     backend = streams.get_backend("auto", str(states_SD.device))
     normals_SN = as_tensor(backend.normals(seeds_S, SKETCH_SIZE * states_SD.shape[1]))
