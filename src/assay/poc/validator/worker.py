@@ -386,7 +386,7 @@ def recompute(
     found: dict[tuple[int, int], Record] = {}
     claimed = {
         (id(round), record.nonce): record
-        for (round, _), records in zip(wanted, received, strict=False)
+        for (round, _), records in zip(wanted, received or [()] * len(wanted), strict=True)
         for record in records
         if isinstance(record, TokenRecord)
     }

@@ -75,7 +75,7 @@ def sample_tasks(
         first = len(lines) // how["batch"] * how["batch"] if len(lines) < len(tasks) else len(lines)
         fits = len(lines) <= len(tasks) and all(
             (record := loads(line, str(path))).get("origin") == about and record.get("prompt") == prompt
-            for line, prompt in zip(lines, prompts, strict=False)
+            for line, prompt in zip(lines, prompts[: len(lines)], strict=True)
         )
         if not fits and not overwrite:
             raise UsageError(
