@@ -27,17 +27,19 @@ ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ[
 ROW = re.compile(r"^\| \[([\w-]+)\]\(\S+\) \| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 SHELL = """\
 assay() {
+  local port=
   case "$*" in
     *--help*) ;;
-    "poc serve"*) export ASSAY_PORT=$PORT_8000;;
-    "poc validator"*) export ASSAY_PORT=$PORT_8090;;
+    "poc serve"*) port=$PORT_8000;;
+    "poc validator"*) port=$PORT_8090;;
   esac
+  if [ -n "$port" ]; then set -- "$@" --port "$port"; fi
   case "$*" in %s "") ;; esac
   if [ $BASHPID != $$ ]; then exec $AHEAD assay "$@"; fi
   case "$*" in
     "poc serve"* | "poc validator"*)
       command $AHEAD assay "$@" & local server=$!
-      until curl --silent --fail "http://127.0.0.1:$ASSAY_PORT/ready"; do kill -0 $server; sleep 0.5; done
+      until curl --silent --fail "http://127.0.0.1:$port/ready"; do kill -0 $server; sleep 0.5; done
       kill $server && wait $server;;
     *) command $AHEAD assay "$@";;
   esac

@@ -32,7 +32,7 @@ def test_the_readme(checkout: Path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     port = free_port()
     text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    done = run(text, checkout, ASSAY_PORT=str(port))
+    done = run(text.replace("assay poc serve", f"assay poc serve --port {port}"), checkout)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says
     assert '"status":"OK"' in done.stdout  # of the request to the service

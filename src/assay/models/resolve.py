@@ -255,7 +255,9 @@ def find_bundled(reference: str) -> Path:
     kind, _, name = reference.partition(":")
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"
-    found = next((path for path in (_HERE / "reference" / name, _CHECKOUT / name) if path.is_dir()), None)
+    found = next(
+        (path for path in (_HERE / "reference" / name, _CHECKOUT / name) if (path / "config.json").is_file()), None
+    )
     if found is None:
         raise ModelNotFound(
             f"{reference} is not in the installed package",
