@@ -3,7 +3,7 @@
 Torch has them for bfloat16 where an x86-64 CPU has AVX-512, and for float16 where it has AVX512-FP16. Elsewhere it runs
 a plain loop. Factors taken as float32, sums in float32 and a result that is rounded once are what the fast kernels
 compute as well; the order of the sums is another one. Gain on two cores with AVX2: batches of nonces are 3.7 to 4.8
-times as fast, and gradients of pairs 8.5 times (benchmarks/results/wide_products.json).
+times as fast, and gradients of pairs 8.5 times (research/results/wide_products.json).
 """
 
 import platform

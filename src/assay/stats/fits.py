@@ -39,7 +39,7 @@ a routing flip.
 """
 
 # A fitted law also reaches the quantiles of its sample, up to the quantile that three values lie beyond or the furthest
-# one here. Chosen by what laws from 30 to 4096 nonces accuse (benchmarks/heavy_tails.py).
+# one here. Chosen by what laws from 30 to 4096 nonces accuse (research/results/heavy_tails.json).
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98)
 _BEYOND = 3
 _FURTHEST_SCALE, _FURTHEST_LOG = 0.985, 0.95

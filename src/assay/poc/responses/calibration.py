@@ -39,7 +39,7 @@ SCHEMA = 1
 MARGIN = 2.0
 """Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
 
-DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/responses.py --install
+DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by research/benchmarks/responses.py --install
 
 SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
 LEAST_BETWEEN = 0.2

@@ -96,7 +96,7 @@ def calibrate(
         raise UsageError(
             f"proofs of {first.round.preset}, whose tokens part after the first that differs",
             wanted="proofs of a preset whose values are compared nonce by nonce",
-            do="judge them by the default law; benchmarks/decode_noise.py measures one by replaying honest proofs",
+            do="judge them by the default law; research/results/decode_noise.json says how it was measured",
         )
     rows, fingerprints = _find_machines(proofs)
     pipeline = first.pipeline

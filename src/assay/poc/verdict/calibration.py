@@ -44,7 +44,8 @@ MIXTURE_DOF = 2.5
 """Most degrees of freedom of a law of distances of a mixture, because one block may show too light a tail.
 
 Distances of many blocks of a small Qwen3-MoE choose this value. It was tested on Mixtral and on a mixture that was not
-measured before (benchmarks/mixture_wider.py), and with as many nonces in the audit as in the law (mixture_audits.py).
+measured before (research/results/mixture_wider.json), and with as many nonces in the audit as in the law
+(mixture_audits.json beside it).
 """
 
 LAWS: dict[str, type[Law]] = {

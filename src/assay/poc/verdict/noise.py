@@ -32,7 +32,7 @@ EFFECT = {"distance": 4.0, "vector": 2.0}
 A vector shows a multiple in twelve numbers at once, and cheaper models come closer to it, so half is enough.
 """
 
-DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by benchmarks/default_noise.py --install
+DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # by research/benchmarks/default_noise.py --install
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
 
@@ -121,7 +121,7 @@ class Noise:
 
 
 def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
-    """Return the stated default for a pair of dtypes, as measured by benchmarks/default_noise.py.
+    """Return the stated default for a pair of dtypes, as measured by research/benchmarks/default_noise.py.
 
     Args:
         output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
