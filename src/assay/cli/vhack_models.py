@@ -131,7 +131,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     from assay.files.jsonl import dumps
     from assay.files.storage import check_new_file, write_atomic, write_jsonl
     from assay.vhack import training
-    from assay.vhack.training.evaluate import read_samples
+    from assay.vhack.training.evaluation import read_samples
     from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
 
     if own.samples is None and own.model is None:
@@ -185,7 +185,7 @@ def _sampled(
     from assay.models.load import load_model
     from assay.vhack.delta.file import read_delta_lengths
     from assay.vhack.delta.merge import load_adapter
-    from assay.vhack.training.evaluate import sample_tasks
+    from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.pool import check_prompts
     from assay.vhack.training.rewards import read_prompt
 
@@ -212,7 +212,7 @@ def _at_limit(records: "list[JsonObject]") -> int:
 
 
 def _print_rates(values: dict[str, Any]) -> None:
-    from assay.vhack.training.evaluate import Rate
+    from assay.vhack.training.evaluation import Rate
 
     names = list(values["rates"])
     rows = []

@@ -30,7 +30,7 @@ from assay.pages.html import Badge, Cell, Report
 from assay.stats.rates import proportion_interval
 from assay.vhack.checks.five_checks import SourceCin, check_source_log
 from assay.vhack.checks.judge import Check, CheckReport
-from assay.vhack.training.evaluate import Rate
+from assay.vhack.training.evaluation import Rate
 from assay_research.study.log import RunLog
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
 
-from assay.vhack.training.evaluate import Evaluation, evaluate, sample_tasks
+from assay.vhack.training.evaluation import Evaluation, evaluate, sample_tasks
 from assay.vhack.training.log import TrainLog
 from assay.vhack.training.pool import sample_pool
 from assay.vhack.training.rewards import OwnReward
