@@ -139,15 +139,21 @@ def packages() -> Iterator[ModuleType]:
     yield assay
     for found in pkgutil.walk_packages(assay.__path__, "assay."):
         plain = not any(part.startswith("_") for part in found.name.split("."))
-        if plain and "__all__" in assigned(tree(found.name)):
+        if plain and has_all(found.name):
             yield importlib.import_module(found.name)
+
+
+def has_all(module: str) -> bool:
+    """Return whether a module says which of its names are public, without importing it."""
+    return "__all__" in Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
 
 
 @cache
 def tree(module: str) -> ast.Module:
     """Return the syntax tree of a module, which is not imported: some need packages that are not installed."""
-    spec = importlib.util.find_spec(module)
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    path = Path(importlib.util.find_spec(module).origin)
+    stub = path.with_suffix(".pyi")  # the names of a face that loads them on first use
+    return ast.parse((stub if stub.exists() else path).read_text(encoding="utf-8"))
 
 
 def assigned(module: ast.Module) -> dict[str, str]:
@@ -166,7 +172,7 @@ def about(module: str, name: str) -> str:
     """Return the text of a constant, from the module that assigns it."""
     for statement in tree(module).body:
         if isinstance(statement, ast.ImportFrom) and any((one.asname or one.name) == name for one in statement.names):
-            return about(str(statement.module), name)
+            return about(f"{module}.{statement.module}" if statement.level else str(statement.module), name)
     return assigned(tree(module)).get(name, "")
 
 

@@ -10,8 +10,8 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from assay.poc.net.feed import Feed
+from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import Refusal
-from assay.poc.service import configure_logs
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until
 

@@ -14,10 +14,10 @@ from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
 from assay.poc.net import server as _server
-from assay.poc.net.logs import LogBudget
+from assay.poc.net.logs import LogBudget, configure_logs
 from assay.poc.net.metrics import Exported
 from assay.poc.net.server import ClientLimit, bounded_config
-from assay.poc.service import Settings, configure_logs, create_receiver
+from assay.poc.service import Settings, create_receiver
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.waiting import until

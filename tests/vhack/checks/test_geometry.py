@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from assay.vhack import PairGradients, cin_over_modules
-from assay.vhack.basis.axes import METHODS
 from assay.vhack.checks import CheckSettings
 from assay.vhack.checks.folds import Geometry, cin_per_module
+from assay.vhack.names import METHODS
 
 
 @pytest.fixture(scope="module")

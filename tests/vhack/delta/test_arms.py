@@ -8,8 +8,9 @@ import torch
 from assay.errors import UsageError
 from assay.vhack import Basis, PairGradients
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
-from assay.vhack.delta.arms import BASIS_KINDS, DEFAULT_ARM, GATES, Box
+from assay.vhack.delta.arms import BASIS_KINDS, GATES, Box
 from assay.vhack.delta.controls import make_basis
+from assay.vhack.names import DEFAULT_ARM
 from tests.vhack.adapter import principal_angles
 from tests.vhack.delta.conftest import loss_of
 

@@ -10,7 +10,7 @@ from assay.vhack.basis import extract as _extract
 from assay.vhack.checks.five_checks import read_source_log
 from assay.vhack.delta import ARMS
 from assay.vhack.delta import delta as _delta
-from assay.vhack.delta.arms import DEFAULT_ARM
+from assay.vhack.names import DEFAULT_ARM
 from assay.vhack.training import TrainLog, train
 from assay.vhack.training import run as _run
 from assay.vhack.training.log import read_steps

@@ -5,18 +5,23 @@ A value comes from the argument of that name, else from the environment, else fr
 """
 
 import base64
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_whole
-from assay.poc.verdict.calibration import Calibration
 from assay.settings import Flag
+
+if TYPE_CHECKING:
+    from assay.poc.verdict.calibration import Calibration
+else:  # its module imports torch, for which a usage error need not wait
+    Calibration = Any
 
 PREFIX = "ASSAY_"
 LONGEST_KEY_FILE = 2**20  # bytes; room for ten thousand keys
@@ -28,7 +33,17 @@ def _words(value: Any) -> Any:
 
 
 def _calibration(value: Any) -> Any:
-    return Calibration.load(value) if isinstance(value, (str, Path)) else value
+    return value if value is None else loaded_by("assay.poc.verdict.calibration", "Calibration", value)
+
+
+def loaded_by(module: str, name: str, value: Any) -> Any:
+    """Return a value of a class of another module, or what that class loads from the file of this name."""
+    wanted = getattr(importlib.import_module(module), name)
+    if isinstance(value, (str, Path)):
+        return wanted.load(value)
+    if not isinstance(value, wanted):
+        raise ValueError(f"a {name}, or the path of its file")
+    return value
 
 
 def _list(flag: str, description: str) -> Any:
@@ -88,7 +103,7 @@ class ServerSettings(assay.settings.Settings):
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
     alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
-    calibration: Annotated[InstanceOf[Calibration] | None, BeforeValidator(_calibration), NoDecode] = Field(
+    calibration: Annotated[Calibration | None, BeforeValidator(_calibration), NoDecode] = Field(
         None,
         description="Honest noise that was measured, or its file. Without it, the stated default holds.",
     )

@@ -3,10 +3,6 @@
 It needs the extra ``serve``. docs/service.md describes it; ``assay poc serve`` runs it.
 """
 
-from assay.poc.net.logs import configure_logs
-from assay.poc.service.app import attach, create_app, serve
-from assay.poc.service.receiver import create_receiver
-from assay.poc.service.rounds import State
-from assay.poc.service.settings import Settings
+import lazy_loader
 
-__all__ = ["Settings", "State", "attach", "configure_logs", "create_app", "create_receiver", "serve"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

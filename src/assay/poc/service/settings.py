@@ -1,17 +1,21 @@
 """The settings of the service: those of every server, and its own."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, InstanceOf
+from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from assay.poc.net.settings import Count, Seconds, ServerSettings
-from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.net.settings import Count, Seconds, ServerSettings, loaded_by
+
+if TYPE_CHECKING:
+    from assay.poc.protocol.pins_file import NetworkPins
+else:
+    NetworkPins = Any
 
 
 def _pins(value: Any) -> Any:
-    return NetworkPins.load(value) if isinstance(value, (str, Path)) else value
+    return value if value is None else loaded_by("assay.poc.protocol.pins_file", "NetworkPins", value)
 
 
 class Settings(ServerSettings):
@@ -52,7 +56,7 @@ class Settings(ServerSettings):
         None, description="URL to which stored receipts are announced, by callbacks of kind receipts."
     )
     max_receipts: Count = Field(4096, description="Receipts that wait for the disk; further responses are refused.")
-    pins: Annotated[InstanceOf[NetworkPins] | None, BeforeValidator(_pins), NoDecode] = Field(
+    pins: Annotated[NetworkPins | None, BeforeValidator(_pins), NoDecode] = Field(
         None,
         description="What the network agreed on, or its file. Models, rounds and nodes that contradict it are refused.",
     )

@@ -3,7 +3,6 @@
 It needs the extra ``serve``. docs/validator.md describes it; ``assay poc validator`` runs it.
 """
 
-from assay.poc.validator.app import create_app, validate
-from assay.poc.validator.settings import ValidatorSettings
+import lazy_loader
 
-__all__ = ["ValidatorSettings", "create_app", "validate"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

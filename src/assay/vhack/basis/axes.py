@@ -15,9 +15,6 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.basis.basis import Basis
 
-METHODS = ("lda", "mean-diff", "svd")
-"""Methods of extracting axes from paired gradients."""
-
 # Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.
 _ROUNDING = torch.finfo(torch.float32).eps
 

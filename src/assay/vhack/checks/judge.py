@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from assay.errors import DataError, UsageError
 from assay.stats.rates import group_bootstrap
-from assay.vhack.basis.axes import METHODS
 from assay.vhack.basis.basis import Origin
+from assay.vhack.names import METHODS
 
 FloatArray = npt.NDArray[np.float64]
 CheckVerdict = Literal["pass", "fail", "undecided"]

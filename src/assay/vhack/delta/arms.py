@@ -34,6 +34,7 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.delta.frames import along, spread
+from assay.vhack.names import DEFAULT_ARM
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -41,7 +42,6 @@ GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 """Rules that say which part of an update along the axes is removed."""
 _OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 
-DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
 """The arm of `assay vhack train` unless another is named; research/notes/decisions.md says why."""
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")

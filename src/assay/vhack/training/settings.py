@@ -1,7 +1,7 @@
 """What one run is: everything that decides its result, and therefore what a continued run must have in common."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 from typing_extensions import override
@@ -9,10 +9,12 @@ from typing_extensions import override
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
-from assay.vhack.basis.axes import METHODS
-from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
 from assay.vhack.environment.grading import MODES, Episode, episodes
-from assay.vhack.training.pool import Sampling
+from assay.vhack.names import DEFAULT_ARM, METHODS
+
+if TYPE_CHECKING:
+    from assay.vhack.delta.arms import Arm
+    from assay.vhack.training.pool import Sampling
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
@@ -95,8 +97,10 @@ class SampleSettings(TaskSettings):
         return [replace(one, split=self.markers) for one in super().episodes(count, split or self.split)]
 
     @property
-    def how(self) -> Sampling:
+    def how(self) -> "Sampling":
         """The part that says how each completion is sampled."""
+        from assay.vhack.training.pool import Sampling
+
         return Sampling(
             temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed, batch=self.batch
         )
@@ -159,6 +163,8 @@ class TrainSettings(TaskSettings):
 
     def model_post_init(self, context: Any, /) -> None:
         """Check what concerns several settings or names that other packages know."""
+        from assay.vhack.delta.arms import arm_named
+
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
@@ -171,8 +177,10 @@ class TrainSettings(TaskSettings):
         self.episodes(0)
 
     @property
-    def chosen(self) -> Arm:
+    def chosen(self) -> "Arm":
         """Arm with the gain on its gate."""
+        from assay.vhack.delta.arms import arm_named
+
         arm = arm_named(self.arm)
         return replace(arm, gate=replace(arm.gate, gain=self.gain))
 

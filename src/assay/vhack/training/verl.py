@@ -28,10 +28,11 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from assay.errors import UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract
-from assay.vhack.delta.arms import DEFAULT_ARM, Arm, arm_named
+from assay.vhack.delta.arms import Arm, arm_named
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.gradients.svd import weight_svd
+from assay.vhack.names import DEFAULT_ARM
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.processes import Processes

@@ -1,0 +1,7 @@
+"""Names that settings and the command line know before torch is loaded."""
+
+METHODS = ("lda", "mean-diff", "svd")
+"""Methods of extraction: of :func:`assay.vhack.basis.axes.find_axes`."""
+
+DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
+"""How training is held back where nobody chose: a name of :func:`assay.vhack.delta.arms.arm_named`."""
