@@ -87,7 +87,7 @@ def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
     def start(*_, **__):
         raise AssertionError("vLLM starts")
 
-    monkeypatch.setattr("assay.poc.opening.vllm_engine", start)
+    monkeypatch.setattr("assay.poc.launch.vllm_engine", start)
     assert prove("--preset", "layer-signs").code == 0
     proof = tmp_path / "proof.jsonl"
     flags = ("--block-hash", "b", "--public-key", "k", "--preset", "layer-signs", "--seq-len", 16, "--engine", "vllm")

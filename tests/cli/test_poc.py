@@ -234,7 +234,7 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
     def loaded(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("assay.poc.opening.load_model", loaded)
+    monkeypatch.setattr("assay.poc.launch.load_model", loaded)
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
         options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
         refused = assay("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
@@ -305,7 +305,7 @@ def test_the_round_comes_from_the_pins(prove, assay, small_checkpoint: Path, tmp
     assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (16, "next", 8)
     known = ("--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu", "--model")
     assert assay("poc", "verify", tmp_path / "second.jsonl", *known, small_checkpoint).code == 0
-    monkeypatch.setattr("assay.poc.opening.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for wrong in (
         ("--seq-len", 17),
         ("--strength", 256),

@@ -76,7 +76,7 @@ def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
     def never(*values, **more):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("assay.poc.opening.load_model", never)
+    monkeypatch.setattr("assay.poc.launch.load_model", never)
     (tmp_path / "prompts.jsonl").write_text(content)
     out = tmp_path / "receipts.jsonl"
     result = assay("poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND,

@@ -56,7 +56,7 @@ def test_four_bits_on_two_workers_are_what_they_are_and_fraud_under_the_honest_n
     ],
 )
 def test_options_that_vllm_does_not_have_or_that_are_not_the_operators_are_refused_in_words(arguments: str):
-    from assay.poc.opening import vllm_options
+    from assay.poc.launch import vllm_options
 
     with pytest.raises(UsageError, match="ASSAY_VLLM_ARGS"):
         vllm_options(arguments)

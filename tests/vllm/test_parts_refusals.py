@@ -452,19 +452,19 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 
 @pytest.mark.parametrize(("name", "dtype", "words"), [("vllm", "int8", "int8 on vLLM")])
 def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
-    from assay.poc.opening import open_judge
+    from assay.poc.launch import Launch, open_judge
 
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
-    with pytest.raises(UsageError, match=words), open_judge("m", header, engine=name, dtype=dtype):
+    with pytest.raises(UsageError, match=words), open_judge(Launch(model="m", engine=name, dtype=dtype), header):
         pass
 
 
 def test_a_device_for_vllm_is_refused():
-    from assay.poc.opening import vllm_engine
+    from assay.poc.launch import Launch, vllm_engine
 
     with (
         pytest.raises(UsageError, match="--device"),
-        vllm_engine("reference:qwen3", dtype=None, device="cuda", batch_size=8, seq_len=16),
+        vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16),
     ):
         pass
 

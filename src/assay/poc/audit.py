@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 from assay.errors import UsageError
 from assay.models.load import model_info
 from assay.models.resolve import load_tokenizer
-from assay.poc.from_pins import expected
-from assay.poc.opening import EngineName, check_judge, check_loadable, open_judge, open_prefill
+from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
+from assay.poc.network_pins import expected
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Proof
@@ -36,16 +36,12 @@ V = TypeVar("V", Verdict, ResponseVerdict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auditor:
+class Auditor(Launch):
     """How a validator recomputes, and where it notes what it found.
 
     Args:
-        model: Reference of the model that the network agreed on.
         pins: File with all that the network agreed on.
         calibration: File with the measured honest noise; one of the pins, else the stated default, when None.
-        engine: Engine that recomputes.
-        dtype: Number format that recomputes; the node's when None.
-        device: Device of the model.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
         alpha: Bound on the chance that an honest node is ever accused.
@@ -53,20 +49,13 @@ class Auditor:
         progress: Function that is called with (done, in all) after every batch.
     """
 
-    model: str
     pins: Path | None = None
     calibration: Path | None = None
-    engine: EngineName = "hf"
-    dtype: str | None = None
-    device: str | None = None
     sample: int | None = None
     seed: int | None = None
     alpha: float = 1e-3
     ledger: Path | None = None
     progress: Progress | None = None
-
-    def _how(self) -> dict[str, Any]:
-        return {"engine": self.engine, "dtype": self.dtype, "device": self.device}
 
     def audit_proof(
         self, path: Path, *, given: Pins | None = None, positions: tuple[int, int] | None = None
@@ -88,8 +77,8 @@ class Auditor:
         pins, measured = expected(proof.header, self.pins, given or Pins(), positions, self.calibration)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
         self._check_ledger(pins.unpinned(proof.header))
-        check_judge(self.model, proof.header, calibration=measured, **self._how())
-        with open_judge(self.model, proof.header, calibration=measured, **self._how()) as (loaded, made):
+        check_judge(self, proof.header, measured)
+        with open_judge(self, proof.header, measured) as (loaded, made):
             engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
                 verdict = verify(
@@ -141,12 +130,10 @@ class Auditor:
         if measured is not None:
             measured.check(read.header)
         self._check_ledger(pins.unpinned(read))
-        if self.engine == "hf":
-            check_loadable(self.model, self.dtype, self.device)
+        self.check_loadable()
         seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
         sample = sample_receipts(read, size, seed) if self.sample is not None else read
-        how = self._how() | {"batch_size": batch_size, "adapter": adapter}
-        with open_prefill(self.model, [read], **how) as (loaded, engine):
+        with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
             check_runnable(sample, loaded, prompts=pins.prompts)
             noise = noise_between(read.header, engine.fingerprint, measured)
             with self._ledger() as ledger:

@@ -3,8 +3,8 @@
 import pytest
 
 from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc.from_pins import pinned_format
 from assay.poc.net.deployment import Deployment
+from assay.poc.network_pins import pinned_format
 from assay.poc.service import Settings
 from assay.poc.validator.registry import Noises, Registry
 from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of

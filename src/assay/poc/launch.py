@@ -1,0 +1,330 @@
+"""Start the engine that proves, judges or replays, and refuse what it cannot do before weights are read.
+
+``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line, for the engine ``vllm``.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Literal
+
+from assay.errors import ProofMismatch, UsageError
+from assay.models.load import Model, load_model, model_info
+from assay.models.load import check_loadable as check_model
+from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
+from assay.poc.engines.base import Engine, unsupported
+from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
+from assay.poc.engines.hf.parallel import ParallelEngine, World, joined, processes
+from assay.poc.protocol.builds import of_weights
+from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.record import Header
+from assay.poc.responses.adapters import Lora
+from assay.poc.responses.prefill import HFPrefill, Prefill
+from assay.poc.responses.receipts import Receipts
+from assay.poc.verdict.calibration import Calibration
+from assay.poc.verdict.noise import default_noise
+from assay.poc.verifier import judging_batch
+
+EngineName = Literal["hf", "vllm"]
+Kernels = Literal["auto", "compiled", "eager"]
+ARGUMENTS = "ASSAY_VLLM_ARGS"
+DO_INSTEAD = {
+    "model": "pass it to the command",
+    "dtype": "pass it to the command",
+    "revision": "download that revision, and pass its directory to --model",
+    "worker_extension_cls": "leave it out: assay has the workers use its own",
+}
+"""Engine arguments that are not the operator's, and what to do instead: a proof names the model and the format that the
+command was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Which model runs, and where.
+
+    Args:
+        model: Reference of the model.
+        engine: Engine that runs it.
+        dtype: Number format of the weights. When None, the stored one for a prover, and that of the prover, which
+            agrees best, for who judges.
+        device: Device of the model; by default cuda where there is one.
+    """
+
+    model: str
+    engine: EngineName = "hf"
+    dtype: str | None = None
+    device: str | None = None
+
+    def check_loadable(self, dtype: str | None = None) -> None:
+        """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""
+        if self.engine == "hf":
+            check_loadable(self.model, self.dtype or dtype, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proving(Launch):
+    """How a node runs its model.
+
+    Args:
+        preset: Name of the pipeline of the round.
+        seq_len: Number of positions of a nonce.
+        batch_size: Nonces per forward pass; ``auto`` takes what fits into memory.
+        kernels: Kernels of the hf engine; ``auto`` compiles on CUDA.
+        deterministic: Whether an operation that may give other bits the next time is refused.
+        tensor_parallel: Processes of torchrun that hold one model together.
+    """
+
+    preset: str
+    seq_len: int
+    batch_size: int | Literal["auto"] = 32
+    kernels: Kernels = "auto"
+    deterministic: bool = False
+    tensor_parallel: int = 1
+
+    def shape(self, model: Model, pipeline: Pipeline) -> dict[str, Any]:
+        """Return the arguments of an hf engine for a loaded model."""
+        size = auto_batch(model, self.seq_len + pipeline.steps) if self.batch_size == "auto" else self.batch_size
+        compiled = compiles(model, self.kernels) and not pipeline.steps
+        return {"batch_size": size, "seq_len": self.seq_len, "compiled": compiled}
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Refuse options that the engine has no use for, which vLLM needs half a minute to say."""
+        if self.engine == "hf":
+            if pipeline.steps and self.kernels == "compiled":
+                raise UsageError(
+                    f"--kernels compiled with --preset {self.preset}",
+                    wanted="eager kernels, which decode",
+                    do="leave --kernels out",
+                )
+            return
+        _refuse_for_vllm(None, pipeline)
+        of_hf = {
+            f"--kernels {self.kernels}": self.kernels != "auto",
+            "--deterministic": self.deterministic,
+            f"--tensor-parallel {self.tensor_parallel}": self.tensor_parallel != 1,
+            "--batch-size auto": self.batch_size == "auto",
+            f"--dtype {self.dtype}": self.dtype in NUMBER_FORMATS,
+        }
+        if given := [flag for flag, is_given in of_hf.items() if is_given]:
+            raise UsageError(
+                f"{given[0]} with --engine vllm",
+                wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
+                do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
+            )
+
+
+@contextmanager
+def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine] | None]:
+    """Load a model and its engine; yield both, or None in a process that works for another one.
+
+    Raises:
+        UsageError: The engine has no use for an option.
+        BackendUnavailable: What the engine needs is not installed.
+        ModelError: The model cannot be loaded.
+    """
+    pipeline, size = get_pipeline(chosen.preset), 1 if chosen.batch_size == "auto" else chosen.batch_size
+    chosen.check(pipeline)
+    check_shape(model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps)
+    if chosen.engine == "vllm":
+        with vllm_engine(chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len) as made:
+            yield made
+        return
+    if chosen.deterministic:
+        be_deterministic()
+    if processes() == 1:
+        if chosen.tensor_parallel != 1:
+            raise UsageError(
+                f"--tensor-parallel {chosen.tensor_parallel} in one process",
+                wanted="a process for each device",
+                do=f"torchrun --nproc-per-node {max(2, chosen.tensor_parallel)} -m assay poc prove …",
+            )
+        loaded = load(chosen.model, chosen.dtype, chosen.device)
+        yield loaded, HFEngine(loaded, **chosen.shape(loaded, pipeline))
+        return
+    with joined(tensor_parallel=chosen.tensor_parallel, device=chosen.device) as world:
+        loaded = load(chosen.model, chosen.dtype, world.device, world)
+        with ParallelEngine(loaded, world, **chosen.shape(loaded, pipeline)) as engine:
+            if world.leads:
+                yield loaded, engine
+            else:
+                engine.work()
+                yield None
+
+
+def check_judge(chosen: Launch, header: Header, calibration: Calibration | None) -> None:
+    """Refuse before the model loads what :func:`open_judge` or the judge refuses after it.
+
+    Raises:
+        ProofMismatch: The model has fewer positions than the proof.
+        CalibrationError: There is no calibration, and no default for the number formats; or it was measured with
+            another kind of engine.
+        AssayError: As of :func:`open_judge`.
+    """
+    dtype = of_weights(header.fingerprint.dtype)
+    if calibration is None:
+        default_noise(header.pipeline.noise, header.fingerprint.dtype, chosen.dtype or dtype)
+    else:
+        calibration.check_kind(header, chosen.engine)
+    chosen.check_loadable(dtype)
+    info, positions = model_info(chosen.model), header.round.seq_len + header.pipeline.steps
+    if positions > info.max_positions:
+        raise ProofMismatch(
+            f"a proof of {positions} positions",
+            wanted=f"at most the {info.max_positions} of {info.reference}",
+            do="pass the model of the round with --model, or ask the node for its proof of this round",
+        )
+
+
+@contextmanager
+def open_judge(
+    chosen: Launch, header: Header, calibration: Calibration | None = None
+) -> Iterator[tuple[Model, Engine | None]]:
+    """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
+
+    Args:
+        chosen: Model and engine.
+        header: Header of the proof.
+        calibration: Calibration that will judge the proof, for the batch that it was measured with.
+
+    Raises:
+        UsageError: The engine has no use for an option, or cannot run the preset of the proof.
+        BackendUnavailable: vLLM is not installed, or not in a version that was tested.
+        CalibrationError: The calibration is of another model, preset or build than the proof.
+        ModelError: The model cannot be loaded.
+    """
+    dtype = chosen.dtype or of_weights(header.fingerprint.dtype)
+    if chosen.engine == "hf":
+        yield load(chosen.model, dtype, chosen.device), None
+        return
+    stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
+    _refuse_for_vllm(None if stored else dtype, header.pipeline)
+    size = judging_batch(header, engine="vllm", calibration=calibration)
+    with vllm_engine(chosen, None if stored else dtype, batch_size=size, seq_len=header.round.seq_len) as made:
+        found = of_weights(made[1].fingerprint.dtype)
+        if stored and found != dtype:
+            raise UsageError(
+                f"{dtype} on vLLM, of a checkpoint in {found}",
+                wanted="the format in which the checkpoint is stored",
+                do="use --engine hf for it",
+            )
+        yield made
+
+
+@contextmanager
+def open_prefill(
+    chosen: Launch, files: Sequence[Receipts], *, batch_size: int = 16, adapter: Lora | None = None
+) -> Iterator[tuple[Model, Prefill]]:
+    """Yield the model and the engine that replay receipts.
+
+    Args:
+        chosen: Model and engine.
+        files: Receipts that will be replayed; the first node's number format is taken where none is chosen.
+        batch_size: Number of responses that are run at once, at most.
+        adapter: LoRA adapter of receipts that name one.
+
+    Raises:
+        UsageError: The engine has no use for an option.
+        BackendUnavailable: vLLM is not installed, or not in a version that was tested.
+        ModelError: The model cannot be loaded.
+    """
+    dtype = chosen.dtype or of_weights(files[0].header.fingerprint.dtype)
+    if chosen.engine == "hf":
+        loaded = load(chosen.model, dtype, chosen.device)
+        yield loaded, HFPrefill(loaded, batch_size=batch_size)
+        return
+    from assay.poc.vllm.prefill import VLLMPrefill, refuse_adapter
+
+    _refuse_for_vllm(dtype)
+    if adapter is not None:
+        raise refuse_adapter()
+    options, headers = _prepare_vllm(chosen.device), [read.header for read in files]
+    with VLLMPrefill(chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options) as made:
+        yield made.model, made
+
+
+def load(model: str, dtype: str | None, device: str | None, world: World | None = None) -> Model:
+    """Load a model in the dtype or the eight-bit number format that a name stands for."""
+    return load_model(model, **in_format(dtype), device=device, mesh=world.mesh if world else None)
+
+
+def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
+    """Refuse what :func:`load` refuses, as far as no weights must be read for it."""
+    check_model(model, quantise=in_format(dtype)["quantise"], device=device)
+
+
+def compiles(model: Model, kernels: Kernels) -> bool:
+    """Return whether compiled kernels are asked for, or are the faster ones of a model."""
+    return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
+
+
+@contextmanager
+def vllm_engine(chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int) -> Iterator[tuple[Model, Engine]]:
+    """Start vLLM with a model; yield the model's identity and the engine.
+
+    Raises:
+        UsageError: A device was named, or an argument that vLLM does not have.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version.
+        ModelError: The model cannot be loaded.
+    """
+    options = _prepare_vllm(chosen.device)
+    from assay.poc.vllm.engine import VLLMEngine
+
+    with VLLMEngine(chosen.model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
+        yield engine.model, engine
+
+
+def _prepare_vllm(device: str | None) -> dict[str, Any]:
+    """Refuse a device, send what vLLM says to stderr, because stdout is for results, and return the options."""
+    if device is not None:
+        raise UsageError(
+            f"--device {device} with vllm",
+            wanted="no --device: a build of vLLM is for one kind of device",
+            do="leave it out",
+        )
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from assay.poc.vllm.compatibility import check_installed
+
+    check_installed()
+    return vllm_options(os.environ.get(ARGUMENTS, ""))
+
+
+def vllm_options(text: str) -> dict[str, Any]:
+    """Read engine arguments with vLLM's own parser; return those that differ from its defaults.
+
+    Raises:
+        UsageError: vLLM has no such argument, or it is not the operator's.
+    """
+    if not text.strip():
+        return {}
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            values, unset = vars(parser.parse_args(shlex.split(text))), vars(parser.parse_args([]))
+    except (SystemExit, ValueError) as error:
+        reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
+        raise UsageError(
+            f"{ARGUMENTS}={text!r:.200}: {reason}", wanted="engine arguments of vLLM", do="see `vllm serve --help`"
+        ) from None
+    options = {name: value for name, value in values.items() if value != unset[name]}
+    for name in DO_INSTEAD.keys() & options.keys():
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(f"{flag} in {ARGUMENTS}", wanted="other engine arguments of vLLM", do=DO_INSTEAD[name])
+    return options
+
+
+def _refuse_for_vllm(dtype: str | None, pipeline: Pipeline | None = None) -> None:
+    """Refuse an eight-bit number format, which vLLM is not given, and a pipeline that it does not run."""
+    from assay.poc.vllm.engine import supports_pipeline
+
+    if pipeline is not None and not supports_pipeline(pipeline):
+        raise unsupported(pipeline, "vllm", supports_pipeline)
+    if dtype in NUMBER_FORMATS:
+        raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")

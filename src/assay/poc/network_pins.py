@@ -1,0 +1,343 @@
+"""Pins files at work: what one says to a node that proves and to a validator that judges, and how one is written.
+
+Values that are given beside a file, by options or a configuration file, must agree with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.files.storage import write_atomic
+from assay.models.load import Model, identify, model_info
+from assay.poc.engines.base import Engine
+from assay.poc.engines.hf.engine import check_shape
+from assay.poc.launch import Proving
+from assay.poc.protocol.builds import Build, describe_build, nearest_build, of_weights
+from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, PinnedFile, pins_text
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.record import Header
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a node is asked to prove.
+
+    Args:
+        round: Round of the node.
+        nonces: Nonces of the proof.
+        how: Model and engine.
+        pins: What the network agreed on; None without a pins file.
+    """
+
+    round: Round
+    nonces: range
+    how: Proving
+    pins: Pins | None
+
+    def check_engine(self, model: Model, engine: Engine) -> None:
+        """Refuse a checkpoint or a build that the network did not agree on, before anything is computed.
+
+        Raises:
+            ProofMismatch: Names the first value that differs.
+        """
+        if self.pins is None:
+            return
+        if (model.digest, model.weights) != (self.pins.digest, self.pins.weights):
+            raise ProofMismatch(
+                f"{model.reference} ({model.weights}, {model.digest[:12]})",
+                wanted=f"the checkpoint of the pins ({self.pins.weights}, {(self.pins.digest or '')[:12]})",
+                do="pass the model that the network agreed on",
+                field="model",
+            )
+        build, odd = nearest_build(self.pins.builds or (), engine.fingerprint)
+        if odd:
+            raise ProofMismatch(
+                f"an engine with {odd[0]} {getattr(engine.fingerprint, odd[0])!s:.60}",
+                wanted=f"{odd[0]} {' or '.join(map(str, getattr(build, odd[0])))}, as the pins say",
+                do="prove on a build that the network agreed on",
+                field=odd[0],
+            )
+
+
+def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None) -> Asked:
+    """Return what a node is asked to prove, by a pins file and by what is given beside it.
+
+    Args:
+        file: Pins file of the network, if there is one.
+        how: Model and engine. Without a model it is that of the file; ``preset`` and ``seq_len`` are not looked at.
+        given: Values that are given for the round, and of ``dtype``, ``engine`` and ``batch_size`` those that are.
+        positions: Positions in the share of the node; those of the file, else the first 256, when None.
+
+    Raises:
+        UsageError: A value is missing, out of range, or contradicts the file.
+        DataError: The file cannot be read.
+    """
+    values = {name: value for name, value in given.items() if name in Round.__dataclass_fields__}
+    if file is None:
+        for name in ("model", "block_hash", "public_key"):
+            if not (values | {"model": how.model}).get(name):
+                raise UsageError(
+                    f"no {_flag(name)}", wanted=f"a {name.replace('_', ' ')}", do=f"pass {_flag(name)}, or --pins"
+                )
+        round, pins = Round(**values), None
+        positions = positions or (0, 256)
+        formats = get_pipeline(round.preset).number_formats
+        how = replace(how, dtype=how.dtype or next(iter(formats), None))
+    else:
+        network = NetworkPins.load(file)
+        # Of a directory only its digest can say later which model of the file it is.
+        named = any(how.model in (one.reference, one.digest) for one in network.models)
+        entry = network.model(how.model if named else None)
+        pins = network.for_round(model=entry.digest, also=Pins(**values))
+        if pins.block_hash is None or pins.public_key is None:
+            flag = _flag("block_hash" if pins.block_hash is None else "public_key")
+            raise UsageError(f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}")
+        known = {name: value for name in Round.__dataclass_fields__ if (value := getattr(pins, name)) is not None}
+        round, positions = Round(**known), positions or network.round.nonces or (0, 256)
+        how = _pinned_engine(replace(how, model=how.model or entry.reference), pins, given, file)
+    nonces = round.nonces(*positions)
+    if pins is not None and pins.nonces is not None and list(pins.nonces) != list(nonces):
+        wanted = f"{pins.nonces[0]} to {pins.nonces[-1]}"
+        raise _beside("nonces", f"{nonces[0]} to {nonces[-1]}", wanted, file)
+    if pins is not None and pins.nonces is None and len(nonces) < (pins.fewest_nonces or 0):
+        raise _beside("nonces", f"{len(nonces)} in all", f"{pins.fewest_nonces} or more", file)
+    how = replace(how, preset=get_pipeline(round.preset).name, seq_len=round.seq_len)
+    return Asked(round=replace(round, preset=how.preset), nonces=nonces, how=how, pins=pins)
+
+
+def _pinned_engine(how: Proving, pins: Pins, given: Mapping[str, Any], file: Path | None) -> Proving:
+    """Return an engine that is one of the builds, as far as that can be said before it is started."""
+    builds = pins.builds or ()
+    formats = list(dict.fromkeys(of_weights(dtype) for build in builds for dtype in build.dtype))
+    allowed: dict[str, Sequence[Any]] = {
+        "engine": [name for build in builds for name in build.engine],
+        "batch_size": [size for build in builds for size in build.batch_size],
+        "dtype": formats,
+    }
+    for name, wanted in allowed.items():
+        value = getattr(how, name)
+        if not wanted or "*" in wanted or value in wanted or (name, value) == ("batch_size", "auto"):
+            continue
+        if name in given:
+            raise _beside(name, value, " or ".join(map(str, wanted)), file)
+        how = replace(how, **{name: wanted[0]})
+    return how
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageError:
+    return UsageError(
+        f"{_flag(name)} {value} beside {file}",
+        wanted=f"{wanted}, as the network agreed there",
+        do="leave it out, or correct one of the two",
+        field=name,
+    )
+
+
+def expected(
+    header: Header,
+    file: Path | None,
+    given: Pins,
+    positions: tuple[int, int] | None = None,
+    calibration: Path | None = None,
+) -> tuple[Pins, Calibration | None]:
+    """Return what a proof is held against, and the calibration that was measured with its build.
+
+    Args:
+        header: Header of the proof. The model that it states must be one of the file; the judge compares it with the
+            one that is loaded.
+        file: Pins file of the network.
+        given: Further values, which must agree with the file.
+        positions: Positions in the share of the node that the proof must hold.
+        calibration: Calibration file; one of the pins when None.
+
+    Raises:
+        UsageError: A value contradicts the file, or the file needs another one.
+        ProofMismatch: The header contradicts the values or the file.
+        CalibrationError: No pinned calibration is of this proof, or a calibration cannot be used.
+        DataError: A file cannot be read.
+    """
+    network = None if file is None else NetworkPins.load(file)
+    pins = given if network is None else network.for_round(model=header.digest, also=given)
+    if positions is not None:
+        named = {"node_id": pins.node_id, "node_count": pins.node_count}
+        share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        nonces: Sequence[int] = Round(block_hash="any", public_key="any", **share).nonces(*positions)
+        pins = pins.joined(Pins(nonces=nonces), str(file))
+    if calibration is not None:
+        return pins, Calibration.load(calibration)
+    pins.check(header)
+    return pins, None if network is None else find_pinned_calibration(network, header)
+
+
+def pinned_format(pins: Path, model: str) -> str | None:
+    """Return the number format of the weights that the pins name for a model; None where they name several."""
+    network = NetworkPins.load(pins)
+    builds = network.model(model if len(network.models) > 1 else None).builds
+    formats = {of_weights(dtype) for build in builds for dtype in build.dtype}
+    return formats.pop() if len(formats) == 1 else None
+
+
+def write_pins(
+    output: Path,
+    model: str,
+    *,
+    asked: Mapping[str, Any],
+    proofs: Sequence[Path] = (),
+    calibrations: Sequence[Path] = (),
+    public_keys: Sequence[str] = (),
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Write a pins file for a model. What only a proof can say is left to be filled in.
+
+    Args:
+        output: File to write.
+        model: Model that the network runs; it is hashed and not run.
+        asked: Values of the round: strength, node_count and fewest_nonces, and preset, seq_len and r_target, which are
+            those of the proofs, or the published ones, when None.
+        proofs: Honest proofs whose round and builds are taken over.
+        calibrations: Calibration files of this model to pin.
+        public_keys: Keys of the nodes that may prove; any when empty.
+        dtype: Number format of the build where there is no proof.
+
+    Returns:
+        What was written, by name, with the places that are to be filled in.
+
+    Raises:
+        UsageError: A value is out of range, or the proofs are of different rounds.
+        ProofMismatch: A proof is of another checkpoint.
+        CalibrationError: A calibration is of none of the proofs.
+    """
+    headers = [Proof.load(path).header for path in proofs]
+    round = _round(asked, headers)
+    Pins(prover_dtype=dtype)  # an error names the formats
+    builds = _builds(dtype, headers, round["preset"])
+    if asked["seq_len"] is not None:  # the default is one to be changed in the file
+        steps = get_pipeline(round["preset"]).steps
+        check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
+    for path in calibrations:
+        _check_calibration(path, headers)
+    digest = identify(model, dtype="float32").digest  # in which dtype it would run does not matter
+    for path, header in zip(proofs, headers, strict=True):
+        if (header.digest, header.weights) != (digest, "trained"):
+            raise ProofMismatch(
+                f"{path}: a proof of {header.round.model:.80} ({header.weights}, {header.digest[:12]})",
+                wanted=f"one of {model} (trained, {digest[:12]})",
+                do="pass the proof of a node that ran this checkpoint",
+            )
+    shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
+    files = [PinnedFile.of(path, output.parent) for path in calibrations]
+    tables: list[tuple[str, Mapping[str, object]]] = [
+        ("[round]", round),
+        *(("[[nodes]]", {"public_key": key, "node_id": share}) for key, share in shares),
+        ("[[models]]", {"reference": model, "digest": digest}),
+        *(("[[models.builds]]", build) for build in builds),
+        *(("[[models.calibrations]]", file.model_dump()) for file in files),
+    ]
+    write_atomic(output, pins_text(tables))
+    unfilled = [f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED]
+    if not unfilled:
+        NetworkPins.load(output)  # a file that this version writes is one that it reads
+    return {
+        "path": str(output),
+        "model": model,
+        "digest": digest,
+        **{name: round[name] for name in ("preset", "seq_len", "strength")},
+        "builds": len(headers),
+        "calibrations": len(files),
+        "to_fill_in": ", ".join(unfilled) or "nothing",
+    }
+
+
+def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
+    """Return the values of the round: those of the flags, else of the proofs, else the published ones."""
+    asked: dict[str, Any] = {}
+    for name in ("preset", "seq_len", "r_target"):
+        stated = {getattr(header.round, name) for header in headers}
+        if given[name] is None and len(stated) > 1:
+            raise UsageError(
+                f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
+                wanted="proofs of one kind of round",
+                do=f"pass {_flag(name)}",
+            )
+        asked[name] = given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
+    asked |= {name: given[name] for name in ("strength", "node_count", "fewest_nonces")}
+    asked["preset"] = get_pipeline(asked["preset"]).name
+    if get_pipeline(asked["preset"]).output != "distance":
+        del asked["r_target"]  # only a distance has a target
+    Pins(**asked)  # an error says which value is out of range
+    return asked
+
+
+def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[dict[str, Any]]:
+    """Return the builds of the proofs, or one that is to be filled in."""
+    if headers and dtype is not None:
+        raise UsageError(
+            f"--dtype {dtype} beside --from-proof",
+            wanted="one of the two: the number format of a build is that of its proof",
+            do="leave --dtype out",
+        )
+    for header in headers:
+        Build.of(header.fingerprint)  # an error says what is no build
+    agreed = [dtype] if dtype else [*get_pipeline(preset).number_formats, UNFILLED]
+    empty = dict.fromkeys(BUILD_FIELDS, UNFILLED) | {"dtype": agreed[0]}
+    return [describe_build(header.fingerprint) for header in headers] or [empty]
+
+
+def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
+    """Refuse a file that is no calibration, or one of none of the proofs."""
+    measured, reasons = Calibration.load(path), []
+    for header in headers:
+        try:
+            measured.find_build(header)
+        except CalibrationError as error:
+            reasons.append(error)
+    if headers and len(reasons) == len(headers):
+        raise reasons[0]
+
+
+def list_pinned(network: NetworkPins) -> list[str]:
+    """Return what a file pins, one line a table."""
+    shared = network.round.model_dump(exclude_none=True)
+    lines = ["round: " + ", ".join(f"{name} {value}" for name, value in shared.items())]
+    keys = len({node.public_key for node in network.nodes})
+    lines += [f"nodes: {keys} keys with {len(network.nodes)} shares"] if keys else []
+    for model in network.models:
+        lines.append(f"model: {model.reference}, {model.weights} weights, checkpoint {model.digest[:12]}")
+        for build in model.builds:
+            lines.append(f"build: {_values(build, [name for name in BUILD_FIELDS if name not in build.free])}")
+        lines += [f"calibration: {pinned.file}" for pinned in model.calibrations]
+    return lines
+
+
+def list_open(network: NetworkPins) -> list[str]:
+    """Return what a file leaves open and who says it instead, one line each."""
+    asked, lines = network.round, []
+    if asked.block_hash is None:
+        lines.append("block: --block-hash says it for each round")
+    if not network.nodes:
+        lines.append("key: --public-key says it for each proof; [[nodes]] lists those that may prove")
+    if not network.nodes and asked.node_count > 1:
+        lines.append("share: --node-id says it for each proof")
+    if asked.nonces is None:
+        lines.append(f"nonces: any {asked.fewest_nonces} or more that are consecutive in the share")
+    if Round(block_hash="any", public_key="any", preset=asked.preset, strength=asked.strength).strength == 32:
+        lines.append("input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 ends that")
+    for model in network.models:
+        lines += [f"build of {model.reference}: {_values(build, build.free)}" for build in model.builds if build.free]
+        if not model.calibrations:
+            lines.append(f"honest noise of {model.reference}: the stated default, without a calibration")
+    return lines
+
+
+def _values(build: Build, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {' or '.join(map(str, getattr(build, name))) or 'none'}" for name in names)
