@@ -266,7 +266,7 @@ def test_the_engines_thread_survives_what_it_does_not_expect(service, monkeypatc
             raise OSError("something else")
         return real(deployment)
 
-    monkeypatch.setattr(service.controller._worker, "_background", step)
+    monkeypatch.setattr(service.controller.worker, "_background", step)
     job = ARTIFACTS | {"nonces": [0], "wait": True}
     assert service.post("/generate", job)["status"] == "completed"
 

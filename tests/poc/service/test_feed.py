@@ -9,7 +9,7 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from assay.poc.net.feed import Feed
+from assay.poc.net.app import Feed
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import Refusal
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
@@ -65,7 +65,7 @@ def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.net.server.PAUSE", 0.0)
+    monkeypatch.setattr("assay.poc.net.app.PAUSE", 0.0)
     counts, failed = service.controller.outbox.counts, []
 
     def failing() -> dict[str, int]:

@@ -295,10 +295,14 @@ def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
 def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("assay.poc.net.logs.time.monotonic", lambda: now[0])
-    budget = LogBudget(60)
-    assert sum(budget.take() for _ in range(1000)) == 60
-    now[0] = 1.5
-    assert [budget.take(), budget.skipped] == [True, 940]
+    budget, log = LogBudget(60), structlog.get_logger()
+    with structlog.testing.capture_logs() as said:
+        for _ in range(1000):
+            budget.info(log, "refused")
+        assert len(said) == 60
+        now[0] = 1.5
+        budget.info(log, "refused")
+    assert said[-1] == {"event": "refused", "log_level": "info", "skipped": 940}
 
 
 def test_malformed_requests_are_not_logged_one_by_one(restored_logs):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from assay.poc.service.status import QuickStatus
+from assay.poc.service.app import QuickStatus
 from tests.poc.service.conftest import PREFIX, ROUND
 from tests.waiting import until
 

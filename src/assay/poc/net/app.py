@@ -1,18 +1,102 @@
-"""What every application of assay has: answers to unknown paths, and the routes that operators expect."""
+"""What every application of assay has: its runtime, the latest snapshot of it, and the routes that operators expect."""
 
-from collections.abc import Callable
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+import structlog
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 from assay._version import __version__
-from assay.poc.net.feed import Feed
-from assay.poc.net.metrics import CONTENT_TYPE, Exported
+from assay.errors import AssayError
+from assay.files.jsonl import JsonObject, dumps
+from assay.poc.net.metrics import CONTENT_TYPE
+from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Problem, Scope, needs, not_found, problems
+from assay.poc.net.runtime import Runtime
+
+log = structlog.get_logger("assay.app")
+
+PERIOD = 1.0  # seconds between two snapshots
+PAUSE = 1.0  # seconds before a loop that failed begins again
+
+
+class Feed:
+    """Makes a snapshot every second, for event streams, metrics and pages.
+
+    Args:
+        runtime: What the snapshots are of. Its end ends every stream.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._changed = asyncio.Condition()
+        self._streams: Counter[object] = Counter()
+        self.values: JsonObject = {}
+        """The latest snapshot."""
+        self.latest = b""
+        """The latest snapshot, as JSON."""
+
+    async def run(self) -> None:
+        """Refresh every second until cancelled, and let the runtime do what is due."""
+        while True:
+            await asyncio.sleep(PERIOD)
+            try:
+                await self.refresh()
+                await self._runtime.call(self._runtime.tend)
+            except AssayError as error:
+                log.warning("snapshot", reason=error.seen)
+
+    async def refresh(self) -> None:
+        """Make a snapshot now, and give it to every open stream."""
+        self.values = await self._runtime.call(self._runtime.snapshot)
+        async with self._changed:
+            self.latest = dumps(self.values).encode()
+            self._changed.notify_all()
+
+    async def stream(self, client: object = None) -> AsyncIterator[bytes]:
+        """Return server-sent events until the reader ``client`` leaves or the server closes.
+
+        Raises:
+            Refusal: 429, too many streams are open, of this reader or of all.
+        """
+        server = self._runtime.server
+        limits = ((self._streams.total(), server.max_streams), (self._streams[client], server.max_client_streams))
+        for are_open, most in limits:
+            if are_open >= most:
+                seen, do = f"{most} event streams are open", "close one, or poll /status"
+                raise Refusal(429, seen, wanted="fewer", do=do, retry_after=10)
+        events = self._events(client)
+        await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
+        return events
+
+    async def respond(self, request: Request) -> StreamingResponse:
+        """Return a stream as the answer to a request."""
+        # Behind a proxy all clients have one address, and those with keys are told apart by them.
+        client = (request.client.host if request.client else "", request.headers.get("authorization"))
+        stream = await self.stream(client)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    async def _events(self, client: object) -> AsyncIterator[bytes]:
+        self._streams[client] += 1
+        try:
+            yield b""  # taken by stream()
+            yield b"retry: 2000\n\n"
+            while not self._runtime.closing.is_set():
+                yield b"event: snapshot\ndata: " + self.latest + b"\n\n"
+                async with self._changed:
+                    await self._changed.wait()
+        finally:
+            self._streams[client] -= 1
+            self._streams += Counter()  # forget clients without a stream
 
 
 class Health(BaseModel):
@@ -38,18 +122,40 @@ def new_app(title: str, **options: Any) -> FastAPI:
     return app
 
 
-def operations_router(
-    feed: Feed, exported: Exported, check_ready: Callable[[], None], kind_of_route: type[APIRoute], under: str = ""
-) -> APIRouter:
-    """Return ``/health``, ``/ready`` and ``/metrics``, behind the path ``under``.
+def run_with(app: FastAPI, runtime: Runtime, feed: Feed, *loops: Callable[[], Awaitable[None]]) -> None:
+    """Let a runtime, its feed and further loops begin and end with an application."""
+    inner = app.router.lifespan_context
 
-    Args:
-        feed: Snapshots, which the metrics show.
-        exported: Metrics of the application.
-        check_ready: Function that raises a refusal with 503 while something is missing.
-        kind_of_route: Class of the routes.
-        under: Path before the names.
-    """
+    @asynccontextmanager
+    async def lifespan(host: FastAPI) -> AsyncIterator[Any]:
+        async with inner(host) as state:
+            await asyncio.to_thread(runtime.start)
+            await feed.refresh()
+            tasks = [asyncio.create_task(kept_running(loop)) for loop in (feed.run, *loops)]
+            try:
+                yield state
+            finally:
+                runtime.closing.set()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                await asyncio.to_thread(runtime.close)
+
+    app.router.lifespan_context = lifespan
+
+
+async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
+    """Run a loop until it is cancelled. Without this, one that failed would be missing in silence."""
+    while True:
+        try:
+            await loop()
+        except Exception:  # of any kind, from code that this module does not know
+            log.exception("a loop failed, and begins again")
+        await asyncio.sleep(PAUSE)
+
+
+def operations_router(runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute], under: str = "") -> APIRouter:
+    """Return ``/health``, ``/ready`` and ``/metrics`` of a runtime, behind the path ``under``."""
     router = APIRouter(prefix=under, tags=["operations"], route_class=kind_of_route)
 
     @router.get("/health", response_model=Health)
@@ -60,13 +166,12 @@ def operations_router(
     @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})
     async def ready() -> Response:
         """Answer 200 once the model is loaded and nothing has failed."""
-        check_ready()
+        runtime.check_ready()
         return JSONResponse({"ready": True})
 
     @router.get("/metrics", responses=problems(), openapi_extra=needs(Scope.READ))
     async def metrics() -> Response:
         """Return the Prometheus metrics."""
-        exported.show(feed.values)
-        return Response(exported.text(), media_type=CONTENT_TYPE)
+        return Response(runtime.metrics.text(feed.values), media_type=CONTENT_TYPE)
 
     return router

@@ -58,7 +58,15 @@ class Deployment:
     decodes: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "engine", _keep_latest(self.engine))
+        # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks
+        # for its engine, and requests ask whether a shape fits, in threads of their own.
+        kept, lock = lru_cache(KEPT)(self.engine), threading.Lock()
+
+        def engine(seq_len: int, batch_size: int) -> Engine:
+            with lock:
+                return kept(seq_len, batch_size)
+
+        object.__setattr__(self, "engine", engine)
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
@@ -110,20 +118,6 @@ class Deployment:
         """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""
         engine = self.engine(round.seq_len, batch_size)
         return read_block_factor(engine, round) if type(engine) is HFEngine else None
-
-
-def _keep_latest(make: MakeEngine) -> MakeEngine:
-    """Keep the latest engines, with the kernels and graphs that were made for them.
-
-    Every stream of batches asks for its engine, and requests ask whether a shape fits, in threads of their own.
-    """
-    kept, lock = lru_cache(KEPT)(make), threading.Lock()
-
-    def engine(seq_len: int, batch_size: int) -> Engine:
-        with lock:
-            return kept(seq_len, batch_size)
-
-    return engine
 
 
 def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:

@@ -5,6 +5,7 @@ wait for the disk with that item alone, and all others would wait twice.
 """
 
 import asyncio
+from abc import abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,9 +47,9 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         self.error: str | None = None
         """Fault of the code because of which nothing can be written, if it is not the disk."""
 
+    @abstractmethod
     def _write(self, items: list[Item]) -> Sequence[Kept]:
         """Write items in one transaction, and return what is told of each."""
-        raise NotImplementedError
 
     def _rest(self, wrote: bool) -> None:
         """Do what is due after a transaction, or where nothing has arrived for a second.
@@ -57,9 +58,9 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             StorageError: The disk takes nothing.
         """
 
+    @abstractmethod
     def _refusal(self, seen: str) -> Refusal:
         """Return the refusal of an item."""
-        raise NotImplementedError
 
     @property
     def waiting(self) -> int:
@@ -92,12 +93,8 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             self._bytes += size
             if not self._waking:
                 self._waking = True
-                future.get_loop().call_soon(self._wake)
+                future.get_loop().call_soon(self._notify)
         return await future
-
-    def _wake(self) -> None:
-        with self._state:
-            self._state.notify()
 
     def _check_room(self, size: int) -> None:
         if self._closed:

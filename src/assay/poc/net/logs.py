@@ -43,27 +43,24 @@ def _written_out(_logger: object, _method: str, event: structlog.typing.EventDic
 
 
 class LogBudget:
-    """Lets a client cause only so many lines of the log per minute."""
+    """Lets clients cause only so many lines of the log per minute."""
 
     def __init__(self, lines: int = 60) -> None:
         self._lines = lines
-        self._left = float(lines)
-        self._last = time.monotonic()
-        self._dropped = 0
-        self.skipped = 0
-        """Lines that were left out before the one that was allowed last."""
+        self._left, self._last = float(lines), time.monotonic()
+        self._skipped = 0
 
-    def take(self) -> bool:
-        """Return whether one more line may be written."""
+    def info(self, log: structlog.typing.FilteringBoundLogger, event: str, **about: object) -> None:
+        """Write a line, with the number of lines that were left out before it, or leave it out."""
         now = time.monotonic()
         self._left = min(self._lines, self._left + (now - self._last) * self._lines / 60)
         self._last = now
         if self._left < 1:
-            self._dropped += 1
-            return False
+            self._skipped += 1
+            return
         self._left -= 1
-        self.skipped, self._dropped = self._dropped, 0
-        return True
+        skipped, self._skipped = self._skipped, 0
+        log.info(event, **about, skipped=skipped)
 
 
 class _Stderr:

@@ -1,8 +1,10 @@
 """Prometheus metrics that every server of assay has, in base units. Each application has a registry of its own."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -16,23 +18,27 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Exported:
-    """Figures under one prefix, with those of the process and the version.
+    """Figures under one prefix, with those of requests, of the process and the version.
+
+    Labels never hold keys, hashes, addresses or URLs.
 
     Args:
         namespace: Prefix of the names.
     """
 
     def __init__(self, namespace: str) -> None:
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.registry = registry
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._namespace = namespace
-        self.gauge = partial(Gauge, namespace=namespace, registry=registry)
-        self.histogram = partial(Histogram, namespace=namespace, registry=registry, buckets=_SECONDS)
+        self._shown: list[tuple[Gauge, str, Callable[[JsonObject], Any]]] = []
+        self.gauge = partial(Gauge, namespace=namespace, registry=self.registry)
+        self.histogram = partial(Histogram, namespace=namespace, registry=self.registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         self.connections_refused = self.counter(
             "connections_refused", "Requests refused, by the bound that they passed.", {"bound": ("client",)}
         )
+        self.requests = self.counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
+        self.request_seconds = self.histogram("http_request_seconds", "Time of one request.", ["route"])
 
     def counter(self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None) -> Counter:
         """Return a counter whose series begin at 0: Prometheus sees no increase in a series that appears.
@@ -47,9 +53,14 @@ class Exported:
             made.labels(*values)
         return made
 
-    def text(self) -> bytes:
-        """Return the exposition format."""
-        return generate_latest(self.registry)
+    def shown(self, name: str, help: str, read: Callable[[JsonObject], Any], label: str = "") -> None:
+        """Add a gauge of snapshots: ``read`` takes its number from one, or a number for each value of ``label``."""
+        self._shown.append((self.gauge(name, help, [label] if label else []), label, read))
 
-    def show(self, snapshot: JsonObject) -> None:
-        """Set the gauges from a snapshot."""
+    def text(self, snapshot: JsonObject) -> bytes:
+        """Return the exposition format, with the gauges of a snapshot if it is not empty. What is None there is NaN."""
+        for gauge, label, read in self._shown if snapshot else ():
+            found = read(snapshot)
+            for value, number in found.items() if label else [("", found)]:
+                (gauge.labels(value) if label else gauge).set(math.nan if number is None else number)
+        return generate_latest(self.registry)

@@ -23,25 +23,25 @@ def page_router(page: str, headers: dict[str, str]) -> APIRouter:
     return router
 
 
-def assemble_page(
-    body: str, *, brand: str, name: str, mark: str, script: str, style: str = ""
-) -> tuple[str, dict[str, str]]:
+def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[str, dict[str, str]]:
     """Return a page with its frame, style and script, and the headers that it is served with.
 
     Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
     whatever a block hash or a key may hold.
 
     Args:
-        body: HTML between the head of the page, which asks for a key, and its end.
+        package: Package with the page's ``page.html``, its scripts in the order of their names, and its style if it has
+            rules beside those of every page.
         brand: Title of the page.
         name: Word for what the page shows.
         mark: Attributes of the path in its icon.
-        script: Module that fills the page.
-        style: Rules beside those of every page.
     """
-    style = part("report.css", "assay.pages") + part("page.css") + style
+    files = sorted(file.name for file in resources.files(package).iterdir())
+    own = {kind: [part(file, package) for file in files if file.endswith(kind)] for kind in (".css", ".js")}
+    style = part("report.css", "assay.pages") + part("page.css") + "".join(own[".css"])
+    script = "".join([*map(part, SHARED), *own[".js"]])
     page = Template(part("frame.html")).substitute(
-        body=body, brand=brand, name=name, mark=mark, style=style, script=script
+        body=part("page.html", package), brand=brand, name=name, mark=mark, style=style, script=script
     )
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "

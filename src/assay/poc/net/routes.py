@@ -14,14 +14,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from prometheus_client import Counter, Histogram
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -31,6 +30,7 @@ from starlette.types import Scope as Connection
 from assay.errors import AssayError
 from assay.files.jsonl import unique_keys
 from assay.poc.net.logs import LogBudget
+from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.settings import ServerSettings
 
@@ -55,15 +55,6 @@ class Scope(StrEnum):
     CONTROL = "control"
     VALIDATE = "validate"
     READ = "read"
-
-
-class RequestMetrics(Protocol):
-    """Where the figures of requests go."""
-
-    requests: Counter
-    """Requests by route and status."""
-    request_seconds: Histogram
-    """Time of one request, by route."""
 
 
 class Keys:
@@ -192,7 +183,7 @@ class _Received(Request):
         return self._values
 
 
-def route_class(keys: Keys, settings: ServerSettings, metrics: RequestMetrics | None = None) -> type[APIRoute]:
+def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
     bodies, budget = Bodies(settings.max_body, settings.max_bodies), LogBudget()
 
@@ -218,9 +209,9 @@ def route_class(keys: Keys, settings: ServerSettings, metrics: RequestMetrics | 
                 started = time.perf_counter()
                 response = await _or_refusal(respond, request)
                 response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
-                if response.status_code >= 400 and budget.take():
+                if response.status_code >= 400:
                     caller = request.client.host if request.client else None
-                    log.info("refused", route=path, status=response.status_code, caller=caller, skipped=budget.skipped)
+                    budget.info(log, "refused", route=path, status=response.status_code, caller=caller)
                 if metrics is not None:
                     metrics.requests.labels(path, str(response.status_code)).inc()
                     metrics.request_seconds.labels(path).observe(time.perf_counter() - started)

@@ -3,8 +3,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -26,7 +28,7 @@ T = TypeVar("T")
 THREADS = 8  # calls that wait for the database at the same time
 
 
-class LoopThread:
+class LoopThread(ABC):
     """A thread that takes turns until it is closed.
 
     Args:
@@ -44,15 +46,20 @@ class LoopThread:
 
     def close(self, timeout: float | None = None) -> bool:
         """End the thread after its turn; return False if it did not end within ``timeout`` seconds."""
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
+        self._closed = True
+        self._notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Take turns until ``_closed``."""
+
+    def _notify(self) -> None:
+        """Let the thread look again at what it waits for."""
+        with self._state:
+            self._state.notify_all()
 
     def _wait(self, seconds: float) -> None:
         """Wait so long, or until the thread is to end."""
@@ -85,26 +92,31 @@ class EngineThread(LoopThread):
             except Exception as error:  # of any kind: it must not end this thread
                 self._turn_failed(error)
 
+    @abstractmethod
     def _turn(self, deployment: Deployment) -> None:
         """Do one piece of work, or wait for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _turn_failed(self, error: Exception) -> None:
         """Take the error that ended a turn, and wait a moment."""
-        raise NotImplementedError
 
 
-class Runtime:
+class Runtime(ABC):
     """The base of what works behind an application. A subclass opens its files and makes its threads.
+
+    The constructor opens what is on disk; :meth:`start`, or a ``with`` block, loads the model and begins to work.
 
     Args:
         server: Settings of the server.
         metrics: Metrics of the application.
     """
 
+    worker: EngineThread
+    writers: Sequence[LoopThread]
+    """Threads that put things on disk; they are closed after the worker."""
+
     def __init__(self, server: ServerSettings, metrics: Exported) -> None:
-        self.server = server
-        self.metrics = metrics
+        self.server, self.metrics = server, metrics
         self.started_at = time.time()
         self.closing = threading.Event()
         """Set when the end begins, while connections are still open."""
@@ -113,6 +125,8 @@ class Runtime:
         self.deployment: Deployment | None = None
         self.ended = True
         """Whether no thread computes any more."""
+        self._files = ExitStack()
+        """Closes the files that are open."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
 
     def __enter__(self) -> Self:
@@ -126,16 +140,31 @@ class Runtime:
 
     def start(self) -> None:
         """Begin to work, and load the model in the background."""
-        raise NotImplementedError
+        for thread in (*self.writers, self.worker):
+            thread.start()
 
     def close(self) -> None:
         """Finish what runs, and close. :attr:`ended` is False afterwards if that took too long."""
-        raise NotImplementedError
+        self.closing.set()
+        self.ended = self.worker.close(self.server.drain)
+        for writer in self.writers:
+            writer.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._files.close()
 
+    @abstractmethod
     def snapshot(self) -> JsonObject:
         """Collect what readers are shown. It reads the database, so it runs in a thread, once a second for all."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def check_ready(self) -> None:
+        """Refuse while the model is not loaded, or after a failure.
+
+        Raises:
+            Refusal: 503.
+        """
+
+    @abstractmethod
     def tend(self) -> None:
         """Do what is due every second, in a thread."""
 
@@ -151,7 +180,6 @@ class Runtime:
                 return None
             self._check_model(deployment)
         except Exception as error:  # whatever the loading raises ends the process, with its reason
-            log.error("model not loaded", error=reason_of(error))
             self._loading_failed(error)
             self.loaded.set_exception(error)
             return None
@@ -160,11 +188,13 @@ class Runtime:
         self.loaded.set_result(deployment)
         return deployment
 
+    @abstractmethod
     def _check_model(self, deployment: Deployment) -> None:
         """Refuse a model that does not fit the settings."""
 
     def _loading_failed(self, error: Exception) -> None:
         """Take the error that ended loading."""
+        log.error("model not loaded", error=reason_of(error))
 
     def _begin(self, deployment: Deployment) -> None:
         """Take the deployment, and continue what was interrupted."""

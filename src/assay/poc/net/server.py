@@ -1,6 +1,5 @@
-"""The server process: uvicorn with bounds, what runs beside the application, signals, and an orderly end."""
+"""The server process: uvicorn with bounds, signals, and an orderly end."""
 
-import asyncio
 import errno
 import ipaddress
 import math
@@ -11,9 +10,9 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -22,7 +21,6 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from assay.errors import UsageError
-from assay.poc.net.feed import Feed
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer, is_loopback
@@ -32,7 +30,6 @@ from assay.poc.net.settings import ServerSettings
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
-PAUSE = 1.0  # seconds before a loop that failed begins again
 
 
 class ClientLimit:
@@ -162,32 +159,6 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     if not runtime.ended:  # what it computes is not on disk, and will be computed again
         sys.stderr.flush()
         os._exit(0)
-
-
-@asynccontextmanager
-async def running(runtime: Runtime, feed: Feed, *loops: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Start a runtime, make its first snapshot, and run its feed and further loops until the block ends."""
-    await asyncio.to_thread(runtime.start)
-    await feed.refresh()
-    tasks = [asyncio.create_task(kept_running(loop)) for loop in (feed.run, *loops)]
-    try:
-        yield
-    finally:
-        runtime.closing.set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.to_thread(runtime.close)
-
-
-async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Run a loop until it is cancelled. Without this, one that failed would be missing in silence."""
-    while True:
-        try:
-            await loop()
-        except Exception:  # of any kind, from code that this module does not know
-            log.exception("a loop failed, and begins again")
-        await asyncio.sleep(PAUSE)
 
 
 def check_host(host: str, settings: ServerSettings) -> None:

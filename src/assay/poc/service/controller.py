@@ -54,8 +54,7 @@ SCHEMA = "assay.poc.snapshot/1"
 class Controller(Runtime):
     """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
 
-    The constructor opens the database and takes the state in which the service was left; :meth:`start`, or a ``with``
-    block, loads the model and begins to work.
+    It begins in the state in which the service was left.
 
     Args:
         load: Loads the model and returns its :class:`Deployment`. It is called in the engine's thread.
@@ -69,6 +68,7 @@ class Controller(Runtime):
     """
 
     metrics: Metrics
+    worker: Worker
 
     def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
         super().__init__(settings, Metrics())
@@ -85,40 +85,23 @@ class Controller(Runtime):
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
             self.rounds = Rounds(self.database, self.outbox)
-            self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self.metrics.recorded)
+            self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self._recorded)
             opened.callback(self.judge.close)
             self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
             self.progress = Progress(stored, self.rounds) if stored else None
-            opened.pop_all()
+            self._files = opened.pop_all()
         self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
-        self._worker = Worker(
+        self.writers = (self.writer, self.receipts)
+        self.worker = Worker(
             partial(self.load_model, load),
             put=self.writer.put,
             begins=self._measure_block,
             background=self.jobs.step,
             failed=self._engine_failed,
         )
-
-    @override
-    def start(self) -> None:
-        self.writer.start()
-        self.receipts.start()
-        self._worker.start()
-
-    @override
-    def close(self) -> None:
-        self.closing.set()
-        with self._lock:
-            self._worker.generate(None, self._epoch)
-        self.ended = self._worker.close(self.settings.drain)
-        self.writer.close()
-        self.receipts.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self.judge.close()
-        self.database.close()
 
     # Calls
 
@@ -189,7 +172,7 @@ class Controller(Runtime):
                 reason = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
                 future.set_exception(reason)
 
-        if not self._worker.submit(task, self.settings.max_waiting):
+        if not self.worker.submit(task, self.settings.max_waiting):
             seen = f"{self.settings.max_waiting} validations wait for the engine"
             raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         return future
@@ -202,7 +185,7 @@ class Controller(Runtime):
         """
         check_job(request, self.ready(), self.settings)
         queued = self.jobs.submit(request)
-        self._worker.wake()
+        self.worker.wake()
         return queued
 
     def ready(self) -> Deployment:
@@ -222,12 +205,8 @@ class Controller(Runtime):
             )
         return self.deployment
 
+    @override
     def check_ready(self) -> None:
-        """Refuse while the model is not loaded, or after a failure.
-
-        Raises:
-            Refusal: 503.
-        """
         self.ready()
         if self.error is not None:
             raise Refusal(503, self.error, wanted="no failure", do="see the log, then start the phase again")
@@ -247,7 +226,7 @@ class Controller(Runtime):
             progress = self._progress(stored)
         self.error = None
         self._epoch += 1
-        self._worker.generate(None, self._epoch)
+        self.worker.generate(None, self._epoch)
         self.state = state
         self.writer.begin(self._epoch)
         if stored is not None and progress is not None:
@@ -256,7 +235,7 @@ class Controller(Runtime):
         if state is State.GENERATING:
             self._generate()
         elif self.deployment is not None and self.jobs.has_open():
-            self._worker.wake()
+            self.worker.wake()
         now = self.progress.stored if self.progress else None
         about = {"round": now.id, "block": now.block_hash, "key": now.public_key} if now else {"round": None}
         log.info("state", state=str(state), **about)
@@ -265,7 +244,7 @@ class Controller(Runtime):
         """Generate from the first nonce that is not on disk."""
         if self.progress is not None:
             stored = replace(self.progress.stored, next_nonce=self.progress.next_nonce)
-            self._worker.generate(stored, self._epoch)
+            self.worker.generate(stored, self._epoch)
 
     def _progress(self, stored: StoredRound) -> Progress:
         if self.deployment is None:
@@ -291,6 +270,7 @@ class Controller(Runtime):
     @override
     def _loading_failed(self, error: Exception) -> None:
         # The state stays: a service that is started again with the right model continues its round.
+        super()._loading_failed(error)
         self.metrics.failures.inc()
         self.error = reason_of(error)
 
@@ -307,7 +287,7 @@ class Controller(Runtime):
             if self.state is State.GENERATING:
                 self._generate()
             elif self.jobs.has_open():
-                self._worker.wake()
+                self.worker.wake()
 
     def _check_same_model(self, state: State) -> StoredRound:
         """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
@@ -330,13 +310,13 @@ class Controller(Runtime):
             if not isinstance(error, ShareDone):
                 self.metrics.failures.inc()
             self._epoch += 1
-            self._worker.generate(None, self._epoch)
+            self.worker.generate(None, self._epoch)
             self.state, self.error = state, reason_of(error)
             said = "the engine ended, and the next start continues the round" if continues else "the round ended"
             log.error(said, error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
-                self._worker.wake()
+                self.worker.wake()
 
     def _persist(self, state: State) -> None:
         try:
@@ -383,6 +363,9 @@ class Controller(Runtime):
             "jobs": self.jobs.counts(),
             "verdicts": self.judge.last(),
         }
+
+    def _recorded(self, verdict: str) -> None:
+        self.metrics.lives.labels(verdict).inc()
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)

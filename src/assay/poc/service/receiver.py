@@ -162,8 +162,7 @@ def create_receiver(
         """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or receipts' names."""
         known_as, body = _verified(await request.body(), kind, dict(request.headers), signatures)
         new = await run_in_threadpool(store.add, known_as, kind, body)
-        if budget.take():
-            log.info("callback", kind=kind, id=known_as, new=new, skipped=budget.skipped)
+        budget.info(log, "callback", kind=kind, id=known_as, new=new)
         return JSONResponse({"status": "OK", "new": new})
 
     @app.get("/batches", openapi_extra=needs(Scope.READ))

@@ -1,7 +1,6 @@
 """The application of a validator: what operators and nodes may ask it, the page, and the way in for messages."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from itertools import chain, islice
 from typing import Annotated
 
@@ -12,13 +11,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from assay.errors import UsageError
-from assay.poc.net.app import new_app, operations_router
+from assay.poc.net.app import Feed, new_app, operations_router, run_with
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.feed import Feed
-from assay.poc.net.page import SHARED, assemble_page, page_router, part
+from assay.poc.net.page import assemble_page, page_router
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
-from assay.poc.net.server import check_host, listen, run_app, running
+from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.controller import ValidatorController
@@ -26,7 +24,6 @@ from assay.poc.validator.intake import PREFIX, Intake, Poller
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import account_id
-from assay.poc.verdict.ledger_entries import Account
 
 log = structlog.get_logger("assay.validator")
 
@@ -48,20 +45,18 @@ class BlockBody(BaseModel):
 def create_app(controller: ValidatorController) -> FastAPI:
     """Return a validator as an application, which starts and closes the controller."""
     server, feed = controller.server, Feed(controller)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(controller, feed, Poller(controller).run):
-            yield
-
-    app = new_app("assay: validator", lifespan=lifespan)
+    app = new_app("assay: validator")
     kind_of_route = route_class(Keys(server), server, controller.metrics)
     app.include_router(_validator_router(controller, feed, kind_of_route))
-    app.include_router(operations_router(feed, controller.metrics, controller.check_ready, kind_of_route))
-    app.include_router(_page_router())
+    app.include_router(operations_router(controller, feed, kind_of_route))
+    mark = "d='M3 8.5 7 12l6-8' stroke-width='1.8'"
+    app.include_router(
+        page_router(*assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark))
+    )
     app.add_middleware(Intake, controller=controller)
     if not server.has_keys:
         app.add_middleware(LocalOnly)
+    run_with(app, controller, feed, Poller(controller).run)
     return app
 
 
@@ -94,7 +89,11 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
     @router.get("/evidence/{account}", response_model=None, openapi_extra=READ)
     def evidence(account: str, after: After = 0, limit: Limit = 100) -> Response:
         """Return entries of an account in the ledger, with a place above ``after`` among them, the oldest first."""
-        found = _find_account(controller, account)
+        present = (standing.account for standing in controller.worker.standings.values())
+        known = chain(present, controller.ledger.accounts())  # also those of builds that the pins no longer name
+        found = next((each for each in known if account_id(each) == account), None)
+        if found is None:
+            raise Refusal(404, "no such account", wanted="an account of /nodes", do="ask /api/v1/validator/nodes")
         entries = islice(controller.ledger.entries(found), after, after + limit)
         count, head = controller.ledger.head
         shown = [entry.model_dump() | {"hash": entry.hash} for entry in entries]
@@ -119,27 +118,6 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
         return JSONResponse({"status": "OK", "new": new})
 
     return router
-
-
-def _find_account(controller: ValidatorController, account: str) -> Account:
-    present = (standing.account for standing in controller.worker.standings.values())
-    for known in chain(present, controller.ledger.accounts()):  # also those of builds that the pins no longer name
-        if account_id(known) == account:
-            return known
-    raise Refusal(404, "no such account", wanted="an account of /nodes", do="ask /api/v1/validator/nodes")
-
-
-def _page_router() -> APIRouter:
-    package = "assay.poc.validator"
-    page = assemble_page(
-        part("page.html", package),
-        brand="Validator",
-        name="validator",
-        mark="d='M3 8.5 7 12l6-8' stroke-width='1.8'",
-        style=part("page.css", package),
-        script="".join(map(part, SHARED)) + part("page.js", package),
-    )
-    return page_router(*page)
 
 
 def validate(

@@ -53,6 +53,7 @@ class ValidatorController(Runtime):
     """
 
     metrics: ValidatorMetrics
+    worker: Recomputer
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class ValidatorController(Runtime):
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
-        with ExitStack() as opened:
+        with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.inbox = Inbox(
                 server.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
             )
@@ -76,6 +77,7 @@ class ValidatorController(Runtime):
             opened.callback(self.ledger.close)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
+            self.writers = (self.writer,)
             self.worker = Recomputer(
                 partial(self.load_model, load),
                 self.inbox,
@@ -85,22 +87,8 @@ class ValidatorController(Runtime):
                 settings=settings,
                 metrics=self.metrics,
             )
-            opened.pop_all()
+            self._files = opened.pop_all()
         self._noises: Noises | None = None
-
-    @override
-    def start(self) -> None:
-        self.writer.start()
-        self.worker.start()
-
-    @override
-    def close(self) -> None:
-        self.closing.set()
-        self.writer.close()
-        self.ended = self.worker.close(self.server.drain)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self.ledger.close()
-        self.inbox.close()
 
     @override
     def _begin(self, deployment: Deployment) -> None:
@@ -195,12 +183,9 @@ class ValidatorController(Runtime):
         """Whether the model is loaded."""
         return self.deployment is not None
 
+    @override
     def check_ready(self) -> None:
-        """Refuse while the model is not loaded, or something fails. Messages are taken before that.
-
-        Raises:
-            Refusal: 503.
-        """
+        # Messages are taken before that.
         if self.error is not None or not self.ready:
             seen = self.error or "the model is being loaded"
             raise Refusal(503, seen, wanted="a loaded model, and no failure", do="wait, or see the log", retry_after=5)

@@ -87,11 +87,8 @@ class Intake:
         metrics = self._controller.metrics
         metrics.refused.labels(name).inc()
         metrics.requests.labels(path, str(refusal.status)).inc()
-        if self._budget.take():
-            caller = scope["client"][0] if scope.get("client") else None
-            log.info(
-                "refused", route=path, status=refusal.status, value=name, caller=caller, skipped=self._budget.skipped
-            )
+        caller = scope["client"][0] if scope.get("client") else None
+        self._budget.info(log, "refused", route=path, status=refusal.status, value=name, caller=caller)
         await answer(refusal)(scope, receive, send)
 
     def callback(self, kind: str, body: bytes, headers: dict[str, str]) -> Message:

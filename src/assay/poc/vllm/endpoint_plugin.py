@@ -28,11 +28,11 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
 from assay.models.load import identify
+from assay.poc.net.app import kept_running
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
 from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, needs, route_class, route_path
-from assay.poc.net.server import kept_running
 from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader

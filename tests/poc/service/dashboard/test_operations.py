@@ -30,14 +30,14 @@ def metrics() -> dict[str, set[str]]:
     made = Metrics()
     labels = {f"assay_poc_{metric._name.removeprefix('assay_poc_')}": set(metric._labelnames) for metric in _own(made)}
     found = {}
-    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", made.text().decode(), flags=re.MULTILINE):
+    for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", made.text({}).decode(), flags=re.MULTILINE):
         own = labels.get(name.removesuffix("_total"), set())
         found |= {name + suffix: own | ({"le"} if suffix == "_bucket" else set()) for suffix in SUFFIXES[kind]}
     return found
 
 
 def _own(made: Metrics) -> Iterator:
-    return (value for value in vars(made).values() if hasattr(value, "_labelnames"))
+    return (value for value in made.registry._collector_to_names if hasattr(value, "_labelnames"))
 
 
 def _expressions() -> list[tuple[str, str]]:
