@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in, draw_round
+from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in
 
 from assay.poc import Noise
 from assay.poc.verdict import Life
@@ -35,7 +35,7 @@ def test_many_lives_are_the_lives_of_the_ledger(noise):
         log_scale_N = 0.05 * rng.standard_normal(nodes)
         for round in range(rounds):
             now = kind if round >= kind.honest_for * rounds else Kind("honest")
-            places_NC = draw_round(grid, now, log_scale_N, nonces, rng)
+            places_NC = grid.draw(now, log_scale_N, nonces, rng)
             many.update(places_NC)
             for life, places_C in zip(lives, places_NC, strict=True):
                 life.update(noise, grid.sizes_A[places_C])
