@@ -12,7 +12,7 @@ from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients import targets as _targets
 from assay.vhack.gradients.batches import Segments
 from assay.vhack.gradients.fused import Gate, Norm, load_kernels, sample_products, segment_products
-from assay.vhack.gradients.replica import recipe_for
+from assay.vhack.gradients.per_sample import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 pytestmark = [
@@ -49,7 +49,7 @@ def on_gpu_and_wanted(models, samples):
 def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(monkeypatch, on_gpu_and_wanted, samples, changes, max_tokens):
     model, svd, wanted = on_gpu_and_wanted
     recipe = replace(recipe_for(model.module), **changes)
-    monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
+    monkeypatch.setattr(_gradients, "recipe_for", lambda *_: recipe)
     found = per_sample_gradients(samples, model, svd=svd, max_tokens=max_tokens)
     # Another order of summation, and singular vectors that came about another way.
     assert worst_error(found, wanted) < 1e-4

@@ -12,7 +12,7 @@ from assay.vhack import Basis, extract, per_sample_gradients, target_modules, we
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import per_sample as _per_sample
 from assay.vhack.gradients.batches import Batch, Encoded
-from assay.vhack.gradients.replica import Replica, recipe_for
+from assay.vhack.gradients.per_sample import Replica, recipe_for
 from assay.vhack.gradients.targets import coverage
 from tests.vhack.adapter import SMALL, _one, worst_error
 
@@ -110,7 +110,7 @@ def test_every_way_gives_the_same(monkeypatch, mixture, mixture_svd, samples, by
     asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd}
     wanted = per_sample_gradients(samples, mixture, **asked)
     recipe = replace(recipe_for(mixture), **changes)
-    monkeypatch.setattr(_per_sample, "recipe_for", lambda _: recipe)
+    monkeypatch.setattr(_per_sample, "recipe_for", lambda *_: recipe)
     found = per_sample_gradients(samples, mixture, checkpointing=checkpointing, **asked)
     seen = {name: rows for name, rows in wanted.items() if rows.any()}
     assert worst_error({name: found[name] for name in seen}, seen) < 1e-5
@@ -120,7 +120,7 @@ def test_a_mixture_computes_what_transformers_does_and_is_left_as_it_was(mixture
     ids = torch.arange(40).view(1, 40)
     before = {name: id(parameter) for name, parameter in mixture.named_parameters()}
     replica = Replica(mixture, mixture_svd, recipe_for(mixture), factored=(), recomputed=0)
-    replica._batch = Batch.build([Encoded(0, "one", ids[0].tolist(), 1)], ids.device, packed=False)
+    replica.batch = Batch.build([Encoded(0, "one", ids[0].tolist(), 1)], ids.device, packed=False)
     assert not any("forward" in vars(part) for part in mixture.modules())
     found = replica.module(input_ids=ids).logits
     torch.testing.assert_close(found[0], mixture(input_ids=ids).logits[0, :-1], rtol=1e-4, atol=1e-4)

@@ -26,8 +26,7 @@ from assay.vhack.gradients.batches import (
 )
 from assay.vhack.gradients.division import Division
 from assay.vhack.gradients.fused import Norm
-from assay.vhack.gradients.per_sample import check_finite
-from assay.vhack.gradients.replica import Replica
+from assay.vhack.gradients.per_sample import Replica, check_finite
 from assay.vhack.gradients.taps import Tap
 from tests.vhack.adapter import sequential_gradients, worst_error
 

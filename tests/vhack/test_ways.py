@@ -14,7 +14,7 @@ from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients import taps as _taps
 from assay.vhack.gradients.batches import Segments
 from assay.vhack.gradients.fused import Norm, _even, is_plain_norm, sample_products, segment_products
-from assay.vhack.gradients.replica import Recipe, Replica, recipe_for
+from assay.vhack.gradients.per_sample import Recipe, Replica, recipe_for
 from assay.vhack.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import sequential_gradients, worst_error
 
@@ -38,7 +38,7 @@ EVERYTHING = Recipe(packed=True, factored=True, together=False)
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_recipe_is_exact(monkeypatch, gradients_of, wanted, recipe, checkpointing):
-    monkeypatch.setattr(_gradients, "recipe_for", lambda _: recipe)
+    monkeypatch.setattr(_gradients, "recipe_for", lambda *_: recipe)
     assert worst_error(gradients_of(max_tokens=200, checkpointing=checkpointing), wanted) < 1e-5
 
 

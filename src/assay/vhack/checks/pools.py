@@ -54,8 +54,8 @@ from assay.vhack.checks.judge import (
     Interval,
     bootstrap,
 )
+from assay.vhack.gradients.batches import Progress, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
-from assay.vhack.gradients.progress import Progress, stage_progress
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.pairs.pairs import Sample
 

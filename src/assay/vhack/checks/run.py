@@ -24,7 +24,7 @@ from assay.vhack.checks.five_checks import (
 )
 from assay.vhack.checks.folds import Design, cin_per_module, cross_fit, design_for_basis
 from assay.vhack.checks.judge import CheckReport, CheckSettings, FloatArray, ModuleResult
-from assay.vhack.gradients.progress import Progress
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import SVDCache
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.pairs import Pair

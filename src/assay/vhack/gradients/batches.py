@@ -1,7 +1,7 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -34,6 +34,15 @@ WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinate
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
+
+
+Progress = Callable[[int, int], None]
+"""A function that is called with the number of steps done and of all."""
+
+
+def stage_progress(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of a stage that begins after ``before`` of ``total`` steps, given that of the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 @dataclass(frozen=True)

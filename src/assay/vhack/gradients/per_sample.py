@@ -1,22 +1,37 @@
-"""The gradient of every sample with respect to δS, at δS = 0, of every target module."""
+"""The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over a model per batch.
 
+The pass runs on a copy of the model, or on the model itself. A copy shares the memory of all parameters and buffers, so it takes milliseconds, several may run at the same time, and
+the model itself is never touched. What FSDP2 and others hook onto cannot be copied: a model in parts runs itself, and
+everything that was put onto it is taken off again. Weights are frozen, the target projections leave gradients behind,
+and the rest may be computed in faster ways.
+
+Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
+"""
+
+import copy
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
-from assay.models.decoder import has_hooks
-from assay.models.device import free_bytes, one_thread
+from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
+from assay.models.device import current, free_bytes, one_thread
 from assay.models.load import Model
+from assay.models.wide import wide_products
 from assay.vhack.gradients.batches import (
+    Batch,
     Encoded,
+    Progress,
     context_length,
     count_layers,
     encode,
@@ -25,16 +40,304 @@ from assay.vhack.gradients.batches import (
     room_for_batches,
     token_budget,
 )
-from assay.vhack.gradients.division import Division, division_of
-from assay.vhack.gradients.progress import Progress
-from assay.vhack.gradients.replica import Computed, Replica, recipe_for
+from assay.vhack.gradients.division import Division, check_logits, division_of, reshard
+from assay.vhack.gradients.experts import ExpertsPass, is_fused
+from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
+from assay.vhack.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
-from assay.vhack.gradients.taps import exact_factors
-from assay.vhack.gradients.targets import chosen_modules, module_of
+from assay.vhack.gradients.taps import Tap, exact_factors
+from assay.vhack.gradients.targets import chosen_modules, module_of, target_modules
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
+# do not.
+_LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+# Fields of configurations whose attention sees only the keys that score best (DeepSeek-V3.2, MiniMax-M3, Qwen4, Doge).
+# Which ones these are, of equal ones, and whether there is a choice at all, depends on the length, padding included.
+_CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "indexer_n_heads", "keep_window_size")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Switches between ways that differ in time, memory and rounding only.
+
+    Attributes:
+        packed: Whether the layers are those of a listed family. Then samples stand end to end in one row, the last
+            layer computes only completion tokens where only they matter, and norms, gated activations and sums over
+            samples run in fused kernels where there are any. Otherwise samples are padded to one length.
+        factored: Whether U, S and Vh stand for the weight where that saves a product that is needed anyway.
+        together: Whether a batch takes few large operations, for a GPU; otherwise each sample takes several, whose
+            numbers stay in the caches of a CPU.
+        equal_lengths: Whether samples of different lengths must not share a batch, because padding would change them.
+    """
+
+    packed: bool
+    factored: bool
+    together: bool
+    equal_lengths: bool = False
+
+
+def recipe_for(module: "PreTrainedModel", division: Division | None = None) -> Recipe:
+    """Return the fastest recipe that is known to be exact for this kind of model, and for how it is divided."""
+    config = module.config.get_text_config()
+    return Recipe(
+        # Kernels are tried on one device, and samples packed there.
+        packed=_is_listed(module) and (division is None or division.mesh is not None),
+        # Products by factors would gather those of a divided model twice.
+        factored=module.dtype == torch.float32 and division is None,
+        together=module.device.type != "cpu",
+        equal_lengths=any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS),
+    )
+
+
+def _is_listed(module: "PreTrainedModel") -> bool:
+    """Return whether every layer computes what a listed family computes, with the whole sample in sight.
+
+    Projections and norms are called as modules, so they may have hooks and forward functions of their own.
+    """
+    config = module.config.get_text_config()
+    family = family_of(config)
+    # Virtual keys and values of PEFT, as prefix tuning has them, stand before those of every sample.
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    if family is None or config._attn_implementation not in ("sdpa", "eager") or attention_window(config) is not None:
+        return False
+    layers: Any = decoder_layers(module)
+    if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
+        return False
+    replaced = [part for layer in layers for part in (layer.self_attn, layer.mlp)]
+    hooked = any(has_hooks(part) for part in replaced)
+    return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))
+
+
+class Computed(NamedTuple):
+    """The gradients of a batch, perhaps still on their way to the CPU."""
+
+    batch: Batch
+    together: Tensor  # [B, ΣR] float32, all modules side by side
+    losses: Tensor  # [M], of the completion tokens
+    arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
+    tokens: dict[str, Tensor]  # of each sample that came to each expert, [B, E] by module
+
+
+class Replica:
+    """A model that turns batches into δS gradients.
+
+    Args:
+        module: Model to copy, or to run itself where it is divided.
+        factors: Factors of every target module whose gradients are wanted, whole or as `weight_svd` divides them.
+        recipe: Choice among the exact ways.
+        factored: Modules whose factors may stand for the weight in products, from `exact_factors`.
+        recomputed: Number of layers, the first ones, that the backward pass computes again.
+        division: How the model is divided; None for one that is copied.
+        undo: Stack that puts a divided model back into the state in which it was; it is needed for such a model.
+
+    Attributes:
+        batch: The batch that is being computed.
+
+    Raises:
+        LayersNotFound: The model has no head.
+    """
+
+    batch: Batch
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        module: "PreTrainedModel",
+        factors: Mapping[str, Factors],
+        recipe: Recipe,
+        *,
+        factored: Collection[str] = (),
+        recomputed: int = 0,
+        division: Division | None = None,
+        undo: ExitStack | None = None,
+    ) -> None:
+        self._undo, self.division = undo or ExitStack(), division
+        self.module = _shared_copy(module) if division is None else self._borrow(module)
+        self.recipe, self.recomputed = recipe, recomputed
+        self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
+        self._found: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._factors = factors
+        # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with a large vocabulary
+        # it takes most of the memory. Whatever the model does with the logits afterwards (scaling, capping) still
+        # happens. It comes before hooks that divide the hidden states over processes.
+        self.head = head_of(self.module)
+        self._undo.callback(self.head.register_forward_pre_hook(self._completions, prepend=True).remove)
+        on_cpu = self.module.device.type == "cpu"
+        if recipe.packed and (self.kernels is not None or on_cpu):
+            for part in self.module.modules():
+                if is_plain_norm(part):
+                    self._replace(part, partial(_normalised, part, self.kernels))
+        self._tap(factors, factored)
+        if recipe.packed:
+            register()
+            self.module.config._attn_implementation = PACKED
+            *_, last = layers = decoder_layers(self.module)
+            in_blocks = on_cpu and not recipe.together
+            packed = PackedLayers(lambda: self.batch, self.kernels, together=recipe.together, in_blocks=in_blocks)
+            for layer in layers:
+                self._replace(layer, packed.forward(layer, labels_only=layer is last))
+        for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
+            self._replace(layer, _recomputed(layer.forward, self.module))
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def gradients(self, encoded: list[Encoded]) -> Computed:
+        """Run one forward and one backward pass. On a GPU both are queued when this returns.
+
+        Raises:
+            RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
+        """
+        # In the dtype of the weights, also in a training loop that computes in another one.
+        device = self.module.device
+        with current(device), torch.autocast(device.type, enabled=False), wide_products(self.module):
+            return self._computed(encoded)
+
+    def _computed(self, encoded: list[Encoded]) -> Computed:
+        self.batch = batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
+        self._found.clear()
+        self._tokens.clear()
+        places = {} if batch.positions is None else {"position_ids": batch.positions}
+        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
+        if self.division is not None:
+            check_logits(logits_MV, self.module.config.get_text_config().vocab_size, self.head)
+        there = logits_MV.device  # another one than that of the ids, where the model is on several
+        losses_M = TokenLoss.apply(logits_MV, batch.labels.to(there))  # type: ignore[no-untyped-call]
+        del logits_MV
+        tokens = dict(self._tokens)  # before the backward pass, in which layers that are computed again count again
+        losses_M.backward(batch.loss_weights.to(there))
+        together_BR = torch.cat([self._rows(name).to(there) for name in self.names], dim=1)
+        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
+        together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(there))
+        return Computed(batch, together_BR, losses_M, arrived, tokens)
+
+    def _borrow(self, module: "PreTrainedModel") -> "PreTrainedModel":
+        """Prepare the model itself for the pass, and note how to put it back."""
+        self._undo.callback(reshard, module)
+        modes = [(part, part.training) for part in module.modules()]
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._undo.callback(lambda: [vars(part).update(training=mode) for part, mode in modes])
+        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        self._undo.callback(setattr, module.config, "_attn_implementation", module.config._attn_implementation)
+        for part, _ in modes:
+            part.training = False
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            # A trainer's forward function returns other things; that of device_map moves inputs to their device.
+            self._undo.callback(vars(module).__setitem__, "forward", vars(module).pop("forward"))
+        return module
+
+    def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give a module another forward function."""
+        if "forward" in vars(part):
+            self._undo.callback(vars(part).__setitem__, "forward", vars(part)["forward"])
+        else:
+            self._undo.callback(vars(part).pop, "forward")
+        vars(part)["forward"] = forward
+
+    def _rows(self, name: str) -> Tensor:
+        """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
+        found_BR = self._found.get(name)
+        return torch.zeros(len(self.batch.encoded), self._factors[name].rank) if found_BR is None else found_BR
+
+    def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_ND = arguments[0].flatten(0, 1)
+        return (hidden_ND.index_select(0, self.batch.label_rows.to(hidden_ND.device))[None],)
+
+    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
+        modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
+        self.names = list(modules)
+        labels_only = _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
+        labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
+        again = _prefixes(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
+        experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
+        # A model on several devices of one process has every matrix whole.
+        division = self.division if self.division is not None and self.division.mesh is not None else None
+        taps: dict[str, Tap] = {}
+        for name, linear in modules.items():
+            is_expert = name.rsplit(".", 2)[0] in experts
+            only = name.startswith(labels_only)
+            taps[name] = Tap(
+                name,
+                linear,
+                factors[name],
+                self._found,
+                (lambda: self.batch.label_segments) if only else (lambda: self.batch.segments),
+                factored=name in factored,
+                together=self.recipe.together,
+                checkpointing=name.startswith(again),
+                kernels=None if is_expert else self.kernels,  # they want rows of every sample
+                division=division,
+            )
+            if not is_expert:
+                self._replace(linear, taps[name])
+        for name, part in experts.items():
+            apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
+            self._replace(part, ExpertsPass(name, part, apply, lambda: self.batch, self._tokens))
+
+
+def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Return what the names of all modules inside of these parts begin with, a dot at its end."""
+    wanted = {id(part) for part in parts}
+    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted)
+
+
+def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
+
+    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes 14 and 55 ms, where
+    the gradients of 24 samples take 38 and 585 ms on an H200 (research/results/vhack_gradients_h200_bfloat16.json).
+    A module with a forward function of its own needs the deep copy: the function is bound to the module.
+    """
+    memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
+    memo |= {id(part): part for part in module.buffers()}
+    # A trainer such as TRL gives the model itself another forward function, which returns other things and would run
+    # the model instead of the copy. The copy computes by the function of the class.
+    trainers = vars(module).pop("forward", None)
+    try:
+        if any("forward" in vars(part) for part in module.modules()):
+            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+        memo[id(module.config)] = copy.deepcopy(module.config)
+        return cast("PreTrainedModel", _twin(module, memo))
+    finally:
+        if trainers is not None:
+            vars(module)["forward"] = trainers
+
+
+def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(part) in memo:
+        return cast("nn.Module", memo[id(part)])
+    twin = memo[id(part)] = object.__new__(type(part))
+    for name, value in vars(part).items():
+        twin.__dict__[name] = memo.get(id(value), value.copy() if isinstance(value, dict) else value)
+    twin.__dict__["training"] = False
+    twin.__dict__["_parameters"] = {name: memo.get(id(value)) for name, value in part._parameters.items()}
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
+    }
+    return twin
+
+
+def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
+    # The backward pass is outside of the contexts of the forward pass, and must compute the same.
+    contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
+    # The first layer's input requires no gradient, which only the newer kind of checkpointing allows.
+    return partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
+
+
+def _normalised(norm: Any, kernels: ModuleType | None, hidden_states: Tensor) -> Tensor:
+    # The weight of now: FSDP2 puts another one there while the layer computes.
+    result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels)  # type: ignore[no-untyped-call]
+    return result
 
 
 class SampleGradients(dict[str, Tensor]):
@@ -109,36 +412,57 @@ def per_sample_gradients(
         raise UsageError(f"max_tokens={max_tokens}", wanted="at least 1", do="set it higher, or leave it out")
     module = module_of(model)
     wanted = chosen_modules(module, modules)
-    _check_dtype(module)
+    if module.dtype not in (torch.float32, torch.bfloat16):
+        seen, exact = f"a model in {module.dtype}", "float32 or bfloat16, in which small gradients do not vanish"
+        raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     encoded = encode(tokenizer, samples, labels, context_length(module))
     given = svd if svd is not None else weight_svd(module, modules=modules)
-    _check_factors(wanted, given)
+    for name, linear in wanted.items():
+        if name not in given or (given[name].left.shape[0], given[name].right.shape[1]) != linear.weight.shape:
+            raise UsageError(
+                f"no factors of {name}, {list(linear.weight.shape)}",
+                wanted="factors of every target module",
+                do="compute them with weight_svd of this very model",
+            )
     factors = {name: given[name] for name in wanted}
     division = division_of(module, wanted)
+    recipe = recipe_for(module, division)
+    free, at_once = free_bytes(module.device), _at_once(module)
     if division is not None:
-        return _in_parts(module, factors, division, encoded, max_tokens, checkpointing, progress)
-    recipe = recipe_for(module)
-    cores = _at_once(module)
-    recomputed = count_layers(module) if checkpointing else 0
-    room = room_for_batches(free_bytes(module.device)) / cores
-    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-    batches = plan_batches(encoded, budget, packed=recipe.packed, equal_lengths=recipe.equal_lengths, at_once=cores)
-    found = SampleGradients({name: torch.empty(len(samples), factors[name].rank) for name in factors})
-    factored = exact_factors(wanted, factors) if recipe.factored else set()
-    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
-    replicas = [replica() for _ in range(min(cores, len(batches)))]
+        free = _agreed(division, (encoded, max_tokens, checkpointing), free)
+        at_once = division.processes if division.by_samples else 1
+    shape = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
+    if division is not None and at_once > 1 and max_tokens is None:
+        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
+    else:
+        recomputed = count_layers(module) if checkpointing else 0
+        room = room_for_batches(free) / at_once
+        budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
+        batches = plan_batches(encoded, budget, **shape)
+    found = SampleGradients({name: torch.zeros(len(samples), factors[name].rank) for name in factors})
     done = 0
-    with _computed(replicas, batches) as results:
-        for computed in results:
-            _store(found, computed)
-            if not (torch.isfinite(computed.together).all() and torch.isfinite(computed.losses).all()):
-                check_finite(found, computed.batch.encoded)
-            done += len(computed.batch.encoded)
+    with ExitStack() as undo:
+        replica = partial(Replica, module, factors, recipe, recomputed=recomputed)
+        if division is None:
+            factored = exact_factors(wanted, factors) if recipe.factored else set()
+            replicas = [replica(factored=factored) for _ in range(min(at_once, len(batches)))]
+            results = undo.enter_context(_side_by_side(replicas, batches))
+        else:
+            results = _in_turns(replica(division=division, undo=undo), division, batches)
+        for computed, count in results:
+            if computed is not None:
+                _store(found, computed)
+                if division is None and not all(bool(part.isfinite().all()) for part in computed[1:3]):
+                    check_finite(found, computed.batch.encoded)
+            done += count
             if progress:
                 progress(done, len(samples))
+    if division is not None:
+        division.add_up(found.values())
+        check_finite(found, encoded)
     return found
 
 
@@ -148,8 +472,12 @@ def _at_once(module: "PreTrainedModel") -> int:
     return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
 
 
+Results = Iterator[tuple[Computed | None, int]]
+"""Gradients of a batch, if this process computed them, and how many samples are done by that."""
+
+
 @contextmanager
-def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
+def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Results]:
     """Yield the gradients of every batch, in any order.
 
     Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
@@ -173,67 +501,47 @@ def _computed(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator
     with one_thread():
         try:
             waiting = [pool.submit(work, batch) for batch in batches]
-            yield (computed for future in as_completed(waiting) for computed in future.result())
+            yield ((one, len(one.batch.encoded)) for future in as_completed(waiting) for one in future.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
+def _one_ahead(items: Iterator[Computed]) -> Results:
     """Yield item n after item n + 1 has been launched, so that the GPU is always one batch ahead."""
     before = next(items)
     for item in items:
-        yield before
+        yield before, len(before.batch.encoded)
         before = item
-    yield before
+    yield before, len(before.batch.encoded)
+
+
+def _in_turns(replica: Replica, division: Division, batches: list[list[Encoded]]) -> Results:
+    """Yield what this process computes of a model in parts: a batch of its own in every turn, or all of them."""
+    takers, mine = (division.processes, division.rank) if division.by_samples else (1, 0)
+    for start in range(0, len(batches), takers):
+        turn = batches[start : start + takers]
+        # FSDP2 gathers weights in all processes at once: one with nothing to do repeats a batch for the others.
+        (computed,) = _attempt(replica, turn[mine] if mine < len(turn) else turn[0])
+        yield computed if mine < len(turn) else None, sum(map(len, turn))
 
 
 def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
-    """Return the gradients of a batch, in parts if it does not fit into memory."""
+    """Return the gradients of a batch, in halves if it does not fit; other processes would not know of the halves."""
     try:
         return [replica.gradients(batch)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        halves = _halves(batch, str(error))
+        if len(batch) == 1 or replica.division is not None:
+            one = f"{batch[0].name} with {len(batch[0].ids)} tokens does"
+            raise OutOfMemory(
+                f"{one if len(batch) == 1 else f'{len(batch)} samples do'} not fit: {error}",
+                wanted="room for one sample, and for a batch beside the parts of a model in every process",
+                do="turn checkpointing on, use bfloat16, leave the sample out, lower max_tokens or use more processes",
+            ) from error
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
-    return [done for half in halves for done in _attempt(replica, half)]
-
-
-def _in_parts(
-    module: "PreTrainedModel",
-    factors: Mapping[str, Factors],
-    division: Division,
-    encoded: list[Encoded],
-    max_tokens: int | None,
-    checkpointing: bool,
-    progress: Progress | None,
-) -> SampleGradients:
-    """Return the gradients of all samples of a model in parts, in every process."""
-    found = SampleGradients({name: torch.zeros(len(encoded), each.rank) for name, each in factors.items()})
-    free = _agreed(division, (encoded, max_tokens, checkpointing), free_bytes(next(module.parameters()).device))
-    recipe = recipe_for(module, division)
-    takers = division.processes if division.by_samples else 1
-    how = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths}
-    if takers > 1 and max_tokens is None:
-        batches, recomputed = plan_in_turns(module, encoded, free, at_once=takers, checkpointing=checkpointing, **how)
-    else:
-        recomputed = count_layers(module) if checkpointing else 0
-        budget = max_tokens or token_budget(module, encoded, room_for_batches(free), recomputed=recomputed)
-        batches = plan_batches(encoded, budget, at_once=takers, **how)
-    with ExitStack() as undo:
-        replica = Replica(module, factors, recipe, recomputed=recomputed, division=division, undo=undo)
-        for start in range(0, len(batches), takers):
-            turn = batches[start : start + takers]
-            mine = division.rank if takers > 1 else 0
-            # FSDP2 gathers weights in all processes at once: one with nothing to do repeats a batch for the others.
-            computed = _unsplit(replica, turn[mine] if mine < len(turn) else turn[0])
-            if mine < len(turn):
-                _store(found, computed)
-            if progress:
-                progress(sum(len(batch) for batch in batches[: start + len(turn)]), len(encoded))
-    division.add_up(found.values())
-    check_finite(found, encoded)
-    return found
+    middle = len(batch) // 2
+    return [done for half in (batch[:middle], batch[middle:]) for done in _attempt(replica, half)]
 
 
 def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
@@ -267,20 +575,6 @@ def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], f
     return min(float(theirs) for _, theirs in told)
 
 
-def _unsplit(replica: Replica, batch: list[Encoded]) -> Computed:
-    """Return the gradients of a batch that cannot be split: the other processes would not know."""
-    try:
-        return replica.gradients(batch)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"{len(batch)} samples do not fit beside the parts of the model: {error}",
-            wanted="room for a batch in every process",
-            do="set max_tokens lower, turn checkpointing on, or use more processes",
-        ) from error
-
-
 def _store(found: SampleGradients, computed: Computed) -> None:
     """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite row."""
     batch, together_BR, losses_M, arrived, tokens = computed
@@ -296,33 +590,3 @@ def _store(found: SampleGradients, computed: Computed) -> None:
     for one, (start, end) in zip(batch.encoded, batch.label_segments.bounds, strict=True):
         if not torch.isfinite(losses_M[start:end]).all():
             next(iter(found.values()))[one.index] = torch.nan
-
-
-def _halves(batch: list[Encoded], error: str) -> list[list[Encoded]]:
-    if len(batch) > 1:
-        middle = len(batch) // 2
-        return [batch[:middle], batch[middle:]]
-    raise OutOfMemory(
-        f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
-        wanted="room for one sample",
-        do="turn checkpointing on, use bfloat16, or leave the sample out",
-    )
-
-
-def _check_dtype(module: "PreTrainedModel") -> None:
-    if module.dtype not in (torch.float32, torch.bfloat16):
-        raise ModelError(
-            f"a model in {module.dtype}",
-            wanted="float32 or bfloat16, in which small gradients do not vanish",
-            do="load it with another dtype",
-        )
-
-
-def _check_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> None:
-    for name, module in modules.items():
-        if name not in factors or (factors[name].left.shape[0], factors[name].right.shape[1]) != module.weight.shape:
-            raise UsageError(
-                f"no factors of {name}, {list(module.weight.shape)}",
-                wanted="factors of every target module",
-                do="compute them with weight_svd of this very model",
-            )

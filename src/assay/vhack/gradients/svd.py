@@ -33,8 +33,8 @@ from assay.errors import BadWeights, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
 from assay.streams.backends import torch_dtype
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.division import Division, division_of, gather_whole
-from assay.vhack.gradients.progress import Progress
 from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode, Grade, grade_many
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.gradients.progress import Progress
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import PoolRollout, Sampling, encode_prompts, sample_batches
 from assay.vhack.training.rewards import OwnReward, RewardFunction, Task, check_gradable, read_prompt
 
