@@ -25,7 +25,7 @@ NEAR = 0.72
 
 @dataclass(frozen=True)
 class Flag:
-    """Metadata of a field: how a command line writes it.
+    """Metadata of a field: how a command line writes it. A plain text beside the type is the unit alone.
 
     Args:
         names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
@@ -115,8 +115,8 @@ class Settings(BaseSettings):
         """Return how a command line writes a field, from all that is said of it."""
         merged: dict[str, Any] = {"names": (f"--{field.replace('_', '-')}",)}
         for entry in reversed(cls.model_fields[field].metadata):
-            if isinstance(entry, Flag):
-                merged |= {name: value for name, value in vars(entry).items() if value}
+            said = {"unit": entry} if isinstance(entry, str) else vars(entry) if isinstance(entry, Flag) else {}
+            merged |= {name: value for name, value in said.items() if value}
         return Flag(**merged)
 
     @classmethod

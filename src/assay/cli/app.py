@@ -1,5 +1,6 @@
 """The root of the command line: the groups of commands, options of all, and what becomes of errors."""
 
+import json
 import os
 import signal
 import sys
@@ -7,23 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from click.shell_completion import shell_complete
+from pydantic import Field
 
 from assay._version import __version__
-from assay.cli import ledger, pins, responses, serve, validator, vhack_models  # noqa: F401  (each adds its commands)
-from assay.cli.config import config
+from assay.cli import ledger, responses, serve  # noqa: F401  (each adds its commands)
 from assay.cli.demo import DemoSettings, demo
 from assay.cli.doctor import doctor
+from assay.cli.flags import ARGUMENT
 from assay.cli.framework import CONTINUES, Command, Group, Stopped, in_assay_words, in_three_parts
 from assay.cli.models import models
 from assay.cli.output import errors
 from assay.cli.poc import poc
 from assay.cli.streams import streams
 from assay.cli.vhack import vhack
-from assay.errors import AssayError
+from assay.errors import AssayError, UsageError
+from assay.settings import Settings
 
 
 def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -34,6 +37,33 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 def _keep_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
     context.obj = Path(path) if path else _user_config()
+
+
+class ConfigSettings(Settings):
+    """Settings of ``assay config``."""
+
+    command: Annotated[tuple[str, ...], ARGUMENT] = Field(description="Words of a command: poc prove.")
+
+
+def print_config(chosen: ConfigSettings) -> None:
+    """Print the configuration file of a command.
+
+    It has every setting of the command with its default, as a comment: remove the # before one to change it. Pass the
+    file to the command with --config; one file may have the tables of several commands.
+    """
+    context, words = click.get_current_context(), " ".join(chosen.command)
+    found: click.Command | None = app
+    for word in chosen.command:
+        found = found.get_command(context, word) if isinstance(found, Group) else None
+    if not isinstance(found, Command) or not found.settings:
+        raise UsageError(words, wanted="the words of a command that has settings", do="`assay config poc prove`")
+    lines = [f"# Settings of `assay {words}`; pass this file with --config.", f"[{'.'.join(chosen.command)}]"]
+    for name, one in found.settings.items():
+        if not one.flag.argument:
+            required = " Required." if one.field.is_required() else ""
+            shown = "…" if one.default is None else json.dumps(one.default, ensure_ascii=False)
+            lines += ["", f"# {(one.field.description or '').splitlines()[0]}{required}", f"# {name} = {shown}"]
+    click.echo("\n".join(lines))
 
 
 app = Group(
@@ -66,7 +96,7 @@ for _command in (
     vhack,
     models,
     streams,
-    config,
+    Command("config", print_config, (ConfigSettings,), example="assay config poc prove > prove.toml"),
 ):
     app.add_command(_command)
 

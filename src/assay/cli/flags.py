@@ -11,10 +11,6 @@ ARGUMENT = Flag(argument=True)
 OUTPUT = Flag(("-o", "--output"))
 MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
-HASH, KEY, TEXT, NUMBER, NAME = (Flag(unit=unit) for unit in ("HASH", "KEY", "TEXT", "NUMBER", "NAME"))
-NONCES, POSITIONS, RESPONSES = Flag(unit="NONCES"), Flag(unit="POSITIONS"), Flag(unit="RESPONSES")
-TOKENS, PAIRS, AXES, SHARE = Flag(unit="TOKENS"), Flag(unit="PAIRS"), Flag(unit="AXES"), Flag(unit="SHARE")
-ROWS, DISTANCE = Flag(unit="ROWS"), Flag(unit="DISTANCE")
 
 EngineName = Literal["hf", "vllm"]
 KernelName = Annotated[
@@ -32,11 +28,11 @@ PinsFile = Annotated[
     Flag(variable="ASSAY_PINS"),
     Field(description="What the network agreed on; other settings must agree with it."),
 ]
-BlockHash = Annotated[str | None, HASH, Field(description="Block of the round.")]
-PublicKey = Annotated[str | None, KEY, Field(description="Key of the node.")]
+BlockHash = Annotated[str | None, "HASH", Field(description="Block of the round.")]
+PublicKey = Annotated[str | None, "KEY", Field(description="Key of the node.")]
 Overwrite = Annotated[bool, Field(description="Replace what exists.")]
 Unsandboxed = Annotated[bool, Field(description="Run programs even where nothing can isolate them.")]
-Seed = Annotated[int, NUMBER, Field(ge=0, description="The same seed draws the same.")]
+Seed = Annotated[int, "NUMBER", Field(ge=0, description="The same seed draws the same.")]
 
 
 class AuditSettings(Settings):
@@ -55,8 +51,8 @@ class AuditSettings(Settings):
         None, description="cpu or cuda; by default cuda where there is one."
     )
     dtype: NumberFormat = None
-    prover_dtype: Annotated[str | None, Flag(unit="DTYPE")] = Field(
+    prover_dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format agreed on; else one of the preset, or any dtype."
     )
-    alpha: Annotated[float, SHARE] = Field(1e-3, gt=0, lt=1, description="Chance of ever accusing an honest node.")
-    seed: Annotated[int | None, NUMBER] = Field(None, ge=0, description="Draws the sample; else unpredictable.")
+    alpha: Annotated[float, "SHARE"] = Field(1e-3, gt=0, lt=1, description="Chance of ever accusing an honest node.")
+    seed: Annotated[int | None, "NUMBER"] = Field(None, ge=0, description="Draws the sample; else unpredictable.")

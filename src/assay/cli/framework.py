@@ -78,16 +78,6 @@ class Setting:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
     @property
-    def metavar(self) -> str:
-        """What stands for the value in the help: its words, its unit, or what kind of thing it is."""
-        words = words_of(self.field.annotation)
-        if not self.flag.unit and 1 < len(words) < 6:
-            return "|".join(map(str, words))
-        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
-        spelled = self.text.unit if self.text else ""
-        return self.flag.unit or spelled or ("FILE" if is_path else self.name.upper())
-
-    @property
     def help(self) -> str:
         """The description, then the default."""
         is_none = self.default is None or self.default is False or self.default in ("", [])
@@ -99,7 +89,11 @@ class Setting:
         if self.flag.argument:
             count = -1 if self.repeats else 1
             return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
-        how: dict[str, Any] = {"multiple": self.repeats, "metavar": self.metavar, "type": str}
+        words = words_of(self.field.annotation)
+        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
+        unit = self.flag.unit or ("|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit)
+        how: dict[str, Any] = {"multiple": self.repeats, "type": str}
+        how |= {"metavar": unit or ("FILE" if is_path else self.name.upper())}
         how = {"is_flag": True} if self.field.annotation is bool else how
         return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **how)
 
@@ -148,9 +142,9 @@ class Command(click.Command):
     @cached_property
     def settings(self) -> dict[str, Setting]:
         """The fields of the settings classes by name."""
-        return {
-            name: Setting(kind, name) for kind in self.kinds for name in kind.model_fields if not _is_nested(kind, name)
-        }
+        found = [(kind, name, field.annotation) for kind in self.kinds for name, field in kind.model_fields.items()]
+        nested = [isinstance(annotation, type) and issubclass(annotation, Settings) for _, _, annotation in found]
+        return {name: Setting(kind, name) for (kind, name, _), inner in zip(found, nested, strict=True) if not inner}
 
     def is_shown(self, name: str) -> bool:
         """Return whether the help of the command shows a field."""
@@ -183,10 +177,11 @@ class Command(click.Command):
         """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]
         given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        table = own_table(given.pop("config", None) or ctx.obj, ctx.find_root().command, words)
+        table = own_table(given.pop("config", None) or ctx.obj, ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
         self._warn(words, given)
-        values = self._named(table, ctx.command_path) | self._environment() | given
+        variables = {name: os.environ.get(one.kind.environment_name(name) or "") for name, one in self.settings.items()}
+        values = self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
         made = [
@@ -194,13 +189,24 @@ class Command(click.Command):
             for kind in self.kinds
         ]
         options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
-        with self._named_errors():
-            code = self.function(*made, **options)
-        ctx.exit(code or 0)
-
-    def _environment(self) -> dict[str, str]:
-        found = {name: os.environ.get(one.kind.environment_name(name) or "", "") for name, one in self.settings.items()}
-        return {name: value for name, value in found.items() if value}
+        try:
+            ctx.exit(self.function(*made, **options) or 0)
+        except Stopped as stop:
+            stop.resumable = self.resumable
+            raise
+        except BrokenPipeError:
+            raise
+        except (OSError, AssayError) as error:
+            found = in_assay_words(error) if isinstance(error, OSError) else error
+            one = self.settings.get(found.field)
+            if one is not None and one.spelling not in str(found):
+                found.do += f" ({one.spelling})"
+            cause = found.__cause__ or error
+            if self.resumable and isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG):
+                found.do += f"; {CONTINUES}"
+            if found is error:
+                raise
+            raise found from error
 
     def _named(self, table: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Return the values of a configuration file by field; a key is the name of one, or of its flag."""
@@ -235,28 +241,6 @@ class Command(click.Command):
                 if "://" not in os.environ[variable]:  # Kubernetes sets ASSAY_PORT=tcp://… for a service of this name
                     _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` under [{table}] for --config")
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Name the flag in errors of the library, and say of an interruption that nothing is lost."""
-        try:
-            yield
-        except Stopped as stop:
-            stop.resumable = self.resumable
-            raise
-        except BrokenPipeError:
-            raise
-        except (OSError, AssayError) as error:
-            found = in_assay_words(error) if isinstance(error, OSError) else error
-            one = self.settings.get(found.field)
-            if one is not None and one.spelling not in str(found):
-                found.do += f" ({one.spelling})"
-            cause = found.__cause__ or error
-            if self.resumable and isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG):
-                found.do += f"; {CONTINUES}"
-            if found is error:
-                raise
-            raise found from error
-
 
 class Group(click.Group):
     """A group of commands, in whose help they stand under their panels.
@@ -282,25 +266,22 @@ class Group(click.Group):
 
     def group_of(self, name: str, help: str, *, panel: str = "Commands") -> "Group":
         """Return a new group inside this one."""
-        made = Group(f"{self.path} {name}".strip(), help, panel=panel)
+        made = Group(self._words(name), help, panel=panel)
         self.add_command(made)
         return made
 
-    def _extensions(self) -> dict[str, str]:
-        """Return the names of commands that other packages add to this group, and the words that call them."""
-        names = {point.name for point in entry_points(group=EXTENSIONS)} | set(OF_RESEARCH)
-        placed = {name: name.rpartition(" ") for name in names if "-" not in name}
-        return {last: name for name, (path, _, last) in placed.items() if path == self.path}
+    def _words(self, name: str) -> str:
+        return f"{self.path} {name}".strip()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, those of other packages included that are installed."""
-        installed = {point.name for point in entry_points(group=EXTENSIONS)}
-        return [*self.commands, *(name for name, words in sorted(self._extensions().items()) if words in installed)]
+        placed = (point.name.rpartition(" ") for point in entry_points(group=EXTENSIONS) if "-" not in point.name)
+        return [*self.commands, *sorted(name for path, _, name in placed if path == self.path)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, also one of another package."""
-        words = self._extensions().get(cmd_name)
-        if cmd_name in self.commands or words is None:
+        words = self._words(cmd_name)
+        if cmd_name in self.commands or not (words in OF_RESEARCH or cmd_name in self.list_commands(ctx)):
             return self.commands.get(cmd_name)
         found: click.Command = extension(words)
         return found
@@ -344,7 +325,7 @@ def extension(words: str) -> Any:
     )
 
 
-def own_table(path: Path | None, root: click.Command, words: Sequence[str]) -> dict[str, Any]:
+def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:
     """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file.
 
     Raises:
@@ -359,24 +340,22 @@ def own_table(path: Path | None, root: click.Command, words: Sequence[str]) -> d
             content = file.read(LONGEST_CONFIG + 1)
         if len(content) > LONGEST_CONFIG:
             raise ValueError(f"more than {LONGEST_CONFIG} bytes")
-        return dict(_inner(parse_toml(content.decode("utf-8")), root, words))
+        tables, command = parse_toml(content.decode("utf-8")), context.find_root().command
+        for word in words:
+            assert isinstance(command, Group)
+            names = command.list_commands(context)
+            for key, value in tables.items():
+                if key not in names or not isinstance(value, dict):
+                    kind = "command" if isinstance(value, dict) else "table"
+                    raise ValueError(f"{key} is not a {kind} of {command.name}")
+            tables, command = tables.get(word, {}), command.get_command(context, word)
+        return dict(tables)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"configuration file {path}: {error}",
             wanted="a TOML file with a table per command, as `assay config COMMAND` prints it",
             do="correct the file, or leave --config out",
         ) from None
-
-
-def _inner(table: Mapping[str, Any], command: click.Command, words: Sequence[str]) -> Mapping[str, Any]:
-    if not isinstance(command, Group):
-        return table
-    names = command.list_commands(click.Context(command))
-    for key, value in table.items():
-        if key not in names or not isinstance(value, dict):
-            raise ValueError(f"{key} is not a {'command' if isinstance(value, dict) else 'table'} of {command.name}")
-    child = command.get_command(click.Context(command), words[0])
-    return _inner(table.get(words[0], {}), child, words[1:]) if child else {}
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
@@ -458,12 +437,6 @@ def without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _is_nested(kind: type[Settings], name: str) -> bool:
-    """Return whether a field holds settings itself, which a command gets as a class of their own."""
-    annotation = kind.model_fields[name].annotation
-    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 def _say(warning: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, HASH, KEY, OUTPUT, ROWS, Overwrite
+from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
 from assay.errors import visible
@@ -24,15 +24,15 @@ class ShowSettings(Settings):
     """Settings of ``assay poc ledger show``."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
-    public_key: Annotated[str | None, KEY] = Field(None, description="Key of one node, to list its audits too.")
-    limit: Annotated[int, ROWS] = Field(100, ge=1, description="Most accounts, and most audits of each.")
+    public_key: Annotated[str | None, "KEY"] = Field(None, description="Key of one node, to list its audits too.")
+    limit: Annotated[int, "ROWS"] = Field(100, ge=1, description="Most accounts, and most audits of each.")
 
 
 class AuditSettings(Settings):
     """Settings of ``assay poc ledger audit``."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger, or an export of one.")
-    head: Annotated[str | None, HASH] = Field(
+    head: Annotated[str | None, "HASH"] = Field(
         None, description="Head that was published; entries up to it must be there."
     )
 

@@ -1,4 +1,4 @@
-"""``assay poc``: prove, verify, calibrate."""
+"""``assay poc``: prove, verify, calibrate, and the pins file that says what a network agreed on."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,33 +9,28 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
-    DISTANCE,
-    HASH,
     MODEL,
-    NAME,
-    NONCES,
-    NUMBER,
     OUTPUT,
-    POSITIONS,
-    SHARE,
     AuditSettings,
     BlockHash,
     EngineName,
     KernelName,
+    ModelName,
     NumberFormat,
     Overwrite,
     PinsFile,
     PublicKey,
 )
 from assay.cli.framework import Group, extension
-from assay.cli.output import emit_document, progress_bar, show_values, table
+from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
-from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.ledger_entries import Standing
+
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
@@ -59,36 +54,38 @@ class ProveSettings(Settings):
     output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
     pins: PinsFile = None
     nonces: Annotated[tuple[int, int], RANGE] = Field((0, 256), description="Positions in this node's share.")
-    batch_size: Annotated[int | Literal["auto"], NONCES] = Field(
+    batch_size: Annotated[int | Literal["auto"], "NONCES"] = Field(
         32, description="Nonces per forward pass, part of the fingerprint; auto fills the memory."
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model.")
     overwrite: Overwrite = False
-    preset: Annotated[str, NAME] = Field("poc-2.0", description="How a proof follows from the model.")
-    seq_len: Annotated[int, POSITIONS] = Field(256, description="Input positions of a nonce; with decode, its prompt.")
-    r_target: Annotated[float, DISTANCE] = Field(1.416, description="Distance below which a nonce is valid.")
+    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="How a proof follows from the model.")
+    seq_len: Annotated[int, "POSITIONS"] = Field(
+        256, description="Input positions of a nonce; with decode, its prompt."
+    )
+    r_target: Annotated[float, "DISTANCE"] = Field(1.416, description="Distance below which a nonce is valid.")
     strength: Literal[32, 256] = Field(32, description="Bits of the seed of each input; 256 cannot collide.")
-    node_id: Annotated[int, NUMBER] = Field(0, description="Share of this node, from 0.")
-    node_count: Annotated[int, NUMBER] = Field(1, description="Number of nodes that share the nonces of the key.")
-    block_height: Annotated[int, NUMBER] = Field(0, description="Height of the block, recorded in the proof.")
+    node_id: Annotated[int, "NUMBER"] = Field(0, description="Share of this node, from 0.")
+    node_count: Annotated[int, "NUMBER"] = Field(1, description="Number of nodes that share the nonces of the key.")
+    block_height: Annotated[int, "NUMBER"] = Field(0, description="Height of the block, recorded in the proof.")
     dtype: NumberFormat = None
     kernels: KernelName = "auto"
     deterministic: bool = Field(False, description="Refuse operations that may give other bits the next time.")
-    tensor_parallel: Annotated[int, NUMBER] = Field(1, ge=1, description="Processes that hold one model together.")
+    tensor_parallel: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Processes that hold one model together.")
 
 
 class VerifySettings(AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
     proof: Annotated[Path, ARGUMENT] = Field(description="Proof file.")
-    sample: Annotated[int | None, NONCES] = Field(None, description="Nonces to recompute; at most 128 by default.")
-    seq_len: Annotated[int | None, POSITIONS] = Field(None, description="Positions of a nonce agreed on; else 256.")
-    preset: Annotated[str | None, NAME] = Field(None, description="Preset agreed on; else poc-2.0.")
+    sample: Annotated[int | None, "NONCES"] = Field(None, description="Nonces to recompute; at most 128 by default.")
+    seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions of a nonce agreed on; else 256.")
+    preset: Annotated[str | None, "NAME"] = Field(None, description="Preset agreed on; else poc-2.0.")
     strength: Literal[32, 256] | None = Field(None, description="Bits of the input seeds agreed on; else 32.")
-    r_target: Annotated[float | None, DISTANCE] = Field(None, description="Target distance agreed on; else 1.416.")
-    node_id: Annotated[int | None, NUMBER] = Field(None, description="Share of the node; else 0.")
-    node_count: Annotated[int | None, NUMBER] = Field(None, description="Nodes that share the nonces; else 1.")
+    r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="Target distance agreed on; else 1.416.")
+    node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node; else 0.")
+    node_count: Annotated[int | None, "NUMBER"] = Field(None, description="Nodes that share the nonces; else 1.")
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
@@ -99,21 +96,21 @@ class CalibrateSettings(Settings):
 
     proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, two or more of a round.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
-    valid_rate: Annotated[float | None, SHARE] = Field(None, description="Share of valid nonces that is wanted.")
-    model: Annotated[str | None, Flag(unit="MODEL")] = Field(
+    valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
+    model: Annotated[str | None, "MODEL"] = Field(
         None, description="Model of the proofs, for laws relative to the scale of each block."
     )
-    dimension: Annotated[int | None, NUMBER] = Field(None, description="Dimension of the output.")
+    dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
     against: tuple[Path, ...] = Field((), description="Proof of a known cheat, to be excluded; repeatable.")
-    name: Annotated[tuple[str, ...], NAME] = Field((), description="Name of each --against, in the same order.")
+    name: Annotated[tuple[str, ...], "NAME"] = Field((), description="Name of each --against, in the same order.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     device: Device = None
-    effective_dimension: Annotated[float | None, NUMBER] = Field(
+    effective_dimension: Annotated[float | None, "NUMBER"] = Field(
         None, description="Effective dimension of the states; 16 without it and without a model."
     )
     vectors: Path | None = Field(None, description="Sets of vectors of a network, in place of proofs (research).")
     sets: Names = Field((), description="Words that the name of a set must have; with a dash before: must not.")
-    digest: Annotated[str | None, HASH] = Field(
+    digest: Annotated[str | None, "HASH"] = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the checkpoint of --vectors."
     )
 
@@ -134,8 +131,8 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     """
     from assay import poc
     from assay.files.storage import check_new_file
-    from assay.poc.from_pins import asked
-    from assay.poc.opening import Proving, open_prover
+    from assay.poc.launch import Proving, open_prover
+    from assay.poc.network_pins import asked
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel")
@@ -315,7 +312,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     import os
 
     from assay.files.storage import check_new_file
-    from assay.poc.calibrating import describe, measure, target_for
+    from assay.poc.measurement import describe, measure, target_for
     from assay.poc.verdict.calibration import Calibration
 
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
@@ -394,3 +391,108 @@ def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason
     if given:
         flag = chosen.spelling(given[0])
         raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+
+
+pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
+
+
+class NewPinsSettings(Settings):
+    """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
+
+    model: ModelName
+    output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
+    from_proof: tuple[Path, ...] = Field((), description="Honest proof whose round and build are taken over.")
+    calibration: tuple[Path, ...] = Field((), description="Calibration file of this model to pin.")
+    public_key: Annotated[tuple[str, ...], "KEY"] = Field((), description="Key of a node that may prove; else any.")
+    preset: Annotated[str | None, "NAME"] = Field(None, description="Preset; that of the proof, or poc-2.0.")
+    seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions; as in the proof, or 256.")
+    strength: Literal[32, 256] = Field(256, description="Bits of the input seeds; those of 256 cannot collide.")
+    node_count: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Number of machines of one key.")
+    overwrite: Overwrite = False
+    r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="As in the proof, or 1.416.")
+    fewest_nonces: Annotated[int, "NONCES"] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
+    dtype: Annotated[str | None, "DTYPE"] = Field(
+        None, description="Number format of the build where there is no proof; else the first one of the preset."
+    )
+
+
+class CheckPinsSettings(Settings):
+    """Settings of ``assay poc pins check``: what is known of the round of a proof."""
+
+    pins: Annotated[Path, ARGUMENT] = Field(description="Pins file.")
+    proof: Annotated[Path | None, ARGUMENT] = Field(None, description="Proof file that is held against it.")
+    block_hash: BlockHash = None
+    public_key: PublicKey = None
+    node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node.")
+
+
+@pins.add(
+    "new",
+    NewPinsSettings,
+    shown="model output from_proof calibration public_key preset seq_len strength node_count overwrite",
+    example="assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml",
+)
+def new(chosen: NewPinsSettings, as_json: bool) -> None:
+    """Write a pins file for a model.
+
+    Seeds have 256 bits. What only a proof can say is left to be filled in.
+    """
+    from assay.files.storage import check_new_file
+    from assay.poc.network_pins import write_pins
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    asked = {"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
+    values = write_pins(
+        chosen.output,
+        chosen.model,
+        proofs=chosen.from_proof,
+        calibrations=chosen.calibration,
+        public_keys=chosen.public_key,
+        asked=chosen.model_dump(include=asked),
+        dtype=chosen.dtype,
+    )
+    show_values("assay.poc.pins.new/1", values, as_json)
+
+
+@pins.add(
+    "check",
+    CheckPinsSettings,
+    example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY",
+)
+def check(chosen: CheckPinsSettings, as_json: bool) -> int:
+    """Say what a file pins and what it leaves open.
+
+    With a proof, it says whether its header is allowed. A proof of which something would be taken on the prover's word
+    gives exit code 2, as with verify.
+    """
+    from assay import poc
+    from assay.poc.network_pins import list_open, list_pinned
+    from assay.poc.verdict.calibration import find_pinned_calibration
+
+    network = poc.NetworkPins.load(chosen.pins)
+    for model in network.models:
+        list(network.calibrations(model))  # an error says which one is another file
+    values: dict[str, Any] = {"path": str(chosen.pins), "pinned": list_pinned(network), "open": list_open(network)}
+    believed: tuple[str, ...] = ()
+    if chosen.proof is not None:
+        header = poc.Proof.load(chosen.proof).header
+        known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
+        if network.nodes:  # a key and a share that the file lists are not only the prover's word
+            stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
+            known |= {name: value for name, value in stated.items() if known[name] is None}
+        held = network.for_round(model=header.digest, **known)
+        held.check(header)
+        measured = find_pinned_calibration(network, header)
+        believed = held.unpinned(header)
+        noise = "the stated default: no calibration is pinned for this model"
+        if measured is not None:
+            noise = measured.find_build(header).source
+        values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
+    if as_json:
+        emit_json("assay.poc.pins.check/1", values)
+    else:
+        shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
+        if chosen.proof is not None:
+            shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
+        table(("", "value"), [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()])
+    return 2 if believed else 0

@@ -5,20 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from assay.cli.flags import (
-    ARGUMENT,
-    HASH,
-    KEY,
-    OUTPUT,
-    RESPONSES,
-    TEXT,
-    TOKENS,
-    AuditSettings,
-    EngineName,
-    ModelName,
-    NumberFormat,
-    Overwrite,
-)
+from assay.cli.flags import ARGUMENT, OUTPUT, AuditSettings, EngineName, ModelName, NumberFormat, Overwrite
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, poc
 from assay.settings import Device, Settings
@@ -27,7 +14,9 @@ if TYPE_CHECKING:
     from assay.poc.audit import Audit
     from assay.poc.responses.judge import ResponseVerdict
 
-Batch = Annotated[int, RESPONSES, Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")]
+Batch = Annotated[
+    int, "RESPONSES", Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")
+]
 
 
 class RespondSettings(Settings):
@@ -35,11 +24,11 @@ class RespondSettings(Settings):
 
     model: ModelName
     prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
-    block_hash: Annotated[str, HASH] = Field(description="Block that became known after the requests.")
-    public_key: Annotated[str, KEY] = Field(description="Key of the node.")
+    block_hash: Annotated[str, "HASH"] = Field(description="Block that became known after the requests.")
+    public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
-    user_seed: Annotated[str, TEXT] = Field("", description="Client's seed, for prompts that have none.")
-    max_tokens: Annotated[int, TOKENS] = Field(64, ge=1, description="Tokens after which a response ends.")
+    user_seed: Annotated[str, "TEXT"] = Field("", description="Client's seed, for prompts that have none.")
+    max_tokens: Annotated[int, "TOKENS"] = Field(64, ge=1, description="Tokens after which a response ends.")
     dtype: NumberFormat = None
     device: Device = None
     overwrite: Overwrite = False
@@ -58,7 +47,7 @@ class ReplaySettings(AuditSettings):
 
     receipts: Annotated[Path, ARGUMENT] = Field(description="File of receipts.")
     requests: Path | None = Field(None, description="Requests that were sent; needed for exit code 0.")
-    sample: Annotated[int | None, RESPONSES] = Field(None, description="Responses to replay; all by default.")
+    sample: Annotated[int | None, "RESPONSES"] = Field(None, description="Responses to replay; all by default.")
     evidence: Literal["both", "tokens", "sketches"] = Field("both", description="What receipts must have.")
     lora: Path | None = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
     batch_size: Batch = 16
@@ -97,7 +86,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     from assay.files.storage import check_new_file
     from assay.poc import responses
     from assay.poc.audit import with_token_ids
-    from assay.poc.opening import load
+    from assay.poc.launch import load
     from assay.poc.protocol.round import check_name
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
@@ -182,7 +171,7 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     from assay.files.storage import check_new_file
     from assay.poc import responses
     from assay.poc.audit import requests_of
-    from assay.poc.opening import open_prefill
+    from assay.poc.launch import Launch, open_prefill
     from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
     from assay.poc.responses.replay import check_adapter, check_runnable
 
@@ -193,9 +182,9 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
     prompts = responses.ReceiptPins(requests=requests_of(chosen.requests, chosen.model)).prompts
-    how = chosen.model_dump(include={"engine", "dtype", "device", "batch_size"})
+    how = Launch(**{name: getattr(chosen, name) for name in ("model", "engine", "dtype", "device")})
     with (
-        open_prefill(chosen.model, files, **how) as (loaded, engine),
+        open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         for read in files:

@@ -1,4 +1,4 @@
-"""``assay poc serve``, ``receive`` and ``callbacks``: the service, a receiver, and its dead letters."""
+"""``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the service, and its other ends."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, ROWS, KernelName, ModelName, NumberFormat
+from assay.cli.flags import ARGUMENT, OUTPUT, KernelName, ModelName, NumberFormat
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
@@ -15,12 +15,12 @@ from assay.settings import Device, Flag, Settings
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
     from assay.poc.service.settings import Settings as ServiceSettings
+    from assay.poc.validator.settings import ValidatorSettings
+
 
 SERVICE = "assay.poc.service.settings:Settings"
-Host = Annotated[
-    str, Flag(unit="ADDRESS"), Field(description="Address to listen on; one that others reach needs a key.")
-]
-Port = Annotated[int, Flag(unit="PORT"), Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
+Host = Annotated[str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")]
+Port = Annotated[int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
 LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the log.")]
 DataDir = Annotated[
     Path,
@@ -44,8 +44,8 @@ class RunSettings(Settings):
 
     def deploy(self, dtype: str | None = None) -> "Deployment":
         """Load the model and return it with its kernels."""
+        from assay.poc.launch import compiles, load
         from assay.poc.net.deployment import Deployment
-        from assay.poc.opening import compiles, load
 
         loaded = load(self.model, self.dtype or dtype, self.device)
         return Deployment.of(loaded, compiled=compiles(loaded, self.kernels))
@@ -74,7 +74,7 @@ class ListSettings(Settings):
 
     data_dir: DataDir = Path("assay-data")
     every: Annotated[bool, Flag(("--all",))] = Field(False, description="List delivered callbacks too.")
-    limit: Annotated[int, ROWS] = Field(100, ge=1, description="Largest number to list, newest first.")
+    limit: Annotated[int, "ROWS"] = Field(100, ge=1, description="Largest number to list, newest first.")
 
 
 @poc.add(
@@ -92,10 +92,11 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
     from assay.models.load import model_info
-    from assay.poc import service as library
     from assay.poc.engines.hf.engine import check_shape
-    from assay.poc.opening import check_loadable
+    from assay.poc.launch import check_loadable
+    from assay.poc.net.logs import configure_logs
     from assay.poc.protocol.round import Round
+    from assay.poc.service.app import serve
     from assay.poc.verdict.ledger import check_ledger
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
@@ -105,8 +106,8 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     check_loadable(chosen.model, chosen.dtype, chosen.device)
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=service.alpha, beta=service.beta)
-    library.configure_logs(chosen.log_format)
-    library.serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
+    configure_logs(chosen.log_format)
+    serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
 
 
 @poc.add(
@@ -164,3 +165,43 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
     else:
         click.echo(f"{count} callbacks are pending again")
+
+
+class ValidatorRunSettings(RunSettings):
+    """Settings of ``assay poc validator``: what it runs, and where."""
+
+    port: Port = 8090
+
+
+@poc.add(
+    "validator",
+    ValidatorRunSettings,
+    SERVICE,
+    "assay.poc.validator.settings:ValidatorSettings",
+    panel="Validator",
+    shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
+    example="assay poc validator --model reference:qwen3 --pins pins.toml",
+)
+def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "ValidatorSettings") -> None:
+    """Recompute samples of many nodes until SIGTERM.
+
+    It takes the work of the nodes, recomputes a secret sample of it, and keeps the ledger of their lives. A restart
+    continues where the validator was stopped. Messages that it has acknowledged are on disk.
+    """
+    from assay.models.load import model_info
+    from assay.poc.launch import check_loadable
+    from assay.poc.net.logs import configure_logs
+    from assay.poc.network_pins import pinned_format
+    from assay.poc.validator.app import validate
+    from assay.poc.validator.controller import LEDGER
+    from assay.poc.validator.registry import Registry
+    from assay.poc.verdict.ledger import check_ledger
+
+    # Before there is a database.
+    info = model_info(chosen.model)
+    Registry.load(own.pins, own.nodes, service, model=chosen.model).check_length(info)
+    dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
+    check_loadable(chosen.model, dtype, chosen.device)
+    check_ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
+    configure_logs(chosen.log_format)
+    validate(lambda: chosen.deploy(dtype), own, service, reference=chosen.model, host=chosen.host, port=chosen.port)

@@ -27,14 +27,14 @@ KINDS = {
 class NumberSettings(Settings):
     """Settings of ``assay streams hash``, ``uniform``, ``gumbel``, ``signs`` and ``permutation``."""
 
-    seed_text: Annotated[str, Flag(unit="TEXT")] = Field(description="Text whose SHA-256 gives the seed.")
+    seed_text: Annotated[str, "TEXT"] = Field(description="Text whose SHA-256 gives the seed.")
     n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(
         ge=1, le=PRINTABLE, description="Number of values. Normal values of another number begin differently."
     )
     backend: Literal["auto", "numpy", "torch", "triton"] = Field(
         "auto", description="Implementation that computes the values."
     )
-    device: Annotated[str, Flag(unit="DEVICE")] = Field("cpu", description="Device that computes: cpu or cuda.")
+    device: Annotated[str, "DEVICE"] = Field("cpu", description="Device that computes: cpu or cuda.")
 
 
 class NormalSettings(NumberSettings):

@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 from assay.cli.flags import OUTPUT
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, progress_bar, table
-from assay.settings import Flag, Settings
+from assay.settings import Settings
 
 if TYPE_CHECKING:
     from assay_research.approaches.approaches import ApproachPlan, WeightPlan
@@ -26,7 +26,7 @@ experiment = Group("poc experiment", "Measure the published tables again.")
 class RunSettings(Settings):
     """Folder of a run."""
 
-    run_name: Annotated[str, Flag(unit="NAME")] = Field(description="Folder of the run; the same name continues it.")
+    run_name: Annotated[str, "NAME"] = Field(description="Folder of the run; the same name continues it.")
     output: Annotated[Path, OUTPUT] = Field(
         Path("experiments"), description="Directory that holds the folders of all runs."
     )
@@ -35,7 +35,7 @@ class RunSettings(Settings):
 def measurement(name: str, plan: str, example: str) -> Any:
     """Return the decorator of a command that measures by a plan, in a folder that has its name by default."""
     description = RunSettings.model_fields["run_name"].description
-    field: Any = (Annotated[str, Flag(unit="NAME")], Field(name, description=description))
+    field: Any = (Annotated[str, "NAME"], Field(name, description=description))
     kind = create_model(f"{name.title()}Settings", __base__=RunSettings, run_name=field)
     plans = (plan, f"{plan.partition(':')[0]}:Network") if name == "simulate" else (plan,)
     line = f"assay poc experiment {name} {example}"

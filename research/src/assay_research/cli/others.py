@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, KEY, NUMBER, OUTPUT, SHARE
+from assay.cli.flags import ARGUMENT, OUTPUT
 from assay.cli.framework import Command, Group
 from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
@@ -35,7 +35,7 @@ class ClusterSettings(Settings):
     """Data and folder of a run of ``assay research clusters``."""
 
     data: Annotated[Path, ARGUMENT] = Field(description="Sets of nonce vectors: JSON Lines, or gzip of them.")
-    run_name: Annotated[str | None, Flag(unit="NAME")] = Field(
+    run_name: Annotated[str | None, "NAME"] = Field(
         None, description="Folder of the run; one of the data's name and digest by default."
     )
     output: Annotated[Path, OUTPUT] = Field(
@@ -47,14 +47,14 @@ class FuzzSettings(Settings):
     """Settings of ``assay vhack fuzz``."""
 
     count: Annotated[int, Flag(("-n", "--count"), unit="CASES")] = Field(1000, ge=1, description="Number of cases.")
-    seed: Annotated[int, NUMBER] = Field(0, ge=0, description="The same seed gives the same cases.")
+    seed: Annotated[int, "NUMBER"] = Field(0, ge=0, description="The same seed gives the same cases.")
     kinds: Annotated[tuple[str, ...] | None, Flag(("--kind",), unit="NAME")] = Field(
         None, description="Use cases of this kind only; may be repeated."
     )
-    seconds: Annotated[float, Flag(unit="SECONDS")] = Field(
+    seconds: Annotated[float, "SECONDS"] = Field(
         1.0, gt=0, description="Time limit of a run; what hangs is stopped then."
     )
-    workers: Annotated[int, NUMBER] = Field(2, ge=1, description="Programs that run at the same time.")
+    workers: Annotated[int, "NUMBER"] = Field(2, ge=1, description="Programs that run at the same time.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
 
 
@@ -64,13 +64,13 @@ class MergeSettings(Settings):
     ledgers: Annotated[tuple[Path, ...], ARGUMENT] = Field(
         description="Ledgers of different validators, or exports of them."
     )
-    public_key: Annotated[str | None, KEY] = Field(
+    public_key: Annotated[str | None, "KEY"] = Field(
         None, description="Key of the node to decide on; all nodes if left out."
     )
-    alpha: Annotated[float | None, SHARE] = Field(
+    alpha: Annotated[float | None, "SHARE"] = Field(
         None, description="Bound on the chance that this decision accuses an honest node; else that of the ledgers."
     )
-    beta: Annotated[float | None, SHARE] = Field(
+    beta: Annotated[float | None, "SHARE"] = Field(
         None, description="Bound on the chance that this decision calls a cheater honest; else that of the ledgers."
     )
 
