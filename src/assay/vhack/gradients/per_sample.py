@@ -1,9 +1,9 @@
 """The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over a model per batch.
 
-The pass runs on a copy of the model, or on the model itself. A copy shares the memory of all parameters and buffers, so it takes milliseconds, several may run at the same time, and
-the model itself is never touched. What FSDP2 and others hook onto cannot be copied: a model in parts runs itself, and
-everything that was put onto it is taken off again. Weights are frozen, the target projections leave gradients behind,
-and the rest may be computed in faster ways.
+The pass runs on a copy of the model, or on the model itself. A copy shares the memory of all parameters and buffers, so
+it takes milliseconds, several may run at the same time, and the model itself is never touched. What FSDP2 and others
+hook onto cannot be copied: a model in parts runs itself, and everything that was put onto it is taken off again.
+Weights are frozen, the target projections leave gradients behind, and the rest may be computed in faster ways.
 
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """

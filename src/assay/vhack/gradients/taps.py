@@ -86,13 +86,14 @@ class Way:
     input: bool
 
 
+@dataclass(eq=False)
 class Tap:
     """What replaces the forward function of a Linear.
 
     A Linear with a forward function of its own keeps it, and the tap stands after it. One that a pass calls several
     times leaves the sum over its calls.
 
-    Args:
+    Attributes:
         name: Name of the module.
         linear: Module whose weight and bias are used and stay as they are.
         factors: Factors of the weight.
@@ -106,40 +107,33 @@ class Tap:
             one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        linear: nn.Linear,
-        factors: Factors,
-        found: dict[str, Tensor],
-        segments: Callable[[], Segments],
-        *,
-        factored: bool,
-        together: bool,
-        checkpointing: bool,
-        kernels: ModuleType | None,
-        division: Division | None = None,
-    ) -> None:
-        self.name, self.linear, self.factors, self.found = name, linear, factors, found
-        self.segments, self.checkpointing, self.kernels = segments, checkpointing, kernels
-        self.values = factors.values.to(factors.left.dtype)
-        self.division, self.layout = division, WHOLE if division is None else division.layout(linear)
+    name: str
+    linear: nn.Linear
+    factors: Factors
+    found: dict[str, Tensor]
+    segments: Callable[[], Segments]
+    factored: bool
+    together: bool
+    checkpointing: bool
+    kernels: ModuleType | None
+    division: Division | None = None
+
+    def __post_init__(self) -> None:
+        linear, singular = self.linear, self.factors.values
+        self.values = singular.to(self.factors.left.dtype)
+        self.layout = WHOLE if self.division is None else self.division.layout(linear)
         self._coming: dict[str, Callable[[], Tensor]] = {}
         own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
         # The product of a divided weight knows its placement.
         self.plain = linear.forward if own or self.layout != WHOLE else None
-        self.factored, self.together = factored and not own, together
+        self.factored = self.factored and not own
         self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
-        self.even = self.factored and not together and float(factors.values[0] / factors.values[-1]) <= _CONDITION
+        self.even = self.factored and not self.together and float(singular[0] / singular[-1]) <= _CONDITION
         # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the output of the Linear.
-
-        Raises:
-            ModelError: The rows are not all tokens in their order.
-        """
+        """Return the output of the Linear, or raise a ModelError if the rows are not all tokens in their order."""
         segments = self.segments()
         # Experts that are shared by all tokens are given all of them in one row, those of a list only some.
         of_list = sum(part.isdigit() for part in self.name.split(".")) > 1
@@ -188,13 +182,13 @@ class Tap:
         return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
 
     def along(self, inputs_NI: Tensor) -> Tensor:
-        """Return the coordinates ``Vh x`` of inputs, [N, R]."""
-        right_RI = self.right()
+        """Return the coordinates ``Vh x`` of inputs, of which this process may have a part, [N, R]."""
+        right_RI = self._part("right", COLUMNS, 1)
         return inputs_NI.to(right_RI.dtype) @ right_RI.T
 
     def projected(self, gradient_NO: Tensor) -> Tensor:
-        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
-        left_OR = self.left()
+        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, of which this process may have a part, [N, R]."""
+        left_OR = self._part("left", ROWS, 0)
         return gradient_NO.to(left_OR.dtype) @ left_OR
 
     def fetch(self, *sides: str) -> None:
@@ -203,14 +197,6 @@ class Tap:
             return
         own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
         self._coming |= {side: start_gathering(getattr(self.factors, side)) for side in sides if side != own}
-
-    def left(self) -> Tensor:
-        """Return U of the outputs that this process has, [O, R]."""
-        return self._part("left", ROWS, 0)
-
-    def right(self) -> Tensor:
-        """Return Vh of the inputs that this process has, [R, I]."""
-        return self._part("right", COLUMNS, 1)
 
     def _part(self, side: str, layout: str, dimension: int) -> Tensor:
         factor: Tensor = getattr(self.factors, side)
@@ -231,12 +217,7 @@ class Tap:
         return gradient.redistribute(placements=[wanted]).to_local()
 
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
-        """Leave the gradient of every sample, or add it to that of another call; arguments as for :meth:`rows`."""
-        rows_BR, before_BR = self.rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
-        self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
-
-    def rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
-        """Return the gradient of every sample, [B, R] float32.
+        """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
         Args:
             kept: What the forward pass kept: inputs, their coordinates, or outputs.
@@ -245,17 +226,16 @@ class Tap:
             segments: Bounds of the samples.
             way: Way to sum.
         """
+        rows_BR, before_BR = self._rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
+        self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
+
+    def _rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
         if way.how == "project":
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
             offsets = segments.offsets.to(along_NR.device)
             rows_BR = segment_products(projected_NR, along_NR, offsets, self.kernels)
-            if (
-                self.division is not None
-                and not self.division.by_samples
-                and self.layout == WHOLE
-                and self.division.rank
-            ):
+            if self.division is not None and self.division.repeats(self.layout):
                 rows_BR.zero_()
             return rows_BR
         left_OR, right_RI = self.factors.left, self.factors.right
@@ -266,14 +246,12 @@ class Tap:
         if way.how == "inner":
             turn_XR = left_OR if self.narrow else right_RI.T
             turned_BXR = (torch.cat(sums) @ turn_XR).view(len(sums), *turn_XR.shape)
-            rows_BR = turned_BXR.mul_(turn_XR).sum(1).div_(self.values)
-        elif way.how == "outer":
-            rows_BR = torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
-        elif way.how == "left":
-            rows_BR = torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
-        else:
-            rows_BR = torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
-        return rows_BR
+            return turned_BXR.mul_(turn_XR).sum(1).div_(self.values)
+        if way.how == "outer":
+            return torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
+        if way.how == "left":
+            return torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
+        return torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
 
 
 class _Tapped(torch.autograd.Function):
@@ -352,19 +330,19 @@ def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
 
     They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
     """
-    tried = [name for name, linear in modules.items() if _may_be_exact(linear, factors[name])]
-    errors = [_misfit(modules[name], factors[name]) for name in tried]
+    tried = {name: linear.weight.detach() for name, linear in modules.items()}
+    tried = {
+        name: weight
+        for name, weight in tried.items()
+        if factors[name].rank == min(weight.shape) and factors[name].left.dtype == weight.dtype
+    }
+    errors = [_misfit(weight, factors[name]) for name, weight in tried.items()]
     within = torch.stack(errors).tolist() if errors else []  # all at once, for it waits for the device
     return {name for name, error in zip(tried, within, strict=True) if error <= 1}
 
 
-def _may_be_exact(linear: nn.Linear, factors: Factors) -> bool:
-    return factors.rank == min(linear.weight.shape) and factors.left.dtype == linear.weight.dtype
-
-
-def _misfit(linear: nn.Linear, factors: Factors) -> Tensor:
+def _misfit(weight_OI: Tensor, factors: Factors) -> Tensor:
     """Return the error of ``U S Vh v`` as a share of what it may be."""
-    weight_OI = linear.weight.detach()
     probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
     wanted_O = (weight_OI @ probe_I).float()
     found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
