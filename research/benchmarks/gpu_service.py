@@ -1,6 +1,6 @@
-"""A real `assay poc serve` on one CUDA device against `prove` in this process, in one run; and how it starts.
+"""A real `assay poc serve` against `prove` in this process, in one run; and how it starts.
 
-Both run shape:qwen3-0.6b in bfloat16 with the kernels that they choose by themselves, and take turns; the figure is the
+Both run one model in bfloat16 with the kernels that they choose by themselves, and take turns; the figure is the
 median of the ratios of neighbouring turns. Before that, the first batch of a service: the time from the call that
 starts a round until its first nonces are on disk, kernels being compiled, and how long /health takes meanwhile. Then
 again after a restart, when compiled kernels are read from the folder where they are kept. At the end, distances of the
@@ -10,13 +10,14 @@ service are held against those of `prove`, bit by bit, and the vectors of an art
 """
 
 import base64
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+import numpy as np
+import psutil
 from _common import note, parser, publish
-from service_throughput import BLOCK, SEQ_LEN, compare, milliseconds, through_prove, through_service
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
@@ -24,8 +25,47 @@ from assay.poc.engines.hf.compiled import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 
+SEQ_LEN = 256
+BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 SIZES = (32, 128)
 """Nonces of a batch: the default of a request, and what `prove --batch-size auto` takes on such a device."""
+
+
+def cpu_seconds(pid=None):
+    """Return the processor time that a process has used, which other work on the machine does not change much."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def through_service(server, nonces):
+    """Return nonces per second from the call that starts the phase until they are on disk, and processor time."""
+    before, used = server.status()["total_checked"], cpu_seconds(server.pid)
+    started = time.perf_counter()
+    server.post("/phase/generate")
+    while (checked := server.status()["total_checked"] - before) < nonces:
+        time.sleep(0.25)  # every look costs the service a millisecond
+    rate = checked / (time.perf_counter() - started), (cpu_seconds(server.pid) - used) / checked
+    server.post("/phase/validate")
+    time.sleep(1.0)  # the batch that was running ends
+    return rate
+
+
+def through_prove(model, engine, nonces, path):
+    """Return nonces per second of `prove` with a proof file, and processor time of each."""
+    round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
+    started, used = time.perf_counter(), cpu_seconds()
+    prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
+    return nonces / (time.perf_counter() - started), (cpu_seconds() - used) / nonces
+
+
+def compared(pairs):
+    """Return rates and processor time of both sides of every pair, and the median of the ratios."""
+    sides = {"prove": [a for a, _ in pairs], "service": [b for _, b in pairs]}
+    return {
+        **{f"{name}_nonces_per_second": [round(rate, 2) for rate, _ in side] for name, side in sides.items()},
+        **{f"{name}_cpu_ms_per_nonce": [round(1000 * used, 2) for _, used in side] for name, side in sides.items()},
+        "service_over_prove": round(statistics.median(b[0] / a[0] for a, b in pairs), 4),
+    }
 
 
 def begun(server, size):
@@ -39,7 +79,9 @@ def begun(server, size):
     seconds = time.perf_counter() - started
     server.post("/phase/validate")
     time.sleep(1.0)  # the batch that was running ends
-    return {"first_nonces_seconds": round(seconds, 2), "health_meanwhile_ms": milliseconds(answers)}
+    at = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    quantiles = {name: round(1000 * float(np.quantile(answers, q)), 2) for name, q in at.items()}
+    return {"first_nonces_seconds": round(seconds, 2), "health_meanwhile_ms": quantiles}
 
 
 def body_of(size):
@@ -63,7 +105,7 @@ def turns_of(server, model, engine, path, chosen):
     for turn in range(chosen.rounds):
         pairs.append((through_prove(model, engine, nonces, path), through_service(server, nonces)))
         note(f"{engine.batch_size}, {turn + 1}/{chosen.rounds}: {pairs[-1][0][0]:.0f}, {pairs[-1][1][0]:.0f} nonces/s")
-    return compare("prove", "service", pairs)
+    return compared(pairs)
 
 
 def same_distances(server, model, engine, count=512):
@@ -94,7 +136,7 @@ def measure(server, chosen, folder):
     loading.append(start(server))
     again = {str(size): begun(server, size) for size in SIZES}
     note(f"after a restart: {again}")
-    model = load_model(chosen.model, dtype="bfloat16", device="cuda")
+    model = load_model(chosen.model, dtype="bfloat16", device=chosen.device)
     rates, same = {}, []
     for size in SIZES:
         engine = HFEngine(model, batch_size=size, seq_len=SEQ_LEN, compiled=worth_compiling(model))
@@ -118,11 +160,10 @@ def main():
     options.add_argument("--model", default="shape:qwen3-0.6b")
     options.add_argument("--nonces", type=int, default=8192, help="of a turn")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--device", default="cuda")
     chosen = options.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device")
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), "--dtype", "bfloat16", model=chosen.model, fork=False)
+        server = Server(Path(folder), "--dtype", "bfloat16", "--device", chosen.device, model=chosen.model, fork=False)
         try:
             figures = measure(server, chosen, Path(folder))
         except BaseException:

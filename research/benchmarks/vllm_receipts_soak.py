@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from _common import note, parser, publish
-from _vllm import lines_of
-from _vllm_answers import SEEDED, begin, body_of, mixed
-from _vllm_forked import ForkedServer
+from _vllm import SEEDED, ForkedServer, begin, body_of, lines_of, mixed
 
 from assay.models import load_model
 from assay.poc.responses import Receipts

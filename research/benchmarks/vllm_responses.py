@@ -30,11 +30,12 @@ import httpx
 import numpy as np
 import psutil
 from _common import note, parser, publish
-from _vllm import REFERENCE, Server
-from _vllm_answers import (
+from _vllm import (
     BLOCK,
     NODE,
+    REFERENCE,
     SEEDED,
+    Server,
     agreement,
     begin,
     mixed,

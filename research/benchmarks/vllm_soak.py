@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 from _common import note, parser, publish
-from _vllm_forked import ForkedServer
+from _vllm import ForkedServer
 
 from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver

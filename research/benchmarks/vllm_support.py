@@ -17,19 +17,20 @@ What assay refuses only because it was not run on a kind of device is run there 
     python3 research/benchmarks/vllm_support.py --device cuda --unproven -o research/results/vllm_support_h200.json
 """
 
+import asyncio
 import importlib.util
 import json
 import os
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import _vllm_adapters
-import _vllm_router
 import numpy as np
+import torch
 from _common import note, parser, publish
+from safetensors.torch import save_file
 
 from assay import poc
 from assay.errors import AssayError
@@ -40,6 +41,9 @@ from assay.poc.cheats import rounded, with_fewer_experts
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
 
 PLAIN = "reference:qwen3"
+RANK = 8
+LORA_TARGETS = ("q_proj", "v_proj")
+CHAT_TOKENS = 16
 CASES = {  # kind of checkpoint, dtype
     "int8 W8A8, compressed-tensors": ("int8", "bfloat16"),
     "int4 W4A16, compressed-tensors": ("packed", "bfloat16"),
@@ -93,7 +97,7 @@ WITH_VIDEOS = ("qwen2_5_vl",)
 WHOLE = ("plain", "fp8-cache", "adapter", "speculation")
 OPTIONS = {
     "fp8-cache": {"kv_cache_dtype": "fp8"},
-    "adapter": {"enable_lora": True, "max_loras": 1, "max_lora_rank": _vllm_adapters.RANK},
+    "adapter": {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK},
     "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
     "lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
 }
@@ -168,9 +172,8 @@ def allow(device):
     architectures = {name for known in compatibility.WITH_STATE.values() for name in known}
     compatibility.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
     compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
-    compatibility.EIGHT_BIT_CACHES = (device,)
-    compatibility.EXPERTS_STORED = (device,)
-    compatibility.STEPPING_TOGETHER = (device,)
+    compatibility.EIGHT_BIT_CACHES = {device: {"fp8": ()}}
+    compatibility.SHARED_EXPERTS = (device,)
 
 
 def checkpoint(kind, folder, device="cpu"):
@@ -218,7 +221,7 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
     if kind in MIXTURES:
-        _vllm_router.allow_hooks()
+        allow_hooks()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
     options |= DEVICES.get(kind.rpartition(" ")[2], {})
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
@@ -229,7 +232,7 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
         said = {}
         beside = nullcontext()
         if kind == "adapter":
-            beside = _vllm_adapters.chat(engine, _vllm_adapters.make(model.module.config, folder), said)
+            beside = chat_beside(engine, make_adapter(model.module.config, folder), said)
         with beside:
             told = {"hidden_size": model.hidden_size, "mixture": kind.startswith(MIXTURES)}
             presets = {preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS}
@@ -242,15 +245,15 @@ def router(engine, model, path, nonces):
     """Return for how many positions of a round other experts are asked, beside the same engine once more as a null."""
     asked = poc.Round(block_hash="router", public_key="k", seq_len=SEQ_LEN, preset="poc-2.0", model="m")
     experts = getattr(model.module.config, "num_experts", None) or model.module.config.num_local_experts
-    ours, again = (_vllm_router.inside(engine, asked, nonces, experts) for _ in range(2))
-    theirs = _vllm_router.beside(model, asked, nonces)
-    exact = _vllm_router.beside(load_model(path, dtype="float32", device=str(model.device)), asked, nonces)
+    ours, again = (experts_inside(engine, asked, nonces, experts) for _ in range(2))
+    theirs = experts_beside(model, asked, nonces)
+    exact = experts_beside(load_model(path, dtype="float32", device=str(model.device)), asked, nonces)
     return {
         "positions": len(nonces) * SEQ_LEN,
-        "vllm_again": _vllm_router.flips(ours, again),
-        "vllm_from_transformers": _vllm_router.flips(ours, theirs),
-        "vllm_from_float32": _vllm_router.flips(ours, exact),
-        "transformers_from_float32": _vllm_router.flips(theirs, exact),
+        "vllm_again": flips(ours, again),
+        "vllm_from_transformers": flips(ours, theirs),
+        "vllm_from_float32": flips(ours, exact),
+        "transformers_from_float32": flips(theirs, exact),
     }
 
 
@@ -316,6 +319,161 @@ def verdict(proof, model, **options):
         return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
     except AssayError as error:
         return str(error)
+
+
+# Chat with a LoRA adapter beside nonces: an adapter of random weights, and requests that use it until they end.
+
+
+def make_adapter(config, folder):
+    """Write an adapter for a checkpoint of this configuration; return its directory."""
+    path = folder / "adapter"
+    if path.exists():
+        return path
+    path.mkdir()
+    heads = {"q_proj": config.num_attention_heads, "v_proj": config.num_key_value_heads}
+    draw, tensors = torch.Generator().manual_seed(0), {}
+    for layer in range(config.num_hidden_layers):
+        for name in LORA_TARGETS:
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            shapes = {"A": (RANK, config.hidden_size), "B": (heads[name] * config.head_dim, RANK)}
+            for part, shape in shapes.items():
+                weight = 0.3 * torch.randn(shape, generator=draw)
+                tensors[f"{place}.lora_{part}.weight"] = weight.to(torch.bfloat16)
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(LORA_TARGETS)}))
+    return path
+
+
+async def answer_one(engine, name, adapter=None):
+    """Return the tokens of one request, with an adapter or without."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.FINAL_ONLY
+    sampling = SamplingParams(
+        max_tokens=CHAT_TOKENS, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind
+    )
+    prompt = {"type": "token", "prompt_token_ids": list(range(20, 52))}
+    used = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+    async for output in engine._client._llm.generate(prompt, sampling, name, lora_request=used):
+        found = list(output.outputs[0].token_ids)
+    return found
+
+
+@contextmanager
+def chat_beside(engine, adapter, said):
+    """Ask with the adapter, one request after the other, while the context is open.
+
+    ``said`` gets the number of answers, how many of them are those that the adapter gave alone, and whether it changes
+    what the model says at all.
+    """
+
+    def run(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, engine._loop)
+
+    plain = run(answer_one(engine, "plain")).result()
+    alone = run(answer_one(engine, "alone", adapter)).result()
+    answers, ended = [], asyncio.Event()
+
+    async def ask():
+        while not ended.is_set():
+            answers.append(await answer_one(engine, f"chat-{len(answers)}", adapter))
+
+    asking = run(ask())
+    try:
+        yield
+    finally:
+        engine._loop.call_soon_threadsafe(ended.set)
+        asking.result()
+        same = sum(found == alone for found in answers)
+        said |= {"answers": len(answers), "as_alone": same, "changes_the_tokens": plain != alone}
+
+
+# Which experts a mixture asks for the positions of nonces: hooks on the routers of vLLM's worker and of transformers.
+#
+# Legend of shapes: L layers, R rows (positions of all nonces, one nonce after the other), E experts.
+
+
+def allow_hooks():
+    """Let vLLM's worker run the functions of this module; to be called before the engine is made."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+
+
+def watch_routers(worker):
+    """Keep, inside vLLM's worker, which experts are asked from now on."""
+    asked = worker.assay_asked = {}
+    top = worker.model_runner.model.config.num_experts_per_tok
+    for name, part in worker.model_runner.model.named_modules():
+        if name.endswith(".gate"):
+            part.register_forward_hook(keep_routed(asked, name, top))
+
+
+def take_routed(worker):
+    """Return what was kept since the last time, as bytes of one row per layer."""
+    found = [np.packbits(torch.cat(rows).numpy()).tobytes() for rows in worker.assay_asked.values()]
+    worker.assay_asked.clear()
+    return found
+
+
+def keep_routed(asked, name, top):
+    """Return a forward hook of a router whose first output is its logits [R, E]."""
+
+    def hook(_module, _inputs, outputs):
+        logits_RE = outputs[0].float()
+        chosen_RE = torch.zeros(logits_RE.shape, dtype=torch.bool)
+        chosen_RE.scatter_(1, logits_RE.topk(top).indices.cpu(), value=True)
+        asked.setdefault(name, []).append(chosen_RE)
+
+    return hook
+
+
+def experts_inside(engine, round, nonces, experts):
+    """Return the experts [L, R, E] that vLLM asks for the nonces of a round."""
+
+    def call(method):
+        work = engine._client._llm.collective_rpc(method)
+        return asyncio.run_coroutine_threadsafe(work, engine._loop).result()[0]
+
+    if not hasattr(engine, "watched"):
+        call(watch_routers)
+        engine.watched = True
+    call(take_routed)
+    poc.prove(engine.model, round, nonces, engine=engine)
+    rows = len(nonces) * round.seq_len
+    layers = [np.unpackbits(np.frombuffer(one, np.uint8))[: rows * experts] for one in call(take_routed)]
+    return np.array(layers, bool).reshape(len(layers), rows, experts)
+
+
+def experts_beside(model, round, nonces):
+    """Return the experts [L, R, E] that transformers asks for the nonces of a round."""
+    asked, config = {}, model.module.config
+    routers = [(name, part) for name, part in model.module.named_modules() if hasattr(part, "top_k")]
+    hooks = [
+        part.register_forward_hook(keep_routed(asked, name, config.num_experts_per_tok))
+        for name, part in routers
+        if "Router" in type(part).__name__
+    ]
+    engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
+    try:
+        poc.prove(model, round, nonces, engine=engine)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return np.stack([torch.cat(rows).numpy()[: len(nonces) * round.seq_len] for rows in asked.values()])
+
+
+def flips(one, other):
+    """Return the shares of positions for which other experts are asked: in a layer, and in any of all layers."""
+    flipped_LR = (one != other).any(axis=-1)
+    return {"in_a_layer": float(flipped_LR.mean()), "in_any_layer": float(flipped_LR.any(axis=0).mean())}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Engines of a test's own process, forked from one process that has imported vLLM: imports are most of a start.
 
 On a CPU vLLM has the process of an engine, and that of its worker, import everything anew. Servers are forked by
-``_vllm_forked``; this does the same for engines, whose parent has threads and so cannot fork them itself.
+``_vllm``; this does the same for engines, whose parent has threads and so cannot fork them itself.
 """
 
 import os
@@ -9,7 +9,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-import _vllm_forked
+import _vllm
 import pytest
 
 PARENT = "tests.vllm.forked_parent"
@@ -43,7 +43,7 @@ def fork_engines(patch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as started:
         # The process is given the paths of this one, but Python 3.11 does not use them.
-        started.setenv("PYTHONPATH", os.pathsep.join((str(root), str(Path(_vllm_forked.__file__).parent))))
+        started.setenv("PYTHONPATH", os.pathsep.join((str(root), str(Path(_vllm.__file__).parent))))
         forkserver.set_forkserver_preload([PARENT])
         forkserver.ensure_running()
     patch.setattr(utils, "get_mp_context", Context)

@@ -1,5 +1,5 @@
 """Imported by the process that engines are forked from, and by nothing else."""
 
-import _vllm_forked
+import _vllm
 
-_vllm_forked.prepare()
+_vllm.prepare()

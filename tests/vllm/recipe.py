@@ -9,8 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from _vllm import KEY, MODEL, REFERENCE, Server
-from _vllm_forked import ForkedServer
+from _vllm import KEY, MODEL, REFERENCE, ForkedServer, Server
 
 from tests.vllm.conftest import ROOT
 

@@ -8,8 +8,7 @@ from functools import cache
 import httpx
 import numpy as np
 import pytest
-from _vllm import MODEL, chat_once
-from _vllm_forked import ForkedServer
+from _vllm import MODEL, ForkedServer, chat_once
 
 from assay import poc
 from assay.errors import UsageError

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from _vllm_forked import ForkedServer
+from _vllm import ForkedServer
 
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.test_nodes import check_chat

@@ -11,8 +11,7 @@ from contextlib import closing
 import httpx
 import psutil
 import pytest
-from _vllm import OPTIONS, POW, Server, chat_alone
-from _vllm_forked import ForkedServer
+from _vllm import OPTIONS, POW, ForkedServer, Server, chat_alone
 
 from tests.vllm.conftest import SMALL
 from tests.vllm.receiver import Receiver

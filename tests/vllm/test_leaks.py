@@ -17,8 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from _vllm import chat_once
-from _vllm_forked import ForkedServer
+from _vllm import ForkedServer, chat_once
 
 from tests.vllm.conftest import ON_GPU
 

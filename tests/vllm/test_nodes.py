@@ -4,8 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from _vllm import Server, free_port, talk
-from _vllm_forked import ForkedServer
+from _vllm import ForkedServer, Server, free_port, talk
 
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.test_server import make

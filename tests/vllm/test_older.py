@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _vllm import Server, talk
-from _vllm_answers import SEEDED, agreement, begin, mixed
+from _vllm import SEEDED, Server, agreement, begin, mixed, talk
 
 from assay import poc
 from tests.vllm.conftest import ROOT, SEQ_LEN

@@ -1,8 +1,7 @@
 """A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
 
 import pytest
-from _vllm_answers import SEEDED, agreement, begin, mixed
-from _vllm_forked import ForkedServer
+from _vllm import SEEDED, ForkedServer, agreement, begin, mixed
 
 from assay.poc.cheats import rounded
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL

@@ -8,9 +8,21 @@ import json
 import httpx
 import pytest
 import torch
-from _vllm import KEY, MODEL, chat_once
-from _vllm_answers import BLOCK, NODE, SEEDED, agreement, begin, body_of, mixed, receipts_of, send_all
-from _vllm_forked import ForkedServer
+from _vllm import (
+    BLOCK,
+    KEY,
+    MODEL,
+    NODE,
+    SEEDED,
+    ForkedServer,
+    agreement,
+    begin,
+    body_of,
+    chat_once,
+    mixed,
+    receipts_of,
+    send_all,
+)
 from vllm_receipts_soak import kill_loop
 
 from assay.poc.responses import Request, Sampling, respond

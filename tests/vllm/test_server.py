@@ -5,8 +5,7 @@ import asyncio
 import httpx
 import numpy as np
 import pytest
-from _vllm import KEY, MODEL, POW, Server, chat_once, talk
-from _vllm_forked import ForkedServer
+from _vllm import KEY, MODEL, POW, ForkedServer, Server, chat_once, talk
 
 from assay import poc
 from assay.poc.cheats import rounded

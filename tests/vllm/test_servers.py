@@ -7,8 +7,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from _vllm import KEY, POW, talk
-from _vllm_forked import ForkedServer
+from _vllm import KEY, POW, ForkedServer, talk
 
 from assay.poc.vllm import servers as _servers
 from tests.vllm.conftest import SEQ_LEN, SMALL
