@@ -25,7 +25,7 @@ Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of r
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -89,15 +89,12 @@ class Places:
         return frozenset(place + start for place in self.places for start in range(0, modulus, self.modulus or 1))
 
     def __str__(self) -> str:
-        if self.modulus is None:
-            return f"position {_name_range(self.low, self.high - 1)}"
-        firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
-        lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
-        return f"position mod {self.modulus} in {', '.join(map(_name_range, firsts, lasts))}"
-
-
-def _name_range(first: int, last: int) -> str:
-    return f"{first}" if first == last else f"{first} to {last}"
+        firsts, lasts = [self.low], [self.high - 1]
+        if self.modulus is not None:
+            firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
+            lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
+        runs = (f"{a}" if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts, strict=True))
+        return f"position{f' mod {self.modulus} in' if self.modulus else ''} {', '.join(runs)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,42 +159,6 @@ def place_test(
         >>> test.faulty, test.pattern, test.share
         (True, 'position mod 8 in 0', 0.125)
     """
-    size_N, positions_N = _read_residuals(magnitudes, positions)
-    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
-        raise UsageError(
-            f"batch_size {batch_size}, honest_size {honest_size}",
-            wanted="a batch of at least 1, a finite size of at least 0",
-            do="pass the batch size of the proof's header, or None",
-        )
-    if size_N.size < 2:
-        return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(size_N.size, dtype=np.bool_))
-    moduli = choose_moduli(batch_size)
-    found = sorted(_find_clearest(size_N, positions_N, moduli, parts=True), key=lambda tried: tried.log_p)
-    ratios = [_median_ratio(size_N, tried.contain(positions_N), honest_size) for tried in found]
-    guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
-    faulty = any(guilty)
-    best = guilty.index(True) if faulty else 0
-    named = found[best]
-    dependent = faulty or named.p_value <= SUSPICION
-    if dependent:
-        extend = _extend_part if named.modulus is None else _extend_run
-        named = extend(size_N, positions_N, named, moduli, honest_size)
-    bad_N = named.contain(positions_N)
-    return PlaceTest(
-        faulty=faulty,
-        suspected=dependent and not faulty,
-        p_value=found[best].p_value,
-        pattern=str(named),
-        modulus=named.modulus,
-        places=tuple(sorted(named.places)),
-        share=len(named.places) / named.modulus if named.modulus else float(bad_N.mean()),
-        ratio=ratios[best],
-        set_aside=bad_N & dependent,
-    )
-
-
-def _read_residuals(magnitudes: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[FloatArray, IntArray]:
-    """Return the sizes, with twice the largest for a value that is not finite, and the positions, both [N]."""
     values_N, positions_N = np.asarray(magnitudes, dtype=np.float64), np.asarray(positions)
     if values_N.ndim != 1 or values_N.shape != positions_N.shape:
         raise UsageError(
@@ -211,9 +172,38 @@ def _read_residuals(magnitudes: npt.ArrayLike, positions: npt.ArrayLike) -> tupl
             wanted="whole numbers from 0",
             do="pass the index of each nonce in the prover's own sequence",
         )
+    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
+        raise UsageError(
+            f"batch_size {batch_size}, honest_size {honest_size}",
+            wanted="a batch of at least 1, a finite size of at least 0",
+            do="pass the batch size of the proof's header, or None",
+        )
+    if values_N.size < 2:
+        return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(values_N.size, dtype=np.bool_))
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
-    largest = 2 * float(size_N.max(initial=0.0)) or 1.0
-    return np.where(np.isfinite(values_N), size_N, largest), positions_N.astype(np.int64)
+    size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
+    sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
+    found = sorted([*sample.find_runs(sample.moduli), sample.find_part()], key=lambda tried: tried.log_p)
+    ratios = [inside / base if base else math.inf if inside else 1.0 for inside, base in map(sample.medians, found)]
+    guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
+    faulty = any(guilty)
+    best = guilty.index(True) if faulty else 0
+    named = found[best]
+    dependent = faulty or named.p_value <= SUSPICION
+    if dependent:
+        named = sample.extend_part(named) if named.modulus is None else sample.extend_run(named)
+    bad_N = named.contain(sample.positions)
+    return PlaceTest(
+        faulty=faulty,
+        suspected=dependent and not faulty,
+        p_value=found[best].p_value,
+        pattern=str(named),
+        modulus=named.modulus,
+        places=tuple(sorted(named.places)),
+        share=len(named.places) / named.modulus if named.modulus else float(bad_N.mean()),
+        ratio=ratios[best],
+        set_aside=bad_N & dependent,
+    )
 
 
 def choose_moduli(batch_size: int | None) -> tuple[int, ...]:
@@ -225,36 +215,129 @@ def choose_moduli(batch_size: int | None) -> tuple[int, ...]:
     return tuple(sorted(modulus for modulus in chosen if 2 <= modulus <= _LARGEST_MODULUS))
 
 
-def _find_clearest(size_N: FloatArray, positions_N: IntArray, moduli: Sequence[int], *, parts: bool) -> list[Places]:
-    """Return the clearest run of every modulus and the clearest part, with p-values for all that were tried."""
-    descending_N = np.sort(size_N)[::-1]
-    found = [_find_run(size_N, descending_N, positions_N, modulus) for modulus in moduli]
-    tried = math.log(len(found) + 1)  # the share of the parts counts even where they are not asked for
-    if parts:
-        found.append(_find_part(size_N, descending_N, positions_N))
-    return [replace(places, log_p=min(0.0, places.log_p + tried)) for places in found]
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Sizes of residuals and their positions, [N] each, with the moduli to try and the size of an honest residual."""
+
+    sizes: FloatArray
+    positions: IntArray
+    moduli: tuple[int, ...]
+    honest_size: float
+
+    def largest(self, wanted: int) -> BoolArray:
+        """Return which residuals are among the ``wanted`` largest, [N]; fewer where equal ones straddle the end."""
+        count = self.sizes.size
+        if not 0 < wanted < count:
+            return np.zeros(count, dtype=np.bool_)
+        return np.asarray(self.sizes > np.partition(self.sizes, count - 1 - wanted)[count - 1 - wanted])
+
+    def medians(self, places: Places) -> tuple[float, float]:
+        """Return the median residual at the places, and the larger of the median elsewhere and the honest size."""
+        inside_N = places.contain(self.positions)
+        if inside_N.all() or not inside_N.any():
+            return self.honest_size, self.honest_size
+        elsewhere = float(np.median(self.sizes[~inside_N]))
+        return float(np.median(self.sizes[inside_N])), max(elsewhere, self.honest_size)
+
+    def find_runs(self, moduli: tuple[int, ...]) -> list[Places]:
+        """Return the clearest run of every modulus, with p-values for all that were tried and for the parts."""
+        return [_among(len(moduli) + 1, self._find_run(modulus)) for modulus in moduli]
+
+    def _find_run(self, modulus: int) -> Places:
+        """Return the clearest run of places of a modulus: any start (of 64 at most), any length up to half."""
+        place_N = self.positions % modulus
+        lengths_L = np.arange(1, modulus // 2 + 1)
+        starts_S = np.arange(0, modulus, -(-modulus // _MOST_STARTS))
+        wanted_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]
+        large_LM = np.stack([np.bincount(place_N[self.largest(wanted)], minlength=modulus) for wanted in wanted_L])
+        held_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
+        hits_LS, held_LS = (_sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM))
+        log_p_LS = log_fisher(hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), self.sizes.size)
+        # Half of the share is for runs from place 0, the first column, where faults of real machines were found.
+        runs_S = np.full(starts_S.size, 2.0 * lengths_L.size * (starts_S.size - 1))
+        runs_S[0] = 2.0 * lengths_L.size
+        log_p_LS += np.log(runs_S)
+        row, column = divmod(int(log_p_LS.argmin()), starts_S.size)
+        places = frozenset((int(starts_S[column]) + step) % modulus for step in range(int(lengths_L[row])))
+        return Places(modulus, places, log_p=float(log_p_LS[row, column]))
+
+    def find_part(self) -> Places:
+        """Return the clearest part of the run: neighbouring eighths of it, or the first nonces."""
+        tried = list(_list_parts(int(self.positions.max()) + 1))
+        logs = []
+        for part in tried:
+            held_N = part.contain(self.positions)
+            large_N = self.largest(int(np.count_nonzero(held_N)))
+            hits, held, large = (np.array(np.count_nonzero(some)) for some in (held_N & large_N, held_N, large_N))
+            logs.append(float(log_fisher(hits, held, large, self.sizes.size)))
+        best = int(np.argmin(logs))
+        return _among(len(self.moduli) + 1, replace(tried[best], log_p=logs[best] + math.log(len(tried))))
+
+    def extend_run(self, run: Places) -> Places:
+        """Return the run with further places at which the remaining residuals are large, up to half of all places.
+
+        Two machines may each have a fault, so places are added of the same modulus, its divisors and its multiples.
+        """
+        run = self._add_neighbours(run)
+        for _ in range(_EXTENSIONS):
+            own = run.modulus or 1
+            rest_N = ~run.contain(self.positions)
+            related = tuple(modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0)
+            if not related or np.count_nonzero(rest_N) < 2:
+                break
+            rest = replace(self, sizes=self.sizes[rest_N], positions=self.positions[rest_N])
+            more = min(rest.find_runs(related), key=lambda tried: tried.log_p)
+            modulus = max(own, more.modulus or 1)
+            places = run.at_multiple(modulus) | more.at_multiple(modulus)
+            if more.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
+                break
+            run = self._add_neighbours(Places(modulus, places))
+        for modulus in self.moduli:  # ascending: the first modulus that names the same places is the smallest
+            if run.modulus and run.modulus % modulus == 0:
+                shorter = Places(modulus, frozenset(place % modulus for place in run.places))
+                if shorter.at_multiple(run.modulus) == run.places:
+                    return shorter
+        return run
+
+    def _add_neighbours(self, run: Places) -> Places:
+        """Return the run with the places next to it that resemble it more than the others, up to half of all places.
+
+        A sparse sample has one or two residuals of a place: too few to show that it is bad, and enough to accuse.
+        """
+        inside, base = self.medians(run)
+        middle, modulus = math.sqrt(inside * base), run.modulus or 1
+        place_N = self.positions % modulus
+        typical = {place: float(np.median(self.sizes[place_N == place])) for place in set(place_N.tolist())}
+        places = set(run.places)
+        for last in run.places:
+            for step in (1, -1):
+                place, between = (last + step) % modulus, 1
+                while place not in places and 2 * (len(places) + between) <= modulus:
+                    if place in typical:  # places that were not checked are bad if those on both sides are
+                        if not middle <= typical[place] > base:
+                            break
+                        places |= {(place - step * back) % modulus for back in range(between)}
+                        between = 0
+                    place, between = (place + step) % modulus, between + 1
+        return Places(modulus, frozenset(places))
+
+    def extend_part(self, part: Places) -> Places:
+        """Return the part with its edges moved outwards while residuals there resemble it, up to half of the run."""
+        inside, base = self.medians(part)
+        order_N = np.argsort(self.positions, kind="stable")
+        ordered_N, sizes_N = self.positions[order_N], self.sizes[order_N]
+        alike_N = (sizes_N >= math.sqrt(inside * base)) & (sizes_N > base)
+        longest = (int(ordered_N[-1]) + 2) // 2
+        before_N, after_N = ordered_N < part.low, ordered_N >= part.high
+        later, sooner = _count_alike(alike_N[after_N]), _count_alike(alike_N[before_N][::-1])
+        high = min(int(ordered_N[after_N][later - 1]) + 1, part.low + longest) if later else part.high
+        low = max(int(ordered_N[before_N][-sooner]), high - longest) if sooner else part.low
+        return Places(low=low, high=high)
 
 
-def _find_run(size_N: FloatArray, descending_N: FloatArray, positions_N: IntArray, modulus: int) -> Places:
-    """Return the clearest run of places of a modulus: any start (of 64 at most), any length up to half."""
-    place_N = positions_N % modulus
-    lengths_L = np.arange(1, modulus // 2 + 1)
-    starts_S = np.arange(0, modulus, -(-modulus // _MOST_STARTS))
-    large_LM = np.zeros((lengths_L.size, modulus), dtype=np.int64)
-    for row, length in enumerate(lengths_L.tolist()):
-        large_N = _choose_largest(size_N, descending_N, round(size_N.size * length / modulus))
-        large_LM[row] = np.bincount(place_N[large_N], minlength=modulus)
-    held_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
-    hits_LS, held_LS = (_sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM))
-    log_p_LS = log_fisher(hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), size_N.size)
-    # Half of the share is for runs from place 0, the first column, where faults of real machines were found.
-    runs_S = np.full(starts_S.size, 2.0 * lengths_L.size * (starts_S.size - 1))
-    runs_S[0] = 2.0 * lengths_L.size
-    log_p_LS += np.log(runs_S)
-    row, column = divmod(int(log_p_LS.argmin()), starts_S.size)
-    start, length = int(starts_S[column]), int(lengths_L[row])
-    places = frozenset((start + step) % modulus for step in range(length))
-    return Places(modulus, places, log_p=float(log_p_LS[row, column]))
+def _among(tried: int, places: Places) -> Places:
+    """Return places with the p-value that holds for as many kinds as were tried."""
+    return replace(places, log_p=min(0.0, places.log_p + math.log(tried)))
 
 
 def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> IntArray:
@@ -264,20 +347,6 @@ def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> I
     return np.asarray(np.take_along_axis(before, last_LS, axis=1) - before[:, starts_S], dtype=np.int64)
 
 
-def _find_part(size_N: FloatArray, descending_N: FloatArray, positions_N: IntArray) -> Places:
-    """Return the clearest part of the run."""
-    tried = list(_list_parts(int(positions_N.max()) + 1))
-    log_p_T = np.zeros(len(tried))
-    for column, part in enumerate(tried):
-        held_N = part.contain(positions_N)
-        held = np.count_nonzero(held_N)
-        large_N = _choose_largest(size_N, descending_N, int(held))
-        hits, large = np.count_nonzero(held_N & large_N), np.count_nonzero(large_N)
-        log_p_T[column] = log_fisher(np.array(hits), np.array(held), np.array(large), size_N.size)
-    best = int(log_p_T.argmin())
-    return replace(tried[best], log_p=float(log_p_T[best]) + math.log(len(tried)))
-
-
 def _list_parts(end: int) -> Iterator[Places]:
     """Yield every part of the run 0 … end − 1 that is tried: neighbouring eighths of it, and the first nonces."""
     edges = [end * eighth // _EIGHTHS for eighth in range(_EIGHTHS + 1)]
@@ -285,13 +354,6 @@ def _list_parts(end: int) -> Iterator[Places]:
         for last in range(first + _SHORTEST_PART, min(first + _EIGHTHS // 2, _EIGHTHS) + 1):
             yield Places(low=edges[first], high=edges[last])
     yield from (Places(high=count) for count in _FIRST if count == 1 or 2 * count <= end)
-
-
-def _choose_largest(size_N: FloatArray, descending_N: FloatArray, wanted: int) -> BoolArray:
-    """Return which residuals are among the ``wanted`` largest, [N]; fewer where equal ones straddle the end."""
-    if not 0 < wanted < size_N.size:
-        return np.zeros(size_N.size, dtype=np.bool_)
-    return np.asarray(size_N > descending_N[wanted])
 
 
 def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> FloatArray:
@@ -311,91 +373,6 @@ def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> Float
     falling = ratio < 1
     bound = log_mass - np.log1p(-np.where(falling, ratio, 0.0))
     return np.where(falling, np.minimum(bound, 0.0), 0.0)
-
-
-def _medians(size_N: FloatArray, inside_N: BoolArray, honest_size: float) -> tuple[float, float]:
-    """Return the median residual inside, and the larger of the median outside and the honest size."""
-    if inside_N.all() or not inside_N.any():
-        return honest_size, honest_size
-    return float(np.median(size_N[inside_N])), max(float(np.median(size_N[~inside_N])), honest_size)
-
-
-def _median_ratio(size_N: FloatArray, inside_N: BoolArray, honest_size: float) -> float:
-    inside, base = _medians(size_N, inside_N, honest_size)
-    if base == 0.0:
-        return math.inf if inside else 1.0
-    return inside / base
-
-
-def _extend_run(
-    size_N: FloatArray, positions_N: IntArray, run: Places, moduli: Sequence[int], honest_size: float
-) -> Places:
-    """Return the run with further places at which the remaining residuals are large, up to half of all places.
-
-    Two machines may each have a fault, so places are added of the same modulus, of its divisors and of its multiples.
-    """
-    run = _add_neighbours(size_N, positions_N, run, honest_size)
-    for _ in range(_EXTENSIONS):
-        own = run.modulus or 1
-        rest_N = ~run.contain(positions_N)
-        related = [modulus for modulus in moduli if modulus % own == 0 or own % modulus == 0]
-        if not related or np.count_nonzero(rest_N) < 2:
-            break
-        rest = _find_clearest(size_N[rest_N], positions_N[rest_N], related, parts=False)
-        more = min(rest, key=lambda tried: tried.log_p)
-        if more.p_value > _EXTENSION_ALPHA:
-            break
-        modulus = max(own, more.modulus or 1)
-        places = run.at_multiple(modulus) | more.at_multiple(modulus)
-        if 2 * len(places) > modulus:
-            break
-        run = _add_neighbours(size_N, positions_N, Places(modulus, places), honest_size)
-    for modulus in moduli:  # ascending: the first modulus that names the same places is the smallest
-        if run.modulus and run.modulus % modulus == 0:
-            shorter = Places(modulus, frozenset(place % modulus for place in run.places))
-            if shorter.at_multiple(run.modulus) == run.places:
-                return shorter
-    return run
-
-
-def _add_neighbours(size_N: FloatArray, positions_N: IntArray, run: Places, honest_size: float) -> Places:
-    """Return the run with the places next to it that resemble it more than the others, up to half of all places.
-
-    A sparse sample has one or two residuals of a place: too few to show that it is bad, and enough to accuse.
-    """
-    inside, base = _medians(size_N, run.contain(positions_N), honest_size)
-    middle, modulus = math.sqrt(inside * base), run.modulus or 1
-    place_N = positions_N % modulus
-    typical = {place: float(np.median(size_N[place_N == place])) for place in set(place_N.tolist())}
-    places = set(run.places)
-    for last in run.places:
-        for step in (1, -1):
-            place, between = (last + step) % modulus, 1
-            while place not in places and 2 * (len(places) + between) <= modulus:
-                if place in typical:  # places that were not checked are bad if those on both sides are
-                    if not middle <= typical[place] > base:
-                        break
-                    places |= {(place - step * back) % modulus for back in range(between)}
-                    between = 0
-                place, between = (place + step) % modulus, between + 1
-    return Places(modulus, frozenset(places))
-
-
-def _extend_part(
-    size_N: FloatArray, positions_N: IntArray, part: Places, moduli: Sequence[int], honest_size: float
-) -> Places:
-    """Return the part with its edges moved outwards while residuals there resemble it, up to half of the run."""
-    del moduli  # a part of the run has none
-    inside, base = _medians(size_N, part.contain(positions_N), honest_size)
-    order_N = np.argsort(positions_N, kind="stable")
-    ordered_N, sizes_N = positions_N[order_N], size_N[order_N]
-    alike_N = (sizes_N >= math.sqrt(inside * base)) & (sizes_N > base)
-    longest = (int(ordered_N[-1]) + 2) // 2
-    before_N, after_N = ordered_N < part.low, ordered_N >= part.high
-    later, sooner = _count_alike(alike_N[after_N]), _count_alike(alike_N[before_N][::-1])
-    high = min(int(ordered_N[after_N][later - 1]) + 1, part.low + longest) if later else part.high
-    low = max(int(ordered_N[before_N][-sooner]), high - longest) if sooner else part.low
-    return Places(low=low, high=high)
 
 
 def _count_alike(alike_N: BoolArray) -> int:
