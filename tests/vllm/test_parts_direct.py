@@ -15,8 +15,7 @@ from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.engines.base import HostCopy
 from assay.poc.vllm import compatibility as _versions
-from assay.poc.vllm import direct
-from assay.poc.vllm.client import Client, DirectStream
+from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import (
     CALLS,
     FAILURES,
@@ -28,6 +27,7 @@ from assay.poc.vllm.direct import (
 )
 from assay.poc.vllm.rows import Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+from assay.poc.vllm.worker import WorkerExtension
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 
@@ -90,7 +90,7 @@ class Workers:
 
 async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
     """Return the values of a stream in their order; ``between`` is called with the number of those that are there."""
-    stream = DirectStream(workers.client, SPEC, range(count), batch_size)
+    stream = NonceStream(workers.client, SPEC, range(count), batch_size)
     await stream.open()
     values: list[float] = []
     while (batch := await stream.next()) is not None:
@@ -280,9 +280,9 @@ def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
-def worker_of(begin) -> direct.DirectMethods:
+def worker_of(begin) -> WorkerExtension:
     """A worker of one stream, whose passes are those of a function."""
-    worker = direct.DirectMethods()
+    worker = WorkerExtension()
     worker.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
     stream = SimpleNamespace(spec=SPEC, touched=0.0)
     worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get={"key": stream}.get))
@@ -415,7 +415,7 @@ def test_values_that_the_workers_have_lost_are_computed_again():
 
 def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
     async def scenario(workers: Workers) -> None:
-        closed = DirectStream(workers.client, SPEC, range(2**40), 8)
+        closed = NonceStream(workers.client, SPEC, range(2**40), 8)
         await closed.open()
         others = asyncio.ensure_future(values_of(workers, 400))
         for _ in range(5):

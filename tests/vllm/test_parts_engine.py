@@ -70,7 +70,8 @@ def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEn
     monkeypatch.setattr(_client, "sampling_parameters", lambda: None)
     client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4))
     client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
-    return RequestEngine(client, loop, version="0", batch_size=4, seq_len=8, most_positions=64)
+    client.loop, client.positions, client.version = loop, 64, "0"
+    return RequestEngine(client, batch_size=4, seq_len=8)
 
 
 def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(loop, monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +95,8 @@ def test_an_engine_that_dies_in_a_call_of_its_workers_is_named_too(loop, monkeyp
 )
 def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     class LLM:
-        vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"))
+        model_config = SimpleNamespace(max_model_len=65)
+        vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"), model_config=model_config)
 
         async def collective_rpc(self, method: str, args: tuple):
             return [{"problems": [], "device": device} for device in devices]
@@ -154,7 +156,8 @@ def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
         seen.append((mounted.controller.closing.is_set(), client.ended.done(), timeout))
 
     engine_client = SimpleNamespace(shutdown=end)
-    made.call_soon_threadsafe(mounted._end_before, engine_client, SimpleNamespace(client=client, loop=made))
+    client.loop = made
+    made.call_soon_threadsafe(mounted._end_before, engine_client, client)
     until(lambda: engine_client.shutdown is not end)
     engine_client.shutdown(timeout=3)
     engine_client.shutdown(timeout=0)

@@ -62,23 +62,6 @@ def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.Monkey
         compatibility.check_installed()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "refused"),
-    [
-        ("ASSAY_VLLM_FORWARD", "assay", True),
-        ("ASSAY_VLLM_FORWARD", "vllm", False),
-        ("ASSAY_VLLM_INPUTS", "sent", True),
-        ("ASSAY_VLLM_INPUTS", "local", False),
-    ],
-)
-def test_settings_that_were_removed_are_refused_by_name(name: str, value: str, refused: bool, monkeypatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    monkeypatch.setattr(compatibility, "USED", {})
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=f"{name}={value}") if refused else nullcontext():
-        compatibility.check_installed()
-
-
 def test_names_before_03_are_those_of_now():
     for name, now in compatibility.OLD_NAMES.items():
         (old_module, old), (module, new) = name.rsplit(".", 1), now.rsplit(".", 1)

@@ -1,8 +1,8 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
-A stream of nonces is admitted one by one, collected a batch at a time, and returned in order. :class:`RequestStream`
-runs inputs as requests, :class:`DirectStream` whole batches in calls where it can, and :class:`TokenStream` nonces that
-decode. Everything here runs in the event loop of the engine.
+A stream of nonces is admitted, collected a batch at a time, and returned in order. :class:`NonceStream` runs whole
+batches in calls where it can, and :class:`TokenStream` nonces that decode. Everything here runs in the event loop of
+the engine.
 
 Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a sketch.
 """
@@ -13,20 +13,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
 from assay.poc.engines.decoding import Decoded, Replayed, drawn_prompts
+from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
+from assay.poc.protocol.record import Fingerprint
 from assay.poc.vllm.compatibility import refuse_missing
 from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
-from assay.poc.vllm.throttle import Throttle
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 
 log = logging.getLogger("assay.vllm")
 
@@ -39,14 +42,6 @@ ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
-
-
-class TokenRequest(NamedTuple):
-    """A request of token ids, and what vLLM is to do with them, a ``SamplingParams``."""
-
-    ids: list[int]
-    sampling: Any
-
 
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
 """Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
@@ -62,11 +57,17 @@ class Client:
         llm: Engine client of vLLM, an ``AsyncLLM``.
         throttle: Throttle that admits nonces.
         engines: Number of its data-parallel engines. vLLM deals requests out to them, and calls reach them all.
+        version: Version of vLLM.
     """
 
-    def __init__(self, llm: Any, throttle: Throttle, engines: int = 1) -> None:
-        self.throttle = throttle
-        self.description: dict[str, Any] = {}
+    loop: asyncio.AbstractEventLoop
+    positions: int
+    """Length of the longest prompt that the engine takes."""
+    description: dict[str, Any]
+    """What the worker with the hidden states says of itself."""
+
+    def __init__(self, llm: Any, throttle: Throttle, engines: int = 1, version: str = "") -> None:
+        self.throttle, self.version = throttle, version
         self.ended: Future[None] = Future()
         """Done once the engine ends; what waits for a nonce must not wait any longer."""
         self.closers: set[Callable[[], Awaitable[None]]] = set()
@@ -77,16 +78,37 @@ class Client:
         self.direct = DirectPath(throttle, self._call, engines)
 
     async def install(self) -> None:
-        """Prepare the workers, and keep the description of the last one, which has the hidden states.
-
-        Its device is the names of all where workers of several kinds, on several hosts, compute one pass.
+        """Prepare the workers; the device is the names of all where workers of several kinds compute one pass.
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
         """
+        self.loop, self.positions = asyncio.get_running_loop(), most_positions(self._llm.vllm_config)
         replies = await self._call("assay_install")
         refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
         self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
+
+    def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
+        """Return how the engine computes so many sequences of so many positions at a time."""
+        worker = self.description
+        parallel = [f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}", *worker["experts_over"]]
+        return Fingerprint(
+            engine="vllm",
+            device=worker["device"],
+            dtype=with_cache(worker["format"] or worker["dtype"], worker["cache"]),
+            attention=worker["attention"],
+            batch_size=batch_size,
+            seq_len=seq_len,
+            threads=worker["threads"],
+            torch=torch.__version__,
+            library=f"vllm {self.version}",
+            kernels=(
+                f"runner {worker['runner']}",
+                *parallel,
+                "eager" if worker["eager"] else "compiled",
+                *worker["products"],
+            ),
+        )
 
     async def open(self, spec: Spec) -> str:
         """Begin a stream of nonces on every worker; return its key.
@@ -108,13 +130,13 @@ class Client:
         """Return what every worker holds."""
         return await self._call("assay_counts")
 
-    async def run(self, key: str, nonce: int, request: TokenRequest) -> Any:
-        """Run one nonce, and return the last output of vLLM."""
+    async def run(self, key: str, nonce: int, ids: list[int], sampling: Any) -> Any:
+        """Run one nonce with these token ids and ``SamplingParams``, and return the last output of vLLM."""
         name, last = request_id(key, nonce), None
         # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests
         # would find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
-        prompt = {"type": "token", "prompt_token_ids": request.ids, "cache_salt": name}
-        async for output in self._llm.generate(prompt, request.sampling, name, priority=self._priority):
+        prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": name}
+        async for output in self._llm.generate(prompt, sampling, name, priority=self._priority):
             last = output
         return last
 
@@ -147,6 +169,33 @@ class Client:
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
         return await call_workers(self._llm, method, *args, engines=self._engines)
+
+
+def most_positions(config: Any) -> int:
+    """Return the length of the longest prompt that an engine takes: one generated token must fit as well."""
+    longest = int(config.model_config.max_model_len) - 1
+    scheduler = config.scheduler_config
+    chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
+    return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
+
+
+async def connect(
+    llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str, unfinished: Callable[[], int]
+) -> Client:
+    """Return the client of an ``AsyncLLM`` whose workers are prepared, in the event loop of the engine.
+
+    Its throttle lets in as many nonces as fill one step of every engine and have the next one ready. ``unfinished``
+    returns the number of all requests.
+
+    Raises:
+        BackendUnavailable: The workers lack a name that is used.
+    """
+    scheduler, engines = llm.vllm_config.scheduler_config, int(llm.vllm_config.parallel_config.data_parallel_size)
+    step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
+    fills = engines * max(1, min(2 * step, int(scheduler.max_num_seqs)))
+    client = Client(llm, Throttle(settings, unfinished, fills), engines, version)
+    await client.install()
+    return client
 
 
 async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> list[Any]:
@@ -182,11 +231,13 @@ def _failure(error: Exception) -> type[ModelError]:
     return EngineEnded if type(error).__name__ == DEAD else ModelError
 
 
-class RequestStream:
+class NonceStream:
     """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event loop.
 
+    Without chat whole batches run in calls into the workers where they can; all other nonces are requests.
+
     Args:
-        client: Client that runs single nonces.
+        client: Client of the engine.
         spec: Round, and the pipeline that names what is published.
         nonces: Nonces in the order of the results, perhaps more than will ever be run.
         batch_size: Number of nonces that are handed out at a time.
@@ -194,11 +245,16 @@ class RequestStream:
 
     def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
         self._client, self._spec, self._nonces, self._batch_size = client, spec, nonces, batch_size
-        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(AHEAD)
+        ahead = AHEAD + (0 if spec.pipeline.steps else CALLS * client.direct.most // batch_size)
+        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
         self._key = ""
         self._passes = 1  # of the engine, for each nonce
+        self._sizer = CallSizer(0)
+        self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._call: asyncio.Task[Any] | None = None  # the last one
+        self._covered = 0  # places of nonces that have begun
 
     async def open(self) -> None:
         """Announce the stream to the workers, which may refuse the round, and begin."""
@@ -240,6 +296,8 @@ class RequestStream:
             task.exception()  # read, because asyncio logs every error that is never read
 
     async def _produce(self) -> None:
+        if not self._spec.pipeline.steps:  # nonces that decode are requests
+            self._sizer = await self._client.direct.open(self._key, self._spec.round.seq_len)
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
@@ -249,13 +307,24 @@ class RequestStream:
         await self._batches.put(None)
 
     async def _begin(self, place: int) -> "asyncio.Task[Any]":
-        """Begin with the nonce at a place, as soon as it may run."""
-        return await self._launch(self._nonces[place])
+        """Return the task of the nonce at a place: the last call if it has this nonce, a new one, or its request."""
+        if place < self._covered and self._call is not None:
+            return self._call
+        count = await self._client.direct.admit(self._sizer)
+        if not count:  # beside chat, or where there are no calls
+            self._covered = place + 1
+            return await self._launch(self._nonces[place])
+        nonces = list(self._nonces[place : place + count])
+        self._covered = place + len(nonces)
+        self._call = self._start(self._client.direct.run(self._key, self._sizer, nonces, admitted=count))
+        self._call.add_done_callback(lambda _: self._client.direct.leave(count))
+        self._calls.add(self._call)
+        return self._call
 
     async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
         request = await asyncio.to_thread(self._request, nonce)
         await self._client.throttle.admit()
-        task = self._start(self._client.run(self._key, nonce, request))
+        task = self._start(self._client.run(self._key, nonce, *request))
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
@@ -265,23 +334,32 @@ class RequestStream:
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
 
-    def _request(self, nonce: int) -> TokenRequest:
-        """Return the request of a nonce: as many placeholders as it has positions, which the workers fill."""
-        return TokenRequest([0] * self._spec.round.seq_len, sampling_parameters())
+    def _request(self, nonce: int) -> tuple[list[int], Any]:
+        """Return the ids of a nonce's request, which are placeholders that the workers fill, and its parameters."""
+        return [0] * self._spec.round.seq_len, sampling_parameters()
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
         """Return whether a request ran to its end, as far as its last output says."""
         return True
 
     async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
-        """Wait for nonces and collect them; those that were aborted, for instance by a sleeping engine, run again."""
+        """Take the values of calls, and collect those of requests.
+
+        What a call did not run is requested, and what was aborted, for instance by a sleeping engine, runs again.
+        """
         values: dict[int, Values] = {}
-        missing = list(wanted)
+        for call in {task for task in running if task in self._calls}:
+            values |= await asyncio.shield(call)  # other batches wait for it too
+        left = {nonce: task for nonce, task in zip(wanted, running, strict=True) if nonce not in values}
         for attempt in range(ATTEMPTS):
+            if not left:
+                break
             if attempt:
                 await asyncio.sleep(10.0 ** (attempt - 2))
-                running = [await self._launch(nonce) for nonce in missing]
-            outcomes = await asyncio.gather(*running, return_exceptions=True)
+            requested = [
+                await self._launch(nonce) if attempt or task in self._calls else task for nonce, task in left.items()
+            ]
+            outcomes = await asyncio.gather(*requested, return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
@@ -291,20 +369,17 @@ class RequestStream:
                         wanted="an engine that takes requests of this length",
                         do="see the log of vLLM",
                     ) from outcome
-            found = await self._client.collect(self._key, missing)
-            values |= {
-                nonce: found[nonce]
-                for nonce, outcome in zip(missing, outcomes, strict=True)
-                if nonce in found and self._whole(nonce, outcome)
-            }
-            missing = [nonce for nonce in wanted if nonce not in values]
-            if not missing:
-                return np.stack([values[nonce] for nonce in wanted])
-        raise ModelError(
-            f"vLLM did not run nonce {missing[0]} and {len(missing) - 1} others in {ATTEMPTS} attempts",
-            wanted="requests that are not aborted",
-            do="see the log of vLLM",
-        )
+            found = await self._client.collect(self._key, list(left))
+            whole = {nonce for nonce, outcome in zip(left, outcomes, strict=True) if self._whole(nonce, outcome)}
+            values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
+            left = {nonce: task for nonce, task in left.items() if nonce not in values}
+        if left:
+            raise ModelError(
+                f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in {ATTEMPTS} attempts",
+                wanted="requests that are not aborted",
+                do="see the log of vLLM",
+            )
+        return np.stack([values[nonce] for nonce in wanted])
 
 
 def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
@@ -322,17 +397,8 @@ def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
     )
 
 
-class TokenStream(RequestStream):
-    """Runs nonces that decode, or replays tokens of others.
-
-    Args:
-        client: Client that runs single nonces.
-        spec: Round, and its pipeline.
-        nonces: Nonces in the order of the results.
-        batch_size: Number of nonces that are handed out at a time.
-        vocab_size: Number V of rows of the embedding.
-        claimed_MN: Tokens that are replayed, for every nonce; None decodes.
-    """
+class TokenStream(NonceStream):
+    """Runs nonces that decode, or replays the tokens ``claimed_MN`` that another node states of them."""
 
     def __init__(
         self,
@@ -370,76 +436,19 @@ class TokenStream(RequestStream):
         sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)
         return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(np.float32)
 
-    def _request(self, nonce: int) -> TokenRequest:
-        """Return the request of a nonce: its prompt and the steps, or its prompt and the tokens that are replayed."""
+    def _request(self, nonce: int) -> tuple[list[int], Any]:
         shape = {"seq_len": self._spec.round.seq_len, "vocab_size": self._vocab_size}
         prompt: list[int] = drawn_prompts(self._spec.round, [nonce], **shape)[0].tolist()
         if self._claimed is None:
             # Nothing may end the text early.
-            return TokenRequest(prompt, sampling_parameters(self._steps, ignore_eos=True))
+            return prompt, sampling_parameters(self._steps, ignore_eos=True)
         claimed = self._claimed[nonce]
         given = np.minimum(claimed[:-1], self._vocab_size - 1)
-        return TokenRequest(prompt + given.tolist(), sampling_parameters(extra_args={CLAIMED: claimed.tolist()}))
+        return prompt + given.tolist(), sampling_parameters(extra_args={CLAIMED: claimed.tolist()})
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
-        """Return whether a nonce has all of its tokens, and keep them."""
         if isinstance(outcome, Exception) or outcome is None:
             return False
         if self._claimed is None:
             self._tokens[nonce] = list(outcome.outputs[0].token_ids)
         return self._claimed is not None or len(self._tokens[nonce]) == self._steps
-
-
-class DirectStream(RequestStream):
-    """Runs nonces on inputs that the workers make, and hands out the values of each batch in order.
-
-    Args:
-        client: Client that runs nonces.
-        spec: Round, and the pipeline that names what is published.
-        nonces: Nonces in the order of the results, perhaps more than will ever be run.
-        batch_size: Number of nonces that are handed out at a time.
-    """
-
-    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
-        super().__init__(client, spec, nonces, batch_size)
-        self._batches = asyncio.Queue(AHEAD + CALLS * client.direct.most // batch_size)
-        self._sizer = CallSizer(0)
-        self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
-        self._call: asyncio.Task[Any] | None = None  # the last one
-        self._covered = 0  # places of nonces that have begun
-
-    async def _produce(self) -> None:
-        self._sizer = await self._client.direct.open(self._key, self._spec.round.seq_len)
-        await super()._produce()
-
-    async def _begin(self, place: int) -> "asyncio.Task[Any]":
-        """Return the task of the nonce at a place: the last call if it has this nonce, a new one, or its request."""
-        if place < self._covered and self._call is not None:
-            return self._call
-        count = await self._client.direct.admit(self._sizer)
-        if not count:  # beside chat, or where there are no calls
-            self._covered = place + 1
-            return await self._launch(self._nonces[place])
-        nonces = list(self._nonces[place : place + count])
-        self._covered = place + len(nonces)
-        self._call = self._start(self._run_call(nonces, admitted=count))
-        self._call.add_done_callback(lambda _: self._client.direct.leave(count))
-        self._calls.add(self._call)
-        return self._call
-
-    async def _run_call(self, nonces: list[int], *, admitted: int) -> dict[int, Values]:
-        """Return the values of nonces that run inside the workers, none of them if they could not."""
-        replies = await self._client.direct.run(self._key, self._sizer, nonces, admitted=admitted)
-        return {nonce: values for reply in replies for nonce, values in unpack_values(reply).items()}
-
-    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
-        """Take the values of calls, and collect those of requests. What a call did not run is requested."""
-        values: dict[int, Values] = {}
-        for call in {task for task in running if task in self._calls}:
-            values |= await asyncio.shield(call)  # other batches wait for it too
-        left = [(nonce, task) for nonce, task in zip(wanted, running, strict=True) if nonce not in values]
-        if left:
-            requests = [await self._launch(nonce) if task in self._calls else task for nonce, task in left]
-            missing = [nonce for nonce, _ in left]
-            values |= dict(zip(missing, await super()._collect(missing, requests), strict=True))
-        return np.stack([values[nonce] for nonce in wanted])

@@ -6,7 +6,6 @@ failing in a request at night. A refusal is a row of a table: its condition, wha
 
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -30,16 +29,6 @@ OLD_NAMES = {
     "assay.poc.responses.vllm.ResponseExtension": RESPONSE_EXTENSION,
 }
 """Names of the extensions before 0.3, which go on to work until 0.4."""
-
-REMOVED = {
-    "ASSAY_VLLM_FORWARD": (
-        "vllm",
-        "since assay's own forward pass gained too little and was removed",
-        "unset it, and use a calibration and pins of this build",
-    ),
-    "ASSAY_VLLM_INPUTS": ("local", "which makes the same inputs in the workers", "unset it"),
-}
-"""Variables of settings that were removed: the value that is left, why, and what to do."""
 
 PROCESSORS = {"v1": "assay.poc.vllm:ProcessorV1", "v2": "assay.poc.vllm:ProcessorV2"}
 """What ``--logits-processors`` names for seeded responses, by model runner."""
@@ -132,17 +121,12 @@ def check_installed() -> str:
 
     Raises:
         BackendUnavailable: vLLM is not installed, was not tested in this version, or lacks a name that is used.
-        UsageError: A variable asks for what was removed.
     """
     version = installed_version()
     if not OLDEST <= minor_version(version) <= NEWEST:
         tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise BackendUnavailable(f"vLLM {version}", wanted=f"a version that was tested: {tested}", do="install one")
     refuse_missing(f"vLLM {version}", _missing(USED))
-    refuse_first(
-        Refusal((value := os.environ.get(name)) not in (None, "", kept), f"{name}={value}", f"{name}={kept}, {why}", do)
-        for name, (kept, why, do) in REMOVED.items()
-    )
     return version
 
 
@@ -212,37 +196,38 @@ def _missing(wanted: Mapping[str, str]) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # What was run, by kind of device: formats of checkpoints and caches, layers with state, ways to run workers.
 
+Tested = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""By kind of device, what was run there, with the dtypes in which it was; no dtypes are all of them."""
+
 BFLOAT16, WITH_FLOAT16, WITH_FLOAT32 = ("bfloat16",), ("bfloat16", "float16"), ("bfloat16", "float32")
 
-STORED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+STORED: Tested = {
     "cpu": {"int8-rows": WITH_FLOAT32, "int4-groups": WITH_FLOAT16},
     "cuda": {**dict.fromkeys(("float8", "float8-block", "int8-rows"), BFLOAT16), "int4-groups": WITH_FLOAT16},
 }
-"""Formats in which a checkpoint may be stored, with the dtypes in which each was run on a kind of device.
+"""Formats in which a checkpoint may be stored.
 
 On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by blocks need a CPU with AMX and leave the
 inputs as they are, which is another computation than that of the transformers engine.
 """
 
 _HYBRID = ("FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM", "Lfm2ForCausalLM", "NemotronHForCausalLM")
-WITH_STATE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+WITH_STATE: Tested = {
     "cpu": {**dict.fromkeys(_HYBRID, WITH_FLOAT32), "Qwen3NextForCausalLM": BFLOAT16},
     "cuda": dict.fromkeys((*_HYBRID, "Qwen3NextForCausalLM"), BFLOAT16),
 }
-"""Architectures with layers that keep a state, with the dtypes in which each was run on a kind of device.
+"""Architectures with layers that keep a state.
 
 On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its linear attention takes bfloat16 only: where
 either is missing, the first request ends the engine.
 """
 
-EXPERTS_STORED: tuple[str, ...] = ("cuda",)
-"""Kinds of device on which mixtures with quantised experts were run."""
+EIGHT_BIT_CACHES: Tested = {"cpu": {"fp8": ()}, "cuda": {"fp8": ()}}
+"""Caches in eight bits, with layers of attention alone."""
 
-EIGHT_BIT_CACHES: tuple[str, ...] = ("cpu", "cuda")
-"""Kinds of device on which a cache in eight bits was run."""
-
-STEPPING_TOGETHER: tuple[str, ...] = ("cuda",)
-"""Kinds of device on which data-parallel engines of a mixture were run: their steps wait for each other's experts."""
+SHARED_EXPERTS = ("cuda",)
+"""Kinds of device on which mixtures were run whose experts are quantised, and whose data-parallel engines wait for each
+other's experts in every step."""
 
 WITHOUT_AVX512 = ("x86_64 AVX2", "x86_64 DEFAULT")
 """Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its products of int8
@@ -276,12 +261,17 @@ def other_cache(config: Any) -> list[str]:
     The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
     """
     cache, own = config.cache_config, dtype_name(config.model_config.dtype)
-    formats = {"kv": ("cache_dtype", {own, *EIGHT_BITS}), "mamba": ("mamba_cache_dtype", {own})}
-    formats["mamba state"] = ("mamba_ssm_cache_dtype", {own, "float32"})
-    found = [(name, str(getattr(cache, field, "auto")), plain) for name, (field, plain) in formats.items()]
-    further = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
-    set_too = [name for name, field in further.items() if getattr(cache, field, None)]
-    return [f"{name} {dtype}" for name, dtype, plain in found if dtype not in {"auto", *plain}] + set_too
+    departs = [
+        f"{name} {dtype}"
+        for name, field, further in (
+            ("kv", "cache_dtype", EIGHT_BITS),
+            ("mamba", "mamba_cache_dtype", ()),
+            ("mamba state", "mamba_ssm_cache_dtype", ("float32",)),
+        )
+        if (dtype := str(getattr(cache, field, "auto"))) not in {"auto", own, *further}
+    ]
+    set_too = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
+    return departs + [name for name, field in set_too.items() if getattr(cache, field, None)]
 
 
 def stored_as(config: Any) -> str:
@@ -304,14 +294,6 @@ def _stated_quantisation(model: Any) -> Any:
     return getattr(getattr(model, "hf_config", None), "quantization_config", None)
 
 
-def _device(config: Any) -> str:
-    return str(config.device_config.device_type)
-
-
-def _is_adapted(config: Any) -> bool:
-    return getattr(config, "lora_config", None) is not None
-
-
 # --------------------------------------------------------------------------------------------------
 # Settings of a vLLM engine under which nonces could not run, or would prove another computation.
 
@@ -326,23 +308,22 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
         ModelError: The checkpoint is quantised in a way that is not read.
     """
-    tables = (_engines, _executors, _settings, _devices, _stored, _experts, _states, _caches)
-    for table in tables:
-        refuse_first(table(config))
+    device = str(config.device_config.device_type)
+    for table in (_engines, _executors, _settings, _devices, _tested, _experts, _kernels):
+        refuse_first(table(config, device))
 
 
-def _engines(config: Any) -> Iterator[Refusal]:
+def _engines(config: Any, device: str) -> Iterator[Refusal]:
     """Data-parallel engines that do not run by themselves behind one API server."""
     parallel = config.parallel_config
     if parallel.data_parallel_size == 1:
         return
     missing = _missing(USED_WITH_SEVERAL_ENGINES)
-    together = config.model_config.is_moe and _device(config) not in STEPPING_TOGETHER
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     local = parallel.data_parallel_size_local == parallel.data_parallel_size and parallel.data_parallel_backend == "mp"
     for applies, seen in (
         (missing, f"and without {', '.join(missing)}"),
-        (together, f"of a mixture on {_device(config)}, which step together"),
+        (config.model_config.is_moe and device not in SHARED_EXPERTS, f"of a mixture on {device}, which step together"),
         (balanced, "behind another load balancer"),
         (not local, "that it does not start on this host by itself"),
     ):
@@ -354,13 +335,17 @@ def _engines(config: Any) -> Iterator[Refusal]:
         )
 
 
-def _settings(config: Any) -> Iterator[Refusal]:
+def _settings(config: Any, device: str) -> Iterator[Refusal]:
     """What is refused on every device."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     quantised = model.quantization is not None and _stated_quantisation(model) is None
     visual = model.is_multimodal_model and not model.multimodal_config.language_model_only
-    contexts = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    split = any(getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode"))
+    extension = parallel.worker_extension_cls
+    sharing = getattr(cache, "kv_sharing_fast_prefill", False)
     other, loaded = ", ".join(other_cache(config)), str(config.load_config.load_format)
+    caches = "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype"
+    own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"
     checkpoint, omit, serve = "the checkpoint, which the proof names", "leave it out", "serve it as it is"
     for applies, seen, wanted, do in (
         (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
@@ -372,83 +357,60 @@ def _settings(config: Any) -> Iterator[Refusal]:
         (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve),
         (getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve),
         (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
+        (visual, "a model that reads more than text", "its language model alone", "add --language-model-only"),
+        (not extension, "no --worker-extension-cls", "assay's", f"add --worker-extension-cls {EXTENSION}"),
+        (split, "context parallelism", "all of a nonce on one worker", "use tensor or pipeline parallelism"),
+        (sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit),
+        (other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"),
+    ):
+        yield Refusal(applies, f"vLLM with {seen}", wanted, do)
+
+
+def _devices(config: Any, device: str) -> Iterator[Refusal]:
+    """What goes wrong on the CPU build of vLLM, or in its kernels for GPUs."""
+    parallel, adapted = config.parallel_config, getattr(config, "lora_config", None) is not None
+    on_cpu, experts = device == "cpu", getattr(parallel, "enable_expert_parallel", False)
+    float32 = dtype_name(config.model_config.dtype) == "float32"
+    for applies, seen, wanted, do in (
+        # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
         (
-            visual,
-            "a multimodal model that reads more than text",
-            "its language model alone, which is what nonces run",
-            "add --language-model-only",
+            adapted and float32 and not on_cpu,
+            "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it",
+            "a format of 16 bits",
+            "set --dtype bfloat16, or leave --enable-lora out",
         ),
         (
-            not parallel.worker_extension_cls,
-            "no --worker-extension-cls",
-            "the extension in the workers",
-            f"add --worker-extension-cls {EXTENSION}",
+            parallel.pipeline_parallel_size > 1 and on_cpu,
+            "pipeline stages on the CPU, where its second stage fails at the first step",
+            "one stage",
+            "use tensor parallelism",
         ),
         (
-            any(getattr(parallel, name, 1) > 1 for name in contexts),
-            "context parallelism",
-            "every position of a nonce on one worker",
-            "use tensor or pipeline parallelism",
+            experts and on_cpu,
+            "--enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
+            "every expert on every worker",
+            "leave it out",
         ),
+        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request with
+        # an adapter the nonces, and the chat without one, are computed with that adapter.
         (
-            getattr(cache, "kv_sharing_fast_prefill", False),
-            "--kv-sharing-fast-prefill",
-            "every layer at every position",
-            omit,
-        ),
-        (
-            other,
-            f"a cache of another number format ({other})",
-            "a cache of the model's own format, or --kv-cache-dtype fp8 alone",
-            "leave --kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype out",
+            adapted and on_cpu,
+            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
+            "an engine without adapters",
+            "leave it out, or serve on a GPU",
         ),
     ):
         yield Refusal(applies, f"vLLM with {seen}", wanted, do)
 
 
-def _devices(config: Any) -> Iterator[Refusal]:
-    """What goes wrong on the CPU build of vLLM, or in its kernels for GPUs."""
-    parallel = config.parallel_config
-    if _device(config) != "cpu":
-        # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
-        yield Refusal(
-            _is_adapted(config) and dtype_name(config.model_config.dtype) == "float32",
-            "vLLM with --enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it",
-            "a format of 16 bits",
-            "set --dtype bfloat16, or leave --enable-lora out",
-        )
-        return
-    yield Refusal(
-        parallel.pipeline_parallel_size > 1,
-        "vLLM with pipeline stages on the CPU, where its second stage fails at the first step",
-        "one stage",
-        "use tensor parallelism",
-    )
-    yield Refusal(
-        getattr(parallel, "enable_expert_parallel", False),
-        "vLLM with --enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
-        "every expert on every worker",
-        "leave it out",
-    )
-    # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request with an
-    # adapter the nonces, and the chat without one, are computed with that adapter.
-    yield Refusal(
-        _is_adapted(config),
-        "vLLM with --enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
-        "an engine without adapters",
-        "leave it out, or serve on a GPU",
-    )
-
-
-def _executors(config: Any) -> Iterator[Refusal]:
+def _executors(config: Any, device: str) -> Iterator[Refusal]:
     """Ways to run workers that were not tried."""
     parallel, wanted = config.parallel_config, "mp, uni or ray, which call between steps"
     executor = parallel.distributed_executor_backend
-    yield refuse_older(executor == "ray", "Ray", "leave --distributed-executor-backend out")
+    omit = "leave --distributed-executor-backend out"
+    yield refuse_older(executor == "ray", "Ray", omit)
     yield refuse_older(getattr(parallel, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
-    yield Refusal(
-        executor not in EXECUTORS, f"vLLM with --distributed-executor-backend {executor}", wanted, "leave it out"
-    )
+    yield Refusal(executor not in EXECUTORS, f"vLLM with --distributed-executor-backend {executor}", wanted, omit)
     if executor != "ray":
         return
     from vllm import envs
@@ -467,50 +429,64 @@ def _executors(config: Any) -> Iterator[Refusal]:
         not current_platform.ray_device_key,
         f"vLLM with Ray on {current_platform.device_name}, for whose devices vLLM has no name in Ray",
         "workers that vLLM starts by itself",
-        "leave --distributed-executor-backend out",
+        omit,
     )
 
 
-def _stored(config: Any) -> Iterator[Refusal]:
-    """Formats of checkpoints that were not run on this kind of device, or not for this kind of model."""
-    form, device = _stored_form(config), _device(config)
-    if form is None:
-        return
-    what, unrounded = f"a checkpoint in {form.name}", "serve the checkpoint before quantisation"
-    yield refuse_older(True, what, unrounded)
-    yield from _untested(config, what, form.name, STORED, "a format", f"{unrounded}, or prove with --engine hf")
+def _tested(config: Any, device: str) -> Iterator[Refusal]:
+    """Formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
+    model, form, another = config.model_config, _stored_form(config), "prove with --engine hf"
+    has_state, dtype = model.is_hybrid or model.is_attention_free, dtype_name(model.dtype)
+    used: list[tuple[str, str, str, Tested, str]] = []
+    if form is not None:
+        do = f"serve the checkpoint before quantisation, or {another}"
+        used.append((form.name, f"a checkpoint in {form.name}", "a format", STORED, do))
+    if has_state:
+        name = str(model.architecture)
+        used.append((name, name, "a model with state", WITH_STATE, f"serve another model, or {another}"))
+    if rounded_cache(config):
+        used.append(("fp8", "--kv-cache-dtype fp8", "a cache", EIGHT_BIT_CACHES, "leave --kv-cache-dtype out"))
+    cpu = processor(torch.device("cpu")) if device == "cpu" else ""
+    for name, what, kind, tested, do in used:
+        there = tested.get(device, {})
+        wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
+        yield refuse_older(True, what, do)
+        yield Refusal(name not in there, f"vLLM with {what} on {device}", wanted, do)
+        dtypes = there[name]
+        yield Refusal(
+            dtypes and dtype not in dtypes,
+            f"vLLM with {what} and --dtype {dtype} on {device}",
+            " or ".join(dtypes),
+            f"pass --dtype {next(iter(dtypes), '')}",
+        )
+        slow = cpu in WITHOUT_AVX512 and tested is not WITH_STATE
+        yield Refusal(slow, f"vLLM with {what} on {cpu}", "a CPU with AVX-512, or a GPU", do)
     yield Refusal(
-        config.model_config.is_moe and device not in EXPERTS_STORED,
-        f"vLLM with experts in {form.name} on {device}",
-        "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
-        f"{unrounded}, or prove with --engine hf",
+        has_state and rounded_cache(config),
+        "vLLM with --kv-cache-dtype fp8 and layers that keep a state",
+        "such a cache of attention alone, with which it was run",
+        "leave --kv-cache-dtype out",
     )
-    yield _without_avx512(config, what, unrounded)
 
 
-def _untested(
-    config: Any, what: str, name: str, known: Mapping[str, Mapping[str, tuple[str, ...]]], kind: str, do: str
-) -> Iterator[Refusal]:
-    """What has a name that is not in the table of its device, or another dtype than it has there."""
-    device, dtype = _device(config), dtype_name(config.model_config.dtype)
-    there = known.get(device, {})
-    wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
-    yield Refusal(name not in there, f"vLLM with {what} on {device}", wanted, do)
-    dtypes = there[name]
-    seen = f"vLLM with {what} and --dtype {dtype} on {device}"
-    yield Refusal(dtype not in dtypes, seen, " or ".join(dtypes), f"pass --dtype {dtypes[0]}")
-
-
-def _experts(config: Any) -> Iterator[Refusal]:
-    """Experts in four bits whose scales vLLM would mix up.
+def _experts(config: Any, device: str) -> Iterator[Refusal]:
+    """Quantised experts that vLLM does not multiply, or whose scales it would mix up.
 
     Whether the scales of the first products of an expert are to be ordered for one group or for several, vLLM 0.32
     decides by the columns of the last one, and its kernel by their own (``int_wna16.py``, ``marlin_moe_permute_scales``
     with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the expert's outputs are wrong. vLLM's
     pull request 50196 mends it.
     """
-    form = _stored_form(config)
-    if form is None or not form.group or not config.model_config.is_moe:
+    form, another = _stored_form(config), "prove with --engine hf"
+    if form is None or not config.model_config.is_moe:
+        return
+    yield Refusal(
+        device not in SHARED_EXPERTS,
+        f"vLLM with experts in {form.name} on {device}",
+        "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
+        f"serve the checkpoint before quantisation, or {another}",
+    )
+    if not form.group:
         return
     text, parallel, group = config.model_config.hf_text_config, config.parallel_config, form.group
     inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
@@ -521,23 +497,20 @@ def _experts(config: Any) -> Iterator[Refusal]:
         (inner // shares > group) != (text.hidden_size > group),
         f"vLLM with experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
         f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
-        "prove with --engine hf" if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
+        another if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
     )
 
 
-def _states(config: Any) -> Iterator[Refusal]:
-    """Models with state that were not run on this kind of device, or that would be computed wrongly."""
-    model, device, another = config.model_config, _device(config), "prove with --engine hf"
+def _kernels(config: Any, device: str) -> Iterator[Refusal]:
+    """Kernels with which models with state would be computed wrongly, or were not run."""
+    model = config.model_config
     if not (model.is_hybrid or model.is_attention_free):
         return
-    name = str(model.architecture)
-    yield refuse_older(True, f"{name}, whose layers keep a state,", another)
-    yield from _untested(config, name, name, WITH_STATE, "a model with state", f"serve another model, or {another}")
     # The kernel takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
-    turned = device == "cpu" and name == "Lfm2ForCausalLM"
     yield Refusal(
-        turned and config.compilation_config.is_custom_op_enabled(ROTATION),
-        f"vLLM with {name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it",
+        (device, model.architecture) == ("cpu", "Lfm2ForCausalLM")
+        and config.compilation_config.is_custom_op_enabled(ROTATION),
+        f"vLLM with {model.architecture} and its own kernel for rotary embeddings, which on a CPU turns wrong heads",
         "rotary embeddings by torch",
         f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
     )
@@ -545,33 +518,11 @@ def _states(config: Any) -> Iterator[Refusal]:
     further = getattr(config, "additional_config", None)
     chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
     yield Refusal(
-        device == "cuda" and name == "Qwen3NextForCausalLM" and chosen != "triton",
-        f"vLLM with {name} and --gdn-prefill-backend {chosen or 'auto'}",
+        (device, model.architecture) == ("cuda", "Qwen3NextForCausalLM") and chosen != "triton",
+        f"vLLM with {model.architecture} and --gdn-prefill-backend {chosen or 'auto'}",
         "its linear attention by triton, with which it was run",
         "pass --gdn-prefill-backend triton",
     )
-
-
-def _caches(config: Any) -> Iterator[Refusal]:
-    """A cache in eight bits where it was not run."""
-    if not rounded_cache(config):
-        return
-    model, device, flag = config.model_config, _device(config), "--kv-cache-dtype fp8"
-    yield refuse_older(True, flag, "leave it out")
-    with_state = model.is_hybrid or model.is_attention_free
-    yield Refusal(
-        device not in EIGHT_BIT_CACHES or with_state,
-        f"vLLM with {flag} {'and layers that keep a state' if with_state else f'on {device}'}",
-        f"such a cache where it was run: of attention alone, on {', '.join(EIGHT_BIT_CACHES)}",
-        "leave --kv-cache-dtype out",
-    )
-    yield _without_avx512(config, flag, "leave it out")
-
-
-def _without_avx512(config: Any, what: str, do: str) -> Refusal:
-    """Return the row of what vLLM computes on a CPU with AVX-512 alone, or too slowly without it."""
-    name = processor(torch.device("cpu")) if _device(config) == "cpu" else ""
-    return Refusal(name in WITHOUT_AVX512, f"vLLM with {what} on {name}", "a CPU with AVX-512, or a GPU", do)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -598,39 +549,36 @@ def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
     Raises:
         UsageError: Names the first setting that stands in the way.
     """
-    refuse_first(_responses(config, mode, version))
-
-
-def _responses(config: Any, mode: ResponseMode, version: str) -> Iterator[Refusal]:
     if mode == "off":
         return
     v2, model = processor_for(config) == PROCESSORS["v2"], config.model_config
-    speculative = getattr(config, "speculative_config", None) is not None
-    yield Refusal(
-        speculative and not v2,
-        f"ASSAY_RESPONSES={mode} with speculative decoding on the V1 runner, which takes no logits processor then",
-        "the V2 runner, or no drafts",
-        "leave the speculative configuration out, or ASSAY_RESPONSES=off",
-    )
-    if mode != "seeded":
-        return
-    yield Refusal(
-        v2 and minor_version(version) < FIRST_V2,
-        f"ASSAY_RESPONSES=seeded on vLLM {version}, whose V2 runner has no logits processors",
-        "vLLM 0.31 or newer, or the V1 runner, which vLLM would choose without saying so",
-        "install a newer vLLM, set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched",
-    )
+    samplers = ("return_sampling_mask", "watermark_config")
+    described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
     reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
-    yield Refusal(
-        reported.startswith("processed"),
-        f"ASSAY_RESPONSES=seeded with --logprobs-mode {reported}",
-        "log-probabilities of the model: the processed scores hold the noise",
-        "leave --logprobs-mode out, or pass raw_logits",
-    )
-    for name in ("return_sampling_mask", "watermark_config"):
-        yield Refusal(
-            getattr(model, name, None) or getattr(config, name, None),
-            f"ASSAY_RESPONSES=seeded with {name}, which describes another sampler",
+    rows = [
+        Refusal(
+            getattr(config, "speculative_config", None) is not None and not v2,
+            f"ASSAY_RESPONSES={mode} with speculative decoding on the V1 runner, which takes no logits processor then",
+            "the V2 runner, or no drafts",
+            "leave the speculative configuration out, or ASSAY_RESPONSES=off",
+        ),
+        Refusal(
+            v2 and minor_version(version) < FIRST_V2,
+            f"ASSAY_RESPONSES=seeded on vLLM {version}, whose V2 runner has no logits processors",
+            "vLLM 0.31 or newer, or the V1 runner, which vLLM would choose without saying so",
+            "install a newer vLLM, set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched",
+        ),
+        Refusal(
+            reported.startswith("processed"),
+            f"ASSAY_RESPONSES=seeded with --logprobs-mode {reported}",
+            "log-probabilities of the model: the processed scores hold the noise",
+            "leave --logprobs-mode out, or pass raw_logits",
+        ),
+        Refusal(
+            described,
+            f"ASSAY_RESPONSES=seeded with {', '.join(described)}, which describes another sampler",
             "one sampler",
             "leave it out, or ASSAY_RESPONSES=sketched",
-        )
+        ),
+    ]
+    refuse_first(rows if mode == "seeded" else rows[:1])

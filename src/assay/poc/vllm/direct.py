@@ -8,11 +8,11 @@ Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden siz
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 
 from assay import streams
-from assay.errors import reason_of
 from assay.poc.engines.base import HostCopy, noise_inputs
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import SINCE, older_version
-from assay.poc.vllm.rows import LONGEST_REASON, MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, pack_values
+from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.backends import dtype_name, torch_dtype
-
-log = logging.getLogger("assay.vllm")
 
 CALLS = 2
 """Calls at once: the second one is queued behind the first, so that no device waits for it. Chat waits for both."""
@@ -47,18 +44,12 @@ class CallSizer:
 
     A call has few sizes: below a whole pass those of two significant bits, above it whole passes. The first pass of a
     size is slow, because kernels are chosen for it, so its time says nothing.
-
-    Args:
-        batch: Nonces of one pass of all engines; 0 where nonces must be requests.
-        seconds: Measured time per nonce; 0 before the first call.
-        nonces: Nonces of the last call.
-        tried: Sizes of which a call has run.
     """
 
-    batch: int
-    seconds: float = 0.0
-    nonces: int = 0
-    tried: set[int] = field(default_factory=set)
+    batch: int  # nonces of one pass of all engines; 0 where nonces must be requests
+    seconds: float = 0.0  # measured per nonce; 0 before the first call
+    nonces: int = 0  # of the last call
+    tried: set[int] = field(default_factory=set)  # sizes of which a call has run
 
     def next(self, seconds: float, most: int) -> int:
         """Return the nonces of a call that may last so many seconds: 1 at least, at most twice those of the last."""
@@ -138,8 +129,8 @@ class DirectPath:
         self._throttle.look()
         self._left.set()
 
-    async def run(self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int) -> list[dict[str, Any]]:
-        """Run nonces in the workers, and return the replies that have values; none if they did not run.
+    async def run(self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int) -> dict[int, Any]:
+        """Run nonces in the workers, and return their values, none of them if they did not run.
 
         ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
         nonces, because its stream ends, says nothing about the next one, and none may follow it.
@@ -160,18 +151,16 @@ class DirectPath:
         finally:
             del self._waiting[name]
         replies = waiting.result()
-        failed = next((reply["error"] for reply in replies if "error" in reply), None)
-        if failed is None:
-            self._failures, self.reason = 0, None
-            self.calls += 1
-            self.nonces += len(nonces)
-            found = [reply for reply in replies if "values" in reply]
-            if is_whole:
-                sizer.ran(admitted, max((reply["seconds"] for reply in found), default=0.0))
-            return found
-        self._failures += 1
-        self.reason = failed
-        return []
+        self.reason = next((reply["error"] for reply in replies if "error" in reply), None)
+        if self.reason is not None:
+            self._failures += 1
+            return {}
+        self._failures = 0
+        self.calls += 1
+        self.nonces += len(nonces)
+        if is_whole:
+            sizer.ran(admitted, max((reply["seconds"] for reply in replies if "values" in reply), default=0.0))
+        return {nonce: values for reply in replies for nonce, values in unpack_values(reply).items()}
 
     async def _ask(self, method: str, *args: Any) -> None:
         """Call a method of every worker, and hand what it returns to the calls that wait for it.
@@ -230,135 +219,28 @@ MAX_TABLES = 8  # shapes of passes whose metadata is kept
 SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
 
 
-@dataclass(frozen=True)
-class PendingBatch:
-    """A call that is queued, or why it is not.
-
-    Args:
-        call: Name of the call.
-        nonces: Nonces of this engine.
-        values: What is published of them; None where this worker does not answer.
-        timer: Time that the device takes for them.
-        error: Reason for which they do not run.
-    """
-
-    call: str
-    nonces: list[int] = field(default_factory=list)
-    values: HostCopy | None = None
-    timer: "DeviceTimer | None" = None
-    error: str | None = None
-
-    def reply(self) -> dict[str, Any]:
-        """Wait for the values, and return them as :meth:`DirectMethods.assay_pass` does."""
-        error, found = self.error, {}
-        if self.values is not None:
-            try:
-                found = pack_values(self.nonces, self.values.numpy())
-                found["seconds"] = self.timer.seconds() if self.timer else 0.0
-            except Exception as raised:
-                error = describe_failure(raised)
-        return {"call": self.call, **found} if error is None else {"call": self.call, "error": error}
-
-
 class DeviceTimer:
-    """Measures the time in which a device works on what is queued until :meth:`stop`, without waiting for it.
-
-    Args:
-        device: Device whose current stream gets the work.
-    """
+    """Measures the time in which a device works on what is queued until :meth:`stop`, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
         self._events: list[Any] = []
-        self._seconds = -time.perf_counter()
-        if self._on_cuda:
+        if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
             self._events[0].record()
+        self._seconds = -time.perf_counter()
 
     def stop(self) -> None:
         """Take the end of the work; a CPU has done it by now."""
         self._seconds += time.perf_counter()
-        if self._on_cuda:
+        if self._events:
             self._events[1].record()
 
     def seconds(self) -> float:
         """Wait for the end, and return the time of the device."""
-        if not self._on_cuda:
+        if not self._events:
             return self._seconds
         self._events[1].synchronize()
         return float(self._events[0].elapsed_time(self._events[1])) / 1e3
-
-
-def describe_failure(error: Exception) -> str:
-    """Return an error in words, which are reported so that the engine lives."""
-    log.warning("a batch of nonces did not run", exc_info=error)
-    return reason_of(error)[:LONGEST_REASON]
-
-
-class DirectMethods:
-    """The methods of :class:`WorkerExtension` that run nonces beside the scheduler."""
-
-    # Attributes of vLLM's worker, and what ``assay_install`` has set.
-    model_runner: Any
-    vllm_config: Any
-    assay_hooks: Any
-    assay_passes: "DirectPasses"
-
-    assay_pending: PendingBatch | None = None
-    """The last call, until something asks for its values."""
-
-    def assay_batch(self, key: str) -> dict[str, Any]:
-        """Prepare a stream for passes beside the scheduler.
-
-        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
-        requests.
-        """
-        try:
-            spec = self.assay_hooks.rows.get(key).spec
-            blockers = direct_path_blockers(self.model_runner, self.vllm_config, spec)
-            reason = blockers[0] if blockers else None
-            batch = 0 if reason else self.assay_passes.prepare(spec)
-        except Exception as error:  # memory, or a name of vLLM
-            log.warning("nonces do not run in batches", exc_info=True)
-            batch, reason = 0, reason_of(error)[:LONGEST_REASON]
-        return {"batch": batch, "reason": reason}
-
-    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[dict[str, Any]]:
-        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
-
-        A device that had to wait for the reply to one call and for the next to be queued would idle for some
-        milliseconds between the two. With ``wait`` the values of this call are returned as well.
-
-        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
-        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
-        did not run.
-        """
-        before, self.assay_pending = self.assay_pending, self.assay_begin(call, key, shares, batch)
-        replies = [] if before is None else [before.reply()]
-        return replies + self.assay_flush() if wait else replies
-
-    def assay_flush(self) -> list[dict[str, Any]]:
-        """Return what the last call has computed, if nothing has asked for it yet."""
-        pending, self.assay_pending = self.assay_pending, None
-        return [] if pending is None else [pending.reply()]
-
-    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> PendingBatch:
-        """Queue this engine's share of a call."""
-        stream = self.assay_hooks.rows.get(key)
-        if stream is None:
-            return PendingBatch(call, error="the stream has ended")
-        stream.touched = time.monotonic()
-        # An engine that steps by itself keeps its rank under this name only.
-        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
-        if not nonces:
-            return PendingBatch(call)
-        try:
-            timer = DeviceTimer(self.model_runner.device)
-            values = self.assay_passes.begin(stream.spec, nonces, batch)
-            timer.stop()
-            return PendingBatch(call, nonces, values, timer)
-        except Exception as error:
-            return PendingBatch(call, error=describe_failure(error))
 
 
 def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
@@ -373,7 +255,6 @@ def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
     layers = _attention_layers(runner, config)
     shared = [getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers]
     checks = (
-        (spec.pipeline.steps, "nonces that decode"),
         (spec.round.seq_len > scheduler.max_num_batched_tokens, "nonces longer than a step of the engine"),
         (len(groups) != 1, f"layers of {len(groups)} kinds"),
         (specs - CACHE_SPECS, f"a cache of {', '.join(sorted(specs))}"),
@@ -398,11 +279,8 @@ def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
 class DirectPasses:
     """Forward passes of one worker over batches of nonces.
 
-    Args:
-        runner: Model runner of the worker, of either version.
-        config: vLLM's ``VllmConfig``.
-        transform: Function that returns the transform of a round.
-        activations: Bytes that vLLM measured for the activations of its largest step; 0 where it measured none.
+    ``transform`` returns the transform of a round, and ``activations`` are the bytes that vLLM measured for those of
+    its largest step, 0 where it measured none.
     """
 
     def __init__(
@@ -414,7 +292,7 @@ class DirectPasses:
         self._streams = streams.get_backend("auto", runner.device.type)
         self._activations = activations
         self._cache: Tensor | None = None
-        self._tables_of: dict[tuple[int, int], tuple[dict[str, Any], Tensor, Tensor]] = {}
+        self._tables = lru_cache(MAX_TABLES)(self._make_tables)
 
     def prepare(self, spec: Spec) -> int:
         """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
@@ -445,10 +323,7 @@ class DirectPasses:
     def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
         """Queue passes, and return what the pipeline publishes of nonces; None where this worker does not answer.
 
-        Args:
-            spec: Round and pipeline.
-            nonces: Nonces in the order of the result.
-            batch: Number of nonces of a pass, for which :meth:`prepare` was called; the last pass has the rest.
+        ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has the rest.
 
         Raises:
             RuntimeError: A step of vLLM is not finished.
@@ -462,46 +337,36 @@ class DirectPasses:
     def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return what is read of the hidden states of one pass, [B, D]."""
         seq_len = spec.round.seq_len
-        states_ND = self._forward(spec, nonces, *self._tables(len(nonces), seq_len))
+        states_ND = self._forward(spec, nonces)
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
-        return self._summed(spec, nonces, states_BTD)
-
-    def _summed(self, spec: Spec, nonces: list[int], states_BTD: Tensor) -> Tensor:
-        """Return the weighted sums [B, D] of the states of nonces."""
-        seq_len, device = spec.round.seq_len, states_BTD.device
-        drawn_BT = self._transform(spec).weights(nonces, seq_len)
-        assert drawn_BT is not None
-        weights_BT = drawn_BT.to(device)
+        weights_BT = self._transform(spec).weights(nonces, seq_len)
+        assert weights_BT is not None
         at_once = max(1, MAX_SUMMED // (seq_len * self._width))
-        pairs = zip(torch.split(states_BTD, at_once), torch.split(weights_BT, at_once), strict=True)
-        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in pairs])
+        parts = (torch.split(values, at_once) for values in (states_BTD, weights_BT.to(states_BTD.device)))
+        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in zip(*parts, strict=True)])
 
-    def _inputs(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Return the inputs [N, D] of one pass."""
+    def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
+        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the last one."""
+        from vllm.forward_context import set_forward_context
+
         seq_len, device = spec.round.seq_len, self._runner.device
+        metadata, slots_N, positions_N = self._tables(len(nonces), seq_len)
         at_once = max(1, MAX_VALUES // (seq_len * self._width))
         shape = {"seq_len": seq_len, "hidden_size": self._width}
         made = [
             noise_inputs(self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape).to(device)
             for at in range(0, len(nonces), at_once)
         ]
-        return (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
-
-    def _forward(
-        self, spec: Spec, nonces: list[int], metadata: dict[str, Any], slots: Tensor, positions: Tensor
-    ) -> Tensor:
-        """Run all layers; return the hidden states [N, D] of the last one."""
-        from vllm.forward_context import set_forward_context
-
-        inputs, by_layer = self._inputs(spec, nonces), dict.fromkeys(metadata, slots)
+        inputs_ND = (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
+        by_layer = dict.fromkeys(metadata, slots_N)
         with (
-            self._private_cache(partial=spec.round.seq_len % int(self._layer_cache().shape[2]) > 0),
-            set_forward_context(metadata, self._config, num_tokens=len(slots), slot_mapping=by_layer),
+            self._private_cache(partial=seq_len % int(self._layer_cache().shape[2]) > 0),
+            set_forward_context(metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer),
         ):
             states_ND: Tensor = self._runner.model(
-                input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=inputs
+                input_ids=None, positions=positions_N, intermediate_tensors=None, inputs_embeds=inputs_ND
             )
         return states_ND
 
@@ -525,18 +390,11 @@ class DirectPasses:
             for layer, cache in zip(layers, own, strict=True):
                 layer.kv_cache = cache
 
-    def _tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions.
 
         The positions are [N], or [3, N] for a model that has time, height and width: all are the same in text.
         """
-        if (batch, seq_len) not in self._tables_of:
-            while len(self._tables_of) >= MAX_TABLES:
-                self._tables_of.pop(next(iter(self._tables_of)))
-            self._tables_of[batch, seq_len] = self._make_tables(batch, seq_len)
-        return self._tables_of[batch, seq_len]
-
-    def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
         from vllm.config import set_current_vllm_config
         from vllm.v1.attention.backend import CommonAttentionMetadata
 

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -38,14 +38,13 @@ from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.service.app import PREFIX, PREFIXES, attach, dashboard_router
 from assay.poc.service.controller import Controller
-from assay.poc.service.receipts import ReceiptKeeper
-from assay.poc.vllm.client import Client, call_workers
+from assay.poc.service.receipts import ReceiptKeeper, ReceiptSink
+from assay.poc.vllm.client import Client, call_workers, connect
 from assay.poc.vllm.compatibility import check_config, check_installed, check_responses, refuse_missing
-from assay.poc.vllm.engine import RequestEngine, capacity, fingerprint_of, most_positions
+from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
-from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, ReceiptSink, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
 from assay.poc.vllm.servers import PassOn, Place, Shared, serve_owner
-from assay.poc.vllm.throttle import Throttle
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
 """POST routes that need no engine."""
@@ -63,18 +62,8 @@ class Responses:
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
 
-    async def start(
-        self, client: Client, llm: Any, *, model: str, reference: str, version: str, receipts: ReceiptKeeper
-    ) -> None:
-        """Begin to record, once the engine runs.
-
-        Args:
-            client: Client of the engine that has described its workers.
-            llm: Engine client of vLLM.
-            model: Directory or hub id of the checkpoint, which is hashed.
-            reference: Name of the model in the receipts.
-            version: Version of vLLM.
-            receipts: Store of the receipts.
+    async def start(self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper) -> None:
+        """Begin to record answers of a checkpoint, which is hashed, under the name ``reference`` once the engine runs.
 
         Raises:
             BackendUnavailable: The workers lack a name that is used.
@@ -82,24 +71,17 @@ class Responses:
         """
         problems = await call_workers(llm, "assay_sketch")
         refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
-        worker, config = client.description, llm.vllm_config
-        known = await asyncio.to_thread(identify, model, dtype=worker["dtype"])
-        sizes = {"batch_size": config.scheduler_config.max_num_seqs, "seq_len": config.model_config.max_model_len}
+        config = llm.vllm_config
+        known = await asyncio.to_thread(identify, model, dtype=client.description["dtype"])
         header = ReceiptHeader(
             public_key=self.settings.responses_public_key,
             reference=reference,
             digest=known.digest,
             weights=known.weights,
-            fingerprint=fingerprint_of(worker, version, **sizes),
+            fingerprint=client.fingerprint(config.scheduler_config.max_num_seqs, config.model_config.max_model_len),
         )
-        self.sink = receipts.sink(header)
-        self.recorder = Recorder(
-            llm,
-            self.sink,
-            public_key=header.public_key,
-            digest=header.digest,
-            seeded=self.settings.responses == "seeded",
-        )
+        self.sink, seeded = receipts.sink(header), self.settings.responses == "seeded"
+        self.recorder = Recorder(llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded)
 
     async def accept(self, headers: dict[bytes, bytes]) -> AcceptedRequest | None:
         """Fix what seeds the answer to a request; None where it is neither seeded nor recorded.
@@ -231,18 +213,6 @@ MESSAGE = "Proof of Compute has this engine to itself for a while"
 BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
 
-@dataclass(frozen=True)
-class _Running:
-    """An engine that runs."""
-
-    client: Client
-    loop: asyncio.AbstractEventLoop
-    version: str
-    positions: int
-    model: str
-    reference: str
-
-
 class AssayPlugin:
     """Mounts the service, and gives it an engine that runs nonces as requests."""
 
@@ -250,7 +220,8 @@ class AssayPlugin:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._running: Future[_Running] = Future()
+        self._running: Future[Client] = Future()
+        self._model = self._reference = ""
         self._settings: PluginSettings | None = None
         self._responses: Responses | None = None
         self._shared: Shared | None = None
@@ -301,29 +272,24 @@ class AssayPlugin:
         config = engine_client.vllm_config
         check_config(config)
         check_responses(config, self._settings.responses, version)
-        count = self._share(engine_client.output_processor.get_num_unfinished_requests)
+        unfinished = self._share(engine_client.output_processor.get_num_unfinished_requests)
         if not self._place.owns:
             return
-        throttle = Throttle(self._settings.throttle, count, capacity(config, self._settings.seq_len))
-        client = Client(engine_client, throttle, config.parallel_config.data_parallel_size)
-        await client.install()
+        settings = self._settings
+        client = await connect(
+            engine_client, settings.throttle, settings.seq_len, version=version, unfinished=unfinished
+        )
         names = getattr(args, "served_model_name", None) or [args.model]
-        reference = self._settings.reference or (names if isinstance(names, str) else names[0])
-        running = _Running(client, asyncio.get_running_loop(), version, most_positions(config), args.model, reference)
+        self._model, named = args.model, names if isinstance(names, str) else names[0]
+        self._reference = settings.reference or named
         if self._responses is not None:
             assert self.controller is not None
-            await self._responses.start(
-                client,
-                engine_client,
-                model=args.model,
-                reference=reference,
-                version=version,
-                receipts=self.controller.receipts,
-            )
-        self._end_before(engine_client, running)
-        self._running.set_result(running)
+            receipts = self.controller.receipts
+            await self._responses.start(client, engine_client, self._model, self._reference, receipts)
+        self._end_before(engine_client, client)
+        self._running.set_result(client)
 
-    def _end_before(self, engine_client: Any, running: _Running) -> None:
+    def _end_before(self, engine_client: Any, client: Client) -> None:
         """Give up the nonces that run before vLLM ends its engine.
 
         On SIGTERM vLLM's ``serve_http`` first calls ``AsyncLLM.shutdown`` in a thread, and only when that is done the
@@ -335,8 +301,8 @@ class AssayPlugin:
         def shutdown(*args: Any, **kwargs: Any) -> Any:
             assert self.controller is not None
             self.controller.closing.set()
-            if threading.get_ident() != loop_thread and not running.client.ended.done():
-                ending = asyncio.run_coroutine_threadsafe(running.client.end(), running.loop)
+            if threading.get_ident() != loop_thread and not client.ended.done():
+                ending = asyncio.run_coroutine_threadsafe(client.end(), client.loop)
                 try:
                     ending.result(PATIENCE)
                 except TimeoutError:
@@ -365,34 +331,22 @@ class AssayPlugin:
             return self._shared.closed
         if not self._running.done() or self.controller is None or self.controller.paused is not None:
             return False
-        exclusive = self._running.result().client.throttle.settings.mode == "exclusive"
+        exclusive = self._running.result().throttle.settings.mode == "exclusive"
         return exclusive and str(self.controller.state) == "GENERATING"
 
     def _deploy(self) -> Deployment:
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
-        assert self._settings is not None
-        running = self._running.result()
-        dtype = running.client.description["dtype"]
-        model = identify(running.model, dtype=dtype)
-
-        def engine(seq_len: int, batch_size: int) -> RequestEngine:
-            return RequestEngine(
-                running.client,
-                running.loop,
-                version=running.version,
-                batch_size=batch_size,
-                seq_len=seq_len,
-                most_positions=running.positions,
-            )
-
+        client = self._running.result()
+        dtype = client.description["dtype"]
+        model = identify(self._model, dtype=dtype)
         return Deployment(
-            reference=running.reference,
+            reference=self._reference,
             digest=model.digest,
             weights=model.weights,
-            dtype=with_cache(model.quantised or dtype, running.client.description["cache"]),
-            max_positions=running.positions,
-            decodes=bool(running.client.description["decodes"]),
-            engine=engine,
+            dtype=with_cache(model.quantised or dtype, client.description["cache"]),
+            max_positions=client.positions,
+            decodes=bool(client.description["decodes"]),
+            engine=lambda seq_len, batch_size: RequestEngine(client, batch_size=batch_size, seq_len=seq_len),
         )
 
 
@@ -434,7 +388,7 @@ class Changes(BaseModel):
     path: str | None = None
 
 
-def _router(controller: Controller, running: Callable[[], _Running], responses: Responses | None) -> APIRouter:
+def _router(controller: Controller, running: Callable[[], Client], responses: Responses | None) -> APIRouter:
     """Return the routes of vLLM: what nonces take and may take of the engine, and what is done for answers.
 
     Reading takes a key that may read, changing and posting a block one that may do everything.
@@ -448,12 +402,12 @@ def _router(controller: Controller, running: Callable[[], _Running], responses: 
     @router.get("/engine", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:
         """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers hold."""
-        engine = running().client  # there is one: routes are served after init_state
+        engine = running()  # there is one: routes are served after init_state
         throttle = engine.throttle
         throttle.look()
         return JSONResponse(
             {
-                "vllm": running().version,
+                "vllm": engine.version,
                 "worker": engine.description,
                 "mode": throttle.settings.mode,
                 "share": throttle.settings.share,
@@ -471,7 +425,7 @@ def _router(controller: Controller, running: Callable[[], _Running], responses: 
     @router.post("/engine", openapi_extra=needs(Scope.CONTROL))
     async def change(body: Changes) -> JSONResponse:
         """Change mode, share, chat_in_flight or path until the server ends."""
-        throttle = running().client.throttle
+        throttle = running().throttle
         throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
         return await now()
 

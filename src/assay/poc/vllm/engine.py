@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
@@ -23,14 +22,13 @@ from assay.models.load import identify
 from assay.models.resolve import checkpoint_directory
 from assay.poc.engines.base import check_batch_size, check_supported
 from assay.poc.engines.decoding import Decoded, Replayed
-from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.vllm.client import Client, DirectStream, RequestStream, TokenStream
+from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
 from assay.poc.vllm.compatibility import EXTENSION, check_config, check_installed
 from assay.poc.vllm.rows import Spec
-from assay.poc.vllm.throttle import NoncePath, Throttle, ThrottleSettings
+from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
 
 CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces and replays need a little
 
@@ -45,12 +43,8 @@ def runs_on_cpu() -> bool:
 def fit_machine(dtype: str | None, options: Mapping[str, Any]) -> dict[str, int]:
     """Prepare this process for an engine of its own, and return the engine arguments that the machine asks for.
 
-    On a CPU they bound the cache, unless the options say how much vLLM may take. On a GPU vLLM starts its processes
+    On a CPU they bound the cache, unless ``options`` say how much vLLM may take. On a GPU vLLM starts its processes
     anew: by itself it forks this one, and a forked process cannot use a GPU once this one has counted GPUs.
-
-    Args:
-        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
-        options: Engine arguments of vLLM that were asked for.
     """
     if runs_on_cpu():
         return {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": CPU_KV_BYTES}
@@ -66,9 +60,6 @@ def multiply_exactly(dtype: str | None) -> None:
     float32 is such a kernel: distances were up to 3e-5 from those of other engines, where honest noise is 3e-7, and an
     honest node was found to be a fraud. Models in other formats are left alone: they do not need it, and some of their
     kernels would be slower.
-
-    Args:
-        dtype: Dtype that vLLM is told to use; None for the checkpoint's.
     """
     if dtype in ("float32", "float"):
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -102,41 +93,28 @@ T = TypeVar("T")
 
 
 class RequestEngine:
-    """Runs nonces as requests of a vLLM engine, from a thread that is not the engine's.
+    """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
     Args:
-        client: Client that runs single nonces in ``loop``.
-        loop: Event loop of the engine.
-        version: Version of vLLM.
+        client: Client that runs nonces in its event loop.
         batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
         seq_len: T, the number of positions of every nonce.
-        most_positions: Length of the longest prompt that the engine takes.
 
     Raises:
         UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        version: str,
-        batch_size: int,
-        seq_len: int,
-        most_positions: int,
-    ) -> None:
+    def __init__(self, client: Client, *, batch_size: int, seq_len: int) -> None:
         check_batch_size(batch_size)
-        _check_positions(seq_len, most_positions)
-        self.batch_size, self.seq_len, self._most_positions = batch_size, seq_len, most_positions
-        self._client, self._loop, self._version = client, loop, version
+        _check_positions(seq_len, client.positions)
+        self.batch_size, self.seq_len, self._client = batch_size, seq_len, client
         worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """How this engine computes."""
-        return fingerprint_of(self._client.description, self._version, batch_size=self.batch_size, seq_len=self.seq_len)
+        return self._client.fingerprint(self.batch_size, self.seq_len)
 
     def supports(self, pipeline: Pipeline) -> bool:
         """Return whether a pipeline runs on vLLM."""
@@ -150,7 +128,7 @@ class RequestEngine:
             ModelError: vLLM did not run a nonce, or has ended.
         """
         check_supported(self, pipeline)
-        yield from self._run(DirectStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
+        yield from self._run(NonceStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         """Decode the tokens of nonces, each as one request of as many steps.
@@ -179,11 +157,11 @@ class RequestEngine:
     def _tokens(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
     ) -> TokenStream:
-        _check_positions(self.seq_len, self._most_positions, pipeline.steps)
+        _check_positions(self.seq_len, self._client.positions, pipeline.steps)
         spec, sizes = Spec(round, pipeline), {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
         return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
 
-    def _run(self, stream: RequestStream) -> Generator[NDArray[Any]]:
+    def _run(self, stream: NonceStream) -> Generator[NDArray[Any]]:
         """Yield the values of a stream, a batch at a time."""
         self._wait(stream.open())
         try:
@@ -195,10 +173,10 @@ class RequestEngine:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the engine's loop; an engine that ends meanwhile is an EngineEnded."""
-        if self._client.ended.done() or self._loop.is_closed():
+        if self._client.ended.done() or self._client.loop.is_closed():
             work.close()
         else:
-            running = asyncio.run_coroutine_threadsafe(work, self._loop)
+            running = asyncio.run_coroutine_threadsafe(work, self._client.loop)
             either: set[Future[Any]] = {running, self._client.ended}
             wait(either, return_when=FIRST_COMPLETED)
             if running.done() and not running.cancelled():
@@ -224,50 +202,6 @@ def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:
             wanted=f"1 to {max(1, room)}: its --max-model-len, less the tokens that it generates",
             do=f"pass --seq-len {min(256, room)}, or raise --max-model-len" if room > 0 else "raise --max-model-len",
         )
-
-
-def fingerprint_of(worker: dict[str, Any], version: str, *, batch_size: int, seq_len: int) -> Fingerprint:
-    """Return how an engine computes.
-
-    Args:
-        worker: Description of a worker, as it returns it.
-        version: Version of vLLM.
-        batch_size: Number of sequences that are handed out at a time.
-        seq_len: Number of positions of a sequence.
-    """
-    kernels = [f"runner {worker['runner']}", f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}"]
-    return Fingerprint(
-        engine="vllm",
-        device=worker["device"],
-        dtype=with_cache(worker["format"] or worker["dtype"], worker["cache"]),
-        attention=worker["attention"],
-        batch_size=batch_size,
-        seq_len=seq_len,
-        threads=worker["threads"],
-        torch=torch.__version__,
-        library=f"vllm {version}",
-        kernels=(
-            *kernels,
-            *worker["experts_over"],
-            "eager" if worker["eager"] else "compiled",
-            *worker["products"],
-        ),
-    )
-
-
-def most_positions(config: Any) -> int:
-    """Return the length of the longest prompt that an engine takes: one generated token must fit as well."""
-    longest = int(config.model_config.max_model_len) - 1
-    scheduler = config.scheduler_config
-    chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
-    return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
-
-
-def capacity(config: Any, seq_len: int) -> int:
-    """Return how many nonces fill one step of every engine and have the next one ready."""
-    scheduler = config.scheduler_config
-    step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
-    return int(config.parallel_config.data_parallel_size) * max(1, min(2 * step, int(scheduler.max_num_seqs)))
 
 
 class VLLMEngine(RequestEngine):
@@ -308,18 +242,11 @@ class VLLMEngine(RequestEngine):
             thread = self._thread = ends.enter_context(closing(_Loop()))
             llm = thread.run(_started(config))
             ends.callback(lambda: thread.run(_shutdown(llm)))
-            config = llm.vllm_config  # which vLLM may have changed at the start
-            # This engine serves no chat, so it is always full.
-            most = in_flight or capacity(config, seq_len)
-            throttle = Throttle(settings, llm.output_processor.get_num_unfinished_requests, most)
-            client = Client(llm, throttle, config.parallel_config.data_parallel_size)
+            unfinished = llm.output_processor.get_num_unfinished_requests
+            client = thread.run(connect(llm, settings, seq_len, version=version, unfinished=unfinished))
             ends.callback(client.release)
             ends.callback(lambda: thread.run(client.end()))
-            thread.run(client.install())
-            positions = most_positions(config)
-            super().__init__(
-                client, thread.loop, version=version, batch_size=batch_size, seq_len=seq_len, most_positions=positions
-            )
+            super().__init__(client, batch_size=batch_size, seq_len=seq_len)
             self.model = identify(reference, dtype=self.dtype)
             self._ends = ends.pop_all()
 

@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from assay.poc.protocol.builds import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name
 from assay.poc.service.settings import Settings
+from assay.poc.vllm.client import most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
     OLD_NAMES,
@@ -33,7 +33,7 @@ from assay.poc.vllm.compatibility import (
     refuse_older,
     rounded_cache,
 )
-from assay.poc.vllm.engine import most_positions, multiply_exactly
+from assay.poc.vllm.engine import multiply_exactly
 from assay.poc.vllm.servers import LONGEST_PATH, SOCKET
 from assay.poc.vllm.throttle import Mode, NoncePath, ThrottleSettings
 from assay.streams.backends import dtype_name
@@ -47,9 +47,7 @@ class PluginSettings(Settings):
     """The settings of ``assay poc serve`` under their names in the environment, and those of the vLLM engine.
 
     Raises:
-        UsageError: A value is of another type or out of range.
-        CalibrationError: ``ASSAY_CALIBRATION`` names a file that is not a calibration.
-        DataError: ``ASSAY_PINS`` names a file that is no pins file.
+        AssayError: As of :class:`assay.poc.service.Settings`.
     """
 
     has_flags = False
@@ -124,59 +122,52 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     Raises:
         UsageError: It is one.
     """
-    refuse_first(_argument_refusals(arguments, settings))
-
-
-def _argument_refusals(arguments: Any, settings: PluginSettings) -> Iterator[Refusal]:
     given, responses = partial(getattr, arguments), settings.responses
+    engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
+    several = "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out"
+    recorded, room = f"ASSAY_RESPONSES={responses} with", LONGEST_PATH - len(SOCKET) - 1
+    revision, host = given("revision", None), given("host", None)
+    open_port = not (given("headless", False) or given("uds", None) or (host and is_loopback(host)))
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    unset = "unset VLLM_USE_RUST_FRONTEND"
-    yield Refusal(rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, unset)
-    yield Refusal(given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out")
-    servers = given("api_server_count", None) or 1
-    for count, what, wanted in (
+    rows = (
+        (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
+        (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
         (
-            given("data_parallel_size", None) or 1,
-            "data-parallel engines",
+            engines > 1 and responses != "off",
+            f"{recorded} {engines} data-parallel engines",
             "one engine, whose workers hold the sketches of every answer",
+            several,
         ),
-        (servers, "API servers", "one, which sees every answer"),
-    ):
-        yield Refusal(
-            count > 1 and responses != "off",
-            f"ASSAY_RESPONSES={responses} with {count} {what}",
-            wanted,
-            "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out",
-        )
-    yield refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
-    yield Refusal(
-        servers > 1 and len(os.fsencode(settings.data_dir / SOCKET)) > LONGEST_PATH,
-        f"{servers} API servers with the data directory {settings.data_dir}",
-        f"a path of at most {LONGEST_PATH - len(SOCKET) - 1} bytes, in which a socket can be",
-        "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1",
+        (
+            servers > 1 and responses != "off",
+            f"{recorded} {servers} API servers",
+            "one that sees every answer",
+            several,
+        ),
+        refuse_older(servers > 1, "several API servers", "pass --api-server-count 1"),
+        (
+            servers > 1 and len(os.fsencode(settings.data_dir)) > room,
+            f"{servers} API servers with the data directory {settings.data_dir}",
+            f"a path of at most {room} bytes, in which a socket can be",
+            "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1",
+        ),
+        (
+            given("data_parallel_multi_port_external_lb", False),
+            "--data-parallel-multi-port-external-lb",
+            "one server, which deals out the nonces of a round",
+            "leave it out, or start one server per engine, each with its own node_id and data directory",
+        ),
+        (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
+        (
+            open_port and not settings.has_keys,
+            f"--host {host or '0.0.0.0'} without a key of assay",
+            "a key where others reach the port: that of --api-key does not guard /api/v1/pow",
+            "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
+        ),
     )
-    yield Refusal(
-        given("data_parallel_multi_port_external_lb", False),
-        "--data-parallel-multi-port-external-lb",
-        "one server, which deals out the nonces of a round",
-        "leave it out, or start one server per engine, each with its own node_id and data directory",
-    )
-    yield Refusal(
-        given("revision", None),
-        f"--revision {given('revision', None)}",
-        "a checkpoint whose digest the proof can name",
-        "download it, and serve the directory",
-    )
-    host = given("host", None)
-    open_port = not (given("headless", False) or given("uds", None) or (host and is_loopback(host)))
-    yield Refusal(
-        open_port and not settings.has_keys,
-        f"--host {host or '0.0.0.0'} without a key of assay",
-        "a key where others reach the port: that of --api-key does not guard /api/v1/pow",
-        "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
-    )
+    refuse_first(Refusal(*row) for row in rows)
     if (named := given("worker_extension_cls", None)) in OLD_NAMES:
         log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", named, OLD_NAMES[named])
 
@@ -186,11 +177,6 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
 
     The processor is named there, which is public, and never in the entry points of the package: an installed entry
     point moves vLLM 0.28 to 0.30 to another model runner, whether or not assay runs.
-
-    Args:
-        arguments: Arguments of the operator.
-        config: Configuration of vLLM that follows from them.
-        mode: What is to be done for responses.
 
     Raises:
         UsageError: The operator has a worker extension of another kind.
@@ -210,13 +196,7 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
 def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
     """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no engine is needed.
 
-    What only a worker knows, such as the device and the attention, is compared when a round begins.
-
-    Args:
-        pins: Pins of the network.
-        model: Directory or hub id of the checkpoint, which is hashed.
-        config: Configuration of vLLM.
-        version: Version of vLLM.
+    The checkpoint is hashed. What only a worker knows, such as the device, is compared when a round begins.
 
     Raises:
         UsageError: The checkpoint, the build or the length is not pinned; names what differs.

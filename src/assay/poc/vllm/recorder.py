@@ -18,16 +18,16 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from assay.errors import AssayError, ModelError, reason_of
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.receipts import Prompt, Receipt
 from assay.poc.responses.sampling import ResponseSeed, Sampling
+from assay.poc.service.receipts import ReceiptSink
 from assay.poc.vllm.client import call_workers
 from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
@@ -44,27 +44,35 @@ NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} |
 """What vLLM's own sampler is told of a seeded request: take the largest score."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Sketches are taken from the workers while responses go on.
-#
-# A receipt needs every sketch. Were all of them asked for at the end, every answer would wait for a call into the
-# engine's loop, which is answered between two steps. So the tokens that the engine hands out are counted, a sketch is
-# asked for once its token is there, and a response that ends waits only where its last sketch is of the last few steps.
-# Calls interrupt the engine: one asks for all sketches that are due, and is put off while no response waits.
-
-PAUSE = 0.02  # seconds between two calls
+PAUSE = 0.02  # seconds between two calls for sketches
 PUT_OFF = 0.1  # seconds more if no response waits
 BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
 
 
-@dataclass
-class OpenResponse:
-    """A response that goes on: its tokens so far, its sketches, and who waits for the rest of them."""
+@dataclass(eq=False)
+class Choice:
+    """One response in the making: what its receipt will say, and its sketches so far."""
+
+    engine_id: str
+    """Id of its request in the engine."""
+    seed: ResponseSeed
+    sampling: Sampling | None
+    """Parameters; None where the engine samples by itself."""
+    prompt: tuple[int, ...]
+    mask: bool
+    """Whether tokens were forbidden or forced in a way that the receipt does not repeat."""
+    chosen_by: Literal["client", "server"] = "server"
+    """Who chose the id of the HTTP request."""
+    adapter: Adapter | None = None
+    output: list[int] = field(default_factory=list)
+    finish: Literal["", "stop", "length", "abort"] = ""
 
     tokens: int = 0
+    """Number of tokens that the engine has handed out, of which the server may not have the last."""
     asked: int = 0
     """Number of sketches that were asked for."""
     found: bytearray = field(default_factory=bytearray)
+    """Sketches that were taken."""
     waiter: "asyncio.Future[None] | None" = None
 
     @property
@@ -77,83 +85,104 @@ class OpenResponse:
         """Number of sketches that there are of its tokens."""
         return len(sketch_steps(self.tokens))
 
-    def end(self, error: Exception | None = None) -> None:
-        """Wake who waits, with an error if the workers did not answer."""
+    def wake(self, error: Exception | None = None) -> None:
+        """Wake who waits for the last sketches, with an error if the workers did not answer."""
         if self.waiter is not None and not self.waiter.done():
             if error is None:
                 self.waiter.set_result(None)
             else:
                 self.waiter.set_exception(error)
 
+    def receipt(self) -> Receipt:
+        """Return the receipt of a response that has ended.
+
+        Raises:
+            ModelError: The workers have not kept the states of all of its sketches.
+        """
+        steps, sketches = self.due, np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
+        if len(sketches) < steps:
+            seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
+            raise ModelError(seen, wanted=f"{steps}", do="see the log of vLLM's workers")
+        return Receipt(
+            request_id=self.seed.request_id,
+            index=self.seed.index,
+            user_seed=self.seed.user_seed,
+            block_hash=self.seed.block_hash,
+            sampling=self.sampling,
+            prompt=Prompt.of(self.prompt),
+            output=tuple(self.output),
+            finish=self.finish or "abort",
+            chosen_by=self.chosen_by,
+            mask=self.mask,
+            adapter=self.adapter,
+            sketches=sketches[:steps],
+        )
+
 
 class Collector:
-    """Takes the sketches of one engine's responses.
+    """Takes the sketches of one engine's responses from its workers, while the responses go on.
 
-    Args:
-        llm: Engine client of vLLM, an ``AsyncLLM`` whose workers have the :class:`ResponseExtension`.
+    A receipt needs every sketch. Were all of them asked for at the end, every answer would wait for a call into the
+    engine's loop, which is answered between two steps. So the tokens that the engine hands out are counted, a sketch is
+    asked for once its token is there, and a response that ends waits only where its last sketch is of the last few
+    steps. Calls interrupt the engine: one asks for all sketches that are due, and is put off while no response waits.
     """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-        self._open: dict[str, OpenResponse] = {}
-        self._due: dict[str, OpenResponse] = {}
-        self._called: dict[str, OpenResponse] = {}
+        self._open: dict[str, Choice] = {}
+        self._due: dict[str, Choice] = {}
+        self._called: dict[str, Choice] = {}
         self._forgotten: list[str] = []
         self._running: asyncio.Task[None] | None = None
         self._waits: asyncio.Event  # of the task that runs
         self._process = llm.output_processor.process_outputs
         llm.output_processor.process_outputs = self._wrapped_process
 
-    def follow(self, name: str) -> None:
-        """Count the tokens of a response that begins, by the id of its request in the engine."""
-        self._open[name] = OpenResponse()
+    def follow(self, choice: Choice) -> None:
+        """Count the tokens of a response that begins."""
+        self._open[choice.engine_id] = choice
 
-    def forget(self, names: Iterable[str]) -> None:
+    def forget(self, choices: Iterable[Choice]) -> None:
         """Drop responses, here and with the next call in the workers."""
-        for name in names:
-            self._due.pop(name, None)
-            if self._open.pop(name, None) is not None:
-                self._forgotten.append(name)
+        for choice in choices:
+            self._due.pop(choice.engine_id, None)
+            if self._open.pop(choice.engine_id, None) is not None:
+                self._forgotten.append(choice.engine_id)
 
-    async def take(self, lengths: dict[str, int]) -> dict[str, NDArray[np.float16]]:
-        """Return the sketches [S, 12] of responses that have ended, whose numbers of tokens are given, and forget them.
-
-        Sketches that the workers lack are missing at the end.
+    async def finish(self, choices: list[Choice]) -> None:
+        """Wait for the sketches of responses that have ended, and forget them. The workers may lack the last ones.
 
         Raises:
             ModelError: The workers did not answer.
         """
         waiters = []
-        for name, tokens in lengths.items():
-            followed = self._open[name]
-            followed.tokens = tokens
-            if followed.taken < followed.due:
-                followed.waiter = asyncio.get_running_loop().create_future()
-                waiters.append(followed.waiter)
-                if followed.asked < followed.due or name not in self._called:
-                    self._ask(name, followed)
+        for choice in choices:
+            choice.tokens = len(choice.output)
+            if choice.taken < choice.due:
+                choice.waiter = asyncio.get_running_loop().create_future()
+                waiters.append(choice.waiter)
+                if choice.asked < choice.due or choice.engine_id not in self._called:
+                    self._ask(choice)
                 self._waits.set()
         try:
             await asyncio.gather(*waiters)
-            return {
-                name: np.frombuffer(self._open[name].found, np.float16).reshape(-1, SKETCH_SIZE) for name in lengths
-            }
         finally:
-            self.forget(lengths)
+            self.forget(choices)
 
     def _wrapped_process(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Count the tokens of a step before the server sees them."""
         for output in outputs:
-            followed = self._open.get(output.request_id)
-            if followed is not None:
-                followed.tokens += len(output.new_token_ids)
-                if followed.tokens > SKETCH_EVERY * followed.asked:  # more are due, without a range for every token
-                    self._ask(output.request_id, followed)
+            choice = self._open.get(output.request_id)
+            if choice is not None:
+                choice.tokens += len(output.new_token_ids)
+                if choice.tokens > SKETCH_EVERY * choice.asked:  # more are due, without a range for every token
+                    self._ask(choice)
         return self._process(outputs, *args, **kwargs)
 
-    def _ask(self, name: str, followed: OpenResponse) -> None:
-        self._due[name] = followed
-        followed.asked = followed.due
+    def _ask(self, choice: Choice) -> None:
+        self._due[choice.engine_id] = choice
+        choice.asked = choice.due
         if self._running is None or self._running.done():
             self._waits = asyncio.Event()
             self._running = asyncio.create_task(self._run())
@@ -162,71 +191,28 @@ class Collector:
         while self._due:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._waits.wait(), PUT_OFF)
-            await self._gather()
+            due = -1
+            while len(self._due) > due:  # responses that end in one step: the server wakes them a part at a time
+                due = len(self._due)
+                await asyncio.sleep(0)
             self._waits.clear()
             self._called, self._due = self._due, {}
             forgotten, self._forgotten = self._forgotten, []
-            wanted = {name: [followed.taken, followed.due] for name, followed in self._called.items()}
+            wanted = {name: [choice.taken, choice.due] for name, choice in self._called.items()}
             try:
                 replies = await call_workers(self._llm, "assay_sketches", wanted, forgotten)
                 for name, data in (item for reply in replies for item in reply.items()):
                     self._called[name].found += data
-                for name, followed in self._called.items():
-                    if wanted[name][1] == followed.due:  # one that ended since waits for the next call
-                        followed.end()
+                for name, choice in self._called.items():
+                    if wanted[name][1] == choice.due:  # one that ended since waits for the next call
+                        choice.wake()
             except Exception as error:
                 reason = reason_of(error)[:300]
                 failed = ModelError(f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM")
-                for followed in self._called.values():
-                    followed.end(failed)
+                for choice in self._called.values():
+                    choice.wake(failed)
             self._called = {}
             await asyncio.sleep(PAUSE)
-
-    async def _gather(self) -> None:
-        """Let the responses that end in one step come together: the server wakes them a part at a time."""
-        due = -1
-        while len(self._due) > due:
-            due = len(self._due)
-            await asyncio.sleep(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Requests become seeded ones, and responses leave receipts.
-
-
-class ReceiptSink(Protocol):
-    """Where receipts go."""
-
-    def check(self) -> None:
-        """Raise an AssayError while no receipt can be stored; asked before the engine works."""
-
-    async def store(self, receipt: Receipt) -> None:
-        """Return when a receipt is stored so that nothing loses it; raise an AssayError if that is not possible."""
-
-
-@dataclass
-class Choice:
-    """One response in the making.
-
-    Args:
-        engine_id: Id of its request in the engine.
-        seed: What its noise follows from.
-        sampling: Parameters; None where the engine samples by itself.
-        prompt: Ids of the prompt.
-        mask: Whether tokens were forbidden or forced in a way that the receipt does not repeat.
-        chosen_by: Who chose the id of the request.
-        adapter: LoRA adapter that answers.
-    """
-
-    engine_id: str
-    seed: ResponseSeed
-    sampling: Sampling | None
-    prompt: tuple[int, ...]
-    mask: bool
-    chosen_by: Literal["client", "server"] = "server"
-    adapter: Adapter | None = None
-    output: list[int] = field(default_factory=list)
-    finish: Literal["", "stop", "length", "abort"] = ""
 
 
 @dataclass
@@ -255,18 +241,12 @@ class Call:
 
 @dataclass
 class AcceptedRequest:
-    """An HTTP request, as far as it was fixed before the engine saw it.
-
-    Args:
-        request_id: Id that the client gave, or else the server.
-        block_hash: Block that seeds the answer.
-        user_seed: Seed of a header; None leaves it to the field ``seed`` of the body.
-        chosen_by: Who chose the id.
-    """
+    """An HTTP request, as far as it was fixed before the engine saw it."""
 
     request_id: str
     block_hash: str
     user_seed: str | None = None
+    """Seed of a header; None leaves it to the field ``seed`` of the body."""
     chosen_by: Literal["client", "server"] = "server"
     refused: AssayError | None = None
     """Error for which a receipt could not be stored."""
@@ -290,12 +270,8 @@ ACCEPTED: ContextVar[AcceptedRequest | None] = ContextVar("assay_accepted", defa
 class Recorder:
     """Seeds the requests of one engine, and stores a receipt of every response.
 
-    Args:
-        llm: Engine client of vLLM, an ``AsyncLLM`` whose workers have the :class:`ResponseExtension`.
-        sink: Store of the receipts.
-        public_key: Key of the node.
-        digest: SHA-256 of the tensors of the checkpoint, in hex.
-        seeded: Whether the workers have the logits processor. Else the engine samples, and receipts have sketches only.
+    The workers have the :class:`ResponseExtension`, and where it is ``seeded`` the logits processor. Else the engine
+    samples, and receipts have sketches only. ``digest`` is that of the checkpoint.
     """
 
     def __init__(self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool) -> None:
@@ -329,7 +305,7 @@ class Recorder:
                         await self._store(accepted, ended)
                     yield output
         finally:
-            self._collector.forget(choice.engine_id for choice in call.choices.values() if not choice.finish)
+            self._collector.forget(choice for choice in call.choices.values() if not choice.finish)
 
     async def _know(self, lora: Any) -> None:
         """Hash the files of an adapter, once; one whose files are not here stays unknown, and without receipts."""
@@ -345,8 +321,8 @@ class Recorder:
             AssayError: A receipt cannot be made or stored; the client must not get the end of the answer.
         """
         try:
-            sketches = await self._collector.take({choice.engine_id: len(choice.output) for choice in choices})
-            receipts = [_receipt(choice, sketches[choice.engine_id]) for choice in choices]
+            await self._collector.finish(choices)
+            receipts = [choice.receipt() for choice in choices]
             await asyncio.gather(*(self.sink.store(receipt) for receipt in receipts))
         except AssayError as error:
             accepted.refused = error
@@ -388,11 +364,15 @@ class Recorder:
             block_hash=accepted.block_hash,
             index=call.first + index,
         )
-        sampling = _sampling(params) if self._seeded else None
+        sampling = None
+        if self._seeded:
+            values = {name: getattr(params, name) for name in SAMPLED} | {"top_k": max(0, params.top_k)}
+            sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
-        call.choices[index] = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
-        self._collector.follow(request.request_id)
+        choice = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
+        call.choices[index] = choice
+        self._collector.follow(choice)
         words = tuple(seed.words().tolist()) if self._seeded else None
         return _with(params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling))
 
@@ -420,13 +400,6 @@ def _key(lora: Any) -> tuple[str, str]:
     return str(lora.lora_name), str(lora.lora_path)
 
 
-def _sampling(params: Any) -> Sampling:
-    """Return the parameters that vLLM would sample with."""
-    values = {name: getattr(params, name) for name in SAMPLED}
-    values["top_k"] = max(0, values["top_k"])
-    return Sampling(**values, logit_bias=dict(params.logit_bias or {}))
-
-
 def _with(params: Any, carried: SeedArgument | None) -> Any:
     """Return a copy of parameters that carries something else, and has nothing left to sample if it is seeded."""
     other = copy.copy(params)
@@ -437,39 +410,6 @@ def _with(params: Any, carried: SeedArgument | None) -> Any:
         for name, value in NEUTRAL.items():
             setattr(other, name, value)
     return other
-
-
-def _receipt(choice: Choice, sketches: NDArray[np.float16]) -> Receipt:
-    """Return the receipt of a choice; ``sketches`` [S, 12] are those that the workers have.
-
-    Raises:
-        ModelError: The workers have not kept the states of all of its sketches.
-    """
-    steps = len(sketch_steps(len(choice.output)))
-    if len(sketches) < steps:
-        raise ModelError(
-            f"{len(sketches)} sketches of {len(choice.output)} tokens",
-            wanted=f"{steps}",
-            do="see the log of vLLM's workers",
-        )
-    return Receipt(
-        request_id=choice.seed.request_id,
-        index=choice.seed.index,
-        user_seed=choice.seed.user_seed,
-        block_hash=choice.seed.block_hash,
-        sampling=choice.sampling,
-        prompt=Prompt.of(choice.prompt),
-        output=tuple(choice.output),
-        finish=choice.finish or "abort",
-        chosen_by=choice.chosen_by,
-        mask=choice.mask,
-        adapter=choice.adapter,
-        sketches=sketches[:steps],
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# The block that seeds a response: what the node's chain follower posted last, or posts next.
 
 
 class Beacon:

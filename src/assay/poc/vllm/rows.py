@@ -80,19 +80,14 @@ class Spec(NamedTuple):
     pipeline: Pipeline
 
 
-@dataclass(frozen=True, eq=False)
-class Decode:
-    """A nonce that decodes, or whose tokens are replayed, while its request runs.
-
-    Args:
-        noise: Seeds of the noise of its tokens.
-        claimed: Tokens that are replayed, int64 [N]; None where they are decoded.
-        kept: States and margins that are known so far; NaN where they are not.
-    """
+class Decode(NamedTuple):
+    """A nonce that decodes, or whose tokens are replayed, while its request runs."""
 
     noise: UInt32[np.ndarray, " N"]
     claimed: Tensor | None
+    """Tokens that are replayed, int64 [N]; None where they are decoded."""
     kept: Float32[Tensor, " W"]
+    """States and margins that are known so far; NaN where they are not."""
 
 
 @dataclass(eq=False)
@@ -210,17 +205,8 @@ MAX_SUMMED = 2**22
 """Number of state values that are summed at once; they are held three times in float32."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The tokens of one request in one step.
-
-    Args:
-        request_id: Id of the request, as the worker knows it.
-        start: Row of the first token in the hidden states of the step.
-        length: Number of tokens.
-        computed: Number of tokens of the request that were computed in earlier steps.
-        prompt: Number of tokens of its prompt.
-    """
+class Chunk(NamedTuple):
+    """The tokens of one request in one step, a column of :class:`Spans`."""
 
     request_id: str
     start: int
@@ -245,20 +231,13 @@ class Spans:
 
     Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in that of
     ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
-
-    Args:
-        names: Ids of the requests, as the worker knows them.
-        starts: Row of the first token of each in the hidden states of the step.
-        lengths: Number of tokens of each.
-        computed: Number of tokens of each that were computed in earlier steps.
-        prompts: Number of tokens of the prompt of each.
     """
 
-    names: list[str]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    computed: NDArray[np.int64]
-    prompts: NDArray[np.int64]
+    names: list[str]  # ids of the requests, as the worker knows them
+    starts: NDArray[np.int64]  # rows of their first tokens in the hidden states of the step
+    lengths: NDArray[np.int64]  # numbers of their tokens in it
+    computed: NDArray[np.int64]  # numbers of their tokens that were computed in earlier steps
+    prompts: NDArray[np.int64]  # numbers of the tokens of their prompts
 
 
 def spans(runner: Any) -> tuple[Tensor | None, Spans | None]:

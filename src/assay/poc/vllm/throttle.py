@@ -7,7 +7,7 @@ are inside the engine and, while there is chat, the part of the time in which an
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from assay.errors import UsageError
@@ -17,7 +17,6 @@ NoncePath = Literal["auto", "requests"]
 """How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
 
 _WORDS = {"mode": get_args(Mode), "path": get_args(NoncePath)}
-"""What the settings that are words may be."""
 
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
@@ -27,16 +26,7 @@ WINDOW = 0.25  # seconds over which the speed of an engine without chat is measu
 class ThrottleSettings:
     """What Proof of Compute may take of an engine that also serves chat. Times are in seconds.
 
-    Args:
-        mode: Either ``chat-first``; or ``exclusive``, in which a round refuses new chat and waits for running chat.
-        share: Part of the time in which nonces may run while there is chat, in (0, 1].
-        in_flight: Nonces at once on an engine without chat; 0 fills one step of the engine and has the next ready.
-        chat_in_flight: Nonces at once while there is chat.
-        wait: Time that the first chat request on an idle engine may wait for the nonces inside; it bounds their number.
-        quiet: Time after the last chat request until the engine counts as idle.
-        drain: Time that exclusive mode waits for running chat. What is unfinished then goes on beside the nonces.
-        path: Either ``auto``: without chat, nonces run as whole batches inside the workers where the engine allows it;
-            or ``requests``. A change holds from the next round on.
+    :class:`assay.poc.vllm.PluginSettings` describes each of them. A change of ``path`` holds from the next round on.
 
     Raises:
         UsageError: A value is out of range.
@@ -52,22 +42,16 @@ class ThrottleSettings:
     path: NoncePath = "auto"
 
     def __post_init__(self) -> None:
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in words:
-                raise UsageError(
-                    f"{name} {getattr(self, name)!r}",
-                    wanted=" or ".join(words),
-                    do=f"correct ASSAY_VLLM_{name.upper()}",
-                )
-        if not 0 < self.share <= 1:
-            raise UsageError(f"share {self.share!r}", wanted="a part in (0, 1]", do="correct ASSAY_VLLM_SHARE")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.name == "chat_in_flight" else 0
-            if field.name not in ("share", *_WORDS) and not least <= value < 1e6:
-                name = f"ASSAY_VLLM_{field.name.upper()}"
-                wanted = f"a number from {least} and below a million"
-                raise UsageError(f"{field.name} {value!r}", wanted=wanted, do=f"correct {name}")
+        for name, value in vars(self).items():
+            least = 1 if name == "chat_in_flight" else 0
+            if words := _WORDS.get(name):
+                fits, wanted = value in words, " or ".join(words)
+            elif name == "share":
+                fits, wanted = 0 < value <= 1, "a part in (0, 1]"
+            else:
+                fits, wanted = least <= value < 1e6, f"a number from {least} and below a million"
+            if not fits:
+                raise UsageError(f"{name} {value!r}", wanted=wanted, do=f"correct ASSAY_VLLM_{name.upper()}")
 
 
 class Throttle:

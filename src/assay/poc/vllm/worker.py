@@ -10,6 +10,8 @@ call while ``execute_model_state`` still holds the hidden states of the step. An
 engine, and with it every chat, so both catch everything: a nonce that fails is reported when it is collected.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -19,13 +21,13 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import reason_of
-from assay.poc.engines.base import noise_inputs
+from assay.poc.engines.base import HostCopy, noise_inputs
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, weighted_sum
 from assay.poc.vllm.compatibility import missing_in_runner
 from assay.poc.vllm.decoding import Decoding, StepRow, decoding_blocker
-from assay.poc.vllm.direct import DirectMethods, DirectPasses
+from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blockers
 from assay.poc.vllm.rows import (
     LONGEST_REASON,
     MAX_SUMMED,
@@ -43,19 +45,27 @@ from assay.poc.vllm.rows import (
 )
 from assay.streams.backends import dtype_name
 
+log = logging.getLogger("assay.vllm")
+
 MAX_TRANSFORMS = 4
 
 
-class WorkerExtension(DirectMethods):
+Reply = dict[str, Any]
+
+
+class WorkerExtension:
     """Methods that vLLM adds to its workers."""
 
-    # Attributes of vLLM's worker.
+    # Attributes of vLLM's worker, and what ``assay_install`` sets.
     model_runner: Any
     vllm_config: Any
-
     assay_hooks: "Hooks"
+    assay_passes: DirectPasses
 
-    def assay_install(self) -> dict[str, Any]:
+    assay_pending: Callable[[], Reply] | None = None
+    """Waits for the values of the last call, until something asks for them."""
+
+    def assay_install(self) -> Reply:
         """Wrap the model runner once, and describe this worker.
 
         ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
@@ -81,7 +91,7 @@ class WorkerExtension(DirectMethods):
         """End a stream, and drop its rows."""
         self.assay_hooks.rows.close(key)
 
-    def assay_collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
+    def assay_collect(self, key: str, nonces: list[int]) -> Reply:
         """Take the values that the pipeline publishes for nonces that have run.
 
         Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values of those nonces
@@ -91,8 +101,77 @@ class WorkerExtension(DirectMethods):
 
     def assay_counts(self) -> dict[str, int]:
         """Return the number of streams, rows and failures that are held, and how often a hook failed."""
-        hooks = self.assay_hooks
-        return {**hooks.rows.counts(), "errors": hooks.errors}
+        return {**self.assay_hooks.rows.counts(), "errors": self.assay_hooks.errors}
+
+    # Nonces beside the scheduler
+
+    def assay_batch(self, key: str) -> Reply:
+        """Prepare a stream for passes beside the scheduler.
+
+        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
+        requests.
+        """
+        batch, reason = 0, None
+        try:
+            stream = self.assay_hooks.rows.get(key)
+            assert stream is not None, "the stream has ended"
+            if blockers := direct_path_blockers(self.model_runner, self.vllm_config, stream.spec):
+                reason = blockers[0]
+            else:
+                batch = self.assay_passes.prepare(stream.spec)
+        except Exception as error:  # memory, or a name of vLLM
+            reason = _describe_failure(error)
+        return {"batch": batch, "reason": reason}
+
+    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[Reply]:
+        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
+
+        A device that had to wait for the reply to one call and for the next to be queued would idle for some
+        milliseconds between the two. With ``wait`` the values of this call are returned as well.
+
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
+        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
+        did not run.
+        """
+        before, self.assay_pending = self.assay_pending, self.assay_begin(call, key, shares, batch)
+        replies = [] if before is None else [before()]
+        return replies + self.assay_flush() if wait else replies
+
+    def assay_flush(self) -> list[Reply]:
+        """Return what the last call has computed, if nothing has asked for it yet."""
+        pending, self.assay_pending = self.assay_pending, None
+        return [] if pending is None else [pending()]
+
+    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> Callable[[], Reply]:
+        """Queue this engine's share of a call; return what waits for the values and makes the reply."""
+        # An engine that steps by itself keeps its rank under this name only.
+        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
+        stream = self.assay_hooks.rows.get(key)
+        if stream is None:
+            return partial(dict, call=call, error="the stream has ended")
+        stream.touched = time.monotonic()
+        try:
+            timer = DeviceTimer(self.model_runner.device)
+            values = self.assay_passes.begin(stream.spec, nonces, batch) if nonces else None
+            timer.stop()
+        except Exception as error:
+            return partial(dict, call=call, error=_describe_failure(error))
+        return partial(_reply, call, nonces, values, timer)
+
+
+def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
+    """Wait for the values of a call; there are none where this worker does not answer."""
+    try:
+        found = {} if values is None else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
+        return {"call": call, **found}
+    except Exception as error:
+        return {"call": call, "error": _describe_failure(error)}
+
+
+def _describe_failure(error: Exception) -> str:
+    """Return an error in words, which are reported so that the engine lives."""
+    log.warning("nonces do not run in batches", exc_info=error)
+    return reason_of(error)[:LONGEST_REASON]
 
 
 class Hooks:
@@ -120,7 +199,7 @@ class Hooks:
             self._decoding = Decoding(self._runner, self._config)
         self.rows.open(key, spec)
 
-    def collect(self, key: str, nonces: list[int]) -> dict[str, Any]:
+    def collect(self, key: str, nonces: list[int]) -> Reply:
         """Take the values of nonces that have run; :meth:`WorkerExtension.assay_collect` describes the reply."""
         stream = self.rows.get(key)
         if stream is None:
@@ -131,15 +210,13 @@ class Hooks:
             return {"failed": failed}
         try:
             with torch.inference_mode():
-                values = self._values(stream, found, states).cpu().numpy()
+                if self._decoding is not None and stream.spec.pipeline.steps:
+                    values = self._decoding.values(stream, found, states)
+                else:
+                    values = self.transform(stream.spec)(torch.stack(states).float(), found)
+                return {"failed": failed, **pack_values(found, values.cpu().numpy())}
         except Exception as error:  # reported, so that the engine lives
             return {"failed": failed, "error": reason_of(error)[:LONGEST_REASON]}
-        return {"failed": failed, **pack_values(found, values)}
-
-    def _values(self, stream: RowStream, nonces: list[int], rows: list[Tensor]) -> Tensor:
-        if self._decoding is not None and stream.spec.pipeline.steps:
-            return self._decoding.values(stream, nonces, rows)
-        return self.transform(stream.spec)(torch.stack(rows).float(), nonces)
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
