@@ -1,21 +1,19 @@
-"""The backends of the sandbox, one for a test."""
+"""The ways in which a job is run, one for a test."""
 
 import pytest
 
 from assay.vhack.environment import sandbox
-from assay.vhack.environment import sandbox as _backends
-from assay.vhack.environment import sandbox as _server
 
 
 @pytest.fixture
 def shut_in(request, monkeypatch):
-    """Use one backend for this test, with its fork server or once per job, or skip it where the machine lacks it."""
+    """Run jobs by the fork server (bwrap), in a sandbox for each (bwrap once), or in none (unsandboxed)."""
     name, _, once = request.param.partition(" ")
-    if name != "unsandboxed" and not _backends.working(name):
-        pytest.skip(f"backend {name} does not work on this machine")
+    if name == "bwrap" and not sandbox.working():
+        pytest.skip("bubblewrap does not work on this machine")
     if once:
-        monkeypatch.setattr(sandbox, "server", lambda backend: None)
-    elif name != "unsandboxed":
-        assert _server.server(name) is not None
-    monkeypatch.setattr(sandbox, "available_backend", lambda: None if name == "unsandboxed" else name)
+        monkeypatch.setattr(sandbox, "server", lambda: None)
+    elif name == "bwrap":
+        assert sandbox.server() is not None
+    monkeypatch.setattr(sandbox, "available_backend", lambda: "bwrap" if name == "bwrap" else None)
     return name

@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -9,20 +8,15 @@ import psutil
 import pytest
 
 from assay.vhack.environment import Call, Limits, run, sandbox
-from assay.vhack.environment import sandbox as _backends
-from assay.vhack.environment import sandbox as _server
 from tests.waiting import until
 
-BACKENDS = ["bwrap"]
 
-
-@pytest.fixture(params=BACKENDS)
-def started(request, monkeypatch):
-    """The fork server of one backend."""
-    if not _backends.working(request.param):
-        pytest.skip(f"backend {request.param} does not work on this machine")
-    monkeypatch.setattr(sandbox, "available_backend", lambda: request.param)
-    found = _server.server(request.param)
+@pytest.fixture
+def started():
+    """The fork server of this process."""
+    if not sandbox.working():
+        pytest.skip("bubblewrap does not work on this machine")
+    found = sandbox.server()
     assert found is not None
     return found
 
@@ -33,7 +27,7 @@ def test_jobs_of_many_threads_go_through_one_server(started):
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(ask, range(48))) == [x * x for x in range(48)]
-    assert _server.server(sandbox.available_backend()) is started
+    assert sandbox.server() is started
 
 
 def test_a_server_that_was_killed_is_replaced(started):
@@ -43,7 +37,7 @@ def test_a_server_that_was_killed_is_replaced(started):
     assert run("print(1)").stdout == "1\n"
     until(lambda: not started.alive, 30)
     assert run("print(2)").stdout == "2\n"
-    assert _server.server(sandbox.available_backend()) is not started
+    assert sandbox.server() is not started
 
 
 def test_a_server_that_dies_under_a_job_does_not_lose_it(started):
@@ -59,10 +53,10 @@ def test_a_server_that_dies_under_a_job_does_not_lose_it(started):
 
 
 def test_there_is_no_server_where_it_cannot_work(monkeypatch):
-    monkeypatch.setitem(_backends.BACKENDS, "broken", lambda disk_mib, server: ["false"])
-    assert _server.server("broken") is None
-    assert _server.server("broken") is None
-    _server._servers.pop((os.getpid(), "broken"))
+    monkeypatch.setattr(sandbox, "_bwrap", lambda disk_mib, server: ["false"])
+    monkeypatch.setattr(sandbox, "_servers", {})
+    assert sandbox.server() is None
+    assert sandbox.server() is None
 
 
 def test_nothing_outlives_the_process_that_started_it():

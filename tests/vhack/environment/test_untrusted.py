@@ -11,7 +11,6 @@ from assay_research.hostile import UNREADABLE, hostile_report
 from assay.errors import BackendUnavailable
 from assay.vhack.environment import Call, Episode, Limits, grade, run, sandbox, tasks
 from assay.vhack.environment import grading as _grade
-from assay.vhack.environment import sandbox as _backends
 from assay.vhack.environment.grading import CHANNELS, grade_many
 
 TASKS = tasks(8, seed=5, difficulty=(1, 2))
@@ -122,31 +121,30 @@ def test_a_machine_without_a_sandbox_is_no_unpaid_grade(monkeypatch):
 
 def forget():
     """Look again at what the sandbox has to show."""
-    for known in (_backends._shown, _backends._hidden, _backends.unusable):
+    for known in (sandbox._shown, sandbox._hidden, sandbox.unusable):
         known.cache_clear()
 
 
 @pytest.fixture
-def prefix(request, monkeypatch, tmp_path):
+def prefix(monkeypatch, tmp_path):
     """A second prefix that the sandbox shows, with this package among its installed packages."""
-    if not _backends.working(request.param):
-        pytest.skip(f"backend {request.param} does not work on this machine")
-    here, real = _backends.Path(_backends.__file__).parent, _backends._prefixes()
+    if not sandbox.working():
+        pytest.skip("bubblewrap does not work on this machine")
+    here, real = sandbox.Path(sandbox.__file__).parent, sandbox._prefixes()
     for packages in ("lib/python3.11/site-packages", "lib/python3/dist-packages", "lib/site-packages"):
         copy = tmp_path / packages / "zz_copy"
         copy.mkdir(parents=True)
         for path in here.glob("*.py"):
             (copy / path.name).write_text(path.read_text())
     (tmp_path / "lib" / "shown.txt").write_text("shown")
-    monkeypatch.setattr(_backends, "_prefixes", lambda: [*real, str(tmp_path)])
-    monkeypatch.setattr(sandbox, "available_backend", lambda: request.param)
-    monkeypatch.setattr(sandbox, "server", lambda backend: None)
+    monkeypatch.setattr(sandbox, "_prefixes", lambda: [*real, str(tmp_path)])
+    monkeypatch.setattr(sandbox, "available_backend", lambda: "bwrap")
+    monkeypatch.setattr(sandbox, "server", lambda: None)
     forget()
     yield tmp_path
     forget()
 
 
-@pytest.mark.parametrize("prefix", ["bwrap"], indirect=True)
 def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
     program = (
         f"import os\nprint(open({str(prefix / 'lib' / 'shown.txt')!r}).read())\n"
@@ -158,9 +156,9 @@ def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
 
 
 def test_a_package_among_what_is_shown_is_refused(monkeypatch):
-    here = _backends.Path(_backends.__file__).parent
-    monkeypatch.setattr(_backends, "_prefixes", lambda: ["/usr", str(here.parents[3])])
-    monkeypatch.setattr(_backends, "_PARTS", (*_backends._PARTS, here.parents[2].name))
+    here = sandbox.Path(sandbox.__file__).parent
+    monkeypatch.setattr(sandbox, "_prefixes", lambda: ["/usr", str(here.parents[3])])
+    monkeypatch.setattr(sandbox, "_PARTS", (*sandbox._PARTS, here.parents[2].name))
     forget()
     try:
         with pytest.raises(BackendUnavailable, match="the sandbox has to show"):

@@ -1,7 +1,6 @@
 """Tasks whose grader can be told lies, and the sandbox in which model-written programs run."""
 
 from assay.vhack.environment.grading import Channel, Episode, Grade, episodes, grade
-from assay.vhack.environment.isomorphic import IsomorphicVerdict, isomorphic, question_of
 from assay.vhack.environment.sandbox import Call, Limits, Outcome, Result, run
 from assay.vhack.environment.tasks import Task, tasks
 
@@ -10,15 +9,12 @@ __all__ = [
     "Channel",
     "Episode",
     "Grade",
-    "IsomorphicVerdict",
     "Limits",
     "Outcome",
     "Result",
     "Task",
     "episodes",
     "grade",
-    "isomorphic",
-    "question_of",
     "run",
     "tasks",
 ]

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -227,6 +227,10 @@ def _interpreter() -> str:
     return str(Path(getattr(sys, "_base_executable", None) or sys.executable).resolve())
 
 
+def _python(*arguments: str) -> list[str]:
+    return [_interpreter(), "-I", "-S", "-B", *arguments]
+
+
 def _prefixes() -> list[str]:
     """Return the directories that hold the programs and libraries which the interpreter needs."""
     return ["/usr", "/usr/local", str(Path(sys.base_prefix).resolve())]
@@ -254,12 +258,8 @@ def _hidden() -> list[str]:
     return sorted(found)
 
 
-def _links() -> list[str]:
-    """Return the symbolic links at the top of the root, such as ``/lib`` to ``usr/lib``."""
-    return [path for path in _ROOTS if Path(path).is_symlink()]
-
-
 def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
+    """Return the command line in front of the command, for a size of the working directory in MiB."""
     line = ["bwrap", "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when the thread does that
     # happened to start it.
@@ -267,8 +267,9 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
     line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     for path in _shown():
         line += ["--ro-bind", path, path]
-    for path in _links():
-        line += ["--symlink", str(Path(path).readlink()), path]
+    for path in _ROOTS:
+        if Path(path).is_symlink():  # as /lib is often one to usr/lib
+            line += ["--symlink", str(Path(path).readlink()), path]
     for path in _hidden():
         line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for device in _DEVICES:
@@ -280,20 +281,10 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
 
 
-BACKENDS: dict[str, Callable[..., list[str]]] = {"bwrap": _bwrap}
-"""Name of a sandbox to the command line in front of the command, for a size of the working directory in MiB."""
-
-
-def command(backend: str, disk_mib: int, arguments: Sequence[str], *, server: bool = False) -> list[str]:
-    """Return the command line that runs the interpreter inside a backend, or, for another name, in no sandbox."""
-    python = [_interpreter(), "-I", "-S", "-B", *arguments]
-    return [*BACKENDS[backend](disk_mib, server=server), *python] if backend in BACKENDS else python
-
-
 @cache
-def working(backend: str) -> bool:
-    """Return whether a backend can run a trivial program on this machine; it is tried once."""
-    line = command(backend, 1, ["-c", "print(1)"])
+def working() -> bool:
+    """Return whether bubblewrap can run a trivial program on this machine; it is tried once."""
+    line = [*_bwrap(1), *_python("-c", "print(1)")]
     try:
         done = subprocess.run(line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -311,14 +302,12 @@ def unusable() -> str:
     if shown and not hidden:
         # A program in the sandbox could read this package, which knows the answers to every task.
         return f"assay lies in {here.parents[3]}, which the sandbox has to show"
-    if not any(working(name) for name in BACKENDS):
-        return "bubblewrap does not work here"
-    return ""
+    return "" if working() else "bubblewrap does not work here"
 
 
 def available_backend() -> str | None:
     """Return ``bwrap``, or None where this machine cannot isolate a program."""
-    return None if unusable() else next(name for name in BACKENDS if working(name))
+    return None if unusable() else "bwrap"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,27 +343,11 @@ class Ended:
         return self.timed_out or self.overflowed
 
 
-def job_text(
-    program: str,
-    limits: Limits,
-    *,
-    nonce: str = "",
-    stdin: str = "",
-    calls: Sequence[Call] = (),
-    files: Sequence[str] = (),
-    stub: tuple[str, object] | None = None,
-) -> bytes:
-    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `sandbox.run` takes."""
-    job = {
-        "nonce": nonce,
-        "program": program,
-        "stdin": stdin,
-        "calls": [call.as_dict() for call in calls],
-        "files": list(files),
-        "stub": stub,
-        "filter": seccomp_filter(platform.machine()).hex(),
-    }
-    return dumps(job | asdict(limits)).encode()
+def _job_text(program: str, limits: Limits, **asked: object) -> bytes:
+    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run` takes."""
+    nothing: dict[str, object] = {"nonce": "", "stdin": "", "calls": [], "files": [], "stub": None}
+    code = seccomp_filter(platform.machine()).hex()
+    return dumps(nothing | asked | {"program": program, "filter": code} | asdict(limits)).encode()
 
 
 def _descriptors(
@@ -391,11 +364,7 @@ def _descriptors(
         file.write(job)
     os.lseek(text, 0, os.SEEK_SET)
     readers, given = {}, [text]
-    bounds = {
-        "stdout": limits.output_bytes,
-        "stderr": limits.output_bytes,
-        "report": limits.report_bytes,
-    }
+    bounds = {"stdout": limits.output_bytes, "stderr": limits.output_bytes, "report": limits.report_bytes}
     for name, bound in bounds.items():
         reader, writer = os.pipe()
         ours.callback(os.close, reader)
@@ -428,14 +397,14 @@ def _pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
 
 
 class Server:
-    """A running fork server inside the backend of that name. It raises OSError if it or its jobs do not start."""
+    """A running fork server in a sandbox. It raises OSError if it or its jobs do not start."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._control, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with inside:
             self._process = subprocess.Popen(
-                command(backend, 1, ["-c", _INSIDE, "serve", str(inside.fileno())], server=True),
+                [*_bwrap(1, server=True), *_python("-c", _INSIDE, "serve", str(inside.fileno()))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -445,20 +414,17 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._check()
+            self._control.settimeout(_START_SECONDS)
+            if self._control.recv(16) != b"ready":
+                raise OSError("the fork server did not start")
+            self._control.settimeout(None)
+            limits = Limits(seconds=_START_SECONDS)
+            ended = self.perform(_job_text("print(1)", limits), limits)
+            if ended.returncode != 0 or ended.output["stdout"] != b"1\n":
+                raise OSError("the fork server does not run programs")
         except OSError:
             self.close()
             raise
-
-    def _check(self) -> None:
-        self._control.settimeout(_START_SECONDS)
-        if self._control.recv(16) != b"ready":
-            raise OSError("the fork server did not start")
-        self._control.settimeout(None)
-        limits = Limits(seconds=_START_SECONDS)
-        ended = self.perform(job_text("print(1)", limits), limits)
-        if ended.returncode != 0 or ended.output["stdout"] != b"1\n":
-            raise OSError("the fork server does not run programs")
 
     @property
     def alive(self) -> bool:
@@ -466,7 +432,7 @@ class Server:
         return self._process.poll() is None
 
     def perform(self, job: bytes, limits: Limits) -> Ended:
-        """Run a job as `job_text` writes it, or raise an OSError if the server is gone.
+        """Run a job as `_job_text` writes it, or raise an OSError if the server is gone.
 
         A socket of its own tells how the job ended. Shutting it from here ends the job.
         """
@@ -500,44 +466,43 @@ class Server:
         self._process.wait()
 
 
-_servers: dict[tuple[int, str], Server | None] = {}
+_servers: dict[int, Server | None] = {}  # by process
 _starting = threading.Lock()
 
 
-def server(backend: str) -> Server | None:
-    """Return the fork server of this process for a backend, or None if none can run; the first call starts it."""
-    key = (os.getpid(), backend)
+def server() -> Server | None:
+    """Return the fork server of this process, or None if none can run; the first call starts it."""
+    process = os.getpid()
     with _starting:
-        found = _servers.get(key)
+        found = _servers.get(process)
         if found is not None and not found.alive:
             found.close()
-            del _servers[key]
-        if key not in _servers:
-            _servers[key] = None
+            del _servers[process]
+        if process not in _servers:
+            _servers[process] = None
             with suppress(OSError):
-                _servers[key] = Server(backend)
-        return _servers[key]
+                _servers[process] = Server()
+        return _servers[process]
 
 
 @atexit.register
-def _close_all() -> None:
-    for (process, _), found in _servers.items():
-        if found is not None and process == os.getpid():
-            found.close()
+def _close_server() -> None:
+    if found := _servers.get(os.getpid()):
+        found.close()
 
 
-def perform_once(backend: str, job: bytes, limits: Limits) -> Ended:
+def _perform_once(job: bytes, limits: Limits, *, shut_in: bool) -> Ended:
     """Run a job in a sandbox of its own, or in no sandbox."""
     deadline = time.monotonic() + limits.seconds
     with ExitStack() as ours:
-        environment, directory = {"PATH": PATH}, "/"
-        if backend not in BACKENDS:  # no sandbox, which would bring an environment and a directory of its own
+        line, environment, directory = _bwrap(limits.disk_mib) if shut_in else [], {"PATH": PATH}, "/"
+        if not shut_in:  # a sandbox has an environment and a directory of its own
             temporary = tempfile.TemporaryDirectory(prefix="assay-sandbox-", ignore_cleanup_errors=True)
             environment, directory = {}, ours.enter_context(temporary)
         with ExitStack() as theirs:
             readers, (text, stdout, stderr, report) = _descriptors(job, limits, ours, theirs)
             process = subprocess.Popen(
-                command(backend, limits.disk_mib, ["-c", _INSIDE, "once", str(report)]),
+                [*line, *_python("-c", _INSIDE, "once", str(report))],
                 stdin=text,
                 stdout=stdout,
                 stderr=stderr,
@@ -596,15 +561,32 @@ def run(
         UsageError: Arguments are not JSON.
     """
     limits = limits or Limits()
-    backend = available_backend() or _unsandboxed(allow_unsandboxed)
-    refused = _refused(program, limits)
+    shut_in = available_backend() is not None
+    if not (shut_in or allow_unsandboxed):
+        raise BackendUnavailable(
+            unusable(),
+            wanted="a sandbox for programs that no one has read",
+            do="install bubblewrap where user namespaces are allowed, and keep assay in site-packages; "
+            "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
+        )
+    backend = "bwrap" if shut_in else "unsandboxed"
+    try:
+        refused = "ProgramTooLong" if len(program.encode()) > limits.program_bytes else ""
+    except UnicodeEncodeError as error:
+        refused = type(error).__name__
     if refused:
         nothing = (Outcome("none"),) * len(calls)
         return Result(1, stderr=f"{refused}\n", raised=refused, outcomes=nothing, backend=backend)
-    nonce = secrets.token_hex(16)
-    job = job_text(program, limits, nonce=nonce, stdin=stdin, calls=calls, files=files, stub=stub)
+    nonce, questions = secrets.token_hex(16), [call.as_dict() for call in calls]
+    job = _job_text(program, limits, nonce=nonce, stdin=stdin, calls=questions, files=list(files), stub=stub)
     started = time.monotonic()
-    ended = _perform(backend, job, limits)
+    found = server() if shut_in else None
+    ended = None
+    if found is not None:
+        with suppress(OSError):  # a server that dies under a job does not lose it
+            ended = found.perform(job, limits)
+    if ended is None:
+        ended = _perform_once(job, limits, shut_in=shut_in)
     report = _parse(ended.output["report"], nonce, len(calls))
     return Result(
         returncode=ended.returncode,
@@ -616,34 +598,6 @@ def run(
         backend=backend,
         **report,
     )
-
-
-def _refused(program: str, limits: Limits) -> str:
-    """Return the name of the error for which a program is not run at all, or an empty text."""
-    try:
-        return "ProgramTooLong" if len(program.encode()) > limits.program_bytes else ""
-    except UnicodeEncodeError as error:
-        return type(error).__name__
-
-
-def _unsandboxed(allowed: bool) -> str:
-    if not allowed:
-        raise BackendUnavailable(
-            unusable(),
-            wanted="a sandbox for programs that no one has read",
-            do="install bubblewrap where user namespaces are allowed, and keep assay in site-packages; "
-            "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
-        )
-    return "unsandboxed"
-
-
-def _perform(backend: str, job: bytes, limits: Limits) -> Ended:
-    """Run a job by the fork server where there is one; if that dies, run it once more without it."""
-    found = server(backend) if backend in BACKENDS else None
-    if found is not None:
-        with suppress(OSError):
-            return found.perform(job, limits)
-    return perform_once(backend, job, limits)
 
 
 def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ statement.
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -250,19 +249,6 @@ class Task:
     def source(self, leave_out: int | None = None) -> str:
         """Return the text of ``solve``; it is wrong if a step is left out."""
         return _source([step for index, step in enumerate(self.steps) if index != leave_out])
-
-    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
-        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
-        rng, solve = random.Random(f"fresh {self.name} {seed}"), _compiled(self.steps)
-        known = [args[0] for args, _ in self._drawn[1]]
-        found: list[Case] = []
-        for _ in range(_DRAWS):
-            argument = self.family.draw(rng)
-            if len(found) < n and argument not in known:
-                known.append(argument)
-                with suppress(ValueError, ArithmeticError, LookupError, TypeError):
-                    found.append(((argument,), solve(argument)))
-        return tuple(found)
 
     @cached_property
     def _drawn(self) -> tuple[tuple[Step, ...], tuple[Case, ...]]:

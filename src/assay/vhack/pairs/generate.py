@@ -105,16 +105,6 @@ class PairTask:
             argument = _DRAWS[self.family.draw](rng)
             yield (argument,), namespace["solve"](argument)
 
-    def fresh(self, n: int, seed: int = 0) -> tuple[Case, ...]:
-        """Return cases with arguments that are among neither the examples nor the hidden cases, at most ``n``."""
-        known = [args for args, _ in self.cases]
-        found: list[Case] = []
-        for case in self._draw(f"fresh {self.name} {seed}"):
-            if len(found) < n and case[0] not in known:
-                known.append(case[0])
-                found.append(case)
-        return tuple(found)
-
     @cached_property
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples, then the hidden cases; arguments differ, and so do the two visible answers."""
