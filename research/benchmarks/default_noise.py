@@ -13,10 +13,13 @@ the library as another engine, which shows noise within one dtype on one machine
 """
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
+from scipy import special
 
 from assay import stats
 from assay.files.jsonl import dumps, read_json
@@ -24,13 +27,14 @@ from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict.noise import DEFAULT_LAWS, EFFECT, MARGIN, fit_noise, law_as_dict
-from assay.stats.fits import CONFIDENCE
+from assay.stats.noise import LogNoise, NoiseFit, NoiseLaw
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
 AUDITS, AUDITED = 4000, 64
+CONFIDENCE = 0.99
 
 
 def records(options):
@@ -66,10 +70,21 @@ def accused(pipeline, errors, rng):
     """Share of simulated audits of honest nodes that are accused, with a law fitted to the other half."""
     errors = rng.permutation(errors)
     half = len(errors) // 2
-    law = fit_noise(pipeline, errors[:half]).law
+    law = upper_law(fit_noise(pipeline, errors[:half]), half)
     test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[pipeline.output])
     drawn = rng.permuted(np.tile(errors[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
     return float(test.accusations(drawn)[:, -1].mean())
+
+
+def upper_law(fit: NoiseFit, n: int) -> NoiseLaw:
+    """The law of a fit to n residuals that is at least as large as the true noise with a one-sided confidence of 99 %.
+
+    The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
+    """
+    z, law = float(special.ndtri(CONFIDENCE)), fit.reached
+    if isinstance(law, LogNoise):
+        return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
+    return law.scaled(math.exp(z * fit.error))
 
 
 def widened(law):
@@ -102,7 +117,7 @@ def main():
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
             errors = pooled(found, preset, one, two)
             fit = fit_noise(pipeline, errors)
-            law = law_as_dict(fit.law)
+            law = law_as_dict(upper_law(fit, len(errors)))
             laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law)
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
             row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": CONFIDENCE}

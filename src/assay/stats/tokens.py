@@ -23,7 +23,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.fits import INDIFFERENT
+from assay.stats.noise import INDIFFERENT
 
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
 """Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
