@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,13 +20,12 @@ from assay.settings import Settings
 
 if TYPE_CHECKING:
     from assay.models.load import Model
-    from assay.pages.html import BadgeKind, Cell, Report
+    from assay.pages.report import BadgeKind, Report
     from assay.poc.protocol.proof import Proof
+    from assay.poc.protocol.round import Round
     from assay.poc.verdict.judge import Verdict
     from assay.vhack.checks.judge import CheckReport
 
-
-Progress = Callable[[int, int], None]
 
 BLOCKS = ("block_alpha", "block_beta", "block_gamma")
 KEYS = ("node_A", "node_B", "node_C")
@@ -33,6 +33,8 @@ SEQ_LEN = 16  # a sixteenth of the default: a demonstration should be over befor
 NONCES = 64
 SAMPLE = 32
 COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")
+PAIRS = 40  # the least for which lda passes every check on the bundled models
+DRAWS = {"n_null": 49, "n_splits": 10, "n_resamples": 1000}  # half of those of `assay vhack check`
 
 
 @dataclass(frozen=True)
@@ -43,80 +45,69 @@ class Case:
     proof: "Proof"
     verdict: "Verdict"
 
+    def summary(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {
+            "name": self.name,
+            "verdict": self.verdict.verdict,
+            "mean_distance": float(self.proof.distances.mean()),
+            "valid_rate": self.proof.valid_rate,
+            "largest_residual": float(np.abs(self.verdict.residuals).max()),
+            "checked": self.verdict.checked,
+        }
 
-def run_honest(model: "Model", progress: Progress | None) -> list[Case]:
-    """Prove and verify one round per block and key."""
+    def row(self) -> list[str]:
+        """Return the cells of :data:`COLUMNS`."""
+        said, proof = self.verdict, self.proof
+        numbers = f"{proof.distances.mean():.5f}", f"{proof.valid_rate:.1%}", f"{np.abs(said.residuals).max():.2g}"
+        return [self.name, *numbers, str(said.checked), said.verdict]
+
+
+def judge(label: str, model: "Model", attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]") -> list[Case]:
+    """Make proofs that are to be of a round, and let a validator with the real model judge them."""
     from assay import poc
 
-    rounds = [
-        poc.Round(block_hash=block, public_key=key, seq_len=SEQ_LEN, model=model.reference)
-        for block in BLOCKS
-        for key in KEYS
-    ]
     cases = []
-    for index, round in enumerate(rounds):
-        proof = poc.prove(model, round, round.nonces(0, NONCES))
-        verdict = poc.verify(proof, model, sample=SAMPLE)
-        cases.append(Case(f"{round.block_hash} {round.public_key}", proof, verdict))
-        if progress:
-            progress((index + 1) * NONCES, len(rounds) * NONCES)
+    with progress_bar(label) as progress:
+        for index, (name, round, prove) in enumerate(attempts, start=1):
+            proof = prove()
+            cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
+            if progress:
+                progress(index * NONCES, len(attempts) * NONCES)
     return cases
 
 
-def run_cheaters(model: "Model", honest: Sequence[Case], progress: Progress | None) -> list[Case]:
-    """Let four cheaters claim the first honest round; the validator has the real model."""
+def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
+    """Prove and verify one round per block and key, and then let four cheaters claim the first of them."""
     from assay import poc
     from assay.poc import cheats
 
-    claimed = honest[0].proof
-    round, nonces = claimed.round, range(NONCES)
-    skipped = max(1, model.num_layers // 4)
-    attempts: list[tuple[str, Callable[[], Proof]]] = [
-        ("weights rounded to int4", lambda: poc.prove(cheats.rounded(model), round, nonces)),
+    shared = {"seq_len": SEQ_LEN, "model": model.reference}
+    rounds = [poc.Round(block_hash=block, public_key=key, **shared) for block in BLOCKS for key in KEYS]
+    first, nonces, skipped = rounds[0], range(NONCES), max(1, model.num_layers // 4)
+    honest = judge(
+        "honest nodes",
+        model,
+        [(f"{one.block_hash} {one.public_key}", one, partial(poc.prove, model, one, nonces)) for one in rounds],
+    )
+    cheaters: list[tuple[str, Callable[[], Proof]]] = [
+        ("weights rounded to int4", lambda: poc.prove(cheats.rounded(model), first, nonces)),
         (
             f"last {skipped} layers skipped",
-            lambda: poc.prove(cheats.without_last_layers(model, skipped), round, nonces),
+            lambda: poc.prove(cheats.without_last_layers(model, skipped), first, nonces),
         ),
-        ("distances invented", lambda: cheats.invented(claimed)),
-        ("another node's proof", lambda: cheats.replayed(honest[1].proof, replace(round, model=""))),
+        ("distances invented", lambda: cheats.invented(honest[0].proof)),
+        ("another node's proof", lambda: cheats.replayed(honest[1].proof, first)),
     ]
-    cases = []
-    for index, (name, attempt) in enumerate(attempts):
-        proof = attempt()
-        cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
-        if progress:
-            progress((index + 1) * NONCES, len(attempts) * NONCES)
-    return cases
+    return honest, judge("cheaters", model, [(name, first, prove) for name, prove in cheaters])
 
 
-def rows(cases: Sequence[Case]) -> list[list[str]]:
-    """Return the cells of :data:`COLUMNS` for every case."""
-    shown = ("", ".5f", ".1%", ".2g", "d", "")
-    named = ("name", "mean_distance", "valid_rate", "largest_residual", "checked", "verdict")
-    found = summary(cases)
-    return [[format(one[name], form) for name, form in zip(named, shown, strict=True)] for one in found]
-
-
-def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Return JSON-ready values for every case."""
-    return [
-        {
-            "name": case.name,
-            "verdict": case.verdict.verdict,
-            "mean_distance": float(case.proof.distances.mean()),
-            "valid_rate": case.proof.valid_rate,
-            "largest_residual": float(np.abs(case.verdict.residuals).max()),
-            "checked": case.verdict.checked,
-        }
-        for case in cases
-    ]
-
-
-def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case]) -> None:
-    """Add what was proved, the histogram over the chord law, who was caught, and how far off the cheaters were."""
+def draw(
+    report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case], checked: "CheckReport"
+) -> None:
+    """Add what was proved, the histogram over the chord law, who was caught and how far off, and the checks."""
     from assay import stats
-    from assay.pages.figures import SERIES, figure, histogram_over_density, legend
-    from assay.pages.html import Badge
+    from assay.pages.report import SERIES, Badge, figure, histogram_over_density, legend
     from assay.stats.blocks import EFFECTIVE_DIMENSION
     from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
     from assay.stats.noise import RESOLUTION
@@ -150,8 +141,8 @@ def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Seq
     report.section("Verdicts")
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail", "undecided": "undecided"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
-        cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], kinds[row[-1]])] for row in rows(cases)]
-        report.table(COLUMNS, cells, caption=caption)
+        rows = [case.row() for case in cases]
+        report.table(COLUMNS, [[*row[:-1], Badge(row[-1], kinds[row[-1]])] for row in rows], caption=caption)
     report.section("How far off the cheaters were")
     fig, ax = figure()
     for index, case in enumerate([honest[0], *cheaters]):
@@ -166,10 +157,18 @@ def draw(report: "Report", model: "Model", honest: Sequence[Case], cheaters: Seq
         "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line once in 10 000. "
         f"A residual of 0 is drawn at {RESOLUTION:.1e}, the resolution of float32.",
     )
-
-
-PAIRS = 40  # the least for which lda passes every check on the bundled models
-DRAWS = {"n_null": 49, "n_splits": 10, "n_resamples": 1000}  # half of those of `assay vhack check`
+    report.section("v_hack: do the hack directions hold on tasks they were not made from?")
+    report.paragraph(
+        f"{PAIRS} generated pairs, same prompt and same correct solution; one side cheats its test, the other does "
+        f"not. Gradients of {model.reference} were taken in the singular basis of every weight matrix, in "
+        f"{model.dtype}. Directions come from some task groups and are scored on the others."
+    )
+    columns, found = check_table(checked)
+    report.table(columns, [[*row[:-1], Badge(row[-1], row[-1])] for row in found])  # type: ignore[arg-type]
+    report.paragraph(
+        "The pairs are generated and the tasks are small, so this is a demonstration. `assay vhack check` tests "
+        "pairs of your own with twice the draws and gives the full report, with rules, nulls and intervals."
+    )
 
 
 class DemoSettings(Settings):
@@ -192,31 +191,26 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
 
 def _run(chosen: DemoSettings, as_json: bool) -> None:
     from assay.models.load import load_model, model_info
-    from assay.pages.html import Report
+    from assay.pages.report import Report
 
     model_info(chosen.model)  # before a directory is made
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     loaded = load_model(chosen.model)
-    with progress_bar("honest nodes") as progress:
-        honest = run_honest(loaded, progress)
-    with progress_bar("cheaters") as progress:
-        cheaters = run_cheaters(loaded, honest, progress)
-    with progress_bar("hack directions", "samples") as progress:
-        checked = _run_checks(loaded, progress)
+    honest, cheaters = run_rounds(loaded)
+    checked = _run_checks(loaded)
     seconds = time.perf_counter() - started
     honest[0].proof.save(chosen.output / "proof.jsonl", overwrite=True)
     page = chosen.output / "report.html"
     report = Report("assay on a bundled model", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo")
-    draw(report, loaded, honest, cheaters)
-    _draw_checks(report, loaded, checked)
+    draw(report, loaded, honest, cheaters, checked)
     report.write(page)
     caught = sum(case.verdict.fraud for case in cheaters)
     passed = sum(case.verdict.honest for case in honest)
     if as_json:
         values: dict[str, Any] = {
-            "honest": summary(honest),
-            "cheaters": summary(cheaters),
+            "honest": [case.summary() for case in honest],
+            "cheaters": [case.summary() for case in cheaters],
             "all_as_expected": passed == len(honest) and caught == len(cheaters),
             "vhack": [
                 {"name": one.name, "verdict": one.verdict, "value": one.measured and one.measured.value}
@@ -225,7 +219,7 @@ def _run(chosen: DemoSettings, as_json: bool) -> None:
         }
         emit_json("assay.demo/1", {**values, "seconds": round(seconds, 1), "report": str(page)})
         return
-    table(COLUMNS, rows([*honest, *cheaters]), title="Proof of Compute")
+    table(COLUMNS, [case.row() for case in (*honest, *cheaters)], title="Proof of Compute")
     print_checks(checked, title="v_hack")
     held = sum(check.verdict == "pass" for check in checked.checks)
     click.echo(
@@ -235,36 +229,18 @@ def _run(chosen: DemoSettings, as_json: bool) -> None:
     click.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")
 
 
-def _run_checks(model: "Model", progress: Progress | None) -> "CheckReport":
+def _run_checks(model: "Model") -> "CheckReport":
     """Extract gradients of generated pairs and run the checks, whole task groups held out."""
     from assay.streams.backends import dtype_name
     from assay.vhack.basis.extract import pair_gradients
+    from assay.vhack.checks.five_checks import check_gradients
     from assay.vhack.checks.judge import CheckSettings
-    from assay.vhack.checks.run import check_gradients
     from assay.vhack.gradients.svd import weight_svd
     from assay.vhack.pairs.generate import generate_pairs
 
     # As on a GPU: factors in bfloat16 where the weights are, from the quicker decomposition, which measures its error.
     factors = "bfloat16" if dtype_name(model.dtype) == "bfloat16" else None
     svd = weight_svd(model, dtype=factors, method="gram")
-    gradients = pair_gradients(generate_pairs(PAIRS), model, svd=svd, progress=progress)
+    with progress_bar("hack directions", "samples") as progress:
+        gradients = pair_gradients(generate_pairs(PAIRS), model, svd=svd, progress=progress)
     return check_gradients(gradients, settings=CheckSettings(method="lda", **DRAWS))
-
-
-def _draw_checks(report: "Report", model: "Model", checked: "CheckReport") -> None:
-    """Add the checks as a table."""
-    from assay.pages.html import Badge
-
-    report.section("v_hack: do the hack directions hold on tasks they were not made from?")
-    report.paragraph(
-        f"{PAIRS} generated pairs, same prompt and same correct solution; one side cheats its test, the other does "
-        f"not. Gradients of {model.reference} were taken in the singular basis of every weight matrix, in "
-        f"{model.dtype}. Directions come from some task groups and are scored on the others."
-    )
-    columns, rows = check_table(checked)
-    cells: list[list[Cell]] = [[*row[:-1], Badge(row[-1], row[-1])] for row in rows]  # type: ignore[arg-type]
-    report.table(columns, cells)
-    report.paragraph(
-        "The pairs are generated and the tasks are small, so this is a demonstration. `assay vhack check` tests "
-        "pairs of your own with twice the draws and gives the full report, with rules, nulls and intervals."
-    )

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb, sqrt
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,59 +46,220 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.stats.rates import auroc, paired_accuracy, proportion_interval
-from assay.vhack.checks.folds import Design, Fold, Frame, Geometry, cin_per_module, draw_swaps
+from assay.models.device import one_thread
+from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy, proportion_interval
+from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.extract import PairGradients, pair_gradients
+from assay.vhack.checks.folds import (
+    Design,
+    Fold,
+    Frame,
+    Geometry,
+    cin_per_module,
+    cross_fit,
+    design_for_basis,
+    draw_swaps,
+)
 from assay.vhack.checks.judge import (
     CLEAN_CLEAN,
     HAAR,
     SWAPPED,
     TITLES,
     Check,
+    CheckReport,
     CheckSettings,
-    CheckVerdict,
     FloatArray,
-    Interval,
+    ModuleResult,
     bootstrap,
+    decide,
     describe_fault,
     judge,
     p_value,
+    reached_levels,
     rule_of,
     undecided_check,
 )
+from assay.vhack.gradients.batches import Progress
+from assay.vhack.gradients.svd import SVDCache
+from assay.vhack.gradients.targets import MIN_COVERAGE
+from assay.vhack.pairs.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models.load import Model
 
 BoolArray = npt.NDArray[np.bool_]
 
 _DRAWS = 25  # random frames of one module that are held at a time
 _FEWEST_BLOCKS = 6
 _FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
+_SPECTRUM, _SPECTRUM_DRAWS = 12, 3  # singular values that are kept, and draws of their noise level
+_SERIES = ("overlap", "cosines", "generic_cosines")
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
+
+
+Share = Annotated[float, Field(strict=True, ge=0, le=1.000001)]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCin:
+    """Share along the axes of the gradient of one source in one step.
+
+    Attributes:
+        step: Number of the step, counted from 0.
+        source: Name of the source, such as ``student`` or ``teacher``.
+        cin: Mean of cin over modules, 0 to 1.
+        modules: Values of cin by module name.
+    """
+
+    step: Annotated[int, Field(strict=True, ge=0)]
+    source: Annotated[str, Field(min_length=1)]
+    cin: Share
+    modules: dict[str, Share] = field(default_factory=dict)
+
+
+def check(
+    pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
+    *,
+    basis: Basis | None = None,
+    settings: CheckSettings | None = None,
+    log: Sequence[SourceCin] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    svd: SVDCache | None = None,
+    min_coverage: float = MIN_COVERAGE,
+    max_tokens: int | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Return five checks whether hack directions are real, on held-out data and each against its nulls.
+
+    With a basis, only pairs of groups that it was not made from are scored, and check 5 uses those it was made from.
+    Without one, groups are scored by bases of other groups.
+
+    Args:
+        pairs: Pairs to score and, without a basis, to fit bases to.
+        model: Model that the basis belongs to.
+        basis: Basis to check; None fits bases itself.
+        settings: Amount of evidence and strictness of the rules.
+        log: Measurements of a training run from `read_source_log`, for check 4.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        svd: Factors of all weights from :func:`assay.vhack.weight_svd`, perhaps truncated; None computes them.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; a
+            given basis says itself what it covers.
+        max_tokens: Largest number of tokens per batch; None chooses from the free memory.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of steps done and of all, as in :func:`assay.vhack.pair_gradients`.
+
+    Raises:
+        DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored or for another
+            model, or a pair cannot be used.
+        UsageError: Too few groups, or no pair of a group that the basis has not seen.
+        AssayError: A gradient cannot be computed; :func:`assay.vhack.pair_gradients` lists the cases.
+
+    Example:
+        >>> from assay.models import load_model
+        >>> from assay.vhack.checks import CheckSettings, check
+        >>> from assay.vhack.pairs import generate_pairs
+        >>> model = load_model("reference:llama", device="cpu")
+        >>> settings = CheckSettings(method="svd", n_flips=39, n_null=19, n_splits=4)
+        >>> report = check(generate_pairs(6), model, settings=settings)
+        >>> [made.name for made in report.checks]
+        ['pools', 'heldout', 'random_null', 'sources', 'stability']
+    """
+    _refuse_shared_prompts(pairs)
+    asked: dict[str, Any] = {"min_coverage": min_coverage}
+    if basis is not None:
+        if basis.origin.weights:
+            basis.check_model(model)
+        # In its coordinates, and of as much of the model as it was made of.
+        asked = {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
+    gradients = pair_gradients(
+        pairs,
+        model,
+        tokenizer=tokenizer,
+        svd=svd,
+        **asked,
+        max_tokens=max_tokens,
+        checkpointing=checkpointing,
+        progress=progress,
+    )
+    return check_gradients(gradients, basis=basis, settings=settings, log=log)
+
+
+def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
+    groups: dict[str, tuple[int, str]] = {}
+    for index, pair in enumerate(pairs):
+        other, group = groups.setdefault(pair.prompt, (index, pair.group))
+        if group != pair.group:
+            raise DataError(
+                f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}",
+                wanted="every prompt in one group, so that it is held out whole",
+                do="give them the same group",
+            )
+
+
+def check_gradients(
+    gradients: PairGradients,
+    *,
+    basis: Basis | None = None,
+    settings: CheckSettings | None = None,
+    log: Sequence[SourceCin] | None = None,
+) -> CheckReport:
+    """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
+    settings = settings or CheckSettings()
+    if basis is not None:  # checked by its own method, and with no more axes than it has
+        most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
+        settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
+    with one_thread():
+        design = cross_fit(gradients, settings) if basis is None else design_for_basis(basis, gradients, settings)
+        pools = check_pools(design)
+        assert pools.measured is not None
+        stability, series = check_stability(design)
+        checks = (
+            pools,
+            check_heldout(design),
+            check_random_null(design, pools.measured),
+            check_sources(design) if log is None else check_source_log(log, settings),
+            stability,
+        )
+        modules = _modules(design, series.pop("overlap"))
+    hack_BN, clean_BN = design.held_out
+    source = gradients.origin
+    origin = {
+        **{name: getattr(source, name) for name in ("model", "weights", "dtype")},
+        "pairs": len(gradients),
+        "groups": len(set(gradients.groups)),
+        "pairs_sha256": source.pairs_digest,
+        "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
+        "skipped": len(source.skipped),
+        **series,
+    }
+    scores = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
+    return CheckReport(checks, modules, *scores, tuple(design.tested_groups), design.text, settings, origin)
 
 
 def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
-    return _judge_held_out(design, "pools", "AUROC of mean cin over modules", "the AUROC", auroc, _alternatives(design))
+    hack_BN, clean_BN = design.held_out
+    means = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
+    details = means | _other_aurocs(design)
+    return _judge_held_out(design, "pools", "AUROC of mean cin over modules", auroc, details)
 
 
 def _judge_held_out(
-    design: Design, name: str, statistic: str, what: str, score: Callable[..., float], details: Mapping[str, Any]
+    design: Design, name: str, statistic: str, score: Callable[..., float], details: Mapping[str, Any]
 ) -> Check:
     """Return a check that compares the cin of both sides of held-out pairs, and swaps the labels of whole groups."""
     hack_BN, clean_BN = design.held_out
-    return judge(
-        name,
-        statistic,
-        bootstrap(score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings),
-        {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))},
-        what=what,
-        above=0.5,
-        settings=design.settings,
-        smallest_p=design.smallest_p,
-        details=details,
-    )
+    measured = bootstrap(score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings)
+    nulls = {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))}
+    return judge(name, statistic, measured, nulls, design.settings, design.smallest_p, details=details)
 
 
-def _alternatives(design: Design) -> dict[str, float]:
-    """Return the mean scores, and the AUROC of others of the same samples, which the verdict does not depend on."""
+def _other_aurocs(design: Design) -> dict[str, float]:
+    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
     names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for fold in design.folds:
@@ -110,9 +271,7 @@ def _alternatives(design: Design) -> dict[str, float]:
             energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
             for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
                 found[name][side].extend(values.tolist())
-    hack_BN, clean_BN = design.held_out
-    means = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
-    return means | {name: auroc(*sides) for name, sides in found.items()}
+    return {name: auroc(*sides) for name, sides in found.items()}
 
 
 def check_heldout(design: Design) -> Check:
@@ -131,10 +290,10 @@ def check_heldout(design: Design) -> Check:
         "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
     }
     statistic = "share of pairs whose hack side has the larger cin"
-    return _judge_held_out(design, "heldout", statistic, "the share", paired_accuracy, details)
+    return _judge_held_out(design, "heldout", statistic, paired_accuracy, details)
 
 
-def check_random_null(design: Design, measured: Interval) -> Check:
+def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     """Return check 3 of the AUROC that check 1 measured."""
     settings = design.settings
     generator = torch.Generator().manual_seed(settings.seed)
@@ -146,22 +305,9 @@ def check_random_null(design: Design, measured: Interval) -> Check:
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
-    return judge(
-        "random_null",
-        "AUROC of mean cin over modules",
-        measured,
-        nulls,
-        what="the AUROC",
-        above=0.5,
-        settings=settings,
-        smallest_p=design.smallest_p,
-        details={
-            "z_scores": {
-                name: (measured.value - float(np.mean(draws))) / float(np.std(draws) or 1.0)
-                for name, draws in nulls.items()
-            }
-        },
-    )
+    scores = {null: (measured.value - float(np.mean(d))) / float(np.std(d) or 1.0) for null, d in nulls.items()}
+    statistic = "AUROC of mean cin over modules"
+    return judge("random_null", statistic, measured, nulls, settings, design.smallest_p, details={"z_scores": scores})
 
 
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
@@ -179,14 +325,9 @@ def _haar(design: Design, generator: torch.Generator) -> Tensor:
 def haar_scores(
     gradients: Iterable[Tensor], lengths_MS: Tensor, k: int, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Return mean cin over modules of samples under random frames, [B, S].
+    """Return mean cin over modules of samples under ``count`` random frames of k axes, [B, S].
 
-    Args:
-        gradients: Gradients of the samples, [S, R] per module.
-        lengths_MS: Their lengths, infinite instead of 0.
-        k: Number of axes; a module that has fewer coordinates gets no more than these.
-        count: Number of frames, B.
-        generator: Source of the frames.
+    Gradients are [S, R] per module and lengths infinite instead of 0; a module with fewer coordinates has fewer axes.
     """
     total_BS = torch.zeros(count, lengths_MS.shape[1], dtype=torch.float64)
     for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
@@ -259,18 +400,10 @@ def check_unpaired(
     nulls: Mapping[str, Sequence[float]] | None = None,
     details: Mapping[str, float] | None = None,
 ) -> Check:
-    """Return check 1 for two pools of samples that are not paired.
+    """Return check 1 for two pools of samples that are not paired, each with the group of its samples.
 
-    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have one kind.
-
-    Args:
-        hack: Held-out scores of hack samples.
-        clean: Held-out scores of clean samples.
-        hack_groups: Group of each hack sample, such as its prompt.
-        clean_groups: Group of each clean sample.
-        settings: Number of draws, and alpha.
-        nulls: Draws of the AUROC under further nulls, by name.
-        details: Further numbers that are not part of the rule.
+    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have one kind. Further
+    nulls are draws of the AUROC by name.
     """
     scores_N = np.concatenate([hack, clean])
     groups = [*hack_groups, *clean_groups]
@@ -282,16 +415,15 @@ def check_unpaired(
     with_hack, with_clean = set(hack_groups), set(clean_groups)
     trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
     smallest_p = 0.5 ** len(with_hack & with_clean) * trades
+    means = {"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())}
     return judge(
         "pools",
         "AUROC of mean cin over modules, two pools",
         bootstrap(auroc, (hack, clean), (hack_groups, clean_groups), settings),
         {SWAPPED: swapped, **(nulls or {})},
-        what="the AUROC",
-        above=0.5,
-        settings=settings,
-        smallest_p=smallest_p,
-        details={"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean()), **(details or {})},
+        settings,
+        smallest_p,
+        details=means | (details or {}),
     )
 
 
@@ -308,26 +440,6 @@ def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.rando
         elif generator.random() < 0.5:
             labels_N[rows] = ~is_hack_N[rows]
     return labels_N
-
-
-Share = Annotated[float, Field(strict=True, ge=0, le=1.000001)]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceCin:
-    """Share along the axes of the gradient of one source in one step.
-
-    Attributes:
-        step: Number of the step, counted from 0.
-        source: Name of the source, such as ``student`` or ``teacher``.
-        cin: Mean of cin over modules, 0 to 1.
-        modules: Values of cin by module name.
-    """
-
-    step: Annotated[int, Field(strict=True, ge=0)]
-    source: Annotated[str, Field(min_length=1)]
-    cin: Share
-    modules: dict[str, Share] = field(default_factory=dict)
 
 
 def read_source_log(path: str | Path) -> list[SourceCin]:
@@ -386,10 +498,8 @@ def check_sources(design: Design) -> Check:
         "cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
         bootstrap(_mean, [differences_BG[0]], [list(hack)], settings),
         {SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
-        what="the difference",
-        above=0.0,
-        settings=settings,
-        smallest_p=design.smallest_p,
+        settings,
+        design.smallest_p,
         details={
             "mean_cin_hack": float(hack_BG[0].mean()),
             "mean_cin_clean": float(clean_BG[0].mean()),
@@ -440,7 +550,7 @@ def check_source_log(
         )
     statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
     if len(both) < _FEWEST_BLOCKS:
-        rule = rule_of([SWAPPED], "the difference", 0.0, settings, "blocks of steps")
+        rule = rule_of("sources", [SWAPPED], settings, "blocks of steps")
         return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
@@ -451,34 +561,20 @@ def check_source_log(
         statistic,
         bootstrap(_mean, [differences_T], [blocks], settings),
         {SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
-        what="the difference",
-        above=0.0,
-        settings=settings,
-        smallest_p=0.5**count,
+        settings,
+        0.5**count,
         swapped="blocks of steps",
         details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Stability:
-    """Result of check 5 with the series that a report draws.
+def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
+    """Return check 5 of the pairs that bases are made from, and the series that a report draws.
 
-    Attributes:
-        check: Value, nulls and verdict.
-        overlap: Mean squared cosine per module; empty where it was not measured.
-        cosines: Mean cosine of each principal angle, largest first.
-        generic_cosines: Mean cosine of each principal angle between a hack basis and a clean-clean basis.
+    These are ``overlap``, the mean squared cosine per module, and the mean cosine of each principal angle, largest
+    first: ``cosines`` between two bases, ``generic_cosines`` between one and a clean-clean basis. All are empty where
+    nothing was measured.
     """
-
-    check: Check
-    overlap: Sequence[float] = ()
-    cosines: Sequence[float] = ()
-    generic_cosines: Sequence[float] = ()
-
-
-def check_stability(design: Design) -> Stability:
-    """Return check 5 of the pairs that bases are made from."""
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
@@ -490,13 +586,14 @@ def check_stability(design: Design) -> Stability:
         reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"
     if reason:
         reason = f"{len(names)} groups to fit to, {reason}"
-        return Stability(undecided_check("stability", _OVERLAP, _rule(settings), reason))
+        return undecided_check("stability", _OVERLAP, _rule(settings), reason), {name: [] for name in _SERIES}
     signs_BN = draw_swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
-    splits = []
-    for index, inside in enumerate(sides):
-        generator = np.random.default_rng([settings.seed, 8, index])
-        splits.append(_split(design, inside, signs_BN, generator))
-    return _judged(design.geometry, splits, settings)
+    splits = [
+        _split(design, inside, signs_BN, np.random.default_rng([settings.seed, 8, index]))
+        for index, inside in enumerate(sides)
+    ]
+    series = {name: _common_mean([split[name] for split in splits]).tolist() for name in _SERIES}
+    return _judge_stability(design.geometry, splits, settings), series
 
 
 def _rule(settings: CheckSettings) -> str:
@@ -522,11 +619,12 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
+    cosines_K, *generic_K = (torch.linalg.svdvals(each).mean(dim=0) for each in (between_MKK, *generic))
     return {
         "overlap": _mean_square(between_MKK),
         "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        "cosines": _mean_cosines(between_MKK),
-        "generic_cosines": _common_mean([_mean_cosines(g) for g in generic]),
+        "cosines": cosines_K,
+        "generic_cosines": _common_mean(generic_K),
         "agreement": _agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
     }
 
@@ -534,12 +632,6 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
     """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
-
-
-def _mean_cosines(overlap_MKJ: Tensor) -> Tensor:
-    """Return the cosine of each principal angle, mean over modules."""
-    cosines_K: Tensor = torch.linalg.svdvals(overlap_MKJ).mean(dim=0)
-    return cosines_K
 
 
 def _common_mean(rows: list[Tensor]) -> Tensor:
@@ -558,7 +650,7 @@ def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, o
     return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
 
 
-def _judged(geometry: Geometry, splits: list[dict[str, Tensor]], settings: CheckSettings) -> Stability:
+def _judge_stability(geometry: Geometry, splits: list[dict[str, Tensor]], settings: CheckSettings) -> Check:
     overlaps = [float(split["overlap"].mean()) for split in splits]
     agreement, *swapped = torch.stack([split["agreement"] for split in splits]).mean(dim=0).tolist()
     tail = (1 - settings.confidence) / 2
@@ -567,27 +659,21 @@ def _judged(geometry: Geometry, splits: list[dict[str, Tensor]], settings: Check
         HAAR: tuple(_random_overlaps(geometry, settings)),
         CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits),
     }
-    p = p_value(agreement, swapped)
+    p, null = p_value(agreement, swapped), f"agreement, {SWAPPED}"
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
-    for name, draws in spaces.items():
-        level = float(np.quantile(draws, 1 - settings.alpha))
-        if low <= level:
-            faults.append(f"the range reaches down to {low:.3g}, not above {level:.3g} of {name}")
-    verdict: CheckVerdict = "fail" if faults else "pass"
-    check = Check(
-        name="stability",
-        title=TITLES["stability"],
-        statistic=_OVERLAP,
-        rule=_rule(settings),
-        measured=Interval(float(np.mean(overlaps)), low, high),
-        nulls={**spaces, f"agreement, {SWAPPED}": tuple(swapped)},
-        p_values={f"agreement, {SWAPPED}": p},
-        verdict=verdict,
-        reason="; ".join(faults) or "every part of the rule holds",
-        details={"agreement": agreement, "splits": len(splits)},
+    verdict, reason = decide(faults + reached_levels("range", low, spaces, settings))
+    return Check(
+        "stability",
+        TITLES["stability"],
+        _OVERLAP,
+        _rule(settings),
+        BootstrapInterval(float(np.mean(overlaps)), low, high),
+        {**spaces, null: tuple(swapped)},
+        {null: p},
+        verdict,
+        reason,
+        {"agreement": agreement, "splits": len(splits)},
     )
-    series = ("overlap", "cosines", "generic_cosines")
-    return Stability(check, **{name: _common_mean([split[name] for split in splits]).tolist() for name in series})
 
 
 def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
@@ -603,3 +689,45 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
     variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
     draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
     return draws
+
+
+def _modules(design: Design, overlap: Sequence[float]) -> tuple[ModuleResult, ...]:
+    sides_MN = [_cin_per_module(design, offset) for offset in (0, design.geometry.n)]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for index, name in enumerate(design.geometry.names):
+        hack_N, clean_N = (side_MN[index] for side_MN in sides_MN)
+        cin = auroc(hack_N, clean_N), float(hack_N.mean()), float(clean_N.mean())
+        spectra = _spectrum(design.geometry.gradients.differences(name), generator)
+        found.append(ModuleResult(name, *cin, overlap[index] if overlap else None, *spectra))
+    return tuple(found)
+
+
+def _cin_per_module(design: Design, offset: int) -> FloatArray:
+    parts = []
+    for fold in design.folds:
+        samples = fold.test + offset
+        parts.append(cin_per_module(fold.along[:, :, samples], design.geometry.lengths_MS[:, samples]))
+    return torch.cat(parts, dim=1).numpy()
+
+
+def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return singular values as shares of their root sum of squares, and their noise level.
+
+    The level is the mean over draws of the same matrix with random signs on all entries: their sizes stay, what rows
+    have in common goes (Hong, Sheng and Dobriban 2020).
+    """
+    rows_NR = difference_NR.double()
+    total = float(rows_NR.norm()) or 1.0
+    noise = []
+    for _ in range(_SPECTRUM_DRAWS):
+        signs_NR = torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        noise.append(_leading(rows_NR * signs_NR))
+    level = torch.stack(noise).mean(dim=0) / total
+    return tuple((_leading(rows_NR) / total).tolist()), tuple(level.tolist())
+
+
+def _leading(rows_NR: Tensor) -> Tensor:
+    short_NR = rows_NR if len(rows_NR) <= rows_NR.shape[1] else rows_NR.T
+    squares_N: Tensor = torch.linalg.eigvalsh(short_NR @ short_NR.T)
+    return squares_N.flip(0)[:_SPECTRUM].clamp_min(0).sqrt()

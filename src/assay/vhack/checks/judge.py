@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from assay.errors import DataError, UsageError
-from assay.stats.rates import group_bootstrap
+from assay.stats.rates import BootstrapInterval, group_bootstrap
 from assay.vhack.basis.basis import Origin
 from assay.vhack.names import METHODS
 
@@ -27,12 +27,15 @@ TITLES = {
 """What each of the five checks looks at, in the order of the design."""
 CHECKS = tuple(TITLES)
 """Names of the five checks."""
-SWAPPED = "labels swapped"
-"""Name of the exact null."""
-HAAR = "Haar"
-"""Name of the null of axes that are uniform among all orthonormal ones."""
-CLEAN_CLEAN = "clean-clean"
-"""Name of the null of axes that are extracted from differences between clean sides."""
+# What the rule calls the value of each, and the bound that its interval must lie above.
+_VALUES = {
+    "pools": ("the AUROC", 0.5),
+    "heldout": ("the share", 0.5),
+    "random_null": ("the AUROC", 0.5),
+    "sources": ("the difference", 0.0),
+}
+# Names of nulls: the exact one, axes uniform among all orthonormal ones, axes of differences between clean sides.
+SWAPPED, HAAR, CLEAN_CLEAN = "labels swapped", "Haar", "clean-clean"
 EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
 """What a command exits with, by verdict."""
 
@@ -70,36 +73,22 @@ class CheckSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"method={self.method!r}", wanted=" or ".join(METHODS), do="choose one of them")
         counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
         good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
-        if not (good and 0 <= self.tau_axis <= 1 and self.seed >= 0):
-            raise UsageError(
-                f"{self}",
-                wanted="positive counts, 2 folds or more, shares in (0, 1)",
-                do="correct the one that is out of range, or leave it out",
-            )
-        if (1 + min(self.n_flips, self.n_null)) * self.alpha < 1:
-            raise UsageError(
-                f"{self.n_flips} flips and {self.n_null} null bases at alpha {self.alpha}",
-                wanted="enough of both for a p-value below alpha",
-                do=f"draw at least {round(1 / self.alpha)} of each",
-            )
+        enough = self.alpha > 0 and f"at least {round(1 / self.alpha)} flips and null bases, for a p-value below alpha"
+        for is_good, wanted in (
+            (self.method in METHODS, f"method {' or '.join(METHODS)}"),
+            (good and 0 <= self.tau_axis <= 1 and self.seed >= 0, "positive counts, 2 folds or more, shares in (0, 1)"),
+            ((1 + min(self.n_flips, self.n_null)) * self.alpha >= 1, str(enough)),
+        ):
+            if not is_good:
+                do = "correct the one that is out of range, or leave it out"
+                raise UsageError(f"method={self.method!r} in {self}", wanted=wanted, do=do)
 
     @property
     def axes(self) -> int:
         """Number of axes per module of a fitted basis."""
         return 1 if self.method == "mean-diff" else self.k_use
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A value with its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +112,7 @@ class Check:
     title: str
     statistic: str
     rule: str
-    measured: Interval | None
+    measured: BootstrapInterval | None
     nulls: Mapping[str, tuple[float, ...]]
     p_values: Mapping[str, float]
     verdict: CheckVerdict
@@ -250,89 +239,69 @@ def bootstrap(
     settings: CheckSettings,
     *,
     confidence: float | None = None,
-) -> Interval:
+) -> BootstrapInterval:
     """Return a statistic with its group-bootstrap interval, of the confidence of the settings or another."""
-    found = group_bootstrap(
-        statistic,
-        samples,
-        groups,
-        n_resamples=settings.n_resamples,
-        seed=settings.seed,
-        confidence=settings.confidence if confidence is None else confidence,
-    )
-    return Interval(found.value, found.low, found.high)
+    n, seed, share = settings.n_resamples, settings.seed, confidence or settings.confidence
+    return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
 
 
 def judge(
     name: str,
     statistic: str,
-    measured: Interval,
+    measured: BootstrapInterval,
     nulls: Mapping[str, Sequence[float]],
-    *,
-    what: str,
-    above: float,
     settings: CheckSettings,
     smallest_p: float,
+    *,
     swapped: str = "whole groups",
     details: Mapping[str, Any] | None = None,
 ) -> Check:
     """Return the check after applying the rule that checks 1 to 4 share.
 
     It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
-    above ``above`` and above the 1 − alpha quantile of every null. The first part alone bounds the probability that
-    noise passes; with too few groups it cannot be met, and the verdict is ``undecided``.
-
-    Args:
-        name: Name of the check.
-        statistic: Description of the value.
-        measured: Value and its interval.
-        nulls: Draws of the statistic by name of the null.
-        what: What the rule calls the value.
-        above: Bound that the interval must lie above.
-        settings: Alpha and confidence.
-        smallest_p: Smallest p-value that these groups can give.
-        swapped: What the rule says that labels are swapped in.
-        details: Numbers that are not part of the rule.
+    above the bound of the check and above the 1 − alpha quantile of every null. The first part alone bounds the
+    probability that noise passes; where the smallest p-value that the groups can give is larger, it cannot be met, and
+    the verdict is ``undecided``. ``swapped`` is what the rule says that labels are swapped in.
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
-    verdict: CheckVerdict
     if smallest_p > settings.alpha:
-        verdict = "undecided"
         more = ceil(log2(smallest_p / settings.alpha))
+        verdict: CheckVerdict = "undecided"
         reason = (
             f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} is needed: add pairs "
             f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
         )
     else:
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
-        if measured.low <= above:
-            faults.append(f"the interval reaches down to {measured.low:.3g}, not above {above:g}")
-        for null, draws in nulls.items():
-            level = float(np.quantile(draws, 1 - settings.alpha))
-            if measured.low <= level:
-                faults.append(f"the interval reaches down to {measured.low:.3g}, not above {level:.3g} of {null}")
-        verdict, reason = ("fail", "; ".join(faults)) if faults else ("pass", "every part of the rule holds")
-    return Check(
-        name,
-        TITLES[name],
-        statistic,
-        rule_of(nulls, what, above, settings, swapped),
-        measured,
-        {null: tuple(float(draw) for draw in draws) for null, draws in nulls.items()},
-        p_values,
-        verdict,
-        reason,
-        dict(details or {}),
-    )
+        if measured.low <= _VALUES[name][1]:
+            faults.append(f"the interval reaches down to {measured.low:.3g}, not above {_VALUES[name][1]:g}")
+        faults += reached_levels("interval", measured.low, nulls, settings)
+        verdict, reason = decide(faults)
+    rule = rule_of(name, nulls, settings, swapped)
+    draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
+    return Check(name, TITLES[name], statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
 
 
-def rule_of(
-    nulls: Iterable[str], what: str, above: float, settings: CheckSettings, swapped: str = "whole groups"
-) -> str:
+def reached_levels(what: str, low: float, nulls: Mapping[str, Sequence[float]], settings: CheckSettings) -> list[str]:
+    """Return the faults of a lower end that does not lie above the 1 − alpha quantile of every null."""
+    levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
+    return [
+        f"the {what} reaches down to {low:.3g}, not above {level:.3g} of {null}"
+        for null, level in levels.items()
+        if low <= level
+    ]
+
+
+def decide(faults: Sequence[str]) -> tuple[CheckVerdict, str]:
+    """Return the verdict of a rule with these faults, and the reason."""
+    return ("fail", "; ".join(faults)) if faults else ("pass", "every part of the rule holds")
+
+
+def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings, swapped: str = "whole groups") -> str:
     """Return the rule of :func:`judge` in words."""
+    (what, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
     interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
     quantile = f"1 − {settings.alpha:g} quantile"
-    others = [null for null in nulls if null != SWAPPED]
     if len(others) > 1:
         return (
             f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and {interval} the {quantile} "

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from assay.pages.figures import INK, MUTED, SERIES, figure, heatmap, legend
-from assay.pages.html import Badge, Cell, Report
+from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
 from assay.vhack.checks.judge import HAAR, Check, CheckReport, FloatArray
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ A pool is a JSON Lines file, one sample per line; other fields are passed over, 
 ``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
 Samples of groups that the basis was made from are not scored.
 
-A guard against degenerate detectors, after RHOB, asks what a high AUROC can come from that is no sign of a hack. Four
+A guard against degenerate detectors, after RHOB, asks what a high AUROC can come from that is no sign of a hack. Three
 questions to the scores, each with the verdict ``pass``, ``fail`` or ``undecided``:
 
 - *constant*: do the scores tell samples apart at all? At most half of all pairs of a hack and a clean sample may tie.
@@ -16,9 +16,6 @@ questions to the scores, each with the verdict ``pass``, ``fail`` or ``undecided
 - *length*: is there more in it than the length of the completion? The interval of the difference between the AUROC and
   that of the length, the longer or the shorter one as the hack, whichever is higher, must lie above 0. It fails where
   the difference itself is not above 0.
-- *permuted labels*: is the AUROC 0.5 where labels mean nothing? Asked of detectors that are fitted: labels are swapped
-  in whole groups, of training and of test, and the detector is fitted again. The 1 − 2α interval of the mean must lie
-  within 0.5 ± 0.1. A test sample among those that it was fitted to shows here.
 
 Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
 """
@@ -33,13 +30,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
-from assay.stats.rates import auroc
+from assay.stats.rates import BootstrapInterval, auroc
 from assay.vhack.basis.axes import cin_over_modules
 from assay.vhack.basis.basis import Basis
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
@@ -51,7 +47,6 @@ from assay.vhack.checks.judge import (
     CheckSettings,
     CheckVerdict,
     FloatArray,
-    Interval,
     bootstrap,
 )
 from assay.vhack.gradients.batches import Progress, stage_progress
@@ -65,10 +60,8 @@ if TYPE_CHECKING:
     from assay.models.load import Model
 
 
-EQUIVALENCE = 0.1
-"""Largest difference of two AUROC that counts as none."""
+_EQUIVALENCE = 0.1  # largest difference of two AUROC that counts as none
 _TIES = 0.5
-_FEWEST_PERMUTED = 10
 _SCHEMA = "assay.vhack.pools/1"
 _KINDS = ("hack", "clean")
 
@@ -78,14 +71,14 @@ class GuardItem:
     """One question of the guard.
 
     Attributes:
-        name: ``constant``, ``halves``, ``length`` or ``permuted labels``.
-        measured: Share of ties, or difference of two AUROC, or mean AUROC; None where it could not be measured.
+        name: ``constant``, ``halves`` or ``length``.
+        measured: Share of ties, or difference of two AUROC; None where it could not be measured.
         verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
         reason: What decided.
     """
 
     name: str
-    measured: Interval | None
+    measured: BootstrapInterval | None
     verdict: CheckVerdict
     reason: str
 
@@ -96,21 +89,10 @@ def guard_scores(
     groups: tuple[Sequence[str], Sequence[str]],
     lengths: tuple[npt.ArrayLike, npt.ArrayLike],
     settings: CheckSettings | None = None,
-    permuted: Sequence[float] | None = None,
 ) -> tuple[GuardItem, ...]:
-    """Return what a guard against degenerate detectors says of the scores of one.
+    """Return what a guard against degenerate detectors says of the scores of one, higher for what looks like a hack.
 
-    Args:
-        hack: Scores of hack samples, higher for what looks more like a hack.
-        clean: Scores of clean samples.
-        groups: Group of each hack sample and of each clean one, such as its problem.
-        lengths: Length of each hack sample and of each clean one, in any unit.
-        settings: Alpha, confidence, number of draws and seed.
-        permuted: AUROC of the detector fitted again under permuted labels, by permutation; None for one that is not
-            fitted.
-
-    Raises:
-        UsageError: Fewer than ten permutations are given.
+    Groups, such as problems, and lengths in any unit are those of each hack sample and of each clean one.
 
     Example:
         >>> groups = [str(n) for n in range(40)]
@@ -120,14 +102,12 @@ def guard_scores(
         ['pass', 'pass', 'pass']
     """
     settings = settings or CheckSettings()
-    scores = [np.asarray(side, dtype=float) for side in (hack, clean)]
-    sizes = [np.asarray(side, dtype=float) for side in lengths]
+    scores, sizes = ([np.asarray(side, dtype=float) for side in both] for both in ((hack, clean), lengths))
     of_length = bootstrap(_beyond_length, [*scores, *sizes], [*groups, *groups], settings)
     verdict: CheckVerdict = "pass" if of_length.low > 0 else "fail" if of_length.value <= 0 else "undecided"
     interval = f"{of_length.value:+.3f} ({of_length.low:+.3f} to {of_length.high:+.3f})"
     length = GuardItem("length", of_length, verdict, f"the AUROC is {interval} above that of the length")
-    items = (_constant(*scores), _halves(scores, groups, settings), length)
-    return items if permuted is None else (*items, _permuted(permuted, settings))
+    return _constant(*scores), _halves(scores, groups, settings), length
 
 
 def _constant(hack_N: FloatArray, clean_N: FloatArray) -> GuardItem:
@@ -136,7 +116,7 @@ def _constant(hack_N: FloatArray, clean_N: FloatArray) -> GuardItem:
     _, of_hack, of_clean = np.intersect1d(values, others, return_indices=True)
     share = float(counts_H[of_hack] @ counts_C[of_clean]) / (len(hack_N) * len(clean_N))
     reason = f"{share:.0%} of all pairs of a hack and a clean sample tie"
-    return GuardItem("constant", Interval(share, share, share), "fail" if share > _TIES else "pass", reason)
+    return GuardItem("constant", BootstrapInterval(share, share, share), "fail" if share > _TIES else "pass", reason)
 
 
 def _halves(
@@ -154,26 +134,11 @@ def _halves(
     if min(map(len, parts)) == 0:
         return GuardItem("halves", None, "undecided", "a half has samples of one kind only")
     found = bootstrap(_between_halves, parts, of_groups, settings, confidence=1 - 2 * settings.alpha)
-    return GuardItem("halves", found, *_equivalent(found, 0.0, "the two halves differ by"))
-
-
-def _permuted(permuted: Sequence[float], settings: CheckSettings) -> GuardItem:
-    n = len(permuted)
-    if n < _FEWEST_PERMUTED:
-        do = "permute the labels more often"
-        raise UsageError(f"{n} permutations", wanted=f"at least {_FEWEST_PERMUTED}", do=do)
-    mean = float(np.mean(permuted))
-    half = float(student.ppf(1 - settings.alpha, n - 1) * np.std(permuted, ddof=1) / n**0.5)
-    found = Interval(mean, mean - half, mean + half)
-    return GuardItem("permuted labels", found, *_equivalent(found, 0.5, "the mean AUROC is"))
-
-
-def _equivalent(found: Interval, target: float, what: str) -> tuple[CheckVerdict, str]:
-    low, high = target - EQUIVALENCE, target + EQUIVALENCE
-    reason = f"{what} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}), {low:g} to {high:g} counts as none"
-    if low < found.low and found.high < high:
-        return "pass", reason
-    return ("fail" if found.low >= high or found.high <= low else "undecided"), reason
+    ends = f"({found.low:.3f} to {found.high:.3f}), {-_EQUIVALENCE:g} to {_EQUIVALENCE:g} counts as none"
+    is_equal = found.low > -_EQUIVALENCE and found.high < _EQUIVALENCE
+    is_other = found.low >= _EQUIVALENCE or found.high <= -_EQUIVALENCE
+    verdict: CheckVerdict = "pass" if is_equal else "fail" if is_other else "undecided"
+    return GuardItem("halves", found, verdict, f"the two halves differ by {found.value:.3f} {ends}")
 
 
 def _between_halves(hack: FloatArray, clean: FloatArray, other_hack: FloatArray, other_clean: FloatArray) -> float:
