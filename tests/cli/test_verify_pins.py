@@ -142,7 +142,7 @@ def edited(proof: Proof, path: Path, **changed: object) -> Path:
     """Write a proof whose header says something else than its prover wrote."""
     lines = "".join(f"{proof.header.line(record)}\n" for record in proof.records)
     header = replace(proof.header, **changed)
-    path.write_text(f"{dumps(header.as_dict())}\n{lines}{dumps(proof.footer.as_dict())}\n")
+    path.write_text(f"{dumps(header.as_dict())}\n{lines}{proof.footer.line()}\n")
     return path
 
 

@@ -7,18 +7,7 @@ import numpy as np
 import pytest
 
 from assay.errors import UsageError
-from assay.pages.figures import (
-    INK,
-    MUTED,
-    PAPER,
-    RULE,
-    SERIES,
-    figure,
-    heatmap,
-    histogram_over_density,
-    legend,
-    to_svg,
-)
+from assay.pages.report import INK, MUTED, PAPER, RULE, SERIES, figure, heatmap, histogram_over_density, legend, to_svg
 
 
 def sample_svg(prefix="f1"):
@@ -85,7 +74,7 @@ def test_refuses_data_that_cannot_be_drawn():
 
 def test_pyplot_is_never_loaded():
     code = (
-        "import sys; from assay.pages.figures import figure, to_svg;"
+        "import sys; from assay.pages.report import figure, to_svg;"
         "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -4,8 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from assay.errors import StorageError, UsageError
-from assay.pages.figures import figure
-from assay.pages.html import Badge, Report
+from assay.pages.report import Badge, Report, figure
 
 ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
 VOID = {"meta", "br", "hr", "img"}

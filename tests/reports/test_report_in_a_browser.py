@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.pages.html import Badge, Report
+from assay.pages.report import Badge, Report
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 pytestmark = [pytest.mark.slow]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from assay.streams import seeds
-from assay.streams import triton_kernels as kernels
+from assay.streams import triton_backend as kernels
 from assay.streams.backends import as_tensor, digest
 
 from .inverse import dense_hashes, gumbel_hashes

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from assay.streams.triton_kernels import _root
+from assay.streams.triton_backend import _root
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def compiled(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from assay.streams import triton_kernels as _triton_kernels
+    from assay.streams import triton_backend as _triton_kernels
 
     function, types, constants = KERNELS[name]
     kernel = getattr(_triton_kernels, function)

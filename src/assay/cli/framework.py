@@ -333,7 +333,7 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     """
     if path is None:
         return {}
-    from assay.files.toml import parse_toml
+    from assay.files.jsonl import parse_toml
 
     try:
         with Path(path).open("rb") as file:  # it may be a pipe, and is read no further than its bound

@@ -1,4 +1,4 @@
-"""Strict JSON in, canonical JSON out.
+"""Strict JSON in, canonical JSON out, and TOML in: files that people write, read with a bound.
 
 Reading refuses what Python's parser forgives: NaN and infinities, numbers too large for a float, a key given twice,
 unpaired surrogates. Writing has one form, so the same record is always the same bytes.
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,8 +98,8 @@ def parts(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _bad(source: str, reason: str) -> DataError:
-    return DataError(f"{source}: {reason}", wanted="a JSON object", do="repair or remove it, or write the file again")
+def _bad(source: str | Path, reason: str, wanted: str = "a JSON object") -> DataError:
+    return DataError(f"{source}: {reason}", wanted=wanted, do="repair or remove it, or write the file again")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
@@ -201,3 +202,38 @@ def _regular(path: Path) -> BinaryIO:
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: {error.strerror}", wanted="a file that can be read", do="check its path and permissions")
+
+
+LONGEST_FILE = 2**22
+"""Bytes of the longest file that is read: 4 MiB."""
+
+
+def read_toml(path: str | Path) -> JsonObject:
+    """Return the tables of a TOML file.
+
+    Raises:
+        DataError: The file cannot be read, is larger than 4 MiB, is not UTF-8 or is not TOML.
+    """
+    try:
+        return parse_toml(read_whole(path, LONGEST_FILE).decode())
+    except UnicodeDecodeError as error:
+        raise _bad(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
+        raise _bad(path, str(error), "a TOML file") from error
+
+
+def parse_toml(text: str) -> JsonObject:
+    """Return the tables of a text in TOML.
+
+    Raises:
+        ValueError: The text is not TOML, or has a whole number beyond those of TOML: Python reads any written in
+            hexadecimal digits, and cannot show it. RecursionError means that it is nested too deeply.
+    """
+    tables = tomllib.loads(text)
+    waiting: list[Any] = [tables]
+    while waiting:
+        value = waiting.pop()
+        waiting += parts(value)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
+    return tables

@@ -25,8 +25,7 @@ import numpy as np
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.pages.figures import SERIES, figure, legend
-from assay.pages.html import Badge, Cell, Report
+from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
 from assay.stats.rates import proportion_interval
 from assay.vhack.checks.five_checks import SourceCin, check_source_log
 from assay.vhack.checks.judge import Check, CheckReport

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import CalibrationError, DataError, UsageError
-from assay.files.jsonl import dumps
-from assay.files.toml import read_toml
+from assay.files.jsonl import dumps, read_toml
 from assay.models.load import ModelInfo
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.guard import check_url
