@@ -109,7 +109,7 @@ def prove(
                 progress(len(records), len(chosen))
         proof = Proof.build(header, records, float(f"{time.perf_counter() - started:.3f}"))
         if out:
-            out.append(proof.footer.as_dict())
+            out.append_lines([proof.footer.line()])
             out.commit()
     return proof
 

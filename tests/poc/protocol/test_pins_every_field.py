@@ -58,7 +58,7 @@ def pipeline_of(preset: str) -> dict[str, Any]:
 
 LIES = {
     "kind": Lie({"kind": "assay.poc.other"}, read="kind"),
-    "schema": Lie({"schema": 2}, read="schema 2"),
+    "schema": Lie({"schema": 2}, read="schema is 2"),
     "round.block_hash": Lie({"round.block_hash": "block_beta"}, pinned="block_hash"),
     "round.public_key": Lie({"round.public_key": "node_B"}, pinned="public_key"),
     "round.block_height": Lie({"round.block_height": 10**6}),  # part of no seed

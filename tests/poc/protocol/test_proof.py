@@ -53,7 +53,7 @@ def test_a_line_of_too_many_parts_is_refused_before_it_is_parsed(part, proof: Pr
     proof.save(path)
     header, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(header.replace(b'"nonces":[', b'"nonces":[' + part * 2**23) + b"".join(rest))
-    monkeypatch.setattr("assay.poc.protocol.record.loads", lambda *_: pytest.fail("the line was parsed"))
+    monkeypatch.setattr("assay.poc.protocol.proof.read_as", lambda *_: pytest.fail("the line was parsed"))
     with pytest.raises(ProofFormatError, match="line 1: 8388"):
         Proof.load(path)
 

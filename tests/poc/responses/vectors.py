@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from assay.poc import Fingerprint
 from assay.poc.protocol.record import encode_vector
 from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, ResponseSeed, Sampling
 from assay.poc.responses.prefill import sketch_response
-from assay.poc.responses.sampling import counts_before, mark_tokens, scores
+from assay.poc.responses.sampling import counts_before, mark_tokens
 
 FOLDER = Path(__file__).parents[2] / "vectors"
 STEPS = [0, 1, 31, 32, 2**32 - 1]
@@ -42,6 +43,33 @@ SAMPLINGS = [
 ]  # fmt: skip
 PROMPT, OUTPUT = [1, 3, 3, 11], [9, 2, 2]
 VOCABULARY = 12
+
+
+def scores(logits, sampling: Sampling, seeds_N: np.ndarray, *, prompt_V=False, counts_NV=0) -> np.ndarray:
+    """The steps of docs/responses.md in numpy: s [N, V], or l at temperature 0; -inf where a token is not kept."""
+    l_NV = np.array(logits, dtype=np.float32, ndmin=2)
+    for token, bias in sampling.logit_bias.items():
+        l_NV[:, token] += np.float32(bias)
+    counts, repetition = np.asarray(counts_NV), np.float32(sampling.repetition_penalty)
+    l_NV = np.where((counts > 0) | prompt_V, np.where(l_NV > 0, l_NV / repetition, l_NV * repetition), l_NV)
+    l_NV = l_NV - np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+    l_NV = l_NV - np.float32(sampling.presence_penalty) * (counts > 0).astype(np.float32)
+    if sampling.greedy:
+        return l_NV
+    z_NV = l_NV / np.float32(sampling.temperature)
+    kept_NV = z_NV > -np.inf
+    if sampling.min_p > 0:
+        kept_NV &= z_NV >= z_NV.max(axis=1, keepdims=True) + np.float32(math.log(sampling.min_p))
+    if 0 < sampling.top_k < z_NV.shape[1]:
+        descending_NV = -np.sort(-np.where(kept_NV, z_NV, -np.inf), axis=1)
+        kept_NV &= z_NV >= descending_NV[:, sampling.top_k - 1, None]
+    for z_V, kept_V in zip(z_NV, kept_NV, strict=True) if sampling.top_p < 1 else ():
+        left = np.flatnonzero(kept_V)
+        order = left[np.argsort(-z_V[left], kind="stable")]
+        sums = np.cumsum(np.exp(z_V[order].astype(np.float64) - float(z_V[order[0]])))
+        kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = False  # those before it reach top_p together
+    noise_NV = streams.get_backend("numpy", "cpu").gumbels(np.asarray(seeds_N, np.uint32), z_NV.shape[1])
+    return np.where(kept_NV, z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
 
 
 def numbers(values: np.ndarray) -> list[float | None]:

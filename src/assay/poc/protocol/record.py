@@ -13,73 +13,137 @@ import base64
 import hashlib
 import io
 import json
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from scipy import stats as distributions
 
 from assay import streams
-from assay.errors import DataError, ProofFormatError, ProofMismatch
-from assay.files.jsonl import dumps, loads, read_lines
+from assay.errors import AssayError, DataError, ProofFormatError, ProofMismatch
+from assay.files.jsonl import dumps, read_lines
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import MAX_NAME, Round
 
 T = TypeVar("T")
-_DO = "ask the node for it again"
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How a dataclass is read from JSON: values of its types and no others."""
 
 MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
 """How often a character may be in a line: enough for two million runs of nonces in a header."""
 
+FOOTER = b'{"footer":'
+"""Beginning of the last line of a file."""
+
+LARGEST_SIZE = 2**31 - 1
+"""Largest number in a fingerprint."""
+
 
 def format_error(seen: str, wanted: str) -> ProofFormatError:
     """Return the error of a value that is not what its format says."""
-    return ProofFormatError(seen, wanted=wanted, do=_DO)
+    return ProofFormatError(seen, wanted=wanted, do="ask the node for it again")
 
 
-def line_error(path: str | Path, number: int, seen: str, wanted: str, do: str = "") -> ProofFormatError:
+def line_error(path: str | Path, number: int, seen: str, wanted: str) -> ProofFormatError:
     """Return the error of a line, with the name of the file and the number of the line."""
-    return ProofFormatError(f"{path}, line {number}: {seen}", wanted=wanted, do=do or _DO)
+    return format_error(f"{path}, line {number}: {seen}", wanted)
 
 
-def check_fields(value: Any, names: set[str], what: str) -> None:
-    """Refuse what is not an object with exactly these keys.
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def read_as(kind: type[T], text: bytes) -> T:
+    """Return JSON as a value of a type that is :data:`STRICT`.
 
     Raises:
-        ProofFormatError: Names the keys that are missing or unknown.
+        ProofFormatError: A field is missing, unknown, of another type or out of range; names it.
     """
-    if not isinstance(value, dict):
-        raise format_error(f"{what} is {value!r:.60}", "an object with " + ", ".join(sorted(names)))
-    if value.keys() != names:
-        odd = ", ".join(sorted(value.keys() ^ names))
-        raise format_error(f"{what} with {odd:.200} missing or unknown", "exactly " + ", ".join(sorted(names)))
+    try:
+        made: T = _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        value, said = fault["input"], f"of a {kind.__name__.strip('_')}"
+        if fault["loc"] and not isinstance(value, dict | list):
+            said = f"is {value[:60] if isinstance(value, str) else value!r:.60}"
+        place = ".".join(map(str, fault["loc"])) or "the line"
+        raise format_error(f"{place} {said}", f"{fault['msg']:.200}") from None
+    return made
 
 
-def parse_footer(line: Any, kind: Callable[..., T]) -> T:
-    """Return the last line of a file: counts, the seconds that they took, and the SHA-256 of the lines before.
+def parse_line(
+    path: str | Path,
+    number: int,
+    line: bytes,
+    read: Callable[[bytes], T],
+    write: Callable[[T], str],
+    most: Mapping[bytes, int] = MOST_PARTS,
+    longest: int | None = None,
+) -> T:
+    """Parse a line and refuse it if the value would be written in other bytes.
 
     Args:
-        line: Value of the line.
-        kind: Dataclass of the footer.
+        path: Name of the file, for errors.
+        number: Number of the line, for errors.
+        line: Bytes of the line, line end included; empty where the file ends.
+        read: Function that makes the value of the JSON.
+        write: Function that writes the value as canonical JSON.
+        most: Number of times that a character may be in the line. Values take many times the room of their text, so
+            they are counted before any is made.
+        longest: Number of bytes that the line may have; any where None.
 
     Raises:
-        ProofFormatError: A field is missing, unknown or of another type.
+        ProofFormatError: The line is wrong; names the file and the line.
     """
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    check_fields(line, {"footer"}, "the footer")
-    check_fields(line["footer"], names, "the footer")
-    values = line["footer"]
-    whole = type(values["sha256"]) is str and all(type(values[name]) is int for name in names - {"sha256", "seconds"})
-    if not whole or type(values["seconds"]) not in (int, float) or not 0 <= values["seconds"] < math.inf:
-        raise format_error(f"footer {values!r:.200}", "counts, seconds and a SHA-256")
-    return kind(**values)
+    if not line:
+        raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
+    if longest is not None and len(line) > longest:
+        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
+    for character, times in most.items():
+        if (count := line.count(character)) > times:
+            raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
+    if line.endswith(b"\r\n"):
+        raise line_error(path, number, "the line ends of Windows (CRLF)", "LF alone: fetch the file again as binary")
+    try:
+        value = read(line)
+        written = write(value)
+    except AssayError as error:
+        raise line_error(path, number, error.seen, error.wanted) from None
+    if line != written.encode() + b"\n":
+        raise line_error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+    return value
 
 
-class StrictFile:
+class LastLine:
+    """Base of footers: counts, the seconds that they took, and the SHA-256 of the lines between header and footer."""
+
+    def line(self) -> str:
+        """Return the canonical line of the file, without its newline."""
+        return dumps({"footer": vars(self)})
+
+    @classmethod
+    def read(cls, path: str | Path, number: int, line: bytes) -> Self:
+        """Read the last line of a file.
+
+        Raises:
+            ProofFormatError: The line is wrong; names the file and the line.
+        """
+
+        def inner(line: bytes) -> Self:
+            return read_as(cls, line.removeprefix(FOOTER).removesuffix(b"}\n"))
+
+        return parse_line(path, number, line, inner, cls.line)
+
+
+class StrictFile(ABC):
     """A file of JSON Lines that is read strictly: a header, one line for each record, and a footer."""
 
     @classmethod
@@ -108,51 +172,9 @@ class StrictFile:
         return cls._read(source, enumerate(io.BytesIO(content), start=1))
 
     @classmethod
+    @abstractmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
-        raise NotImplementedError
-
-
-def parse_line(
-    path: str | Path,
-    number: int,
-    line: bytes,
-    parse: Callable[[Any], T],
-    write: Callable[[T], str],
-    most: Mapping[bytes, int] = MOST_PARTS,
-    longest: int | None = None,
-) -> T:
-    """Parse a line and refuse it if the value would be written in other bytes.
-
-    Args:
-        path: Name of the file, for errors.
-        number: Number of the line, for errors.
-        line: Bytes of the line, line end included; empty where the file ends.
-        parse: Function that makes the value of the JSON object, or of None where the file ends.
-        write: Function that writes the value as canonical JSON.
-        most: Number of times that a character may be in the line. Values take many times the room of their text, so
-            they are counted before any is made.
-        longest: Number of bytes that the line may have; any where None.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
-    """
-    if longest is not None and len(line) > longest:
-        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
-    for character, times in most.items():
-        if (count := line.count(character)) > times:
-            raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
-    try:
-        value = parse(loads(line, f"{path}, line {number}") if line else None)
-    except DataError as error:
-        raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
-    except ProofFormatError as error:
-        raise line_error(path, number, error.seen, error.wanted, error.do) from None
-    written = write(value)
-    if line.endswith(b"\r\n"):
-        raise line_error(path, number, "the line ends of Windows (CRLF)", "LF alone", "fetch the file again as binary")
-    if line != written.encode() + b"\n":
-        raise line_error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
-    return value
+        """Read the lines with their numbers."""
 
 
 KIND = "assay.poc.proof"
@@ -164,6 +186,18 @@ SEPARATOR = ", "  # between the library and its kernels
 MAX_DISTANCE = 2 + 1e-6
 CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
 CHUNK = 2**16
+
+
+def _printable(text: str) -> str:
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"a text of at most {MAX_NAME} printable characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+"""A text that a message can show on a terminal."""
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,15 +221,17 @@ class Fingerprint:
             follow the library in one text, joined by commas.
     """
 
-    engine: str
-    device: str
-    dtype: str
-    attention: str
-    batch_size: int
-    seq_len: int
-    threads: int
-    torch: str
-    library: str
+    __pydantic_config__: ClassVar = STRICT
+
+    engine: Text
+    device: Text
+    dtype: Text
+    attention: Text
+    batch_size: Size
+    seq_len: Size
+    threads: Size
+    torch: Text
+    library: Text
     kernels: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -205,15 +241,20 @@ class Fingerprint:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Fingerprint":
+    def from_dict(cls, values: Any) -> "Fingerprint":
         """Return the fingerprint that :meth:`as_dict` wrote.
 
         Raises:
-            KeyError: The library is missing.
-            TypeError: Another field is missing or unknown.
+            ProofFormatError: A field is missing, unknown, of another type or out of range.
         """
-        library, *kernels = values["library"].split(SEPARATOR)
-        return cls(**{**values, "library": library}, kernels=tuple(kernels))
+        return read_as(cls, dumps(values).encode()).parted()
+
+    def parted(self) -> "Fingerprint":
+        """Return it with the kernels that a file has behind the library."""
+        if self.kernels:
+            raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
+        library, *kernels = self.library.split(SEPARATOR)
+        return replace(self, library=library, kernels=tuple(kernels))
 
     @property
     def id(self) -> str:
@@ -285,7 +326,7 @@ class Header:
         if isinstance(record, VectorRecord):
             return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
         if isinstance(record, TokenRecord):
-            tokens, sketches = encode_tokens(record.tokens), encode_vector(record.sketches)
+            tokens, sketches = encode_vector(record.tokens, "<u4"), encode_vector(record.sketches)
             return dumps({"nonce": record.nonce, "tokens": tokens, "sketches": sketches})
         return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
 
@@ -334,7 +375,7 @@ Record = DistanceRecord | VectorRecord | TokenRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Footer:
+class Footer(LastLine):
     """Last line of a complete proof.
 
     Args:
@@ -344,14 +385,12 @@ class Footer:
         sha256: SHA-256 of the record lines.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     records: int
     valid: int
-    seconds: float
+    seconds: Seconds
     sha256: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the footer line."""
-        return {"footer": asdict(self)}
 
 
 def runs_of(nonces: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
@@ -410,33 +449,31 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
         )
 
 
-def encode_vector(vector_K: np.ndarray) -> str:
-    """Return float16 numbers, of any shape, as base64 of their little-endian bytes."""
-    return base64.b64encode(np.asarray(vector_K).astype("<f2").tobytes()).decode("ascii")
+def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
+    """Return numbers of any shape as base64 of their little-endian bytes: float16, or token ids in ``<u4``."""
+    return base64.b64encode(np.asarray(vector).astype(dtype).tobytes()).decode("ascii")
 
 
-def encode_tokens(tokens_N: np.ndarray) -> str:
-    """Return token ids [N] as base64 of little-endian uint32."""
-    return base64.b64encode(np.asarray(tokens_N).astype("<u4").tobytes()).decode("ascii")
-
-
-def decode_vector(text: object, size: int) -> np.ndarray:
-    """Return the float16 vector [K] that a base64 string stands for.
+def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
+    """Return the numbers that a base64 string stands for: float16 [K], or token ids in ``<u4``.
 
     Raises:
         ProofFormatError: The value is not a string, not base64, of another length, or not finite.
     """
-    return _read_floats(_decode(text, 2 * size, "a vector", f"{size} finite little-endian float16 values"))
-
-
-def decode_tokens(text: object, size: int) -> np.ndarray:
-    """Return the uint32 token ids [N] that a base64 string stands for.
-
-    Raises:
-        ProofFormatError: The value is not a string, not base64, or of another length.
-    """
-    raw = _decode(text, 4 * size, "tokens", f"{size} little-endian uint32 values")
-    return np.frombuffer(raw, dtype="<u4").astype(np.uint32)
+    kind = np.dtype(dtype)
+    wanted = f"base64 of {size} finite little-endian {kind.name} values"
+    try:
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__}")
+        raw = base64.b64decode(text, validate=True)
+        if len(raw) != size * kind.itemsize:
+            raise ValueError(f"{len(raw)} bytes")
+    except ValueError as error:
+        raise format_error(f"a vector that is {error}", wanted) from None
+    vector = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
+    if kind.kind == "f" and not np.isfinite(vector).all():
+        raise format_error("a vector that is NaN or infinity", wanted)
+    return vector
 
 
 def pack_record(record: Record) -> bytes:
@@ -455,9 +492,11 @@ def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
     """
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
-    raw = _decode(text, packed_size(pipeline), "tokens with sketches", f"{packed_size(pipeline)} bytes")
-    tokens = np.frombuffer(raw, dtype="<u4", count=pipeline.steps).astype(np.uint32)
-    return TokenRecord(nonce, tokens, _read_floats(raw[4 * pipeline.steps :]).reshape(-1, pipeline.vector_size))
+    tokens, sketches = np.split(decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps])
+    if not np.isfinite(sketches.view("<f2")).all():
+        raise format_error("sketches that are NaN or infinity", "finite float16 values")
+    states = sketches.view("<f2").astype(np.float16).reshape(-1, pipeline.vector_size)
+    return TokenRecord(nonce, tokens.view("<u4").astype(np.uint32), states)
 
 
 def packed_size(pipeline: Pipeline) -> int:
@@ -480,24 +519,3 @@ def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
     """Return how the bytes of :func:`pack_record` are to be read, as callbacks say it beside them."""
     form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
-
-
-def _decode(text: object, size: int, what: str, wanted: str) -> bytes:
-    """Return the bytes that a base64 string stands for."""
-    try:
-        if not isinstance(text, str):
-            raise ValueError(f"a {type(text).__name__}")
-        raw = base64.b64decode(text, validate=True)
-        if len(raw) != size:
-            raise ValueError(f"{len(raw)} bytes")
-    except ValueError as error:
-        raise format_error(f"{what} that is {error}", f"base64 of {wanted}") from None
-    return raw
-
-
-def _read_floats(raw: bytes) -> np.ndarray:
-    vector = np.frombuffer(raw, dtype="<f2").astype(np.float16)
-    if not np.isfinite(vector).all():
-        wanted = f"base64 of {vector.size} finite little-endian float16 values"
-        raise format_error("a vector that is NaN or infinity", wanted)
-    return vector

@@ -22,15 +22,13 @@ from assay.errors import AssayError, CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_atomic
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.proof import parse_fingerprint
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.machines import PRIOR
-from assay.poc.verdict.response_noise import PartNoise, ResponseNoise
+from assay.poc.verdict.noise import PartNoise, ResponseNoise
 from assay.stats import tokens as tokens_law
-from assay.stats.fits import FEWEST_RESIDUALS, fit_log_noise
-from assay.stats.noise import Spread
+from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
 from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
 
 FILE_KIND = "assay.poc.responses.calibration"
@@ -122,14 +120,14 @@ class ResponseCalibration:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
                 raise ValueError("another kind or schema")
-            provers = [parse_fingerprint(one) for one in values.pop("provers")]
+            provers = [Fingerprint.from_dict(one) for one in values.pop("provers")]
             counts = {name: values.pop(name) for name in ("responses", "tokens", "matches")}
             if not 0 < len(provers) <= _MOST_PROVERS or any(type(n) is not int or n < 0 for n in counts.values()):
                 raise ValueError("no prover, or a count that is not one")
             made = cls(
                 digest=str(values.pop("digest")),
                 provers=tuple(provers),
-                verifier=parse_fingerprint(values.pop("verifier")),
+                verifier=Fingerprint.from_dict(values.pop("verifier")),
                 noise=ResponseNoise.from_dict(values.pop("noise")),
                 **counts,
             )

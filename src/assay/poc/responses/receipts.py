@@ -10,45 +10,45 @@ is refused before it is parsed if it is longer, or has more parts, than any rece
 
 import copy
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PlainValidator
 from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.proof import parse_model
+from assay.poc.protocol.proof import ModelLine
 from assay.poc.protocol.record import (
+    FOOTER,
+    LARGEST_SIZE,
+    STRICT,
     Fingerprint,
+    LastLine,
+    Seconds,
     StrictFile,
-    check_fields,
     decode_vector,
     encode_vector,
     format_error,
     line_error,
-    parse_footer,
     parse_line,
+    read_as,
 )
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.adapters import Adapter
 from assay.poc.responses.sampling import (
-    HIGHEST_INDEX,
     HIGHEST_TOKEN,
-    RANGES,
+    ResponseName,
     ResponseSeed,
     Sampling,
     check_block_hash,
     check_digest,
-    check_request_texts,
-    parse_biases,
 )
 
 KIND = "assay.poc.receipts"
@@ -58,8 +58,17 @@ SKETCH = {"every": SKETCH_EVERY, "size": SKETCH_SIZE}
 MOST_TOKENS = 2**20
 """Tokens of a prompt, and of an output: the positions that a proof may have."""
 
-CHOOSERS = ("client", "server")
-FINISHES = ("stop", "length", "abort")
+Chooser = Literal["client", "server"]
+Finish = Literal["stop", "length", "abort"]
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    if not isinstance(given, list):
+        raise ValueError("a list of token ids")
+    return tuple(given)
+
+
+Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]  # whose values check_ids() looks at
 
 
 @dataclass(frozen=True)
@@ -69,42 +78,52 @@ class Prompt:
     Two prompts are equal if their hashes are, whether or not the ids are there. Make one with :meth:`of`.
 
     Args:
-        sha256: SHA-256 of the ids as little-endian uint32.
-        tokens: Number of the ids.
+        sha256: SHA-256 of the ids as little-endian uint32; that of the ids where they are given.
+        tokens: Number of the ids, likewise.
         ids: Token ids; None where the client keeps them.
 
     Raises:
         UsageError: A value is out of range.
     """
 
-    sha256: str
-    tokens: int
-    ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    sha256: str = ""
+    tokens: int = 0
+    ids: Ids | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.ids is not None:
+            ids = check_ids("the prompt", self.ids, fewest=1)
+            sha256 = hashlib.sha256(np.array(ids, dtype="<u4").tobytes()).hexdigest()
+            for name, value in {"sha256": sha256, "tokens": len(ids), "ids": ids}.items():
+                object.__setattr__(self, name, value)
         check_digest("sha256", self.sha256)
         check_number("the number of tokens of the prompt", self.tokens, 1, MOST_TOKENS)
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Prompt":
         """Return the prompt of these token ids."""
-        listed = check_ids("the prompt", ids, fewest=1)
-        return cls(hashlib.sha256(np.array(listed, dtype="<u4").tobytes()).hexdigest(), len(listed), listed)
+        return cls(ids=tuple(ids))
+
+
+def _read_sketches(given: Any) -> NDArray[np.float16]:
+    if not isinstance(given, list):
+        raise format_error(f"sketches of {type(given).__name__}", "a list")
+    return np.array([decode_vector(sketch, SKETCH_SIZE) for sketch in given], dtype=np.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Receipt:
+class Receipt(ResponseName):
     """What a server states about one response.
 
     Args:
-        request_id: Name of the request.
         user_seed: Seed of the client; empty where it gave none.
+        request_id: Name of the request.
+        index: Place among the answers that were asked for with one request.
         block_hash: Beacon that became known after the request was accepted.
         prompt: Prompt, with or without its ids.
         output: Ids of the tokens of the response, in order, the one that ended it included.
         sketches: Sketches [S, 12] in float16, of every 32nd token from the first; empty where the engine has none.
         sampling: Parameters of the seeded sampling; None where the engine sampled by itself.
-        index: Place among the answers that were asked for with one request.
         chosen_by: Who chose the request id, ``client`` or ``server``. A server that chooses it can try many.
         finish: What ended the response: ``stop``, ``length`` or ``abort``.
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
@@ -114,27 +133,24 @@ class Receipt:
         UsageError: A value is out of range; names it.
     """
 
-    request_id: str
-    user_seed: str
+    __pydantic_config__: ClassVar = STRICT
+
     block_hash: str
     prompt: Prompt
-    output: tuple[int, ...]
-    sketches: NDArray[np.float16]
+    output: Ids
+    sketches: Annotated[NDArray[np.float16], PlainValidator(_read_sketches)]
     sampling: Sampling | None
-    index: int = 0
-    chosen_by: Literal["client", "server"] = "server"
-    finish: Literal["stop", "length", "abort"] = "stop"
+    chosen_by: Chooser = "server"
+    finish: Finish = "stop"
     mask: bool = False
     adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
-        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        super().__post_init__()
         check_block_hash(self.block_hash)
-        check_number("index", self.index, 0, HIGHEST_INDEX)
-        _check_word("chosen_by", self.chosen_by, CHOOSERS)
-        _check_word("finish", self.finish, FINISHES)
-        if type(self.mask) is not bool:
-            raise UsageError(f"mask is {self.mask!r:.60}", wanted="true or false", do="correct mask")
+        check_word("chosen_by", self.chosen_by, Chooser)
+        check_word("finish", self.finish, Finish)
+        check_word("mask", self.mask, Literal[True, False])
         object.__setattr__(self, "output", check_ids("the output", self.output, fewest=0))
         object.__setattr__(self, "sketches", self._checked_sketches())
 
@@ -244,7 +260,7 @@ class ReceiptHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceiptFooter:
+class ReceiptFooter(LastLine):
     """Last line of a file of receipts.
 
     Args:
@@ -254,14 +270,12 @@ class ReceiptFooter:
         sha256: SHA-256 of the receipt lines, newlines included.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     receipts: int
     tokens: int
-    seconds: float
+    seconds: Seconds
     sha256: str
-
-    def line(self) -> str:
-        """Return the canonical line of the file, without its newline."""
-        return dumps({"footer": vars(self)})
 
 
 def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
@@ -284,12 +298,16 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
     return listed
 
 
-def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in words:
-        raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(words), do=f"correct {name}")
+def check_word(name: str, value: object, words: Any) -> None:
+    """Refuse what is not one of the words of a ``Literal``.
 
+    Raises:
+        UsageError: Names the value and the words.
+    """
+    wanted = get_args(words)
+    if type(value) is not type(wanted[0]) or value not in wanted:
+        raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}")
 
-T = TypeVar("T")
 
 LONGEST_LINE = 2**25
 """Bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less."""
@@ -300,11 +318,6 @@ MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
 MOST_RECEIPTS = 2**20
 MOST_FILE_TOKENS = 2**24
 """Tokens of all prompts and outputs of a file: what a reader has to have room for."""
-
-FIELDS = {
-    "request_id", "chosen_by", "index", "user_seed", "block_hash", "sampling", "prompt", "output", "finish", "mask",
-    "sketches",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,8 +353,6 @@ class Receipts(StrictFile):
     @classmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
-        if not line:
-            raise line_error(path, number, "the file is empty", "receipts", "check the path, or fetch it again")
         header = parse_header(line, source=path, number=number)
         receipts: list[Receipt] = []
         tally = Tally(header)
@@ -349,20 +360,17 @@ class Receipts(StrictFile):
         for number, line in lines:
             if footer is not None:
                 raise line_error(path, number, "a line after the footer", "the end of the file")
-            if line.startswith(b'{"footer":'):
-                read = partial(parse_footer, kind=ReceiptFooter)
-                footer = parse_line(path, number, line, read, ReceiptFooter.line, MOST_PARTS, LONGEST_LINE)
-                wanted = tally.footer(footer.seconds)
-                if footer != wanted:
-                    seen = f"a footer that does not fit the receipts: {line[:300]!r}"
-                    raise line_error(path, number, seen, wanted.line())
-                continue
-            receipt = parse_receipt(line, source=path, number=number)
             try:
-                tally.add(receipt, line[:-1].decode())
+                if line.startswith(FOOTER):
+                    footer = ReceiptFooter.read(path, number, line)
+                    if footer != (counted := tally.footer(footer.seconds)):
+                        seen = f"a footer that does not fit the receipts: {line[:300]!r}"
+                        raise line_error(path, number, seen, counted.line())
+                else:
+                    receipts.append(parse_receipt(line, source=path, number=number))
+                    tally.add(receipts[-1], line[:-1].decode())
             except UsageError as error:
                 raise line_error(path, number, error.seen, error.wanted) from None
-            receipts.append(receipt)
         if footer is None:
             raise line_error(path, number + 1, "the end of the file", "a footer: the file is truncated")
         return cls(header, tuple(receipts), footer)
@@ -439,76 +447,35 @@ def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.
     """
-    return parse_line(source, number, line, _parse_receipt, Receipt.line, MOST_PARTS, LONGEST_LINE)
+    return parse_line(source, number, line, lambda line: read_as(Receipt, line), Receipt.line, MOST_PARTS, LONGEST_LINE)
 
 
 def parse_header(line: bytes, *, source: str | Path = "receipts", number: int = 1) -> ReceiptHeader:
     """Read the header line of a file of receipts; arguments and errors are those of :func:`parse_receipt`."""
-    return parse_line(source, number, line, _parse_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE)
+    return parse_line(source, number, line, _read_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE)
 
 
-def _parse_header(line: Any) -> ReceiptHeader:
-    check_fields(line, {"kind", "schema", "public_key", "model", "fingerprint", "sketch"}, "the header")
-    if line["kind"] != KIND or line["schema"] != SCHEMA:
-        raise format_error(
-            f"kind {line['kind']!r:.60}, schema {line['schema']!r:.60}", f"kind {KIND!r}, schema {SCHEMA}"
-        )
-    fingerprint = parse_model(line["model"], line["fingerprint"])
+@dataclass(frozen=True, kw_only=True)
+class _HeaderLine:
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["assay.poc.receipts"]
+    schema: Literal[1]
+    public_key: str
+    model: ModelLine
+    fingerprint: Fingerprint
+    sketch: dict[str, int] | None
+
+
+def _read_header(line: bytes) -> ReceiptHeader:
+    read = read_as(_HeaderLine, line)
     for name in ("batch_size", "seq_len"):
-        if not getattr(fingerprint, name):
-            raise format_error(f"{name} is 0", "at least 1")
-    if line["sketch"] is not None and line["sketch"] != SKETCH:
-        raise format_error(f"sketch is {line['sketch']!r:.60}", f"{json.dumps(SKETCH)} or null")
-    return _made(
-        lambda: ReceiptHeader(
-            public_key=line["public_key"],
-            **line["model"],
-            fingerprint=fingerprint,
-            sketched=line["sketch"] is not None,
-        )
+        check_number(name, getattr(read.fingerprint, name), 1, LARGEST_SIZE)
+    if read.sketch not in (None, SKETCH):
+        raise format_error(f"sketch is {read.sketch!r:.60}", f"{dumps(SKETCH)} or null")
+    return ReceiptHeader(
+        public_key=read.public_key,
+        **vars(read.model),
+        fingerprint=read.fingerprint.parted(),
+        sketched=read.sketch is not None,
     )
-
-
-def _parse_receipt(line: Any) -> Receipt:
-    if line is None:
-        raise format_error("the end of the file", "a receipt")
-    adapter = line.get("adapter")
-    check_fields(line, FIELDS | ({"adapter"} if adapter is not None else set()), "a receipt")
-    if adapter is not None:
-        check_fields(adapter, {"name", "digest"}, "the adapter")
-    for name in ("output", "sketches"):
-        if not isinstance(line[name], list):
-            raise format_error(f"{name} is {line[name]!r:.60}", "a list")
-    sketches = [decode_vector(sketch, SKETCH_SIZE) for sketch in line["sketches"]]
-    values = {name: line[name] for name in FIELDS - {"sampling", "prompt", "output", "sketches"}}
-    return _made(
-        lambda: Receipt(
-            **values,
-            sampling=None if line["sampling"] is None else _parse_sampling(line["sampling"]),
-            prompt=_parse_prompt(line["prompt"]),
-            adapter=None if adapter is None else Adapter(**adapter),
-            output=tuple(line["output"]),
-            sketches=np.array(sketches, dtype=np.float16).reshape(-1, SKETCH_SIZE),
-        )
-    )
-
-
-def _parse_prompt(value: Any) -> Prompt:
-    if isinstance(value, dict) and isinstance(value.get("ids"), list):
-        check_fields(value, {"ids"}, "the prompt")
-        return Prompt.of(value["ids"])
-    check_fields(value, {"sha256", "tokens"}, "the prompt")
-    return Prompt(value["sha256"], value["tokens"])
-
-
-def _parse_sampling(value: Any) -> Sampling:
-    check_fields(value, {*RANGES, "top_k", "logit_bias"}, "sampling")
-    return Sampling(**value | {"logit_bias": parse_biases(value["logit_bias"])})
-
-
-def _made(make: Callable[[], T]) -> T:
-    """Return what a constructor makes of values of a file; its error is one of the format."""
-    try:
-        return make()
-    except UsageError as error:
-        raise format_error(error.seen, error.wanted) from None

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.poc.protocol.round import check_name, check_number
-from assay.poc.responses.receipts import CHOOSERS, MOST_RECEIPTS, MOST_TOKENS, check_ids
-from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, Sampling, check_request_texts, parse_biases
+from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
+from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling, parse_biases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,15 +21,15 @@ DEFAULT_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(ResponseName):
     """One request: a prompt, what names it, and how to sample.
 
     Args:
-        prompt: Text, or token ids.
-        request_id: Name of the request.
         user_seed: Seed of the client; empty where it gave none.
-        chosen_by: Who chose the request id, ``client`` or ``server``.
+        request_id: Name of the request.
         index: Place among the answers that are asked for with one request.
+        prompt: Text, or token ids.
+        chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
@@ -38,22 +38,18 @@ class Request:
         UsageError: A value is out of range; names it.
     """
 
-    prompt: str | tuple[int, ...]
-    request_id: str
     user_seed: str = ""
-    chosen_by: Literal["client", "server"] = "client"
-    index: int = 0
+    prompt: str | tuple[int, ...]
+    chosen_by: Chooser = "client"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
     adapter: str = ""
 
     def __post_init__(self) -> None:
-        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
-        check_number("index", self.index, 0, HIGHEST_INDEX)
+        super().__post_init__()
         check_number("max_tokens", self.max_tokens, 1, MOST_TOKENS)
         check_name("adapter", self.adapter, fewest=0, do="pass the name of an adapter, or none")
-        if self.chosen_by not in CHOOSERS:
-            raise UsageError(f"chosen_by is {self.chosen_by!r:.60}", wanted=" or ".join(CHOOSERS), do="correct it")
+        check_word("chosen_by", self.chosen_by, Chooser)
         if isinstance(self.prompt, str):
             if not 0 < len(self.prompt) <= LONGEST_TEXT:
                 raise UsageError(

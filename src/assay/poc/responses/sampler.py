@@ -1,4 +1,19 @@
-"""The definition of :mod:`assay.poc.responses.sampling` over whole batches in torch, on the CPU and on CUDA.
+"""How a token follows from logits and noise, over whole batches on the CPU and on CUDA; docs/responses.md defines it.
+
+The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf and stays so:
+
+1. the bias of a token is added;
+2. penalties: of repetition for tokens of prompt and output (l > 0 → l / r, else l · r), then of frequency (f times the
+   count in the output is subtracted), then of presence (p is subtracted for tokens of the output);
+3. z = l / temperature;
+4. min-p drops z < max z + ln min_p;
+5. top-k drops z < the k-th largest; equal ones stay;
+6. top-p sorts the softmax of what is left, in float64, from the largest, equal ones by their ids, and keeps the
+   shortest beginning whose sum is at least top_p;
+7. s = z + Gumbel number of (seed of the step, token);
+8. the token is the one with the largest s; of equal ones the lowest id.
+
+At temperature 0 the token is the one with the largest l of step 2: no noise, and no steps 3 to 7.
 
 Every row may have parameters of its own. The bits are those of the definition, except for the tokens that top-p keeps:
 its sums are taken in another order, so a token whose sum equals top_p up to rounding may be kept or not.
@@ -18,7 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.poc.responses.sampling import Sampling, check_biased, check_rows
+from assay.errors import UsageError
+from assay.poc.responses.sampling import Sampling
 from assay.streams.backends import as_tensor
 
 NUMBERS = 8
@@ -121,7 +137,7 @@ class Sampler:
     ) -> Float32[Tensor, "N V"]:
         """Return l of step 2: the logits with bias and penalties."""
         if self._count != 1:
-            check_rows(tuple(logits_NV.shape), self._count)
+            _check_rows(tuple(logits_NV.shape), self._count)
         l_NV = logits_NV.float()
         if self._biases is not None:
             tokens_NK, biases_NK = (values.expand(len(l_NV), -1) for values in self._biases)
@@ -145,7 +161,7 @@ class Sampler:
 
         With ``in_place`` they may take the place of l, which saves a copy of all logits.
         """
-        check_rows(tuple(l_NV.shape), len(seeds_N))
+        _check_rows(tuple(l_NV.shape), len(seeds_N))
         if self._all_greedy:
             return l_NV
         over = in_place and not self._some_greedy
@@ -199,8 +215,12 @@ class Sampler:
 
     def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
         """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
-        for biases in given:
-            check_biased(biases, self.vocab_size)
+        if (beyond := max((token for biases in given for token in biases), default=0)) >= self.vocab_size:
+            raise UsageError(
+                f"a logit_bias of token {beyond}",
+                wanted=f"a token below {self.vocab_size}, the size of the vocabulary",
+                do="leave it out of logit_bias",
+            )
         most = max(map(len, given), default=0)
         if not most:
             return None
@@ -214,3 +234,13 @@ def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.devic
     """Copy values to a device without waiting for it."""
     made = torch.as_tensor(values)
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+def _check_rows(shape: tuple[int, ...], seeds: int) -> None:
+    """Refuse logits that are not [N, V] with a row for each of N seeds."""
+    if len(shape) != 2 or shape[0] != seeds:
+        raise UsageError(
+            f"logits of shape {tuple(shape)} with {seeds} seeds",
+            wanted="a row of logits for every seed",
+            do="pass logits [N, V] and seeds [N]",
+        )

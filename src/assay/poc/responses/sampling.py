@@ -1,38 +1,15 @@
-"""How a token follows from logits and noise, defined in numpy. :mod:`assay.poc.responses.sampler` has the fast twin.
+"""The parameters of sampling, and the seeds of the noise; :mod:`assay.poc.responses.sampler` has the steps."""
 
-The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf and stays so:
-
-1. the bias of a token is added;
-2. penalties: of repetition for tokens of prompt and output (l > 0 → l / r, else l · r), then of frequency (f times the
-   count in the output is subtracted), then of presence (p is subtracted for tokens of the output);
-3. z = l / temperature;
-4. min-p drops z < max z + ln min_p;
-5. top-k drops z < the k-th largest; equal ones stay;
-6. top-p sorts the softmax of what is left, in float64, from the largest, equal ones by their ids, and keeps the
-   shortest beginning whose sum is at least top_p;
-7. s = z + Gumbel number of (seed of the step, token);
-8. the token is the one with the largest s; of equal ones the lowest id.
-
-At temperature 0 the token is the one with the largest l of step 2: no noise, and no steps 3 to 7.
-
-Shapes: N steps, V tokens of the vocabulary.
-"""
-
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.round import check_name, check_number, join_prefixed
-
-Floats = npt.NDArray[np.float32]
-Booleans = npt.NDArray[np.bool_]
 
 HIGHEST_TOKEN = 2**24 - 1
 """Largest token id: far beyond vocabularies, and what a reader has to make room for at most."""
@@ -122,114 +99,20 @@ def parse_biases(values: Any) -> dict[int, Any]:
     return {int(token): bias for token, bias in values.items()}
 
 
-def scores(
-    logits: npt.ArrayLike,
-    sampling: Sampling,
-    seeds_N: npt.NDArray[np.uint32],
-    *,
-    prompt_V: Booleans | None = None,
-    counts_NV: npt.NDArray[np.integer[Any]] | None = None,
-) -> Floats:
-    """Return s of step 7, float32 [N, V], or l of step 2 at temperature 0; -inf where a token is not kept.
-
-    Args:
-        logits: Raw logits, [V] or [N, V].
-        sampling: Parameters.
-        seeds_N: Seeds of the steps; one for each row of logits.
-        prompt_V: Tokens that are in the prompt, [V] or [N, V], as :func:`mark_tokens` gives them; None for no token.
-        counts_NV: Times that a token is in the output before the step, as :func:`counts_before` gives them; None for 0.
-
-    Raises:
-        UsageError: The logits do not have a row for each seed, or a biased token is not in the vocabulary.
-    """
-    raw_NV = np.atleast_2d(np.asarray(logits, dtype=np.float32))
-    seeds_N = np.asarray(seeds_N, dtype=np.uint32)
-    check_rows(raw_NV.shape, len(seeds_N))
-    l_NV = penalise(raw_NV, sampling, prompt_V=prompt_V, counts_NV=counts_NV)
-    if sampling.greedy:
-        return l_NV
-    z_NV = l_NV / np.float32(sampling.temperature)
-    noise_NV = streams.get_backend("numpy", "cpu").gumbels(seeds_N, z_NV.shape[1])
-    s_NV: Floats = np.where(find_kept(z_NV, sampling), z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
-    return s_NV
-
-
-def penalise(
-    logits_NV: Floats,
-    sampling: Sampling,
-    *,
-    prompt_V: Booleans | None = None,
-    counts_NV: npt.NDArray[np.integer[Any]] | None = None,
-) -> Floats:
-    """Return l of step 2: the logits with bias and penalties."""
-    l_NV = logits_NV.copy()
-    check_biased(sampling.logit_bias, l_NV.shape[1])
-    for token, bias in sampling.logit_bias.items():
-        l_NV[:, token] += np.float32(bias)
-    if not sampling.penalises:
-        return l_NV
-    counts = np.zeros((), np.int32) if counts_NV is None else counts_NV
-    seen = (counts > 0) if prompt_V is None else (counts > 0) | prompt_V
-    repetition = np.float32(sampling.repetition_penalty)
-    l_NV = np.where(seen, np.where(l_NV > 0, l_NV / repetition, l_NV * repetition), l_NV)
-    l_NV = l_NV - np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
-    return l_NV - np.float32(sampling.presence_penalty) * (counts > 0).astype(np.float32)
-
-
-def find_kept(z_NV: Floats, sampling: Sampling) -> Booleans:
-    """Return which tokens are left after steps 4 to 6."""
-    kept_NV: Booleans = z_NV > -np.inf
-    if sampling.min_p > 0:
-        kept_NV &= z_NV >= z_NV.max(axis=1, keepdims=True) + np.float32(math.log(sampling.min_p))
-    if 0 < sampling.top_k < z_NV.shape[1]:
-        descending_NV = -np.sort(-np.where(kept_NV, z_NV, -np.inf), axis=1)
-        kept_NV &= z_NV >= descending_NV[:, sampling.top_k - 1, None]
-    if sampling.top_p < 1:
-        for z_V, kept_V in zip(z_NV, kept_NV, strict=True):
-            left = np.flatnonzero(kept_V)
-            order = left[np.argsort(-z_V[left], kind="stable")]
-            sorted_S = z_V[order].astype(np.float64)
-            sums = np.cumsum(np.exp(sorted_S - sorted_S[:1]))
-            # A token stays while those before it do not reach top_p together.
-            kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = False
-    return kept_NV
-
-
-def mark_tokens(ids: Sequence[int], vocab_size: int) -> Booleans:
+def mark_tokens(ids: Sequence[int], vocab_size: int) -> NDArray[np.bool_]:
     """Return which tokens of the vocabulary are among ids, bool [V]."""
     found_V = np.zeros(vocab_size, dtype=np.bool_)
     found_V[np.asarray(ids, dtype=np.int64)] = True
     return found_V
 
 
-def counts_before(output: Sequence[int], vocab_size: int, start: int, stop: int) -> npt.NDArray[np.int32]:
+def counts_before(output: Sequence[int], vocab_size: int, start: int, stop: int) -> NDArray[np.int32]:
     """Return how often each token is in the output before the steps ``start`` to ``stop - 1``, int32 [N, V]."""
     counts_NV = np.zeros((stop - start, vocab_size), dtype=np.int32)
     if stop > start:
         counts_NV[0] = np.bincount(np.asarray(output[:start], dtype=np.int64), minlength=vocab_size)
         counts_NV[np.arange(1, stop - start), np.asarray(output[start : stop - 1], dtype=np.int64)] = 1
     return np.cumsum(counts_NV, axis=0, dtype=np.int32)
-
-
-def check_rows(shape: tuple[int, ...], seeds: int) -> None:
-    """Refuse logits that are not [N, V] with a row for each of N seeds."""
-    if len(shape) != 2 or shape[0] != seeds:
-        raise UsageError(
-            f"logits of shape {tuple(shape)} with {seeds} seeds",
-            wanted="a row of logits for every seed",
-            do="pass logits [N, V] and seeds [N]",
-        )
-
-
-def check_biased(logit_bias: Mapping[int, float], vocab_size: int) -> None:
-    """Refuse a bias of a token that is not in the vocabulary."""
-    beyond = [token for token in logit_bias if token >= vocab_size]
-    if beyond:
-        raise UsageError(
-            f"a logit_bias of token {beyond[0]}",
-            wanted=f"a token below {vocab_size}, the size of the vocabulary",
-            do="leave it out of logit_bias",
-        )
 
 
 def _number(name: str, value: Any, low: float, high: float, *, zero: bool = False) -> float:
@@ -250,16 +133,40 @@ Stream = Literal["tokens", "sketch"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseSeed:
+class ResponseName:
+    """What a client calls a response.
+
+    Args:
+        user_seed: Seed of the client; empty where it gave none.
+        request_id: Name of the request.
+        index: Place among the answers that were asked for with one request.
+
+    Raises:
+        UsageError: A value is not printable, too long or out of range.
+    """
+
+    user_seed: str
+    request_id: str
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        do = "pass the seed of the client, or an empty text where it gave none"
+        check_name("user_seed", self.user_seed, fewest=0, do=do)
+        check_name("request_id", self.request_id, do="pass the id of the request")
+        check_number("index", self.index, 0, HIGHEST_INDEX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseSeed(ResponseName):
     """What the noise of one response follows from.
 
     Args:
         user_seed: Seed of the client; empty where it gave none.
         request_id: Name of the request.
+        index: Place among the answers that were asked for with one request.
         public_key: Key of the node that serves it.
         digest: SHA-256 of the tensors of the checkpoint, in hex.
         block_hash: Beacon that became known after the request was accepted.
-        index: Place among the answers that were asked for with one request.
 
     Raises:
         UsageError: A value is not printable, too long or out of range.
@@ -270,19 +177,15 @@ class ResponseSeed:
         '17:assay.responses/16:tokens0:2:r11:K6'
     """
 
-    user_seed: str
-    request_id: str
     public_key: str
     digest: str
     block_hash: str
-    index: int = 0
 
     def __post_init__(self) -> None:
-        check_request_texts(user_seed=self.user_seed, request_id=self.request_id)
+        super().__post_init__()
         check_block_hash(self.block_hash)
         check_name("public_key", self.public_key, do="pass the public key as the chain prints it")
         check_digest("digest", self.digest)
-        check_number("index", self.index, 0, HIGHEST_INDEX)
 
     @property
     def text(self) -> str:
@@ -313,16 +216,6 @@ def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.ui
     """
     seeds_1N: NDArray[np.uint32] = streams.step_seeds(words[None], np.asarray(steps, np.uint32))
     return seeds_1N.reshape(-1)
-
-
-def check_request_texts(*, user_seed: object, request_id: object) -> None:
-    """Refuse texts of a request that cannot be parts of a seed text.
-
-    Raises:
-        UsageError: Names the first of them.
-    """
-    check_name("user_seed", user_seed, fewest=0, do="pass the seed of the client, or an empty text where it gave none")
-    check_name("request_id", request_id, do="pass the id of the request")
 
 
 def check_block_hash(block_hash: object) -> None:

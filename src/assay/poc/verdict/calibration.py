@@ -16,7 +16,6 @@ from assay.files.storage import write_atomic
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.builds import Build
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.proof import parse_fingerprint
 from assay.poc.protocol.record import Fingerprint, Header
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.machines import FEWEST_MACHINES, LeftOut, MachineNoise, Sizes
@@ -281,7 +280,7 @@ class BuildNoise:
     @classmethod
     def from_first_version(cls, values: JsonObject) -> "BuildNoise":
         """Read the values of a file of schema 1, whose law was an upper one; errors are as of :meth:`from_dict`."""
-        machines = describe_machines([parse_fingerprint(values[name]) for name in ("prover", "validator")])
+        machines = describe_machines([Fingerprint.from_dict(values[name]) for name in ("prover", "validator")])
         law = read_law(values["law"])
         sizes = Sizes({(0, 1): law.size}, tuple(machine.kind for machine in machines))
         build = cls(
@@ -509,7 +508,7 @@ def _read_machine(values: Any) -> Machine:
     for text in (name, kind):
         if not isinstance(text, str) or len(text) > _LONGEST_NAME or not text.isprintable() or not name:
             raise ValueError(f"a name {text!r:.60}")
-    return Machine(name=name, kind=kind, fingerprint=None if stated is None else parse_fingerprint(stated))
+    return Machine(name=name, kind=kind, fingerprint=None if stated is None else Fingerprint.from_dict(stated))
 
 
 def _read_size(value: Any) -> float:
