@@ -51,13 +51,13 @@ def held(tmp_path, monkeypatch):
     settings = Settings(data_dir=tmp_path, max_receipts=3)
     database = open_database(tmp_path)
     keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
-    go, real = threading.Event(), keeper.add
+    go, real = threading.Event(), keeper._write
 
     def add(receipts):
         assert go.wait(20)
         return real(receipts)
 
-    monkeypatch.setattr(keeper, "add", add)
+    monkeypatch.setattr(keeper, "_write", add)
     yield keeper, go
     go.set()
     keeper.close()
@@ -157,7 +157,7 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
 
 
 def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real, calls = service.controller.receipts.add, []
+    real, calls = service.controller.receipts._write, []
 
     def add(receipts):
         calls.append(1)
@@ -165,7 +165,7 @@ def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
             raise RuntimeError("something else")
         return real(receipts)
 
-    monkeypatch.setattr(service.controller.receipts, "add", add)
+    monkeypatch.setattr(service.controller.receipts, "_write", add)
     with pytest.raises(Refusal, match="could not be written"):
         store(service, receipt("chat"))
     store(service, receipt("chat"))

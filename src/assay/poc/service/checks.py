@@ -1,6 +1,6 @@
 """Checks before any work is done: of limits and parameters, and of what the network agreed on (``--pins``)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from assay.poc.service.rounds import RoundValues, State, StoredRound
 from assay.poc.service.settings import Settings
 
 MISMATCH = "pins mismatch"
+PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
+"""Preset by (use_layer_hooks, use_sign_flips)."""
 
 
 def check_deployed(deployment: Deployment, settings: Settings) -> None:
@@ -49,89 +51,61 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
 
 
 def check_round(round: Round, settings: Settings, *, share: bool) -> None:
-    """Refuse a round that the network did not agree on.
+    """Refuse with 409 a round that the network did not agree on; names all values that contradict.
 
-    Args:
-        round: Round that is asked for, or that is continued.
-        settings: Settings that name the pins.
-        share: Whether the round is generated, so that its key and share must be of a node where the pins list nodes. A
-            validator's round has a key of its own.
-
-    Raises:
-        Refusal: 409; names all values that contradict.
+    ``share`` says that the round is generated, so that its key and share must be of a node where the pins list nodes. A
+    validator's round has a key of its own.
     """
     pins = settings.pins
-    if pins is None:
-        return
-    names = pins.differing(round)
-    if share or not pins.nodes:
-        names += pins.foreign(round.public_key, round.node_id, round.node_count)
-    if names:
-        agreed = {name: value for name in names if (value := getattr(pins.round, name, None)) is not None}
-        raise _refusal(names, {name: getattr(round, name) for name in names}, agreed)
-
-
-def check_prover(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
-    """Refuse distances of a key or a share that is of no node of the network.
-
-    Raises:
-        Refusal: 409; names the key or the share.
-    """
-    pins = settings.pins
-    if pins is None or not pins.nodes:
-        return
-    names = pins.foreign(request.public_key, request.node_id, stored.node_count)
-    if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
-        names = tuple(name for name in names if name == "public_key")
-    if names:
-        stated = {"public_key": request.public_key, "node_id": request.node_id, "node_count": stored.node_count}
-        raise _refusal(names, {name: stated[name] for name in names}, {})
-
-
-def check_batch(batch_size: int, deployment: Deployment, settings: Settings) -> None:
-    """Refuse a batch size that no build of the deployed model allows.
-
-    Raises:
-        Refusal: 409.
-    """
-    builds = _builds(deployment, settings.pins)
-    if builds and not any(build.allows("batch_size", batch_size) for build in builds):
-        agreed = sorted({size for build in builds for size in build.batch_size}, key=str)
-        raise _refusal(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
+    if pins is not None:
+        names = pins.differing(round)
+        if share or not pins.nodes:
+            names += pins.foreign(round.public_key, round.node_id, round.node_count)
+        _check_agreed(names, vars(round), vars(pins.round))
 
 
 def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Settings) -> None:
-    """Refuse an engine that is of no build that the network allows.
-
-    Raises:
-        Refusal: 409; names the fields of the fingerprint that differ from the nearest build.
-    """
+    """Refuse with 409 an engine that is of no build that the network allows; names what the nearest one has else."""
     build, names = nearest_build(_builds(deployment, settings.pins), fingerprint)
-    if names:
-        stated = {name: describe_build(fingerprint)[name] for name in names}
-        raise _refusal(names, stated, {name: getattr(build, name) for name in names})
+    _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
+
+
+def _check_batch(batch_size: int, deployment: Deployment, settings: Settings) -> None:
+    builds = _builds(deployment, settings.pins)
+    if builds and not any(build.allows("batch_size", batch_size) for build in builds):
+        agreed = sorted({size for build in builds for size in build.batch_size}, key=str)
+        _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
+
+
+def _check_prover(request: ValidateRequest, stored: StoredRound, pins: NetworkPins | None) -> None:
+    """Refuse distances of a key or a share that is of no node of the network."""
+    if pins is not None and pins.nodes:
+        names = pins.foreign(request.public_key, request.node_id, stored.node_count)
+        if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
+            names = tuple(name for name in names if name == "public_key")
+        _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
 
 
 def _builds(deployment: Deployment, pins: NetworkPins | None) -> tuple[Build, ...]:
     return () if pins is None else pins.model(deployment.digest).builds
 
 
-def _refusal(names: tuple[str, ...], requested: dict[str, Any], agreed: dict[str, Any]) -> Refusal:
-    listed = {"public_key", "node_id", "node_count"}.intersection(names) - agreed.keys()
-    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in agreed.items()}
+def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Mapping[str, Any]) -> None:
+    """Refuse stated values that contradict the pins, by their names; ``agreed`` has what the pins say of them."""
+    if not names:
+        return
+    pinned = {name: agreed[name] for name in names if agreed.get(name) is not None}
+    listed = {"public_key", "node_id", "node_count"}.intersection(names) - pinned.keys()
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in pinned.items()}
     wanted = [f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()]
-    wanted += ["a node of the network"] if listed else []
-    return Refusal(
+    requested = {name: stated[name] for name in names}
+    raise Refusal(
         409,
         f"{MISMATCH}: {', '.join(names)}",
-        wanted=", ".join(wanted),
+        wanted=", ".join(wanted + ["a node of the network"] * bool(listed)),
         do="ask for what the network agreed on, or start the service with the pins that hold now",
-        fields={"error": MISMATCH, "requested": requested, "pinned": agreed, "fields": list(names)},
+        fields={"error": MISMATCH, "requested": requested, "pinned": pinned, "fields": list(names)},
     )
-
-
-PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
-"""Preset by (use_layer_hooks, use_sign_flips)."""
 
 
 def round_values(
@@ -143,50 +117,38 @@ def round_values(
         UsageError: A field is out of range.
         Refusal: 400 without a share where one is needed, 409 for other parameters than deployed or agreed on.
     """
-    node_id, node_count = request.node_id, request.node_count
+    share = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
-        url, seq_len, preset = request.url, request.params.seq_len, str(request.params.preset)
-        r_target, fraud_threshold = 2.0, 0.01
+        own: dict[str, Any] = {"r_target": 2.0, "fraud_threshold": 0.01, "callback_url": request.url}
+        own |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
     else:
-        url, seq_len, preset = request.callback_url, request.seq_len, _preset(request)
-        r_target, fraud_threshold = request.r_target, request.fraud_threshold
-        if -1 in (node_id, node_count):
+        own = {name: getattr(request, name) for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")}
+        own["preset"] = _preset(request)
+        if -1 in share.values():
             if needs_share:
                 seen, wanted = "Node ID and node count must be set", "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
-            node_id, node_count = 0, 1
-    _check_work(url, request.batch_size, seq_len + get_pipeline(preset).steps, deployment, settings)
+            share = {"node_id": 0, "node_count": 1}
+    positions = own["seq_len"] + get_pipeline(own["preset"]).steps
+    _check_work(own["callback_url"], request.batch_size, positions, deployment, settings)
+    same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
     asked = RoundValues(
-        block_hash=request.block_hash,
-        public_key=request.public_key,
-        block_height=request.block_height,
-        node_id=node_id,
-        node_count=node_count,
-        group_id=request.group_id,
-        n_groups=request.n_groups,
-        preset=preset,
-        seq_len=seq_len,
-        batch_size=request.batch_size,
-        r_target=r_target,
+        **{name: getattr(request, name) for name in same},
+        **share,
+        **own,
         strength=256 if request.poc_stronger_rng else 32,
         reference=deployment.reference,
         digest=deployment.digest,
         weights=deployment.weights,
-        fraud_threshold=fraud_threshold,
-        callback_url=url,
     )
     check_round(asked.round, settings, share=needs_share)  # an error says which field is out of range
-    check_batch(request.batch_size, deployment, settings)
+    _check_batch(request.batch_size, deployment, settings)
     return asked
 
 
 def check_same_model(stored: StoredRound, deployment: Deployment, state: State) -> None:
-    """Refuse to work on a round of another model than the deployed one.
-
-    Raises:
-        Refusal: 409; names both models, and the state of the service.
-    """
+    """Refuse with 409 to work on a round of another model than the deployed one; names both, and the state."""
     if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
         raise Refusal(
             409,
@@ -205,32 +167,22 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
             or nonces of another node.
         ProofMismatch: One forward pass would serve several of the nonces.
     """
+    fields: dict[str, Any] = {"state": "VALIDATING"}
     other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
     if other:
-        raise Refusal(
-            409,
-            f"a proof with another {' and '.join(other)} than the round's",
-            wanted=f"block_hash {stored.block_hash!r} at height {stored.block_height}",
-            do="send /init/validate for that block first",
-            fields={"state": "VALIDATING", "fields": other},
-        )
+        seen = f"a proof with another {' and '.join(other)} than the round's"
+        wanted = f"block_hash {stored.block_hash!r} at height {stored.block_height}"
+        do = "send /init/validate for that block first"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields=fields | {"fields": other})
     if get_pipeline(stored.preset).output != "distance":
-        raise Refusal(
-            409,
-            "distances for a round of vectors",
-            wanted="a round that was begun with r_target",
-            do="check vectors with /generate and its field validation",
-            fields={"state": "VALIDATING"},
-        )
-    check_prover(request, stored, settings)
+        wanted, do = "a round that was begun with r_target", "check vectors with /generate and its field validation"
+        raise Refusal(409, "distances for a round of vectors", wanted=wanted, do=do, fields=fields)
+    _check_prover(request, stored, settings.pins)
     different = len(set(_limited(request.nonces, settings)))
     if not len(request.nonces) == len(request.dist) == different:
-        raise Refusal(
-            422,
-            f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances",
-            wanted="one distance per nonce, every nonce once",
-            do="send both lists in the same order",
-        )
+        seen = f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances"
+        wanted, do = "one distance per nonce, every nonce once", "send both lists in the same order"
+        raise Refusal(422, seen, wanted=wanted, do=do)
     foreign = [n for n in request.nonces if request.node_id >= 0 and n % stored.node_count != request.node_id]
     if foreign and stored.node_count > 1:
         raise Refusal(
@@ -251,11 +203,11 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
         ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
-    steps = get_pipeline(request.params.preset).steps
-    _check_work(request.url, request.batch_size, request.params.seq_len + steps, deployment, settings)
+    positions = request.params.seq_len + get_pipeline(request.params.preset).steps
+    _check_work(request.url, request.batch_size, positions, deployment, settings)
     round = job_round(request, deployment.reference)
     check_round(round, settings, share=True)
-    check_batch(request.batch_size, deployment, settings)
+    _check_batch(request.batch_size, deployment, settings)
     round.check_nonces(sorted(_limited(request.nonces, settings)))
     if request.validation is not None:
         check_distinct_seeds(round, request.nonces)
@@ -266,8 +218,7 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
-    requested = params.model_dump(exclude={"preset"})
-    pipeline = get_pipeline(params.preset)
+    requested, pipeline = params.model_dump(exclude={"preset"}), get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
         raise Refusal(
             409,
@@ -276,35 +227,22 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
             do="prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers",
             fields={"fields": ["preset"]},
         )
-    k_dim = pipeline.vector_size
-    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": k_dim}
+    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": pipeline.vector_size}
     other = sorted(name for name, value in deployed.items() if requested[name] != value)
     if other:
-        raise Refusal(
-            409,
-            "params mismatch: " + ", ".join(other),
-            wanted=", ".join(f"{name} {deployed[name]}" for name in other),
-            do="ask for what is deployed",
-            fields={"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other},
-        )
+        seen, wanted = "params mismatch: " + ", ".join(other), ", ".join(f"{name} {deployed[name]}" for name in other)
+        fields = {"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other}
+        raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
 
 
-def _check_work(
-    url: str | None,
-    batch_size: int,
-    positions: int,
-    deployment: Deployment,
-    settings: Settings,
-) -> None:
+def _check_work(url: str | None, batch_size: int, positions: int, deployment: Deployment, settings: Settings) -> None:
     """Refuse a callback URL, or a shape, that is outside the bounds of the service."""
     if url is not None:
         check_url(url, allow_private=settings.allow_private_callbacks)
     if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
+        wanted = f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence"
         raise Refusal(
-            422,
-            f"batch_size {batch_size} × seq_len {positions}",
-            wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence",
-            do="lower batch_size or seq_len",
+            422, f"batch_size {batch_size} × seq_len {positions}", wanted=wanted, do="lower batch_size or seq_len"
         )
 
 

@@ -76,24 +76,23 @@ class Jobs:
         """
         settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
-            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0)).where(self._is_open)
-            waiting = connection.execute(queued).scalar_one()
+            has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
+            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url)).where(
+                self._is_open
+            )
+            waiting, announced = connection.execute(queued).one()
             if waiting + len(request.nonces) > settings.max_queued_nonces:
-                raise Refusal(
-                    429,
-                    f"{waiting} nonces are queued",
-                    wanted=f"at most {settings.max_queued_nonces} with these {len(request.nonces)}",
-                    do="send it again later",
-                    retry_after=10,
-                )
-            if request.url is not None and self._announced(connection) >= settings.max_pending_jobs:
-                raise Refusal(
-                    429,
+                seen = f"{waiting} nonces are queued"
+                wanted = f"at most {settings.max_queued_nonces} with these {len(request.nonces)}"
+                raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
+            undelivered = announced + self._outbox.owed(connection, None)
+            if request.url is not None and undelivered >= settings.max_pending_jobs:
+                seen, wanted = (
                     "too many callbacks of artifact jobs are undelivered",
-                    wanted=f"fewer than {settings.max_pending_jobs}",
-                    do="repair their receivers, or send the job without a url and ask for its result",
-                    retry_after=10,
+                    f"fewer than {settings.max_pending_jobs}",
                 )
+                do = "repair their receivers, or send the job without a url and ask for its result"
+                raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {
                 "id": job_id,
                 "seq": sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1).scalar_subquery(),
@@ -104,12 +103,6 @@ class Jobs:
             }
             connection.execute(self._table.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
-
-    def _announced(self, connection: sa.Connection) -> int:
-        """Return how many callbacks of jobs are undelivered, with those of the jobs that are not finished."""
-        has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-        query = sa.select(sa.func.count()).where(self._is_open, has_url)
-        return int(connection.execute(query).scalar_one()) + self._outbox.owed(connection, None)
 
     def watch(self, job_id: str) -> "Future[JsonObject]":
         """Return a future of the state that a job has once it is finished. Only the sender of a job watches it."""
@@ -127,12 +120,8 @@ class Jobs:
         """
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
         if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
-            raise Refusal(
-                404,
-                "no such request",
-                wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s ago",
-                do="send the request again",
-            )
+            wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
+            raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
         return _state(rows[0])
 
     def cancel(self, job_id: str) -> JsonObject:
@@ -159,19 +148,21 @@ class Jobs:
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
-            return self._step(deployment)
+            if self._running is None or not self._still_runs(self._running):
+                self._running = None
+                self._running = self._next(deployment)
+            if self._running is None:
+                return False
+            if not self._advance(self._running, deployment):
+                # Only now: where the disk is full, finishing is tried again.
+                self._running = None
         except StorageError as error:
             log.warning("job waits", reason=error.seen)
             time.sleep(STORAGE_PAUSE)
-            return True
+        return True
 
-    def _step(self, deployment: Deployment) -> bool:
-        if self._running is None or not self._still_runs(self._running):
-            self._running = None
-            self._running = self._next(deployment)
-        if self._running is None:
-            return False
-        job = self._running
+    def _advance(self, job: _Running, deployment: Deployment) -> bool:
+        """Do a batch of a job; return False once the job has ended."""
         try:
             batch = next(job.batches, None)
             if batch is not None:
@@ -185,9 +176,7 @@ class Jobs:
             self._finish(job.id, "failed", error=str(error))
         else:
             self._finish(job.id, "completed", result, job.request)
-        # Only now: where the disk is full, finishing is tried again.
-        self._running = None
-        return True
+        return False
 
     def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
         if len(records) != len(request.nonces):
@@ -271,12 +260,9 @@ def job_round(request: GenerateRequest, reference: str) -> Round:
     Raises:
         UsageError: A field is out of range, or a nonce belongs to another node.
     """
+    same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
     return Round(
-        block_hash=request.block_hash,
-        public_key=request.public_key,
-        block_height=request.block_height,
-        node_id=request.node_id,
-        node_count=request.node_count,
+        **{name: getattr(request, name) for name in same},
         model=reference,
         preset=request.params.preset,
         seq_len=request.params.seq_len,
@@ -295,9 +281,6 @@ def _received(request: GenerateRequest) -> list[Record]:
 
 def _packed(record: Record) -> str:
     if isinstance(record, VectorRecord) and not math.isfinite(float(np.sum(record.vector.astype(np.float64)))):
-        raise ProofFormatError(
-            f"the engine returned no finite vector for nonce {record.nonce}",
-            wanted="finite vectors",
-            do="check the checkpoint and the device",
-        )
+        seen = f"the engine returned no finite vector for nonce {record.nonce}"
+        raise ProofFormatError(seen, wanted="finite vectors", do="check the checkpoint and the device")
     return base64.b64encode(pack_record(record)).decode("ascii")

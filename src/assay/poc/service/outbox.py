@@ -10,7 +10,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,35 +63,45 @@ class Outbox:
 
         No callback announces more than twice ``most`` nonces.
         """
-        table, c = self._table, self._c
-        is_open = (c.round_id == round_id) & (c.kind == "generated") & (c.status == "open")
         for start in range(0, len(nonces), most):
             part = nonces[start : start + most]
-            row = connection.execute(sa.select(*self._columns).where(is_open)).first()
-            if row is None or row.url != url:
-                connection.execute(table.update().where(is_open).values(status="pending"))
-                row = self._insert(connection, round_id, "generated", url, status="open", first_nonce=part[0])
+            row = self._collecting(connection, round_id, "generated", url, part[0])
             self._extend(connection, row, part, interval=interval, most=most)
 
     def announce_receipts(
         self, connection: sa.Connection, url: str, stored: Sequence[tuple[int, int]], *, interval: float, most: int
     ) -> None:
-        """Owe callbacks for receipts that were stored: extend the open one, or open others.
+        """Owe callbacks for receipts that were stored, as sequence number and header of each, in order.
 
-        Args:
-            connection: Transaction that stores them.
-            url: URL of the receiver.
-            stored: Sequence number and header of each, in order. One callback has receipts of one header.
-            interval: Time for which receipts are collected.
-            most: Receipts of one callback.
+        One callback has up to ``most`` receipts of one header.
         """
         for header, group in itertools.groupby(stored, key=lambda each: each[1]):
             numbers = [seq for seq, _ in group]
             while numbers:
-                row = self._collecting(connection, url, header, numbers[0])
+                row = self._collecting(connection, None, RECEIPTS, url, numbers[0], header)
                 part = numbers[: max(1, most - row.nonces)]
                 self._extend(connection, row, part, interval=interval, most=most)
                 del numbers[: len(part)]
+
+    def _collecting(
+        self,
+        connection: sa.Connection,
+        round_id: int | None,
+        kind: str,
+        url: str,
+        first: int,
+        header: int | None = None,
+    ) -> sa.Row[Any]:
+        """Return the open callback of a kind, for receipts of one header, or a new one that begins with ``first``."""
+        c, receipts = self._c, self._db["receipts"].c
+        is_open = (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
+        row = connection.execute(sa.select(*self._columns).where(is_open)).first()
+        if row is not None and row.url == url:
+            last = sa.select(receipts.header_id).where(receipts.seq == row.last_nonce)
+            if header is None or connection.execute(last).scalar() == header:
+                return row
+        connection.execute(self._table.update().where(is_open).values(status="pending"))
+        return self._insert(connection, round_id, kind, url, status="open", first_nonce=first)
 
     def _extend(
         self, connection: sa.Connection, row: sa.Row[Any], part: Sequence[int], *, interval: float, most: int
@@ -101,18 +111,6 @@ class Outbox:
         due = count >= most or abs(time.time() - row.created_at) >= interval
         values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
         connection.execute(self._table.update().where(self._c.id == row.id).values(values))
-
-    def _collecting(self, connection: sa.Connection, url: str, header: int, first: int) -> sa.Row[Any]:
-        """Return the open callback for receipts of a header, or a new one that begins with ``first``."""
-        table, c, receipts = self._table, self._c, self._db["receipts"].c
-        is_open = (c.kind == RECEIPTS) & (c.status == "open")
-        row = connection.execute(sa.select(*self._columns).where(is_open)).first()
-        if row is not None and row.url == url:
-            last = sa.select(receipts.header_id).where(receipts.seq == row.last_nonce)
-            if connection.execute(last).scalar() == header:
-                return row
-        connection.execute(table.update().where(is_open).values(status="pending"))
-        return self._insert(connection, None, RECEIPTS, url, status="open", first_nonce=first)
 
     def forget_receipts(self, connection: sa.Connection) -> None:
         """Owe no callback for receipts that were all deleted."""
@@ -127,14 +125,8 @@ class Outbox:
     def _insert(
         self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
     ) -> sa.Row[Any]:
-        values |= {
-            "id": f"msg_{uuid.uuid4().hex}",
-            "round_id": round_id,
-            "kind": kind,
-            "url": url,
-            "created_at": time.time(),
-            "next_attempt_at": 0.0,
-        }
+        values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
+        values |= {"created_at": time.time(), "next_attempt_at": 0.0}
         return connection.execute(self._table.insert().values(values).returning(*self._columns)).one()
 
     def close_open(self, interval: float) -> None:
@@ -163,19 +155,12 @@ class Outbox:
     def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
         """Return what a receiver has to know of receipts in order to fetch them, and to see that they stay the same."""
         c, headers = self._db["receipts"].c, self._db["receipt_headers"].c
-        query = sa.select(c.seq, c.request_id, c.choice, c.block_hash, c.tokens, c.sha256, headers.text)
+        query = sa.select(headers.text, c.seq, c.request_id, c.choice.label("index"), c.block_hash, c.tokens, c.sha256)
         run = c.seq.between(callback.first_nonce, callback.last_nonce) & (headers.id == c.header_id)
-        rows = connection.execute(query.where(run).order_by(c.seq)).all()
-        header = loads(rows[0].text, "header of receipts") if rows else {}
+        rows = [dict(row._mapping) for row in connection.execute(query.where(run).order_by(c.seq))]
+        header = loads(rows[0]["text"], "header of receipts") if rows else {}
         receipts = [
-            {
-                "seq": row.seq,
-                "request_id": row.request_id,
-                "index": row.choice,
-                "block_hash": row.block_hash,
-                "tokens": row.tokens,
-                "sha256": row.sha256.hex(),
-            }
+            {name: value for name, value in row.items() if name != "text"} | {"sha256": row["sha256"].hex()}
             for row in rows
         ]
         return {"public_key": header.get("public_key"), "model": header.get("model"), "receipts": receipts}
@@ -209,10 +194,9 @@ class Outbox:
     def counts(self) -> dict[str, int]:
         """Return how many callbacks are pending (open ones included) and dead."""
         count, status = sa.select(sa.func.count()).select_from(self._table), self._c.status
-        with self._db.read() as connection:
-            owed = connection.execute(count.where(status.in_(OWED))).scalar_one()
-            dead = connection.execute(count.where(status == "dead")).scalar_one()
-        return {"pending": owed, "dead": dead}
+        owed, dead = count.where(status.in_(OWED)), count.where(status == "dead")
+        (row,) = self._db.rows(sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead")))
+        return row._asdict()
 
     def owed(self, connection: sa.Connection, round_id: int | None) -> int:
         """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
@@ -248,11 +232,7 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
         StorageError: The database cannot be read.
     """
     if not (data_dir / FILE).is_file():
-        raise UsageError(
-            f"no database in {data_dir}", wanted="the data directory of a service", do="pass its --data-dir"
-        )
-    database = open_database(data_dir, exclusive=False)
-    try:
+        seen, wanted = f"no database in {data_dir}", "the data directory of a service"
+        raise UsageError(seen, wanted=wanted, do="pass its --data-dir")
+    with closing(open_database(data_dir, exclusive=False)) as database:
         yield Outbox(database)
-    finally:
-        database.close()

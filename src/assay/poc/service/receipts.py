@@ -13,6 +13,7 @@ import structlog
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from typing_extensions import override
 
 from assay.errors import AssayError, StorageError
 from assay.files.database import Database
@@ -90,7 +91,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
         super().__init__("assay-receipts", most=settings.max_receipts)
-        self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
+        self.database, self._outbox, self.settings, self.metrics = database, outbox, settings, metrics
+        self._table, self._c = database["receipts"], database["receipts"].c
         if settings.receipt_callback_url is not None:
             check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._headers: dict[str, int] = {}
@@ -102,50 +104,31 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     def sink(self, header: ReceiptHeader) -> "ReceiptSink":
         """Return where the receipts go that stand under a header in a file."""
-        return ReceiptSink(self, header, self._settings, self._metrics)
+        return ReceiptSink(self, header)
 
     # Writing
 
-    def _write(self, items: list[NewReceipt]) -> list[bool]:
-        started = time.perf_counter()
-        self._lost = sum(len(item.line) for item in items)
-        fresh = self.add(items)
-        self._lost = 0
-        self._metrics.receipt_seconds.observe(time.perf_counter() - started)
-        self._metrics.receipts.labels("new").inc(sum(fresh))
-        self._metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
-        return fresh
+    @override
+    def _write(self, items: Sequence[NewReceipt]) -> list[bool]:
+        """Store receipts in one transaction; return of each whether it is new.
 
-    def _refusal(self, seen: str) -> Refusal:
-        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
-
-    def _rest(self, wrote: bool) -> None:
-        """See whether the disk has room again, delete what is old, and leave nothing of it behind."""
-        if self.failing and not wrote:
-            self._probe()
-        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
-            count = self.prune(self._settings.receipt_days * DAY)
-            self._metrics.receipts_deleted.labels("age").inc(count)
-            if not count:  # otherwise there may be more
-                self._pruned_at = time.monotonic()
-        self.tidy()
-
-    def add(self, items: Sequence[NewReceipt]) -> list[bool]:
-        """Store receipts in one transaction; return of each whether it is new. They are on disk when this returns.
-
-        A receipt that is stored already, byte for byte and under the same header, is not stored twice. Only one thread
-        may call this.
+        A receipt that is stored already, byte for byte and under the same header, is not stored twice.
         """
+        started = time.perf_counter()
+        self._lost = sum(len(item.line) for item in items)  # until they are written
         now, headers, fresh, announced = time.time(), dict(self._headers), [], []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
             "line) SELECT ?,?,?,?,?,?,?,?,?,?,? "
             "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id = ?) RETURNING seq"
         )
-        with self._db.write() as connection:
+        with self.database.write() as connection:
             for text, receipt, line in items:
                 if text not in headers:
-                    headers[text] = _header_id(connection, text)
+                    new = "INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING"
+                    connection.exec_driver_sql(new, (text,))
+                    found = connection.exec_driver_sql("SELECT id FROM receipt_headers WHERE text = ?", (text,))
+                    headers[text] = int(found.scalar_one())
                 header, name, encoded = headers[text], _name(receipt.request_id), line.encode()
                 sha256 = hashlib.sha256(encoded).digest()
                 about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
@@ -155,25 +138,38 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 fresh.append(seq is not None)
                 if seq is not None:
                     announced.append((int(seq), header))
-            url, settings = self._settings.receipt_callback_url, self._settings
+            url, interval = self.settings.receipt_callback_url, self.settings.callback_interval
             if url is not None:
-                most = min(settings.callback_nonces, ANNOUNCED)
-                self._outbox.announce_receipts(
-                    connection, url, announced, interval=settings.callback_interval, most=most
-                )
-        self._headers = headers
+                most = min(self.settings.callback_nonces, ANNOUNCED)
+                self._outbox.announce_receipts(connection, url, announced, interval=interval, most=most)
+        self._headers, self._lost = headers, 0
+        self.metrics.receipt_seconds.observe(time.perf_counter() - started)
+        self.metrics.receipts.labels("new").inc(sum(fresh))
+        self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
 
-    def _probe(self) -> None:
-        """Write and delete about as many bytes as receipts that found no room.
+    @override
+    def _refusal(self, seen: str) -> Refusal:
+        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
 
-        Raises:
-            StorageError: There is no room yet.
-        """
+    @override
+    def _rest(self, wrote: bool) -> None:
+        # See whether the disk has room again, delete what is old, and leave nothing of it behind.
+        if self.failing and not wrote:
+            self._probe()
+        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
+            count = self.prune(self.settings.receipt_days * DAY)
+            self.metrics.receipts_deleted.labels("age").inc(count)
+            if not count:  # otherwise there may be more
+                self._pruned_at = time.monotonic()
+        self.tidy()
+
+    def _probe(self) -> None:
+        """Write and delete about as many bytes as receipts that found no room."""
         filler = min(max(self._lost, _ROOM[0]), _ROOM[1])
-        with self._db.write() as connection:
+        with self.database.write() as connection:
             connection.exec_driver_sql("INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,))
-        with self._db.write() as connection:
+        with self.database.write() as connection:
             connection.exec_driver_sql("DELETE FROM receipt_room")
 
     # Reading
@@ -184,73 +180,58 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         Raises:
             Refusal: 404, no such receipt; 413, they are too large for one answer.
         """
-        where, values = _request(request_id, index)
-        with self._db.read() as connection:
-            query = f"SELECT count(*), coalesce(sum(size), 0) FROM receipts WHERE {where}"
-            count, size = connection.exec_driver_sql(query, values).one()
+        c, headers, where = self._c, self.database["receipt_headers"].c, self._of(request_id, index)
+        columns = (c.seq, c.at, c.sha256, headers.text, c.line)
+        query = sa.select(*columns).where(headers.id == c.header_id, *where).order_by(c.choice, c.seq)
+        with self.database.read() as connection:
+            sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.size), 0)).where(*where)
+            count, size = connection.execute(sizes).one()
             if not count:
                 raise _unknown()
             if size > MOST_BYTES:
-                raise Refusal(
-                    413,
-                    f"{count} receipts of {size} bytes",
-                    wanted=f"at most {MOST_BYTES} bytes in one answer",
-                    do="ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id=",
-                )
-            query = (
-                "SELECT seq, at, lower(hex(sha256)), text, line FROM receipts "
-                f"JOIN receipt_headers ON receipt_headers.id = header_id WHERE {where} ORDER BY choice, seq"
-            )
+                seen, wanted = f"{count} receipts of {size} bytes", f"at most {MOST_BYTES} bytes in one answer"
+                do = "ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id="
+                raise Refusal(413, seen, wanted=wanted, do=do)
             return [
-                f'{{"seq":{seq},"stored_at":{at!r},"sha256":"{digest}","header":{header},"receipt":{line}}}'
-                for seq, at, digest, header, line in connection.exec_driver_sql(query, values)
+                f'{{"seq":{seq},"stored_at":{at!r},"sha256":"{sha256.hex()}","header":{header},"receipt":{line}}}'
+                for seq, at, sha256, header, line in connection.execute(query)
             ]
 
     def listed(self, after: int, limit: int) -> list[JsonObject]:
         """Return what there is to know of receipts after a sequence number without reading them, oldest first."""
-        query = (
-            'SELECT seq, request_id, choice AS "index", block_hash, tokens, finish, size, at AS stored_at, '
-            "lower(hex(sha256)) AS sha256 FROM receipts WHERE seq > ? ORDER BY seq LIMIT ?"
-        )
-        with self._db.read() as connection:
-            return [dict(row._mapping) for row in connection.exec_driver_sql(query, (after, limit))]
+        c, sha256 = self._c, sa.func.lower(sa.func.hex(self._c.sha256)).label("sha256")
+        about = (c.seq, c.request_id, c.choice.label("index"), c.block_hash, c.tokens, c.finish, c.size)
+        query = sa.select(*about, c.at.label("stored_at"), sha256).where(c.seq > after).order_by(c.seq).limit(limit)
+        return [dict(row._mapping) for row in self.database.rows(query)]
 
     def page(self, after: int, limit: int, *, request_id: str | None = None) -> Page:
         """Return the longest run of receipts after a sequence number that makes one file of bounded size."""
-        where, values = ("1", ()) if request_id is None else _request(request_id)
-        query = (
-            f"SELECT seq, header_id, name, choice, size FROM receipts WHERE seq > ? AND {where} ORDER BY seq LIMIT ?"
-        )
-        taken: list[int] = []
-        chunks: list[int] = [after]
+        c, headers = self._c, self.database["receipt_headers"].c
+        query = sa.select(c.seq, c.header_id, c.name, c.choice, c.size).where(c.seq > after, *self._of(request_id))
+        chunks, last, header, more = [after], None, None, False
         seen: set[tuple[bytes, int]] = set()
         total = part = 0
-        header, more = None, False
-        with self._db.read() as connection:
-            for seq, header_id, name, choice, size in connection.exec_driver_sql(query, (after, *values, limit + 1)):
+        with self.database.read() as connection:
+            for seq, header_id, name, choice, size in connection.execute(query.order_by(c.seq).limit(limit + 1)):
                 total += size
                 other = header not in (None, header_id) or (name, choice) in seen
-                if len(taken) == limit or other or (taken and total > MOST_BYTES):
+                if len(seen) == limit or other or (last is not None and total > MOST_BYTES):
                     more = True
                     break
-                if taken and part + size > _CHUNK_BYTES:
-                    chunks.append(taken[-1])
+                if last is not None and part + size > _CHUNK_BYTES:
+                    chunks.append(last)
                     part = 0
                 part += size
-                taken.append(seq)
                 seen.add((name, choice))
-                header = header_id
-            chunks += taken[-1:]
-            text = "SELECT text FROM receipt_headers WHERE id = ?"
-            line = None if header is None else connection.exec_driver_sql(text, (header,)).scalar_one()
-        return Page(line, tuple(chunks), more)
+                last, header = seq, header_id
+            line = connection.execute(sa.select(headers.text).where(headers.id == header)).scalar()
+        return Page(line, (*chunks, *([] if last is None else [last])), more)
 
     def lines(self, low: int, high: int, *, request_id: str | None = None) -> list[tuple[int, str]]:
         """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a page's ``chunks``."""
-        where, values = ("1", ()) if request_id is None else _request(request_id)
-        query = f"SELECT tokens, line FROM receipts WHERE seq > ? AND seq <= ? AND {where} ORDER BY seq"
-        with self._db.read() as connection:
-            return [(tokens, line) for tokens, line in connection.exec_driver_sql(query, (low, high, *values))]
+        c = self._c
+        query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
+        return [(tokens, line) for tokens, line in self.database.rows(query)]
 
     # Deleting
 
@@ -261,15 +242,14 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             Refusal: 404, no such receipt.
             StorageError: The file cannot be written.
         """
-        where, values = _request(request_id, index)
-        with self._db.write() as connection:
-            count = connection.exec_driver_sql(f"DELETE FROM receipts WHERE {where}", values).rowcount
+        with self.database.write() as connection:
+            count = connection.execute(self._table.delete().where(*self._of(request_id, index))).rowcount
             if not count:
                 raise _unknown()
             self._outbox.forget_receipts(connection)
         self._journal_owed = True
         self.tidy()
-        self._metrics.receipts_deleted.labels("request").inc(count)
+        self.metrics.receipts_deleted.labels("request").inc(count)
         return count
 
     def prune(self, keep: float) -> int:
@@ -277,11 +257,10 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
         A clock that is suddenly far ahead deletes nothing: time is counted from the start of the process.
         """
-        now = min(time.time(), self._started + time.monotonic())
-        with self._db.write() as connection:
-            old = "SELECT seq FROM receipts WHERE at < ? ORDER BY at LIMIT ?"
-            delete = f"DELETE FROM receipts WHERE seq IN ({old})"
-            count = connection.exec_driver_sql(delete, (now - keep, _PRUNED)).rowcount
+        now, c = min(time.time(), self._started + time.monotonic()), self._c
+        old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
+        with self.database.write() as connection:
+            count = connection.execute(self._table.delete().where(c.seq.in_(old))).rowcount
             if count:
                 self._outbox.forget_receipts(connection)
         if count:  # and is else left alone: another thread may just have set it
@@ -294,15 +273,15 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             if self._journal_owed:
                 self._journal_owed = False  # now: what is deleted meanwhile owes another time
                 try:
-                    if not self._db.empty_journal():
+                    if not self.database.empty_journal():
                         self._journal_owed = True
                 except StorageError:
                     self._journal_owed = True
 
-
-def _header_id(connection: sa.Connection, header: str) -> int:
-    connection.exec_driver_sql("INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING", (header,))
-    return int(connection.exec_driver_sql("SELECT id FROM receipt_headers WHERE text = ?", (header,)).scalar_one())
+    def _of(self, request_id: str | None, index: int | None = None) -> list[sa.ColumnElement[bool]]:
+        """Return the conditions on receipts of a request, or of one of its choices; none without a request."""
+        where = [] if request_id is None else [self._c.name == _name(request_id)]
+        return where if index is None else [*where, self._c.choice == index]
 
 
 def _name(request_id: str) -> bytes:
@@ -310,35 +289,18 @@ def _name(request_id: str) -> bytes:
     return hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:_NAME_BYTES]
 
 
-def _request(request_id: str, index: int | None = None) -> tuple[str, tuple[Any, ...]]:
-    """Return the condition on receipts of a request, or of one of its choices, and its values."""
-    where, values = "name = ?", (_name(request_id),)
-    return (where, values) if index is None else (f"{where} AND choice = ?", (*values, index))
-
-
 def _unknown() -> Refusal:
-    return Refusal(
-        404,
-        "no such receipt",
-        wanted="the id of a request whose receipts are kept",
-        do="ask GET /api/v1/receipts for what is kept",
-    )
+    wanted, do = "the id of a request whose receipts are kept", "ask GET /api/v1/receipts for what is kept"
+    return Refusal(404, "no such receipt", wanted=wanted, do=do)
 
 
 class ReceiptSink:
     """Where receipts of one header go. :meth:`ReceiptKeeper.sink` makes it."""
 
-    def __init__(self, keeper: ReceiptKeeper, header: ReceiptHeader, settings: Settings, metrics: Metrics) -> None:
-        self._keeper, self._header, self._settings, self._metrics = keeper, header, settings, metrics
-        self._header_line = header.line()
-
-    def check(self) -> None:
-        """Refuse a request whose receipt could not be stored now. Call it before the engine works.
-
-        Raises:
-            Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
-        """
-        self._keeper.check()
+    def __init__(self, keeper: ReceiptKeeper, header: ReceiptHeader) -> None:
+        self._keeper, self._header, self._header_line = keeper, header, header.line()
+        self.check = keeper.check
+        """Refuse a request whose receipt could not be stored now. Call it before the engine works."""
 
     async def store(self, receipt: Receipt) -> None:
         """Store a receipt; it is on disk when this returns. A response may not be complete before that.
@@ -350,13 +312,13 @@ class ReceiptSink:
             Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
             UsageError: It cannot stand under this header in a file.
         """
-        kept = receipt if self._settings.receipt_prompts else receipt.without_prompt()
+        kept = receipt if self._keeper.settings.receipt_prompts else receipt.without_prompt()
         line = kept.line()
         Tally(self._header).add(kept, line)
         try:
             await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line))
         except Refusal:
-            self._metrics.receipts_refused.inc()
+            self._keeper.metrics.receipts_refused.inc()
             raise
 
 
