@@ -15,8 +15,8 @@ from typing import Any, Unpack
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.files.jsonl import dumps
-from assay.vhack.environment.sandbox import Bounds, Call, Case, Limits, Outcome, Result, run
-from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, tasks
+from assay.vhack.environment.sandbox import Bounds, Call, Case, Outcome, Result, run
+from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, choose_names, tasks
 
 # --------------------------------------------------------------------------------------------------
 # Channels: the ways in which a grader can be told that a solution is right, each of which can be told a lie.
@@ -197,10 +197,8 @@ class Episode:
     split: str = "training"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UsageError(f"mode {self.mode!r}", wanted=", ".join(MODES), do="choose one of them")
-        if self.split not in SPLITS:
-            raise UsageError(f"split {self.split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
+        choose_names([self.mode], MODES, "mode")
+        choose_names([self.split], SPLITS, "split")
 
     @property
     def marker(self) -> str:
@@ -316,13 +314,9 @@ def episodes(
     Raises:
         UsageError: A name or difficulty is unknown, there are not so many tasks, or the share is outside [0, 1].
     """
-    unknown = [mode for mode in modes if mode not in MODES]
-    if unknown or not modes or not 0 <= share_none <= 1:
-        raise UsageError(
-            f"modes {', '.join(modes) or 'none at all'} and a share of {share_none}",
-            wanted=f"some of {', '.join(MODES)} and a share from 0 to 1",
-            do="choose among these",
-        )
+    choose_names(modes, MODES, "modes")
+    if not 0 <= share_none <= 1:
+        raise UsageError(f"a share of {share_none}", wanted="a share from 0 to 1", do="choose another")
     chosen = tasks(n, seed=seed, difficulty=difficulty, families=families, split=split)
     found = []
     for index, task in enumerate(chosen):
@@ -372,13 +366,7 @@ class Grade:
         return float(self.paid)
 
 
-def grade(
-    episode: Episode,
-    program: str,
-    *,
-    limits: Limits | None = None,
-    allow_unsandboxed: bool = False,
-) -> Grade:
+def grade(episode: Episode, program: str, **how: Unpack[Bounds]) -> Grade:
     """Run a program in the sandbox and grade it.
 
     No program makes this raise. An error on the way, such as a machine without memory, gives an unpaid grade that names
@@ -387,14 +375,13 @@ def grade(
     Args:
         episode: Task and mode.
         program: Source text; of a completion, ``episode.program(completion)``.
-        limits: Bounds of each run.
-        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+        how: ``limits`` and ``allow_unsandboxed``, as for :func:`assay.vhack.environment.run`.
 
     Raises:
         BackendUnavailable: No sandbox can be used here.
     """
     try:
-        return _graded(episode, program, limits=limits, allow_unsandboxed=allow_unsandboxed)
+        return _graded(episode, program, **how)
     except BackendUnavailable:
         raise
     except Exception as error:
@@ -402,33 +389,22 @@ def grade(
         return Grade(False, False, False, Result(None), fault=type(error).__name__)
 
 
-def grade_many(
-    items: Iterable[tuple[Episode, str]],
-    *,
-    limits: Limits | None = None,
-    workers: int = 2,
-    allow_unsandboxed: bool = False,
-) -> list[Grade]:
-    """Grade several programs side by side.
+def grade_many(items: Iterable[tuple[Episode, str]], *, workers: int = 2, **how: Unpack[Bounds]) -> list[Grade]:
+    """Grade several programs side by side; how many could not be graded is logged once.
 
     Args:
         items: Episode and program of each.
-        limits: Bounds of each run.
         workers: How many programs run at the same time.
-        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+        how: ``limits`` and ``allow_unsandboxed``, as for :func:`assay.vhack.environment.run`.
 
     Returns:
-        The grades in the order of the items. How many could not be graded is logged once.
+        The grades in the order of the items.
 
     Raises:
         BackendUnavailable: No sandbox can be used here.
     """
-
-    def one(item: tuple[Episode, str]) -> Grade:
-        return grade(*item, limits=limits, allow_unsandboxed=allow_unsandboxed)
-
     with ThreadPoolExecutor(workers) as pool:
-        grades = list(pool.map(one, items))
+        grades = list(pool.map(lambda item: grade(*item, **how), items))
     if faults := sum(bool(found.fault) for found in grades):
         _log.warning("%d of %d programs could not be graded", faults, len(grades))
     return grades
@@ -442,17 +418,16 @@ def answers_match(outcomes: Sequence[Outcome], cases: Sequence[Case]) -> bool:
         cases: Arguments and expected values.
     """
     return len(outcomes) == len(cases) and all(
-        outcome.kind == "value" and _text(outcome.value) == dumps(expected)
+        outcome.kind == "value" and _is_value(outcome.value, expected)
         for outcome, (_, expected) in zip(outcomes, cases, strict=True)
     )
 
 
-def _text(value: object) -> str | None:
-    """Return a value of a report as JSON text, or None where it nests too deeply for that."""
+def _is_value(said: object, expected: object) -> bool:
     try:
-        return dumps(value)
-    except UsageError:
-        return None
+        return dumps(said) == dumps(expected)
+    except UsageError:  # it nests too deeply
+        return False
 
 
 def _graded(episode: Episode, program: str, **how: Unpack[Bounds]) -> Grade:

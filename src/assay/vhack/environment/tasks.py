@@ -10,11 +10,13 @@ statement.
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any
+
+from typing_extensions import override
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
@@ -38,34 +40,24 @@ class Family:
 
     Attributes:
         name: Name of the family.
-        subject: Phrase for the argument in the statement.
-        draw: Function that draws an argument.
+        subject: Phrase for the argument in the statement, which says how it is drawn.
         steps: Steps, of which a task chains some.
         last: Steps of which one ends every task, or nothing.
     """
 
     name: str
     subject: str
-    draw: Callable[[random.Random], Any]
     steps: tuple[Step, ...]
     last: tuple[Step, ...] = ()
 
 
-def _int(rng: random.Random) -> int:
-    return rng.randint(-40, 60)
-
-
-def _natural(rng: random.Random) -> int:
-    return rng.randint(12, 9999)
-
-
-def _ints(rng: random.Random) -> list[int]:
-    return [rng.randint(-20, 40) for _ in range(rng.randint(5, 9))]
-
-
-def _text(rng: random.Random) -> str:
-    return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11)))
-
+_ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
+    "a number": lambda rng: rng.randint(-40, 60),
+    "a positive number": lambda rng: rng.randint(12, 9999),
+    "a list of numbers": lambda rng: [rng.randint(-20, 40) for _ in range(rng.randint(5, 9))],
+    "a word": lambda rng: "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11))),
+}
+"""How an argument is drawn, by the phrase for it in the statement."""
 
 _ARITHMETIC = (
     ("add {a}", "x = x + {a}"),
@@ -160,14 +152,14 @@ _COUNTS = (
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("arithmetic", "a number", _int, _ARITHMETIC),
-        Family("branches", "a number", _int, _BRANCHES),
-        Family("loops", "a number", _int, _LOOPS),
-        Family("digits", "a positive number", _natural, _DIGITS),
-        Family("lists", "a list of numbers", _ints, _LISTS),
-        Family("totals", "a list of numbers", _ints, _LISTS, _TOTALS),
-        Family("strings", "a word", _text, _STRINGS),
-        Family("counts", "a word", _text, _STRINGS, _COUNTS),
+        Family("arithmetic", "a number", _ARITHMETIC),
+        Family("branches", "a number", _BRANCHES),
+        Family("loops", "a number", _LOOPS),
+        Family("digits", "a positive number", _DIGITS),
+        Family("lists", "a list of numbers", _LISTS),
+        Family("totals", "a list of numbers", _LISTS, _TOTALS),
+        Family("strings", "a word", _STRINGS),
+        Family("counts", "a word", _STRINGS, _COUNTS),
     )
 }
 """Every family by its name."""
@@ -201,8 +193,34 @@ _MOST_REPEATS = 600  # draws in a row that give nothing new
 _LONGEST = 400  # characters of an answer
 
 
+class Shown:
+    """What a task shows of its cases."""
+
+    n_visible = N_VISIBLE
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The visible cases, then the hidden ones."""
+        raise NotImplementedError
+
+    @property
+    def visible(self) -> tuple[Case, ...]:
+        """The examples that the prompt shows."""
+        return self.cases[: self.n_visible]
+
+    @property
+    def hidden(self) -> tuple[Case, ...]:
+        """The cases that decide whether a solution is right."""
+        return self.cases[self.n_visible :]
+
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """Call and value of each visible example, as source."""
+        return [(f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(Shown):
     """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make them."""
 
     family: Family
@@ -232,19 +250,9 @@ class Task:
         return self._drawn[0]
 
     @property
-    def visible(self) -> tuple[Case, ...]:
-        """The examples that the prompt shows."""
-        return self._drawn[1][:N_VISIBLE]
-
-    @property
-    def hidden(self) -> tuple[Case, ...]:
-        """The cases that decide whether a solution is right."""
-        return self._drawn[1][N_VISIBLE:]
-
-    @property
-    def examples(self) -> list[tuple[str, str]]:
-        """Call and value of each visible example, as source."""
-        return [(f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
+    @override
+    def cases(self) -> tuple[Case, ...]:
+        return self._drawn[1]
 
     def source(self, leave_out: int | None = None) -> str:
         """Return the text of ``solve``; it is wrong if a step is left out."""
@@ -299,8 +307,12 @@ def tasks(
         UsageError: A name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
     """
     lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
-    chosen = list(FAMILIES) if families is None else list(families)
-    _check(n, lowest, highest, chosen, split)
+    chosen = choose_names(families, FAMILIES, "family")
+    choose_names([split], SPLITS, "split")
+    if n < 0 or not 1 <= lowest <= highest <= HARDEST:
+        seen = f"{n} tasks of difficulty {lowest} to {highest}"
+        wanted = f"0 tasks or more, of difficulties LOW:HIGH from 1 to {HARDEST}"
+        raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
     found: dict[str, Task] = {}
     repeats = 0
     for index in count():
@@ -319,17 +331,15 @@ def tasks(
     return list(found.values())
 
 
-def _check(n: int, lowest: int, highest: int, families: list[str], split: str) -> None:
-    unknown = [name for name in families if name not in FAMILIES]
-    if unknown or not families:
-        seen = f"family {', '.join(unknown) or 'none'}"
-        raise UsageError(seen, wanted=", ".join(FAMILIES), do="choose among these")
-    if split not in SPLITS:
-        raise UsageError(f"split {split!r}", wanted=" or ".join(SPLITS), do="choose one of them")
-    if n < 0 or not 1 <= lowest <= highest <= HARDEST:
-        seen = f"{n} tasks of difficulty {lowest} to {highest}"
-        wanted = f"0 tasks or more, of difficulties LOW:HIGH from 1 to {HARDEST}"
-        raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
+def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -> list[str]:
+    """Return the names, by default all of the table; refuse those that are not in it, and an empty list."""
+    known = list(table)
+    chosen = known if names is None else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        seen = f"{kind} {', '.join(unknown) or 'none'}"
+        raise UsageError(seen, wanted=", ".join(known), do="choose among these")
+    return chosen
 
 
 def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
@@ -348,7 +358,7 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
     found: list[Case] = []
     idle = [set(range(len(partial))), set(range(len(partial)))]
     for _ in range(_DRAWS):
-        argument = family.draw(rng)
+        argument = _ARGUMENTS[family.subject](rng)
         part = len(found) >= N_VISIBLE
         try:
             answer = solve(argument)

@@ -11,7 +11,7 @@ examples and hidden cases.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -23,7 +23,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.sandbox import Case
-from assay.vhack.environment.tasks import tasks
+from assay.vhack.environment.tasks import Shown, choose_names, tasks
 from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 
 _N_HIDDEN = 8
@@ -73,12 +73,13 @@ PAIR_FAMILIES = {record["name"]: PairFamily(**record) for _, record in read_json
 
 
 @dataclass(frozen=True)
-class PairTask:
+class PairTask(Shown):
     """One task: a family with its parameters."""
 
     family: PairFamily
     a: int
     b: int
+    n_visible = 2
 
     @property
     def name(self) -> str:
@@ -116,21 +117,6 @@ class PairTask:
             if len(found) == 2 + _N_HIDDEN:
                 return tuple(found)
         raise AssertionError(f"{self.name} has too few different cases")
-
-    @property
-    def visible(self) -> tuple[Case, ...]:
-        """The examples that the prompt shows."""
-        return self.cases[:2]
-
-    @property
-    def hidden(self) -> tuple[Case, ...]:
-        """The cases that decide whether a solution is right."""
-        return self.cases[2:]
-
-    @property
-    def examples(self) -> list[tuple[str, str]]:
-        """Call and value of each visible example, as source."""
-        return [(f"solve({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
 
 
 def pair_task_named(name: str) -> PairTask:
@@ -292,16 +278,6 @@ def generate_pairs(
     if len(pairs) < n:
         raise UsageError(f"{n} pairs", wanted=f"at most {len(pairs)} of these kinds", do="allow more of them")
     return pairs
-
-
-def choose_names(names: Sequence[str] | None, table: Mapping[str, object], kind: str) -> list[str]:
-    """Return the names, by default all of the table; refuse those that are not in it, and an empty list."""
-    chosen = list(table) if names is None else list(dict.fromkeys(names))
-    unknown = [name for name in chosen if name not in table]
-    if unknown or not chosen:
-        seen = f"{kind} {', '.join(unknown) or 'none'}"
-        raise UsageError(seen, wanted=", ".join(table), do="choose among these")
-    return chosen
 
 
 def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Iterator[Pair]:
