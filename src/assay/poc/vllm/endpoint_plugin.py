@@ -44,7 +44,7 @@ from assay.poc.vllm.compatibility import check_config, check_installed, check_re
 from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
-from assay.poc.vllm.servers import PassOn, Place, Shared, serve_owner
+from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
 """POST routes that need no engine."""
@@ -137,7 +137,7 @@ class ReceiptMiddleware:
             await answer(refusal_of(error))(scope, receive, send)
             return
         if accepted is None:
-            await self._app(scope, receive, _unrecorded(send))
+            await self._app(scope, receive, partial(_send_unrecorded, send))
             return
         if accepted.chosen_by == "server":  # vLLM makes the id of its answer from it
             scope = dict(scope) | {"headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]}
@@ -191,21 +191,13 @@ class _Guarded:
             await answer(refusal_of(self._accepted.refused))(self._scope, self._receive, self._plain)
 
 
+async def _send_unrecorded(send: Send, message: Message) -> None:
+    await send(_with(message, NO_RECEIPT) if message["type"] == "http.response.start" else message)
+
+
 def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
     return dict(message) | {"headers": [*message.get("headers", ()), *headers]}
 
-
-def _unrecorded(send: Send) -> Send:
-    """Return a ``send`` that says that there is no receipt."""
-
-    async def wrapped(message: Message) -> None:
-        await send(_with(message, NO_RECEIPT) if message["type"] == "http.response.start" else message)
-
-    return wrapped
-
-
-# --------------------------------------------------------------------------------------------------
-# The plugin, and its routes.
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
 
@@ -219,14 +211,14 @@ class AssayPlugin:
     name = "assay"
     required_tasks = ("generate",)
 
+    _settings: PluginSettings
+    _app: Any
+    _servers: ApiServers
+
     def __init__(self) -> None:
         self._running: Future[Client] = Future()
         self._model = self._reference = ""
-        self._settings: PluginSettings | None = None
         self._responses: Responses | None = None
-        self._shared: Shared | None = None
-        self._place = Place()
-        self._app: Any = None
         self._beside: list[asyncio.Task[None]] = []
         self.controller: Controller | None = None
 
@@ -240,25 +232,21 @@ class AssayPlugin:
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
-        self._app, self._place = app, Place.of(app.state.args)
-        if self._place.owns:
-            self._mount(app, settings)  # first, as it takes the lock of the data directory
-        if self._place.count > 1:
-            self._shared = Shared(settings.data_dir, self._place)
-            if not self._place.owns:
-                app.add_middleware(PassOn, prefix=PREFIXES, path=self._shared.path)
+        self._app, (index, count) = app, place_of(app.state.args)
+        if index == 0:  # first, as it takes the lock of the data directory
+            self.controller = Controller(self._deploy, settings)
+            attach(app, self.controller, operations=True, under=PREFIX)
+            if settings.responses != "off":
+                self._responses = Responses(settings)
+                app.add_middleware(ReceiptMiddleware, responses=self._responses)
+            app.include_router(_router(self.controller, self._running.result, self._responses))
+        self._servers = ApiServers(settings.data_dir, index, count)
+        if index:
+            app.add_middleware(PassOn, prefix=PREFIXES, path=self._servers.path)
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, prefix=PREFIXES, closed=self._closed)
         if not settings.has_keys:
             app.add_middleware(LocalOnly, prefix=PREFIXES)
-
-    def _mount(self, app: Any, settings: PluginSettings) -> None:
-        self.controller = Controller(self._deploy, settings)
-        attach(app, self.controller, operations=True, under=PREFIX)
-        if settings.responses != "off":
-            self._responses = Responses(settings)
-            app.add_middleware(ReceiptMiddleware, responses=self._responses)
-        app.include_router(_router(self.controller, self._running.result, self._responses))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the engine for nonces.
@@ -267,27 +255,34 @@ class AssayPlugin:
             BackendUnavailable: This vLLM was not tested, or lacks a name that is used. This aborts the start.
             UsageError: The settings of the engine do not allow nonces.
         """
-        assert self._settings is not None
-        version = check_installed()
-        config = engine_client.vllm_config
+        version, settings, config = check_installed(), self._settings, engine_client.vllm_config
         check_config(config)
-        check_responses(config, self._settings.responses, version)
-        unfinished = self._share(engine_client.output_processor.get_num_unfinished_requests)
-        if not self._place.owns:
+        check_responses(config, settings.responses, version)
+        unfinished, servers = engine_client.output_processor.get_num_unfinished_requests, self._servers
+        if servers.count > 1:
+            self._keep_running(partial(servers.keep_telling, unfinished if servers.index else self._closed))
+        if self.controller is None:
             return
-        settings = self._settings
+        if servers.count > 1:
+            self._keep_running(partial(serve_owner, self._app, prefix=PREFIXES, path=servers.path))
         client = await connect(
-            engine_client, settings.throttle, settings.seq_len, version=version, unfinished=unfinished
+            engine_client,
+            settings.throttle,
+            settings.seq_len,
+            version=version,
+            unfinished=lambda: unfinished() + servers.elsewhere,
         )
         names = getattr(args, "served_model_name", None) or [args.model]
         self._model, named = args.model, names if isinstance(names, str) else names[0]
         self._reference = settings.reference or named
         if self._responses is not None:
-            assert self.controller is not None
             receipts = self.controller.receipts
             await self._responses.start(client, engine_client, self._model, self._reference, receipts)
         self._end_before(engine_client, client)
         self._running.set_result(client)
+
+    def _keep_running(self, loop: Callable[[], Awaitable[None]]) -> None:
+        self._beside.append(asyncio.create_task(kept_running(loop)))
 
     def _end_before(self, engine_client: Any, client: Client) -> None:
         """Give up the nonces that run before vLLM ends its engine.
@@ -311,25 +306,11 @@ class AssayPlugin:
 
         engine_client.shutdown = shutdown
 
-    def _share(self, unfinished: Callable[[], int]) -> Callable[[], int]:
-        """Tell other API servers what concerns them; return the number of unfinished requests in all of them."""
-        shared = self._shared
-        if shared is None:
-            return unfinished
-        loops: tuple[Callable[[], Awaitable[None]], ...] = (
-            partial(shared.keep, lambda: shared.close(self._closed())),
-            partial(serve_owner, self._app, prefix=PREFIXES, path=shared.path),
-        )
-        if not self._place.owns:
-            loops = (partial(shared.keep, lambda: shared.show(unfinished())),)
-        self._beside.extend(asyncio.create_task(kept_running(loop)) for loop in loops)
-        return lambda: unfinished() + shared.elsewhere
-
     def _closed(self) -> bool:
         """Return whether a round has the engine to itself: not while it waits for the disk or for receivers."""
-        if self._shared is not None and not self._place.owns:
-            return self._shared.closed
-        if not self._running.done() or self.controller is None or self.controller.paused is not None:
+        if self.controller is None:
+            return self._servers.closed
+        if not self._running.done() or self.controller.paused is not None:
             return False
         exclusive = self._running.result().throttle.settings.mode == "exclusive"
         return exclusive and str(self.controller.state) == "GENERATING"

@@ -23,7 +23,6 @@ from assay.poc.vllm.compatibility import (
     EXTENSION,
     OLD_NAMES,
     RESPONSE_EXTENSION,
-    Refusal,
     ResponseMode,
     check_config,
     check_installed,
@@ -146,7 +145,6 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             "one that sees every answer",
             several,
         ),
-        refuse_older(servers > 1, "several API servers", "pass --api-server-count 1"),
         (
             servers > 1 and len(os.fsencode(settings.data_dir)) > room,
             f"{servers} API servers with the data directory {settings.data_dir}",
@@ -167,7 +165,8 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
         ),
     )
-    refuse_first(Refusal(*row) for row in rows)
+    refuse_first(rows)
+    refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
     if (named := given("worker_extension_cls", None)) in OLD_NAMES:
         log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", named, OLD_NAMES[named])
 

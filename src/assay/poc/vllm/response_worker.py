@@ -15,9 +15,9 @@ Legend of shapes: N requests or positions of a step, L positions of one request,
 """
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,19 +50,12 @@ ARGUMENT = "assay"
 
 @dataclass(frozen=True)
 class SeedArgument:
-    """What the workers need to know of one response.
+    """What the workers need to know of one response."""
 
-    Args:
-        prompt: Number of tokens of the prompt.
-        sketch: Words of the stream of projections, 8 integers in [0, 2**32).
-        tokens: Words of the stream of noise; None where the engine samples by itself.
-        sampling: Parameters of sampling, where it does not.
-    """
-
-    prompt: int
-    sketch: tuple[int, ...]
-    tokens: tuple[int, ...] | None = None
-    sampling: Sampling | None = None
+    prompt: int  # number of its tokens
+    sketch: tuple[int, ...]  # words of the stream of projections, 8 integers in [0, 2**32)
+    tokens: tuple[int, ...] | None = None  # words of the stream of noise; None where the engine samples by itself
+    sampling: Sampling | None = None  # where it does not
 
     def as_argument(self) -> dict[str, Any]:
         """Return plain values, which vLLM sends from process to process."""
@@ -121,17 +114,15 @@ class ResponseExtension(WorkerExtension):
         return found if is_first_of_group() else {}
 
 
-@dataclass
-class KeptResponse:
+class KeptResponse(NamedTuple):
     """What is kept of one response: its sketches by token, or the states that are to be sketched."""
 
     prompt: int
     words: np.ndarray[Any, np.dtype[np.uint32]]
-    sketches: dict[int, bytes] = field(default_factory=dict)
+    sketches: dict[int, bytes]
 
 
-@dataclass
-class State:
+class State(NamedTuple):
     """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows whether it is."""
 
     kept: KeptResponse
@@ -139,18 +130,12 @@ class State:
     there: Tensor | None = None
 
 
-@dataclass
-class CopiedStates:
+class CopiedStates(NamedTuple):
     """The states of one step, and on a GPU the event after which they are there."""
 
     states: list[State]
     rows: list[Tensor]
     event: Any
-
-    @property
-    def done(self) -> bool:
-        """Whether the device has come so far."""
-        return self.event is None or bool(self.event.query())
 
 
 class Capture:
@@ -204,14 +189,11 @@ class Capture:
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             carried = read_seed_argument(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
-                self._kept[request.req_id] = KeptResponse(carried.prompt, np.array(carried.sketch, np.uint32))
+                self._kept[request.req_id] = KeptResponse(carried.prompt, np.array(carried.sketch, np.uint32), {})
                 self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
-        self._expect(scheduler_output)
-
-    def _expect(self, scheduler_output: Any) -> None:
-        """Count down the steps in which nothing can be due, while the same requests go on by one token each."""
+        # The steps in which nothing can be due are counted down while the same requests go on by one token each.
         scheduled = getattr(scheduler_output, "num_scheduled_tokens", None) or {}
         goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(scheduled)
         self._idle = self._idle - 1 if goes_on and not scheduler_output.scheduled_new_reqs else 0
@@ -246,17 +228,13 @@ class Capture:
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
-            self._waiting.append(CopiedStates(step_states, step_rows, self._event()))
+            event: Any = None
+            if self._aside is not None:
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+            self._waiting.append(CopiedStates(step_states, step_rows, event))
         if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
             self._flush()
-
-    def _event(self) -> Any:
-        """Return an event that comes when the device has done what was launched so far."""
-        if self._aside is None:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
     def _choose(self, states_LD: Tensor, start: int, kept: KeptResponse, token: int) -> tuple[State, Tensor]:
         """Copy the state [1, D] at a position that only the device can find: with drafts the host's count is a bound.
@@ -271,25 +249,24 @@ class Capture:
     def _flush(self) -> None:
         """Make sketches of the states of all steps that the device has done."""
         done = []
-        while self._waiting and self._waiting[0].done:
+        while self._waiting and (self._waiting[0].event is None or self._waiting[0].event.query()):
             done.append(self._waiting.popleft())
         states = [state for copied in done for state in copied.states]
         if not states:
             return
         with torch.cuda.stream(self._aside):  # of None: nothing changes
             states_SD = torch.cat([rows for copied in done for rows in copied.rows])
-            made_S = states_SD.float().cpu().numpy() if self._raw else self._sketched(states, states_SD)
+            if self._raw:
+                made_S = states_SD.float().cpu().numpy()
+            else:
+                words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
+                tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
+                seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
+                parts = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
+                made_S = torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in parts]).cpu().numpy()
             for state, made in zip(states, made_S, strict=True):
                 if state.there is None or bool(state.there):
                     state.kept.sketches[state.token] = made.tobytes()
-
-    def _sketched(self, states: list[State], states_SD: Tensor) -> "np.ndarray[Any, Any]":
-        """Return the sketches of states, float16 [S, 12]."""
-        words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
-        tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
-        seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
-        spans = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
-        return torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in spans]).cpu().numpy()
 
 
 def _next_sketched(tokens: Any) -> Any:

@@ -16,8 +16,8 @@ import re
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -40,91 +40,67 @@ _OF_ONE_CONNECTION = {b"connection", b"keep-alive", b"te", b"trailer", b"transfe
 _CLIENT = b"x-forwarded-for"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which API server this process is.
+def place_of(arguments: Namespace) -> tuple[int, int]:
+    """Return the number of this API server, from 0, by which vLLM names its process, and how many there are."""
+    numbered = _NUMBERED.fullmatch(multiprocessing.current_process().name)
+    return (int(numbered[1]), arguments.api_server_count) if numbered else (0, 1)
+
+
+class ApiServers:
+    """What the API servers of an engine know of each other, an integer of each.
+
+    The first one tells whether a round has the engine to itself, the others how many of their requests are unfinished.
 
     Args:
-        index: Its number, from 0; the first one owns the round.
+        folder: Data directory, which is made where it is not there. One server alone writes nothing.
+        index: Number of this process, from 0; the first one owns the round.
         count: Number of API servers.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def of(cls, arguments: Namespace) -> "Place":
-        """Return the place of this process, which vLLM names by its number."""
-        numbered = _NUMBERED.fullmatch(multiprocessing.current_process().name)
-        return cls(int(numbered[1]), arguments.api_server_count) if numbered else cls()
-
-    @property
-    def owns(self) -> bool:
-        """Whether this process has the round."""
-        return self.index == 0
-
-
-class Shared:
-    """What API servers know of each other: an integer for each, and one for a round that has the engine to itself.
-
-    Args:
-        folder: Data directory, which is made where it is not there.
-        place: Place of this process, whose own value is set to 0.
 
     Raises:
         StorageError: The data directory cannot be written.
     """
 
-    def __init__(self, folder: Path, place: Place) -> None:
-        self.path, size = folder / SOCKET, ITEM * (place.count + 1)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / COUNTS, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "r+b") as file:
-                # Never made shorter: a server that has it open would end where it reads beyond.
-                os.ftruncate(file.fileno(), max(size, os.fstat(file.fileno()).st_size))
-                self._values = memoryview(mmap.mmap(file.fileno(), size)).cast("q")
-        except OSError as error:
-            raise storage_error(folder, error) from None
-        self._place = place
-        self.show(0)
-        if place.owns:
-            self.close(False)
-
-    def show(self, unfinished: int) -> None:
-        """Tell the others how many requests are unfinished here."""
-        self._values[1 + self._place.index] = unfinished
+    def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:
+        self.index, self.count, self.path = index, count, folder / SOCKET
+        memory: Any = bytearray(ITEM)
+        if count > 1:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(folder / COUNTS, os.O_RDWR | os.O_CREAT, 0o600)
+                with os.fdopen(descriptor, "r+b") as file:
+                    # Never made shorter: a server that has it open would end where it reads beyond.
+                    os.ftruncate(file.fileno(), max(ITEM * count, os.fstat(file.fileno()).st_size))
+                    memory = mmap.mmap(file.fileno(), ITEM * count)
+            except OSError as error:
+                raise storage_error(folder, error) from None
+        self._values = memoryview(memory).cast("q")
+        self.tell(0)
 
     @property
     def elsewhere(self) -> int:
-        """Number of requests that are unfinished in other API servers."""
-        return sum(self._values[1:]) - self._values[1 + self._place.index]
+        """Number of requests that are unfinished in the other servers, as the first one sees it."""
+        return sum(self._values[1:])
 
     @property
     def closed(self) -> bool:
         """Whether a round has the engine to itself."""
         return bool(self._values[0])
 
-    def close(self, closed: bool) -> None:
-        """Tell the others whether a round has the engine to itself."""
-        self._values[0] = closed
+    def tell(self, value: int) -> None:
+        """Tell the others the value of this server."""
+        self._values[self.index] = value
 
-    async def keep(self, look: Callable[[], None]) -> None:
-        """Look at what is to be shared, again and again, until cancelled."""
+    async def keep_telling(self, look: Callable[[], int]) -> None:
+        """Tell the others what this server sees, again and again, until cancelled."""
         while True:
-            look()
+            self.tell(look())
             await asyncio.sleep(PAUSE)
 
 
 class PassOn:
-    """Sends the requests of some paths to the API server that owns the round, and its answers back.
+    """Sends the requests of some paths to the API server that owns the round, over its socket, and its answers back.
 
     The owner checks keys and bounds bodies. A client that leaves ends its request there too.
-
-    Args:
-        app: Application that answers all other paths.
-        prefix: Beginnings of the paths.
-        path: Socket of the owner.
     """
 
     def __init__(self, app: ASGIApp, *, prefix: tuple[str, ...], path: Path) -> None:
@@ -140,49 +116,38 @@ class PassOn:
             return
         request = Request(scope, receive)
         try:
-            found = await self._client.send(self._made(request), stream=True)
+            found = await self._client.send(_owners_request(request), stream=True)
         except ClientDisconnect:
             return
-        except (httpx.InvalidURL, UnicodeError):
+        except (httpx.InvalidURL, UnicodeError, httpx.TransportError) as error:
             refusal = Refusal(
                 400,
                 "a path or a query that cannot be passed on",
                 wanted="printable ASCII, and at most 64 KiB of it",
                 do="percent-encode other characters",
             )
-            await answer(refusal)(scope, receive, send)
-            return
-        except httpx.TransportError:
-            refusal = Refusal(
-                503,
-                "the API server that has the round does not answer",
-                wanted="the first of --api-server-count, which may still start",
-                do="try again",
-                retry_after=5,
-            )
+            if isinstance(error, httpx.TransportError):
+                wanted = "the first of --api-server-count, which may still start"
+                seen = "the API server that has the round does not answer"
+                refusal = Refusal(503, seen, wanted=wanted, do="try again", retry_after=5)
             await answer(refusal)(scope, receive, send)
             return
         response = StreamingResponse(_body(found), found.status_code)
         response.raw_headers[:] = [pair for pair in found.headers.raw if pair[0].lower() not in _OF_ONE_CONNECTION]
         await response(scope, receive, send)
 
-    @staticmethod
-    def _made(request: Request) -> httpx.Request:
-        kept = [(name, value) for name, value in request.headers.raw if name not in {*_OF_ONE_CONNECTION, _CLIENT}]
-        client = request.client.host if request.client else ""
-        has_body = {b"content-length", b"transfer-encoding"} & {name for name, _ in request.headers.raw}
-        return httpx.Request(  # made here, as the client would add headers of its own
-            request.method,
-            httpx.URL("http://owner").copy_with(raw_path=_target(request.scope)),
-            headers=[*kept, (_CLIENT, client.encode())],
-            content=request.stream() if has_body else None,
-        )
 
-
-def _target(scope: Connection) -> bytes:
-    path: bytes = scope.get("raw_path") or scope["path"].encode()
-    query: bytes = scope["query_string"]
-    return path + (b"?" + query if query else b"")
+def _owners_request(request: Request) -> httpx.Request:
+    kept = [(name, value) for name, value in request.headers.raw if name not in {*_OF_ONE_CONNECTION, _CLIENT}]
+    client, query = request.client.host if request.client else "", request.scope["query_string"]
+    path = request.scope.get("raw_path") or request.scope["path"].encode()
+    has_body = {b"content-length", b"transfer-encoding"} & {name for name, _ in request.headers.raw}
+    return httpx.Request(  # made here, as the client would add headers of its own
+        request.method,
+        httpx.URL("http://owner").copy_with(raw_path=path + (b"?" + query if query else b"")),
+        headers=[*kept, (_CLIENT, client.encode())],
+        content=request.stream() if has_body else None,
+    )
 
 
 async def _body(found: httpx.Response) -> AsyncIterator[bytes]:
@@ -202,10 +167,7 @@ class _Server(uvicorn.Server):
 async def serve_owner(app: ASGIApp, *, prefix: tuple[str, ...], path: Path) -> None:
     """Serve the paths of the service on a socket, for the other API servers, until cancelled.
 
-    Args:
-        app: Application of the owner, which starts and ends elsewhere.
-        prefix: Beginnings of the paths.
-        path: Socket, of which only this user may make use.
+    The application starts and ends elsewhere, and only this user may make use of the socket.
     """
 
     async def only(scope: Connection, receive: Receive, send: Send) -> None:
