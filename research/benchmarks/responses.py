@@ -30,7 +30,7 @@ from assay.poc.responses import HFPrefill, Prompt, Receipt, ReceiptHeader, Recei
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
 from assay.poc.responses.prefill import sketch_response
 from assay.poc.responses.sampler import Sampler
-from assay.poc.verdict.response_noise import ResponseBlocks, ResponseTest
+from assay.poc.verdict.noise import ResponseBlocks, ResponseTest
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "bfloat16")

@@ -50,7 +50,7 @@ from assay.models import load_model, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.calibration import default_response_noise
-from assay.poc.verdict.response_noise import ResponseTest
+from assay.poc.verdict.noise import ResponseTest
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options

@@ -99,16 +99,6 @@ def test_enough_responses_exclude_a_share_of_them_and_the_verdict_names_what_is_
     assert test.result.weakest in test.evidence
 
 
-def test_a_named_cheat_is_looked_for_and_excluded():
-    named = {"int4": law_at(1.0)}
-    test = ClusterTest(LAW, named=named)
-    plain = ClusterTest(LAW)
-    values = drawn(1, TOKENS, law_at(1.0), seed=12)[0]
-    assert "int4" in test.update(values).evidence
-    assert test.evidence["int4"] < 0
-    assert test.result.log_e_value > plain.update(values).result.log_e_value - 1
-
-
 def test_sketches_are_judged_by_their_distances():
     rng = np.random.default_rng(13)
     test = ClusterTest(SKETCHES, spread=Spread(0.05), between=0.2)

@@ -26,11 +26,10 @@ import numpy as np
 import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
-from assay.poc.verdict.ledger import Source, open_source
-from assay.poc.verdict.ledger_audit import AT_ONCE, Noises
+from assay.poc.verdict.ledger import AT_ONCE, Noises, Source, open_source
 from assay.poc.verdict.ledger_entries import LEDGER, UPDATES, Account, Entry, Genesis
 from assay.poc.verdict.life import Life, Residuals, log_average
-from assay.poc.verdict.response_noise import AnyNoise
+from assay.poc.verdict.noise import AnyNoise
 from assay.stats.sequential import Verdict, decide
 
 MOST_LEDGERS = 1000
@@ -216,7 +215,7 @@ class StoppedLife(Life):
 
 
 def _owner(entry: Entry) -> Account:
-    return entry.owner
+    return entry.account
 
 
 def _decide(

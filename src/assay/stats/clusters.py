@@ -17,9 +17,8 @@ clusters, M multiples, K paths.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +28,7 @@ from scipy import stats
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
 from assay.stats.noise import REACH, LogNoise, Spread
-from assay.stats.sequential import CHEAP, FAR, NAMED_WEIGHT, Verdict, decide, grid_of_multiples, log_sum
+from assay.stats.sequential import CHEAP, FAR, Verdict, decide, grid_of_multiples, log_sum
 from assay.stats.tokens import STEP, TokenNoise, cluster_scales
 
 ClusteredLaw = TokenNoise | LogNoise
@@ -80,7 +79,6 @@ class ClusterTest:
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest multiple of the noise that an honest verdict excludes; cheats are looked for from 2 on.
-        named: Laws of known cheats by name.
 
     Raises:
         UsageError: A rate, a spread or the effect is out of range.
@@ -95,7 +93,6 @@ class ClusterTest:
         alpha: float = 1e-3,
         beta: float = 1e-2,
         effect: float = 2.0,
-        named: Mapping[str, ClusteredLaw] = MappingProxyType({}),
     ) -> None:
         if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf and 0 <= between < 2):
             raise UsageError(
@@ -103,8 +100,7 @@ class ClusterTest:
                 wanted="alpha and beta in (0, 1), effect above 1, a spread in [0, 2)",
                 do="use the defaults, or check the calibration",
             )
-        self.law, self.named = law, dict(named)
-        self.alpha, self.beta, self.effect, self.between = alpha, beta, effect, between
+        self.law, self.alpha, self.beta, self.effect, self.between = law, alpha, beta, effect, between
         self._prepare(spread or Spread())
         self._path_K = np.zeros(self._log_prior_K.size)
         self._log_e_max = 0.0
@@ -136,11 +132,9 @@ class ClusterTest:
             np.searchsorted(points, each) for each in (points_HU, points_JU, points_JMU)
         )
         cheats_JM = (self._log_J[:, None] - np.log(steps.size) + np.zeros((1, steps.size))).ravel()
-        named = len(self.named)
-        rest = 1 - NAMED_WEIGHT if named else 1.0
         kinds = (("whole", 1), ("within", len(WITHIN)), ("clusters", len(CLUSTERS)))
-        cheats = [cheats_JM + math.log(_WEIGHTS[kind] * rest / count) for kind, count in kinds for _ in range(count)]
-        self._log_prior_K = np.concatenate([log_H, *cheats, np.full(named, math.log(NAMED_WEIGHT / max(named, 1)))])
+        cheats = [cheats_JM + math.log(_WEIGHTS[kind] / count) for kind, count in kinds for _ in range(count)]
+        self._log_prior_K = np.concatenate([log_H, *cheats])
         self._honest, self._size = log_H.size, cheats_JM.size
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
@@ -164,11 +158,6 @@ class ClusterTest:
         for share in CLUSTERS:
             either = np.logaddexp(own_BJ[:, :, None] + math.log1p(-share), whole_BJM + math.log(share))
             parts.append(either.reshape(len(sums_BC), -1))
-        logs_U = (cluster_scales(self.between)[0] * STEP).astype(np.float64)
-        parts += [
-            log_sum(_sum_to_ends(_log_likelihoods(law, values, logs_U), ends) + log_U)[:, None]
-            for law in self.named.values()
-        ]
         return np.concatenate(parts, axis=1)
 
     def log_e(self, paths: FloatArray) -> FloatArray:
@@ -209,8 +198,7 @@ class ClusterTest:
         if -self.clusters * math.log1p(-CLUSTERS[-1]) >= -_ENOUGH * math.log(self.beta):
             name = f"{CLUSTERS[-1]:.0%} of the responses at {self._multiples[self._cheap]:.3g} times the honest noise"
             found[name] = against(len(WITHIN) + len(CLUSTERS), self._cheap)
-        start = self._path_K.size - len(self.named)
-        return found | {name: honest - float(self._path_K[start + i]) for i, name in enumerate(self.named)}
+        return found
 
     @property
     def result(self) -> ClusterResult:

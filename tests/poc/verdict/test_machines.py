@@ -14,8 +14,7 @@ from assay.poc.verdict import fit_machines
 from assay.poc.verdict.machines import PRIOR, LeftOut, Sizes, leave_out
 from assay.poc.verdict.noise import sequential_test
 from assay.stats import LogNoise
-from assay.stats.fits import fit_log_noise
-from assay.stats.noise import Spread
+from assay.stats.noise import Spread, fit_log_noise
 
 
 def pairs(machines: int, nonces: int = 400, *, sd: float = 0.0, noisy: float = 1.0, seed: int = 0):

@@ -11,7 +11,7 @@ from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, loads
 from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
 from assay.poc.verdict.ledger_entries import RESPONSES, Update, response_identity
-from assay.poc.verdict.response_noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
+from assay.poc.verdict.noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
 from assay.stats import LogNoise
 from assay.stats.noise import Spread
 from assay.stats.tokens import COLUMNS
@@ -20,7 +20,7 @@ from tests.poc.verdict.ledgers import update as of_nonces
 from tests.stats.tokens import drawn, law_at
 
 NOISE = ResponseNoise(
-    tokens=PartNoise(law=law_at(0.0625), spread=Spread(0.05), between=0.2, effect=8.0, named={"int4": law_at(1.0)}),
+    tokens=PartNoise(law=law_at(0.0625), spread=Spread(0.05), between=0.2, effect=8.0),
     sketches=PartNoise(law=LogNoise(math.log(0.01), 0.4), spread=Spread(0.05), between=0.1),
     source="tests",
 )

@@ -29,7 +29,7 @@ from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, s
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed, replay
 from assay.poc.responses.sampling import Sampling
-from assay.poc.verdict.response_noise import ResponseNoise
+from assay.poc.verdict.noise import ResponseNoise, ResponseTest
 from assay.stats.tokens import COLUMNS
 from assay_research.responses.cheats import Scene, honest
 from assay_research.responses.provers import Requests, Served, make_requests, open_model
@@ -293,7 +293,8 @@ class Ours:
     @cached_property
     def tests(self) -> tuple[stats.ClusterTest, stats.ClusterTest]:
         """Tests of tokens and of sketches."""
-        return self.noise.tokens.test(alpha=ALPHA, beta=BETA), self.noise.sketches.test(alpha=ALPHA, beta=BETA)
+        test = ResponseTest(self.noise, alpha=ALPHA, beta=BETA)
+        return test.tokens, test.sketches
 
     def scores(self, one: Replayed) -> dict[str, FloatArray]:
         """Return our scores of the tokens of a response, [N]: ln of the likelihood ratio of larger noise."""

@@ -14,7 +14,7 @@ from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.judge import EXIT_CODES
 from assay.poc.verdict.ledger_entries import RESPONSES, Account, Update, response_identity
-from assay.poc.verdict.response_noise import ResponseNoise, ResponseResult, ResponseTest
+from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

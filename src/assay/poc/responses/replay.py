@@ -16,7 +16,7 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.margins import measure_margins
 from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
-from assay.poc.verdict.response_noise import ResponseBlocks
+from assay.poc.verdict.noise import ResponseBlocks
 from assay.stats.tokens import COLUMNS
 
 Progress = Callable[[int, int], None]

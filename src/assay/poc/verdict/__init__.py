@@ -2,12 +2,11 @@
 
 from assay.poc.verdict.calibration import Machine, noise_for
 from assay.poc.verdict.judge import EXIT_CODES, judge, judge_residuals
-from assay.poc.verdict.ledger import Ledger, audit_ledger
-from assay.poc.verdict.ledger_audit import LedgerAudit
+from assay.poc.verdict.ledger import Ledger, LedgerAudit, audit_ledger
 from assay.poc.verdict.ledger_entries import Account
 from assay.poc.verdict.life import Evidence, Life
 from assay.poc.verdict.machines import MachineNoise, fit_machines
-from assay.poc.verdict.response_noise import ResponseNoise
+from assay.poc.verdict.noise import ResponseNoise
 
 __all__ = [
     "EXIT_CODES",

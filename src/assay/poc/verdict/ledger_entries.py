@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.verdict.life import Evidence, Life
-from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
+from assay.poc.verdict.noise import AnyNoise, ResponseBlocks
 from assay.stats.sequential import Verdict
 
 REPEATED = "repeated"
@@ -58,10 +58,12 @@ class Account:
         preset: Preset of the proofs.
     """
 
-    public_key: str
-    digest: str
-    build: str
-    preset: str
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", revalidate_instances="always")
+
+    public_key: Name
+    digest: Name
+    build: Name
+    preset: Name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +153,6 @@ class Genesis(_Model):
     beta: Chance
 
 
-class Holder(_Model):
-    """An account, as an entry names it."""
-
-    public_key: Name
-    digest: Name
-    build: Name
-    preset: Name
-
-
 class EntryOutcome(_Model):
     """The state of the account after an entry: the fields of :class:`Evidence`, with two counts.
 
@@ -185,7 +178,7 @@ class Entry(_Model):
     previous: Hash
     time: Annotated[float, Field(ge=0)]
     name: Name | None
-    account: Holder
+    account: Account
     round: Name
     block_hash: Text
     proof: Hash | None
@@ -210,11 +203,6 @@ class Entry(_Model):
         elif self.profiles is not None:
             raise ValueError("profiles of tokens in an entry that is no response")
         return self
-
-    @property
-    def owner(self) -> Account:
-        """The account."""
-        return Account(**self.account.model_dump())
 
     @property
     def evidence(self) -> Evidence:
@@ -359,7 +347,7 @@ def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
     """
     names = ("name", "round", "block_hash", "proof", "sample_seed", "fault", "profiles")
     taken: dict[str, Any] = {name: getattr(update, name) for name in names}
-    taken["account"] = asdict(update.account)
+    taken["account"] = update.account
     taken["nonces"] = [int(nonce) for nonce in update.nonces]
     taken["residuals"] = [float(x) if math.isfinite(x) else None for x in update.residuals]
     try:
@@ -444,6 +432,10 @@ LEDGER = _table("ledger", "id", "genesis", "count", "hash")
 LAWS = _table("laws", "hash", "law")
 ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
 UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
+
+
+OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
+"""The columns of an :class:`Account`."""
 
 
 def select_account(account: Account) -> sa.Select[Any]:

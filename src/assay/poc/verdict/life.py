@@ -25,7 +25,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.errors import DataError
 from assay.files.jsonl import dumps
-from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks, ResponseTest, new_test
+from assay.poc.verdict.noise import AnyNoise, ResponseBlocks, ResponseNoise, ResponseTest, sequential_test
 from assay.stats.sequential import Verdict, decide
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
@@ -113,9 +113,9 @@ class Life:
 
     def _begin(self, noise: AnyNoise) -> "LifeTest":
         weight = error_share(len(self.tests) + 1)
-        self.tests.append(
-            LifeTest(new_test(noise, alpha=self.alpha * weight, beta=self.beta * weight), math.log(weight))
-        )
+        new_test = ResponseTest if isinstance(noise, ResponseNoise) else sequential_test
+        test = new_test(noise, alpha=self.alpha * weight, beta=self.beta * weight)  # type: ignore[operator]
+        self.tests.append(LifeTest(test, math.log(weight)))
         return self.tests[-1]
 
     @property

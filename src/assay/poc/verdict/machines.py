@@ -25,8 +25,7 @@ import numpy as np
 
 from assay import stats
 from assay.poc.verdict.noise import FloatArray, Law, Noise, sequential_test
-from assay.stats.fits import NoiseFit
-from assay.stats.noise import Spread
+from assay.stats.noise import NoiseFit, Spread
 
 Pair = tuple[int, int]
 Fit = Callable[[FloatArray], NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]]
