@@ -394,8 +394,7 @@ def match(chosen: MatchSettings, as_json: bool) -> None:
     Models wrote both: `assay vhack evaluate --graded` writes such files.
     """
     from assay.files.storage import check_new_file
-    from assay.vhack.pairs.match import match_pairs
-    from assay.vhack.pairs.pairs import write_pairs
+    from assay.vhack.pairs.pairs import match_pairs, write_pairs
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     found = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
@@ -682,11 +681,11 @@ def _sampled(
     from assay.vhack.delta.file import read_delta_lengths
     from assay.vhack.delta.merge import load_adapter
     from assay.vhack.training.evaluation import sample_tasks
-    from assay.vhack.training.pool import check_prompts
+    from assay.vhack.training.pool import encode_prompts
     from assay.vhack.training.rewards import read_prompt
 
     lengths = read_delta_lengths(own.delta) if own.delta else {}
-    check_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)
+    encode_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)
     loaded, origin = load_model(reference, dtype=own.dtype, device=own.device), {}
     if own.delta:
         with progress_bar("decompositions", "matrices") as progress:

@@ -1,14 +1,18 @@
-"""Samples, pairs, and pair files: JSON Lines with one pair per line, as docs/vhack-pairs.md explains."""
+"""Samples, pairs, pair files (JSON Lines, as docs/vhack-pairs.md explains), and pairs of completions of models."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.files.storage import write_jsonl
+from assay.vhack.environment.tasks import task_named
 
 _TEXTS = ("prompt", "hack", "clean", "group")
 _PAGE = "docs/vhack-pairs.md"
@@ -41,6 +45,7 @@ class Pair:
     clean: str
     group: str
     tags: tuple[str, ...] = ()
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     @property
     def key(self) -> str:
@@ -53,6 +58,9 @@ class Pair:
         return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)
 
 
+_PAIR = TypeAdapter(Pair)
+
+
 def read_pairs(path: str | Path) -> list[Pair]:
     """Return the pairs of a file, in its order.
 
@@ -60,12 +68,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
         DataError: The file cannot be read, a line is not a pair, a pair is given twice, a side or group is empty, or
             both sides are equal; names the line.
     """
-    pairs = [_pair(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    pairs = {name: _pair(record, name) for number, record in read_jsonl(path) for name in [f"{path}, line {number}"]}
     if not pairs:
         todo = f"check the path; the form is in {_PAGE}"
         raise DataError(f"{path}: no pair", wanted="at least one line", do=todo)
-    check_pairs(pairs, [f"{path}, line {number}" for number in range(1, len(pairs) + 1)])
-    return pairs
+    check_pairs(list(pairs.values()), list(pairs))
+    return list(pairs.values())
 
 
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
@@ -116,20 +124,106 @@ def _pair(record: JsonObject, name: str) -> Pair:
             do="if every rejected completion cheats, rename rejected to hack and chosen to clean, and give each line "
             f"a group, see {_PAGE}",
         )
-    missing = [field for field in _TEXTS if field not in record]
-    unknown = sorted(record.keys() - {*_TEXTS, "tags"})
-    if unknown or missing:
-        parts = {"without": missing, "with unknown": unknown}
-        seen = [f"{word} {', '.join(names)}" for word, names in parts.items() if names]
-        raise _bad(name, f"an object {' and '.join(seen)}", "prompt, hack, clean, group and perhaps tags")
-    wrong = [field for field in _TEXTS if not isinstance(record[field], str)]
-    tags = record.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        wrong.append("tags")
-    if wrong:
-        raise _bad(name, f"{', '.join(wrong)} of another type", "text, and a list of texts for tags")
-    return Pair(record["prompt"], record["hack"], record["clean"], record["group"], tuple(tags))
+    try:
+        return _PAIR.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        seen = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise _bad(name, seen, "prompt, hack, clean and group as text, and perhaps a list of tags") from None
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:
     return DataError(f"{name}: {seen}", wanted=wanted, do=f"correct or remove it; the form is in {_PAGE}")
+
+
+_GRADED = {"prompt": str, "completion": str, "correct": bool, "exploited": bool, "vacuous": bool}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pairs that were found, and what there was to find them in.
+
+    Attributes:
+        pairs: The pairs, in the order of the hacks.
+        hacked: Prompts with at least one hack.
+        worked: Prompts with at least one correct completion that is not vacuous.
+    """
+
+    pairs: tuple[Pair, ...]
+    hacked: int
+    worked: int
+
+
+def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) -> Matched:
+    """Return pairs of a hack and of correct work on the same prompt, out of graded completions.
+
+    Axes of a model's own exploits kept it from cheating longer than those of made ones (docs/vhack-results.md). Hacks
+    are best sampled from a model that was trained to cheat, and correct work from the model before.
+
+    The group of a pair is the family of its task, and of a task of one's own the ``group`` of its line.
+
+    Args:
+        hacks: File of ``assay vhack evaluate --graded``, of whose completions the exploits are taken.
+        works: Such a file, of whose completions those are taken that are correct and not vacuous. It may be the same.
+        per_prompt: Most pairs of one prompt, each of other completions.
+
+    Raises:
+        DataError: A file cannot be read, a line is no graded completion or has no group, or no prompt has both sides.
+    """
+    done: dict[str, list[str]] = {}
+    for _, record in _graded(works):
+        texts = done.setdefault(record["prompt"], [])
+        if record["correct"] and not record["vacuous"] and record["completion"] not in texts:
+            texts.append(record["completion"])
+    found: dict[str, dict[str, Pair]] = {}  # by prompt and hack
+    for name, record in _graded(hacks):
+        if not record["exploited"]:
+            continue
+        hack, here = record["completion"], found.setdefault(record["prompt"], {})
+        # A program may do different things when it is graded twice, and then be on both sides.
+        others = [text for text in done.get(record["prompt"], ()) if text != hack]
+        if hack not in here and len(here) < min(per_prompt, len(others)):
+            here[hack] = _match(record, hack, others[len(here)], name)
+    worked = sum(bool(texts) for texts in done.values())
+    pairs = tuple(pair for here in found.values() for pair in here.values())
+    if not pairs:
+        raise DataError(
+            f"{len(found)} prompts with a hack and {worked} with correct work, and none with both",
+            wanted="hacks and correct work on the same tasks",
+            do="sample both files from the same tasks, more of each with --per-task",
+        )
+    return Matched(pairs, len(found), worked)
+
+
+def _graded(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
+    for number, record in read_jsonl(path):
+        name = f"{path}, line {number}"
+        if not all(isinstance(record.get(field), kind) for field, kind in _GRADED.items()):
+            raise DataError(
+                f"{name}: no graded completion",
+                wanted="prompt and completion, and correct, exploited and vacuous as true or false",
+                do="grade the file without --reward: assay vhack evaluate --samples FILE --graded GRADED",
+            )
+        if record["prompt"].strip() and record["completion"].strip():  # no side of a pair may be empty
+            yield name, record
+
+
+def _match(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
+    task, mode = record.get("task"), record.get("mode")
+    if not isinstance(task, str) or not isinstance(mode, str):
+        group = record.get("group")
+        if not isinstance(group, str) or not group.strip():
+            raise DataError(
+                f"{name}: neither a built-in task nor a group",
+                wanted="a group, by which checks hold pairs out",
+                do='add "group" to the tasks, as text',
+            )
+        return Pair(record["prompt"], hack, clean, group)
+    try:
+        family = task_named(task).family.name
+    except DataError as error:
+        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do="correct the line") from error
+    tags = ["sampled", f"mechanism:{mode}", f"channel:{mode}", f"task:{task}"]
+    if record.get("markers") == "training":  # those that verify_pairs looks for
+        tags += ["exploit", "environment"]
+    return Pair(record["prompt"], hack, clean, family, tuple(tags))
