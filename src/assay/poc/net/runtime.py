@@ -14,6 +14,7 @@ from typing import ParamSpec, Self, TypeVar
 import structlog
 from typing_extensions import override
 
+from assay._version import __version__
 from assay.errors import reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.net.deployment import Deployment
@@ -151,6 +152,11 @@ class Runtime(ABC):
             writer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._files.close()
+
+    def about(self, schema: str) -> JsonObject:
+        """Return how every snapshot begins."""
+        now = time.time()
+        return {"schema": schema, "time": now, "version": __version__, "uptime_seconds": now - self.started_at}
 
     @abstractmethod
     def snapshot(self) -> JsonObject:

@@ -15,7 +15,7 @@ from assay.poc.protocol.record import Fingerprint, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service.jobs import job_round
-from assay.poc.service.rounds import RoundValues, State, StoredRound
+from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.settings import Settings
 
 MISMATCH = "pins mismatch"
@@ -145,18 +145,6 @@ def round_values(
     check_round(asked.round, settings, share=needs_share)  # an error says which field is out of range
     _check_batch(request.batch_size, deployment, settings)
     return asked
-
-
-def check_same_model(stored: StoredRound, deployment: Deployment, state: State) -> None:
-    """Refuse with 409 to work on a round of another model than the deployed one; names both, and the state."""
-    if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
-        raise Refusal(
-            409,
-            f"a round of {stored.reference} ({stored.digest[:12]})",
-            wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
-            do="start the service with that model, or begin another round",
-            fields={"state": str(state)},
-        )
 
 
 def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:

@@ -16,7 +16,6 @@ from functools import partial
 import structlog
 from typing_extensions import override
 
-from assay._version import __version__
 from assay.errors import AssayError, EngineEnded, StorageError, reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.engines.base import check_supported
@@ -31,7 +30,6 @@ from assay.poc.service.checks import (
     check_deployed,
     check_job,
     check_round,
-    check_same_model,
     check_validation,
     round_values,
 )
@@ -106,12 +104,7 @@ class Controller(Runtime):
     # Calls
 
     def init(self, request: InitRequest | ArtifactInit, call: str) -> None:
-        """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``.
-
-        Raises:
-            Refusal: 409, 422 or 503.
-            StorageError: The database cannot be written.
-        """
+        """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``."""
         generates = self._after(call) is State.GENERATING
         deployment = self.ready()
         values = round_values(request, deployment, self.settings, needs_share=generates)
@@ -126,12 +119,7 @@ class Controller(Runtime):
             self._move(state, self.rounds.enter(state, values))
 
     def phase(self, call: str) -> None:
-        """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised.
-
-        Raises:
-            Refusal: 409 or 503.
-            StorageError: The database cannot be written.
-        """
+        """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised."""
         with self._lock:
             state = self._after(call)
             self.ready()
@@ -165,12 +153,11 @@ class Controller(Runtime):
                 return
             try:
                 future.set_result(self._validate(request, stored, deployment, epoch))
-            except AssayError as error:
-                future.set_exception(error)
             except Exception as error:  # an engine may raise any error, and the request must be answered
-                log.exception("validation failed")
-                reason = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
-                future.set_exception(reason)
+                if not isinstance(error, AssayError):
+                    log.exception("validation failed")
+                    error = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
+                future.set_exception(error)
 
         if not self.worker.submit(task, self.settings.max_waiting):
             seen = f"{self.settings.max_waiting} validations wait for the engine"
@@ -178,31 +165,20 @@ class Controller(Runtime):
         return future
 
     def submit(self, request: GenerateRequest) -> JsonObject:
-        """Queue an artifact job.
-
-        Raises:
-            Refusal: 400, 409, 422, 429 or 503.
-        """
+        """Queue an artifact job."""
         check_job(request, self.ready(), self.settings)
         queued = self.jobs.submit(request)
         self.worker.wake()
         return queued
 
     def ready(self) -> Deployment:
-        """Return the deployment.
-
-        Raises:
-            Refusal: 503, the model is not loaded.
-        """
+        """Return the deployment, or refuse with 503 while there is none."""
         if self.deployment is None:
-            failed = self.loaded.done()
-            raise Refusal(
-                503,
-                f"the model could not be loaded: {self.error}" if failed else "the model is being loaded",
-                wanted="a loaded model",
-                do="see the log, then start the service again" if failed else "ask /ready, then send it again",
-                retry_after=None if failed else 5,
-            )
+            seen, do, wait = "the model is being loaded", "ask /ready, then send it again", 5
+            if self.loaded.done():
+                seen = f"the model could not be loaded: {self.error}"
+                do, wait = "see the log, then start the service again", None
+            raise Refusal(503, seen, wanted="a loaded model", do=do, retry_after=wait)
         return self.deployment
 
     @override
@@ -225,26 +201,28 @@ class Controller(Runtime):
         if stored is not None and (progress is None or progress.stored.id != stored.id):
             progress = self._progress(stored)
         self.error = None
-        self._epoch += 1
-        self.worker.generate(None, self._epoch)
+        self._end_epoch()
         self.state = state
         self.writer.begin(self._epoch)
         if stored is not None and progress is not None:
             progress.stored = stored
             self.progress = progress
-        if state is State.GENERATING:
-            self._generate()
-        elif self.deployment is not None and self.jobs.has_open():
-            self.worker.wake()
+        self._work()
         now = self.progress.stored if self.progress else None
         about = {"round": now.id, "block": now.block_hash, "key": now.public_key} if now else {"round": None}
         log.info("state", state=str(state), **about)
 
-    def _generate(self) -> None:
-        """Generate from the first nonce that is not on disk."""
-        if self.progress is not None:
+    def _end_epoch(self) -> None:
+        self._epoch += 1
+        self.worker.generate(None, self._epoch)
+
+    def _work(self) -> None:
+        """Generate from the first nonce that is not on disk, or do the jobs that wait."""
+        if self.state is State.GENERATING and self.progress is not None:
             stored = replace(self.progress.stored, next_nonce=self.progress.next_nonce)
             self.worker.generate(stored, self._epoch)
+        elif self.deployment is not None and self.jobs.has_open():
+            self.worker.wake()
 
     def _progress(self, stored: StoredRound) -> Progress:
         if self.deployment is None:
@@ -284,16 +262,20 @@ class Controller(Runtime):
                     self.progress = self._progress(self.progress.stored)
             except AssayError as error:
                 self._engine_failed(error)
-            if self.state is State.GENERATING:
-                self._generate()
-            elif self.jobs.has_open():
-                self.worker.wake()
+            self._work()
 
     def _check_same_model(self, state: State) -> StoredRound:
         """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
         assert self.progress is not None
-        stored = self.progress.stored
-        check_same_model(stored, self.ready(), self.state)
+        stored, deployment = self.progress.stored, self.ready()
+        if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
+            raise Refusal(
+                409,
+                f"a round of {stored.reference} ({stored.digest[:12]})",
+                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
+                do="start the service with that model, or begin another round",
+                fields={"state": str(self.state)},
+            )
         check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
@@ -309,8 +291,7 @@ class Controller(Runtime):
             state = self.state if continues else self._after("engine failure")
             if not isinstance(error, ShareDone):
                 self.metrics.failures.inc()
-            self._epoch += 1
-            self.worker.generate(None, self._epoch)
+            self._end_epoch()
             self.state, self.error = state, reason_of(error)
             said = "the engine ended, and the next start continues the round" if continues else "the round ended"
             log.error(said, error=self.error, state=str(state))
@@ -341,10 +322,7 @@ class Controller(Runtime):
     def snapshot(self) -> JsonObject:
         progress, deployment = self.progress, self.deployment
         return {
-            "schema": SCHEMA,
-            "time": time.time(),
-            "version": __version__,
-            "uptime_seconds": time.time() - self.started_at,
+            **self.about(SCHEMA),
             "state": str(self.state),
             "ready": deployment is not None,
             "paused": self.paused,
@@ -387,13 +365,9 @@ class Controller(Runtime):
         round = replace(stored.round, public_key=request.public_key)  # the key that is paid, not the validator's
         for batch in deployment.compute(round, stored.batch_size, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
-                raise Refusal(
-                    409,
-                    f"the round changed while this validation ran, and the state is {self.state}",
-                    wanted="VALIDATING until the answer",
-                    do="send it again in the round that you mean",
-                    fields={"state": str(self.state)},
-                )
+                seen = f"the round changed while this validation ran, and the state is {self.state}"
+                wanted, do = "VALIDATING until the answer", "send it again in the round that you mean"
+                raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(self.state)})
             computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
         if not all(map(is_distance, computed)):
             seen = "the engine returned NaN or an out-of-range distance"

@@ -29,12 +29,9 @@ from assay.poc.verdict.ledger_entries import Account, Update, round_identity
 from assay.poc.verdict.noise import Noise, default_noise, sequential_test
 from assay.stats.sequential import Verdict
 
-# --------------------------------------------------------------------------------------------------
-# The honest noise that a service judges by: as given, else as the network pinned it, else the stated default.
-
 
 class HonestNoise:
-    """Finds the noise between nodes and this service.
+    """Finds the noise between nodes and this service: as given, else as the network pinned it, else the default.
 
     Args:
         settings: Settings that may name a calibration, and pins that may name others.
@@ -113,7 +110,7 @@ class Judge:
         outbox: Outbox for callbacks.
         settings: Settings of the service, which may name a ledger.
         noise: Honest noise that nodes are judged by.
-        recorded: Function that is called with the verdict on a node's life after each request that was recorded.
+        recorded: Called with the verdict on a node's life after each request that was recorded.
 
     Raises:
         UsageError: The ledger was begun at other error rates, or the file is not a ledger.
@@ -127,7 +124,7 @@ class Judge:
         settings: Settings,
         noise: HonestNoise,
         *,
-        recorded: Callable[[Verdict], None] = lambda _: None,
+        recorded: Callable[[Verdict], None],
     ) -> None:
         self._db, self._outbox, self._settings, self._recorded = database, outbox, settings, recorded
         self._noise = noise
@@ -155,34 +152,19 @@ class Judge:
         new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
-        fraud = count.n > 0 and count.p_value < stored.fraud_threshold
-        residual = _residual(test)
         result = {
-            "fraud_detected": fraud,
+            "fraud_detected": count.n > 0 and count.p_value < stored.fraud_threshold,
             "computed_distances": list(computed),
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": residual,
+            "residual_test": _residual(test),
         }
-        summary = {
-            "time": time.time(),
-            "public_key": public_key,
-            "block_hash": stored.block_hash,
-            "n": count.n,
-            "n_invalid": count.mismatches,
-            "probability_honest": result["probability_honest"],
-            "fraud_detected": fraud,
-            "verdict": residual["verdict"],
-        }
-        body = {
-            "nonces": list(nonces),
-            "received_distances": [_finite(value) for value in received],
-            "public_key": public_key,
-            "block_hash": stored.block_hash,
-            "block_height": stored.block_height,
-            **result,
-        }
+        who = {"public_key": public_key, "block_hash": stored.block_hash}
+        about = {name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")}
+        summary = {"time": time.time(), **who, "n": count.n, **about, "verdict": result["residual_test"]["verdict"]}
+        body = {"nonces": list(nonces), "received_distances": [_finite(value) for value in received], **who}
+        body |= {"block_height": stored.block_height, **result}
         checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
         try:
             # First: the ledger knows what it has counted, so a request that is repeated after a crash adds nothing.
@@ -208,9 +190,8 @@ class Judge:
         if noise is None:
             return
         # A request does not say what the node computes with; the number format is the one that the network agreed on.
-        account = Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name)
         update = Update(
-            account=account,
+            account=Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name),
             round=round_identity(stored.round),
             block_hash=stored.block_hash,
             noise=noise,
@@ -231,25 +212,25 @@ class Judge:
             test = _residual_test(noise, self._settings)
             if test is None:
                 return None
-            self._tests[key] = test.update(self._old_residuals(*key))
+            c = self._checks.c
+            query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
+            self._tests[key] = test.update(
+                [math.nan if old is None else old - new for old, new in self._db.rows(query)]
+            )
         self._tests.move_to_end(key)
         if len(self._tests) > MAX_TESTS:
             self._tests.popitem(last=False)
         return self._tests[key]
 
-    def _old_residuals(self, round_id: int, public_key: str) -> list[float]:
-        checks = self._checks
-        query = sa.select(checks.c.received, checks.c.computed).order_by(checks.c.id)
-        rows = self._db.rows(query.where(checks.c.round_id == round_id, checks.c.public_key == public_key))
-        return [math.nan if row.received is None else row.received - row.computed for row in rows]
-
     def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
         if not nonces:
             return set()
-        checks = self._checks
-        same = (checks.c.round_id == round_id) & (checks.c.public_key == public_key)
-        query = sa.select(checks.c.nonce).where(same, checks.c.nonce.between(min(nonces), max(nonces)))
+        among = self._checks.c.nonce.between(min(nonces), max(nonces))
+        query = sa.select(self._checks.c.nonce).where(self._of(round_id, public_key), among)
         return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
+
+    def _of(self, round_id: int, public_key: str) -> sa.ColumnElement[bool]:
+        return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
 
     def _save(
         self,
@@ -309,10 +290,8 @@ def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialT
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:
     if test is None:
-        return {
-            "verdict": "undecided",
-            "reason": "no honest noise of this preset and dtype is known: pass --calibration",
-        }
+        reason = "no honest noise of this preset and dtype is known: pass --calibration"
+        return {"verdict": "undecided", "reason": reason}
     result = test.result
     return {
         "verdict": result.verdict,

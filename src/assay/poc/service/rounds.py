@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -76,13 +76,8 @@ def after(call: str, state: State, *, has_round: bool) -> State:
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
     seen = f"{call} while {state}" if has_round or call not in NEEDS_ROUND else f"{call} before any init"
-    raise Refusal(
-        409,
-        seen,
-        wanted="one of " + ", ".join(choices),
-        do="ask /status, then make an allowed call",
-        fields={"state": str(state), "allowed": choices},
-    )
+    wanted, do = "one of " + ", ".join(choices), "ask /status, then make an allowed call"
+    raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(state), "allowed": choices})
 
 
 RECENT = 256
@@ -127,12 +122,12 @@ class RoundValues:
         for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
             value, count = getattr(self, name), getattr(self, high)
             if not 0 <= value < count:
-                raise Refusal(
-                    422,
+                seen, wanted, do = (
                     f"{name} {value} with {high} {count}",
-                    wanted=f"0 <= {name} < {high}",
-                    do=f"set both {name} and {high}",
+                    f"0 <= {name} < {high}",
+                    f"set both {name} and {high}",
                 )
+                raise Refusal(422, seen, wanted=wanted, do=do)
 
     @property
     def round(self) -> Round:
@@ -172,7 +167,7 @@ class StoredRound(RoundValues):
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Batch:
     """Results of one batch on their way to disk."""
 
@@ -311,16 +306,12 @@ def _fitting(most: int, record: Record) -> int:
 
 def _check_same(values: RoundValues, stored: StoredRound) -> None:
     """Refuse values other than those with which a round was begun."""
-    names = (field.name for field in fields(values))
-    other = sorted(name for name in names if getattr(values, name) != getattr(stored, name))
+    other = sorted(name for name, value in vars(values).items() if value != getattr(stored, name))
     if other:
-        raise Refusal(
-            409,
-            "this block and key have a round with another " + ", ".join(other),
-            wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in other),
-            do="repeat the values of the first request, or use a new block or key",
-            fields={"fields": other},
-        )
+        seen = "this block and key have a round with another " + ", ".join(other)
+        wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
+        do = "repeat the values of the first request, or use a new block or key"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
@@ -331,14 +322,7 @@ def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
 WINDOW = 30.0  # seconds over which the current rate is measured
 SPREAD = 5.0  # standard deviations of the chord law that the histogram shows on either side
 BINS = 48
-EXPECTED = (
-    "valid_rate",
-    "valid_rate_error",
-    "expected_rate",
-    "expected_rate_error",
-    "block_factor",
-    "block_factor_error",
-)
+EXPECTED = tuple(name + error for name in ("valid_rate", "expected_rate", "block_factor") for error in ("", "_error"))
 """Names of what :meth:`Progress.expectation` returns."""
 
 
@@ -393,12 +377,9 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            distances = [
-                record.distance if isinstance(record, DistanceRecord) else math.nan for record in batch.records
-            ]
-            for record, distance, valid in zip(batch.records, distances, batch.valid, strict=True):
-                if valid:
-                    self._recent.append((record.nonce, distance))
+            distances = [r.distance if isinstance(r, DistanceRecord) else math.nan for r in batch.records]
+            places = zip(batch.records, distances, batch.valid, strict=True)
+            self._recent.extend((record.nonce, distance) for record, distance, valid in places if valid)
             if self._dimension:
                 self._counts += bin_counts(distances, self._edges)
 
@@ -428,16 +409,16 @@ class Progress:
 
     def expectation(self) -> dict[str, Any]:
         """Return valid rate, what this block's law expects, and the standard errors of both."""
-        rate = self.valid / self.checked if self.checked else None
-        checked, r_target, known = self.checked, self.stored.r_target, self._dimension > 0
-        return {
-            "valid_rate": rate,
-            "valid_rate_error": rate_standard_error(rate, self.checked) if rate is not None else None,
-            "expected_rate": self.law.valid_rate(r_target) if known else None,
-            "expected_rate_error": self.law.rate_error(r_target, checked) if known and checked else None,
-            "block_factor": self.law.scale if known else None,
-            "block_factor_error": self.law.factor_error if known else None,
-        }
+        checked, r_target, found = self.checked, self.stored.r_target, dict[str, Any].fromkeys(EXPECTED)
+        if checked:
+            rate = self.valid / checked
+            found |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
+        if self._dimension:
+            law = self.law
+            error = law.rate_error(r_target, checked) if checked else None
+            found |= {"expected_rate": law.valid_rate(r_target), "expected_rate_error": error}
+            found |= {"block_factor": law.scale, "block_factor_error": law.factor_error}
+        return found
 
     def histogram(self) -> dict[str, Any] | None:
         """Return the bins of the distances beside what this block's law expects; None for vectors."""

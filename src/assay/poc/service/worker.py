@@ -72,7 +72,7 @@ class Worker(EngineThread):
         """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after the running batch."""
         with self._state:
             self._round, self._epoch = stored, epoch
-            self._state.notify_all()
+        self._notify()
 
     def submit(self, task: Callable[[Deployment], None], limit: int) -> bool:
         """Queue a task; return False if ``limit`` tasks are waiting already."""
@@ -80,19 +80,20 @@ class Worker(EngineThread):
             if len(self._tasks) >= limit:
                 return False
             self._tasks.append(task)
-            self._state.notify_all()
-            return True
+        self._notify()
+        return True
 
     def wake(self) -> None:
         """Say that there is background work."""
-        with self._state:
-            self._has_background = True
-            self._state.notify_all()
+        self._has_background = True
+        self._notify()
 
+    @override
     def _run(self) -> None:
         super()._run()
         self._drop_stream()
 
+    @override
     def _turn(self, deployment: Deployment) -> None:
         with self._state:
             self._state.wait_for(lambda: self._closed or self._tasks or self._round or self._has_background)
@@ -111,6 +112,7 @@ class Worker(EngineThread):
         elif self._background(deployment):
             self.wake()
 
+    @override
     def _turn_failed(self, error: Exception) -> None:
         self._failed(error)
         self._wait(1.0)
@@ -127,11 +129,9 @@ class Worker(EngineThread):
             started = time.perf_counter()
             records = next(self._stream, None)
             if records is None:
-                raise ShareDone(
-                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} has no further nonce",
-                    wanted="a round that has nonces left",
-                    do="begin another round",
-                )
+                share_of = f"node {stored.round.node_id} of {stored.round.node_count}"
+                seen = f"the share is done: {share_of} has no further nonce"
+                raise ShareDone(seen, wanted="a round that has nonces left", do="begin another round")
             wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
         except Exception as error:
             self._drop_stream()
@@ -156,19 +156,11 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
     valid = [not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target) for record in records]
     broken = [r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)]
     if broken:
-        raise BadWeights(
-            f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}",
-            wanted="finite distances in [0, 2]",
-            do="check the checkpoint and the device, then start the phase again",
-        )
-    return Batch(
-        epoch=epoch,
-        round_id=stored.id,
-        records=records,
-        valid=valid,
-        next_nonce=records[-1].nonce + stored.round.node_count,
-        seconds=seconds,
-    )
+        seen = f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}"
+        do = "check the checkpoint and the device, then start the phase again"
+        raise BadWeights(seen, wanted="finite distances in [0, 2]", do=do)
+    following = records[-1].nonce + stored.round.node_count
+    return Batch(epoch, stored.id, records, valid, following, seconds)
 
 
 class Writer(LoopThread):
@@ -227,45 +219,41 @@ class Writer(LoopThread):
         self.begin(self._epoch + 1)  # what is queued is written
         return super().close(timeout)
 
+    @override
     def _run(self) -> None:
         while True:
             with self._state:
                 self._state.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                self._busy = True
-            error = self._write()
+                self._busy, batches = True, list(self._queue)
+                wanted = batches[0].epoch == self._epoch
+            error = self._write(batches, wanted=wanted)
             with self._state:
                 self._busy = False
-                self._state.notify_all()
+            self._notify()
             if error is not None:
                 # Only now: the receiver of the error may wait for this thread to be idle.
                 self._failed(error)
 
-    def _write(self) -> Exception | None:
-        """Commit what is queued, or wait a moment if that is not possible now.
-
-        Returns an error that waiting does not cure.
-        """
-        with self._state:
-            batches = list(self._queue)
-            wanted = batches[0].epoch == self._epoch
+    def _write(self, batches: list[Batch], *, wanted: bool) -> Exception | None:
+        """Commit what is queued, or wait a moment if that is not possible now; return what waiting does not cure."""
+        failure: Exception | None = None
         try:
             if wanted and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None
             started = time.perf_counter()
             self._rounds.commit(batches, interval=self._settings.callback_interval, most=self._settings.callback_nonces)
-            failure: Exception | None = None
         except StorageError:
             self._pause("storage", STORAGE_PAUSE)
             return None
-        except Exception as error:
-            failure = error  # two results for one nonce, or a round that was deleted: waiting does not help
+        except Exception as error:  # two results for one nonce, or a round that was deleted
+            failure = error
         with self._state:
             for _ in range(min(len(batches), len(self._queue))):
                 self._queue.popleft()
-            self._state.notify_all()
+        self._notify()
         if failure is None:
             self._pause(None)
             self._committed(batches, time.perf_counter() - started)

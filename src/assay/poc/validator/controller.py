@@ -1,6 +1,5 @@
 """What a validator is made of, and what it says of itself."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,7 +8,6 @@ from functools import partial
 import structlog
 from typing_extensions import override
 
-from assay._version import __version__
 from assay.errors import AssayError, UsageError, reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.net.deployment import Deployment
@@ -201,10 +199,7 @@ class ValidatorController(Runtime):
     def snapshot(self) -> JsonObject:
         nodes, round = self.nodes(), self.registry.network.round
         return {
-            "schema": SCHEMA,
-            "time": time.time(),
-            "version": __version__,
-            "uptime_seconds": time.time() - self.started_at,
+            **self.about(SCHEMA),
             "ready": self.ready,
             "error": self.error,
             "storage_failing": self.writer.failing,
