@@ -21,7 +21,7 @@ from .inverse import seed_for
 pytest.importorskip("triton", reason="triton is not installed: run make test-vllm")
 
 KERNELS = {
-    "gumbels": ("hash_kernel", {"seeds_B": "*i32", "out_BN": "*fp32", "n": "i32"}, {"KIND": "gumbel", "BLOCK": 1024}),
+    "gumbels": ("hash_kernel", {"seeds_B": "*i32", "out_BN": "*fp32", "n": "i32"}, {"KIND": "gumbels", "BLOCK": 1024}),
     "every row": ("add_gumbels_kernel", {"rows_N": "*i32"}, {"HAS_ROWS": False, "BLOCK": 1024}),
     "some rows": ("add_gumbels_kernel", {"rows_N": "*i64"}, {"HAS_ROWS": True, "BLOCK": 1024}),
 }

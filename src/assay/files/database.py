@@ -101,7 +101,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """Open a transaction that sees one consistent state and does not wait for writers."""
-        with self._storing(), self._engine.begin() as connection:
+        with _three_parts(self.path, self._flag), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -113,7 +113,7 @@ class Database:
         """
         self._check_place()
         # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
-        with self._storing(), self._writing, self._writer.begin() as connection:
+        with _three_parts(self.path, self._flag), self._writing, self._writer.begin() as connection:
             yield connection
 
     def rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
@@ -136,7 +136,7 @@ class Database:
 
         The journal keeps what was deleted until it is written over.
         """
-        with self._storing(), self._writing, closing(self._engine.raw_connection()) as connection:
+        with _three_parts(self.path, self._flag), self._writing, closing(self._engine.raw_connection()) as connection:
             cursor = connection.cursor()
             try:
                 cursor.execute(f"PRAGMA busy_timeout={JOURNAL_TIMEOUT_MS}")
@@ -170,21 +170,31 @@ class Database:
         )
 
     def _own(self, data_dir: Path, *, exclusive: bool) -> int:
-        """Create the directory and the file where they are missing, and take the lock where it is wanted."""
+        """Create directory and file where they are missing, take the lock where it is wanted, and shut others out.
+
+        SQLite gives its journal the permissions of the database.
+        """
+        refusal = partial(StorageError, do=f"stop another service that runs there, or pass another {self._flag}")
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _open_private(self.path, exclusive=exclusive, flag=self._flag)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise refusal(f"{self.path} is a pipe or a device", wanted="a database, or no file yet")
+                if exclusive:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for file in (self.path, *(self.path.with_name(f"{self.path.name}{end}") for end in ("-wal", "-shm"))):
+                    with suppress(PermissionError, FileNotFoundError):  # of another user, or not there yet
+                        file.chmod(0o600)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except BlockingIOError:
+            wanted = "a data directory of its own for every service"
+            raise refusal(f"another service runs in {data_dir}", wanted=wanted) from None
         except OSError as error:
-            raise StorageError(
-                f"{self.path}: {error.strerror}",
-                wanted="a directory that can be written",
-                do=f"pass another {self._flag}",
-            ) from None
-
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        with _three_parts(self.path, self._flag):
-            yield
+            raise refusal(f"{self.path}: {error.strerror}", wanted="a directory that can be written") from None
+        return descriptor
 
     def _migrate(self, connection: sa.Connection, migrations: Sequence[Sequence[str]]) -> None:
         connection.exec_driver_sql(
@@ -272,33 +282,6 @@ def _three_parts(path: Path, flag: str) -> Iterator[None]:
         if isinstance(error, sa.exc.IntegrityError):
             raise
         raise damaged(path, str(getattr(error, "orig", error)), flag=flag) from error
-
-
-def _open_private(path: Path, *, exclusive: bool, flag: str) -> int:
-    """Open the database file, take its lock where it is wanted, and withdraw it from other users.
-
-    SQLite gives its journal the permissions of the database.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise StorageError(
-            f"{path} is a pipe or a device", wanted="a database, or no file yet", do=f"pass another {flag}"
-        )
-    try:
-        if exclusive:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StorageError(
-            f"another service runs in {path.parent}",
-            wanted="a data directory of its own for every service",
-            do=f"stop the other service, or pass another {flag}",
-        ) from None
-    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-        with suppress(PermissionError, FileNotFoundError):  # of another user, or not there yet
-            file.chmod(0o600)
-    return descriptor
 
 
 def _on_connect(connection: Any, record: ConnectionPoolEntry, *, secure_delete: bool) -> None:

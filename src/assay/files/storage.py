@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -68,8 +69,8 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def _refuse_other_kinds(path: Path) -> None:
-    """Refuse what is there and is no file: a rename would put a file in its place, were it /dev/null."""
+def _check_place(path: Path, *, overwrite: bool) -> None:
+    """Refuse a path with something that is not to be replaced: a rename would put a file in the place of /dev/null."""
     with _storing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "")
@@ -77,12 +78,6 @@ def _refuse_other_kinds(path: Path) -> None:
     if exists and not path.is_file():
         do = "write to a file, and copy it from there"
         raise StorageError(f"{path} is a pipe or a device", wanted="a file that can be written", do=do)
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    _refuse_other_kinds(path)
-    with _storing(path):
-        exists = path.exists()
     if exists and not overwrite:
         do = "choose another one, or pass --overwrite (in Python overwrite=True)"
         raise UsageError(f"{path} exists", wanted="a new file name", do=do)
@@ -101,7 +96,7 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
             written to.
     """
     path = Path(path)
-    _refuse_existing(path, overwrite)
+    _check_place(path, overwrite=overwrite)
     with _storing(path):
         if not stat.S_ISDIR(path.parent.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "")
@@ -116,7 +111,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         StorageError: The file cannot be written.
     """
     path = Path(path)
-    _refuse_other_kinds(path)
+    _check_place(path, overwrite=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with _storing(path):
         try:
@@ -129,27 +124,25 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         _sync_directory(path.parent)
 
 
-def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
-    """Write a whole JSON Lines file, one record per line, as :func:`write_atomic` writes.
-
-    Raises:
-        UsageError: A record is not JSON.
-        StorageError: The file cannot be written.
-    """
-    write_atomic(path, "".join(dumps(record) + "\n" for record in records))
-
-
 def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = False) -> None:
-    """Write a whole file of lines of canonical JSON; the final name appears when all are on disk.
+    """Write a whole file of lines of canonical JSON, as :func:`write_atomic` writes.
 
     Raises:
         UsageError: The file exists and ``overwrite`` is not set.
         StorageError: The file cannot be written.
     """
-    with PartialFile(path, overwrite=overwrite) as out:
-        out.restart()
-        out.append_lines(lines)
-        out.commit()
+    _check_place(Path(path), overwrite=overwrite)
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
+    """Write a whole JSON Lines file, one record per line, in place of one that is there.
+
+    Raises:
+        UsageError: A record is not JSON.
+        StorageError: The file cannot be written.
+    """
+    write_lines(path, map(dumps, records), overwrite=True)
 
 
 class PartialFile:
@@ -175,7 +168,7 @@ class PartialFile:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
-        _refuse_existing(self.path, overwrite)
+        _check_place(self.path, overwrite=overwrite)
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
             self._file = io.FileIO(os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+")
@@ -187,20 +180,19 @@ class PartialFile:
         self._recovered = not os.fstat(self._file.fileno()).st_size
 
     def _lock(self) -> None:
-        busy = StorageError(
-            f"{self.partial} is being written by another process",
-            wanted="one writer per file",
-            do="wait for it to end, or choose another file name",
-        )
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise busy from error
-        except OSError as error:
-            raise storage_error(self.partial, error) from error
-        # Between opening and locking, the other writer may have given this very file its final name.
-        if not self.partial.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat()):
-            raise busy
+        with _storing(self.partial):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between opening and locking, the other writer may have given this very file its final name.
+                is_ours = self.partial.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat())
+            except BlockingIOError:
+                is_ours = False
+        if not is_ours:
+            raise StorageError(
+                f"{self.partial} is being written by another process",
+                wanted="one writer per file",
+                do="wait for it to end, or choose another file name",
+            )
 
     def recover(self) -> list[str]:
         """Return the intact lines that an earlier writer left, without line ends; whatever follows them is cut off.
@@ -211,25 +203,19 @@ class PartialFile:
         Raises:
             StorageError: The partial file cannot be read or cut, or its first line shows that it is something else.
         """
-        lines: list[str] = []
-        size = 0
         with _storing(self.partial):
             self._file.seek(0)
             *complete, _torn = self._file.readall().split(b"\n")
-            if complete and not _is_intact(complete[0]):
+            intact = list(takewhile(_is_intact, complete))
+            if complete and not intact:
                 raise StorageError(
                     f"{self.partial} is not what an earlier run left",
                     wanted="lines of JSON, or no such file",
                     do="move it away, or choose another file name",
                 )
-            for raw in complete:
-                if not _is_intact(raw):
-                    break
-                lines.append(raw.decode())
-                size += len(raw) + 1
-            self._file.truncate(size)
+            self._file.truncate(sum(len(raw) + 1 for raw in intact))
         self._recovered = True
-        return lines
+        return [raw.decode() for raw in intact]
 
     def resume(self, first: str, most: int, read: Callable[[int, bytes], T]) -> list[T]:
         """Return what an earlier run left after the first line; a file without lines begins with it.
@@ -303,7 +289,7 @@ class PartialFile:
             UsageError: A file of the final name has appeared meanwhile and ``overwrite`` is not set.
             StorageError: The file cannot be stored under its name; the partial file stays.
         """
-        _refuse_existing(self.path, self._overwrite)
+        _check_place(self.path, overwrite=self._overwrite)
         with _storing(self.path):
             os.fsync(self._file.fileno())
             self.partial.replace(self.path)

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -147,19 +147,19 @@ class Backend:
 
     def hashes(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n hashes of each stream, uint32 ``[B, n]``."""
-        return self._make(self._hashes, seeds_B, n)
+        return self._make("hashes", seeds_B, n)
 
     def uniforms(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n uniforms of each stream, float32 ``[B, n]``, in [0, 1] with both ends possible."""
-        return self._make(self._uniforms, seeds_B, n)
+        return self._make("uniforms", seeds_B, n)
 
     def signs(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n signs of each stream, int8 ``[B, n]``: +1 where the uniform is above 0.5, else -1."""
-        return self._make(self._signs, seeds_B, n)
+        return self._make("signs", seeds_B, n)
 
     def permutations(self, seeds_B: Seeds, n: int) -> Array:
         """Return a permutation of 0..n-1 for each stream, int64 ``[B, n]``: the stable argsort of its hashes."""
-        return self._make(self._permutations, seeds_B, n)
+        return self._make("permutations", seeds_B, n)
 
     def picks(self, seeds_B: Seeds, n: int, k: int) -> Array:
         """Choose k indices below n for each stream, int64 ``[B, k]``: those of the k smallest hashes, smallest first.
@@ -192,7 +192,7 @@ class Backend:
 
         The token with the largest sum of logit and number is a sample of the softmax of the logits.
         """
-        return self._make(self._gumbels, seeds_B, n)
+        return self._make("gumbels", seeds_B, n)
 
     def add_gumbels(self, scores_RV: Array, seeds_N: Array, rows_N: Array | None = None) -> None:
         """Add the Gumbel numbers of a stream to every row, in place.
@@ -266,9 +266,9 @@ class Backend:
         with self._room_for(x_BD.shape[1]):
             return self._reflected(x_BD, checked_BR)
 
-    def _make(self, make: Callable[[UInts, int], Array], seeds_B: Seeds, n: int) -> Array:
+    def _make(self, kind: str, seeds_B: Seeds, n: int) -> Array:
         with self._room_for(n):
-            return make(_single(seeds_B), _count(n))
+            return self._generate(kind, _single(seeds_B), _count(n))
 
     @contextmanager
     def _room_for(self, n: int) -> Iterator[None]:
@@ -283,17 +283,11 @@ class Backend:
                 do="make fewer streams in one call",
             ) from error
 
-    def _hashes(self, seeds_B: UInts, n: int) -> Array:
-        return definition.hashes(seeds_B, 0, n)
-
-    def _uniforms(self, seeds_B: UInts, n: int) -> Array:
-        return definition.uniforms(seeds_B, 0, n)
-
-    def _signs(self, seeds_B: UInts, n: int) -> Array:
-        return definition.signs(seeds_B, n)
-
-    def _permutations(self, seeds_B: UInts, n: int) -> Array:
-        return definition.permutations(seeds_B, n)
+    def _generate(self, kind: str, seeds_B: UInts, n: int) -> Array:
+        """Return the first n numbers of a kind, which is the name of a public method."""
+        bounds = (n,) if kind in ("signs", "permutations") else (0, n)
+        made: Array = getattr(definition, kind)(seeds_B, *bounds)
+        return made
 
     def _picks(self, seeds_B: UInts, n: int, k: int) -> Array:
         return definition.picks(seeds_B, n, k)
@@ -303,9 +297,6 @@ class Backend:
         if dtype == "bfloat16":
             return as_tensor(values).to(torch_dtype(dtype))
         return values.astype(dtype, copy=False)
-
-    def _gumbels(self, seeds_B: UInts, n: int) -> Array:
-        return definition.gumbels(seeds_B, 0, n)
 
     def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
         rows = slice(None) if rows_N is None else rows_N.numpy()

@@ -22,6 +22,10 @@ _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
 
 
+DTYPES_OF_KINDS = {"uniforms": torch.float32, "signs": torch.int8, "gumbels": torch.float32}
+"""Dtypes of what follows from a hash; hashes and their order are int32 with the same bits."""
+
+
 class TorchBackend(Backend):
     """Eager torch operations on one device."""
 
@@ -38,25 +42,16 @@ class TorchBackend(Backend):
                 do="use device cpu, or run assay doctor to see what torch finds",
             )
 
-    def _hashes(self, seeds_B: UInts, n: int) -> torch.Tensor:
-        return self._from_hashes("hash", torch.int32, seeds_B, n).view(torch.uint32)
-
-    def _uniforms(self, seeds_B: UInts, n: int) -> torch.Tensor:
-        return self._from_hashes("uniform", torch.float32, seeds_B, n)
-
-    def _signs(self, seeds_B: UInts, n: int) -> torch.Tensor:
-        return self._from_hashes("sign", torch.int8, seeds_B, n)
-
-    def _permutations(self, seeds_B: UInts, n: int) -> torch.Tensor:
-        return torch.argsort(self._from_hashes("order", torch.int32, seeds_B, n), dim=1, stable=True)
+    def _generate(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
+        if kind == "permutations":
+            return torch.argsort(self._from_hashes("order", seeds_B, n), dim=1, stable=True)
+        made_BN = self._from_hashes(kind, seeds_B, n)
+        return made_BN.view(torch.uint32) if kind == "hashes" else made_BN
 
     def _picks(self, seeds_B: UInts, n: int, k: int) -> torch.Tensor:
         # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
-        order_BN = self._from_hashes("order", torch.int32, seeds_B, n)
+        order_BN = self._from_hashes("order", seeds_B, n)
         return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
-
-    def _gumbels(self, seeds_B: UInts, n: int) -> torch.Tensor:
-        return self._from_hashes("gumbel", torch.float32, seeds_B, n)
 
     def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
         for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_RV.shape[1], self._tile):
@@ -72,9 +67,9 @@ class TorchBackend(Backend):
             seeds_N = _hash_of(words_N, seeds_N)
         return seeds_N
 
-    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
+    def _from_hashes(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
         """Return what follows from every hash, ``[B, n]``: one of the kinds of :func:`_from_hash`."""
-        out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
+        out_BN = torch.empty((len(seeds_B), n), dtype=DTYPES_OF_KINDS.get(kind, torch.int32), device=self.device)
         signed_B = on_device(seeds_B, self.device)
         for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
             h = _hash(signed_B[row:row_stop], column, column_stop)
@@ -155,11 +150,11 @@ def _uniform(h: torch.Tensor) -> torch.Tensor:
 def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
     """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the order of all."""
     match kind:
-        case "gumbel":
+        case "gumbels":
             return _gumbel(h)
-        case "uniform":
+        case "uniforms":
             return _uniform(h)
-        case "sign":
+        case "signs":
             return (_unsigned(h) >= int(definition.SIGN_THRESHOLD)).to(torch.int8) * 2 - 1
         case "order":
             return h ^ _int32(0x80000000)

@@ -32,7 +32,7 @@ from assay.errors import BackendUnavailable
 from assay.streams import definition
 from assay.streams.backends import WORDS, torch_dtype
 from assay.streams.definition import UInts
-from assay.streams.torch_backend import TorchBackend, on_device
+from assay.streams.torch_backend import DTYPES_OF_KINDS, TorchBackend, on_device
 
 # Kernels are written in triton's language, which has no annotations.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -237,11 +237,11 @@ def hash_kernel(seeds_B, out_BN, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
     h = _hash(_rotated_seed(tl.load(seeds_B + row)), place.to(tl.uint32))
     if KIND == "order":
         values = h.to(tl.int32, bitcast=True) ^ (-1 << 31)
-    elif KIND == "sign":
+    elif KIND == "signs":
         values = tl.where(h >= _SIGN_THRESHOLD, 1, -1)
-    elif KIND == "uniform":
+    elif KIND == "uniforms":
         values = h.to(tl.float32) * 2.3283064365386963e-10  # 2**-32
-    elif KIND == "gumbel":
+    elif KIND == "gumbels":
         values = _gumbel(h)
     else:
         values = h.to(tl.int32, bitcast=True)
@@ -356,8 +356,8 @@ class TritonBackend(TorchBackend):
             self._launch(row_seeds_kernel, grid, *arguments, WORDS=WORDS, BLOCK=_SEED_BLOCK)
         return seeds_N
 
-    def _from_hashes(self, kind: str, dtype: torch.dtype, seeds_B: UInts, n: int) -> torch.Tensor:
-        out_BN = torch.empty((len(seeds_B), n), dtype=dtype, device=self.device)
+    def _from_hashes(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
+        out_BN = torch.empty((len(seeds_B), n), dtype=DTYPES_OF_KINDS.get(kind, torch.int32), device=self.device)
         if out_BN.numel():
             for seeds, out in _grids(on_device(seeds_B, self.device), out_BN, _GRID):
                 grid = (-(-n // _HASH_BLOCK), len(out))
