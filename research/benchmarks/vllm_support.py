@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import note, parser, publish
+from assay_research.model_cheats import with_fewer_experts
 from safetensors.torch import save_file
 
 from assay import poc
@@ -37,7 +38,7 @@ from assay.errors import AssayError
 from assay.models import load_model
 from assay.models.resolve import checkpoint_directory
 from assay.poc import HFEngine
-from assay.poc.cheats import rounded, with_fewer_experts
+from assay.poc.cheats import rounded
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
 
 PLAIN = "reference:qwen3"

@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -62,12 +60,6 @@ def test_cheaters_cheat_on_an_architecture_with_other_names(round_, tmp_path):
         assert (prove(cheat, round_, range(4), batch_size=4).distances != honest).all()
 
 
-def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
-    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
-    rounded = decoder_layers(cheats.rounded_fp8(small_model).module)[0].mlp.up_proj.weight.detach()
-    assert 0.005 < (rounded - original).norm() / original.norm() < 0.05
-
-
 @pytest.fixture(scope="module")
 def in_float8(small_checkpoint):
     return load_model(small_checkpoint, dtype="bfloat16", device="cpu", quantise="float8")
@@ -81,20 +73,6 @@ def test_weights_in_float8_are_changed_and_rounded_again(in_float8, small_model)
     assert 0.005 < honest < 0.05 < error < 0.2
 
 
-def test_one_scale_serves_a_whole_matrix(in_float8, round_):
-    kept, coarse = up_proj(in_float8), up_proj(cheats.with_one_scale(in_float8))
-    assert len(coarse.scales.unique()) == 1 < len(kept.scales.unique())
-    assert 0 < (cheats.weight_of(coarse) - cheats.weight_of(kept)).norm() < 0.06 * cheats.weight_of(kept).norm()
-    both = cheats.with_one_scale(in_float8, inputs=True)
-    x = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
-    assert up_proj(both).arithmetic.round(x).scales.tolist() == [[pytest.approx(4 / 448)]] * 2
-    proofs = [
-        prove(model, round_, range(4), batch_size=4) for model in (in_float8, cheats.with_one_scale(in_float8), both)
-    ]
-    for one, other in itertools.combinations(proofs, 2):
-        assert (one.distances != other.distances).any()
-
-
 def test_blocks_that_share_a_scale_are_no_rows(in_float8, small_checkpoint, tmp_path):
     stored = load_model(store(small_checkpoint, tmp_path / "blocks", "block"), device="cpu")
     with pytest.raises(UsageError, match="float8-block"):
@@ -103,16 +81,3 @@ def test_blocks_that_share_a_scale_are_no_rows(in_float8, small_checkpoint, tmp_
 
 def up_proj(model):
     return decoder_layers(model.module)[0].mlp.up_proj
-
-
-def test_an_adapted_weight_has_a_low_rank_update_of_the_asked_size(small_model):
-    original = decoder_layers(small_model.module)[1].self_attn.q_proj.weight.detach()
-    changed = decoder_layers(cheats.adapted(small_model, rank=3, size=0.05).module)[1].self_attn.q_proj.weight.detach()
-    update = changed - original
-    assert (update.norm() / original.norm()).item() == pytest.approx(0.05, rel=1e-4)
-    assert torch.linalg.matrix_rank(update, rtol=1e-3) == 3
-
-
-def test_fewer_experts_are_refused_where_there_are_none(small_model):
-    with pytest.raises(UsageError):
-        cheats.with_fewer_experts(small_model, 1)

@@ -35,6 +35,7 @@ from assay.poc.cheats import weight_of
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.transforms import unit
 from assay.streams.backends import dtype_name
+from assay_research import model_cheats
 
 RIDGE = 1e-4  # of the mean square of an input coordinate
 
@@ -471,13 +472,13 @@ def _quarter(layers: int) -> int:
 def _weights() -> Iterator[Attack]:
     for bits in (8, 4, 3):
         yield Attack(f"int{bits} weights", "weights", _other(partial(cheats.rounded, bits=bits), bits))
-    yield Attack("fp8 weights", "weights", _other(cheats.rounded_fp8, 8), in_float8=False)
-    one_scale, of_inputs = cheats.with_one_scale, partial(cheats.with_one_scale, inputs=True)
+    yield Attack("fp8 weights", "weights", _other(model_cheats.rounded_fp8, 8), in_float8=False)
+    one_scale, of_inputs = model_cheats.with_one_scale, partial(model_cheats.with_one_scale, inputs=True)
     yield Attack("one scale for a weight", "weights", _other(one_scale), in_float8=True)
     yield Attack("one scale for a weight, one for its inputs", "weights", _other(of_inputs), in_float8=True)
-    yield Attack("short sums", "weights", _other(cheats.with_short_sums), in_float8=True)
+    yield Attack("short sums", "weights", _other(model_cheats.with_short_sums), in_float8=True)
     for size in (0.005, 0.02, 0.1):
-        yield Attack(f"low-rank update of {size:.1%}", "weights", _other(partial(cheats.adapted, size=size)))
+        yield Attack(f"low-rank update of {size:.1%}", "weights", _other(partial(model_cheats.adapted, size=size)))
     yield Attack("another checkpoint", "weights", _other(_other_checkpoint))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.models.load import Model
 from assay.poc import cheats
+from assay_research import model_cheats
 from assay_research.responses.provers import (
     Float8Cache,
     Requests,
@@ -211,8 +212,8 @@ def _kept(served: Served, steps_N: Tensor) -> Served:
 def _all() -> Iterator[Cheat]:
     for bits in (8, 4):
         yield Cheat(f"int{bits} weights", "weights", _model(partial(_rounded, bits=bits)))
-    yield Cheat("fp8 weights", "weights", _model(lambda scene: cheats.rounded_fp8(scene.model)))
-    yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: cheats.adapted(scene.model)))
+    yield Cheat("fp8 weights", "weights", _model(lambda scene: model_cheats.rounded_fp8(scene.model)))
+    yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: model_cheats.adapted(scene.model)))
     for steps in TUNED:
         yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(Scene.tuned, steps=steps)), reads_text=True)
     yield Cheat("half of the layers, distilled", "models", _model(lambda scene: scene.smaller), reads_text=True)
