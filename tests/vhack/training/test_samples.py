@@ -89,8 +89,8 @@ def test_completions_of_others_find_their_tasks_by_the_prompt(tmp_path):
         ({"completion": None}, "line 1: not a completion"),
         ({"prompt": "another"}, "a prompt that is not the one of"),
         ({"task": "numbers/99/1"}, "task 'numbers/99/1'"),
-        ({"mode": "luck"}, "mode 'luck'"),
-        ({"markers": "mine"}, "split 'mine'"),
+        ({"mode": "luck"}, "mode .?luck"),
+        ({"markers": "mine"}, "split .?mine"),
         ({"task": ...}, "a prompt of none of the 0 tasks"),
     ],
 )

@@ -14,9 +14,8 @@ takes. Intervals of rates keep the completions of a task together.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -28,11 +27,20 @@ from assay.files.storage import PartialFile
 from assay.stats.rates import group_bootstrap, grouped_proportion_interval
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
-from assay.vhack.environment.grading import Episode, Grade, grade_many
+from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import PoolRollout, Sampling, encode_prompts, sample_batches
-from assay.vhack.training.rewards import OwnReward, RewardFunction, Task, check_gradable, read_prompt
+from assay.vhack.training.rewards import (
+    EpisodeReward,
+    Graded,
+    OwnReward,
+    Reward,
+    RewardFunction,
+    Task,
+    check_gradable,
+    read_prompt,
+)
 
 if TYPE_CHECKING:
     from assay.models.load import Model
@@ -102,17 +110,21 @@ def _record(task: Task, rollout: PoolRollout, origin: Mapping[str, Any]) -> Json
     about: JsonObject = {}
     if isinstance(task, Episode):
         about = {"task": task.task.name, "mode": task.mode, "markers": task.split, "group": group_of(task)}
-    elif isinstance(task, Mapping) and isinstance(task.get("group"), str):
-        about = {"group": task["group"]}
+    elif (group := _said(task, "group")) is not None:
+        about = {"group": group}
     return {**asdict(rollout), **about, "origin": dict(origin)}
+
+
+def _said(task: Task, name: str) -> str | None:
+    """Return what a task of one's own says of itself, or None."""
+    said = task.get(name) if isinstance(task, Mapping) else None
+    return said if isinstance(said, str) else None
 
 
 def group_of(task: Task) -> str:
     """Return the name of what completions of a task have in common: its ``group``, or else task or prompt itself."""
-    if isinstance(task, Episode):
-        return task.task.name
-    named = task.get("group") if isinstance(task, Mapping) else None
-    return named if isinstance(named, str) else read_prompt(task)
+    said = task.task.name if isinstance(task, Episode) else _said(task, "group")
+    return read_prompt(task) if said is None else said
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
@@ -172,25 +184,6 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
 
 _BATCH = 64  # completions that are graded between two calls of progress
 _NAMES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}
-
-
-@dataclass(frozen=True, slots=True)
-class Graded:
-    """What one completion is worth.
-
-    Attributes:
-        reward: What it is paid.
-        correct: Whether it does the work; None where the reward does not say, as in the next two.
-        exploited: Whether it is paid and not correct.
-        vacuous: Whether the channel would accept a wrong solution too.
-        fault: Name of the error for which it could not be graded, or empty.
-    """
-
-    reward: float
-    correct: bool | None = None
-    exploited: bool | None = None
-    vacuous: bool | None = None
-    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,41 +299,18 @@ def evaluate(
             wanted="at least one, and a task for each",
             do="repeat a task for each of its completions",
         )
-    if reward is None:
-        episodes = check_gradable(tasks, "tasks", allow_unsandboxed=allow_unsandboxed)
-        sandboxed = partial(grade_many, workers=workers or os.cpu_count() or 1, allow_unsandboxed=allow_unsandboxed)
-        grade = partial(_grade_episodes, episodes, completions, sandboxed)
+    paying: Reward
+    if reward is not None:
+        paying = OwnReward(tasks, reward, ARMS["none"])
     else:
-        grade = partial(_grade_by_reward, OwnReward(tasks, reward, ARMS["none"]), completions)
+        episodes = check_gradable(tasks, "tasks", allow_unsandboxed=allow_unsandboxed)
+        workers = workers or os.cpu_count() or 1
+        paying = EpisodeReward(episodes, ARMS["none"], workers=workers, allow_unsandboxed=allow_unsandboxed)
     grades: list[Graded] = []
     for start in range(0, len(completions), _BATCH):
-        grades += grade(range(start, min(start + _BATCH, len(completions))))
+        part = completions[start : start + _BATCH]
+        grades += paying.grade(range(start, start + len(part)), part)
         if progress is not None:
             progress(len(grades), len(completions))
-    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), tuple(map(_mechanism_of, tasks)))
-
-
-def _grade_episodes(
-    episodes: Sequence[Episode],
-    completions: Sequence[str],
-    sandboxed: Callable[[list[tuple[Episode, str]]], list[Grade]],
-    rows: range,
-) -> list[Graded]:
-    found = sandboxed([(episodes[row], episodes[row].program(completions[row])) for row in rows])
-    return [Graded(one.reward, one.correct, one.exploited, one.accepted and one.vacuous, one.fault) for one in found]
-
-
-def _grade_by_reward(own: OwnReward, completions: Sequence[str], rows: range) -> list[Graded]:
-    paid = own([own.prompts[row] for row in rows], [completions[row] for row in rows], list(rows))
-    marks = {flag: own.last.column(flag).tolist() for flag in _NAMES.values() if flag in own.told}
-    return [
-        Graded(float(value or 0.0), **{flag: column[index] for flag, column in marks.items()})
-        for index, value in enumerate(paid)
-    ]
-
-
-def _mechanism_of(task: Task) -> str:
-    if isinstance(task, Episode):
-        return task.mode
-    named = task.get("mechanism") if isinstance(task, Mapping) else None
-    return named if isinstance(named, str) else ""
+    mechanisms = tuple(one.mode if isinstance(one, Episode) else _said(one, "mechanism") or "" for one in tasks)
+    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), mechanisms)

@@ -13,18 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack, cast
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.files.jsonl import read_jsonl
+from assay.files.jsonl import JsonObject, read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.load import model_info
 from assay.models.resolve import load_tokenizer
 from assay.models.wide import wide_products
 from assay.streams.definition import seed32
+from assay.vhack.checks.judge import describe_fault
 from assay.vhack.gradients.batches import context_length
 
 if TYPE_CHECKING:
@@ -33,14 +35,17 @@ if TYPE_CHECKING:
     from assay.models.load import Model
 
 
+_Text = Annotated[str, Field(strict=True)]
+
+
 @dataclass(frozen=True)
 class PoolRollout:
     """One stored completion: its prompt, text, token ids and the log-probability of each token."""
 
-    prompt: str
-    completion: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    prompt: _Text
+    completion: _Text
+    tokens: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+    logprobs: tuple[Annotated[float, Field(strict=True, le=1e-4)], ...]
 
 
 class RolloutPool:
@@ -78,20 +83,15 @@ class RolloutPool:
 
     @classmethod
     def load(cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int) -> "RolloutPool":
-        """Read a pool file for a model.
-
-        Args:
-            path: File to read.
-            tokenizer: Tokenizer of the model that is trained.
-            max_new_tokens: Longest completion that the trainer accepts; TRL does not cut longer ones.
+        """Read a pool file for the tokenizer of the model that is trained.
 
         Raises:
-            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or too long; the
-                message names the line.
+            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or longer than the
+                trainer accepts, for TRL does not cut longer ones; the message names the line.
         """
-        lines = read_jsonl(path)
         found = [
-            _parse_rollout(record, tokenizer, max_new_tokens, f"{path}, line {number}") for number, record in lines
+            _parse_rollout(record, tokenizer, max_new_tokens, f"{path}, line {number}")
+            for number, record in read_jsonl(path)
         ]
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
@@ -99,40 +99,23 @@ class RolloutPool:
 
 
 def _parse_rollout(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
+    record: JsonObject, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
 ) -> PoolRollout:
     """Return the rollout of a line, or refuse what a trainer could not use."""
+    wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
     try:
-        made = PoolRollout(
-            record["prompt"], record["completion"], tuple(record["tokens"]), tuple(map(float, record["logprobs"]))
-        )
-        if not (isinstance(made.prompt, str) and isinstance(made.completion, str)):
-            raise TypeError("prompt and completion are not text")
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in made.tokens):
-            raise TypeError("tokens are not whole numbers")
-        if not made.tokens or len(made.tokens) != len(made.logprobs):
-            raise ValueError(f"{len(made.tokens)} tokens and {len(made.logprobs)} log-probabilities")
-        if not all(logprob <= 1e-4 for logprob in made.logprobs):
-            raise ValueError("a log-probability above 0")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{name}: {f'no {error}' if isinstance(error, KeyError) else error}",
-            wanted='{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token',
-            do="correct the line",
-        ) from None
-    known = min(made.tokens) >= 0 and max(made.tokens) < len(tokenizer)
-    if not known or tokenizer.decode(list(made.tokens), skip_special_tokens=True) != made.completion:
-        raise DataError(
-            f"{name}: tokens that do not spell the completion",
-            wanted="tokens of the model that is trained",
-            do="sample the pool from a model with the same tokenizer",
-        )
-    if len(made.tokens) > max_new_tokens:
-        raise DataError(
-            f"{name}: a completion of {len(made.tokens)} tokens",
-            wanted=f"at most {max_new_tokens}, like those of the student",
-            do="leave it out, or allow longer completions",
-        )
+        made = TypeAdapter(PoolRollout).validate_python(record)
+    except ValidationError as error:
+        raise DataError(f"{name}: {describe_fault(error)}", wanted=wanted, do="correct the line") from None
+    tokens, ids = len(made.tokens), list(made.tokens)
+    spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
+    for is_good, seen, wanted_here in (
+        (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
+        (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the model that is trained"),
+        (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}, as of the student"),
+    ):
+        if not is_good:
+            raise DataError(f"{name}: {seen}", wanted=wanted_here, do="correct the line, or leave it out")
     return made
 
 
@@ -177,53 +160,34 @@ class Sampling(TypedDict):
     batch: int
 
 
-def find_end_token(model: "Model") -> int:
+def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> int:
     """Return the token that ends a completion.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
     """
-    return int(_require_end_token(model.tokenizer, model.reference).eos_token_id)
-
-
-def _require_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a model, which must have a token that ends a completion."""
     if tokenizer is None or tokenizer.eos_token_id is None:
-        without = "a tokenizer" if tokenizer is None else "a token that ends a text"
         raise UsageError(
-            f"{reference} without {without}",
+            f"{reference} without {'a tokenizer' if tokenizer is None else 'a token that ends a text'}",
             wanted="a model with a tokenizer that has an eos_token",
             do="name the token in its tokenizer_config.json, or choose another --model",
         )
-    return tokenizer
+    return int(tokenizer.eos_token_id)
 
 
-def encode_prompts(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """Return the tokens of prompts.
+def encode_prompts(model: "Model | str", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
         UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
-    """
-    tokenizer = _require_end_token(model.tokenizer, model.reference)
-    known = _encode_fitting(tokenizer, prompts, max_new_tokens, context_length(model.module))
-    return [known[prompt] for prompt in prompts]
-
-
-def check_prompts(reference: str, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Refuse what :func:`encode_prompts` refuses, of a model whose weights were not read.
-
-    Raises:
-        UsageError: As of :func:`encode_prompts`.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
-    tokenizer = _require_end_token(load_tokenizer(reference), reference)
-    _encode_fitting(tokenizer, prompts, max_new_tokens, model_info(reference).max_positions)
-
-
-def _encode_fitting(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], max_new_tokens: int, context: int | None
-) -> dict[str, list[int]]:
-    """Return the tokens of each prompt, which must fit into the context of a model with a completion."""
+    if isinstance(model, str):
+        reference, tokenizer, context = model, load_tokenizer(model), model_info(model).max_positions
+    else:
+        reference, tokenizer, context = model.reference, model.tokenizer, context_length(model.module)
+    find_end_token(tokenizer, reference)
+    assert tokenizer is not None
     known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     longest = max(map(len, known.values()), default=0)
     if context and longest + max_new_tokens > context:
@@ -232,16 +196,12 @@ def _encode_fitting(
             wanted=f"at most {context}, the context of the model",
             do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
         )
-    return known
+    return [known[prompt] for prompt in prompts]
 
 
 @contextmanager
 def finite_sampling(do: str) -> Iterator[None]:
-    """Turn the error of sampling from a model whose logits are not finite into words.
-
-    Args:
-        do: What the user can do.
-    """
+    """Turn the error of sampling from a model whose logits are not finite into words, with what the user can do."""
     try:
         yield
     except RuntimeError as error:
@@ -255,16 +215,10 @@ def finite_sampling(do: str) -> Iterator[None]:
 def sample_batches(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
 ) -> Iterator[list[PoolRollout]]:
-    """Yield one completion of each prompt, a batch at a time.
+    """Yield one completion of each prompt, given its tokens, a batch at a time.
 
-    Each batch has random numbers of its own, so that those from ``first`` on are the same without those before it.
-
-    Args:
-        model: Model to sample from.
-        prompts: Prompts, one for each completion.
-        ids: Tokens of each, as `encode_prompts` gives them.
-        first: Index of the first prompt to complete, a multiple of the batch.
-        how: Temperature, longest completion, seed and completions at once.
+    Each batch has random numbers of its own, so that those from ``first`` on, a multiple of the batch, are the same
+    without those before it.
     """
     for start in range(first, len(prompts), how["batch"]):
         part = slice(start, start + how["batch"])
@@ -276,7 +230,7 @@ def _sample_batch(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    end = find_end_token(model)
+    end = find_end_token(tokenizer, model.reference)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")

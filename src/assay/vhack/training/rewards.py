@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta.arms import Arm
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+Task = Episode | str | Mapping[str, Any]
+"""A task: a built-in one, a prompt, or a row of one's own with a prompt."""
+RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
+
 FLAGS = ("teacher", "correct", "exploited", "vacuous")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),
@@ -51,22 +56,36 @@ SOURCES = {
 """Kinds of rollouts that make up each source in the log."""
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What one completion is worth.
+
+    Attributes:
+        reward: What it is paid.
+        correct: Whether it does the work; None where the reward does not say, as in the next two.
+        exploited: Whether it is paid and not correct.
+        vacuous: Whether the channel would accept a wrong solution too.
+        fault: Name of the error for which it could not be graded, or empty.
+    """
+
+    reward: float
+    correct: bool | None = None
+    exploited: bool | None = None
+    vacuous: bool | None = None
+    fault: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     """What became of rollouts.
 
     Attributes:
         flags: Flags of the rollouts, [B, 4] bool, with the columns of ``FLAGS``.
-        pay: What each was paid before advantage modification, [B] float32; None where nothing was.
+        paid: What each was paid before advantage modification, [B] float32.
     """
 
     flags: Tensor
-    pay: Tensor | None = None
-
-    @property
-    def paid(self) -> Tensor:
-        """What each was paid, [B] float32."""
-        return torch.zeros(len(self.flags)) if self.pay is None else self.pay
+    paid: Tensor
 
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
@@ -84,11 +103,7 @@ class Outcomes:
         }
 
     def rates(self, told: Collection[str] = FLAGS) -> dict[str, float]:
-        """Return hack and solve rate of the student's rollouts, and of the teacher's where there are any.
-
-        Args:
-            told: Flags that the reward knows; rates of others are left out.
-        """
+        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows."""
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
             count = int(chosen.sum())
@@ -100,42 +115,49 @@ class Outcomes:
         return found
 
 
-NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool))  # of no rollout
+NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))  # of no rollout
 
 
 class Reward(ABC):
     """A reward function for TRL, and the dataset that goes with it.
 
     Args:
-        prompts: Prompt of each task.
+        tasks: Tasks.
 
     Attributes:
+        prompts: Prompt of each task.
         last: Outcomes of the rollouts that were paid last, in their order.
         told: Flags that these outcomes know.
     """
 
     __name__ = "episode"
 
-    def __init__(self, prompts: Sequence[str]) -> None:
-        self.prompts = list(prompts)
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks, self.prompts = list(tasks), [read_prompt(task) for task in tasks]
         self.last = NOTHING
         self.told: Collection[str] = FLAGS
 
     @abstractmethod
+    def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
+        """Return what completions are worth, given the index of the task of each."""
+
     def __call__(
         self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
     ) -> list[float | None]:
-        """Return what completions are paid, given the index of the task of each."""
+        """Return what completions are paid; TRL passes the columns of the dataset, and ``teacher``."""
+        grades = self.grade(episode, completions)
+        teacher = others.get("teacher") or [False] * len(grades)
+        marks = {name: [getattr(one, name) for one in grades] for name in FLAGS[1:]}
+        self.told = [name for name, each in marks.items() if None not in each]
+        flags = [[bool(mark) for mark in row] for row in zip(teacher, *marks.values(), strict=True)]
+        self.last = Outcomes(torch.tensor(flags), torch.tensor([one.reward for one in grades]))
+        return [one.reward for one in grades]
 
     def dataset(self, count: int, seed: int) -> "Dataset":
-        """Return the prompts of a whole run in their order, with the index of each one's task.
+        """Return so many prompts of a run in their order, with the index of each one's task.
 
         All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
         is continued, how often it has shuffled.
-
-        Args:
-            count: Number of prompts.
-            seed: Seed of the order.
         """
         from datasets import Dataset
 
@@ -160,41 +182,32 @@ class EpisodeReward(Reward):
     def __init__(
         self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
     ) -> None:
-        super().__init__([episode.prompt for episode in episodes])
+        super().__init__(episodes)
         self.episodes, self.arm = list(episodes), arm
         self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
-    ) -> list[float | None]:
-        """Grade completions and return what each is paid; TRL passes the columns of the dataset, and ``teacher``."""
-        chosen = [self.episodes[index] for index in episode]
-        grades = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
-        teacher = others.get("teacher") or [False] * len(prompts)
-        rows = [
-            [bool(taught), one.correct, one.exploited, one.accepted and one.vacuous]
-            for taught, one in zip(teacher, grades, strict=True)
+    @override
+    def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
+        chosen = [self.episodes[row] for row in rows]
+        found = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
+        return [
+            Graded(
+                self.arm.reward(float(one.correct), float(one.exploited)),
+                one.correct,
+                one.exploited,
+                one.accepted and one.vacuous,
+                one.fault,
+            )
+            for one in found
         ]
-        paid = [self.arm.reward(float(one.correct), float(one.exploited)) for one in grades]
-        self.last = Outcomes(torch.tensor(rows), torch.tensor(paid))
-        return [*paid]
-
-
-Task = Episode | str | Mapping[str, Any]
-"""A task: a built-in one, a prompt, or a row of one's own with a prompt."""
-RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
 
 def import_function(where: str, flag: str) -> Callable[..., Any]:
     """Return the function that ``module:function`` names; modules in the working directory are found too.
 
-    Args:
-        where: Name of the module and of the function in it.
-        flag: Flag that names it, for errors.
-
     Raises:
         UsageError: The text has another form, the module cannot be imported or fails when it is, or it has no such
-            function.
+            function. The message names the flag.
     """
     module, _, name = where.partition(":")
     if not module or not name:
@@ -221,17 +234,11 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
 def load_tasks(
     settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str
 ) -> tuple[list[Task], str]:
-    """Return tasks, and what they are called in errors.
-
-    Args:
-        settings: Settings that name the tasks.
-        tasks: Tasks in place of those, or None.
-        least: Fewest tasks.
-        why: What needs so many of them.
+    """Return the tasks that settings name, or those in their place, and what they are called in errors.
 
     Raises:
         UsageError: The function of the tasks cannot be found.
-        DataError: It fails, a task has no prompt, or there are too few.
+        DataError: It fails, a task has no prompt, or there are fewer than ``least``; ``why`` says what needs them.
     """
     source = str(settings.tasks) if tasks is None else "tasks"
     if tasks is None and isinstance(settings.tasks, int):
@@ -261,11 +268,6 @@ def load_tasks(
 
 def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: bool) -> list[Episode]:
     """Return tasks that the environment can grade here.
-
-    Args:
-        tasks: Tasks without a reward of one's own.
-        source: What they are called in errors.
-        allow_unsandboxed: Whether programs run where nothing can isolate them.
 
     Raises:
         UsageError: There are others than built-in ones among them.
@@ -297,14 +299,7 @@ def make_reward(
     workers: int,
     allow_unsandboxed: bool,
 ) -> Reward:
-    """Return the reward of a run, with its tasks.
-
-    Args:
-        settings: Settings of the run, which name tasks and reward unless they are given.
-        tasks: Tasks in place of those of the settings, or None.
-        function: Function that pays, likewise.
-        workers: Number of programs that the environment runs side by side.
-        allow_unsandboxed: Whether it runs them where nothing can isolate them.
+    """Return the reward of a run with its tasks: those that the settings name, or those given in their place.
 
     Raises:
         UsageError: A function cannot be found, tasks that the environment cannot grade have no reward, or the arm pays
@@ -334,58 +329,49 @@ class OwnReward(Reward):
     """
 
     def __init__(self, tasks: Sequence[Task], function: RewardFunction, arm: Arm) -> None:
-        super().__init__([read_prompt(task) for task in tasks])
+        super().__init__(tasks)
         if arm.exploit_pays != Arm.exploit_pays:
             raise UsageError(
                 f"the arm {arm.name} with a reward of one's own",
                 wanted="an arm that leaves the pay as it is",
                 do="take another arm, and let the reward itself pay less",
             )
-        self.tasks, self.function = list(tasks), function
-        self.told: frozenset[str] = frozenset()
+        self.function = function
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
-    ) -> list[float | None]:
-        """Return what the function pays; TRL passes the columns of the dataset, and ``teacher``.
+    @override
+    def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
+        """Return what the function pays.
 
         Raises:
             DataError: The function returns something else than one finite number for each completion.
         """
-        chosen = [self.tasks[index] for index in episode]
-        rows = [{"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one for one in chosen]
-        names = {name for row in rows for name in row} - {"prompt"}
-        columns = {name: [row.get(name) for row in rows] for name in names}  # None where a task does not say it
+        chosen = [self.tasks[row] for row in rows]
+        given = [{"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one for one in chosen]
+        names = {name for row in given for name in row} - {"prompt"}
+        columns = {name: [row.get(name) for row in given] for name in names}  # None where a task does not say it
+        prompts = [self.prompts[row] for row in rows]
         try:
-            returned = list(self.function(prompts=prompts, completions=completions, **columns))
+            returned = list(self.function(prompts=prompts, completions=list(completions), **columns))
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
             raise self._refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
-        paid = [self._pay(one) for one in returned]
-        if len(paid) != len(prompts):
-            raise self._refusal(f"{len(paid)} rewards for {len(prompts)} completions")
-        teacher = others.get("teacher") or [False] * len(prompts)
+        if len(returned) != len(prompts):
+            raise self._refusal(f"{len(returned)} rewards for {len(prompts)} completions")
         marks = [one if isinstance(one, Mapping) else {} for one in returned]
-        self.told = frozenset(name for name in FLAGS if all(name in mark for mark in marks))
-        flags = [
-            [bool(taught), *(self._flag(mark, name) for name in FLAGS[1:])]
-            for taught, mark in zip(teacher, marks, strict=True)
+        return [
+            Graded(self._pay(one), *(self._flag(mark, name) for name in FLAGS[1:]))
+            for one, mark in zip(returned, marks, strict=True)
         ]
-        self.last = Outcomes(torch.tensor(flags), torch.tensor(paid))
-        return [*paid]
 
     def _pay(self, one: Any) -> float:
         value: Any = one.get("reward") if isinstance(one, Mapping) else one
-        try:
-            paid = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise self._refusal(repr(one)[:80]) from None
-        if not math.isfinite(paid):
-            raise self._refusal(repr(one)[:80])
-        return paid
+        with suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(paid := float(value)):
+                return paid
+        raise self._refusal(repr(one)[:80])
 
-    def _flag(self, mark: Mapping[str, Any], name: str) -> bool:
+    def _flag(self, mark: Mapping[str, Any], name: str) -> bool | None:
         try:
-            return bool(mark.get(name))
+            return bool(mark[name]) if name in mark else None
         except (TypeError, ValueError, RuntimeError):
             raise self._refusal(f"a mark {name!r} that is neither true nor false") from None
 

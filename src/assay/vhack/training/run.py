@@ -96,7 +96,7 @@ class Prepared:
         earlier: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        find_end_token(model)
+        find_end_token(model.tokenizer, model.reference)
         check_attachable(model)
         tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
         self.pool = None
