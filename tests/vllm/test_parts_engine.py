@@ -13,11 +13,9 @@ from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
-from assay.poc.vllm import prefill as _vllm_prefill
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm.endpoint_plugin import plugin
-from assay.poc.vllm.engine import RequestEngine, VLLMEngine, explain_start
-from assay.poc.vllm.prefill import VLLMPrefill
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill, explain_start
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from tests.waiting import until
@@ -229,12 +227,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["engine"]
 
     monkeypatch.setattr(VLLMPrefill, "_started", start)
-    monkeypatch.setattr(_vllm_prefill, "check_installed", lambda: "0.32.0")
+    monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
     monkeypatch.setattr(_engine, "runs_on_cpu", lambda: True)
     return found
 
 
-@pytest.mark.parametrize("name", _vllm_prefill._OWN)
+@pytest.mark.parametrize("name", _engine.FIXED)
 def test_an_option_that_says_what_a_replay_computes_is_refused_by_its_flag(name: str, started: dict[str, Any]):
     with pytest.raises(UsageError) as refusal:
         VLLMPrefill("reference:qwen3", dtype="float32", **{name: "other"})

@@ -236,7 +236,7 @@ def open_prefill(
         loaded = load(chosen.model, dtype, chosen.device)
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
-    from assay.poc.vllm.prefill import VLLMPrefill, refuse_adapter
+    from assay.poc.vllm.engine import VLLMPrefill, refuse_adapter
 
     _refuse_for_vllm(dtype)
     if adapter is not None:
