@@ -7,7 +7,7 @@ python research/benchmarks/clusters.py experiments/clusters -o research/results/
 from pathlib import Path
 
 from _common import parser, publish
-from assay_research.clusters.page import summarise
+from assay_research.clusters.clusters import summarise
 from assay_research.runs.runs import read_run
 
 

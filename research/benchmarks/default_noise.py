@@ -13,13 +13,11 @@ the library as another engine, which shows noise within one dtype on one machine
 """
 
 import itertools
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from scipy import special
+from assay_research.clusters.clusters import CONFIDENCE, upper_law
 
 from assay import stats
 from assay.files.jsonl import dumps, read_json
@@ -27,14 +25,12 @@ from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.verdict.noise import DEFAULT_LAWS, EFFECT, MARGIN, fit_noise, law_as_dict
-from assay.stats.noise import LogNoise, NoiseFit, NoiseLaw
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
 AUDITS, AUDITED = 4000, 64
-CONFIDENCE = 0.99
 
 
 def records(options):
@@ -74,17 +70,6 @@ def accused(pipeline, errors, rng):
     test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[pipeline.output])
     drawn = rng.permuted(np.tile(errors[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
     return float(test.accusations(drawn)[:, -1].mean())
-
-
-def upper_law(fit: NoiseFit, n: int) -> NoiseLaw:
-    """The law of a fit to n residuals that is at least as large as the true noise with a one-sided confidence of 99 %.
-
-    The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
-    """
-    z, law = float(special.ndtri(CONFIDENCE)), fit.reached
-    if isinstance(law, LogNoise):
-        return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
-    return law.scaled(math.exp(z * fit.error))
 
 
 def widened(law):

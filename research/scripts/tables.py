@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from assay_research.approaches.approaches import weight_rows
-from assay_research.clusters.clusters import HONEST
-from assay_research.clusters.page import model_table
-from assay_research.matrix.matrix import Configuration, configurations
+from assay_research.approaches import weight_rows
+from assay_research.clusters.clusters import HONEST, model_table
+from assay_research.matrix import Configuration, configurations
 from assay_research.redteam.run import attack_table, fields, honest_errors, paying, paying_table
 from assay_research.responses.run import standing_table
 from assay_research.runs.runs import read_run

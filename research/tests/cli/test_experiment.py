@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from assay_research.matrix.matrix import Plan
+from assay_research.matrix import MatrixPlan
 from assay_research.runs.runs import open_run
 
 from research.tests.experiments.test_matrix import published_cells
@@ -15,7 +15,7 @@ SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A run that holds the 36 published tests."""
-    plan = Plan(models=("qwen", "llama"), device="cpu")
+    plan = MatrixPlan(models=("qwen", "llama"), device="cpu")
     names = {test.key for test in plan.tests()}
     with open_run(tmp_path / "seeds", "matrix", plan.settings) as run:
         for cell in published_cells():

@@ -7,7 +7,7 @@ FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3"
 
 
 def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
-    from assay_research.simulation import network as _network
+    from assay_research import simulation as _network
 
     for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100}.items():
         monkeypatch.setattr(_network, name, value)

@@ -12,10 +12,9 @@ from assay_research.clusters.clusters import (
     CountRule,
     Oracle,
     drawn,
-    run_clusters,
     simulated,
+    summarise,
 )
-from assay_research.clusters.page import summarise
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 
@@ -43,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     ]  # fmt: skip
     data = published.write(folder / "sets.jsonl.gz", rows)
     seen: list[tuple[int, int]] = []
-    run_clusters(ClusterPlan(audits=10), data, folder / "run", progress=lambda *at: seen.append(at))
+    ClusterPlan(data=data, audits=10).measure(folder / "run", progress=lambda *at: seen.append(at))
     patch.undo()
     return data, folder / "run", seen
 
@@ -89,13 +88,13 @@ def test_faults_are_named_and_are_not_fraud(run):
 def test_a_run_continues_and_has_a_page(run):
     data, folder, _ = run
     before = (folder / "clusters.jsonl").read_bytes()
-    run_clusters(ClusterPlan(audits=10), data, folder)
+    ClusterPlan(data=data, audits=10).measure(folder)
     assert (folder / "clusters.jsonl").read_bytes() == before
     page = build_report(folder).read_text()
     for words in ("Honest machines that the law does not know", "position mod 16 in 0 to 3", "oracle", "<svg"):
         assert words in page
     with pytest.raises(UsageError, match="another audits"):
-        run_clusters(ClusterPlan(audits=11), data, folder)
+        ClusterPlan(data=data, audits=11).measure(folder)
     json.dumps(summarise(read_run(folder, "clusters").cells), allow_nan=False)
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from assay_research.approaches import approaches as module
-from assay_research.approaches.approaches import ApproachPlan, distribution, residual_sizes, run_approaches, told_apart
+from assay_research import approaches as module
+from assay_research.approaches import ApproachPlan, distribution, residual_sizes, told_apart
 from assay_research.runs.runs import read_run
 
 from assay.errors import UsageError
@@ -15,7 +15,7 @@ CHOSEN = ("poc-2.0", "permutation", "artifact", "layer-normalize", "hardened")
 @pytest.fixture(scope="module")
 def measured(small_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run_approaches(plan(small_checkpoint), folder)
+    plan(small_checkpoint).measure(folder)
     return folder
 
 
@@ -43,10 +43,10 @@ def test_a_second_run_measures_nothing_and_other_settings_are_refused(measured, 
     before = (measured / "approaches.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_model", None)
-        run_approaches(plan(small_checkpoint), measured)
+        plan(small_checkpoint).measure(measured)
     assert (measured / "approaches.jsonl").read_bytes() == before
     with pytest.raises(UsageError, match="another nonces"):
-        run_approaches(plan(small_checkpoint, nonces=47), measured)
+        plan(small_checkpoint, nonces=47).measure(measured)
 
 
 def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:

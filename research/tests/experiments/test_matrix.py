@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from assay_research.matrix.matrix import PUBLISHED, Plan, configurations, run_matrix
+from assay_research.matrix import PUBLISHED, MatrixPlan, configurations
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import open_run, read_run
 
@@ -47,13 +47,13 @@ def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
 def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
     """Real processes and HTTP; one of three tests is there already, as after a stop. Every callback is counted."""
     values = {"models": (str(small_checkpoint),), "modes": ("layer-hooks",), "duration": 0.7, "seq_len": 8}
-    plan = Plan(**values, blocks=("one", "two", "three"), public_keys=("k",), batch_size=8, device="cpu")
+    plan = MatrixPlan(**values, blocks=("one", "two", "three"), public_keys=("k",), batch_size=8, device="cpu")
     first, *_ = plan.tests()
     with open_run(tmp_path, "matrix", plan.settings) as run:
         run.append(first.key, published_cells()[0] | {"key": first.key, "test": 1, "public_key": "k"})
     said: list[str] = []
     seen: list[tuple[int, int]] = []
-    run_matrix(plan, tmp_path, note=said.append, progress=lambda done, total: seen.append((done, total)))
+    plan.measure(tmp_path, note=said.append, progress=lambda done, total: seen.append((done, total)))
     assert [sentence.split(":")[0] for sentence in said[1:]] == ["test  2", "test  3"]
     assert seen == [(2, 3), (3, 3)]
     cells = read_run(tmp_path, "matrix").cells[1:]
@@ -69,4 +69,4 @@ def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         assert [line["state"] for line in lines if line["event"] == "state"] == ["GENERATING", "VALIDATING"]
     assert "Throughput of live services" in build_report(tmp_path).read_text()
-    run_matrix(plan, tmp_path, note=pytest.fail)
+    plan.measure(tmp_path, note=pytest.fail)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from assay_research.approaches.approaches import WeightPlan, run_weights, weight_rows
+from assay_research.approaches import WeightPlan, weight_rows
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 
@@ -13,7 +13,7 @@ def plan(checkpoint, **changes) -> WeightPlan:
 
 
 def test_three_modes_by_blocks(small_checkpoint, tmp_path):
-    run_weights(plan(small_checkpoint, blocks=("a", "b")), tmp_path)
+    plan(small_checkpoint, blocks=("a", "b")).measure(tmp_path)
     cells = read_run(tmp_path, "weights").cells
     assert len(cells) == 6
     rows = weight_rows(cells)
@@ -22,7 +22,7 @@ def test_three_modes_by_blocks(small_checkpoint, tmp_path):
     assert len({cell["mean"] for cell in cells}) == 6, "every cell has weights of its own"
     assert all(0 <= row.context_effect < 2 for row in rows)
     assert rows[1].context_effect < 1e-2, "weights of 0.02 leave the layers almost without effect"
-    run_weights(plan(small_checkpoint, blocks=("a", "b", "c")), tmp_path)
+    plan(small_checkpoint, blocks=("a", "b", "c")).measure(tmp_path)
     assert len(read_run(tmp_path, "weights").cells) == 9
     assert "Does training give distances" in build_report(tmp_path).read_text()
 

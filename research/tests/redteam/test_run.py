@@ -7,7 +7,7 @@ from assay_research.redteam import field as field_module
 from assay_research.redteam import run as run_module
 from assay_research.redteam import run as tables
 from assay_research.redteam.attacks import ATTACKS
-from assay_research.redteam.run import RedteamPlan, attack_table, paying, run_redteam
+from assay_research.redteam.run import RedteamPlan, attack_table, paying
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 
@@ -32,9 +32,9 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_redteam(plan, folder, progress=stop)
+            plan.measure(folder, progress=stop)
         assert "cells are missing" in build_report(folder).read_text(), "an unfinished run has a page too"
-        run_redteam(plan, folder, progress=lambda done, total: seen.append((done, total)))
+        plan.measure(folder, progress=lambda done, total: seen.append((done, total)))
     total = seen[0][1]
     assert seen[4:] == [(done, total - 4) for done in range(1, total - 3)], "no cell is measured again"
     return folder, read_run(folder, "redteam").cells

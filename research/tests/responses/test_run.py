@@ -6,7 +6,7 @@ import pytest
 from assay_research.responses import field as field_module
 from assay_research.responses import run as run_module
 from assay_research.responses.cheats import CHEATS, GREEDY
-from assay_research.responses.run import ResponsesPlan, places, run_responses
+from assay_research.responses.run import ResponsesPlan, places
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
 
@@ -36,9 +36,9 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_responses(plan, folder, progress=stop)
+            plan.measure(folder, progress=stop)
         assert "cells are missing" in build_report(folder).read_text(), "an unfinished run has a page too"
-        run_responses(plan, folder, progress=lambda done, total: seen.append((done, total)))
+        plan.measure(folder, progress=lambda done, total: seen.append((done, total)))
     total = seen[0][1]
     assert seen[2:] == [(done, total - 2) for done in range(1, total - 1)], "no cell is measured again"
     return folder, read_run(folder, "responses").cells

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from assay_research.simulation.lives import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in
+from assay_research.simulation import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in
 
 from assay.poc import Noise
 from assay.poc.verdict import Life

@@ -2,11 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from assay_research import simulation as module
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
-from assay_research.simulation import network as module
-from assay_research.simulation.lives import Kind
-from assay_research.simulation.network import Network, SimulationPlan, run_simulation, simulate_network
+from assay_research.simulation import Kind, Network, SimulationPlan, simulate_network
 
 from assay import stats
 from assay.poc import Noise
@@ -45,7 +44,7 @@ def test_draws_follow_the_law():
     for noise in LAWS:
         law = noise.law
         chances = module._Chances(noise, SMALL, np.random.default_rng(0))
-        drawn = chances._residuals(Kind("honest"), (40_000,))
+        drawn = chances._residuals(Kind("honest"), 40_000)
         for q in (0.5, 0.9, 0.99):
             beyond = float(np.mean(law.survival(np.array([np.quantile(drawn, q)]))))
             expected = 1 - q
@@ -57,10 +56,10 @@ def test_a_run_is_continued_and_drawn(tmp_path: Path, monkeypatch):
         monkeypatch.setattr(module, name, value)
     network = Network(nodes=300, cheating=0.02, rounds=5, validators=10, checkers=3, checked=8)
     few = SimulationPlan(presets=("hardened",), dtypes=("float16",), laws=("default",), network=network)
-    run_simulation(few, tmp_path)
+    few.measure(tmp_path)
     calls: list[int] = []
     more = SimulationPlan(presets=("hardened", "artifact"), dtypes=("float16",), network=network)
-    run_simulation(more, tmp_path, progress=lambda done, of: calls.append(of))
+    more.measure(tmp_path, progress=lambda done, of: calls.append(of))
     assert calls == [3, 3, 3]
     run = read_run(tmp_path, "simulate")
     assert [(cell["preset"], cell["law"]) for cell in run.cells] == [

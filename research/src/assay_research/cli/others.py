@@ -32,9 +32,8 @@ research = Group("research", "Measure on data that networks published.", panel="
 
 
 class ClusterSettings(Settings):
-    """Data and folder of a run of ``assay research clusters``."""
+    """Folder of a run of ``assay research clusters``."""
 
-    data: Annotated[Path, ARGUMENT] = Field(description="Sets of nonce vectors: JSON Lines, or gzip of them.")
     run_name: Annotated[str | None, "NAME"] = Field(
         None, description="Folder of the run; one of the data's name and digest by default."
     )
@@ -87,22 +86,12 @@ def clusters(own: ClusterSettings, plan: "ClusterPlan", as_json: bool) -> None:
 
     Honest machines are left out, other builds are passed off as this one, and cheats are simulated.
     """
-    from assay_research.clusters.clusters import run_clusters, run_name_of
-    from assay_research.clusters.page import summarise
-    from assay_research.runs.report import build_report, section_of
-    from assay_research.runs.runs import read_run, run_folder
+    from assay_research.cli.experiment import measure_and_show
+    from assay_research.clusters.clusters import run_name_of
+    from assay_research.runs.runs import run_folder
 
-    folder = run_folder(own.output, own.run_name or run_name_of(own.data))
-    with progress_bar("measuring", "cells") as progress:
-        run_clusters(plan, own.data, folder, progress=progress)
-    page, run = build_report(folder), read_run(folder, "clusters")
-    if as_json:
-        values = {"folder": str(folder), "report": str(page), "settings": run.settings, **summarise(run.cells)}
-        emit_json("assay_research.clusters/1", values)
-        return
-    for title, shown in section_of(run).tables.items():
-        table(*shown, title=title)
-    click.echo(f"report: {page}")
+    folder = run_folder(own.output, own.run_name or run_name_of(plan.data))
+    measure_and_show(plan, folder, as_json, "assay_research.clusters/1", "cells")
 
 
 def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:

@@ -8,12 +8,12 @@ Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at w
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +22,16 @@ from scipy import special
 
 from assay import stats
 from assay.files.jsonl import JsonObject, read_whole
+from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.machines import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
-from assay.settings import Settings
-from assay.stats.fits import NoiseFit
+from assay.settings import Flag
+from assay.stats.noise import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
-from assay_research.runs.runs import Progress, measure_missing
+from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.runs import Measurement, Plan, RunRecords
 from assay_research.vector_sets import VectorSet, read_vector_sets
 
 RATIO = 1.4
@@ -116,6 +118,7 @@ COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
 """Published count tests: distance that is a mismatch, share of mismatches that is granted, and level."""
 
 FIRST_EFFECT = 2.0
+CONFIDENCE = 0.99  # of the law of the first version
 ASKED = (64, 300)
 """Numbers of nonces at which it is asked whether a node would be called honest."""
 
@@ -192,6 +195,17 @@ class Oracle:
 def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
     """Fit the law of published vectors."""
     return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
+
+
+def upper_law(fit: NoiseFit[Any], n: int) -> Any:
+    """Return a law that is at least as large as the true noise with a one-sided confidence of 99 %, from n residuals.
+
+    The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
+    """
+    z, law = float(special.ndtri(CONFIDENCE)), fit.reached
+    if isinstance(law, stats.LogNoise):
+        return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
+    return law.scaled(math.exp(z * fit.error))
 
 
 def rules_for(
@@ -303,7 +317,8 @@ class Fold:
         mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
         noise = fit_machines(rest, build.kinds, fit)
         effect, left_out = leave_out(rest, build.kinds, fit, audits=INSIDE_AUDITS)
-        first = fit(np.concatenate(list(rest.values()))).law
+        everything_N = np.concatenate(list(rest.values()))
+        first = upper_law(fit(everything_N), everything_N.size)
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
         for rows, honest_N in mine.items():
@@ -419,46 +434,40 @@ def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed
     return found
 
 
-EXPERIMENT = "clusters"
 SAMPLES = 20  # audits of every faulty pair, and place tests of half as many sound ones
 _LARGEST = 2**28
 
 Chosen = npt.NDArray[np.int64]  # indices among the nonces of a pair
 
 
-class ClusterPlan(Settings):
+class ClusterPlan(Plan):
     """What is measured.
 
     Raises:
         UsageError: A number is out of range.
     """
 
+    data: Annotated[Path, Flag(argument=True)] = Field(
+        description="Sets of nonce vectors: JSON Lines, or gzip of them."
+    )
     audits: int = Field(200, ge=1, le=10**5, description="Honest audits of every pair of machines, or more if few.")
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
 
+    experiment = "clusters"
 
-def run_clusters(plan: ClusterPlan, data: Path, folder: Path, *, progress: Progress | None = None) -> None:
-    """Measure the cells that the run's folder does not have yet, and append them to ``clusters.jsonl``.
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run; of the data, its SHA-256."""
+        return {"audits": self.audits, "seed": self.seed, "data": fingerprint(self.data)}
 
-    Args:
-        plan: Plan that says what is measured.
-        data: File of sets.
-        folder: Folder of the run.
-        progress: Function that is called with (cells done, missing cells in all).
-
-    Raises:
-        DataError: The file is not one of sets.
-        UsageError: The run was begun with other settings or data.
-    """
-    groups = builds_of(read_vector_sets(data))
-    builds = sound_builds(groups)
-    cells: list[tuple[str, Callable[[], Mapping[str, Any]]]] = [
-        (f"sets of {group.name}", partial(_faults, group, builds, plan.seed)) for group in groups
-    ]
-    folds = folds_of(builds, groups, plan.audits, plan.seed)
-    cells += [(f"{fold.build.name} without {fold.name}", fold.measure) for fold in folds]
-    settings = {**plan.model_dump(), "data": fingerprint(data)}
-    measure_missing(folder, EXPERIMENT, settings, cells, progress)
+    def cells(self) -> Iterator[Measurement]:
+        """Return the sets of every model, and every machine that is left out of a build."""
+        groups = builds_of(read_vector_sets(self.data))
+        builds = sound_builds(groups)
+        for group in groups:
+            yield f"sets of {group.name}", partial(_faults, group, builds, self.seed)
+        for fold in folds_of(builds, groups, self.audits, self.seed):
+            yield f"{fold.build.name} without {fold.name}", fold.measure
 
 
 def fingerprint(data: Path) -> str:
@@ -538,3 +547,169 @@ def _place_samples(pair: Pair, honest_size: float, rng: np.random.Generator) -> 
     drawn = [rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(2 * SAMPLES)]
     tests = [pair.places(honest_size, chosen) for chosen in drawn]
     return Counter("faulty" if test.faulty else "not faulty" for test in tests)
+
+
+# The figures of a run: what each rule said of honest machines and of cheats, by build.
+
+SOON = 60  # nonces within which a cheat should be caught
+
+
+def summarise(cells: Iterable[JsonObject]) -> JsonObject:
+    """Return the figures of every build and the faults of every model; the cells are those of a run."""
+    cells = list(cells)
+    folds = [cell for cell in cells if "tallies" in cell]
+    names = dict.fromkeys(cell["build"] for cell in folds)
+    return {
+        "builds": [_build(name, [cell for cell in folds if cell["build"] == name]) for name in names],
+        "models": [{k: v for k, v in cell.items() if k != "key"} for cell in cells if "faulty_sets" in cell],
+    }
+
+
+def _build(name: str, folds: Sequence[JsonObject]) -> JsonObject:
+    tallies: dict[tuple[str, str, str], list[JsonObject]] = {}
+    for fold in folds:
+        for sort, cheat, rule, tally in fold["tallies"]:
+            tallies.setdefault((sort, cheat, rule), []).append(tally)
+    rows = [
+        {"sort": sort, "cheat": cheat, "rule": rule, **_row(found, sort)}
+        for (sort, cheat, rule), found in tallies.items()
+    ]
+    return {
+        "build": name,
+        "machines": len(folds),
+        "kinds": [fold["kind"] for fold in folds],
+        "effects": sorted({fold["effect"] for fold in folds if fold["effect"] is not None}),
+        "spreads": [min(fold["spread"] for fold in folds), max(fold["spread"] for fold in folds)],
+        "sizes": [[fold["machine"], other, size] for fold in folds for other, size in fold["sizes"].items()],
+        "rows": rows,
+    }
+
+
+def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
+    """Return the figures of a rule for one sort of audits, over all folds."""
+    audits = sum(tally["audits"] for tally in tallies)
+    curve = np.sum([tally["accused"] for tally in tallies], axis=0) / audits
+    honest = np.sum([tally["honest"] for tally in tallies], axis=0) / audits
+    found: JsonObject = {
+        "audits": audits,
+        "accused": float(curve[-1]),
+        "soon": float(curve[GRID.index(SOON)]),
+        "median": _reached(curve, 0.5),
+        "most": _reached(curve, 0.99),
+        "honest": dict(zip(map(str, ASKED), honest.tolist(), strict=True)),
+        "curve": [round(float(value), 4) for value in curve],
+    }
+    if sort == HONEST:
+        found |= _interval(tallies)
+    return found
+
+
+def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
+    """Return an interval of the share accused, and the worst pair.
+
+    Audits of one machine are not independent, so the interval is over the machines that were left out, one a tally. It
+    holds for so few machines, and is wide where hardly any audit accuses.
+    """
+    ends = [end for tally in tallies for end in tally["ends"]]
+    machines = [index for index, tally in enumerate(tallies) for _ in tally["ends"]]
+    low, high = stats.grouped_share_interval(ends, machines)
+    return {"low": low, "high": high, "worst": max(ends), "pairs": len(ends)}
+
+
+def _reached(curve: Any, share: float) -> int | None:
+    """Return the first number of nonces after which so large a share of the audits accuses."""
+    return next((count for count, accused in zip(GRID, curve, strict=True) if accused >= share), None)
+
+
+HONEST_COLUMNS: dict[str, Column] = {
+    "build": "build",
+    "rule": "rule",
+    "accused": "{accused:.2%}",
+    "95 %": "{low:.2%} to {high:.2%}",
+    "worst pair": "{worst:.1%}",
+    "called honest": lambda row: f"{row['honest']['300']:.0%}",
+}
+CHEAT_COLUMNS: dict[str, Column] = {
+    "build": "build",
+    "cheat": "cheat",
+    "rule": "rule",
+    "median": lambda row: row["median"] or "never",
+    "99 % by": lambda row: row["most"] or "never",
+    f"by {SOON}": "{soon:.1%}",
+    "by 300": "{accused:.1%}",
+    "called honest, 64 / 300": lambda row: f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}",
+}
+
+
+def fault_table(summary: JsonObject) -> Table:
+    """Return the sets and pairs with a fault of the place, by model."""
+    rows: list[list[Cell]] = []
+    for model in summary["models"]:
+        for pair in model["faulty_pairs"]:
+            audits = sum(pair["audits"].values())
+            faulty = [f"{pair['audits'].get(word, 0) / audits:.0%}" if audits else "" for word in ("faulty", "fraud")]
+            one, other = pair["sets"]
+            place = f"{pair['share']:.0%}, {pair['ratio']:.1f} times"
+            rows.append([f"{one} / {other}", pair["pattern"], place, pair["outcome"], *faulty])
+    return ("sets", "bad places", "share, size", "verdict", "300: faulty", "300: fraud"), rows
+
+
+def model_table(summary: JsonObject) -> Table:
+    """Return the sets by model: copies, faulty ones and pairs, and how often sound pairs are called faulty."""
+
+    def called(model: JsonObject) -> str:
+        samples = sum(model["sound_samples"].values())
+        return f"{model['sound_samples'].get('faulty', 0)} of {samples}" if samples else ""
+
+    def faulty(model: JsonObject) -> str:
+        return f"{len(model['faulty_sets'])} sets, {len(model['faulty_pairs'])} of {model['pairs']} pairs"
+
+    columns: dict[str, Column] = {
+        "model": "model",
+        "sets": lambda model: len(model["sets"]),
+        "copies": lambda model: len(model["copies"]),
+        "median distance": "{size:.3f}",
+        "faulty": faulty,
+        "sound audits called faulty": called,
+    }
+    return table_of(summary["models"], columns)
+
+
+def _rows(summary: JsonObject, sort: str) -> list[JsonObject]:
+    return [
+        {"build": build["build"], **row} for build in summary["builds"] for row in build["rows"] if row["sort"] == sort
+    ]
+
+
+DRAWN = (OURS, NAMED, FIRST, CountRule(*COUNTS[0]).name, ORACLE)
+
+
+def section(run: RunRecords) -> Section:
+    """Return what every rule says of the machines and cheats of a run."""
+    summary = summarise(run.cells)
+    about = (
+        "Sets of one block, key, length and model are compared. Copies of an earlier set are left out, and so are sets "
+        "and pairs whose distances depend on the place in the batch. Then one machine is left out, and the law and the "
+        f"effect come from the others. Audits of {CHECKED} nonces are drawn without replacement. The interval is over "
+        "machines: Gaffke's bounds for the mean of few shares, which leave room for machines unlike those measured."
+    )
+    tables = {
+        "Sets": model_table(summary),
+        f"Pairs with a fault of the place, in full and in audits of {CHECKED} nonces": fault_table(summary),
+        "Honest machines that the law does not know": table_of(_rows(summary, HONEST), HONEST_COLUMNS),
+        "Other builds passed off as this one": table_of(_rows(summary, REAL), CHEAT_COLUMNS),
+        "Simulated cheats at 1.4 times the honest median": table_of(_rows(summary, SIMULATED), CHEAT_COLUMNS),
+    }
+    curves = [one for build in summary["builds"] for one in _curves(build)]
+    values = {"settings": run.settings, **summary}
+    return Section("Sets of nonces that networks published", about, tables, curves, values)
+
+
+def _curves(build: JsonObject) -> Iterator[Curves]:
+    """Yield the share of audits accused against the nonces checked, for each cheat."""
+    wanted = [row for row in build["rows"] if row["rule"] in DRAWN and row["sort"] != HONEST]
+    for place in dict.fromkeys((row["sort"], row["cheat"]) for row in wanted):
+        rows = [row for row in wanted if (row["sort"], row["cheat"]) == place]
+        lines = {row["rule"]: (GRID, [100 * share for share in row["curve"]]) for row in rows}
+        caption = f"{build['build']}, {place[1]}: share of audits that accuse."
+        yield Curves(caption, "nonces checked", "audits that accuse, %", lines)

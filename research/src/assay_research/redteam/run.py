@@ -6,7 +6,7 @@ Legend of shapes: N nonces, C checked nonces, R trials, D hidden size.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,15 +15,14 @@ from pydantic import Field as Setting
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.pages.html import Cell
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
 from assay_research.redteam.field import CHECKED, PRESETS, Field, Judge, Pool, Reading, detection, mixed, spread
-from assay_research.runs.report import Curves, Section, Table
-from assay_research.runs.runs import ExperimentPlan, Measurement, Progress, RunRecords, measure_missing
+from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.runs import ExperimentPlan, Measurement, RunRecords
 
 AUDITS = 2000
 AUDITED = 64  # nonces of a simulated audit, as `verify` checks by default
@@ -54,26 +53,16 @@ class RedteamPlan(ExperimentPlan):
     seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
 
+    experiment = "redteam"
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
     formats: ClassVar[tuple[str, ...]] = (*ExperimentPlan.formats, "float8")
 
-
-def run_redteam(plan: RedteamPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Measure what is missing in a run's folder.
-
-    Raises:
-        UsageError: The folder holds a run with other settings, or a model cannot be attacked.
-        StorageError: The file cannot be written.
-    """
-    measure_missing(folder, "redteam", plan.settings, _cells(plan), progress)
-
-
-def _cells(plan: RedteamPlan) -> Iterator[Measurement]:
-    shape = plan.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
-    for reference in plan.models:
-        for dtype in plan.dtypes:
+    def cells(self) -> Iterator[Measurement]:
+        """Return every attacker on every model and dtype."""
+        shape = self.model_dump(include={"device", "block_hash", "seq_len", "batch_size", "honest"})
+        for reference, dtype in product(self.models, self.dtypes):
             field = Field(reference=reference, dtype=dtype, **shape)
-            yield from _field_cells(plan, field, f"{reference}/{dtype}")
+            yield from _field_cells(self, field, f"{reference}/{dtype}")
 
 
 def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Measurement]:
@@ -292,68 +281,56 @@ def _saves(row: JsonObject) -> bool:
 
 def paying_table(cells: Cells) -> Table:
     """Return, per model, dtype and preset, the attack that saves a quarter of the work at the smallest error."""
-    rows: list[list[Cell]] = []
-    for place in fields(cells):
-        for preset in PRESETS:
-            best = paying(cells, *place, preset)
-            row: list[Cell] = [
-                *place,
-                preset,
-                best["attack"],
-                f"{best['cost']:.2f}",
-                f"{best['error']:.3f}",
-                f"{best['over_honest']:.1f}",
-                _needs(best["checked_99"]),
-            ]
-            rows.append(row)
-    return ("model", "dtype", "preset", "attack of the least error", "cost", "ε", "over honest", "checked"), rows
+    rows = [paying(cells, *place, preset) for place in fields(cells) for preset in PRESETS]
+    columns = {
+        **{name: name for name in ("model", "dtype", "preset")},
+        "attack of the least error": "attack",
+        "cost": "{cost:.2f}",
+        "ε": "{error:.3f}",
+        "over honest": "{over_honest:.1f}",
+        "checked": _needs("checked_99"),
+    }
+    return table_of(rows, columns)
 
 
 def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
     """Return every attack against a preset, with the nonces to check until each rule catches 99 %."""
     honest = honest_errors(cells, model, dtype)[preset]
-    rows: list[list[Cell]] = []
-    for cell in _of(cells, "attack", model=model, dtype=dtype):
-        if preset not in cell["presets"]:
-            continue
-        values = cell["presets"][preset]
-        row: list[Cell] = [
-            cell["name"],
-            f"{cell['cost']:.2f}",
-            f"{values['error_mean']:.3f}",
-            f"{values['error_mean'] / honest:.1f}",
-            f"{values['residual_rms']:.2g}",
-            f"{values['auc']:.3f}",
-            _needs(values["sequential_99"]),
-            _needs(values["counting_99"]),
-        ]
-        rows.append(row)
-    return ("attack", "cost", "ε", "over honest", "residual", "AUC", "sequential", "count"), rows
+    found = [cell for cell in _of(cells, "attack", model=model, dtype=dtype) if preset in cell["presets"]]
+    columns = {
+        "attack": "name",
+        "cost": "{cost:.2f}",
+        "ε": "{error_mean:.3f}",
+        "over honest": lambda row: f"{row['error_mean'] / honest:.1f}",
+        "residual": "{residual_rms:.2g}",
+        "AUC": "{auc:.3f}",
+        "sequential": _needs("sequential_99"),
+        "count": _needs("counting_99"),
+    }
+    return table_of([cell | cell["presets"][preset] for cell in found], columns)
 
 
-def _needs(nonces: int | None) -> Cell:
-    return nonces if nonces is not None else "never"
+def _needs(name: str) -> Column:
+    return lambda row: "never" if row[name] is None else row[name]
 
 
 def claim_table(cells: Cells, model: str, dtype: str) -> Table:
     """Return what a node can claim without running the model, and the nonces to check until each rule catches it."""
-    rows: list[list[Cell]] = [
-        [row["claim"], row["preset"], f"{row['cost']:.2f}", _needs(row["sequential_99"]), _needs(row["counting_99"])]
-        for cell in _of(cells, "claims", model=model, dtype=dtype)
-        for row in cell["rows"]
-    ]
-    return ("claim", "preset", "work per nonce", "sequential", "count"), rows
+    rows = [row for cell in _of(cells, "claims", model=model, dtype=dtype) for row in cell["rows"]]
+    caught = {"sequential": _needs("sequential_99"), "count": _needs("counting_99")}
+    return table_of(rows, {"claim": "claim", "preset": "preset", "work per nonce": "{cost:.2f}", **caught})
 
 
 def audit_table(cells: Cells, model: str, dtype: str) -> Table:
     """Return how many simulated audits of honest provers accuse them."""
-    rows: list[list[Cell]] = [
-        [engine, preset, row["audits"], f"{row['accused']:.2%}", f"{row['published_rule']:.1%}"]
+    rows = [
+        {"prover": engine, "preset": preset, **row}
         for cell in _of(cells, "audits", model=model, dtype=dtype)
         for engine, presets in cell["engines"].items()
         for preset, row in presets.items()
     ]
-    return ("prover", "preset", "audits", "accused by the sequential test", "by the published constants"), rows
+    accused = {"accused by the sequential test": "{accused:.2%}", "by the published constants": "{published_rule:.1%}"}
+    return table_of(rows, {"prover": "prover", "preset": "preset", "audits": "audits", **accused})
 
 
 def section(run: RunRecords) -> Section:
@@ -374,7 +351,8 @@ def section(run: RunRecords) -> Section:
         "state that is read. 'Checked' is the number of recomputed nonces after which the sequential test accuses the "
         "hardest of them with 99 %, at one false accusation in a thousand."
     )
-    return Section("Red team: which attack pays?", about, tables, curves)
+    found = [paying(run.cells, *place, preset) for place in fields(run.cells) for preset in PRESETS]
+    return Section("Red team: which attack pays?", about, tables, curves, {"paying": found})
 
 
 def _curves(cells: Cells, model: str, dtype: str) -> Curves:

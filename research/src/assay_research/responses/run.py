@@ -15,24 +15,21 @@ What is decided before any number is seen:
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field as Setting
 
 from assay.files.jsonl import JsonObject
-from assay.pages.html import Cell
+from assay.pages.report import Cell
 from assay.poc.responses.sampling import Sampling
 from assay.settings import Names
 from assay_research.responses.cheats import CHEATS, GREEDY, HONEST, STOPPED, Cheat
 from assay_research.responses.field import BYTES, CHEAT_AUDITS, GRID, OURS, Checked, Field
 from assay_research.responses.provers import TRAINED_LIKE
-from assay_research.runs.report import Curves, Section, Table
-from assay_research.runs.runs import ExperimentPlan, Measurement, Progress, RunRecords, measure_missing
+from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.runs import ExperimentPlan, Measurement, RunRecords
 
-EXPERIMENT = "responses"
-"""Name of the experiment and of its file in a run."""
 AUDITS = 2000
 SAMPLED, GREEDILY = "sampled", "greedy"
 PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"))
@@ -62,41 +59,32 @@ class ResponsesPlan(ExperimentPlan):
     temperature: float = Setting(1.0, gt=0, description="Temperature that requests ask for.")
     top_p: float = Setting(0.95, gt=0, le=1, description="Probability of the kept tokens that requests ask for.")
 
+    experiment = "responses"
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
 
+    def cells(self) -> Iterator[Measurement]:
+        """Return every cheat on every model and dtype, sampled and greedy, and honest provers of other kinds."""
+        for reference in self.models:
+            for dtype in self.dtypes:
+                field = self.field(reference, dtype)
+                yield from _field_cells(field, SAMPLED, CHEATS)
+                yield f"{reference}/{dtype}/others", partial(_others, field)
+                yield from _field_cells(replace(field, sampling=Sampling(temperature=0.0)), GREEDILY, GREEDY)
+            for prover, verifier in PAIRS:
+                yield f"{reference}/{prover} for {verifier}", partial(_pair, self, reference, prover, verifier)
 
-def run_responses(plan: ResponsesPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Measure what is missing in a run's folder.
-
-    Raises:
-        UsageError: The folder holds a run with other settings.
-        StorageError: The file cannot be written.
-    """
-    measure_missing(folder, EXPERIMENT, plan.settings, _cells(plan), progress)
-
-
-def _cells(plan: ResponsesPlan) -> Iterator[Measurement]:
-    for reference in plan.models:
-        for dtype in plan.dtypes:
-            field = _field(plan, reference, dtype, Sampling(temperature=plan.temperature, top_p=plan.top_p))
-            yield from _field_cells(field, SAMPLED, CHEATS)
-            yield f"{reference}/{dtype}/others", partial(_others, field)
-            yield from _field_cells(_field(plan, reference, dtype, Sampling(temperature=0.0)), GREEDILY, GREEDY)
-        for prover, verifier in PAIRS:
-            yield f"{reference}/{prover} for {verifier}", partial(_pair, plan, reference, prover, verifier)
-
-
-def _field(plan: ResponsesPlan, reference: str, dtype: str, sampling: Sampling) -> Field:
-    return Field(
-        reference=reference,
-        dtype=dtype,
-        device=plan.device,
-        honest=plan.honest,
-        responses=plan.responses,
-        prompt_tokens=plan.prompt_tokens,
-        steps=plan.seq_len,
-        sampling=sampling,
-    )
+    def field(self, reference: str, dtype: str) -> Field:
+        """Return a model and a dtype of provers, with sampling."""
+        return Field(
+            reference=reference,
+            dtype=dtype,
+            device=self.device,
+            honest=self.honest,
+            responses=self.responses,
+            prompt_tokens=self.prompt_tokens,
+            steps=self.seq_len,
+            sampling=Sampling(temperature=self.temperature, top_p=self.top_p),
+        )
 
 
 def _field_cells(field: Field, mode: str, cheats: Sequence[Cheat]) -> Iterator[Measurement]:
@@ -160,8 +148,8 @@ def _others(field: Field) -> JsonObject:
 
 def _pair(plan: ResponsesPlan, reference: str, prover: str, verifier: str) -> JsonObject:
     """Audit honest provers of one dtype by verifiers of another, under a law of that pair."""
-    field = _field(plan, reference, prover, Sampling(temperature=plan.temperature, top_p=plan.top_p))
-    field = replace(field, honest=2 * (plan.batch_size // 2), responses=1, verifier_dtype=verifier)
+    honest = 2 * (plan.batch_size // 2)
+    field = replace(plan.field(reference, prover), honest=honest, responses=1, verifier_dtype=verifier)
     testing = field.halves[1]
     return {
         "model": reference,
@@ -204,17 +192,14 @@ def places(cells: Cells) -> list[Place]:
 
 def caught_table(cells: Cells, place: Place) -> Table:
     """Return, for every cheat, the tokens until it is caught by ours, and at a threshold by every method."""
-    rows: list[list[Cell]] = []
-    for cell in _of(cells, "cheat", place):
-        methods = cell["methods"]
-        rows.append([
-            cell["name"],
-            f"{cell['matches']:.1%}",
-            *(_needs(methods[name]["sequential_99"]) for name in OURS),
-            *(_needs(methods[name]["threshold_99"]) for name in BYTES),
-        ])  # fmt: skip
-    columns = ("cheat", "tokens that match", *(f"{name}, sequential" for name in OURS), *BYTES)
-    return columns, rows
+    columns: dict[str, Column] = {"cheat": "name", "tokens that match": "{matches:.1%}"}
+    columns |= {f"{name}, sequential": _after(name, "sequential_99") for name in OURS}
+    columns |= {name: _after(name, "threshold_99") for name in BYTES}
+    return table_of(_of(cells, "cheat", place), columns)
+
+
+def _after(method: str, figure: str) -> Column:
+    return lambda cell: _needs(cell["methods"][method][figure])
 
 
 def honest_table(cells: Cells) -> Table:
@@ -275,7 +260,7 @@ def section(run: RunRecords) -> Section:
         "with the threshold that one in a thousand honest audits exceed, for a number of tokens known in advance."
     )
     curves = [_curves(cell) for cell in _of(cells, "cheat") if cell["name"] in CURVES]
-    return Section("Red team: served responses", about, tables, curves)
+    return Section("Red team: served responses", about, tables, curves, {"cells": cells})
 
 
 def _curves(cell: JsonObject) -> Curves:

@@ -1,14 +1,15 @@
 """One page for a whole run: whatever experiments its folder holds, each in its own sections."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from assay import __version__
 from assay.errors import DataError
-from assay.pages.figures import SERIES, figure, legend
-from assay.pages.html import Badge, BadgeKind, Cell, Report
+from assay.files.jsonl import JsonObject
+from assay.pages.report import SERIES, Badge, BadgeKind, Cell, Report, figure, legend
 from assay_research.runs.runs import RunRecords, read_run
 
 PAGE = "report.html"
@@ -17,13 +18,13 @@ Table = tuple[tuple[str, ...], list[list[Cell]]]
 """Columns and rows, for the terminal and for the page."""
 
 SECTIONS = {
-    "approaches": "assay_research.approaches.approaches:section",
-    "weights": "assay_research.approaches.approaches:weight_section",
-    "matrix": "assay_research.matrix.matrix:section",
+    "approaches": "assay_research.approaches:section",
+    "weights": "assay_research.approaches:weight_section",
+    "matrix": "assay_research.matrix:section",
     "redteam": "assay_research.redteam.run:section",
     "responses": "assay_research.responses.run:section",
-    "simulate": "assay_research.simulation.network:section",
-    "clusters": "assay_research.clusters.page:section",
+    "simulate": "assay_research.simulation:section",
+    "clusters": "assay_research.clusters.clusters:section",
 }
 """Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""
 
@@ -60,12 +61,30 @@ class Section:
         about: What the tables hold.
         tables: Tables by caption.
         curves: Plots, on the page alone.
+        values: What ``--json`` prints in place of the tables.
     """
 
     heading: str
     about: str
     tables: dict[str, Table]
     curves: Sequence[Curves] = field(default=())
+    values: JsonObject = field(default_factory=dict)
+
+
+Column = str | Callable[[Any], Cell]
+"""Name of a value of a row, a format of its values in braces, or a function of the row."""
+
+
+def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
+    """Return a table of rows, which are mappings or dataclasses, with a column for each name."""
+
+    def shown(row: Any, column: Column) -> Cell:
+        if callable(column):
+            return column(row)
+        values = row if isinstance(row, Mapping) else vars(row)
+        return column.format_map(values) if "{" in column else values[column]
+
+    return tuple(columns), [[shown(row, column) for column in columns.values()] for row in rows]
 
 
 def section_of(run: RunRecords) -> Section:

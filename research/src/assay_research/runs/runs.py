@@ -3,11 +3,8 @@
 A run is a folder. Every experiment has one JSON Lines file in it, ``<experiment>.jsonl``: a header with the settings,
 then one line per cell, each under a key of its own. While it is written the file is ``<experiment>.jsonl.partial``.
 
-    with open_run(folder, "approaches", {"seq_len": 256}) as run:
-        for cell in cells:
-            if cell.key not in run.done:
-                run.append(cell.key, measure(cell))
-    read_run(folder, "approaches").cells
+    WeightPlan(nonces=256).measure(folder)
+    read_run(folder, "weights").cells
 
 Settings are what makes two cells comparable. Which cells are wanted is not among them, so a run that measured one model
 may be continued with another.
@@ -43,6 +40,9 @@ Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all)."""
 
 
+Note = Callable[[str], None]
+"""Called with a sentence about what happens."""
+
 Measurement = tuple[str, Callable[[], Mapping[str, Any]]]
 """Key of a cell, and the function that measures it."""
 
@@ -54,7 +54,50 @@ Dtype = Annotated[
 ]
 
 
-class ExperimentPlan(Settings):
+class Plan(Settings):
+    """What an experiment measures, cell by cell."""
+
+    experiment: ClassVar[str]
+    """Name of the experiment, and of its file in a run."""
+
+    choosing: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say which cells are wanted, and not how they are measured."""
+
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run."""
+        chosen = self.model_dump(exclude=set(self.choosing))
+        return {name: "default" if value is None else value for name, value in chosen.items()}
+
+    def cells(self) -> Iterable[Measurement]:
+        """Return the key of every wanted cell, with the function that measures it."""
+        raise NotImplementedError
+
+    def measure(self, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
+        """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
+
+        Args:
+            folder: Folder of the run.
+            progress: Function that is called with (cells done, missing cells in all) after every cell.
+            note: Function that is called with a sentence, where an experiment has something to say.
+
+        Raises:
+            UsageError: The run was begun with other settings.
+            DataError: The file is not that of an experiment.
+            StorageError: The file cannot be written.
+        """
+        with open_run(folder, self.experiment, self.settings) as run:
+            todo = deque(cell for cell in self.cells() if cell[0] not in run.done)
+            total = len(todo)
+            for done in range(1, total + 1):
+                # Cells are let go of one by one, and with the last cell of a model the model.
+                key, measured = todo.popleft()
+                run.append(key, measured())
+                if progress:
+                    progress(done, total)
+
+
+class ExperimentPlan(Plan):
     """Settings of every experiment that runs models.
 
     Raises:
@@ -66,9 +109,6 @@ class ExperimentPlan(Settings):
 
     least: ClassVar[Mapping[str, int]] = {}
     """Least number of entries of lists that need more than one."""
-
-    choosing: ClassVar[frozenset[str]] = frozenset({"models"})
-    """Settings that say which cells are wanted, and not how they are measured."""
 
     models: Names = Field(("reference:qwen3", "reference:llama"), description="Models, separated by commas.")
     seq_len: int = Field(256, ge=1, description="Input positions per nonce.")
@@ -89,12 +129,6 @@ class ExperimentPlan(Settings):
             raise UsageError(
                 f"dtypes {', '.join(odd)}", wanted="some of " + ", ".join(self.formats), do="correct --dtypes"
             )
-
-    @property
-    def settings(self) -> JsonObject:
-        """What must be the same for all cells of a run."""
-        chosen = self.model_dump(exclude=set(self.choosing))
-        return {name: "default" if value is None else value for name, value in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -197,37 +231,6 @@ def _remove(partial: Path) -> None:
     with suppress(OSError):
         partial.unlink()
         partial.parent.rmdir()
-
-
-def measure_missing(
-    folder: Path,
-    experiment: str,
-    settings: Mapping[str, Any],
-    cells: Iterable[Measurement],
-    progress: Progress | None = None,
-) -> None:
-    """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
-
-    Args:
-        folder: Folder of the run.
-        experiment: Name of the experiment.
-        settings: Settings that make two cells comparable.
-        cells: Key of every wanted cell, with the function that measures it.
-        progress: Function that is called with (cells done, missing cells in all) after every cell.
-
-    Raises:
-        UsageError: The run was begun with other settings.
-        StorageError: The file cannot be written.
-    """
-    with open_run(folder, experiment, settings) as run:
-        todo = deque(cell for cell in cells if cell[0] not in run.done)
-        total = len(todo)
-        for done in range(1, total + 1):
-            # Cells are let go of one by one, and with the last cell of a model the model.
-            key, measure = todo.popleft()
-            run.append(key, measure())
-            if progress:
-                progress(done, total)
 
 
 def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) -> Run:

@@ -17,10 +17,9 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -32,7 +31,6 @@ from scipy.stats import chi2, studentized_range
 from assay import stats
 from assay.files.jsonl import JsonObject
 from assay.models.load import Model, load_model
-from assay.pages.html import Cell
 from assay.poc import cheats
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
@@ -43,18 +41,9 @@ from assay.poc.verdict.r_target import distances_to_target
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
-from assay_research.matrix.matrix import PUBLISHED_LIMIT
-from assay_research.runs.report import Section, Table
-from assay_research.runs.runs import (
-    BLOCKS,
-    Blocks,
-    Dtype,
-    ExperimentPlan,
-    Progress,
-    RunRecords,
-    measure_missing,
-    open_run,
-)
+from assay_research.matrix import PUBLISHED_LIMIT
+from assay_research.runs.report import Column, Section, Table, table_of
+from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Measurement, RunRecords
 from assay_research.runs.spread import spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline, states
 
@@ -90,6 +79,7 @@ class ApproachPlan(ExperimentPlan):
     timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
     dtype: Dtype = None
 
+    experiment = "approaches"
     least: ClassVar[Mapping[str, int]] = {"blocks": 2}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "approaches"})
 
@@ -101,31 +91,16 @@ class ApproachPlan(ExperimentPlan):
             groups.setdefault((pipeline.layers, pipeline.read, pipeline.texts), []).append(pipeline)
         return list(groups.values())
 
-
-def run_approaches(plan: ApproachPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Measure the cells that the run's folder does not have yet, and append them to ``approaches.jsonl``.
-
-    Args:
-        plan: Plan that says what is measured.
-        folder: Folder of the run.
-        progress: Function that is called with (cells done, cells in all), those of the plan.
-
-    Raises:
-        UsageError: The run was begun with other settings.
-        ModelError: A model cannot be loaded.
-    """
-    with open_run(folder, "approaches", plan.settings) as run:
-        wanted = {f"{reference} {name}" for reference, name in product(plan.models, plan.approaches)}
-        for reference, group in product(plan.models, plan.groups()):
-            todo = [pipeline for pipeline in group if f"{reference} {pipeline.name}" not in run.done]
-            for values in _measure_group(plan, reference, todo) if todo else ():
-                run.append(f"{reference} {values['approach']}", values)
-                if progress:
-                    progress(len(wanted & run.done), len(wanted))
+    def cells(self) -> Iterator[Measurement]:
+        """Return every approach on every model; those of a group are measured with the first of them."""
+        for reference, group in product(self.models, self.groups()):
+            found = cache(partial(_measure_group, self, reference, group))
+            for pipeline in group:
+                yield f"{reference} {pipeline.name}", lambda name=pipeline.name, found=found: found()[name]
 
 
-def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> Iterator[JsonObject]:
-    """Yield the values of every approach of a group."""
+def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
+    """Return the values of every approach of a group by name."""
     model = load_model(reference, dtype=plan.dtype, device=plan.device)
     engine = _engine(plan, model)
     shape: dict[str, Any] = {"public_key": KEY, "seq_len": plan.seq_len, "preset": group[0].name}
@@ -138,11 +113,12 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
     sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
+    values = {}
     for pipeline in group:
         distances = {r.block_hash: distances_to_target(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
         size = pipeline.output_size(model.hidden_size, model.vocab_size)
         width = model.hidden_size if pipeline.head == "random" else None
-        yield {
+        values[pipeline.name] = {
             "model": reference,
             "approach": pipeline.name,
             "summary": pipeline.summary,
@@ -157,6 +133,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
             **apart[pipeline.name],
         }
+    return values
 
 
 def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
@@ -350,75 +327,62 @@ def section(run: RunRecords) -> Section:
     for model in dict.fromkeys(cell["model"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["model"] == model]
         size = f"{cells[0]['nonces']} nonces of {len(cells[0]['blocks'])} blocks"
-        tables[f"{model}: {size}"] = _distances(cells)
-        tables[f"{model}: residuals against a float32 validator, medians"] = _residual_table(cells)
-        tables[f"{model}: random numbers, and time over the plain forward pass"] = _costs(cells)
+        tables[f"{model}: {size}"] = table_of(cells, _distances(*(spread["rate"] for spread in cells[0]["spreads"])))
+        tables[f"{model}: residuals against a float32 validator, medians"] = table_of(cells, RESIDUALS)
+        tables[f"{model}: random numbers, and time over the plain forward pass"] = table_of(cells, COSTS)
     about = (
         "Distances of every approach against those of a random direction. An approach breaks the structure where "
         "neither the block means nor the spread of the blocks can be told from chance at 1 % each (yes), or where the "
         "spread is at least below the published limit of 5 % (partly)."
     )
-    return Section("Which approach breaks the structure of a trained model?", about, tables)
+    heading = "Which approach breaks the structure of a trained model?"
+    return Section(heading, about, tables, values={"approaches": run.cells})
 
 
-def _distances(cells: Sequence[JsonObject]) -> Table:
-    rows: list[list[Cell]] = []
-    for cell in cells:
-        main, tail = cell["spreads"]
-        rows.append(
-            [
-                cell["approach"],
-                f"{cell['mean']:.4f}",
-                f"{cell['std']:.4f}",
-                f"{cell['p10']:.4f}",
-                f"{cell['mean_off_in_standard_errors']:.1f}",
-                f"{main['spread']:.1%}",
-                _band(main["noise_band"]),
-                f"{tail['spread']:.1%}",
-                _band(tail["noise_band"]),
-                _band(tail["band_of_states"]),
-                cell["breaks_structure"],
-            ]
-        )
-    first, second = (f"spread at {spread['rate']:.0%}" for spread in cells[0]["spreads"])
-    columns = ("approach", "mean", "sd", "p10", "largest offset in SE", first, "noise band", second, "noise band")
-    return (*columns, "band of its states", "breaks structure"), rows
+def _distances(main: float, tail: float) -> dict[str, Column]:
+    """Return the columns of distances, with the spreads of the blocks at two valid rates."""
+    return {
+        "approach": "approach",
+        "mean": "{mean:.4f}",
+        "sd": "{std:.4f}",
+        "p10": "{p10:.4f}",
+        "largest offset in SE": "{mean_off_in_standard_errors:.1f}",
+        f"spread at {main:.0%}": "{spreads[0][spread]:.1%}",
+        "noise band": lambda cell: _band(cell["spreads"][0]["noise_band"]),
+        f"spread at {tail:.0%}": "{spreads[1][spread]:.1%}",
+        "noise band there": lambda cell: _band(cell["spreads"][1]["noise_band"]),
+        "band of its states": lambda cell: _band(cell["spreads"][1]["band_of_states"]),
+        "breaks structure": "breaks_structure",
+    }
 
 
 def _band(ends: Sequence[float] | None) -> str | None:
     return None if ends is None else f"{ends[0]:.1%} to {ends[1]:.1%}"
 
 
-def _residual_table(cells: Sequence[JsonObject]) -> Table:
-    rows: list[list[Cell]] = [
-        [
-            cell["approach"],
-            f"{cell['honest_residual']:.2g}",
-            f"{cell['int4_residual']:.2g}",
-            f"{cell['separation']:.1f}",
-            f"{cell['auc']:.3f}",
-            "{:.3f} to {:.3f}".format(*cell["auc_interval"]),
-            None if cell["effective_dimension"] is None else f"{cell['effective_dimension']:.0f}",
-        ]
-        for cell in cells
-    ]
-    return ("approach", "honest bf16", "int4 weights", "ratio", "AUC", "95 % interval", "effective dimension"), rows
+def _known(name: str, form: str) -> Column:
+    """Return the column of a value that may not be known."""
+    return lambda cell: None if cell[name] is None else format(cell[name], form)
 
 
-def _costs(cells: Sequence[JsonObject]) -> Table:
-    rows: list[list[Cell]] = [
-        [
-            cell["approach"],
-            f"{cell['bytes_per_nonce'] / 1024:.1f}",
-            f"{cell['bytes_per_block'] / 2**20:.2f}",
-            None if cell["overhead"] is None else f"{cell['overhead']:.1%}",
-            cell["per_nonce"],
-            cell["tensor_parallel"],
-            cell["pipeline_parallel"],
-        ]
-        for cell in cells
-    ]
-    return ("approach", "KiB per nonce", "MiB per block", "overhead", "per nonce", "TP-safe", "PP-safe"), rows
+RESIDUALS: dict[str, Column] = {
+    "approach": "approach",
+    "honest bf16": "{honest_residual:.2g}",
+    "int4 weights": "{int4_residual:.2g}",
+    "ratio": "{separation:.1f}",
+    "AUC": "{auc:.3f}",
+    "95 % interval": "{auc_interval[0]:.3f} to {auc_interval[1]:.3f}",
+    "effective dimension": _known("effective_dimension", ".0f"),
+}
+COSTS: dict[str, Column] = {
+    "approach": "approach",
+    "KiB per nonce": lambda cell: f"{cell['bytes_per_nonce'] / 1024:.1f}",
+    "MiB per block": lambda cell: f"{cell['bytes_per_block'] / 2**20:.2f}",
+    "overhead": _known("overhead", ".1%"),
+    "per nonce": "per_nonce",
+    "TP-safe": "tensor_parallel",
+    "PP-safe": "pipeline_parallel",
+}
 
 
 # Trained against random weights: is it training that gives distances their structure?
@@ -441,6 +405,7 @@ class WeightPlan(ExperimentPlan):
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
     dtype: Dtype = None
 
+    experiment = "weights"
     least: ClassVar[Mapping[str, int]] = {"blocks": 2}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "blocks"})
 
@@ -449,23 +414,10 @@ class WeightPlan(ExperimentPlan):
         get_pipeline(self.preset)
         super().model_post_init(context)
 
-
-def run_weights(plan: WeightPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Measure the cells that the run's folder does not have yet, and append them to ``weights.jsonl``.
-
-    A cell is a model, a weight mode and a block.
-
-    Args:
-        plan: Plan that says what is measured.
-        folder: Folder of the run.
-        progress: Function that is called with (cells done, cells in all).
-
-    Raises:
-        UsageError: The run was begun with other settings.
-        ModelError: A model cannot be loaded.
-    """
-    cells = [(" ".join(cell), partial(_measure, plan, *cell)) for cell in product(plan.models, MODES, plan.blocks)]
-    measure_missing(folder, "weights", plan.settings, cells, progress)
+    def cells(self) -> Iterator[Measurement]:
+        """Return every block of every weight mode of every model."""
+        for cell in product(self.models, MODES, self.blocks):
+            yield " ".join(cell), partial(_measure, self, *cell)
 
 
 def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObject:
@@ -562,26 +514,6 @@ def _row(cells: Sequence[JsonObject]) -> WeightRow:
     )
 
 
-def weight_table(rows: Sequence[WeightRow]) -> Table:
-    """Return block means per weight mode, their spread with its noise band, and the verdict."""
-    cells: list[list[Cell]] = [
-        [
-            row.model,
-            row.weights,
-            ", ".join(f"{mean:.4f}" for mean in row.means),
-            f"{row.std:.4f}",
-            f"{row.spread:.4f}",
-            f"{row.low:.4f} to {row.high:.4f}",
-            f"{row.p_value:.2g}",
-            f"{row.context_effect:.2g}",
-            "inside noise" if row.inside else "beyond noise",
-        ]
-        for row in rows
-    ]
-    columns = ("model", "weights", "block means", "sd", "spread", "95 % noise band", "p-value", "context", "verdict")
-    return columns, cells
-
-
 def weight_section(run: RunRecords) -> Section:
     """Return block means per weight mode, and their spread with its noise band."""
     about = (
@@ -590,5 +522,18 @@ def weight_section(run: RunRecords) -> Section:
         "with them. Context is how far the unit state moves when the positions before the last are reversed; unrelated "
         "states are √2 apart. Near zero, distances say nothing about the layers."
     )
-    tables = {"Largest minus smallest block mean of the distance": weight_table(weight_rows(run.cells))}
-    return Section("Does training give distances their structure?", about, tables)
+    rows = weight_rows(run.cells)
+    columns: dict[str, Column] = {
+        "model": "model",
+        "weights": "weights",
+        "block means": lambda row: ", ".join(f"{mean:.4f}" for mean in row.means),
+        "sd": "{std:.4f}",
+        "spread": "{spread:.4f}",
+        "95 % noise band": "{low:.4f} to {high:.4f}",
+        "p-value": "{p_value:.2g}",
+        "context": "{context_effect:.2g}",
+        "verdict": lambda row: "inside noise" if row.inside else "beyond noise",
+    }
+    tables = {"Largest minus smallest block mean of the distance": table_of(rows, columns)}
+    values = {"rows": [asdict(row) for row in rows]}
+    return Section("Does training give distances their structure?", about, tables, values=values)

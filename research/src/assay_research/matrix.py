@@ -26,15 +26,14 @@ from assay.errors import ResourceError, UsageError
 from assay.files.jsonl import JsonObject
 from assay.files.storage import write_atomic, write_jsonl
 from assay.models.load import load_model, model_info
-from assay.pages.html import Cell
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS
-from assay_research.runs.report import Section, Table
-from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Progress, RunRecords, open_run
+from assay_research.runs.report import Column, Section, Table, table_of
+from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Note, Progress, RunRecords, open_run
 from assay_research.runs.spread import Spread, spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline
 
@@ -48,8 +47,6 @@ _DELIVERY_SECONDS = 60.0
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 _POLL = 0.02
-
-Note = Callable[[str], None]
 
 
 class Live:
@@ -181,7 +178,7 @@ class Test:
         return f"test_{self.number:02d}_" + "_".join(clean)
 
 
-class Plan(ExperimentPlan):
+class MatrixPlan(ExperimentPlan):
     """Which tests are wanted, and how they are run.
 
     Raises:
@@ -195,6 +192,7 @@ class Plan(ExperimentPlan):
     r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
     dtype: Dtype = None
 
+    experiment = "matrix"
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
 
     def model_post_init(self, context: Any, /) -> None:
@@ -211,58 +209,52 @@ class Plan(ExperimentPlan):
         cells = product(self.models, self.modes, self.blocks, self.public_keys)
         return (Test(number, *cell) for number, cell in enumerate(cells, 1))
 
+    def measure(self, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
+        """Run the tests that the run's folder does not have yet, and append their results to ``matrix.jsonl``.
 
-def run_matrix(plan: Plan, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
-    """Run the tests that the run's folder does not have yet, and append their results to ``matrix.jsonl``.
+        Logs go to ``logs/``: per test what the service wrote and which callbacks arrived. A sentence comes before every
+        start of a service, and after every test.
 
-    Logs go to ``logs/``: per test what the service wrote and which callbacks arrived.
-
-    Args:
-        plan: Plan that says which tests are wanted.
-        folder: Folder of the run.
-        progress: Function that is called with (tests done, tests in all).
-        note: Function that is called with a sentence before every start of a service, and after every test.
-
-    Raises:
-        UsageError: The run was begun with other settings.
-        ResourceError: A service did not start, or did not answer.
-    """
-    say = note or (lambda _: None)
-    with open_run(folder, "matrix", plan.settings) as run, ExitStack() as stack:
-        tests = list(plan.tests())
-        todo = [test for test in tests if test.key not in run.done]
-        if not todo:
-            return
-        for reference in plan.models:
-            model_info(reference)  # an unknown model ends the run before any service starts
-        logs = folder / "logs"
-        logs.mkdir(exist_ok=True)
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
-        receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
-        receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
-        done = len(tests) - len(todo)
-        for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
-            effective = measure_effective_dimension(plan, model, mode)
-            torch.cuda.empty_cache()  # the service needs the room
-            say(f"starting a service for {model}, {mode}")
-            with _service(plan, model, temporary / f"{done}", logs / "server.log") as server:
-                receiver.connect()
-                server.connect("/ready")
-                _begin(server, plan, mode, WARM_UP, WARM_UP, None)
-                server.post("/api/v1/pow/phase/validate")
-                for test in chosen:
-                    values = _run_test(test, plan, server, receiver, logs) | {"effective_dimension": effective}
-                    say(
-                        f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
-                        f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
-                    )
-                    run.append(test.key, values)
-                    done += 1
-                    if progress:
-                        progress(done, len(tests))
+        Raises:
+            UsageError: The run was begun with other settings.
+            ResourceError: A service did not start, or did not answer.
+        """
+        say = note or (lambda _: None)
+        with open_run(folder, self.experiment, self.settings) as run, ExitStack() as stack:
+            tests = list(self.tests())
+            todo = [test for test in tests if test.key not in run.done]
+            if not todo:
+                return
+            for reference in self.models:
+                model_info(reference)  # an unknown model ends the run before any service starts
+            logs = folder / "logs"
+            logs.mkdir(exist_ok=True)
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
+            receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
+            receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
+            done = len(tests) - len(todo)
+            for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
+                effective = measure_effective_dimension(self, model, mode)
+                torch.cuda.empty_cache()  # the service needs the room
+                say(f"starting a service for {model}, {mode}")
+                with _service(self, model, temporary / f"{done}", logs / "server.log") as server:
+                    receiver.connect()
+                    server.connect("/ready")
+                    _begin(server, self, mode, WARM_UP, WARM_UP, None)
+                    server.post("/api/v1/pow/phase/validate")
+                    for test in chosen:
+                        values = _run_test(test, self, server, receiver, logs) | {"effective_dimension": effective}
+                        say(
+                            f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
+                            f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+                        )
+                        run.append(test.key, values)
+                        done += 1
+                        if progress:
+                            progress(done, len(tests))
 
 
-def measure_effective_dimension(plan: Plan, model: str, mode: str) -> float | None:
+def measure_effective_dimension(plan: MatrixPlan, model: str, mode: str) -> float | None:
     """Measure how many coordinates the states in front of the random head use, with a model that is dropped again.
 
     Returns None for a mode without signs: there a block moves the mean of its distances too, which is what the matrix
@@ -278,7 +270,7 @@ def measure_effective_dimension(plan: Plan, model: str, mode: str) -> float | No
     return effective_dimension(states_ND)
 
 
-def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:
+def _service(plan: MatrixPlan, model: str, data: Path, log: Path) -> Live:
     arguments = ["poc", "serve", "--model", model, "--data-dir", str(data), "--allow-private-callbacks"]
     arguments += ["--callback-interval", "0.5"]
     for flag, value in (("--dtype", plan.dtype), ("--device", plan.device)):
@@ -286,7 +278,7 @@ def _service(plan: Plan, model: str, data: Path, log: Path) -> Live:
     return Live(arguments, log)
 
 
-def _begin(server: Live, plan: Plan, mode: str, block: str, public_key: str, callback_url: str | None) -> None:
+def _begin(server: Live, plan: MatrixPlan, mode: str, block: str, public_key: str, callback_url: str | None) -> None:
     body = {
         "block_hash": block,
         "block_height": 1,
@@ -310,7 +302,7 @@ def _status(server: Live) -> Any:
     return found
 
 
-def _run_test(test: Test, plan: Plan, server: Live, receiver: Live, logs: Path) -> JsonObject:
+def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: Path) -> JsonObject:
     offset, seen = server.log_size(), _last_callback(receiver)
     started = time.monotonic()
     _begin(server, plan, test.mode, test.block, test.public_key, receiver.url)
@@ -501,39 +493,33 @@ def _configuration(cells: Sequence[JsonObject], known: float | None) -> Configur
 
 def rate_table(found: Configuration) -> Table:
     """Return valid rates per block and key."""
-    keys = list(found.blocks[0].rates)
-    rows: list[list[Cell]] = []
-    for row in found.blocks:
-        rates = (f"{row.rates[key]:.2%}" if key in row.rates else None for key in keys)
-        rows.append([row.block, *rates, f"{row.rate:.2%}", row.checked])
-    return ("block", *keys, "all keys", "nonces"), rows
+    columns: dict[str, Column] = {"block": "block"}
+    for key in found.blocks[0].rates:
+        columns[key] = lambda row, key=key: f"{row.rates[key]:.2%}" if key in row.rates else None  # type: ignore[misc]
+    return table_of(found.blocks, columns | {"all keys": lambda row: f"{row.rate:.2%}", "nonces": "checked"})
 
 
-def spread_table(found: Sequence[Configuration]) -> Table:
-    """Return the largest minus the smallest valid rate of the blocks, its noise band, and the verdict."""
-    rows: list[list[Cell]] = []
-    for row in found:
-        spread, numbers = row.spread, ["", "", ""]
-        if spread is not None:
-            numbers = [f"{spread.value:.2%}", f"{spread.low:.2%} to {spread.high:.2%}", spread.p_text]
-        rows.append([row.model, row.mode, *numbers, _published_spread(row), row.verdict])
-    return ("model", "mode", "spread", "95 % noise band", "p-value", "published spread", "verdict"), rows
+def _of_spread(form: str) -> Column:
+    return lambda row: "" if row.spread is None else form.format(row.spread)
 
 
-def throughput_table(found: Sequence[Configuration]) -> Table:
-    """Return nonces per second, and valid nonces that were not delivered."""
-    rows: list[list[Cell]] = []
-    for row in found:
-        cells: list[Cell] = [
-            row.model,
-            row.mode,
-            row.checked,
-            f"{row.nonces_per_second:.1f}",
-            f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None,
-            row.undelivered,
-        ]
-        rows.append(cells)
-    return ("model", "mode", "nonces", "nonces/s", "sd over tests", "valid, not delivered"), rows
+SPREADS: dict[str, Column] = {
+    "model": "model",
+    "mode": "mode",
+    "spread": _of_spread("{0.value:.2%}"),
+    "95 % noise band": _of_spread("{0.low:.2%} to {0.high:.2%}"),
+    "p-value": _of_spread("{0.p_text}"),
+    "published spread": lambda row: _published_spread(row),
+    "verdict": lambda row: row.verdict,
+}
+THROUGHPUT: dict[str, Column] = {
+    "model": "model",
+    "mode": "mode",
+    "nonces": lambda row: row.checked,
+    "nonces/s": "{nonces_per_second:.1f}",
+    "sd over tests": lambda row: f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None,
+    "valid, not delivered": "undelivered",
+}
 
 
 def _published_spread(row: Configuration) -> str:
@@ -548,8 +534,8 @@ def section(run: RunRecords) -> Section:
     """Return the valid rates of every configuration, the spreads with their noise bands, and the throughput."""
     found = configurations(run.cells)
     tables = {f"{row.model}, {row.mode}: valid rate per key": rate_table(row) for row in found}
-    tables["Largest minus smallest valid rate of the blocks"] = spread_table(found)
-    tables["Throughput of live services"] = throughput_table(found)
+    tables["Largest minus smallest valid rate of the blocks"] = table_of(found, SPREADS)
+    tables["Throughput of live services"] = table_of(found, THROUGHPUT)
     about = (
         f"{len(run.cells)} tests, each a round of a live service over HTTP whose callbacks were counted. The noise "
         "band is where the spread falls when nothing differs but the nonces and the random head of every block, "
@@ -557,4 +543,5 @@ def section(run: RunRecords) -> Section:
         f"published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come from other models, so they "
         "compare in kind, not in size."
     )
-    return Section("Live services: how far apart are the valid rates of the blocks?", about, tables)
+    heading = "Live services: how far apart are the valid rates of the blocks?"
+    return Section(heading, about, tables, values={"configurations": [row.as_dict() for row in found]})

@@ -14,41 +14,41 @@ law itself, which is wider than what was measured. Under a *predictive* law, whi
 of machines that were not, every honest node has a scale of its own for its life, and every block another one. Cheaters
 have what the red team measured for an attack, or junk in a share of their nonces.
 
-Legend of shapes: N nodes, P panels, V validators of a panel, R trials, C checked nonces.
+Legend of shapes: N nodes, P panels or paths of the e-value, V validators of a panel, R trials, C checked nonces, A
+sizes of a grid.
 """
 
 import math
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 from scipy import special
-from scipy import stats as distributions
 
 from assay import stats
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
-from assay.pages.html import Cell
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibrate import SCALED_SPREAD
 from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.machines import PAIR_SPREAD, PRIOR
 from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_test
 from assay.settings import Names, Settings
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise import Spread
 from assay_research.redteam.field import PRESETS, count_power
-from assay_research.runs.report import Curves, Section, Table
-from assay_research.runs.runs import Progress, RunRecords, measure_missing
-from assay_research.simulation.lives import Kind, Machines, convicted_in
+from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.runs import Measurement, Plan, RunRecords
 
 Rule = Literal["published", "count", "sequential", "lifetime"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -61,7 +61,205 @@ TRIALS = 4000
 HONEST_TRIALS = 20_000
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
+
+# The whole lives of many nodes, nonce by nonce, under the rule of :class:`assay.poc.verdict.Life`.
+#
+# A life is too long to take logarithms of densities at every nonce of a hundred thousand nodes. So the sizes of
+# residuals are drawn from a fine grid, and what each size of it multiplies every path of the e-value by is looked up.
+# The steps are those of :class:`assay.stats.SequentialTest`, the shares and lengths of the tests those of ``Life``.
+
+
+SIZES = 2048  # neighbours lie less than 1 % apart
+SMALLEST = 1e-3  # of a typical residual: what is smaller says the same
+LARGEST = 2.0
+TOGETHER = 512  # nodes of one task
+SEGMENT = 64  # nonces after which the paths are divided by the honest ones
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of node.
+
+    Args:
+        name: Name in tables.
+        multiple: Size of the residuals that it computes cheaply over that of honest ones.
+        junk: Share of its nonces that are invented.
+        share: Share of the other nonces that are computed cheaply.
+        honest_for: Share of the rounds that it is honest for at first.
+    """
+
+    name: str
+    multiple: float = 1.0
+    junk: float = 0.0
+    share: float = 1.0
+    honest_for: float = 0.0
+
+    @property
+    def honest(self) -> bool:
+        """Whether it does not cheat at all."""
+        return self.multiple == 1 and self.junk == 0
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How the noise of honest machines differs from the law.
+
+    Args:
+        spread: Law of the scale of a machine, which is drawn once for its life.
+        block: Standard deviation of ln of the scale of a block, which is drawn for every node and round.
+    """
+
+    spread: Spread = field(default_factory=Spread)
+    block: float = 0.0
+
+
+class Grid:
+    """Sizes of residuals, equally far apart in their logarithms, and the laws of honest and invented ones on them.
+
+    Args:
+        law: Law of honest residuals.
+    """
+
+    def __init__(self, law: stats.NoiseLaw) -> None:
+        log_A = np.linspace(math.log(law.size * SMALLEST), math.log(LARGEST), SIZES)
+        self.sizes_A = np.exp(log_A)
+        self.step = float(log_A[1] - log_A[0])
+        edges = np.exp(log_A[:-1] + self.step / 2)
+        self._honest_A, self._junk_A = 1 - law.survival(edges), _invented(law, edges)
+
+    def shifts(self, log_scale_N: FloatArray, rng: np.random.Generator) -> IntArray:
+        """Return numbers of places on the grid, rounded at random so that their mean is right."""
+        return np.floor(log_scale_N / self.step + rng.random(log_scale_N.shape)).astype(np.int64)
+
+    def draw(self, kind: Kind, log_scale_N: FloatArray, nonces: int, rng: np.random.Generator) -> IntArray:
+        """Draw the residuals of a round as places on the grid, [N, C].
+
+        Args:
+            kind: What the nodes do in this round.
+            log_scale_N: Logarithm of the scale of every node's honest noise over that of the law.
+            nonces: Number of nonces.
+            rng: Generator of everything that is drawn.
+        """
+        shape = log_scale_N.size, nonces
+        honest_N, cheap_N = (self.shifts(log_scale_N + math.log(size), rng) for size in (1.0, kind.multiple))
+        places_NC = np.searchsorted(self._honest_A, rng.random(shape))
+        chance_NC = rng.random(shape)
+        cheap_NC = chance_NC < kind.junk + (1 - kind.junk) * kind.share
+        places_NC += np.where(cheap_NC, cheap_N[:, None], honest_N[:, None])
+        if kind.junk:
+            junk_NC = np.searchsorted(self._junk_A, rng.random(shape))
+            places_NC = np.where(chance_NC < kind.junk, junk_NC, places_NC)
+        return np.clip(places_NC, 0, SIZES - 1)
+
+
+class SizeEvidence:
+    """What every size on a grid does to the e-value of a law: the factors of its paths.
+
+    Args:
+        noise: Honest noise that is judged by.
+        sizes_A: Sizes of residuals.
+    """
+
+    def __init__(self, noise: Noise, sizes_A: FloatArray) -> None:
+        test = sequential_test(noise)
+        steps, self.honest = test.steps(sizes_A), test.honest_paths
+        self.prior_P, self.factor_AP = np.exp(test.prior), np.exp(steps)
+
+
+class ManyLives:
+    """The running tests of many nodes that are all judged alike: as :class:`assay.poc.verdict.Life`, for each of them.
+
+    Args:
+        evidence: What residuals do to the e-value.
+        nodes: Number of nodes.
+        alpha: Bound on the chance that an honest node is ever accused, in its whole life.
+    """
+
+    def __init__(self, evidence: SizeEvidence, *, nodes: int, alpha: float) -> None:
+        self._evidence, self._alpha = evidence, alpha
+        self._shape = (nodes, evidence.prior_P.size)
+        self._tests = [self._begin(1)]
+        self._since = 0
+        self.convicted_N = np.zeros(nodes, dtype=np.bool_)
+
+    def _begin(self, number: int) -> tuple[int, FloatArray]:
+        self._number = number
+        return number, np.broadcast_to(self._evidence.prior_P, self._shape).copy()
+
+    def update(self, places_NC: IntArray) -> npt.NDArray[np.bool_]:
+        """Take the residuals of one audit, as places on the grid; return who is convicted by now, [N]."""
+        if self._since >= EPOCH:
+            self._tests[1:], self._since = [self._begin(self._number + 1)], 0
+        honest, nonces = self._evidence.honest, places_NC.shape[1]
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # infinite evidence convicts
+            for number, path_NP in self._tests:
+                bound = 1 / (self._alpha * error_share(number))
+                for place, places_N in enumerate(places_NC.T, start=1):
+                    path_NP *= self._evidence.factor_AP[places_N]
+                    for_honest_N = path_NP[:, :honest].sum(axis=1)
+                    self.convicted_N |= ~(path_NP[:, honest:].sum(axis=1) < bound * for_honest_N)
+                    if place % SEGMENT == 0 or place == nonces:
+                        path_NP /= for_honest_N[:, None]
+        self._since += nonces
+        return self.convicted_N
+
+
+def convicted_in(
+    kind: Kind,
+    noise: Noise,
+    machines: Machines,
+    *,
+    nodes: int,
+    rounds: int,
+    nonces: int,
+    alpha: float,
+    seed: tuple[int, ...],
+) -> FloatArray:
+    """Return the round in which each of many nodes of a kind is convicted, [N]; infinity for never.
+
+    Args:
+        kind: Kind of all the nodes.
+        noise: Honest noise that they are judged under.
+        machines: How machines differ from it.
+        nodes: Number of nodes.
+        rounds: Number of rounds of their lives.
+        nonces: Number of nonces that are checked in a round; each round is one audit.
+        alpha: Bound on the chance that an honest node is ever accused, in its whole life.
+        seed: Seed of everything that is drawn.
+    """
+    grid = Grid(noise.law)
+    evidence = SizeEvidence(noise, grid.sizes_A)
+
+    def live(start: int) -> FloatArray:
+        rng = np.random.default_rng((*seed, start))
+        count = min(TOGETHER, nodes - start)
+        lives = ManyLives(evidence, nodes=count, alpha=alpha)
+        log_scale_N = machines.spread.sd * rng.standard_t(machines.spread.dof, count)
+        caught_N = np.full(count, np.inf)
+        for round in range(1, rounds + 1):
+            cheats = kind if round > kind.honest_for * rounds else Kind("honest")
+            here_N = log_scale_N + machines.block * rng.standard_normal(count)
+            before_N = lives.convicted_N.copy()
+            lives.update(grid.draw(cheats, here_N, nonces, rng))
+            caught_N[lives.convicted_N & ~before_N] = round
+            if lives.convicted_N.all():
+                break
+        return caught_N
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return np.concatenate(list(pool.map(live, range(0, nodes, TOGETHER))))
+
+
+def _invented(law: stats.NoiseLaw, sizes_A: FloatArray) -> FloatArray:
+    """Return the chance that an invented value misses by less."""
+    if isinstance(law, stats.ScaleNoise):
+        return np.asarray(special.erf(sizes_A / law.junk_sigma / math.sqrt(2)), dtype=np.float64)
+    return np.asarray(stats.chord_cdf(sizes_A, law.dimension), dtype=np.float64)
+
+
+# The network.
 
 JUNK = tuple(Kind(f"{share:.1%} junk", junk=share) for share in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1))
 PARTIAL = (
@@ -116,7 +314,7 @@ class Network(Settings):
                 )
 
 
-class SimulationPlan(Settings):
+class SimulationPlan(Plan):
     """What is simulated: provers of some dtypes against validators that compute in float32.
 
     Raises:
@@ -127,6 +325,8 @@ class SimulationPlan(Settings):
     dtypes: Names = Field(tuple(KINDS), description="Dtypes of provers, separated by commas; validators have float32.")
     laws: Names = Field(LAWS, description="Laws that nodes are judged by, separated by commas: default, predictive.")
     network: Network = Field(Network(), description="Nodes, validators and rounds.")
+
+    experiment = "simulate"
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the names."""
@@ -169,17 +369,15 @@ class SimulationPlan(Settings):
         cheap = [replace(kind, multiple=kind.multiple / margin) for kind in (*found, *PARTIAL, late)]
         return *cheap, *JUNK
 
+    @property
+    def settings(self) -> JsonObject:
+        """What must be the same for all cells of a run: the network."""
+        return self.network.model_dump()
 
-def run_simulation(plan: SimulationPlan, folder: Path, *, progress: Progress | None = None) -> None:
-    """Simulate the presets, dtypes and laws that a run's folder does not hold yet.
-
-    Raises:
-        UsageError: The folder holds a run of another network.
-        StorageError: The file cannot be written.
-    """
-    chosen = product(plan.laws, plan.dtypes, plan.presets)
-    cells = [(f"{preset}/{dtype}/{law}", partial(_simulate, plan, preset, dtype, law)) for law, dtype, preset in chosen]
-    measure_missing(folder, "simulate", plan.network.model_dump(), cells, progress)
+    def cells(self) -> Iterator[Measurement]:
+        """Return every law, dtype and preset."""
+        for law, dtype, preset in product(self.laws, self.dtypes, self.presets):
+            yield f"{preset}/{dtype}/{law}", partial(_simulate, self, preset, dtype, law)
 
 
 def _simulate(plan: SimulationPlan, preset: str, dtype: str, law: str) -> JsonObject:
@@ -317,10 +515,10 @@ class _Chances:
     """How likely each rule accuses a kind of node, by simulation of its residuals."""
 
     def __init__(self, noise: Noise, network: Network, rng: np.random.Generator) -> None:
-        self._law, self._network, self._rng = noise.law, network, rng
+        self._grid, self._network, self._rng = Grid(noise.law), network, rng
         self._distance = isinstance(noise.law, stats.ScaleNoise)
         self._test = sequential_test(noise, alpha=ALPHA)
-        honest_N = self._residuals(Kind("honest"), (HONEST_TRIALS,))
+        honest_N = self._residuals(Kind("honest"), HONEST_TRIALS)
         self._threshold = float(np.quantile(honest_N, 0.95))
         self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
 
@@ -329,41 +527,16 @@ class _Chances:
         checked = self._network.checked
         if rule == "sequential":
             trials = HONEST_TRIALS if kind.honest else TRIALS
-            return float(self._accusations(kind, trials, checked)[:, -1].mean())
-        residuals_N = self._residuals(kind, (HONEST_TRIALS,))
+            return float(self._test.accusations(self._residuals(kind, trials, checked))[:, -1].mean())
+        residuals_N = self._residuals(kind, HONEST_TRIALS)
         if rule == "published":
             granted = P_FLIP if self._distance else P_MISMATCH
             return count_power(checked, granted, self._mismatch_rate(residuals_N, DIST_THRESHOLD), COUNT_ALPHA)
         return count_power(checked, self._honest_rate, self._mismatch_rate(residuals_N, self._threshold))
 
-    def _accusations(self, kind: Kind, trials: int, checked: int) -> npt.NDArray[np.bool_]:
-        """Return whether nodes of a kind have been accused after each of their nonces, [R, C]."""
-        return self._test.accusations(self._residuals(kind, (trials, checked)))
-
-    def _residuals(self, kind: Kind, shape: tuple[int, ...]) -> FloatArray:
-        """Return sizes of residuals of a kind of node that cheats: noise, or junk in a share of the nonces."""
-        noise = self._noise(shape)
-        noise *= np.where(self._rng.random(shape) < kind.share, kind.multiple, 1.0)
-        if not kind.junk:
-            return noise
-        return np.where(self._rng.random(shape) < kind.junk, self._invented(shape), noise)
-
-    def _noise(self, shape: tuple[int, ...]) -> FloatArray:
-        """Draw from the law; the standardised logarithm is normal within ``tail`` and exponential beyond."""
-        law, rng = self._law, self._rng
-        if isinstance(law, stats.ScaleNoise):
-            return np.abs(law.sigma * rng.standard_t(law.dof, shape))
-        beyond = 2 * np.exp(-(law.tail**2) / 2) / law.tail / law.standard_mass
-        edge = distributions.norm.sf(law.tail)
-        core = special.ndtri(rng.uniform(edge, 1 - edge, shape))
-        outer = (law.tail + rng.exponential(1 / law.tail, shape)) * rng.choice([-1.0, 1.0], shape)
-        return np.exp(law.mu + law.sd * np.where(rng.random(shape) < beyond, outer, core))
-
-    def _invented(self, shape: tuple[int, ...]) -> FloatArray:
-        if isinstance(self._law, stats.ScaleNoise):
-            return np.abs(self._rng.normal(0.0, self._law.junk_sigma, shape))
-        half = (self._law.dimension - 1) / 2
-        return 2 * np.sqrt(self._rng.beta(half, half, shape))
+    def _residuals(self, kind: Kind, audits: int, checked: int = 1) -> FloatArray:
+        """Return sizes of residuals of a kind of node that cheats: noise, or junk in a share of the nonces, [R, C]."""
+        return self._grid.sizes_A[self._grid.draw(kind, np.zeros(audits), checked, self._rng)]
 
     def _mismatch_rate(self, sizes_N: FloatArray, threshold: float) -> float:
         """Return the chance of a mismatch: a vector beyond the threshold, or a valid distance that turns invalid."""
@@ -389,7 +562,7 @@ def section(run: RunRecords) -> Section:
     tables = {"Honest nodes convicted in their whole life": honest_table(run.cells)}
     tables |= {cell_name(cell): year_table(cell) for cell in run.cells}
     heading = f"A network of {settings['nodes']} nodes over {settings['rounds']} rounds"
-    return Section(heading, about, tables, [_curves(cell) for cell in run.cells])
+    return Section(heading, about, tables, [_curves(cell) for cell in run.cells], {"presets": run.cells})
 
 
 def _curves(cell: JsonObject) -> Curves:
@@ -412,26 +585,27 @@ def _law(cell: JsonObject) -> str:
 
 def honest_table(cells: Sequence[JsonObject]) -> Table:
     """Return how many honest nodes their own account convicts, by law, dtype and preset."""
-    rows: list[list[Cell]] = []
+    rows = []
     for cell in cells:
         honest = next(row for row in cell["rows"] if row["rule"] == "lifetime" and row["kind"] == "honest")
         low, high = stats.proportion_interval(honest["convicted"], honest["nodes"])
-        share = f"{low:.2e} to {high:.2e}"
-        rows.append([_law(cell), cell["dtype"], cell["preset"], f"{honest['convicted']} of {honest['nodes']}", share])
-    return ("law", "format", "preset", "honest nodes convicted", "share, 95 % interval"), rows
+        rows.append({**cell, **honest, "law": _law(cell), "low": low, "high": high})
+    columns = {"law": "law", "format": "dtype", "preset": "preset", "honest nodes convicted": "{convicted} of {nodes}"}
+    return table_of(rows, columns | {"share, 95 % interval": "{low:.2e} to {high:.2e}"})
 
 
 def year_table(cell: JsonObject) -> Table:
     """Return what every rule does to every kind of node, for one preset, dtype and law."""
-    rows: list[list[Cell]] = []
-    for row in cell["rows"]:
-        cells: list[Cell] = [
-            row["rule"],
-            row["kind"],
-            f"{row['convicted']} of {row['nodes']}",
-            "never" if row["rounds_median"] is None else row["rounds_median"],
-            "never" if row["rounds_99"] is None else row["rounds_99"],
-            f"{row['paid']:.2%}",
-        ]
-        rows.append(cells)
-    return ("rule", "kind of node", "convicted", "median round", "99 % convicted by round", "reward paid"), rows
+
+    def after(name: str) -> Column:
+        return lambda row: "never" if row[name] is None else row[name]
+
+    columns: dict[str, Column] = {
+        "rule": "rule",
+        "kind of node": "kind",
+        "convicted": "{convicted} of {nodes}",
+        "median round": after("rounds_median"),
+        "99 % convicted by round": after("rounds_99"),
+        "reward paid": "{paid:.2%}",
+    }
+    return table_of(cell["rows"], columns)

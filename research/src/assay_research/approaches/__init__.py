@@ -1,1 +1,0 @@
-"""Every approach of the published table, measured; and trained against random weights."""

@@ -1,1 +1,0 @@
-"""The published matrix of models, modes, blocks and keys, against live services."""
