@@ -59,7 +59,7 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
         assert prove("--kernels", kernels).code == 0
         libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.as_dict()["library"]
     assert libraries["auto"] == libraries["eager"]
-    assert libraries["compiled"] == f"{libraries['eager']}, compiled"
+    assert libraries["compiled"] == f"{libraries['eager']}, compiled whole"
     assert "--kernels quick" in prove("--kernels", "quick").err
 
 

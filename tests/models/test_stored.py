@@ -14,8 +14,10 @@ from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.load import identify
 from assay.models.quantized import check_device, read_format
 from assay.poc import HFEngine, Round, calibrate, get_pipeline, prove, verify
-from assay.poc.engines.hf.lean import LeanDecoder, lean_decoder
+from assay.poc.engines.hf import fused as _fused
+from assay.poc.engines.hf.fused import LeanDecoder, is_lean
 from tests.models.storing import FORMATS, configure, described, restored, rewrite, store
+from tests.poc.engines import plain_kernels
 
 NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}
 LAYER = "model.layers.1.mlp.down_proj"
@@ -106,12 +108,13 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
 
 
 def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
     model = load_model(stored[0], device="cpu")
     engine = HFEngine(model, batch_size=4, seq_len=8)
     round, pipeline = Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0")
     plain = next(iter(engine.outputs(round, pipeline, range(4))))
     assert plain.shape == (4,)
-    assert lean_decoder(model, 8)
+    assert is_lean(model, 8)
     inputs = engine.inputs(round, range(4))
     states = engine.read(inputs)
     assert torch.equal(LeanDecoder(model, 8).hidden(inputs)[:, -1].float(), states)

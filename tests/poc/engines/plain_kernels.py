@@ -6,9 +6,14 @@ from torch.nn import functional
 
 from assay.models.decoder import rotate
 from assay.models.eight_bits import Arithmetic, Rounded
-from assay.poc.engines.hf.lean import rms_norm
 
 __all__ = ["combined", "gated", "normalised", "rounded", "spread", "turned"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
 
 
 def rounded(x: Tensor, by: Arithmetic) -> Rounded:

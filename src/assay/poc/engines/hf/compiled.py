@@ -1,4 +1,4 @@
-"""The compiled forward pass: kernels made for one shape, kept between runs, and replayed as one CUDA graph.
+"""The forward pass in kernels made for one shape: assay's own, replayed as one CUDA graph, or Inductor's.
 
 Inductor may not choose kernels by timing them: two processes with one fingerprint must return the same bits.
 
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.load import Model
 from assay.models.wide import wide_products
-from assay.poc.engines.hf.fused import fused_steps, fusible
-from assay.poc.engines.hf.lean import LeanDecoder, Shape, Steps, layer_shape, lean_decoder, mixture_of, plain_steps
+from assay.poc.engines.hf.fused import LeanDecoder, fusible, layer_shape
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -77,55 +75,52 @@ def worth_compiling(model: Model) -> bool:
 class CompiledForward:
     """Runs the decoder of a model on inputs of one fixed shape.
 
-    A model of a listed family runs layer by layer (:class:`LeanDecoder`): between assay's own kernels where they serve
-    it, and else compiled. Any other one is compiled as a whole, as transformers has it. The last layer serves the last
-    position alone where B rows are enough for products in which the place of a row does not matter: on CUDA, from
-    :data:`ROWS_OF_A_PRODUCT` on.
+    A model of a listed family runs between assay's own kernels where they serve it (:class:`LeanDecoder`), and any
+    other one is compiled as a whole, as transformers has it. The last layer serves the last position alone where B rows
+    are enough for products in which the place of a row does not matter: from :data:`ROWS_OF_A_PRODUCT` on.
 
     Args:
         model: Model whose decoder is compiled.
         batch_size: Number of nonces of a batch, B.
         seq_len: Number of positions, T.
-        graphs: Whether to replay the kernels as one CUDA graph, which does not change the bits. A CPU has none.
     """
 
-    def __init__(self, model: Model, batch_size: int, seq_len: int, *, graphs: bool = True) -> None:
+    def __init__(self, model: Model, batch_size: int, seq_len: int) -> None:
         keep_kernels()
-        on_cuda = model.device.type == "cuda"
-        known = lean_decoder(model, seq_len)
-        self.fused = known and fusible(model)
-        self.lean = known and (self.fused or mixture_of(model) is None)
-        graphs = graphs and self.lean and on_cuda
-        if self.lean:
-            decoder = LeanDecoder(model, seq_len, fused_steps if self.fused else _compiled_steps)
+        self._model, self.fused = model, fusible(model, seq_len)
+        if self.fused:
+            decoder = LeanDecoder(model, seq_len)
             hidden, last_hidden = decoder.hidden, decoder.last_hidden
         else:
-            body = _compiled(backbone(model.module), fullgraph=False)
+            body = torch.compile(backbone(model.module), dynamic=False, options=dict(_KERNELS))
             positions_1T = torch.arange(seq_len, device=model.device)[None]
 
             def hidden(inputs_BTD: Tensor) -> Tensor:
-                positions_BT = positions_1T.expand(len(inputs_BTD), -1)
-                states_BTD: Tensor = body(
-                    inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False
-                ).last_hidden_state
+                positions = {"position_ids": positions_1T.expand(len(inputs_BTD), -1)}
+                states_BTD: Tensor = body(inputs_embeds=inputs_BTD, use_cache=False, **positions).last_hidden_state
                 return states_BTD
 
-        if not (self.lean and _last_alone(model.device, batch_size)):
+        if not (self.fused and batch_size >= ROWS_OF_A_PRODUCT):
 
             def last_hidden(inputs_BTD: Tensor) -> Tensor:
                 return hidden(inputs_BTD)[:, -1].float()
 
-        self._last_hidden = _Graph(last_hidden) if graphs else last_hidden
-        self._hidden = _Graph(hidden) if graphs else hidden
-        self._model = model
+        self._last_hidden = _Graph(last_hidden) if self.fused else last_hidden
+        self._hidden = _Graph(hidden) if self.fused else hidden
 
     @cached_property
     def attention(self) -> str:
         """Which kernel attends. Asked for late: the question sets torch's choice for all threads of the process."""
-        if not self.lean:
+        if not self.fused:
             return "sdpa"
-        model = self._model
-        return _attention_name(layer_shape(decoder_layers(model.module)[0]), model.dtype, model.device)
+        shape, model = layer_shape(decoder_layers(self._model.module)[0]), self._model
+        q, k = (
+            torch.empty(1, count, 64, shape.head_width, dtype=model.dtype, device=model.device)
+            for count in (shape.heads, shape.key_heads)
+        )
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=shape.heads != shape.key_heads)
+        return f"sdpa {SDPBackend(chosen).name.removesuffix('_ATTENTION').lower()}"
 
     def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
         """Return the last position's state after the final norm, [B, D] in float32."""
@@ -136,11 +131,6 @@ class CompiledForward:
         """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
         with _settings(inputs_BTD):
             return self._hidden(inputs_BTD)
-
-
-def _last_alone(device: torch.device, batch_size: int) -> bool:
-    """Return whether the last layer may serve the last position alone: its products have enough rows, on CUDA."""
-    return device.type == "cuda" and batch_size >= ROWS_OF_A_PRODUCT
 
 
 class _Graph:
@@ -174,14 +164,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _compiled_steps(shape: Shape) -> Steps:
-    return plain_steps(shape, _compiled)
-
-
-def _compiled(function: Any, *, fullgraph: bool = True) -> Any:
-    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=dict(_KERNELS))
-
-
 @contextmanager
 def _settings(inputs_BTD: Tensor) -> Iterator[None]:
     """Hold what decides about kernels, beside Inductor's settings, while they are compiled and while they run."""
@@ -193,14 +175,3 @@ def _settings(inputs_BTD: Tensor) -> Iterator[None]:
         wide_products(inputs_BTD),
     ):
         yield
-
-
-def _attention_name(shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
-    """Return which kernel attends: the one that torch chooses for these heads."""
-    if device.type != "cuda":
-        return "sdpa"
-    heads, key_heads = shape.heads, shape.key_heads
-    q, k = (torch.empty(1, count, 64, shape.head_width, dtype=dtype, device=device) for count in (heads, key_heads))
-    with sdpa_kernel(_ATTENTION, set_priority=True):
-        chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != key_heads)
-    return f"sdpa {SDPBackend(chosen).name.removesuffix('_ATTENTION').lower()}"

@@ -168,7 +168,7 @@ def _apply(function: LayerFunction, layer: nn.Module, args: Any, output: Any) ->
 
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
-"""Entries of the fingerprint's kernels: the lean decoder was compiled, or the model as transformers defines it."""
+"""Entries of the fingerprint's kernels: made for the shape, or compiled of the model as transformers defines it."""
 
 T = TypeVar("T")
 
@@ -226,7 +226,7 @@ class HFEngine:
     def _kernels(self) -> Iterator[str]:
         """Yield what was chosen beside the defaults."""
         if self._compiled is not None:
-            yield COMPILED if self._compiled.lean else COMPILED_WHOLE
+            yield COMPILED if self._compiled.fused else COMPILED_WHOLE
             if self.device.type == "cuda":
                 yield f"triton {version('triton')}"
             if self._compiled.fused:

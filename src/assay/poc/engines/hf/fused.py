@@ -1,18 +1,23 @@
-"""The lean decoder between kernels of its own: one pass over memory for all that stands between two products.
+"""The decoder that `prove` runs on CUDA: a listed family between kernels of assay's own.
 
-Norms and rotation of queries and keys are one kernel. An update of the residual stream is added by the product that
-makes it; in eight bits, by the norm that follows, and the kernel before a product rounds its input. Attention is
-torch's, and so are most products. Nothing is compiled by Inductor, so the first batch takes a second or two.
+All that stands between two products is one pass over memory. Queries, keys and values are one product, and gate and up
+another; norms and rotation of queries and keys are one kernel. An update of the residual stream is added by the product
+that makes it; in eight bits, by the norm that follows, and the kernel before a product rounds its input. Attention is
+torch's, and so are most products. Where only the last position is read, the last layer computes keys and values for
+every position and all else for the last one. Nothing is compiled by Inductor, so the first batch takes a second or two.
 
-Against layers that Inductor compiles, the forward pass in bfloat16 is 1.06, 1.02, 1.03 and 1.01 times as fast for the
-shapes of 0.6, 1, 4 and 8 billion parameters on an H200 (`last` over `inductor`), and `prove` in float8 is 1.27, 1.48,
-1.53 and 1.64 times as fast as `prove` in bfloat16:
+`prove` is 1.31, 1.19, 1.15 and 1.09 times as fast as the bare decoder of transformers under `torch.compile`, for the
+shapes of 0.6, 1, 4 and 8 billion parameters in bfloat16 on an H200 (`prove_over_compiled` in
+research/results/gpu_prove_*.json), and in float8 1.27, 1.48, 1.53 and 1.64 times as fast as in bfloat16:
 
     python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
 
-Legend of shapes: as in `lean`.
+Legend of shapes: B nonces, T positions, D hidden size, H query heads, K key heads, G = H / K, E head width, F width of
+the MLP; R is the rows of a fused projection.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,14 +25,24 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from assay.models.decoder import Rotation, causal_attention
-from assay.models.eight_bits import Arithmetic, Rounded, sort_by_expert
+from assay.models.decoder import (
+    MIXTURES,
+    DecoderLayer,
+    Family,
+    Rotation,
+    attention_window,
+    backbone,
+    causal_attention,
+    decoder_layers,
+    family_of,
+    has_hooks,
+)
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded, sort_by_expert
 from assay.models.load import Model
-from assay.poc.engines.hf.lean import FusedLayer, LayerWeights, Shape, Steps, last_attention, parted, projected
 
 FUSED = "fused"
 """Entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
@@ -36,17 +51,137 @@ _ACTIVATIONS = ("silu", "swish")
 _UPDATES = ("o_proj", "down_proj")
 
 
-def fusible(model: Model) -> bool:
-    """Return whether the kernels serve a model whose decoder is lean: on CUDA, with triton and this activation."""
-    in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
-    runs = model.device.type == "cuda" and find_spec("triton") is not None
-    return runs and in_bfloat16 and model.config.hidden_act in _ACTIVATIONS
-
-
 @cache
 def kernels() -> ModuleType:
     """Return the module of the kernels, which imports triton."""
     return import_module("assay.poc.engines.hf.kernels")
+
+
+def fusible(model: Model, seq_len: int) -> bool:
+    """Return whether the kernels serve a model, for sequences of this length: on CUDA, with triton and this activation.
+
+    They do not after a change from outside: hooks, adapters, another attention, split or quantised weights.
+    """
+    in_bfloat16 = not model.quantised or model.dtype == torch.bfloat16
+    runs = model.device.type == "cuda" and find_spec("triton") is not None
+    return runs and in_bfloat16 and is_lean(model, seq_len)
+
+
+def is_lean(model: Model, seq_len: int) -> bool:
+    """Return whether a model is one of a listed family as transformers has it, for sequences of this length."""
+    body, config = backbone(model.module), model.config
+    family, window = family_of(config) or _mixture_of(model), attention_window(config)
+    known = family is not None and family.plain and type(body).__name__ == f"{family.prefix}Model"
+    if not known or not type(body).__module__.startswith("transformers.models."):
+        return False
+    whole = config._attn_implementation == "sdpa" and (window is None or window >= seq_len)
+    return whole and config.hidden_act in _ACTIVATIONS and _is_plain(body)
+
+
+def _mixture_of(model: Model) -> Family | None:
+    """Return the family of a model whose every layer has a mixture of experts, or None."""
+    family = MIXTURES.get(model.config.model_type)
+    return family if all(hasattr(layer.mlp, "experts") for layer in decoder_layers(model.module)) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module and all inside it compute what their classes say, on whole tensors.
+
+    Hooks, forward functions of their own, subclasses of Linear and split or quantised weights all say otherwise. All
+    products are in the model's dtype, or all in one format of eight bits: where blocks share a scale, rows of several
+    projections are one matrix only if each fills its blocks.
+    """
+    rounded, others = [], False
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if has_hooks(part) or "forward" in vars(part) or any(type(tensor.data) is not Tensor for tensor in own):
+            return False
+        if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
+            return False
+        if isinstance(part, EightBitLinear | EightBitExperts):
+            rounded.append(part)
+        else:
+            others |= isinstance(part, nn.Linear) or any(weight.dim() > 2 for weight in own)  # of experts
+    if not rounded:
+        return True
+    block = rounded[0].arithmetic.block
+    whole = not block or all(part.out_features % block[0] == 0 for part in rounded if isinstance(part, EightBitLinear))
+    return whole and not others and len({part.arithmetic for part in rounded}) == 1
+
+
+class LeanDecoder:
+    """The layers of a model of transformers as functions of tensors, ready to run on inputs of one length.
+
+    The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
+
+    Args:
+        model: Model for which :func:`is_lean` is true.
+        seq_len: Number of positions, T.
+    """
+
+    def __init__(self, model: Model, seq_len: int) -> None:
+        body: Any = backbone(model.module)
+        layers: list[Any] = list(decoder_layers(model.module))
+        cos_1TE, sin_1TE = body.rotary_emb(
+            torch.empty(0, dtype=model.dtype, device=model.device), torch.arange(seq_len, device=model.device)[None]
+        )
+        self._rotation: Rotation = cos_1TE[0][:, None], sin_1TE[0][:, None]
+        self._weights = [layer_weights(layer) for layer in layers]
+        self._norms = [*(weights.input_layernorm for weights in self._weights[1:]), body.norm.weight]
+        self._shape = layer_shape(layers[0])
+        mixture = self._shape.chosen > 0
+        self._layer, self._last = (MixtureLayer, LastMixtureLayer) if mixture else (KernelLayer, LastKernelLayer)
+
+    def last_hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the last position's state after the final norm, [B, D] in float32."""
+        return self._through(inputs_BTD, self._last).float()
+
+    def hidden(self, inputs_BTD: Tensor) -> Tensor:
+        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+        return self._through(inputs_BTD, self._layer)
+
+    def _through(self, inputs_BTD: Tensor, last: type["KernelLayer"]) -> Tensor:
+        shape, by = self._shape, self._shape.arithmetic
+        h: Any = Residual(inputs_BTD.clone() if by is None else inputs_BTD)
+        x = h.normed(self._weights[0].input_layernorm, shape.epsilon, by)
+        for weights, next_norm in zip(self._weights[:-1], self._norms[:-1], strict=True):
+            h = self._layer(shape, weights, self._rotation)(h, x)
+            x = h.normed(next_norm, shape.epsilon, by)
+        h = last(shape, self._weights[-1], self._rotation)(h, x)
+        states: Tensor = h.normed(self._norms[-1], shape.epsilon, None)
+        return states
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is the same in every layer of a model."""
+
+    heads: int  # H
+    key_heads: int  # K
+    head_width: int  # E
+    scale: float  # of the attention scores
+    epsilon: float  # of the norms
+    chosen: int = 0  # experts of a position; 0 without a mixture
+    shares_of_chosen: bool = False  # whether the shares of the chosen experts add up to one
+    arithmetic: Arithmetic | None = None  # of products in eight bits
+
+
+Projection = tuple[Tensor | Rounded, Tensor | None]
+"""Weight [rows, columns] and bias of a projection; where the architecture has no bias it is None."""
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer; a norm of heads that the architecture does not have is None."""
+
+    input_layernorm: Tensor  # D
+    qkv: Projection  # R, D
+    q_norm: Tensor | None  # E
+    k_norm: Tensor | None
+    o_proj: Projection  # D, H·E
+    post_attention_layernorm: Tensor  # D
+    gate_up: Projection  # R, D; of a mixture E, R, D
+    down_proj: Projection  # D, F; of a mixture E, D, F
+    router: Tensor | None = None  # E, D
 
 
 class Residual:
@@ -77,12 +212,12 @@ class Update(NamedTuple):
     bias: Tensor | None
 
 
-class KernelLayer(FusedLayer):
+class KernelLayer(DecoderLayer):
     """A layer for every position, over a :class:`Residual`; x is a tensor, or rounded for products in eight bits."""
 
     def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation) -> None:
-        super().__init__(shape, weights, rotation)
-        self.by = shape.arithmetic
+        super().__init__(shape.head_width, rotation)
+        self.shape, self.weights, self.by = shape, weights, shape.arithmetic
 
     @override
     def project(self, name: str, x: Any) -> Any:
@@ -116,6 +251,10 @@ class KernelLayer(FusedLayer):
     @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, k, v, self.shape.scale).contiguous()
+
+    @override
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        raise AssertionError  # gate and up are one product, whose kernel is called by mlp()
 
     @override
     def mlp(self, x: Any) -> Any:
@@ -191,27 +330,96 @@ class LastMixtureLayer(MixtureLayer, LastKernelLayer):
     """The last layer of a mixture for the last position."""
 
 
-def fused_steps(shape: Shape) -> Steps:
-    """Return the steps of a decoder over the kernels, from the shape of its layers."""
-    by = shape.arithmetic
-    layer, last_layer = (MixtureLayer, LastMixtureLayer) if shape.chosen else (KernelLayer, LastKernelLayer)
+def last_attention(q_BHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, scale: float) -> Tensor:
+    """Return what the last position's queries gather from all keys, the heads side by side, [B, H·E]."""
+    q_BKGE = q_BHE.view(len(q_BHE), k_BTKE.shape[2], -1, q_BHE.shape[-1])
+    scores_BKGT = torch.matmul(q_BKGE, k_BTKE.permute(0, 2, 3, 1)).float() * scale
+    return torch.matmul(scores_BKGT.softmax(dim=-1).to(v_BTKE.dtype), v_BTKE.transpose(1, 2)).flatten(1)
 
-    def norm(h: Tensor, weight: Tensor) -> tuple[Residual, Any]:
-        residual = Residual(h.clone() if by is None else h)
-        return residual, residual.normed(weight, shape.epsilon, by)
 
-    def full(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, next_norm: Tensor) -> tuple[Any, Any]:
-        residual: Any = layer(shape, weights, rotation)(h, x)
-        return residual, residual.normed(next_norm, shape.epsilon, by)
+def projected(x: Tensor | Rounded, projection: Projection, by: Arithmetic | None) -> Tensor:
+    """Return x Wᵀ + b; by a weight in eight bits an input is rounded, unless it is already."""
+    weight, bias = projection
+    if by is None:
+        assert isinstance(x, Tensor)
+        assert isinstance(weight, Tensor)
+        return functional.linear(x, weight, bias)
+    assert isinstance(weight, Rounded)
+    if isinstance(x, Rounded):
+        return by.product(x, weight, bias, torch.bfloat16)
+    return by.product(by.round(x), weight, bias, x.dtype)
 
-    def final(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
-        residual: Any = layer(shape, weights, rotation)(h, x)
-        states: Tensor = residual.normed(final_norm, shape.epsilon, None)
-        return states
 
-    def last(h: Any, x: Any, weights: LayerWeights, rotation: Rotation, final_norm: Tensor) -> Tensor:
-        residual: Any = last_layer(shape, weights, rotation)(h, x)
-        states: Tensor = residual.normed(final_norm, shape.epsilon, None)
-        return states.float()
+def parted(projection: Projection, rows: int, by: Arithmetic | None) -> tuple[Projection, Projection]:
+    """Return the first rows of a projection's weight and bias, and the others."""
+    weight, bias = projection
+    cuts = slice(rows), slice(rows, None)
+    biases = [None if bias is None else bias[cut] for cut in cuts]
+    if not isinstance(weight, Rounded):
+        return (weight[cuts[0]], biases[0]), (weight[cuts[1]], biases[1])
+    of_scales = rows // by.block[0] if by and by.block else rows
+    scales = weight.scales[:of_scales], weight.scales[of_scales:]
+    first, second = (Rounded(weight.values[cut], part) for cut, part in zip(cuts, scales, strict=True))
+    return (first, biases[0]), (second, biases[1])
 
-    return Steps(norm, full, final, last)
+
+def layer_shape(layer: Any) -> Shape:
+    """Return the shape of a transformers layer."""
+    attention, router = layer.self_attn, getattr(layer.mlp, "gate", None)
+    mixture = hasattr(layer.mlp, "experts")
+    return Shape(
+        heads=attention.q_proj.out_features // attention.head_dim,
+        key_heads=attention.k_proj.out_features // attention.head_dim,
+        head_width=attention.head_dim,
+        scale=float(attention.scaling),
+        epsilon=float(layer.input_layernorm.variance_epsilon),
+        chosen=int(router.top_k) if mixture else 0,
+        shares_of_chosen=mixture and bool(router.norm_topk_prob),
+        arithmetic=getattr(attention.q_proj, "arithmetic", None),
+    )
+
+
+def layer_weights(layer: Any) -> LayerWeights:
+    """Return the weights of a transformers layer; fused ones take their place, and its parameters become views."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    mixture = hasattr(mlp, "experts")
+    return LayerWeights(
+        input_layernorm=layer.input_layernorm.weight.data,
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=None if q_norm is None else q_norm.weight.data,
+        k_norm=None if k_norm is None else k_norm.weight.data,
+        o_proj=_fused(attention.o_proj),
+        post_attention_layernorm=layer.post_attention_layernorm.weight.data,
+        gate_up=_stacked(mlp.experts, "gate_up_proj") if mixture else _fused(mlp.gate_proj, mlp.up_proj),
+        down_proj=_stacked(mlp.experts, "down_proj") if mixture else _fused(mlp.down_proj),
+        router=mlp.gate.weight.data if mixture else None,
+    )
+
+
+def _stacked(experts: Any, name: str) -> Projection:
+    """Return the weights of all experts."""
+    return experts.rounded(name) if isinstance(experts, EightBitExperts) else getattr(experts, name).data, None
+
+
+def _fused(*linears: nn.Linear | EightBitLinear) -> Projection:
+    """Put the rows of several projections into one matrix, of which their weights become views."""
+    weight = _joined([linear.weight for linear in linears])
+    scales = [linear.scales for linear in linears if isinstance(linear, EightBitLinear)]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = _joined(biases) if len(biases) == len(linears) else None
+    return Rounded(weight, _joined(scales)) if scales else weight, bias
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return parameters as one tensor, along the first axis, and make them views of it; done twice, nothing moves."""
+    rows, first = [len(part) for part in parts], parts[0].data
+    starts = [part.data.data_ptr() for part in parts]
+    ends = [start + part.data.nbytes for start, part in zip(starts, parts, strict=True)]
+    in_one = {part.data.untyped_storage().data_ptr() for part in parts}
+    if len(in_one) == 1 and starts[1:] == ends[:-1]:
+        return torch.as_strided(first, (sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+    whole = torch.cat([part.data for part in parts])
+    for part, piece in zip(parts, torch.split(whole, rows), strict=True):
+        part.data = piece
+    return whole
