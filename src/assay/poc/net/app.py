@@ -30,11 +30,7 @@ PAUSE = 1.0  # seconds before a loop that failed begins again
 
 
 class Feed:
-    """Makes a snapshot every second, for event streams, metrics and pages.
-
-    Args:
-        runtime: What the snapshots are of. Its end ends every stream.
-    """
+    """Makes a snapshot of a runtime every second, for event streams, metrics and pages. Its end ends every stream."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -63,11 +59,7 @@ class Feed:
             self._changed.notify_all()
 
     async def stream(self, client: object = None) -> AsyncIterator[bytes]:
-        """Return server-sent events until the reader ``client`` leaves or the server closes.
-
-        Raises:
-            Refusal: 429, too many streams are open, of this reader or of all.
-        """
+        """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are too many."""
         server = self._runtime.server
         limits = ((self._streams.total(), server.max_streams), (self._streams[client], server.max_client_streams))
         for are_open, most in limits:

@@ -31,9 +31,7 @@ TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arriv
 class GroupCommit(LoopThread, Generic[Item, Kept]):
     """Writes items in a thread of its own, in the order in which they came. A subclass says how.
 
-    Args:
-        name: Name of the thread.
-        most: Items that wait at the same time; more are refused.
+    No more than ``most`` items wait at the same time; others are refused.
     """
 
     def __init__(self, name: str, *, most: int) -> None:
@@ -52,11 +50,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         """Write items in one transaction, and return what is told of each."""
 
     def _rest(self, wrote: bool) -> None:
-        """Do what is due after a transaction, or where nothing has arrived for a second.
-
-        Raises:
-            StorageError: The disk takes nothing.
-        """
+        """Do what is due after a transaction, or where nothing has arrived for a second."""
 
     @abstractmethod
     def _refusal(self, seen: str) -> Refusal:
@@ -68,23 +62,16 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         return len(self._queue)
 
     def check(self, size: int = 0) -> None:
-        """Refuse what could not wait now.
-
-        Raises:
-            Refusal: Too much waits already, the disk takes nothing, or the thread is ending.
-        """
+        """Refuse what could not wait now: too much does, the disk takes nothing, or the thread is ending."""
         if self.failing:
             raise self._refusal("the last could not be written" if self.error else "the disk takes nothing")
         with self._state:
             self._check_room(size)
 
     async def put(self, item: Item, *, size: int = 0) -> Kept:
-        """Write an item of ``size`` bytes; return what ``write`` tells of it. It is on disk when this returns.
+        """Write an item of ``size`` bytes; return what ``_write`` tells of it. It is on disk when this returns.
 
-        An item is written even if the wait for it is cancelled.
-
-        Raises:
-            Refusal: Too much waits already, the disk takes nothing, or the thread is ending.
+        It is refused as :meth:`check` does, and written even if the wait for it is cancelled.
         """
         future: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
         with self._state:

@@ -40,11 +40,7 @@ class Blocked(Exception):
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
-    """Refuse a callback URL that can never be called. Needs no network.
-
-    Raises:
-        Refusal: 422, another scheme than http and https, credentials, or an address that is not public.
-    """
+    """Refuse a callback URL that can never be called. Needs no network."""
     try:
         parsed = httpx.URL(url)
         host = parsed.host

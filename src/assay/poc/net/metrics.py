@@ -18,12 +18,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Exported:
-    """Figures under one prefix, with those of requests, of the process and the version.
+    """Figures under a prefix, with those of requests, of the process and the version.
 
     Labels never hold keys, hashes, addresses or URLs.
-
-    Args:
-        namespace: Prefix of the names.
     """
 
     def __init__(self, namespace: str) -> None:
@@ -43,10 +40,7 @@ class Exported:
     def counter(self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None) -> Counter:
         """Return a counter whose series begin at 0: Prometheus sees no increase in a series that appears.
 
-        Args:
-            name: Name after the prefix.
-            help: What it counts.
-            labels: Labels with the values that they are known to have.
+        ``labels`` has the values that each label is known to have.
         """
         made = Counter(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
         for values in product(*labels.values()) if labels else ():

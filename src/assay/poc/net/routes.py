@@ -58,11 +58,9 @@ class Scope(StrEnum):
 
 
 class Keys:
-    """The keys of a server, kept as digests.
+    """The keys of a server, kept as digests. Without any, every client that reaches the port may do everything.
 
-    Args:
-        settings: Settings with the keys. Without any key, every client that reaches the port may do everything.
-        needed: Whether requests need a key even without any in the settings, so that all are refused.
+    ``needed`` says that requests need a key even then, so that all are refused.
     """
 
     def __init__(self, settings: ServerSettings, *, needed: bool = False) -> None:
@@ -72,11 +70,7 @@ class Keys:
         self._digests = [(_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys]
 
     def check(self, authorization: str | None, scope: Scope) -> None:
-        """Refuse a request whose ``Authorization`` header does not allow ``scope``.
-
-        Raises:
-            Refusal: 401 without a known key, 403 with one that may do less.
-        """
+        """Refuse a request whose ``Authorization`` header has no known key (401), or one that may do less (403)."""
         if not (self._digests or self._needed):
             return
         kind, _, key = (authorization or "").partition(" ")
@@ -246,8 +240,7 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytes]:
         """Read a body, and count it until the block ends. What comes of a body that is too large is not kept.
 
-        Raises:
-            Refusal: 408 too slow, 413 too large, 503 no room beside the bodies of other requests.
+        It is refused with 408 too slow, 413 too large, 503 no room beside the bodies of other requests.
         """
         body = bytearray()
         announced = request.headers.get("content-length", "0")

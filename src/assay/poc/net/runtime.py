@@ -30,11 +30,7 @@ THREADS = 8  # calls that wait for the database at the same time
 
 
 class LoopThread(ABC):
-    """A thread that takes turns until it is closed.
-
-    Args:
-        name: Name of the thread.
-    """
+    """A thread that takes turns until it is closed."""
 
     def __init__(self, name: str) -> None:
         self._state = threading.Condition()
@@ -71,9 +67,7 @@ class LoopThread(ABC):
 class EngineThread(LoopThread):
     """A thread that loads the model and then runs everything that touches the engine.
 
-    Args:
-        name: Name of the thread.
-        load: Loads the model, or returns None, which ends the thread. The application answers meanwhile.
+    Where ``load`` returns None, the thread ends. The application answers meanwhile.
     """
 
     def __init__(self, name: str, load: Callable[[], Deployment | None]) -> None:
@@ -106,10 +100,6 @@ class Runtime(ABC):
     """The base of what works behind an application. A subclass opens its files and makes its threads.
 
     The constructor opens what is on disk; :meth:`start`, or a ``with`` block, loads the model and begins to work.
-
-    Args:
-        server: Settings of the server.
-        metrics: Metrics of the application.
     """
 
     worker: EngineThread
@@ -164,11 +154,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def check_ready(self) -> None:
-        """Refuse while the model is not loaded, or after a failure.
-
-        Raises:
-            Refusal: 503.
-        """
+        """Refuse with 503 while the model is not loaded, or after a failure."""
 
     @abstractmethod
     def tend(self) -> None:

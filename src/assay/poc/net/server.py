@@ -33,13 +33,7 @@ MAX_FILES = 16_384
 
 
 class ClientLimit:
-    """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them.
-
-    Args:
-        app: Application that answers everything else.
-        most: Requests that one client has open at the same time.
-        metrics: Metrics that count what is refused.
-    """
+    """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them."""
 
     def __init__(self, app: ASGIApp, most: int, metrics: Exported | None = None) -> None:
         self._app, self._most, self._metrics = app, most, metrics
@@ -162,11 +156,7 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
 
 
 def check_host(host: str, settings: ServerSettings) -> None:
-    """Refuse an address that others reach while requests need no key.
-
-    Raises:
-        UsageError: It is such an address.
-    """
+    """Refuse an address that others reach while requests need no key."""
     if not is_loopback(host) and not settings.has_keys:
         raise UsageError(
             f"--host {host} without a key",

@@ -11,11 +11,7 @@ LONGEST_ID = 128
 
 
 class Signatures:
-    """Checks who sent a body.
-
-    Args:
-        secrets: Standard Webhooks secrets (whsec_…), of which each will do; without any, nothing is checked.
-    """
+    """Checks who sent a body: any of the secrets will do, and without any nothing is checked."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
         self._verifiers = [Webhook(secret) for secret in secrets]
@@ -24,14 +20,9 @@ class Signatures:
         return bool(self._verifiers)
 
     def check(self, body: str, headers: Mapping[str, str]) -> None:
-        """Refuse a body that none of the secrets signed within the last five minutes.
+        """Refuse a body that no secret signed within the last five minutes (401), or that cannot be read (400).
 
-        Args:
-            body: Text as it was received.
-            headers: Headers of the request, in lower case.
-
-        Raises:
-            Refusal: 401, no signature, or another one; 400, a signature that cannot be read.
+        The names of ``headers`` are in lower case.
         """
         if not self._verifiers:
             return
@@ -49,11 +40,7 @@ class Signatures:
 
 
 def message_id(headers: Mapping[str, str]) -> str:
-    """Return the id under which a callback is kept once.
-
-    Raises:
-        Refusal: 400, there is no id, or a longer one than 128 characters.
-    """
+    """Return the id under which a callback is kept once; refuse with 400 none, or one of more than 128 characters."""
     found = headers.get("webhook-id", "")
     if not 0 < len(found) <= LONGEST_ID:
         raise unsigned(400, "no webhook-id")

@@ -111,11 +111,8 @@ def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Map
 def round_values(
     request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
 ) -> RoundValues:
-    """Return the round that a request asks for.
-
-    Raises:
-        UsageError: A field is out of range.
-        Refusal: 400 without a share where one is needed, 409 for other parameters than deployed or agreed on.
+    """Return the round that a request asks for; refuse one without a needed share (400), and other parameters than
+    deployed or agreed on (409).
     """
     share = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
@@ -148,12 +145,8 @@ def round_values(
 
 
 def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
-    """Refuse distances that cannot be of this round.
-
-    Raises:
-        Refusal: 409 for another block, a round of vectors or a key that is of no node, 422 for lists that do not fit
-            or nonces of another node.
-        ProofMismatch: One forward pass would serve several of the nonces.
+    """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no node (409), lists
+    that do not fit or nonces of another node (422), and nonces of which one forward pass would serve several.
     """
     fields: dict[str, Any] = {"state": "VALIDATING"}
     other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
@@ -183,12 +176,8 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
 
 
 def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
-    """Refuse an artifact job that cannot be done.
-
-    Raises:
-        UsageError: A field is out of range, or a nonce is repeated or belongs to another node.
-        Refusal: 400 for artifacts of other nonces, 409 for other parameters than deployed or agreed on.
-        ProofMismatch: One forward pass would serve several of the nonces whose artifacts are to be checked.
+    """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters than deployed or
+    agreed on (409), and nonces that one forward pass would serve where artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
     positions = request.params.seq_len + get_pipeline(request.params.preset).steps

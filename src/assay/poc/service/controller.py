@@ -52,11 +52,7 @@ SCHEMA = "assay.poc.snapshot/1"
 class Controller(Runtime):
     """Runs rounds, validations and artifact jobs on one engine, and keeps them on disk.
 
-    It begins in the state in which the service was left.
-
-    Args:
-        load: Loads the model and returns its :class:`Deployment`. It is called in the engine's thread.
-        settings: Bounds, keys and directories.
+    It begins in the state in which the service was left. ``load`` is called in the engine's thread.
 
     Raises:
         StorageError: The data directory is in use, cannot be written, or holds a damaged database.
@@ -136,12 +132,7 @@ class Controller(Runtime):
             self._move(state)
 
     def validate(self, request: ValidateRequest) -> "Future[JsonObject]":
-        """Recompute and judge distances of the round's block; the future has the response.
-
-        Raises:
-            Refusal: 409 another state or block, 422 malformed, 429 too many wait, 503 not ready.
-            ProofMismatch: Two nonces have the same input seed.
-        """
+        """Recompute and judge distances of the round's block; the future has the response."""
         with self._lock:
             self._after("validate")
             stored, epoch = self._check_same_model(self.state), self._epoch

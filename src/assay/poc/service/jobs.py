@@ -45,15 +45,7 @@ class _Running:
 
 
 class Jobs:
-    """The queue of artifact jobs, on disk, and the one that runs.
-
-    Args:
-        database: Database of the service.
-        outbox: Outbox for callbacks.
-        settings: Bounds of the queue.
-        noise: Honest noise that received vectors are judged by.
-        closing: Event that is set when the service begins to end.
-    """
+    """The queue of artifact jobs, on disk, and the one that runs."""
 
     def __init__(
         self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, closing: threading.Event
@@ -69,11 +61,7 @@ class Jobs:
         database.change(interrupted.values(status="queued"))
 
     def submit(self, request: GenerateRequest) -> JsonObject:
-        """Queue a job; it is on disk when this returns.
-
-        Raises:
-            Refusal: 429, too many nonces wait already, or too many callbacks of jobs are undelivered.
-        """
+        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait."""
         settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
@@ -113,11 +101,7 @@ class Jobs:
         return future
 
     def state(self, job_id: str) -> JsonObject:
-        """Return status and result of a job.
-
-        Raises:
-            Refusal: 404, unknown, or finished longer ago than results are kept.
-        """
+        """Return status and result of a job; refuse with 404 one that is unknown or no longer kept."""
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
         if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
             wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
@@ -255,11 +239,7 @@ def _state(row: sa.Row[Any]) -> JsonObject:
 
 
 def job_round(request: GenerateRequest, reference: str) -> Round:
-    """Return the round of a job.
-
-    Raises:
-        UsageError: A field is out of range, or a nonce belongs to another node.
-    """
+    """Return the round of a job."""
     same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
     return Round(
         **{name: getattr(request, name) for name in same},

@@ -31,15 +31,7 @@ from assay.stats.sequential import Verdict
 
 
 class HonestNoise:
-    """Finds the noise between nodes and this service: as given, else as the network pinned it, else the default.
-
-    Args:
-        settings: Settings that may name a calibration, and pins that may name others.
-
-    Raises:
-        CalibrationError: A pinned file is not a calibration.
-        DataError: A pinned file cannot be read, or is another one than was pinned.
-    """
+    """Finds the noise between nodes and this service: as given, else as the network pinned it, else the default."""
 
     def __init__(self, settings: Settings) -> None:
         self._given, pins = settings.calibration, settings.pins
@@ -50,14 +42,7 @@ class HonestNoise:
                 self._pinned[model.digest] = model.builds, measured
 
     def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
-        """Return the noise of a preset; None where it is not known, and a wider law must not take its place.
-
-        Args:
-            pipeline: Preset.
-            dtype: Number format of the deployed model.
-            digest: SHA-256 of its checkpoint.
-            round: Round whose block scales distances.
-        """
+        """Return the noise of a preset; None where it is not known, and a wider law must not take its place."""
         if self._given is not None:
             mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
             if not mine:
@@ -74,11 +59,7 @@ class HonestNoise:
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
-    """Refuse a calibration that was measured on another model than is deployed.
-
-    Raises:
-        CalibrationError: The noise of another model would be too wide or too narrow for this one.
-    """
+    """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
     if calibration is not None and deployment.digest not in calibration.digests:
         measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
         raise CalibrationError(
@@ -103,18 +84,7 @@ class Judge:
 
     The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
     many small requests decide like one large one and asking twice proves nothing. With a ledger, the same residuals
-    enter the life of the node as well, of which replies say nothing.
-
-    Args:
-        database: Database of the service.
-        outbox: Outbox for callbacks.
-        settings: Settings of the service, which may name a ledger.
-        noise: Honest noise that nodes are judged by.
-        recorded: Called with the verdict on a node's life after each request that was recorded.
-
-    Raises:
-        UsageError: The ledger was begun at other error rates, or the file is not a ledger.
-        StorageError: The ledger cannot be written.
+    enter the life of the node as well, of which replies say nothing: ``recorded`` is told the verdict on it.
     """
 
     def __init__(

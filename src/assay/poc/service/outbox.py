@@ -225,12 +225,7 @@ class Outbox:
 
 @contextmanager
 def open_outbox(data_dir: Path) -> Iterator[Outbox]:
-    """Open the outbox of a service, which may be running.
-
-    Raises:
-        UsageError: There is no database of a service.
-        StorageError: The database cannot be read.
-    """
+    """Open the outbox of a service, which may be running."""
     if not (data_dir / FILE).is_file():
         seen, wanted = f"no database in {data_dir}", "the data directory of a service"
         raise UsageError(seen, wanted=wanted, do="pass its --data-dir")

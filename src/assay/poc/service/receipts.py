@@ -77,17 +77,7 @@ class Page:
 
 
 class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
-    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes those that are old.
-
-    Args:
-        database: Database of the service.
-        outbox: Outbox for callbacks.
-        settings: Bounds, days and callback URL.
-        metrics: Metrics of the service.
-
-    Raises:
-        Refusal: 422, the callback URL can never be called.
-    """
+    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes those that are old."""
 
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
         super().__init__("assay-receipts", most=settings.max_receipts)
@@ -177,8 +167,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     def of_request(self, request_id: str, index: int | None = None) -> list[str]:
         """Return the receipts of a request, or of one of its choices: each a JSON object as text, with its header.
 
-        Raises:
-            Refusal: 404, no such receipt; 413, they are too large for one answer.
+        Unknown ones are refused with 404, and with 413 those that are too large for one answer.
         """
         c, headers, where = self._c, self.database["receipt_headers"].c, self._of(request_id, index)
         columns = (c.seq, c.at, c.sha256, headers.text, c.line)
@@ -236,12 +225,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     # Deleting
 
     def delete(self, request_id: str, index: int | None = None) -> int:
-        """Delete the receipts of a request, or of one of its choices; return how many.
-
-        Raises:
-            Refusal: 404, no such receipt.
-            StorageError: The file cannot be written.
-        """
+        """Delete the receipts of a request, or of one of its choices; return how many. 404 stands for none."""
         with self.database.write() as connection:
             count = connection.execute(self._table.delete().where(*self._of(request_id, index))).rowcount
             if not count:

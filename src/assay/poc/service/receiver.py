@@ -36,10 +36,7 @@ DEEPEST = 16  # levels of nesting; a callback of assay has four
 
 
 class Received:
-    """The callbacks that arrived, each once.
-
-    Args:
-        path: SQLite file. It is created if it does not exist, and readable by its owner only.
+    """The callbacks that arrived, each once, in an SQLite file that only its owner may read.
 
     Raises:
         StorageError: The file cannot be written, or is not one of a receiver.
@@ -95,13 +92,7 @@ class Received:
 
 
 def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> None:
-    """Receive callbacks until SIGTERM or SIGINT.
-
-    Args:
-        settings: Settings of which the keys and the callback secrets are used.
-        output: SQLite file that keeps the callbacks.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one, which the log names.
+    """Receive callbacks until SIGTERM or SIGINT, and keep them in the SQLite file ``output``.
 
     Raises:
         UsageError: A host that others reach without a secret, or an address that cannot be bound.

@@ -67,11 +67,7 @@ def allowed(state: State, *, has_round: bool) -> list[str]:
 
 
 def after(call: str, state: State, *, has_round: bool) -> State:
-    """Return the state that a call leads to.
-
-    Raises:
-        Refusal: 409, the call is not allowed now; the body names the state and the calls that are.
-    """
+    """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming those that are."""
     choices = allowed(state, has_round=has_round)
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
@@ -91,13 +87,10 @@ AROUND = 64  # bytes of a nonce in a callback, beside what it published
 
 @dataclass(frozen=True, kw_only=True)
 class RoundValues:
-    """What a request asks a round to be: columns of the table ``rounds``.
+    """What a request asks a round to be: columns of the table ``rounds``. A share that does not exist is refused.
 
     ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds them into
     one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups · node_count`` after it.
-
-    Raises:
-        Refusal: 422, the share does not exist.
     """
 
     block_hash: str
@@ -131,11 +124,7 @@ class RoundValues:
 
     @property
     def round(self) -> Round:
-        """The round as the engine knows it.
-
-        Raises:
-            UsageError: A field is out of range.
-        """
+        """The round as the engine knows it."""
         shared = ("block_hash", "public_key", "block_height", "preset", "seq_len", "r_target", "strength")
         return Round(
             node_id=self.node_id + self.group_id * self.node_count,
@@ -194,11 +183,7 @@ class Rounds:
         self._newest: float | None = database.scalar(sa.select(sa.func.max(self._rounds.c.touched_at)))
 
     def current(self) -> tuple[State, StoredRound | None]:
-        """Return the state and round in which the service was left.
-
-        Raises:
-            StorageError: There is no such state, because something else has changed the database.
-        """
+        """Return the state and round in which the service was left."""
         with self._db.read() as connection:
             left = connection.execute(sa.select(self._service)).one_or_none()
             if left is None or left.state not in State.__members__:
@@ -210,10 +195,8 @@ class Rounds:
     def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
         """Write a state, with the round of ``values`` where they are given; return that round.
 
-        The round of the same block and key continues where it was.
-
-        Raises:
-            Refusal: 409, that round was begun with other values: one nonce would have two results.
+        The round of the same block and key continues where it was. One that was begun with other values is refused with
+        409: one nonce would have two results.
         """
         rounds, service, now = self._rounds, self._service, time.time()
         with self._db.write() as connection:

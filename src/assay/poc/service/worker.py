@@ -166,11 +166,7 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
 class Writer(LoopThread):
     """A thread that commits batches in order, several in one transaction where they have piled up.
 
-    Args:
-        rounds: Rounds that take the batches, and know how many callbacks of a round are undelivered.
-        settings: Bounds and intervals.
-        committed: Receives the batches of every transaction, and its seconds.
-        failed: Receives an error that waiting does not cure.
+    ``committed`` receives the batches of every transaction and its seconds, ``failed`` what waiting does not cure.
     """
 
     def __init__(

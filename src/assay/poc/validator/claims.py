@@ -86,11 +86,7 @@ def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Re
 
 
 def parsed(raw: bytes) -> tuple[str, JsonObject]:
-    """Return the text and the object of a body.
-
-    Raises:
-        Refusal: 400, it is not strict JSON in UTF-8.
-    """
+    """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
     try:
         text = raw.decode()
         return text, loads(text, "body")
@@ -103,11 +99,7 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
 
 
 def sender_of(values: JsonObject, registry: Registry) -> Sender:
-    """Return the node that a body names.
-
-    Raises:
-        Refusal: 403, the key is not pinned.
-    """
+    """Return the node that a body names; refuse with 403 a key that is not pinned."""
     key = values.get("public_key")
     found = registry.sender(key) if isinstance(key, str) else None
     if found is None:
@@ -116,13 +108,7 @@ def sender_of(values: JsonObject, registry: Registry) -> Sender:
 
 
 class Reader:
-    """Reads claims under the pins.
-
-    Args:
-        registry: Pins and nodes.
-        is_open: Function that says whether messages of a block are accepted, given its hash and height.
-        positions: Positions of a share that callbacks may name.
-    """
+    """Reads claims under the pins: of blocks for which ``is_open`` holds, at the first ``positions`` of a share."""
 
     def __init__(self, registry: Registry, is_open: Callable[[str, int], bool], positions: int) -> None:
         self.registry, self._is_open, self._positions = registry, is_open, positions
@@ -133,11 +119,7 @@ class Reader:
         return f"{self.registry.hash}/{self._positions}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
-        """Return what a ``generated`` body claims.
-
-        Raises:
-            Refusal: 422, a value contradicts the pins, or is not of the published form; names it.
-        """
+        """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is not of the form."""
         pipeline, node_id = self.registry.pipeline, self.check_share(values, sender)
         vectors = pipeline.output != "distance"
         if vectors != ("artifacts" in values):
@@ -162,11 +144,7 @@ class Reader:
         return Claim(round, nonces, claimed)
 
     def check_share(self, values: JsonObject, sender: Sender) -> int:
-        """Return the machine's number, after the block was compared.
-
-        Raises:
-            Refusal: 422, another block, or a machine that the key does not have.
-        """
+        """Return the machine's number, after the block was compared."""
         block, height, node_id = values.get("block_hash"), values.get("block_height"), values.get("node_id")
         if type(height) is not int or not 0 <= height <= MAX_NONCE:
             raise refused("block_height", height, "a height")
@@ -211,11 +189,6 @@ class Reader:
 
         A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that one forward pass
         serves two nonces: with the bound of 2²² positions that saves one pass in 2048.
-
-        Args:
-            nonces: Values in the place of nonces.
-            own: Number of the machine.
-            count: Number of machines of its key.
         """
         if not 0 < len(nonces) <= MOST_NONCES:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
@@ -232,11 +205,7 @@ class Reader:
 
 
 def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
-    """Return what a message claims, after all in it was held against the pins.
-
-    Raises:
-        Refusal: A value contradicts the pins, or the body cannot be read.
-    """
+    """Return what a message claims, after all in it was held against the pins."""
     if kind != "proof":
         values = parsed(body)[1]
         return reader.claim(values, sender_of(values, reader.registry))

@@ -38,11 +38,7 @@ _RANKS = {"fraud": 0, "faulty": 1, "undecided": 2, "honest": 3}
 class ValidatorController(Runtime):
     """Holds the parts of a validator together, and starts and ends them.
 
-    Args:
-        load: Function that loads the model and returns its deployment; it runs in a thread.
-        settings: Settings of the validator.
-        server: Settings of the server: keys, secrets, data directory, bounds and error rates.
-        reference: Name of the model, which tells those of the pins apart.
+    ``reference`` names the model, which tells those of the pins apart; ``load`` runs in a thread.
 
     Raises:
         DataError: The pins or the nodes file cannot be read.
@@ -144,11 +140,7 @@ class ValidatorController(Runtime):
         return self._blocks.get(block_hash) == block_height
 
     def announce(self, block_hash: str, block_height: int) -> bool:
-        """Open a block, and close the oldest one beyond the bound; return whether it is new.
-
-        Raises:
-            UsageError: The pins name the block, or no round can have it.
-        """
+        """Open a block, and close the oldest one beyond the bound; return whether it is new."""
         check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
         if self.registry.blocks:
             raise UsageError(

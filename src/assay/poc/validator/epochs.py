@@ -59,14 +59,7 @@ def commitment(secret: bytes, epoch: int) -> str:
 
 
 def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes) -> int:
-    """Return the number that draws from a message.
-
-    Args:
-        secret: Secret of the epoch in which the message arrived.
-        public_key: Key of the node.
-        message_id: Identity under which the message is kept once.
-        digest: SHA-256 of its body.
-    """
+    """Return the number that draws from a message, whose body has this SHA-256, of the epoch in which it arrived."""
     parts = (TAG, public_key.encode(), message_id.encode(), digest)
     # Each after its length, so that no two messages have one text.
     text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
@@ -78,11 +71,6 @@ def first_turn(seed: int, nonces: int, sample: int) -> float:
 
     A draw of so many nonces adds their share of the message, so that turns of all messages rise alike: this is
     systematic sampling with a random start, in which the chance of a nonce does not depend on the size of its message.
-
-    Args:
-        seed: Number of :func:`message_seed`.
-        nonces: Nonces of the message; one of none is never drawn from.
-        sample: Nonces that are drawn at a time.
     """
     return seed / (1 << SEED_BITS) * min(sample, nonces) / max(nonces, 1)
 

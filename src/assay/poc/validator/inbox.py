@@ -128,14 +128,8 @@ class Draw:
 class Inbox:
     """Reads and writes the database of a validator.
 
-    Args:
-        data_dir: Directory of the file.
-        epoch_seconds: Time for which one secret draws.
-        sample: Nonces that are drawn from one message at a time.
-        most: Bytes of the messages of one node that are kept at the same time.
-
-    Raises:
-        StorageError: Another validator has the directory, or the file cannot be written.
+    One secret draws for ``epoch_seconds``, ``sample`` nonces of a message at a time; up to ``most`` bytes of a node are
+    kept at the same time.
     """
 
     def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32) -> None:
@@ -288,13 +282,10 @@ class Inbox:
             return list(connection.exec_driver_sql(f"SELECT public_key FROM senders WHERE {exists}").scalars())
 
     def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
-        """Draw a sample of nonces from one message of each node, in one transaction; return the draws.
+        """Draw up to ``most`` nonces, from one message of each node, in one transaction; return the draws.
 
-        The message is the one whose turn it is, which neither the node nor the validator chooses.
-
-        Args:
-            public_keys: Nodes to draw from; a node that stands there twice has two messages drawn from.
-            most: Nonces of all draws together.
+        The message is the one whose turn it is, which neither the node nor the validator chooses. A node that stands
+        there twice has two messages drawn from.
         """
         chosen: list[int] = []
         with self.database.write() as connection:
@@ -396,14 +387,7 @@ PRUNE_EVERY = 5.0
 
 
 class InboxWriter(GroupCommit[Message, bool]):
-    """Keeps messages, in a thread of its own.
-
-    Args:
-        inbox: Inbox that this thread alone adds to.
-        metrics: Metrics of the validator.
-        most: Messages that wait at the same time; more are refused.
-        keep: Seconds for which messages are kept.
-    """
+    """Keeps messages for ``keep`` seconds, in a thread of its own, which alone adds to the inbox."""
 
     def __init__(self, inbox: Inbox, metrics: ValidatorMetrics, *, most: int, keep: float) -> None:
         super().__init__("assay-inbox", most=most)
@@ -413,8 +397,7 @@ class InboxWriter(GroupCommit[Message, bool]):
     async def keep(self, message: Message) -> bool:
         """Keep a message; return whether it is new. It is on disk when this returns.
 
-        Raises:
-            Refusal: 429, so much of this node is kept already; 503, too many messages wait, or the disk takes nothing.
+        It is refused with 429 where so much of this node is kept already, with 503 where it cannot be written now.
         """
         if self._inbox.is_full(message.public_key, len(message.body)):
             raise Refusal(

@@ -92,11 +92,7 @@ class Intake:
         await answer(refusal)(scope, receive, send)
 
     def callback(self, kind: str, body: bytes, headers: dict[str, str]) -> Message:
-        """Return a callback as it is kept, after key, signature and every value in it were checked.
-
-        Raises:
-            Refusal: It is malformed, not signed, or contradicts the pins.
-        """
+        """Return a callback as it is kept, after key, signature and every value in it were checked."""
         registry = self._controller.registry
         text, values = parsed(body)
         sender = sender_of(values, registry)
@@ -186,13 +182,7 @@ class Poller:
         self._controller.metrics.polls.labels(outcome).inc()
 
     async def poll(self, client: httpx.AsyncClient, sender: Sender) -> str:
-        """Take what a node has found since the last time; return ``taken`` or ``empty``.
-
-        Raises:
-            Refusal: The node says something other than the pins.
-            Blocked: Its address is not allowed.
-            httpx.HTTPError: It does not answer.
-        """
+        """Take what a node has found since the last time; return ``taken`` or ``empty``."""
         state = _state(await self._ask(client, sender, {}))
         if state is None or state["public_key"] != sender.public_key:
             return "empty"  # another key's round: nothing of this node

@@ -75,12 +75,6 @@ class Sender:
 class Registry:
     """The pins of one model with the nodes that may send.
 
-    Args:
-        network: Pins of the network.
-        model: Reference or digest of the model; needed where the pins have several.
-        entries: Nodes of the nodes file.
-        settings: ServerSettings with the shared secrets.
-
     Raises:
         UsageError: The pins do not have that model, or neither file lists a node; or a node has an unknown build.
         Refusal: An address that may not be polled.
@@ -124,12 +118,7 @@ class Registry:
 
     @classmethod
     def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
-        """Read both files.
-
-        Raises:
-            DataError: A file cannot be read, or is not of its kind; names the key.
-            UsageError: They do not fit each other.
-        """
+        """Read both files, of which errors name the key."""
         return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
 
     def __len__(self) -> int:
@@ -155,11 +144,7 @@ class Registry:
         return any(not sender.signatures for sender in self._senders.values())
 
     def check_length(self, model: ModelInfo | Deployment) -> None:
-        """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights.
-
-        Raises:
-            UsageError: Names both lengths.
-        """
+        """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
         if self.network.round.seq_len > model.max_positions:
             raise UsageError(
                 f"seq_len {self.network.round.seq_len} with {model.reference}",
@@ -168,11 +153,7 @@ class Registry:
             )
 
     def _build(self, name: str | None, public_key: str) -> Build:
-        """Return the build of a node: the one that either file names, or the only one of the model.
-
-        Raises:
-            UsageError: There is no such build, it is not clear which one is meant, or the machines of a key differ.
-        """
+        """Return the build of a node: the one that either file names, or the only one of the model."""
         own = {node.build for node in self.network.nodes if node.public_key == public_key} | {name}
         names = sorted(own - {None}, key=str)
         found = [build for build in self.model.builds if not names or build.name == names[0]]
@@ -244,11 +225,6 @@ KEPT = 256  # noises of builds and blocks
 
 class Noises:
     """Finds the noise of a build: measured, where a calibration was given or pinned, else the stated default.
-
-    Args:
-        given: Calibration of the command line, which takes the place of those of the pins.
-        registry: Pins with their calibrations.
-        deployment: Model that recomputes.
 
     Raises:
         CalibrationError: A build of the pins has no noise: a wider law must not take its place.

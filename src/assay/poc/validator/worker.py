@@ -51,11 +51,7 @@ UNDECIDED = "undecided"
 
 
 class Budget:
-    """Nonces that may be spent: they come at an even rate, and at most an hour's are saved.
-
-    Args:
-        per_hour: Nonces of an hour.
-    """
+    """Nonces that may be spent: they come at an even rate, and at most an hour's are saved."""
 
     def __init__(self, per_hour: int) -> None:
         self._per_hour = per_hour
@@ -110,16 +106,9 @@ def choose(
     beta: float,
     chance: random.Random | None = None,
 ) -> list[str]:
-    """Return the nodes of which the next messages are drawn, one for each turn.
+    """Return the nodes of which the next messages are drawn, one for each turn, of those that have some waiting.
 
-    Args:
-        waiting: Keys of the nodes that have messages to draw from.
-        standings: Evidence by key.
-        turns: Number of messages.
-        minimum_share: Share of the turns that all nodes have alike.
-        alpha: Chance of accusing an honest node, as the ledger has it.
-        beta: Chance of calling a cheater honest, as the ledger has it.
-        chance: Source of the draws; the randomness of the system when None.
+    A share of the turns goes to all nodes alike. The draws come from the system's randomness where ``chance`` is None.
     """
     chance = chance or random.SystemRandom()
     verdicts = {key: verdict_of(standings.get(key)) for key in waiting}
@@ -193,14 +182,7 @@ class Checked:
 class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
-    Args:
-        load: Function that loads the model, or returns None.
-        inbox: Inbox that draws come from.
-        ledger: Ledger that takes the evidence.
-        registry: Function that returns the pins and nodes of now.
-        noise: Function that returns the honest noise between a build and this validator's engine in a round.
-        settings: Settings of the validator.
-        metrics: Metrics of the validator.
+    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's residuals in a round.
     """
 
     def __init__(
@@ -377,11 +359,8 @@ def recompute(
 ) -> list[list[Record]]:
     """Return the records of nonces of several rounds, from batches that they fill together.
 
-    Args:
-        deployment: Model that recomputes.
-        batch_size: Rows of a batch.
-        wanted: Rounds with their nonces; a round may stand there several times, as several objects.
-        received: Records of these nonces as the nodes claim them, which tokens are replayed from.
+    A round may stand there several times, as several objects. Received records are those of the same nonces as the
+    nodes claim them; tokens are replayed from them.
     """
     found: dict[tuple[int, int], Record] = {}
     claimed = {
