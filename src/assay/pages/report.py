@@ -37,6 +37,9 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAP
 }
 
 
+_SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+
+
 def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
     """Return an empty figure of the given size in inches, and its axes, in the style of the house."""
     from matplotlib.figure import Figure
@@ -131,6 +134,8 @@ def heatmap(
     Raises:
         UsageError: Labels and matrix do not fit together.
     """
+    from matplotlib.colors import ListedColormap, to_rgba
+
     values_RC = np.asarray(matrix, dtype=np.float64)
     if values_RC.shape != (len(rows), len(columns)) or not values_RC.size:
         raise UsageError(
@@ -138,50 +143,24 @@ def heatmap(
             wanted="one label per row and per column, at least one of each",
             do="pass the labels in the order of the matrix",
         )
-    largest = float(np.nanmax(np.abs(values_RC), initial=0.0))
-    _cells(ax, values_RC, largest)
+    largest = float(np.nanmax(np.abs(values_RC), initial=0.0)) or 1.0
+    low = -largest if np.nanmin(values_RC, initial=0.0) < 0 else 0.0
+    shades = np.linspace(0.0, 1.0, 24)  # matplotlib makes pixels of a scale with 50 colours
+    negative = [to_rgba(SERIES[1], shade) for shade in shades[::-1]] if low else []
+    colours = ListedColormap([*negative, *(to_rgba(SERIES[0], shade) for shade in shades)])
+    cells = ax.pcolormesh(values_RC, cmap=colours, vmin=low, vmax=largest, edgecolors=PAPER, linewidth=0.4)
     ax.invert_yaxis()
-    ax.grid(visible=False)
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    scale = ax.figure.colorbar(cells, ax=ax, pad=0.03, aspect=40)
+    style_axes(scale.ax)
+    scale.set_label(label)
+    scale.outline.set_visible(False)
     ax.tick_params(length=0)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
-    low = -largest if np.nanmin(values_RC, initial=0.0) < 0 else 0.0
-    _scale(ax, low, largest, label)
-
-
-def _cells(
-    ax: "Axes", values_RC: npt.NDArray[np.float64], largest: float, extent: Sequence[float] | None = None
-) -> None:
-    from matplotlib.colors import to_rgb
-
-    strength_RC = np.clip(np.abs(np.nan_to_num(values_RC)) / (largest or 1.0), 0, 1)
-    hue_RC3 = np.where(values_RC[..., None] < 0, to_rgb(SERIES[1]), to_rgb(SERIES[0]))
-    rows, columns = values_RC.shape
-    left, right, bottom, top = extent or (0.0, columns, 0.0, rows)
-    ax.pcolormesh(
-        np.linspace(left, right, columns + 1),
-        np.linspace(bottom, top, rows + 1),
-        np.concatenate([hue_RC3, strength_RC[..., None]], axis=-1),
-        edgecolors=PAPER,
-        linewidth=0.4 if extent is None else 0.0,
-    )
-
-
-def _scale(ax: "Axes", low: float, high: float, label: str) -> None:
-    side = ax.inset_axes((1.03, 0.0, 0.025, 1.0), facecolor="none")
-    steps = np.linspace(low, high or 1.0, 41)
-    middles = (steps[1:] + steps[:-1]) / 2
-    _cells(side, middles[:, None], high, extent=(0.0, 1.0, float(steps[0]), float(steps[-1])))
-    style_axes(side)
-    side.grid(visible=False)
-    side.set_xticks([])
-    side.yaxis.tick_right()
-    side.yaxis.set_label_position("right")
-    side.set_ylabel(label)
-    for spine in side.spines.values():
-        spine.set_visible(False)
+    for part in (ax, scale.ax):
+        part.grid(visible=False)
+        for spine in part.spines.values():
+            spine.set_visible(False)
 
 
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
@@ -198,22 +177,20 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
+    svg, label = svg[svg.index("<svg") :], escape(description, quote=True).replace("\\", r"\\")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', _opening(description), svg, count=1, flags=re.DOTALL)
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg {_SPACES} viewBox="\1" role="img" aria-label="{label}">',
+        svg,
+        count=1,
+        flags=re.DOTALL,
+    )
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--sans)", svg)
     for placeholder, variable in _VARIABLES.items():
         svg = svg.replace(placeholder, variable)
     return re.sub(r"\n\s*", "\n", svg).strip()
-
-
-def _opening(description: str) -> str:
-    label = escape(description, quote=True).replace("\\", r"\\")
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        rf'viewBox="\1" role="img" aria-label="{label}">'
-    )
 
 
 BadgeKind = Literal["pass", "fail", "undecided"]
