@@ -323,7 +323,7 @@ DEEP = "[" * 100_000
         ({"votes": '{"m": [[1e40, 2]]}'}, "not a basis"),
         ({"votes": DEEP}, "not a basis"),
         ({"groups": '["one"]'}, "10 pairs and 1 groups"),
-        ({"skipped": '{"a": 1}'}, "not lists of names"),
+        ({"skipped": '{"a": 1}'}, "skipped: Input should be a valid tuple"),
         ({"top_k": "many"}, "not a basis"),
         ({"pairs": '["another"]'}, "hashes"),
         ({"method": "svd"}, "hashes"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.files.storage import write_atomic
 from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
+from assay.vhack.pairs.pairs import first_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -243,9 +245,7 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
         "weights_sha256": origin.weights,
         "pairs_sha256": origin.pairs_digest,
         "settings_sha256": origin.settings_digest,
-        "pairs": json.dumps(origin.pairs),
-        "groups": json.dumps(origin.groups),
-        "skipped": json.dumps(origin.skipped),
+        **{name: json.dumps(getattr(origin, name)) for name in ("pairs", "groups", "skipped")},
         "captured": repr(origin.captured),
         "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
     }
@@ -281,15 +281,10 @@ def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tupl
             raise ValueError(f"it has no axes of {min(lost)}, but votes for them")
         for name, axes_KR in axes.items():
             _check_module(name, axes_KR, values[name], votes[name])
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # RecursionError is a RuntimeError
-        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        # RecursionError is a RuntimeError.
+        why = first_fault(error) if isinstance(error, ValidationError) else str(error)
+        why = f"it has no {error}" if isinstance(error, KeyError) else why
         raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
     return axes, values, votes, origin
 
@@ -297,26 +292,11 @@ def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tupl
 def _parse_origin(metadata: dict[str, str]) -> Origin:
     if metadata["schema"] != SCHEMA:
         raise ValueError(f"schema {metadata['schema']!r}")
-    lists = {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
-    if not all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in lists.values()):
-        raise ValueError("pairs, groups or skipped are not lists of names")
-    covered = json.loads(metadata["coverage"]) if "coverage" in metadata else asdict(Coverage())
-    origin = Origin(
-        model=metadata["model"],
-        weights=metadata["weights_sha256"],
-        dtype=metadata["dtype"],
-        rank=None if metadata["rank"] == "full" else int(metadata["rank"]),
-        factors=metadata["factors"],
-        top_k=int(metadata["top_k"]),
-        tau_axis=float(metadata["tau_axis"]),
-        method=metadata["method"],
-        captured=float(metadata["captured"]),
-        coverage=Coverage(float(covered["share"]), tuple(map(str, covered["left_out"]))),
-        tokens={
-            str(name): tuple(map(int, counts)) for name, counts in json.loads(metadata.get("tokens", "{}")).items()
-        },
-        **{name: tuple(keys) for name, keys in lists.items()},
-    )
+    stated: dict[str, object] = {name: metadata[name] for name in ("model", "captured", *_SETTINGS)}
+    stated |= {"weights": metadata["weights_sha256"], "rank": None if metadata["rank"] == "full" else metadata["rank"]}
+    stated |= {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
+    stated |= {name: json.loads(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
+    origin = TypeAdapter(Origin).validate_python(stated)
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
     if len(origin.pairs) != len(origin.groups):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, zero_wea
 from assay.vhack.gradients.batches import Progress, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
-from assay.vhack.gradients.targets import MIN_COVERAGE, coverage, module_of, target_modules, weights_digest
+from assay.vhack.gradients.targets import coverage, module_of, target_modules, weights_digest
 from assay.vhack.names import METHODS
 from assay.vhack.pairs.pairs import Pair
 
@@ -253,20 +253,42 @@ def select_pairs(
     return {names[pair.key]: pair for pair in used}
 
 
+class GradientOptions(TypedDict, total=False):
+    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and :func:`extract`.
+
+    Attributes:
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        svd: Factors of all weights; None computes them.
+        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
+            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``,
+            which stays 1 where ``svd`` is truncated already. Unless factors are given, full ones never exist of more
+            than an eighth of the modules.
+        factors: Dtype of the factors, as in :func:`weight_svd`.
+        cache: Directory of factors on disk; None keeps nothing there.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; by
+            default ``MIN_COVERAGE``.
+        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
+        checkpointing: Whether to recompute layers in the backward pass to save memory.
+        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    svd: SVDCache | None
+    rank: int | None
+    factors: str | None
+    cache: Path | None
+    min_coverage: float
+    max_tokens: int | None
+    checkpointing: bool
+    progress: Progress | None
+
+
 def pair_gradients(
     pairs: Sequence[Pair],
     model: "Model | PreTrainedModel",
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
     names: Sequence[str] | None = None,
-    svd: SVDCache | None = None,
-    rank: int | None = None,
-    factors: str | None = None,
-    cache: Path | None = None,
-    min_coverage: float = MIN_COVERAGE,
-    max_tokens: int | None = None,
-    checkpointing: bool = False,
-    progress: Progress | None = None,
+    **how: Unpack[GradientOptions],
 ) -> PairGradients:
     """Return the gradients of both sides of every pair.
 
@@ -276,19 +298,8 @@ def pair_gradients(
     Args:
         pairs: Pairs of a hack and a clean completion.
         model: Model in float32 or bfloat16.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
         names: Names of the pairs in error messages; None numbers them.
-        svd: Factors of all weights; None computes them.
-        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
-            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``,
-            which stays 1 where ``svd`` is truncated already. Unless factors are given, full ones never exist of more
-            than an eighth of the modules.
-        factors: Dtype of the factors, as in :func:`weight_svd`.
-        cache: Directory of factors on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
-        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
-        checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
+        how: Keywords of :class:`GradientOptions`.
 
     Raises:
         DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
@@ -296,6 +307,7 @@ def pair_gradients(
         UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As :func:`per_sample_gradients` and
             :func:`weight_svd` raise them.
     """
+    svd, rank, progress = how.get("svd"), how.get("rank"), how.get("progress")
     check_rank(rank)
     labels = _names(pairs, names)
     kept = [pair for pair in pairs if pair.hack != pair.clean]
@@ -305,24 +317,19 @@ def pair_gradients(
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    decompose = partial(weight_svd, model, dtype=factors, cache=cache, min_coverage=min_coverage)
+    given: dict[str, Any] = {**how}
+    stated = {name: given[name] for name in ("cache", "min_coverage") if name in given}
+    decompose = partial(weight_svd, model, dtype=how.get("factors"), **stated)
+    take = partial(per_sample_gradients, tokenizer=how.get("tokenizer"))
     captured = 1.0
     if rank is not None:
         first = slice(None, None, len(kept))  # both sides of the first pair
-        take = partial(per_sample_gradients, samples[first], model, tokenizer=tokenizer, names=called[first])
-        svd, captured = _truncated(list(target_modules(model)), rank, svd or decompose, take, told[0])
+        one = partial(take, samples[first], model, names=called[first])
+        svd, captured = _truncated(list(target_modules(model)), rank, svd or decompose, one, told[0])
     elif svd is None:
         svd = decompose(progress=told[0])
-    found = per_sample_gradients(
-        samples,
-        model,
-        tokenizer=tokenizer,
-        svd=svd,
-        names=called,
-        max_tokens=max_tokens,
-        checkpointing=checkpointing,
-        progress=told[1],
-    )
+    batches = {name: given[name] for name in ("max_tokens", "checkpointing") if name in given}
+    found = take(samples, model, svd=svd, names=called, progress=told[1], **batches)
     hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
     rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
     if not rows:
@@ -343,28 +350,19 @@ def extract(
     pairs: Sequence[Pair],
     model: "Model | PreTrainedModel",
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
     path: str | Path | None = None,
     n_heldout: int | None = None,
     heldout_groups: Sequence[str] | None = None,
     top_k: int = Origin.top_k,
     tau_axis: float = Origin.tau_axis,
     method: str = Origin.method,
-    svd: SVDCache | None = None,
-    rank: int | None = None,
-    factors: str | None = None,
-    cache: Path | None = None,
-    min_coverage: float = MIN_COVERAGE,
-    max_tokens: int | None = None,
-    checkpointing: bool = False,
-    progress: Progress | None = None,
+    **how: Unpack[GradientOptions],
 ) -> Basis:
     """Return the hack directions of a model, from the pairs that are not held out; ``basis.origin.pairs`` lists them.
 
     Args:
         pairs: Pairs of a hack and a clean completion.
         model: Model in float32 or bfloat16.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
         path: File of the basis. Where it exists, the basis is read from it and nothing is extracted; otherwise the
             extracted basis is written there. None reads and writes nothing.
         n_heldout: Number of pairs at the end to hold out, as in :func:`split_pairs`.
@@ -372,14 +370,7 @@ def extract(
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
         tau_axis: Share of the first singular value below which an axis becomes zero.
         method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
-        svd: Factors of all weights; None computes them.
-        rank: Number of singular directions to keep per matrix, as in :func:`pair_gradients`.
-        factors: Dtype of the factors, as in :func:`weight_svd`.
-        cache: Directory of factors on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights that targets must be, as in :func:`weight_svd`.
-        max_tokens: Largest number of tokens per batch, as in :func:`per_sample_gradients`.
-        checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of steps done and of all, as in :func:`pair_gradients`.
+        how: Keywords of :class:`GradientOptions`.
 
     Raises:
         DataError: The file at ``path`` was made for other weights, pairs or settings; the message names which.
@@ -396,33 +387,20 @@ def extract(
         (4, torch.Size([3, 256]))
     """
     axes: dict[str, Any] = {"top_k": top_k, "tau_axis": tau_axis, "method": method}
+    svd, rank = how.get("svd"), how.get("rank")
     used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, rank=rank, **axes)
     if path is not None and Path(path).exists():
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {
             "dtype": dtype_name(weight.dtype),
             "rank": rank or (svd.rank if svd is not None else None),
-            "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(factors, weight)),
+            "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)),
             "given": tuple(sorted(pair.key for pair in used.values())),
         }
         return Basis.load(path, model, expect=expected | axes)
     if path is not None:
         check_new_file(path)
-    gradients = pair_gradients(
-        list(used.values()),
-        model,
-        tokenizer=tokenizer,
-        names=list(used),
-        svd=svd,
-        rank=rank,
-        factors=factors,
-        cache=cache,
-        min_coverage=min_coverage,
-        max_tokens=max_tokens,
-        checkpointing=checkpointing,
-        progress=progress,
-    )
-    basis = gradients.basis(**axes)
+    basis = pair_gradients(list(used.values()), model, names=list(used), **how).basis(**axes)
     if path is not None:
         basis.save(path)
     return basis

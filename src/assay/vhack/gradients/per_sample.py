@@ -430,11 +430,12 @@ def per_sample_gradients(
     factors = {name: given[name] for name in wanted}
     division = division_of(module, wanted)
     recipe = recipe_for(module, division)
-    free, at_once = free_bytes(module.device), _at_once(module)
+    free: float = free_bytes(module.device)
+    at_once = _at_once(module)
     if division is not None:
         free = _agreed(division, (encoded, max_tokens, checkpointing), free)
         at_once = division.processes if division.by_samples else 1
-    shape = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
+    shape: dict[str, Any] = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
     if division is not None and at_once > 1 and max_tokens is None:
         batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
     else:

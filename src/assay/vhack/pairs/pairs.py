@@ -127,9 +127,13 @@ def _pair(record: JsonObject, name: str) -> Pair:
     try:
         return _PAIR.validate_python(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        seen = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise _bad(name, seen, "prompt, hack, clean and group as text, and perhaps a list of tags") from None
+        raise _bad(name, first_fault(error), "prompt, hack, clean and group, and perhaps a list of tags") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return field and reason of the first thing that is wrong with a record."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:
