@@ -13,7 +13,7 @@ import pytest
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.load import identify
 from assay.poc import NetworkPins, get_pipeline
-from assay.poc.protocol.builds import CACHES
+from assay.poc.protocol.pins import CACHES
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from assay import streams
 from assay.errors import UsageError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.base import noise_inputs
-from assay.poc.engines.decoding import Draws
+from assay.poc.engines.base import Draws, noise_inputs
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.protocol.transforms import weighted_sum
 from assay.poc.vllm import rows as _rows

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
-from assay.poc.engines.decoding import Decoded, Replayed, drawn_prompts
-from assay.poc.protocol.builds import with_cache
+from assay.poc.engines.base import Decoded, Replayed, drawn_prompts
+from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.vllm.compatibility import refuse_missing

@@ -15,7 +15,7 @@ import torch
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models.device import processor
 from assay.models.quantized import StoredFormat, read_format
-from assay.poc.protocol.builds import CACHES
+from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"

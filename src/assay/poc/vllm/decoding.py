@@ -21,7 +21,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.engines.decoding import drawn_seeds, margins
+from assay.poc.engines.base import drawn_seeds, margins
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.vllm.compatibility import runner_kind

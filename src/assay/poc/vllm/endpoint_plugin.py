@@ -33,7 +33,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
 from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, needs, route_class, route_path
-from assay.poc.protocol.builds import with_cache
+from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.service.app import PREFIX, PREFIXES, attach, dashboard_router

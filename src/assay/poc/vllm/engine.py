@@ -22,8 +22,7 @@ from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason
 from assay.models.device import processor
 from assay.models.load import identify
 from assay.models.resolve import checkpoint_directory
-from assay.poc.engines.base import check_batch_size, check_supported
-from assay.poc.engines.decoding import Decoded, Replayed
+from assay.poc.engines.base import Decoded, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.protocol.round import Round

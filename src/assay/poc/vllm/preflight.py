@@ -14,7 +14,7 @@ from pydantic import Field
 from assay.errors import UsageError
 from assay.models.load import identify
 from assay.poc.net.routes import is_loopback
-from assay.poc.protocol.builds import with_cache
+from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name
 from assay.poc.service.settings import Settings
@@ -104,8 +104,11 @@ def check_server() -> None:
     arguments, settings = _arguments(), PluginSettings()
     check_arguments(arguments, settings)
     multiply_exactly(arguments.dtype)
-    config = _config(arguments)
-    if config is None:
+    from vllm import AsyncEngineArgs
+
+    try:
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    except Exception:  # vLLM refuses the arguments, and will do so itself
         return
     check_config(config)
     check_responses(config, settings.responses, version)
@@ -245,13 +248,3 @@ def _arguments() -> Namespace:
     if sys.argv[1:2] == ["serve"] and arguments.api_server_count is None:
         arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
     return arguments
-
-
-def _config(arguments: Namespace) -> Any:
-    """Return the ``VllmConfig`` of this server; None where vLLM refuses the arguments, which it will do itself."""
-    from vllm import AsyncEngineArgs
-
-    try:
-        return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-    except Exception:
-        return None

@@ -16,7 +16,7 @@ Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,13 +45,7 @@ MOST_VALUES = 2**24
 
 
 class History:
-    """Which tokens the prompts have, and how often the outputs have each token so far.
-
-    Args:
-        prompts: Token ids of every prompt.
-        vocab_size: Number V of tokens of the vocabulary.
-        device: Device of the logits.
-    """
+    """Which tokens the prompts have, and how often the outputs have each token so far."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
         self._device, self._vocab_size = device, vocab_size
@@ -77,8 +71,7 @@ class History:
         return places[:, 0], places[:, 1]
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """One seeded request of the batch; vLLM appends to ``output`` as tokens come."""
 
     carried: SeedArgument
@@ -86,17 +79,13 @@ class Row:
     output: list[int]
 
 
-@dataclass
-class BatchV1:
+class BatchV1(NamedTuple):
     """What stays the same while the seeded requests of the batch do."""
 
-    height: int
-    """Rows of the logits, those of other requests included."""
+    height: int  # rows of the logits, those of other requests included
     rows: list[Row]
-    places: Tensor | None
-    """Rows of the logits, int64 [N]; None if they are all."""
-    words: Tensor
-    """Words of the streams, uint32 [N, 8]."""
+    places: Tensor | None  # rows of the logits, int64 [N]; None if they are all
+    words: Tensor  # of the streams, uint32 [N, 8]
     sampler: Sampler
     history: History | None
 
@@ -159,30 +148,14 @@ def _row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | None
 
 @dataclass
 class BatchV2:
-    """What the rows of a step need to know of their requests, for as long as these stay the same.
+    """What the rows of a step need to know of their requests, for as long as these stay the same."""
 
-    Args:
-        slots: Slots of the requests in the order of the step, [N].
-        sampler: Parameters of every row.
-        begun: Lengths [N] of the requests at which the first of ``seeds`` is due.
-        seeds: Seeds of that step and of those that follow, on the device, int32 [N] with the bits of uint32.
-        words: With drafts, the words of the stream of each row, [R, 8].
-        firsts: With drafts, the position [R] of each row's request that gives its first token.
-    """
-
-    slots: NDArray[np.int64]
+    slots: NDArray[np.int64]  # of the requests in the order of the step, [N]
     sampler: Sampler
-    begun: NDArray[np.int64] | None = None
-    seeds: tuple[Tensor, ...] = ()
-    words: Tensor | None = None
-    firsts: Tensor | None = None
-
-    def rows(self, index_R: Tensor) -> "BatchV2":
-        """Return the batch of other rows: row i of it is of the request ``index_R[i]`` here."""
-        assert self.words is not None
-        assert self.firsts is not None
-        words, firsts = (values.index_select(0, index_R) for values in (self.words, self.firsts))
-        return replace(self, sampler=self.sampler.rows(index_R), words=words, firsts=firsts)
+    begun: NDArray[np.int64] | None = None  # lengths [N] of the requests at which the first of `seeds` is due
+    seeds: tuple[Tensor, ...] = ()  # of that step and of those that follow, int32 [N] with the bits of uint32
+    words: Tensor | None = None  # with drafts, of the stream of each row, [R, 8]
+    firsts: Tensor | None = None  # with drafts, the positions [R] that give the first tokens
 
 
 class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
@@ -260,11 +233,14 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
 
     def _by_position(self, batch: BatchV2, rows: int, ctx: Any) -> tuple[BatchV2, Tensor]:
         """Return the batch and the seeds of all rows of a server with drafts: the device knows which are accepted."""
+        assert batch.words is not None
+        assert batch.firsts is not None
         if rows != len(batch.slots):  # which request a row belongs to is known there, too
             order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
             order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
-            batch = batch.rows(order_M[ctx.expanded_idx_mapping.long()])
-        assert batch.words is not None
+            index_R = order_M[ctx.expanded_idx_mapping.long()]
+            words, firsts = batch.words.index_select(0, index_R), batch.firsts.index_select(0, index_R)
+            return replace(batch, sampler=batch.sampler.rows(index_R)), self._streams.row_seeds(words, ctx.pos - firsts)
         return batch, self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:

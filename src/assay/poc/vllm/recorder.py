@@ -396,7 +396,6 @@ def _is_plain(request: Any) -> bool:
 
 
 def _key(lora: Any) -> tuple[str, str]:
-    """Return name and directory of a ``LoRARequest``."""
     return str(lora.lora_name), str(lora.lora_path)
 
 

@@ -9,7 +9,7 @@ Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers th
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,16 +99,12 @@ class RowStream:
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
     """Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept."""
-
     sums: dict[int, Tensor] = field(default_factory=dict)
     """Weighted sums over the positions so far, of nonces whose prompt came in several steps."""
-
     decodes: dict[int, Decode] = field(default_factory=dict)
     """What is known of nonces that decode, until they are collected."""
-
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
     """Reasons of nonces that could not run."""
-
     dropped: int = 0
     """Number of rows that were never collected."""
 
@@ -132,15 +128,13 @@ class RowStream:
             self.rows.popitem(last=False)
             self.dropped += 1
 
-    def take(self, nonces: Iterable[int]) -> tuple[list[int], list[Tensor]]:
+    def take(self, nonces: Sequence[int]) -> tuple[list[int], list[Tensor]]:
         """Remove and return the rows of those nonces that are there."""
         self.touched = time.monotonic()
-        found: list[int] = []
         for nonce in nonces:
             self.filled.pop(nonce, None)
             self._forget(nonce)
-            if nonce in self.rows:
-                found.append(nonce)
+        found = [nonce for nonce in nonces if nonce in self.rows]
         return found, [self.rows.pop(nonce) for nonce in found]
 
     def _forget(self, nonce: int) -> None:
@@ -326,9 +320,7 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
 def experts_over(parallel: Any) -> list[str]:
     """Return how engines or workers share the experts of a mixture, where tensor parallelism does not say it.
 
-    Args:
-        parallel: vLLM's parallel configuration as a worker has it: an engine of a dense model, which steps by itself,
-            has one data-parallel engine there.
+    In a worker's configuration an engine of a dense model, which steps by itself, has one data-parallel engine.
     """
     engines = int(parallel.data_parallel_size)
     dealt = engines * int(parallel.tensor_parallel_size) if parallel.enable_expert_parallel else 1
@@ -338,8 +330,7 @@ def experts_over(parallel: Any) -> list[str]:
 def products(model: Any) -> list[str]:
     """Return which kernels of vLLM multiply in quantised layers and in experts: nothing for other models.
 
-    Args:
-        model: Model of vLLM in which a layer has a ``quant_method``, with a kernel or with a scheme that has one.
+    Such a layer has a ``quant_method``, with a kernel or with a scheme that has one.
     """
     found = set()
     for layer in model.modules():

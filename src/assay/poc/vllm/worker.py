@@ -62,8 +62,7 @@ class WorkerExtension:
     assay_hooks: "Hooks"
     assay_passes: DirectPasses
 
-    assay_pending: Callable[[], Reply] | None = None
-    """Waits for the values of the last call, until something asks for them."""
+    assay_pending: Callable[[], Reply] | None = None  # waits for the values of the last call, until they are asked for
 
     def assay_install(self) -> Reply:
         """Wrap the model runner once, and describe this worker.
@@ -182,7 +181,10 @@ class Hooks:
         self.errors = 0
         self._runner, self._config, self._model = runner, config, config.model_config
         self._width = int(self._model.get_hidden_size())
-        self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
+        size, device = {"hidden_size": self._width}, runner.device
+        self.transform = lru_cache(MAX_TRANSFORMS)(
+            lambda spec: Transform(*spec, **size, vocab_size=int(self._model.get_vocab_size()), device=device)
+        )
         self._streams = streams.get_backend("auto", runner.device.type)
         self._decoding: Decoding | None = None
         on_cuda = runner.device.type == "cuda"
@@ -200,23 +202,23 @@ class Hooks:
         self.rows.open(key, spec)
 
     def collect(self, key: str, nonces: list[int]) -> Reply:
-        """Take the values of nonces that have run; :meth:`WorkerExtension.assay_collect` describes the reply."""
+        """Do what :meth:`WorkerExtension.assay_collect` describes."""
         stream = self.rows.get(key)
         if stream is None:
             return {"failed": {}}
-        failed = {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}
-        found, states = stream.take(nonces)
-        if not found or not is_first_of_group():
-            return {"failed": failed}
-        try:
-            with torch.inference_mode():
-                if self._decoding is not None and stream.spec.pipeline.steps:
-                    values = self._decoding.values(stream, found, states)
-                else:
-                    values = self.transform(stream.spec)(torch.stack(states).float(), found)
-                return {"failed": failed, **pack_values(found, values.cpu().numpy())}
-        except Exception as error:  # reported, so that the engine lives
-            return {"failed": failed, "error": reason_of(error)[:LONGEST_REASON]}
+        reply: Reply = {"failed": {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}}
+        found, rows = stream.take(nonces)
+        if found and is_first_of_group():
+            try:
+                with torch.inference_mode():
+                    if self._decoding is not None and stream.spec.pipeline.steps:
+                        values = self._decoding.values(stream, found, rows)
+                    else:
+                        values = self.transform(stream.spec)(torch.stack(rows).float(), found)
+                    reply |= pack_values(found, values.cpu().numpy())
+            except Exception as error:  # reported, so that the engine lives
+                reply["error"] = reason_of(error)[:LONGEST_REASON]
+        return reply
 
     def _note(self, error: Exception) -> None:
         self.errors += 1
@@ -338,14 +340,6 @@ class Hooks:
         self.errors += 1
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
-    def _make_transform(self, spec: Spec) -> Transform:
-        return Transform(
-            *spec,
-            hidden_size=self._width,
-            vocab_size=int(self._model.get_vocab_size()),
-            device=self._runner.device,
-        )
-
 
 def _disarm(request: Any, width: int) -> None:
     """Replace harmful inputs by zeros.
@@ -355,11 +349,9 @@ def _disarm(request: Any, width: int) -> None:
     """
     sent = request.prompt_embeds
     fits = sent.ndim == 2 and sent.shape[1] == width
-    if fits and bool(torch.isfinite(sent).all()):
-        return
-    request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
-    what = "that are not finite" if fits else f"of shape {tuple(sent.shape)}"
-    raise ValueError(f"inputs {what}")
+    if not (fits and bool(torch.isfinite(sent).all())):
+        request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
+        raise ValueError("inputs that are not finite" if fits else f"inputs of shape {tuple(sent.shape)}")
 
 
 def _check_length(request: Any, seq_len: int) -> None:
