@@ -6,7 +6,7 @@ For a model and an approach:
   far apart the valid rates of the blocks are at the r_target that gives all of them together the wanted rate;
 - *separability*: what an honest node in bfloat16 and a cheater with int4 weights publish, against a validator in
   float32. An approach that amplifies noise makes the two alike;
-- *cost*: random numbers per nonce and per block, and time against the plain forward pass.
+- *cost*: time against the plain forward pass.
 
 The model runs once for all approaches that agree on what happens between its layers.
 
@@ -34,12 +34,12 @@ from assay.models.load import Model, load_model
 from assay.poc import cheats
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.protocol.pipelines import FORWARD, Pipeline, Step, get_pipeline
+from assay.poc.protocol.pipelines import FORWARD, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
 from assay.poc.verdict.r_target import distances_to_target
 from assay.settings import Names
-from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
+from assay.stats.chord import chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
 from assay_research.matrix import PUBLISHED_LIMIT
 from assay_research.runs.report import Column, Section, Table, table_of
@@ -51,7 +51,6 @@ KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
 ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
 TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
-HISTOGRAM_BINS = 40
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -124,10 +123,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "summary": pipeline.summary,
             "dtype": engine.dtype,
             "per_nonce": pipeline.per_nonce,
-            "tensor_parallel": tensor_parallel(pipeline),
-            "pipeline_parallel": True,  # whatever acts between the layers is drawn from the block, on every stage
             **sizes,
-            **memory(pipeline, seq_len=plan.seq_len, **sizes),
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),
             **distribution(distances, size, plan.valid_rate, width, effective.get(pipeline.name)),
@@ -171,7 +167,6 @@ def distribution(
     z_B = (np.array([block.mean() for block in blocks]) - chord_mean(size)) / error
     p_law = float(chi2.sf(np.sum(z_B**2), len(z_B)))
     spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
-    counts, edges = np.histogram(pooled, HISTOGRAM_BINS)
     return {
         "dimension": size,
         "nonces": pooled.size,
@@ -182,7 +177,6 @@ def distribution(
         "blocks": [{"block_hash": name, **summary(block)} for name, block in distances.items()],
         "spreads": spreads,
         "breaks_structure": _verdict(spreads[0]["spread"], spreads[0]["p_value"], p_law),
-        "histogram": {"counts": counts.tolist(), "low": float(edges[0]), "high": float(edges[-1])},
     }
 
 
@@ -279,48 +273,6 @@ def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches
     return {name: statistics.median(values) - 1 for name, values in ratios.items()}
 
 
-def memory(pipeline: Pipeline, *, hidden_size: int, vocab_size: int, num_layers: int, seq_len: int) -> JsonObject:
-    """Return the bytes of random numbers that an approach holds for a model of these sizes.
-
-    Bytes are counted as random numbers are drawn: a normal takes 4, an index 8, a sign 1. What acts between the layers
-    is counted as it is held there, 4 bytes a number. The inputs, which all approaches share, are not counted.
-    """
-    size = hidden_size
-    per_nonce = 0 if pipeline.read == "last" else seq_len  # the signs of the positions
-    for step in pipeline.hidden:
-        per_nonce += _bytes(step, size)
-        size = step.count if step.name in ("pick", "project") else size
-    output = pipeline.output_size(hidden_size, vocab_size)
-    per_nonce += sum(_bytes(step, output) for step in pipeline.logits)
-    between = 0 if pipeline.layers == "none" else num_layers * hidden_size * 4
-    head = RANDOM_HEAD_ROWS * hidden_size * 4 if pipeline.head == "random" else 0
-    target = output * 4 if pipeline.output == "distance" else 0
-    return {"bytes_per_nonce": per_nonce, "bytes_per_block": between + head + target}
-
-
-def _bytes(step: Step, size: int) -> int:
-    match step.name:
-        case "unit":
-            return 0
-        case "signs":
-            return size
-        case "permute":
-            return 8 * size
-        case "pick":
-            return 8 * step.count
-        case "reflect" | "rotate" | "project":
-            return 4 * step.count * size
-
-
-def tensor_parallel(pipeline: Pipeline) -> bool:
-    """Return whether every rank of tensor parallelism can do its part alone.
-
-    Hidden states are whole on every rank. The logits of the trained head are not: each rank has a slice of the
-    vocabulary, and a permutation, a reflection or the norm needs all of it.
-    """
-    return pipeline.head != "trained"
-
-
 def section(run: RunRecords) -> Section:
     """Return, per model, the distances against the law, the spread of the blocks, separability and cost."""
     tables: dict[str, Table] = {}
@@ -328,8 +280,7 @@ def section(run: RunRecords) -> Section:
         cells = [cell for cell in run.cells if cell["model"] == model]
         size = f"{cells[0]['nonces']} nonces of {len(cells[0]['blocks'])} blocks"
         tables[f"{model}: {size}"] = table_of(cells, _distances(*(spread["rate"] for spread in cells[0]["spreads"])))
-        tables[f"{model}: residuals against a float32 validator, medians"] = table_of(cells, RESIDUALS)
-        tables[f"{model}: random numbers, and time over the plain forward pass"] = table_of(cells, COSTS)
+        tables[f"{model}: residuals against a float32 validator, medians, and cost"] = table_of(cells, RESIDUALS)
     about = (
         "Distances of every approach against those of a random direction. An approach breaks the structure where "
         "neither the block means nor the spread of the blocks can be told from chance at 1 % each (yes), or where the "
@@ -373,15 +324,7 @@ RESIDUALS: dict[str, Column] = {
     "AUC": "{auc:.3f}",
     "95 % interval": "{auc_interval[0]:.3f} to {auc_interval[1]:.3f}",
     "effective dimension": _known("effective_dimension", ".0f"),
-}
-COSTS: dict[str, Column] = {
-    "approach": "approach",
-    "KiB per nonce": lambda cell: f"{cell['bytes_per_nonce'] / 1024:.1f}",
-    "MiB per block": lambda cell: f"{cell['bytes_per_block'] / 2**20:.2f}",
-    "overhead": _known("overhead", ".1%"),
-    "per nonce": "per_nonce",
-    "TP-safe": "tensor_parallel",
-    "PP-safe": "pipeline_parallel",
+    "time over the plain pass": _known("overhead", ".1%"),
 }
 
 

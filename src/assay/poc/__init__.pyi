@@ -1,8 +1,8 @@
 from .engines.base import Engine as Engine
-from .engines.blocks import measure_block_factor as measure_block_factor
+from .engines.hf.engine import measure_block_factor as measure_block_factor
 from .engines.hf.engine import HFEngine as HFEngine
 from .protocol.blocks import BlockFactor as BlockFactor
-from .protocol.builds import Build as Build
+from .protocol.pins import Build as Build
 from .protocol.pins import Pins as Pins
 from .protocol.pins_file import NetworkPins as NetworkPins
 from .protocol.pipelines import PIPELINES as PIPELINES

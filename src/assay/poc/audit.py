@@ -22,8 +22,15 @@ from assay.poc.protocol.proof import Proof
 from assay.poc.prover import Progress
 from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.calibration import ResponseCalibration
-from assay.poc.responses.judge import ResponseVerdict, judge_responses, noise_between, sample_receipts
-from assay.poc.responses.pins import Evidence, ReceiptPins, chosen_receipts
+from assay.poc.responses.judge import (
+    Evidence,
+    ReceiptPins,
+    ResponseVerdict,
+    chosen_receipts,
+    judge_responses,
+    noise_between,
+    sample_receipts,
+)
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.replay import check_adapter, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests

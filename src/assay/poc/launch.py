@@ -19,7 +19,7 @@ from assay.poc.engines.base import Engine, unsupported
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
 from assay.poc.engines.hf.parallel import ParallelEngine, World, joined, processes
-from assay.poc.protocol.builds import of_weights
+from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.record import Header
 from assay.poc.responses.adapters import Lora

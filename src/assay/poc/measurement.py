@@ -7,7 +7,7 @@ from typing import Any
 from assay import stats
 from assay.errors import ProofMismatch, UsageError
 from assay.models.load import load_model, model_info
-from assay.poc.engines.blocks import measure_block_factor
+from assay.poc.engines.hf.engine import measure_block_factor
 from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.proof import Proof
 from assay.poc.prover import Progress
@@ -105,7 +105,7 @@ def measure(
 
 def describe(build: BuildNoise) -> dict[str, Any]:
     """Return what a person asks of a measured build, by name."""
-    engines = [fingerprint.as_dict() for fingerprint in build.known]
+    engines = [fingerprint.as_dict() for fingerprint in build.engines]
     stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
     other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
     values: dict[str, Any] = {
@@ -113,9 +113,9 @@ def describe(build: BuildNoise) -> dict[str, Any]:
         "checkpoint": build.digest,
         "output": build.output,
         "machines": len(build.machines),
-        "law": str(build.noise.law),
+        "law": str(build.law),
         "typical_residual": build.noise.sizes.typical,
-        "between_machines": build.noise.spread.sd,
+        "between_machines": build.spread.sd,
         "n": build.n,
         "hidden_size": build.hidden_size or None,
         "effect": build.effect,

@@ -14,8 +14,7 @@ from assay.models.load import Model, identify, model_info
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.engine import check_shape
 from assay.poc.launch import Proving
-from assay.poc.protocol.builds import Build, describe_build, nearest_build, of_weights
-from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, PinnedFile, pins_text
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Proof

@@ -16,8 +16,7 @@ from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.load import Model
-from assay.poc.engines.base import Engine, check_supported
-from assay.poc.engines.decoding import decodes
+from assay.poc.engines.base import Engine, check_supported, decodes
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import get_pipeline

@@ -11,8 +11,7 @@ from assay.models.load import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
-from assay.poc.protocol.builds import FORMATS
-from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins import FORMATS, Pins
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.record import Fingerprint, Header, Record, check_distinct_seeds
 from assay.poc.protocol.round import Round

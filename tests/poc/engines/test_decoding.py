@@ -9,8 +9,7 @@ import torch
 from assay import streams
 from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
-from assay.poc.engines.base import check_supported
-from assay.poc.engines.decoding import decodes
+from assay.poc.engines.base import check_supported, decodes
 from assay.poc.engines.hf.parallel import ParallelEngine
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm.engine import VLLMEngine

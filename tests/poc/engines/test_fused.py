@@ -156,6 +156,38 @@ def test_weights_that_share_memory_in_another_order_are_not_taken_for_fused_ones
     assert torch.equal(again, states)
 
 
+def test_what_is_not_such_a_decoder_is_left_to_transformers():
+    olmo = OlmoForCausalLM(OlmoConfig(**SHAPE)).eval()
+    assert not is_lean(Model(olmo, None, "olmo", "", "trained"), LENGTH)
+    model = made("qwen2")
+    handle = model.module.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not is_lean(model, LENGTH)
+    handle.remove()
+    assert is_lean(model, LENGTH)
+    model.module.model.layers[0].mlp.forward = lambda x: x
+    assert not is_lean(model, LENGTH)
+    eager = made("qwen3")
+    eager.module.config._attn_implementation = "eager"
+    assert not is_lean(eager, LENGTH)
+    other = made("llama")
+    other.module.model.layers[2].mlp.up_proj = type("Adapted", (torch.nn.Linear,), {})(64, 96)
+    assert not is_lean(other, LENGTH)
+
+
+def test_hooks_that_transformers_leaves_behind_do_not_count():
+    model = made("qwen3")
+    model.module(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.module.model.layers)
+    assert is_lean(model, LENGTH)
+
+
+def test_a_window_matters_where_it_is_shorter_than_the_sequence():
+    model = made("mistral")
+    model.module.config.sliding_window = LENGTH - 1
+    assert not is_lean(model, LENGTH)
+    assert is_lean(model, LENGTH - 1)
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 

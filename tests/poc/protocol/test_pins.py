@@ -9,7 +9,7 @@ import pytest
 from assay.errors import CalibrationError, ProofFormatError, ProofMismatch, UsageError
 from assay.files.jsonl import dumps
 from assay.poc import Header, Pins, Proof, Round, judging_batch, verify
-from assay.poc.protocol.builds import CACHES, of_weights, with_cache
+from assay.poc.protocol.pins import CACHES, of_weights, with_cache
 from assay.poc.protocol.proof import parse_header
 from assay.poc.verdict import noise_for
 

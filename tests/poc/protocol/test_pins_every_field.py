@@ -30,8 +30,7 @@ from assay.poc import (
     prove,
     verify,
 )
-from assay.poc.protocol.builds import describe_build
-from assay.poc.protocol.pins import FEWEST_NONCES
+from assay.poc.protocol.pins import FEWEST_NONCES, describe_build
 from assay.poc.protocol.pins_file import BUILD_FIELDS
 
 KNOWN = {"block_hash": "block_alpha", "public_key": "node_A"}

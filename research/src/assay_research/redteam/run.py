@@ -28,7 +28,6 @@ AUDITS = 2000
 AUDITED = 64  # nonces of a simulated audit, as `verify` checks by default
 OTHER_SHAPE = 5
 JUNK_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
-MULTIPLES = (1.0, 1.5, 2.0, 3.0)
 SCREENS = ("first 50.0% dropped", "first 75.0% dropped", "first 87.5% dropped")
 R_TARGETS = (1.416, 1.404)
 DRAWN = 200_000  # distances of a simulated screening
@@ -146,12 +145,11 @@ def _audited(field: Field, engine: HFEngine) -> JsonObject:
 
 
 def _claims(field: Field, nonces: int) -> Iterator[JsonObject]:
-    """Measure what a node can do with results instead of with the model: invent, hug the tolerance, replay, select.
+    """Measure what a node can do with results instead of with the model: invent, replay, select.
 
     Every claim is held against every preset that it applies to; one row each.
     """
     yield from _junk(field, nonces)
-    yield from _hugging(field)
     yield from _replays(field, nonces)
     yield from _selective(field, nonces)
 
@@ -167,15 +165,6 @@ def _junk(field: Field, nonces: int) -> Iterator[JsonObject]:
             for share in JUNK_SHARES:
                 pool = mixed(share, invented_N, field.honest_residuals[preset][1])
                 yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
-
-
-def _hugging(field: Field) -> Iterator[JsonObject]:
-    """Hand in honest results with larger noise."""
-    for preset, (_, testing_N) in field.honest_residuals.items():
-        for multiple in MULTIPLES:
-            pool = Pool(((1.0, multiple * testing_N),))
-            name = f"{multiple:g} times the honest noise"
-            yield {"claim": name, "preset": preset, **_row(field, preset, pool, 1.0)}
 
 
 def _replays(field: Field, nonces: int) -> Iterator[JsonObject]:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from assay.poc.engines.base import Engine
-from assay.poc.engines.blocks import read_block_factor
 from assay.poc.engines.hf.compiled import worth_compiling
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import HFEngine, read_block_factor
 from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import Header, Record

@@ -27,8 +27,7 @@ from pydantic import (
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject, read_toml, read_whole
-from assay.poc.protocol.builds import ANY, Build
-from assay.poc.protocol.pins import DIGEST, Pins
+from assay.poc.protocol.pins import ANY, DIGEST, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
 

@@ -11,8 +11,7 @@ docs/responses.md has the formulas and the format.
 """
 
 from assay.poc.responses.calibration import ResponseCalibration, calibrate_responses
-from assay.poc.responses.judge import ResponseVerdict, judge_responses
-from assay.poc.responses.pins import ReceiptPins
+from assay.poc.responses.judge import ReceiptPins, ResponseVerdict, judge_responses
 from assay.poc.responses.prefill import HFPrefill
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptFooter, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed, replay

@@ -8,7 +8,7 @@ from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.guard import check_url
 from assay.poc.net.refusals import Refusal
-from assay.poc.protocol.builds import Build, describe_build, nearest_build
+from assay.poc.protocol.pins import Build, describe_build, nearest_build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import Fingerprint, check_distinct_seeds

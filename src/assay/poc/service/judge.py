@@ -14,7 +14,7 @@ from assay.errors import CalibrationError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.record import is_valid
 from assay.poc.protocol.round import Round

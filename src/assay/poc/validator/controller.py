@@ -14,7 +14,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.settings import ServerSettings
-from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round, check_name
 from assay.poc.validator.inbox import Inbox, InboxWriter
 from assay.poc.validator.metrics import ValidatorMetrics
@@ -183,7 +183,7 @@ class ValidatorController(Runtime):
     def nodes(self) -> list[JsonObject]:
         """Return every node that is pinned or has sent, the strongest evidence of anything wrong first."""
         senders, standings = self.inbox.senders(), self.worker.standings
-        decided = {row["account"]: row for row in reversed(self.inbox.last_verdicts(10_000))}
+        decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}
         keys = dict.fromkeys([*self.registry.keys, *senders])
         return sorted((_node(key, senders.get(key), standings.get(key), decided) for key in keys), key=_rank)
 
@@ -206,7 +206,7 @@ class ValidatorController(Runtime):
             "verdicts": dict(Counter(node["verdict"] for node in nodes)),
             "epoch": self.inbox.epochs(2)[-1],
             "nodes": nodes[:SHOWN],
-            "changes": self.inbox.last_verdicts(20),
+            "changes": self.inbox.verdicts(20),
         }
 
 

@@ -1,7 +1,7 @@
 """Who may send what, and the honest noise of each: the pins, and the validator's file of secrets and builds."""
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.guard import check_url
 from assay.poc.net.settings import ServerSettings, check_secrets
 from assay.poc.net.signatures import Signatures
-from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
@@ -28,23 +28,17 @@ Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class NodeEntry(BaseModel):
-    """A table ``[[nodes]]`` of the nodes file.
-
-    Args:
-        public_key: Key of the node.
-        secrets: Standard Webhooks secrets of its callbacks; those of ``--callback-secret`` when None.
-        build: Name of its build in the pins; needed where the model has several and the pins do not say which.
-        url: Address of its service, for a node that is polled.
-        read_key: Key that may read there.
-    """
+    """A table ``[[nodes]]`` of the nodes file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     public_key: str
-    secrets: Secrets | None = None
-    build: str | None = None
-    url: str | None = None
-    read_key: str | None = None
+    secrets: Secrets | None = (
+        None  # Standard Webhooks secrets of its callbacks; those of ``--callback-secret`` when None
+    )
+    build: str | None = None  # needed where the model has several builds and the pins do not say which
+    url: str | None = None  # address of its service, for a node that is polled
+    read_key: str | None = None  # key that may read there
 
 
 class _NodesFile(BaseModel):
@@ -110,16 +104,15 @@ class Registry:
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
         if not self._senders:
+            do = "add them under [[nodes]] of the pins file, or of the file of --nodes"
             raise UsageError(
-                "pins and nodes files that list no node",
-                wanted="the keys of the nodes that may send",
-                do="add them under [[nodes]] of the pins file, or of the file of --nodes",
+                "pins and nodes files that list no node", wanted="the keys of the nodes that may send", do=do
             )
 
     @classmethod
     def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
         """Read both files, of which errors name the key."""
-        return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
+        return cls(NetworkPins.load(pins), model, _entries(nodes, modified(nodes)) if nodes else (), settings)
 
     def __len__(self) -> int:
         return len(self._senders)
@@ -187,23 +180,17 @@ def build_name(build: Build) -> str:
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, modified: int) -> tuple[NodeEntry, ...]:
+def _entries(path: Path, modified: int) -> tuple[NodeEntry, ...]:
     try:
         found = _NodesFile.model_validate(read_toml(path)).nodes
     except ValidationError as error:
-        raise _malformed(path, error) from None
-    seen: set[str] = set()
-    for entry in found:
-        if entry.public_key in seen:
-            raise DataError(
-                f"{path}: the key {entry.public_key!r:.80} twice", wanted="every key once", do="remove one of the two"
-            )
-        seen.add(entry.public_key)
+        fault: Any = error.errors(include_url=False, include_input=False)[0]  # the input may be a secret
+        seen = f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']:.200}"
+        raise DataError(seen, wanted="tables [[nodes]]", do="see docs/validator.md") from None
+    for key, count in Counter(entry.public_key for entry in found).items():
+        if count > 1:
+            raise DataError(f"{path}: the key {key!r:.80} twice", wanted="every key once", do="remove one of the two")
     return found
-
-
-def _entries(path: Path) -> tuple[NodeEntry, ...]:
-    return _read(path, modified(path))
 
 
 def modified(path: Path | None) -> int:
@@ -212,12 +199,6 @@ def modified(path: Path | None) -> int:
         return path.stat().st_mtime_ns if path else 0
     except OSError:
         return 0
-
-
-def _malformed(path: Path, error: ValidationError) -> DataError:
-    fault: Any = error.errors(include_url=False, include_input=False)[0]  # the input may be a secret
-    place = ".".join(str(part) for part in fault["loc"])
-    return DataError(f"{path}: {place}: {fault['msg']:.200}", wanted="tables [[nodes]]", do="see docs/validator.md")
 
 
 KEPT = 256  # noises of builds and blocks

@@ -23,13 +23,14 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import structlog
+from typing_extensions import override
 
 from assay import stats
 from assay.errors import AssayError, StorageError, reason_of
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
-from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.record import Record, TokenRecord
 from assay.poc.protocol.round import Round, group_rows
 from assay.poc.validator.claims import Claim, Reader, read_claim
@@ -150,10 +151,9 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Drawn):
     """Residuals of drawn nonces."""
 
-    drawn: Drawn  # nonces with what the node published of them
     errors: npt.NDArray[np.float64]  # residual of each
     noise: Noise  # honest noise that they are judged under
     batch_size: int | None  # batch size of the node's build; None where the pins allow several
@@ -166,16 +166,14 @@ class Checked:
     @property
     def is_short(self) -> bool:
         """Whether more nonces of the message are needed to tell a fault of the place from another computation."""
-        return self.is_odd and len(self.drawn.places) < min(
-            AUDIT, len(self.drawn.claim.nonces) - self.drawn.source.drawn
-        )
+        return self.is_odd and len(self.places) < min(AUDIT, len(self.claim.nonces) - self.source.drawn)
 
     def place_test(self) -> stats.PlaceTest | None:
         """Return the test of whether large residuals depend on the place in the batch; None without any."""
         if not self.is_odd:
             return None
-        round = self.drawn.claim.round
-        positions = [(nonce - round.node_id) // round.node_count for nonce in self.drawn.nonces]
+        round = self.claim.round
+        positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
         return stats.place_test(self.errors, positions, batch_size=self.batch_size, honest_size=self.noise.size)
 
 
@@ -225,11 +223,13 @@ class Recomputer(EngineThread):
             if standing.account == account_of(standing.account.public_key, registry)
         }
 
+    @override
     def _turn(self, deployment: Deployment) -> None:
         pause = self.step(deployment)
         self.error = None
         self._wait(pause)
 
+    @override
     def _turn_failed(self, error: Exception) -> None:
         if isinstance(error, StorageError):
             log.warning("waits", reason=error.seen)
@@ -272,7 +272,7 @@ class Recomputer(EngineThread):
         recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
         pairs = zip(drawn, received, recomputed, strict=True)
         checked = [self._checked(found, claimed, records, registry) for found, claimed, records in pairs]
-        short = {found.drawn.source.seq for found in checked if found.is_short}
+        short = {found.source.seq for found in checked if found.is_short}
         self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
             self._budget.spend(self._inbox.extend(short, AUDIT))
@@ -283,7 +283,7 @@ class Recomputer(EngineThread):
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
         self._inbox.finish([source for source in draws if source.seq not in short], changes)
         self._last |= {change["account"]: change["verdict"] for change in changes}
-        self._metrics.nonces.inc(sum(len(found.drawn.places) for found in checked if not found.is_short))
+        self._metrics.nonces.inc(sum(len(found.places) for found in checked if not found.is_short))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
             log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
@@ -305,32 +305,28 @@ class Recomputer(EngineThread):
     def _checked(
         self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
     ) -> Checked:
-        round = drawn.claim.round
-        sender = registry.sender(round.public_key)
+        sender = registry.sender(drawn.claim.round.public_key)
         assert sender is not None  # its claim was read under this registry
         batches = {size for size in sender.build.batch_size if isinstance(size, int)}
-        return Checked(
-            drawn,
-            residuals(received, records),
-            self._noise(sender.build, round),
-            batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None,
-        )
+        size = batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None
+        errors, noise = residuals(received, records), self._noise(sender.build, drawn.claim.round)
+        return Checked(**vars(drawn), errors=errors, noise=noise, batch_size=size)
 
     def _update(self, found: Checked, registry: Registry) -> Update:
         """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
-        drawn, round, places = found.drawn, found.drawn.claim.round, found.place_test()
+        round, places = found.claim.round, found.place_test()
         return Update(
             account=account_of(round.public_key, registry),
             round=round_identity(round),
             block_hash=round.block_hash,
             noise=found.noise,
-            nonces=drawn.nonces,
+            nonces=found.nonces,
             residuals=[float(value) for value in found.errors],
-            proof=drawn.source.digest.hex(),
-            sample_seed=drawn.source.seed,
-            excluded=name_reasons(drawn.nonces, places) if places is not None else {},
+            proof=found.source.digest.hex(),
+            sample_seed=found.source.seed,
+            excluded=name_reasons(found.nonces, places) if places is not None else {},
             fault=places.pattern if places is not None and places.faulty else None,
-            name=drawn.source.name,
+            name=found.source.name,
         )
 
     def _change(self, key: str, standing: Standing) -> JsonObject | None:
