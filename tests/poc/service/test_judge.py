@@ -10,9 +10,7 @@ from assay.errors import CalibrationError
 from assay.poc import Calibration, default_noise
 from assay.poc.service import Settings
 from assay.poc.service.judge import HonestNoise, check_calibration
-from assay.poc.verdict import MachineNoise
 from assay.poc.verdict.calibration import BuildNoise, describe_machines
-from assay.poc.verdict.machines import Sizes
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.noise import Spread
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
@@ -109,7 +107,10 @@ def calibration(rig, digest: str | None) -> Calibration:
         preset="poc-2.0",
         digest=digest,
         machines=describe_machines([fingerprint, fingerprint]),
-        noise=MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact),
+        law=law,
+        sizes={(0, 1): law.size},
+        spread=exact,
+        known=exact,
         n=100,
     )
     return Calibration(builds=(build,))
@@ -158,9 +159,9 @@ def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
     exact, builds = Spread(), []
     for dtype, sigma in (("float16", 0.02), ("float32", 0.001)):
         law, engine = stats.ScaleNoise(sigma=sigma), replace(proof.header.fingerprint, dtype=dtype)
-        measured = MachineNoise(law, Sizes({(0, 1): law.size}, ("", "")), exact, exact)
+        measured = {"law": law, "sizes": {(0, 1): law.size}, "spread": exact, "known": exact}
         about = {"output": "distance", "preset": "poc-2.0", "digest": small_model.digest, "n": 100}
-        builds.append(BuildNoise(**about, machines=describe_machines([engine, engine]), noise=measured))
+        builds.append(BuildNoise(**about, machines=describe_machines([engine, engine]), **measured))
     noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
     for dtype, sigma in (("float32", 0.001), ("float16", 0.02)):
         found = noise.of(proof.header.pipeline, dtype, small_model.digest, proof.header.round)

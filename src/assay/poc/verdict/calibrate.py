@@ -177,17 +177,20 @@ def fit_build(
     mixture: bool = False,
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, with ``between_blocks`` as in :func:`fit_machines`."""
-    n = min(errors.size for errors in measured.values())
     fit = partial(fit_noise, pipeline, most_dof=MIXTURE_DOF if mixture else math.inf)
     kinds = [machine.kind for machine in machines]
     effect, left_out = leave_out(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
+    noise = fit_machines(measured, kinds, fit, between_blocks=between_blocks)
     return BuildNoise(
         output=pipeline.noise,
         preset=pipeline.name,
         digest=None,
         machines=machines,
-        noise=fit_machines(measured, kinds, fit, between_blocks=between_blocks),
-        n=n,
+        law=noise.law,
+        sizes=noise.sizes.pairs,
+        spread=noise.spread,
+        known=noise.known,
+        n=min(errors.size for errors in measured.values()),
         effect=effect,
         left_out=left_out,
     )

@@ -6,30 +6,23 @@ one law between two engines; it is still read.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
 from assay import stats
 from assay.errors import AssayError, CalibrationError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_atomic
 from assay.poc.protocol.blocks import block_scale
-from assay.poc.protocol.builds import Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.record import Fingerprint, Header
+from assay.poc.protocol.record import STRICT, Fingerprint, Header
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.machines import FEWEST_MACHINES, LeftOut, MachineNoise, Sizes
-from assay.poc.verdict.noise import (
-    Law,
-    Noise,
-    default_noise,
-    law_as_dict,
-    read_fields,
-    read_law,
-    read_named,
-    read_number,
-    read_spread,
-)
+from assay.poc.verdict.machines import FEWEST_MACHINES, LeftOut, MachineNoise, Pair, Sizes
+from assay.poc.verdict.noise import Law, Noise, default_noise, law_as_dict, read_law, read_named, read_spread
 from assay.stats.noise import Spread
 
 KIND = "assay.poc.calibration"
@@ -57,11 +50,26 @@ LAWS: dict[str, type[Law]] = {
 }
 """Kind of law by family of noise."""
 
-_MOST_MACHINES = 4096
-_LONGEST_NAME = 4096  # a kind of machine is its device and its number format
-_SIZES = (1e-30, 1e3)  # far beyond what residuals of unit vectors can have, relative to a block or not
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 _MEASURE = "measure it again with `assay poc calibrate A.jsonl B.jsonl`"
+
+
+def _check_name(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a name that cannot be printed")
+    return text
+
+
+def _read_pairs(values: Any) -> dict[Pair, float]:
+    sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=STRICT).validate_json(dumps(values))
+    if not sizes or any(i >= j for i, j, _ in sizes):
+        raise ValueError("sizes that are not of pairs of machines")
+    return {(i, j): size for i, j, size in sizes}
+
+
+Name = Annotated[str, Field(max_length=4096), AfterValidator(_check_name)]  # a kind is a device and a number format
+Index = Annotated[int, Field(ge=0)]
+Size = Annotated[float, Field(ge=1e-30, le=1e3)]  # far beyond what residuals of unit vectors can have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +82,11 @@ class Machine:
         fingerprint: Description of its engine; None for vectors that were published without one.
     """
 
-    name: str
-    kind: str
-    fingerprint: Fingerprint | None
+    __pydantic_config__: ClassVar = STRICT
+
+    name: Annotated[Name, Field(min_length=1)]
+    kind: Name
+    fingerprint: Annotated[Fingerprint | None, AfterValidator(lambda one: one and one.parted())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +103,10 @@ class BuildNoise:
         digest: SHA-256 of the tensors of the checkpoint; None in files of the first version, which did not record it,
             and for vectors without a model.
         machines: Machines that were measured.
-        noise: Law at the typical size, sizes by pair of machines, and spreads.
+        law: Law at the typical size.
+        sizes: Median residual by pair (i, j) of machines with i < j.
+        spread: Spread of ln size of a machine that was not measured.
+        known: Spread of a pair that was measured.
         n: Nonces of the pair that has the fewest in common.
         hidden_size: Hidden size of the model where the law is relative to the block's own scale; 0 where it is not.
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
@@ -102,17 +115,30 @@ class BuildNoise:
         mixture: Whether the model is a mixture of experts; None where the measurement was not told.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     output: str
     preset: str | None
     digest: str | None
-    machines: tuple[Machine, ...]
-    noise: MachineNoise
-    n: int
-    hidden_size: int = 0
-    effect: float | None = None
+    machines: Annotated[tuple[Machine, ...], Field(min_length=2, max_length=4096)]
+    law: Annotated[Law, PlainValidator(read_law)]
+    sizes: Annotated[Mapping[Pair, float], PlainValidator(_read_pairs)]
+    spread: Annotated[Spread, PlainValidator(read_spread)]
+    known: Annotated[Spread, PlainValidator(read_spread)]
+    n: Annotated[int, Field(ge=MIN_NONCES)]
+    hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0
+    effect: Annotated[float, Field(gt=1, lt=100)] | None = None
     left_out: LeftOut | None = None
-    named: Mapping[str, Law] = field(default_factory=dict)
+    named: Annotated[Mapping[str, Law], PlainValidator(partial(read_named, read=read_law))] = field(
+        default_factory=dict
+    )
     mixture: bool | None = None
+
+    @property
+    def noise(self) -> MachineNoise:
+        """The noise between machines."""
+        sizes = Sizes(self.sizes, tuple(machine.kind for machine in self.machines))
+        return MachineNoise(self.law, sizes, self.spread, self.known)
 
     def caution(self, *, mixture: bool = False) -> str:
         """Return a warning that the law of distances of a mixture may accuse an honest node; empty for other laws.
@@ -137,7 +163,7 @@ class BuildNoise:
         return self.n < ENOUGH_OF_MIXTURE
 
     @property
-    def known(self) -> list[Fingerprint]:
+    def engines(self) -> list[Fingerprint]:
         """The fingerprints of the measured machines."""
         return [machine.fingerprint for machine in self.machines if machine.fingerprint is not None]
 
@@ -155,9 +181,9 @@ class BuildNoise:
 
     def judges(self, prover: Fingerprint) -> list[Fingerprint]:
         """Return the fingerprints of the measured machines that may judge a prover: of a pair, the other one."""
-        if not 0 < len(self.known) < FEWEST_MACHINES:
-            return self.known
-        one, two = self.known
+        if not 0 < len(self.engines) < FEWEST_MACHINES:
+            return self.engines
+        one, two = self.engines
         return [two if prover == one else one]
 
     def check_header(self, header: Header) -> None:
@@ -175,9 +201,9 @@ class BuildNoise:
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:
         """Refuse an engine of another build; the error names the fields that differ from the nearest measured one."""
-        if not self.known:
+        if not self.engines:
             return
-        wanted, measured = engine.as_dict(), [known.as_dict() for known in self.known]
+        wanted, measured = engine.as_dict(), [known.as_dict() for known in self.engines]
         of_machine: set[str] = set()
         if len(measured) >= FEWEST_MACHINES:
             of_machine = {name for name in wanted if len({str(one[name]) for one in measured}) > 1} - _MEASURED
@@ -232,83 +258,44 @@ class BuildNoise:
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        noise = self.noise
         told = {"mixture": True} if self.mixture else {}  # older files do not have it
+        names = ("output", "preset", "digest", "n", "hidden_size", "effect")
+        engines = [one.fingerprint and one.fingerprint.as_dict() for one in self.machines]
         return told | {
-            "output": self.output,
-            "preset": self.preset,
-            "digest": self.digest,
-            "n": self.n,
-            "hidden_size": self.hidden_size,
-            "effect": self.effect,
-            "machines": [
-                vars(one) | {"fingerprint": one.fingerprint.as_dict() if one.fingerprint else None}
-                for one in self.machines
-            ],
-            "law": law_as_dict(noise.law),
-            "sizes": [[i, j, size] for (i, j), size in noise.sizes.pairs.items()],
-            "spread": asdict(noise.spread),
-            "known": asdict(noise.known),
+            **{name: getattr(self, name) for name in names},
+            "machines": [vars(one) | {"fingerprint": e} for one, e in zip(self.machines, engines, strict=True)],
+            "law": law_as_dict(self.law),
+            "sizes": [[i, j, size] for (i, j), size in self.sizes.items()],
+            "spread": asdict(self.spread),
+            "known": asdict(self.known),
             "left_out": asdict(self.left_out) if self.left_out else None,
             "named": {name: law_as_dict(law) for name, law in self.named.items()},
         }
 
     @classmethod
     def from_dict(cls, values: Any) -> "BuildNoise":
-        """Read what :meth:`as_dict` wrote; other values raise ValueError, TypeError, KeyError or AttributeError."""
-        values = dict(values)
-        machines = tuple(_read_machine(one) for one in values.pop("machines"))
-        law = read_law(values.pop("law"))
-        spread, known = read_spread(values.pop("spread")), read_spread(values.pop("known"))
-        pairs = {(i, j): _read_size(size) for i, j, size in values.pop("sizes")}
-        indices = range(len(machines))
-        listed = all(i in indices and j in indices and i < j for i, j in pairs)
-        if not (2 <= len(machines) <= _MOST_MACHINES and pairs and listed):
+        """Read what :meth:`as_dict` wrote.
+
+        Raises:
+            ValueError: No measurement gives a value. AssayError and the errors of wrong types mean the same.
+        """
+        build = TypeAdapter(cls).validate_json(dumps(values))
+        if any(type(law) is not LAWS.get(build.output) for law in (build.law, *build.named.values())):
+            raise ValueError(f"a law of another kind than {build.output!r:.60} has")
+        if max(j for _, j in build.sizes) >= len(build.machines):
             raise ValueError("sizes of other machines than are listed")
-        sizes = Sizes(pairs, tuple(machine.kind for machine in machines))
-        left_out, named = values.pop("left_out"), read_named(values.pop("named"), read_law)
-        build = cls(
-            **values,
-            machines=machines,
-            noise=MachineNoise(law, sizes, spread, known),
-            left_out=read_fields(LeftOut, left_out) if left_out else None,
-            named=named,
-        )
-        build._check_values()
         return build
 
     @classmethod
     def from_first_version(cls, values: JsonObject) -> "BuildNoise":
         """Read the values of a file of schema 1, whose law was an upper one; errors are as of :meth:`from_dict`."""
         machines = describe_machines([Fingerprint.from_dict(values[name]) for name in ("prover", "validator")])
-        law = read_law(values["law"])
-        sizes = Sizes({(0, 1): law.size}, tuple(machine.kind for machine in machines))
-        build = cls(
-            output=values["output"],
-            preset=values.get("preset"),
-            digest=values.get("digest"),
-            machines=machines,
-            noise=MachineNoise(law, sizes, Spread(), Spread()),
-            n=values["n"],
-        )
-        build._check_values()
-        return build
-
-    def _check_values(self) -> None:
-        """Refuse values that no measurement gives, with a ValueError that names one."""
-        laws = (self.noise.law, *self.named.values())
-        good = {
-            "preset": isinstance(self.preset, str | None),
-            "digest": isinstance(self.digest, str | None),
-            "output": all(type(law) is LAWS.get(self.output) for law in laws),
-            "n": type(self.n) is int and self.n >= MIN_NONCES,
-            "hidden_size": type(self.hidden_size) is int and 0 <= self.hidden_size <= 2**20,
-            "mixture": self.mixture in (None, True),
-            "effect": self.effect is None or 1 < read_number(self.effect) < 100,
+        known = asdict(Spread())
+        whole = {"preset": None, "digest": None} | {
+            name: values[name] for name in values if name in cls.__annotations__
         }
-        for name, fits in good.items():
-            if not fits:
-                raise ValueError(f"{name} {getattr(self, name)!r:.60}")
+        whole |= {"machines": [vars(one) | {"fingerprint": one.fingerprint.as_dict()} for one in machines]}
+        return cls.from_dict(whole | {"sizes": [[0, 1, read_law(values["law"]).size]], "spread": known, "known": known})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +315,7 @@ class Calibration:
             CalibrationError: No build is of the proof's model, preset and engine; names what differs.
         """
         reason: CalibrationError | None = None
-        for build in sorted(self.builds, key=lambda build: header.fingerprint not in build.known):
+        for build in sorted(self.builds, key=lambda build: header.fingerprint not in build.engines):
             try:
                 build.check_header(header)
             except CalibrationError as error:
@@ -363,7 +350,7 @@ class Calibration:
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
         wanted = (header.digest, header.pipeline.name)
-        builds = [build.known for build in self.builds if (build.digest, build.preset) == wanted]
+        builds = [build.engines for build in self.builds if (build.digest, build.preset) == wanted]
         return all(not known or header.fingerprint.dtype in {one.dtype for one in known} for known in builds)
 
     @property
@@ -449,8 +436,8 @@ def find_build_noise(
     """
     for measured in (one for calibration in calibrations for one in calibration.builds):
         if (measured.digest, measured.preset) == (digest, preset):
-            allowed = [known for known in measured.known if build is None or not build.differing(known)]
-            if allowed or not measured.known:
+            allowed = [known for known in measured.engines if build is None or not build.differing(known)]
+            if allowed or not measured.engines:
                 return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
     return None
 
@@ -501,18 +488,3 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
             wanted=", ".join(f"{name} {stated[name]}" for name in other),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
         )
-
-
-def _read_machine(values: Any) -> Machine:
-    name, kind, stated = values["name"], values["kind"], values["fingerprint"]
-    for text in (name, kind):
-        if not isinstance(text, str) or len(text) > _LONGEST_NAME or not text.isprintable() or not name:
-            raise ValueError(f"a name {text!r:.60}")
-    return Machine(name=name, kind=kind, fingerprint=None if stated is None else Fingerprint.from_dict(stated))
-
-
-def _read_size(value: Any) -> float:
-    low, high = _SIZES
-    if not low <= read_number(value) <= high:
-        raise ValueError(f"a size of {value!r:.60}")
-    return float(value)

@@ -20,10 +20,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 import numpy as np
 
 from assay import stats
+from assay.poc.protocol.record import STRICT
 from assay.poc.verdict.noise import FloatArray, Law, Noise, sequential_test
 from assay.stats.noise import NoiseFit, Spread
 
@@ -122,6 +124,8 @@ class LeftOut:
         audits: Number of audits of each pair.
         checked: Number of nonces of an audit.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     accused: float
     low: float
