@@ -10,7 +10,7 @@ from assay.cli import run
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
-from assay.vhack.delta.merge import user_cache
+from assay.vhack.delta.delta import user_cache
 from assay.vhack.pairs import generate_pairs, write_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 

@@ -183,7 +183,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     from assay.vhack import checks
     from assay.vhack.basis.extract import select_pairs
     from assay.vhack.checks.folds import fewest_groups
-    from assay.vhack.delta.merge import user_cache
+    from assay.vhack.delta.delta import user_cache
     from assay.vhack.pairs.generate import find_pairs
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
@@ -568,7 +568,7 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
 
     The result is a directory for anything that loads such: of merged weights, or of an adapter with --lora.
     """
-    from assay.vhack.delta.merge import write_merged
+    from assay.vhack.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
         values = write_merged(
@@ -678,8 +678,8 @@ def _sampled(
     """Return completions that are sampled into a file, and how many of them an earlier call had left there."""
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
+    from assay.vhack.delta.delta import load_adapter
     from assay.vhack.delta.file import read_delta_lengths
-    from assay.vhack.delta.merge import load_adapter
     from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.pool import encode_prompts
     from assay.vhack.training.rewards import read_prompt

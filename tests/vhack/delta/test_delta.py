@@ -10,8 +10,6 @@ from assay.vhack.delta import DeltaS
 from assay.vhack.delta.groups import Kinds
 from tests.vhack.delta.conftest import gradients_of, loss_of, randomise
 
-MODES = ["merged", "hook"]
-
 
 def logits(module, ids):
     with torch.no_grad():
@@ -33,10 +31,9 @@ def written_out(module, ids, svd, delta):
     return functional.cross_entropy(flat, ids[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd, mode):
+def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd):
     before, weights = logits(module, ids), copy.deepcopy(module.state_dict())
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     adapter.refresh()
     assert torch.equal(logits(module, ids).view(torch.int32), before.view(torch.int32))
     assert all(torch.equal(weights[n].view(torch.int32), module.state_dict()[n].view(torch.int32)) for n in weights)
@@ -50,10 +47,9 @@ def test_a_negative_zero_in_the_weights_survives(module, small_svd):
     assert torch.signbit(module.model.layers[0].mlp.up_proj.weight[0, 0])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, small_svd, mode):
+def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, small_svd):
     plain = copy.deepcopy(module)
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     loss = loss_of(module, ids)
     loss.backward()
@@ -169,10 +165,9 @@ def assert_equal_then_fail(found, wanted):
     raise ValueError("no more tokens")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_disabled_in_either_mode(module, ids, small_svd, mode):
+def test_disabled_ends_with_an_error_too(module, ids, small_svd):
     reference = logits(module, ids)
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     with pytest.raises(ValueError, match="tokens"), adapter.disabled():
         assert_equal_then_fail(logits(module, ids), reference)
@@ -191,10 +186,9 @@ def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_sv
         assert torch.equal(logits(module, ids), reference)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_detach_leaves_nothing_behind(module, ids, small_svd, mode):
+def test_detach_leaves_nothing_behind(module, ids, small_svd):
     weights, before, hooks = copy.deepcopy(module.state_dict()), logits(module, ids), hooks_of(module)
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     loss_of(module, ids).backward()
     adapter.detach()
@@ -206,12 +200,11 @@ def test_detach_leaves_nothing_behind(module, ids, small_svd, mode):
     DeltaS(module, small_svd)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["detach", "merge"])
-def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, small_svd, mode, name):
+def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, small_svd, name):
     """The end of the block would put weights back that no longer belong to the model."""
     before = logits(module, ids)
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     with adapter.disabled(), pytest.raises(UsageError, match=rf"{name} inside disabled\(\)"):
         getattr(adapter, name)()
@@ -219,9 +212,8 @@ def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, small_svd, 
     assert torch.equal(logits(module, ids), before)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, small_svd, tmp_path, mode):
-    adapter = DeltaS(module, small_svd, mode=mode)
+def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, small_svd, tmp_path):
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     wanted = logits(module, ids)
     adapter.merge().save_pretrained(tmp_path)
@@ -305,9 +297,7 @@ def test_autocast_gives_nearly_the_same_gradient(module, ids, small_svd):
 
 
 def test_what_does_not_fit_is_refused(module, small_svd):
-    with pytest.raises(UsageError, match="mode='both'"):
-        DeltaS(module, small_svd, mode="both")
-    adapter = DeltaS(module)  # the failure has left the model alone
+    adapter = DeltaS(module)
     with pytest.raises(UsageError, match="has an adapter"):
         DeltaS(module)
     adapter.detach()
@@ -325,12 +315,9 @@ def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_sv
         linear(torch.randn(5, 64))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
-    module, small_svd, byte_tokenizer, samples, mode
-):
+def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(module, small_svd, byte_tokenizer, samples):
     """A basis renewed during training is in the coordinates of the start, at the weights of now."""
-    adapter = DeltaS(module, small_svd, mode=mode)
+    adapter = DeltaS(module, small_svd)
     randomise(adapter)
     rows = []
     for sample in samples:

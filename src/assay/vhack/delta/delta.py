@@ -1,10 +1,8 @@
 """DeltaS: the adapter ``W + U diag(δS) Vh`` around the projections of any transformers model.
 
-- *Merged mode*: after every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward
-  passes and generation run on plain weights. A hook on each projection passes its output on as it is and computes
-  the exact gradient of δS in the backward pass. `generate` runs without any hook.
-- *Hook mode*: the weights stay W, and a hook adds the product to every output, in generation too. It is the form in
-  which the method was first described, slower, and there to compare with.
+After every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward passes and
+generation run on plain weights. A hook on each projection passes its output on as it is and computes the exact gradient
+of δS in the backward pass. `generate` runs without any hook.
 
 δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter per shape of
 module, [M, R], with one row per module, so an optimizer, a projection or a sum over processes handles few tensors.
@@ -13,6 +11,7 @@ The adapter is a submodule ``delta_s`` of the model, so any trainer finds its pa
 Shapes: M modules of a group, R coordinates of δS.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,10 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from assay.errors import ModelError, UsageError
-from assay.vhack.delta.file import LoRA, load_delta, plain_weights, save_delta, save_lora
+from assay.errors import DataError, ModelError, UsageError
+from assay.files.storage import storage_error
+from assay.models.load import load_model
+from assay.streams.backends import dtype_name
+from assay.vhack.delta.file import LoRA, load_delta, plain_weights, read_delta_lengths, save_delta, save_lora
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.division import gather_whole, local_part, local_rows, of_one_tensor, reshard
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of, target_modules
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 
 
 _NAME = "delta_s"
-_MODES = ("merged", "hook")
 _LORA = "lora_"  # in the names of PEFT's parameters
 
 
@@ -54,15 +56,13 @@ class DeltaS(nn.Module):
         model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
         svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
             coordinates of δS mean, so a basis must come from the same factors.
-        mode: Either ``"merged"`` or ``"hook"``.
 
     Attributes:
         groups: Modules by shape.
         delta: δS, one parameter per group, [M, R] float32.
-        mode: Mode of the adapter.
 
     Raises:
-        UsageError: The mode is unknown, the factors do not fit, or there is an adapter already.
+        UsageError: The factors do not fit, or there is an adapter already.
         ModelError: The model has no target projections, or is sharded already.
 
     Example::
@@ -76,14 +76,11 @@ class DeltaS(nn.Module):
         adapter.merge().save_pretrained("trained")  # a plain model
     """
 
-    def __init__(self, model: "Model | PreTrainedModel", svd: SVDCache | None = None, *, mode: str = "merged") -> None:
+    def __init__(self, model: "Model | PreTrainedModel", svd: SVDCache | None = None) -> None:
         super().__init__()
-        if mode not in _MODES:
-            raise UsageError(f"mode={mode!r} of the adapter", wanted=" or ".join(_MODES), do="choose one of them")
         module = module_of(model)
         if hasattr(module, _NAME):
             raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
-        self.mode = mode
         check_attachable(module)
         modules = target_modules(module)
         factors = svd if svd is not None else weight_svd(module)
@@ -109,7 +106,7 @@ class DeltaS(nn.Module):
         self._hook()
         self._undo.callback(self._unhook)
         generate: Any = getattr(module, "generate", None)
-        if self.mode == "merged" and generate is not None:
+        if generate is not None:
             if "generate" in vars(module):
                 self._undo.callback(setattr, module, "generate", generate)
             self._undo.callback(vars(module).pop, "generate")
@@ -134,12 +131,12 @@ class DeltaS(nn.Module):
         return {name: delta_R for group, delta_MR in pairs for name, delta_R in zip(group.names, delta_MR, strict=True)}
 
     def refresh(self) -> None:
-        """Merge the present δS into the weights; nothing to do in hook mode or while it is disabled.
+        """Merge the present δS into the weights; nothing to do while it is disabled.
 
         This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
         of a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
         """
-        if self.mode == "merged" and self._enabled:
+        if self._enabled:
             reshard(self.model)
             self._merge()
 
@@ -155,8 +152,6 @@ class DeltaS(nn.Module):
 
         In a forward pass under FSDP2 its parameters are gathered anew and versions say nothing, so values are compared.
         """
-        if self.mode == "hook":
-            return False
         if not self.groups[0].is_sharded:
             return self._merged_at != self._versions()
         pairs = zip(self._whole(), self._merged, strict=True)
@@ -166,12 +161,12 @@ class DeltaS(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Make the model compute as before any training, for instance as the reference policy.
 
-        In merged mode the weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is
-        still to come afterwards is right. Under FSDP2 they are copied.
+        The weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is still to come
+        afterwards is right. Under FSDP2 they are copied.
         """
         enabled, self._enabled = self._enabled, False
         try:
-            with self._original_weights() if enabled and self.mode == "merged" else nullcontext():
+            with self._original_weights() if enabled else nullcontext():
                 yield
         finally:
             self._enabled = enabled
@@ -196,7 +191,7 @@ class DeltaS(nn.Module):
             UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its end.
         """
         self._refuse_disabled("detach")
-        if self.mode == "merged" and hasattr(self.model, _NAME):
+        if hasattr(self.model, _NAME):
             for group in self.groups:
                 group.restore()
         self._undo.close()
@@ -205,13 +200,12 @@ class DeltaS(nn.Module):
     def merge(self) -> "PreTrainedModel":
         """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
 
-        δS itself stays readable in `delta`. In hook mode this is where the sum is rounded to the dtype of the weights.
+        δS itself stays readable in `delta`.
 
         Raises:
             UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
         """
         self._refuse_disabled("merge")
-        self.mode = "merged"
         reshard(self.model)
         self._merge()
         self._undo.close()
@@ -249,11 +243,8 @@ class DeltaS(nn.Module):
         Under FSDP2 weights are gathered one at a time, and every process must iterate to the end.
 
         Raises:
-            UsageError: The adapter is in hook mode, whose weights are those from before.
             ModelError: LoRA is merged already, or beside weights that are sharded.
         """
-        if self.mode == "hook":
-            raise UsageError("weights in hook mode", wanted="merged mode", do="attach DeltaS with mode='merged'")
         if self._is_stale():
             self.refresh()
         reshard(self.model)
@@ -296,7 +287,7 @@ class DeltaS(nn.Module):
             return
         if self._is_stale():
             self.refresh()
-        if torch.is_grad_enabled() or self.mode == "hook":
+        if torch.is_grad_enabled():
             self._take_views()
 
     def _take_views(self) -> None:
@@ -305,19 +296,18 @@ class DeltaS(nn.Module):
 
     def _make_hook(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
-        adds = self.mode == "hook"
-        plan = Plan(group.names[m], group.left[m], group.right[m], adds)
+        plan = Plan(group.names[m], group.left[m], group.right[m])
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             # A copy of the model, such as the one extraction uses, has these hooks too, but no gradient of this δS.
             wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
-            if not self._enabled or not (adds or wanted):
+            if not self._enabled or not wanted:
                 return None
-            view_R = self._views[g][m] if wanted else self._views[g][m].detach()
-            if self._rollouts is None or not wanted:
-                return adapt(output, arguments[0], view_R, plan)
-            wanted_rows = partial(self._rollouts.record, g, m)
-            return adapt(output, arguments[0], view_R, replace(plan, rows=wanted_rows, kinds=self._rollouts.kinds))
+            if self._rollouts is None:
+                return adapt(output, arguments[0], self._views[g][m], plan)
+            rows = partial(self._rollouts.record, g, m)
+            each = replace(plan, rows=rows, kinds=self._rollouts.kinds)
+            return adapt(output, arguments[0], self._views[g][m], each)
 
         return hook
 
@@ -371,3 +361,72 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
             wanted="a dense model: δS of such experts is extracted and checked, but not trained",
             do="train a dense model",
         )
+
+
+def user_cache(model: "Model", asked: Path | None = None) -> Path | None:
+    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
+    if asked is not None or model.device.type != "cpu":
+        return asked
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def load_adapter(model: "Model", path: Path, lengths: dict[str, int], *, progress: Progress | None = None) -> DeltaS:
+    """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has read the lengths.
+
+    Raises:
+        DataError: The δS is of other modules.
+    """
+    modules = target_modules(model)
+    if modules.keys() != lengths.keys():
+        raise DataError(f"{path} has δS of other modules", wanted="those of this model", do="correct --model")
+    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
+    rank = max(lengths.values()) if is_cut else None
+    adapter = DeltaS(model, weight_svd(model, rank=rank, cache=user_cache(model), min_coverage=0.0, progress=progress))
+    adapter.load(path)
+    return adapter
+
+
+def write_merged(
+    folder: Path,
+    reference: str,
+    path: Path,
+    *,
+    lora: int | None = None,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a model with the δS of a file in its weights, or the δS as LoRA of a rank; return what was written.
+
+    Raises:
+        UsageError: The directory is not empty, and ``overwrite`` is not set.
+        DataError: The δS is of other modules.
+        StorageError: The directory cannot be written.
+    """
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise UsageError(
+            f"{folder}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
+        )
+    lengths = read_delta_lengths(path)
+    model = load_model(reference, dtype=dtype, device=device)
+    adapter = load_adapter(model, path, lengths, progress=progress)
+    values: dict[str, Any] = {"path": str(folder), "model": model.reference, "modules": len(lengths)}
+    try:
+        if lora is not None:
+            made = adapter.save_lora(folder, lora)
+            values |= {"form": "lora", "rank": made.rank, "relative_error": made.error}
+            values |= {"worst_module": made.worst, "worst_error": made.errors[made.worst]}
+        else:
+            adapter.merge().save_pretrained(folder)
+            values |= {"form": "merged", "dtype": dtype_name(model.dtype)}
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return values

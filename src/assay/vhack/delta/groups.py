@@ -9,8 +9,8 @@ The product that a module adds, and its gradient with respect to δS::
 
     y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
 
-In *hook mode* the second term is computed and added. In *merged mode* it is in the weights, and only the gradient is
-computed here. Its sum is done in the cheaper of two orders, which differ in rounding:
+The second term is in the weights, and only the gradient is computed here. Its sum is done in the cheaper of two orders,
+which differ in rounding:
 
 - *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
 - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I operations.
@@ -196,7 +196,6 @@ class Plan:
         name: Name of the module.
         left: Matrix U, [O, R].
         right: Matrix Vh, [R, I].
-        adds: Whether the product is added to the output, as in hook mode.
         rows: Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
         kinds: Kinds of the samples; None keeps samples apart.
     """
@@ -204,19 +203,12 @@ class Plan:
     name: str
     left: Tensor
     right: Tensor
-    adds: bool
     rows: Callable[[Tensor], None] | None = None
     kinds: Kinds | None = None
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
-    """Return the output of a module with its product added (hook mode) or as it is (merged mode).
-
-    Args:
-        output: Output of the module, [..., O].
-        inputs: Inputs of the module, [..., I].
-        delta_R: δS of the module, [R]; its gradient is computed in the backward pass.
-        plan: What the product needs.
+    """Return the output of a module as it is; the gradient of its δS, [R], is computed in the backward pass.
 
     Raises:
         ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens, width].
@@ -237,31 +229,16 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        if not plan.adds:
-            ctx.save_for_backward(inputs)
-            return output.view_as(output)
-        ctx.save_for_backward(inputs, delta_R)
-        with torch.autocast(output.device.type, enabled=False):
-            along = _cast_like(inputs, plan.right) @ plan.right.T
-            added = (along * delta_R).to(plan.left.dtype) @ plan.left.T
-        # A zero is not added but left out: -0 + 0 would be another zero.
-        return torch.where(added == 0, output, (output + added).to(output.dtype))
+        ctx.save_for_backward(inputs)
+        return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (gradient,) = gradients
-        inputs, *rest = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        of_output, of_inputs, of_delta, _ = ctx.needs_input_grad
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, Tensor | None, None]:
+        (gradient,), (inputs,) = gradients, ctx.saved_tensors
+        of_output, _, of_delta, _ = ctx.needs_input_grad
         with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
-            to_inputs = _gradient_of_inputs(gradient, inputs, rest[0], plan) if plan.adds and of_inputs else None
-            to_delta = _gradient_of_delta(gradient, inputs, plan) if of_delta else None
-        return gradient if of_output else None, to_inputs, to_delta, None
-
-
-def _gradient_of_inputs(gradient: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
-    along = (_cast_like(gradient, plan.left) @ plan.left) * delta_R
-    return (along.to(plan.right.dtype) @ plan.right).to(inputs.dtype)
+            to_delta = _gradient_of_delta(gradient, inputs, ctx.plan) if of_delta else None
+        return gradient if of_output else None, None, to_delta, None
 
 
 def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
