@@ -1,7 +1,8 @@
 """An engine of our own: agreement with transformers, hostile calls, no rows left behind."""
 
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from assay import poc
 from assay.errors import ModelError, UsageError
 from assay.poc.cheats import rounded
-from assay.poc.vllm.client import RequestStream, sampling_parameters
+from assay.poc.vllm.client import NonceStream, sampling_parameters
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 
@@ -50,12 +51,20 @@ def test_it_says_what_it_is_and_what_it_supports(engine):
     assert all(engine.supports(poc.get_pipeline(preset)) for preset in PRESETS)
 
 
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_both_model_runners_have_what_is_read_of_them(engine, kind: str):
-    from assay.poc.vllm import compatibility as _gate
+V2 = "req_ids num_reqs query_start_loc_np num_computed_tokens_np prefill_len_np positions"
 
-    assert _gate.check_installed() == engine._version
-    assert _gate._missing(_gate.USED_BY_RUNNER[kind]) == []
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("vllm.v1.worker.gpu_model_runner:ExecuteModelState", "scheduler_output hidden_states"),
+        ("vllm.v1.worker.gpu.model_runner:ExecuteModelState", "input_batch hidden_states"),
+        ("vllm.v1.worker.gpu.input_batch:InputBatch", V2),
+    ],
+)
+def test_both_model_runners_have_what_is_read_of_them(target: str, names: str):
+    module, _, name = target.partition(":")
+    assert set(names.split()) <= getattr(import_module(module), name).__annotations__.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -104,7 +113,7 @@ def test_other_shapes_are_refused_in_words(engine):
 
 
 def on_loop(engine, work):
-    return asyncio.run_coroutine_threadsafe(work, engine._loop).result()
+    return asyncio.run_coroutine_threadsafe(work, engine._client.loop).result()
 
 
 async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
@@ -156,10 +165,13 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
     assert engine._client.throttle.in_flight == 0
 
 
-def test_requests_that_are_aborted_run_again(engine):
+def test_requests_that_are_aborted_run_again(engine, monkeypatch: pytest.MonkeyPatch):
+    throttle = engine._client.throttle
+    monkeypatch.setattr(throttle, "settings", replace(throttle.settings, path="requests"))
+
     async def scenario():
         spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
-        stream = RequestStream(engine._client, spec, range(16), 16)
+        stream = NonceStream(engine._client, spec, range(16), 16)
         await stream.open()
         waiting = asyncio.ensure_future(stream.next())
         for _ in range(2):  # a nonce is tried three times
@@ -200,14 +212,7 @@ def replace_shape(engine, *, seq_len: int, batch_size: int):
     """Another shape on the engine that runs."""
     from assay.poc.vllm.engine import RequestEngine
 
-    return RequestEngine(
-        engine._client,
-        engine._loop,
-        version=engine._version,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        most_positions=255,
-    )
+    return RequestEngine(engine._client, batch_size=batch_size, seq_len=seq_len)
 
 
 def test_the_longest_sequence_is_refused_before_it_runs(engine):

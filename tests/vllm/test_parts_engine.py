@@ -255,7 +255,6 @@ def test_an_engine_that_replays_may_be_given_its_memory(started: dict[str, Any])
 @pytest.mark.parametrize(
     ("reply", "error", "words"),
     [
-        ([["gather"], []], BackendUnavailable, "workers of vLLM without gather"),
         (RuntimeError("gone"), ModelError, "vLLM does not start: RuntimeError: gone"),
     ],
 )

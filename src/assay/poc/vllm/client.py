@@ -25,7 +25,6 @@ from assay.poc.engines.base import Decoded, Replayed, drawn_prompts
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.record import Fingerprint
-from assay.poc.vllm.compatibility import refuse_missing
 from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
@@ -78,14 +77,9 @@ class Client:
         self.direct = DirectPath(throttle, self._call, engines)
 
     async def install(self) -> None:
-        """Prepare the workers; the device is the names of all where workers of several kinds compute one pass.
-
-        Raises:
-            BackendUnavailable: The workers lack a name that is used.
-        """
+        """Prepare the workers; the device is the names of all where workers of several kinds compute one pass."""
         self.loop, self.positions = asyncio.get_running_loop(), most_positions(self._llm.vllm_config)
         replies = await self._call("assay_install")
-        refuse_missing("workers of vLLM", sorted({name for reply in replies for name in reply["problems"]}))
         self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
 
     def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
@@ -186,9 +180,6 @@ async def connect(
 
     Its throttle lets in as many nonces as fill one step of every engine and have the next one ready. ``unfinished``
     returns the number of all requests.
-
-    Raises:
-        BackendUnavailable: The workers lack a name that is used.
     """
     scheduler, engines = llm.vllm_config.scheduler_config, int(llm.vllm_config.parallel_config.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)

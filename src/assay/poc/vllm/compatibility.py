@@ -1,13 +1,11 @@
-"""Which vLLM this was written for: every name of it that is used, and the settings under which nonces run.
+"""Which versions and settings of vLLM nonces and responses run with.
 
-vLLM's internals change with every release. What is missing is refused here in words when an engine starts, instead of
+vLLM's internals change with every release. What was not run is refused here in words when an engine starts, instead of
 failing in a request at night. A refusal is a row of a table: its condition, what was seen, what is wanted, what to do.
 """
 
-import importlib
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -53,48 +51,17 @@ def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Versions of vLLM, and the names of it that are used.
+# Versions of vLLM.
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
 
 SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, caches in eight bits, models with state, several API servers,
-workers of Ray and of several hosts, and passes beside the scheduler were run."""
+"""First minor version on which quantised checkpoints, caches in eight bits, models with state, several engines and API
+servers, workers of Ray and of several hosts, and passes beside the scheduler were run."""
 
 FIRST_V2 = (0, 31)
 """First minor version whose V2 runner has logits processors."""
-
-# Each list is of attributes or annotated fields of the class that is named before it.
-USED: Mapping[str, str] = {
-    "vllm.v1.engine.async_llm:AsyncLLM": "generate collective_rpc from_vllm_config shutdown",
-    "vllm.v1.engine.output_processor:OutputProcessor": "get_num_unfinished_requests add_request process_outputs",
-    "vllm.v1.engine:EngineCoreOutput": "request_id new_token_ids",
-    "vllm.v1.worker.worker_base:WorkerBase": "execute_model",
-    "vllm.v1.core.sched.output:NewRequestData": (
-        "req_id prompt_token_ids prompt_embeds prompt_is_token_ids sampling_params"
-    ),
-    "vllm.v1.engine:EngineCoreRequest": (
-        "request_id external_req_id sampling_params prompt_token_ids prompt_embeds mm_features lora_request resumable"
-    ),
-    "vllm:SamplingParams": "max_tokens temperature detokenize output_kind skip_reading_prefix_cache",
-}
-USED_WITH_SEVERAL_ENGINES: Mapping[str, str] = {
-    "vllm.v1.engine.core_client:DPLBAsyncMPClient": "call_utility_all_async",
-    "vllm.config:ParallelConfig": "data_parallel_index",
-}
-USED_BY_RUNNER: Mapping[str, Mapping[str, str]] = {
-    "v1": {"vllm.v1.worker.gpu_model_runner:ExecuteModelState": "scheduler_output hidden_states"},
-    "v2": {
-        "vllm.v1.worker.gpu.model_runner:ExecuteModelState": "input_batch hidden_states",
-        "vllm.v1.worker.gpu.input_batch:InputBatch": (
-            "req_ids num_reqs query_start_loc_np num_computed_tokens_np prefill_len_np positions"
-        ),
-    },
-}
-RUNNER = "device execute_model execute_model_state sample_tokens"
-RUNNER_V1 = " input_batch.num_computed_tokens_cpu input_batch.num_prompt_tokens input_batch.req_ids"
-"""Attributes of the object itself: of both model runners, and of the first one."""
 
 
 def installed_version() -> str:
@@ -115,13 +82,13 @@ def check_installed() -> str:
     """Return the version of vLLM.
 
     Raises:
-        BackendUnavailable: vLLM is not installed, was not tested in this version, or lacks a name that is used.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version. Builds between two releases are
+            refused too: names that are used may have changed in them.
     """
     version = installed_version()
-    if not OLDEST <= minor_version(version) <= NEWEST:
-        tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise BackendUnavailable(f"vLLM {version}", wanted=f"a version that was tested: {tested}", do="install one")
-    refuse_missing(f"vLLM {version}", _missing(USED))
+    if not OLDEST <= minor_version(version) <= NEWEST or ".dev" in version:
+        wanted = f"a release that was tested: {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise BackendUnavailable(f"vLLM {version}", wanted=wanted, do="install one")
     return version
 
 
@@ -150,46 +117,10 @@ def minor_version(version: str) -> tuple[int, ...]:
         return ()
 
 
-def refuse_missing(owner: str, names: Sequence[str]) -> None:
-    """Refuse a vLLM that lacks names that are used; the refusal lists them."""
-    if names:
-        raise BackendUnavailable(
-            f"{owner} without {', '.join(names)}",
-            wanted="every name of vLLM that is used",
-            do="install a released version that was tested",
-        )
-
-
 def runner_kind(runner: Any) -> str:
     """Return ``v2`` for the model runner of ``vllm/v1/worker/gpu``, ``v1`` for the older one."""
     modules = {base.__module__ for base in type(runner).__mro__}
     return "v2" if any(module.startswith("vllm.v1.worker.gpu.") for module in modules) else "v1"
-
-
-def missing_in_runner(runner: Any) -> list[str]:
-    """Return the names that a worker's model runner lacks; called inside the worker, before anything is wrapped."""
-    kind = runner_kind(runner)
-    lacking = _missing(USED_BY_RUNNER[kind])
-    for path in (RUNNER + (RUNNER_V1 if kind == "v1" else "")).split():
-        try:
-            attrgetter(path)(runner)
-        except AttributeError:
-            lacking.append(f"{type(runner).__name__}.{path}")
-    return lacking
-
-
-def _missing(wanted: Mapping[str, str]) -> list[str]:
-    found: list[str] = []
-    for target, names in wanted.items():
-        module, _, name = target.partition(":")
-        try:
-            owner = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            found.append(target.replace(":", "."))
-            continue
-        fields = getattr(owner, "__annotations__", {})
-        found += [f"{name}.{field}" for field in names.split() if field not in fields and not hasattr(owner, field)]
-    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,13 +251,13 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
     parallel, count = config.parallel_config, config.parallel_config.data_parallel_size
     if count == 1:
         return
-    missing, together = _missing(USED_WITH_SEVERAL_ENGINES), config.model_config.is_moe and device not in SHARED_EXPERTS
+    refuse_older(True, "several data-parallel engines", "start one server per engine")
+    together = config.model_config.is_moe and device not in SHARED_EXPERTS
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     local = parallel.data_parallel_size_local == count and parallel.data_parallel_backend == "mp"
     wanted = "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32"
     do = "start one server per engine, each with its own node_id and data directory"
     for applies, seen in (
-        (missing, f"and without {', '.join(missing)}"),
         (together, f"of a mixture on {device}, which step together"),
         (balanced, "behind another load balancer"),
         (not local, "that it does not start on this host by itself"),

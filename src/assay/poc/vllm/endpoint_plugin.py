@@ -40,7 +40,7 @@ from assay.poc.service.app import PREFIX, PREFIXES, attach, dashboard_router
 from assay.poc.service.controller import Controller
 from assay.poc.service.receipts import ReceiptKeeper, ReceiptSink
 from assay.poc.vllm.client import Client, call_workers, connect
-from assay.poc.vllm.compatibility import check_config, check_installed, check_responses, refuse_missing
+from assay.poc.vllm.compatibility import check_config, check_installed, check_responses
 from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
@@ -66,11 +66,9 @@ class Responses:
         """Begin to record answers of a checkpoint, which is hashed, under the name ``reference`` once the engine runs.
 
         Raises:
-            BackendUnavailable: The workers lack a name that is used.
             ModelError: The checkpoint cannot be read.
         """
-        problems = await call_workers(llm, "assay_sketch")
-        refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
+        await call_workers(llm, "assay_sketch")
         config = llm.vllm_config
         known = await asyncio.to_thread(identify, model, dtype=client.description["dtype"])
         header = ReceiptHeader(
@@ -252,7 +250,7 @@ class AssayPlugin:
         """Prepare the engine for nonces.
 
         Raises:
-            BackendUnavailable: This vLLM was not tested, or lacks a name that is used. This aborts the start.
+            BackendUnavailable: This vLLM was not tested. This aborts the start.
             UsageError: The settings of the engine do not allow nonces.
         """
         version, settings, config = check_installed(), self._settings, engine_client.vllm_config

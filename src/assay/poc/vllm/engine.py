@@ -31,7 +31,7 @@ from assay.poc.responses.prefill import Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
-from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed, refuse_missing
+from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed
 from assay.poc.vllm.response_worker import state_argument
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
@@ -369,8 +369,7 @@ class VLLMPrefill:
         with ExitStack() as failed:
             failed.callback(self.close)
             with explain_start():
-                problems = self._engine.collective_rpc("assay_sketch", args=(True,))
-            refuse_missing("workers of vLLM", sorted({name for found in problems for name in found}))
+                self._engine.collective_rpc("assay_sketch", args=(True,))
             failed.pop_all()
 
     def _started(self, directory: str, options: dict[str, Any]) -> Any:

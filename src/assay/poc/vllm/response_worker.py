@@ -28,7 +28,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses.sampler import to_device
 from assay.poc.responses.sampling import Sampling
-from assay.poc.vllm.compatibility import missing_in_runner, runner_kind
+from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import call_before, is_first_of_group, spans
 from assay.poc.vllm.worker import WorkerExtension
 
@@ -88,15 +88,10 @@ def read_seed_argument(params: Any) -> SeedArgument | None:
 class ResponseExtension(WorkerExtension):
     """Methods that vLLM adds to its workers."""
 
-    def assay_sketch(self, raw: bool = False) -> list[str]:
-        """Begin to keep sketches; return the names that the runner lacks, with which nothing was begun.
-
-        With ``raw``, which a verifier needs, the states themselves are kept, in float32.
-        """
-        problems = missing_in_runner(self.model_runner)
-        if not problems and not hasattr(self, "assay_capture"):
+    def assay_sketch(self, raw: bool = False) -> None:
+        """Begin to keep sketches, or with ``raw``, which a verifier needs, the states themselves, in float32."""
+        if not hasattr(self, "assay_capture"):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
-        return problems
 
     def assay_sketches(self, wanted: dict[str, list[int]], forgotten: list[str]) -> dict[str, bytes]:
         """Hand out sketches by their numbers, from one on and before another, and drop requests that have ended.

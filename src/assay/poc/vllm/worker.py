@@ -25,7 +25,6 @@ from assay.poc.engines.base import HostCopy, noise_inputs
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, weighted_sum
-from assay.poc.vllm.compatibility import missing_in_runner
 from assay.poc.vllm.decoding import Decoding, StepRow, decoding_blocker
 from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blockers
 from assay.poc.vllm.rows import (
@@ -65,18 +64,13 @@ class WorkerExtension:
     assay_pending: Callable[[], Reply] | None = None  # waits for the values of the last call, until they are asked for
 
     def assay_install(self) -> Reply:
-        """Wrap the model runner once, and describe this worker.
-
-        ``problems`` lists the names that the runner lacks; if there are any, nothing was wrapped. ``decodes`` says
-        whether it takes the presets that decode.
-        """
+        """Wrap the model runner once, and describe this worker; ``decodes`` is whether it takes presets that decode."""
         runner, config = self.model_runner, self.vllm_config
-        problems = missing_in_runner(runner)
-        if not problems and not hasattr(self, "assay_hooks"):
+        if not hasattr(self, "assay_hooks"):
             self.assay_hooks = Hooks(runner, config)
             measured = int(getattr(self, "peak_activation_memory", 0))
             self.assay_passes = DirectPasses(runner, config, self.assay_hooks.transform, activations=measured)
-        return {"problems": problems, "decodes": decoding_blocker(runner, config) is None, **describe(runner, config)}
+        return {"problems": [], "decodes": decoding_blocker(runner, config) is None, **describe(runner, config)}
 
     def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
         """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
