@@ -47,7 +47,7 @@ class HonestNoise:
             mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
             if not mine:
                 return _default(pipeline, dtype)
-            fitting = (one for one in mine if not one.known or dtype in {known.dtype for known in one.known})
+            fitting = (one for one in mine if not one.engines or dtype in {known.dtype for known in one.engines})
             measured = [Calibration(builds=(one,)) for one in fitting]
             return find_build_noise(measured, None, digest=digest, preset=pipeline.name, round=round)
         builds, pinned = self._pinned.get(digest, ((), []))
