@@ -63,7 +63,7 @@ def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, g
         StudyRun("none", 0),
         StudyRun("erase-gradient", 0, basis="random@0"),
         StudyRun("advantage-modification", 0),
-        StudyRun("box", 1, "sgd"),
+        StudyRun("box", 1),
         StudyRun("none", 0, stored=True),
     ]
     together = study_of(runs, small, svd, settings, shortcut, most=3)
@@ -81,7 +81,7 @@ def test_a_run_goes_the_same_way_alone_and_beside_others(small, svd, settings, g
 
 
 def test_a_saved_study_goes_on_as_if_it_had_not_stopped(small, svd, settings, grader, tmp_path):
-    runs = [StudyRun("none", 0, stored=True), StudyRun("erase-gradient", 1, "sgd", stored=True)]
+    runs = [StudyRun("none", 0, stored=True), StudyRun("erase-gradient", 1, stored=True)]
     whole = study_of(runs, small, svd, settings)
     whole.run(grader)
     part = study_of(runs, small, svd, settings)

@@ -9,9 +9,9 @@ from scipy import stats
 from assay.errors import DataError
 
 
-def log(arm, seed, hack, solve, *, optimizer="adam", steps=60):
+def log(arm, seed, hack, solve, *, steps=60):
     """A run with these rates at the end."""
-    made = RunLog.begin(StudyRun(arm, seed, optimizer), StudySettings(), {"device": "cpu"})
+    made = RunLog.begin(StudyRun(arm, seed), StudySettings(), {"device": "cpu"})
     for step in range(steps):
         made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
     for markers in ("training", "evaluation"):

@@ -1,7 +1,7 @@
 """One page for a whole run: whatever experiments its folder holds, each in its own sections."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from assay.pages.report import SERIES, Badge, BadgeKind, Cell, Report, figure, l
 from assay_research.runs.runs import RunRecords, read_run
 
 PAGE = "report.html"
+_SHORT = 40  # characters of a label that fits into a plot
 
 Table = tuple[tuple[str, ...], list[list[Cell]]]
 """Columns and rows, for the terminal and for the page."""
@@ -29,27 +30,31 @@ SECTIONS = {
 """Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""
 
 VERDICTS: dict[Cell, BadgeKind] = {
-    **dict.fromkeys(("yes", "inside noise"), "pass"),
-    **dict.fromkeys(("no", "beyond noise", "over 5%"), "fail"),
-    "partly": "undecided",
+    **dict.fromkeys(("yes", "inside noise", "pass", "succeeds"), "pass"),
+    **dict.fromkeys(("no", "beyond noise", "over 5%", "fail", "fails"), "fail"),
+    **dict.fromkeys(("partly", "undecided"), "undecided"),
 }
 """Cells that the page shows as badges."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A plot over a logarithmic axis.
+    """A plot.
 
     Args:
         caption: Text below it.
         x, y: Texts of the axes.
         lines: Places and values of every line by name; a name that begins with a dash is drawn dashed, without a label.
+        bands: Lower and upper values around a line, by its name.
+        log: Whether the axis of places is logarithmic.
     """
 
     caption: str
     x: str
     y: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    log: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
     def shown(row: Any, column: Column) -> Cell:
         if callable(column):
             return column(row)
-        values = row if isinstance(row, Mapping) else vars(row)
+        values = row if isinstance(row, Mapping) else {one.name: getattr(row, one.name) for one in fields(row)}
         return column.format_map(values) if "{" in column else values[column]
 
     return tuple(columns), [[shown(row, column) for column in columns.values()] for row in rows]
@@ -130,15 +135,20 @@ def build_report(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _draw(report: Report, run: RunRecords) -> None:
-    section = section_of(run)
+def draw_section(report: Report, section: Section) -> None:
+    """Draw a section on a page."""
     report.section(section.heading)
-    report.paragraph(section.about)
+    if section.about:
+        report.paragraph(section.about)
     for caption, (columns, rows) in section.tables.items():
         shown = [[Badge(str(cell), VERDICTS[cell]) if cell in VERDICTS else cell for cell in row] for row in rows]
         report.table(columns, shown, caption=caption)
     for curves in section.curves:
         _plot(report, curves)
+
+
+def _draw(report: Report, run: RunRecords) -> None:
+    draw_section(report, section_of(run))
     with report.details(f"How {run.experiment} was run"):
         if not run.complete:
             report.paragraph("This experiment has not reached its end: cells are missing.")
@@ -148,15 +158,19 @@ def _draw(report: Report, run: RunRecords) -> None:
 
 
 def _plot(report: Report, curves: Curves) -> None:
-    fig, ax = figure(height=3.2)
+    long = max(map(len, curves.lines), default=0) > _SHORT  # such labels stand below the plot, one a line
+    fig, ax = figure(height=3.2 + 0.22 * len(curves.lines) * long)
     for index, (name, (x, y)) in enumerate(curves.lines.items()):
         solid = not name.startswith("-")
         colour = SERIES[(index if solid else index - 1) % len(SERIES)]
         ax.plot(x, y, "-" if solid else "--", color=colour, label=name if solid else None)
-    ax.set_xscale("log")
+        if name in curves.bands:
+            ax.fill_between(x, *curves.bands[name], color=colour, alpha=0.18, linewidth=0)
+    if curves.log:
+        ax.set_xscale("log")
     ax.set_xlabel(curves.x)
     ax.set_ylabel(curves.y)
-    legend(ax)
+    legend(ax, **({"loc": "upper left", "bbox_to_anchor": (0.0, -0.2)} if long else {}))
     report.figure(fig, curves.caption)
 
 

@@ -1,11 +1,11 @@
 """One optimizer step of many runs, each held back by its own arm.
 
 What :class:`assay.vhack.delta.ProjectedOptimizer` does to one adapter, done to R of them side by side by the same
-functions, which take a dimension per run. The inner optimizers are torch's on the stacked δS of the runs that have
-them; Adam and SGD treat every number by itself, so stacking changes nothing. Clipping, which concerns a whole run, is
-done per run. Tests hold every combination of gate, push and box equal to a ProjectedOptimizer.
+functions, which take a dimension per run. The inner optimizer is torch's on the stacked δS; Adam and SGD treat every
+number by itself, so stacking changes nothing. Clipping, which concerns a whole run, is done per run. Tests hold every
+combination of gate, push and box equal to a ProjectedOptimizer.
 
-Shapes: R runs, N of them alike, M modules of a group, K axes, C coordinates of δS.
+Shapes: R runs, N of them with one arm, M modules of a group, K axes, C coordinates of δS.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,7 @@ class StackedOptimizer:
         groups: Modules by shape.
         arms: Arm of each run.
         bases: Axes of each run, along which its arm acts and is measured.
-        kinds: Name of each run's optimizer.
-        inner: By that name, what makes the optimizer of a list of parameters.
+        inner: What makes the optimizer of a list of parameters.
         watched: Axes along which the displacement of every run is measured as well, ``watched_…``.
         max_norm: Largest norm of a run's gradient after its gate; None does not clip.
 
@@ -45,33 +44,29 @@ class StackedOptimizer:
         groups: Sequence[Group],
         arms: Sequence[Arm],
         bases: Sequence[Basis | None],
-        kinds: Sequence[str],
-        inner: Mapping[str, Callable[[list[Tensor]], Optimizer]],
+        inner: Callable[[list[Tensor]], Optimizer],
         *,
         watched: Basis | None = None,
         max_norm: float | None = 1.0,
     ) -> None:
         self.max_norm = max_norm
-        self.delta = [torch.zeros(len(arms), *group.values.shape, device=group.values.device) for group in groups]
-        device = self.delta[0].device
-        self._inner: dict[str, tuple[Tensor, list[Tensor], Optimizer]] = {}
-        for kind in dict.fromkeys(kinds):
-            rows = torch.tensor([row for row, one in enumerate(kinds) if one == kind], device=device)
-            parameters: list[Tensor] = [torch.nn.Parameter(delta[rows]) for delta in self.delta]
-            self._inner[kind] = (rows, parameters, inner[kind](parameters))
         frames = {id(basis): Frames(groups, basis) for basis in bases}
         self._axes = [
             _stack([frames[id(basis)].axes[g] for basis in bases]) for g in range(len(groups))
         ]  # per group, [R, M, K, C]
         self._has = [torch.stack([frames[id(basis)].has_axes[g] for basis in bases]) for g in range(len(groups))]
         self._watched = None if watched is None else Frames(groups, watched)
+        device = groups[0].values.device
         # Displacements count from the weights of the model, wherever a run starts.
-        self._start = [delta.clone() for delta in self.delta]
+        self._start = [torch.zeros(len(arms), *group.values.shape, device=device) for group in groups]
         # The distance is rounded to float32, as it was in the published runs.
         start_R11 = torch.tensor([arm.start for arm in arms], device=device).double()[:, None, None]
-        self.delta = [displace(delta, start_R11, axes) for delta, axes in zip(self.delta, self._axes, strict=True)]
+        moved = [displace(delta, start_R11, axes) for delta, axes in zip(self._start, self._axes, strict=True)]
+        self.delta: list[Tensor] = [torch.nn.Parameter(delta, requires_grad=False) for delta in moved]
+        self._inner = inner(self.delta)
         self.measures: dict[str, Tensor] = {}
-        self._alike = [(arm, kind, rows.to(device)) for (arm, kind), rows in _alike(arms, kinds).items() if arm.acts]
+        rows = {arm: [row for row, one in enumerate(arms) if one == arm] for arm in arms if arm.acts}
+        self._rows = {arm: torch.tensor(found, device=device) for arm, found in rows.items()}
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
@@ -81,21 +76,17 @@ class StackedOptimizer:
             gradients: Gradient of δS per group, [R, M, C] float32; changed in place.
         """
         found = self.measure_shares("cin", gradients)
-        for arm, _, rows in self._alike:
+        for arm, rows in self._rows.items():
             for gradient, axes in zip(gradients, self._axes, strict=True):
                 gradient[rows] = gate_gradient(arm, gradient[rows], axes[rows])
         found["gradient_norm"] = self._clip(gradients)
         found |= self.measure_shares("cout", gradients)
         before = [delta.clone() for delta in self.delta]
-        for rows, parameters, optimizer in self._inner.values():
-            for parameter, delta, gradient in zip(parameters, self.delta, gradients, strict=True):
-                parameter.copy_(delta[rows])
-                parameter.grad = gradient[rows]
-            optimizer.step()
-            for parameter, delta in zip(parameters, self.delta, strict=True):
-                delta[rows] = parameter.detach()
-        for arm, kind, rows in self._alike:
-            rate = float(self._inner[kind][2].param_groups[0]["lr"])
+        for delta, gradient in zip(self.delta, gradients, strict=True):
+            delta.grad = gradient
+        self._inner.step()
+        rate = float(self._inner.param_groups[0]["lr"])
+        for arm, rows in self._rows.items():
             for delta, old, start, axes in zip(self.delta, before, self._start, self._axes, strict=True):
                 delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
         found |= self.measure_shares("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
@@ -106,17 +97,15 @@ class StackedOptimizer:
             self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return δS, and the states of the inner optimizers."""
-        inner = {kind: optimizer.state_dict() for kind, (_, _, optimizer) in self._inner.items()}
-        return {"delta": [delta.cpu() for delta in self.delta], "inner": inner}
+        """Return δS, and the state of the inner optimizer."""
+        return {"delta": [delta.detach().cpu() for delta in self.delta], "inner": self._inner.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state of the same runs."""
         for delta, stored in zip(self.delta, state["delta"], strict=True):
             delta.copy_(stored)
-        for kind, (_, _, optimizer) in self._inner.items():
-            optimizer.load_state_dict(state["inner"][kind])
+        self._inner.load_state_dict(state["inner"])
 
     def measure_shares(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """Return the shares of vectors along each run's axes, see :func:`assay.vhack.delta.share`."""
@@ -137,11 +126,3 @@ def _stack(axes: list[Tensor]) -> Tensor:
     most = max(axes_MKC.shape[1] for axes_MKC in axes)
     padded = [torch.nn.functional.pad(axes_MKC, (0, 0, 0, most - axes_MKC.shape[1])) for axes_MKC in axes]
     return torch.stack(padded)
-
-
-def _alike(arms: Sequence[Arm], kinds: Sequence[str]) -> dict[tuple[Arm, str], Tensor]:
-    """Return the runs, [N] int64, of every arm with every optimizer."""
-    found: dict[tuple[Arm, str], list[int]] = {}
-    for index, pair in enumerate(zip(arms, kinds, strict=True)):
-        found.setdefault(pair, []).append(index)
-    return {pair: torch.tensor(rows) for pair, rows in found.items()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZER = "adam"  # of every run, in the names of conditions
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class StudySettings:
         prompt_tokens: Length of the longest prompt.
         new_tokens: Length T of the longest completion.
         adam_rate, adam_betas: Learning rate and betas of Adam.
-        sgd_rate, sgd_momentum: Learning rate and momentum of SGD.
         max_norm: Largest norm of the gradient of one run.
         log_every: Steps that one line of a log is the mean of; a divisor of ``steps``, or the last ones had no line.
         pool: Number of tasks to draw from.
@@ -54,8 +53,6 @@ class StudySettings:
     new_tokens: int = 112
     adam_rate: float = 0.03
     adam_betas: tuple[float, float] = (0.9, 0.99)
-    sgd_rate: float = 0.3
-    sgd_momentum: float = 0.9
     max_norm: float = 1.0
     log_every: int = 5
     pool: int = 4096
@@ -82,26 +79,22 @@ class StudyRun:
     Attributes:
         arm: Name of the arm, see :func:`assay.vhack.delta.arm_named`; ``basis`` says which axes it takes.
         seed: Seed of tasks and rollouts.
-        optimizer: Either ``"adam"`` or ``"sgd"``.
         basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws of a kind apart.
         modes: Loopholes that it is trained on.
         stored: Whether an exploit joins each prompt's own rollouts, as if the policy had just written it.
 
     Raises:
-        UsageError: There is no such arm, optimizer or loophole.
+        UsageError: There is no such arm or loophole.
     """
 
     arm: str
     seed: int
-    optimizer: str = "adam"
     basis: str = "true"
     modes: tuple[str, ...] = tuple(CHANNELS)
     stored: bool = False
 
     def __post_init__(self) -> None:
         arm_named(self.arm)
-        if self.optimizer not in OPTIMIZERS:
-            raise UsageError(f"optimizer {self.optimizer!r}", wanted=" or ".join(OPTIMIZERS), do="choose one of them")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
         if unknown or not self.modes:
             raise UsageError(f"modes {self.modes}", wanted=", ".join(CHANNELS), do="choose among these")
@@ -116,7 +109,7 @@ class StudyRun:
         """Everything but the seed, in one word: what is averaged over seeds."""
         axes = f"axes-{self.basis.partition('@')[0]}" if self.basis != "true" else ""
         only = self.modes if self.modes != tuple(CHANNELS) else ()
-        word = condition_of(self.optimizer, self.arm, axes=axes, only=only, taught=False)
+        word = condition_of(OPTIMIZER, self.arm, axes=axes, only=only, taught=False)
         return f"{word}/{self.regime}" if self.regime else word
 
     @property

@@ -36,7 +36,7 @@ from assay_research.study.model import (
     token_logprobs,
 )
 from assay_research.study.optimizer import StackedOptimizer
-from assay_research.study.plan import OPTIMIZERS, StudyRun, StudySettings, TaskPool
+from assay_research.study.plan import StudyRun, StudySettings, TaskPool
 
 if TYPE_CHECKING:
     from assay.models.load import Model
@@ -71,8 +71,7 @@ class Cohort:
             self.model.groups,
             [run.how for run in runs],
             [bases[run.basis] for run in runs],
-            [run.optimizer for run in runs],
-            {kind: partial(_inner, kind, settings) for kind in OPTIMIZERS},
+            partial(torch.optim.Adam, lr=settings.adam_rate, betas=settings.adam_betas),
             watched=bases.get("true"),
             max_norm=settings.max_norm,
         )
@@ -249,12 +248,6 @@ class Cohort:
         """Take up a state of the same runs."""
         self.optimizer.load_state_dict(state)
         self.model.merge(self.optimizer.delta)
-
-
-def _inner(name: str, settings: StudySettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=settings.adam_rate, betas=settings.adam_betas)
-    return torch.optim.SGD(parameters, lr=settings.sgd_rate, momentum=settings.sgd_momentum)
 
 
 Progress = Callable[[int, Mapping[str, float]], None]
