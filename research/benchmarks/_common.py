@@ -14,9 +14,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for helpers of the tests: servers, receivers, checkpoints
 
-from assay.files.storage import write_atomic  # noqa: E402
-from assay.pages.provenance import provenance  # noqa: E402
-
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the option that all benchmarks share."""
@@ -27,6 +24,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def publish(name: str, figures: dict[str, object], output: Path | None) -> None:
     """Print the figures with where they come from, and write them if asked."""
+    # Here, because a worker of two_commits has an older assay on its path.
+    from assay.files.storage import write_atomic
+    from assay.pages.provenance import provenance
+
     result = {
         "schema": f"assay.benchmark.{name}/1",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

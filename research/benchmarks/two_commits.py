@@ -1,141 +1,116 @@
-"""`prove` and gradients of two commits on one device, in turns, each in a process of its own.
+"""`prove` and gradients of two commits on one device, or of this one with and without the deterministic mode.
+
+Both ways take turns, each in a process of its own, which sees its assay first on the path.
 
     git worktree add .bench/old COMMIT
     python research/benchmarks/two_commits.py --old .bench/old/src --models shape:qwen3-0.6b shape:llama-3.1-8b \
         -o research/results/two_commits_h100.json
+    python research/benchmarks/two_commits.py --deterministic --device cuda --batch 128 --nonces 3072 \
+        --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
-Figures are the best of the rounds of a process (nonces or samples per second); `new_over_old` is the ratio of the
-medians over the turns. Old and new take turns, old first in even turns.
+Figures are the best of the rounds of a process (nonces or samples per second); the ratio is that of the medians over
+the turns. The first way begins in even turns.
 """
 
-import argparse
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SEQ_LEN = 256
+from _common import ROOT, note, parser, publish, wall_seconds
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(chosen, model, nonces, way):
     """Return the figures of the assay that is on the path."""
-    import torch
-
     from assay import load_model
     from assay.poc import HFEngine, Round, prove
 
-    def best(work, count):
-        seconds = []
-        for _ in range(arguments.rounds + 1):  # the first one compiles
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return count / min(seconds[1:])
+    if way == "deterministic":
+        from assay.poc.engines.hf.engine import be_deterministic
 
-    model = load_model(arguments.model, device=arguments.device)
-    round = Round(block_hash="block", public_key="key", seq_len=arguments.seq_len)
-    engine = HFEngine(model, batch_size=arguments.batch, seq_len=arguments.seq_len, compiled=arguments.device == "cuda")
+        be_deterministic()
+
+    def best(work, count):
+        return count / min([wall_seconds(work) for _ in range(chosen.rounds + 1)][1:])  # the first one compiles
+
+    loaded = load_model(model, device=chosen.device)
+    round = Round(block_hash="block", public_key="key", seq_len=chosen.seq_len)
+    compiled = chosen.device == "cuda" and not chosen.eager
+    engine = HFEngine(loaded, batch_size=chosen.batch, seq_len=chosen.seq_len, compiled=compiled)
     with tempfile.TemporaryDirectory() as folder:
+        path, proofs = Path(folder) / "proof.jsonl", []
 
         def work():
-            prove(
-                model,
-                round,
-                range(arguments.nonces),
-                engine=engine,
-                output=Path(folder) / "proof.jsonl",
-                overwrite=True,
-            )
+            proofs[:] = [prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)]
 
-        found = {"prove": best(work, arguments.nonces)}
-    if arguments.gradients:
+        found = {"prove": best(work, nonces)}
+    digest = hashlib.sha256(proofs[0].distances.tobytes()).hexdigest()
+    if model in chosen.gradients:
         from transformers import AutoTokenizer
 
         from assay.vhack import Sample, per_sample_gradients, weight_svd
 
-        samples = [
-            Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8) for n in range(arguments.samples)
-        ]
-        tokenizer = model.tokenizer or AutoTokenizer.from_pretrained(ROOT / "src/assay/models/reference/qwen3")
-        svd = weight_svd(model, method="gram")
+        samples = [Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8) for n in range(chosen.samples)]
+        tokenizer = loaded.tokenizer or AutoTokenizer.from_pretrained(ROOT / "src/assay/models/reference/qwen3")
+        svd = weight_svd(loaded, method="gram")
         found["gradients"] = best(
-            lambda: per_sample_gradients(samples, model, tokenizer=tokenizer, svd=svd), arguments.samples
+            lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd), chosen.samples
         )
-    return found
+    return {"per_second": found, "distances": digest}
 
 
-def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--old", type=Path, help="src of the older commit")
-    made.add_argument("--models", nargs="+", default=["reference:qwen3"])
-    made.add_argument("--gradients", nargs="*", default=[], help="models whose gradients are measured, too")
-    made.add_argument("--nonces", type=int, nargs="+", default=[128], help="nonces of a proof, for each model")
-    made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--seq-len", type=int, default=SEQ_LEN)
-    made.add_argument("--samples", type=int, default=24)
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--turns", type=int, default=3)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--model", help=argparse.SUPPRESS)
-    made.add_argument("-o", "--output", type=Path)
-    arguments = made.parse_args()
-    if arguments.model:
-        arguments.nonces = arguments.nonces[0]
-        print(json.dumps(measure(arguments)))
+def main():
+    options = parser(__doc__)
+    options.add_argument("--old", type=Path, help="src of the older commit")
+    options.add_argument(
+        "--deterministic", action="store_true", help="compare the deterministic mode with the plain one"
+    )
+    options.add_argument("--models", nargs="+", default=["reference:qwen3"])
+    options.add_argument("--gradients", nargs="*", default=[], help="models whose gradients are measured, too")
+    options.add_argument("--nonces", type=int, nargs="+", default=[128], help="nonces of a proof, for each model")
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--seq-len", type=int, default=256)
+    options.add_argument("--samples", type=int, default=24)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--eager", action="store_true", help="without compiled kernels")
+    options.add_argument("--worker", nargs=3, help="what this file starts by itself")
+    chosen = options.parse_args()
+    if chosen.worker:
+        way, model, nonces = chosen.worker
+        print(json.dumps(measure(chosen, model, int(nonces), way)))
         return
-    sources = {"old": arguments.old, "new": ROOT / "src"}
-    figures: dict[str, object] = {}
-    for model, nonces in zip(arguments.models, arguments.nonces, strict=True):
-        seen: dict[str, dict[str, list[float]]] = {name: {} for name in sources}
-        for turn in range(arguments.turns):
-            for name in sorted(sources, reverse=turn % 2 == 0):
-                command = [sys.executable, __file__, "--model", model, "--nonces", str(nonces)]
-                command += [
-                    "--batch",
-                    str(arguments.batch),
-                    "--seq-len",
-                    str(arguments.seq_len),
-                    "--samples",
-                    str(arguments.samples),
-                ]
-                command += ["--rounds", str(arguments.rounds), "--device", arguments.device]
-                command += ["--gradients", model] if model in arguments.gradients else []
-                path = os.pathsep.join([str(Path(sources[name]).resolve()), os.environ.get("PYTHONPATH", "")])
-                environment = os.environ | {"PYTHONPATH": path}
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                for what, value in json.loads(done.stdout.splitlines()[-1]).items():
-                    seen[name].setdefault(what, []).append(value)
-                print(model, turn, name, done.stdout.splitlines()[-1], file=sys.stderr, flush=True)
-        ratios = {w: statistics.median(seen["new"][w]) / statistics.median(seen["old"][w]) for w in seen["old"]}
-        figures[model] = {"per_second": seen, "new_over_old": ratios}
-        if arguments.output:
-            publish(arguments, figures)
-    print(json.dumps({model: found["new_over_old"] for model, found in figures.items()}, indent=1))  # type: ignore[index]
-
-
-def publish(arguments: argparse.Namespace, figures: dict[str, object]) -> None:
-    """Write what was measured until now."""
-    import torch
-
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores"
-    about = {
-        "schema": "assay.benchmark.two_commits/1",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "device": device,
-        "torch": torch.__version__,
-    }
-    arguments.output.write_text(json.dumps(about | {"models": figures}, indent=1) + "\n", encoding="utf-8")
+    sources = {"old": chosen.old, "new": ROOT / "src"}
+    if chosen.deterministic:
+        sources = dict.fromkeys(("plain", "deterministic"), ROOT / "src")
+    figures = {}
+    for model, nonces in zip(chosen.models, chosen.nonces, strict=True):
+        seen, digests = {way: {} for way in sources}, set()
+        for turn in range(chosen.turns):
+            for way in sources if turn % 2 == 0 else reversed(sources):
+                path = os.pathsep.join([str(Path(sources[way]).resolve()), os.environ.get("PYTHONPATH", "")])
+                command = [sys.executable, *sys.argv, "--worker", way, model, str(nonces)]
+                done = subprocess.run(
+                    command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True
+                )
+                found = json.loads(done.stdout.splitlines()[-1])
+                note(f"{model} {turn} {way} {found}")
+                digests.add(found["distances"])
+                for what, value in found["per_second"].items():
+                    seen[way].setdefault(what, []).append(value)
+        first, second = seen.values()
+        ratios = {what: statistics.median(second[what]) / statistics.median(first[what]) for what in first}
+        figures[model] = {
+            "per_second": seen,
+            "_over_".join(reversed(seen)): ratios,
+            "same_distances": len(digests) == 1,
+        }
+    publish("two_commits", {"device": chosen.device, "models": figures}, chosen.output)
 
 
 if __name__ == "__main__":

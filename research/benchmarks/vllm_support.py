@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
-from assay.models.resolve import checkpoint_directory
+from assay.models.resolve import resolve
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
@@ -179,7 +179,7 @@ def allow(device):
 
 def checkpoint(kind, folder, device="cpu"):
     """Make a checkpoint of a kind, once; return its directory."""
-    source = checkpoint_directory(PLAIN)
+    source = resolve(PLAIN).checkpoint
     kind = " ".join(word for word in kind.split() if word not in DEVICES)
     if kind in WHOLE:
         return source
