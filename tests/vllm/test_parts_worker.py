@@ -18,10 +18,9 @@ from assay.poc.protocol.transforms import weighted_sum
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, pack_values, request_id, split_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
-from assay.poc.vllm.worker import Hooks, WorkerExtension
+from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 

@@ -25,16 +25,14 @@ from assay.poc.engines.base import Decoded, Replayed, drawn_prompts
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.record import Fingerprint
-from assay.poc.vllm.decoding import CLAIMED
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+from assay.poc.vllm.worker import CLAIMED
 
 log = logging.getLogger("assay.vllm")
 
-NONCE_PRIORITY = 1_000_000
-"""vLLM takes lower values first; requests of clients have 0 unless they choose."""
-
+NONCE_PRIORITY = 1_000_000  # vLLM takes lower values first; requests of clients have 0 unless they choose
 TIMEOUT = 120.0  # seconds for a call into the workers
 AHEAD = 2  # batches that may be finished before they are asked for
 ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
@@ -50,20 +48,11 @@ DEAD = "EngineDeadError"
 
 
 class Client:
-    """Runs nonces on one engine.
-
-    Args:
-        llm: Engine client of vLLM, an ``AsyncLLM``.
-        throttle: Throttle that admits nonces.
-        engines: Number of its data-parallel engines. vLLM deals requests out to them, and calls reach them all.
-        version: Version of vLLM.
-    """
+    """Runs nonces on one ``AsyncLLM``, which deals requests out to its data-parallel engines; calls reach them all."""
 
     loop: asyncio.AbstractEventLoop
-    positions: int
-    """Length of the longest prompt that the engine takes."""
-    description: dict[str, Any]
-    """What the worker with the hidden states says of itself."""
+    positions: int  # of the longest prompt that the engine takes
+    description: dict[str, Any]  # what the worker with the hidden states says of itself
 
     def __init__(self, llm: Any, throttle: Throttle, engines: int = 1, version: str = "") -> None:
         self.throttle, self.version = throttle, version
@@ -84,7 +73,7 @@ class Client:
 
     def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
         """Return how the engine computes so many sequences of so many positions at a time."""
-        worker = self.description
+        worker, runner = self.description, f"runner {self.description['runner']}"
         parallel = [f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}", *worker["experts_over"]]
         return Fingerprint(
             engine="vllm",
@@ -96,12 +85,7 @@ class Client:
             threads=worker["threads"],
             torch=torch.__version__,
             library=f"vllm {self.version}",
-            kernels=(
-                f"runner {worker['runner']}",
-                *parallel,
-                "eager" if worker["eager"] else "compiled",
-                *worker["products"],
-            ),
+            kernels=(runner, *parallel, "eager" if worker["eager"] else "compiled", *worker["products"]),
         )
 
     async def open(self, spec: Spec) -> str:
@@ -204,17 +188,11 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             replies = await llm.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
             return [reply for of_engine in replies for reply in of_engine]
     except TimeoutError:
-        raise ModelError(
-            f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
-            wanted="workers that run",
-            do="see the log of vLLM",
-        ) from None
+        seen = f"vLLM's workers did not answer {method} in {TIMEOUT:g} s"
+        raise ModelError(seen, wanted="workers that run", do="see the log of vLLM") from None
     except Exception as error:  # of vLLM, and of any kind
-        raise _failure(error)(
-            f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
-            wanted="an engine that runs",
-            do="see the log of vLLM",
-        ) from error
+        seen = f"vLLM's workers did not run {method}: {reason_of(error)}"[:400]
+        raise _failure(error)(seen, wanted="an engine that runs", do="see the log of vLLM") from error
 
 
 def _failure(error: Exception) -> type[ModelError]:
@@ -227,11 +205,8 @@ class NonceStream:
 
     Without chat whole batches run in calls into the workers where they can; all other nonces are requests.
 
-    Args:
-        client: Client of the engine.
-        spec: Round, and the pipeline that names what is published.
-        nonces: Nonces in the order of the results, perhaps more than will ever be run.
-        batch_size: Number of nonces that are handed out at a time.
+    ``nonces`` are in the order of the results, and perhaps more than will ever be run. ``batch_size`` of them are
+    handed out at a time.
     """
 
     def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
@@ -355,21 +330,18 @@ class NonceStream:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
-                    raise _failure(outcome)(
+                    seen, wanted = (
                         f"vLLM refused a nonce: {reason_of(outcome)}"[:400],
-                        wanted="an engine that takes requests of this length",
-                        do="see the log of vLLM",
-                    ) from outcome
+                        "an engine that takes its length",
+                    )
+                    raise _failure(outcome)(seen, wanted=wanted, do="see the log of vLLM") from outcome
             found = await self._client.collect(self._key, list(left))
             whole = {nonce for nonce, outcome in zip(left, outcomes, strict=True) if self._whole(nonce, outcome)}
             values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
             left = {nonce: task for nonce, task in left.items() if nonce not in values}
         if left:
-            raise ModelError(
-                f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in {ATTEMPTS} attempts",
-                wanted="requests that are not aborted",
-                do="see the log of vLLM",
-            )
+            seen = f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in {ATTEMPTS} attempts"
+            raise ModelError(seen, wanted="requests that are not aborted", do="see the log of vLLM")
         return np.stack([values[nonce] for nonce in wanted])
 
 

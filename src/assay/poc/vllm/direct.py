@@ -69,20 +69,15 @@ class CallSizer:
 class DirectPath:
     """Admits calls of whole batches to the workers, and remembers what became of them.
 
-    Args:
-        throttle: Throttle of the requests, which knows the chat in the engine.
-        call: Function that calls a method of every worker and returns their replies.
-        engines: Number of data-parallel engines. Each call goes to all of them, with an equal share for each.
+    ``call`` calls a method of every worker and returns their replies. Each data-parallel engine has an equal share.
     """
 
     def __init__(self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]], engines: int = 1) -> None:
         self.reason: str | None = "no round has begun"
         """Why the nonces of the last stream were requests even without chat; None where they were not."""
-        self.in_flight = 0
-        """Nonces in calls now."""
-        self.nonces = self.calls = 0
-        self.most = MOST * engines
-        """Nonces of a call at most."""
+        self.in_flight = 0  # nonces in calls now
+        self.nonces = self.calls = 0  # that have run
+        self.most = MOST * engines  # nonces of a call
         self._engines = engines
         self._throttle, self._call = throttle, call
         self._sizers: dict[int, CallSizer] = {}
@@ -132,8 +127,8 @@ class DirectPath:
     async def run(self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int) -> dict[int, Any]:
         """Run nonces in the workers, and return their values, none of them if they did not run.
 
-        ``admitted`` is the size of the call that :meth:`admit` gave, 0 where it was not asked. A call that has fewer
-        nonces, because its stream ends, says nothing about the next one, and none may follow it.
+        A call that has fewer nonces than were admitted, because its stream ends, says nothing about the next one, and
+        none may follow it.
         """
         is_whole, name = len(nonces) == admitted, f"{key} {next(self._names)}"
         waiting = self._waiting[name] = asyncio.get_running_loop().create_future()

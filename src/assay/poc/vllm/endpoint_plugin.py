@@ -198,7 +198,6 @@ def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
 
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
-
 MESSAGE = "Proof of Compute has this engine to itself for a while"
 BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 

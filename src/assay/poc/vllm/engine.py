@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
 from assay.models.device import processor
 from assay.models.load import identify
-from assay.models.resolve import checkpoint_directory
+from assay.models.resolve import resolve
 from assay.poc.engines.base import Decoded, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.record import Fingerprint
@@ -84,13 +84,11 @@ def explain_start() -> Iterator[None]:
     except AssayError:
         raise
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"options of vLLM: {error}"[:500], wanted="its engine arguments", do="see `vllm serve --help`"
-        ) from None
+        seen = f"options of vLLM: {error}"[:500]
+        raise UsageError(seen, wanted="its engine arguments", do="see `vllm serve --help`") from None
     except Exception as error:  # vLLM fails to start in many ways
-        raise ModelError(
-            f"vLLM does not start: {reason_of(error)}"[:500], wanted="an engine", do="see its log above"
-        ) from error
+        seen = f"vLLM does not start: {reason_of(error)}"[:500]
+        raise ModelError(seen, wanted="an engine", do="see its log above") from error
 
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
@@ -115,7 +113,10 @@ class RequestEngine:
         seq_len: T, the number of positions of every nonce.
 
     Raises:
-        UsageError: The sequence is longer than the engine takes, or the batch is out of range.
+        UsageError: The sequence, with the tokens that are decoded, is longer than the engine takes; the batch is out of
+            range; or the engine cannot take a step of a pipeline.
+        ModelError: vLLM did not run a nonce, or has ended.
+        BadWeights: A state is NaN or infinite.
     """
 
     def __init__(self, client: Client, *, batch_size: int, seq_len: int) -> None:
@@ -133,23 +134,12 @@ class RequestEngine:
         return self._client.fingerprint(self.batch_size, self.seq_len)
 
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
-
-        Raises:
-            UsageError: The engine cannot take a step of the pipeline, or the workers refuse the round.
-            ModelError: vLLM did not run a nonce, or has ended.
-        """
+        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time."""
         check_supported(self, pipeline)
         yield from self._run(NonceStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, each as one request of as many steps.
-
-        Raises:
-            UsageError: Prompt and tokens are longer than the engine takes, or it cannot decode.
-            BadWeights: A state is NaN or infinite.
-            ModelError: vLLM did not run a nonce, or has ended.
-        """
+        """Decode the tokens of nonces, each as one request of as many steps."""
         stream = self._tokens(round, pipeline, nonces)
         for values in self._run(stream):
             yield stream.decoded(values)
@@ -157,11 +147,7 @@ class RequestEngine:
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], each as one prompt.
-
-        Raises:
-            AssayError: As :meth:`decoded`.
-        """
+        """Replay given tokens of nonces, [M, N], each as one prompt."""
         stream = self._tokens(round, pipeline, nonces, tokens_MN)
         for values in self._run(stream):
             yield stream.replayed(values)
@@ -239,7 +225,7 @@ class VLLMEngine(RequestEngine):
     ) -> None:
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
-        config = _configured(str(checkpoint_directory(reference)), dtype, options)
+        config = _configured(str(resolve(reference).checkpoint), dtype, options)
         check_batch_size(batch_size)
         _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
@@ -291,13 +277,10 @@ def _configured(directory: str, dtype: str | None, options: dict[str, Any]) -> A
     from vllm import AsyncEngineArgs
 
     fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
-    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False}
+    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False, "language_model_only": True}
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
-    own["language_model_only"] = True
-    own |= fit_machine(dtype, options)
-    chosen = own | options | fixed
     with explain_start():
-        config = AsyncEngineArgs(**chosen).create_engine_config()
+        config = AsyncEngineArgs(**own | fit_machine(dtype, options) | options | fixed).create_engine_config()
         check_config(config)
         return config
 
@@ -365,7 +348,7 @@ class VLLMPrefill:
         for header in receipts:
             check_model(header, self.model)
         self.batch_size, self._likeliest = batch_size, min(LIKELIEST, self.model.vocab_size)
-        self._engine = self._started(str(checkpoint_directory(reference)), options)
+        self._engine = self._started(str(resolve(reference).checkpoint), options)
         with ExitStack() as failed:
             failed.callback(self.close)
             with explain_start():
@@ -373,7 +356,6 @@ class VLLMPrefill:
             failed.pop_all()
 
     def _started(self, directory: str, options: dict[str, Any]) -> Any:
-        """Return vLLM's ``LLM`` over a checkpoint."""
         from vllm import LLM
 
         with explain_start():
@@ -451,9 +433,8 @@ class VLLMPrefill:
         """Return the logits [N, V] that vLLM gave, -inf for those that it did not."""
         rows = [] if found is None else list(found)[-len(response.output) :]
         if len(rows) != len(response.output) or any(not row for row in rows):
-            raise ModelError(
-                "vLLM without the logits of a prompt", wanted="those of every position", do="use another version"
-            )
+            seen = "vLLM without the logits of a prompt"
+            raise ModelError(seen, wanted="those of every position", do="use another version")
         logits_NV = torch.full((len(rows), self.model.vocab_size), float("-inf"))
         for logits_V, row in zip(logits_NV, rows, strict=True):
             logits_V[list(row)] = torch.tensor([one.logprob for one in row.values()])
