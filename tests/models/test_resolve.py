@@ -11,7 +11,7 @@ from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
 from assay.models import list_models, load_model, model_info
 from assay.models import resolve as _resolve
 from assay.models.load import identify
-from assay.models.resolve import checkpoint_directory
+from assay.models.resolve import resolve
 from tests.models.storing import configure
 
 
@@ -192,12 +192,12 @@ def test_a_checkpoint_is_named_as_if_it_had_been_loaded_and_takes_no_memory(chec
 
 
 def test_a_reference_leads_to_its_directory(checkpoint: Path) -> None:
-    assert checkpoint_directory(checkpoint) == checkpoint
-    assert (checkpoint_directory("reference:qwen3") / "model.safetensors").is_file()
+    assert resolve(checkpoint).checkpoint == checkpoint
+    assert (resolve("reference:qwen3").checkpoint / "model.safetensors").is_file()
 
 
 def test_a_shape_has_no_checkpoint_and_nothing_has_none_either(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="models random"):
         identify("shape:qwen3-0.6b", dtype="float32")
     with pytest.raises(ModelNotFound):
-        checkpoint_directory(tmp_path / "nothing")
+        resolve(tmp_path / "nothing")

@@ -50,13 +50,9 @@ def round_rows(x: Tensor) -> Rounded:
 
 
 def multiply_rows(x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums: bool = False) -> Tensor:
-    """Return x Wᵀ of numbers in e4m3 with scales by row, [S, R].
+    """Return x Wᵀ [S, R] of an input [S, C] and a weight [R, C] in e4m3 with scales by row.
 
-    Args:
-        x: Input, [S, C].
-        weight: Weight, [R, C].
-        dtype: Dtype of the result.
-        short_sums: Whether CUDA may sum in fewer bits than float32, which is another computation.
+    With short sums CUDA may sum in fewer bits than float32, which is another computation.
     """
     if x.values.device.type == "cuda":
         y = torch._scaled_mm(
@@ -73,14 +69,7 @@ def multiply_rows(x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ on CUDA for rows that stand together where they have one weight.
-
-    Args:
-        x: Input, [S, C].
-        weights: Weights, [E, R, C].
-        ends: Where the rows of each weight end, [E] int32.
-        dtype: Dtype of the result.
-    """
+    """Return x Wᵀ on CUDA of rows [S, C] and weights [E, R, C], the rows of each of which end at ``ends`` [E] int32."""
     y = torch._scaled_grouped_mm(
         x.values,
         weights.values.transpose(-2, -1),
@@ -138,27 +127,13 @@ class Arithmetic:
     block: tuple[int, int] | None = None
 
     def product(self, x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return x Wᵀ, [..., R], and the bias where there is one.
-
-        Args:
-            x: Input, [..., C].
-            weight: Weight, [R, C].
-            bias: Bias, [R].
-            dtype: Dtype of the result.
-        """
+        """Return x Wᵀ [..., R] of an input [..., C] and a weight [R, C], and the bias [R] where there is one."""
         y = self.multiply(Rounded(x.values.flatten(0, -2), x.scales.flatten(0, -2)), weight, dtype)
         y = y.view(*x.values.shape[:-1], len(weight.values))
         return y if bias is None else y + bias
 
     def grouped_product(self, x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return x Wᵀ for rows that stand together where they have one weight.
-
-        Args:
-            x: Input, [S, C].
-            weights: Weights, [E, R, C].
-            ends: Where the rows of each weight end, [E] int32.
-            dtype: Dtype of the result.
-        """
+        """Return x Wᵀ of rows [S, C] and weights [E, R, C], the rows of each of which end at ``ends`` [E] int32."""
         if x.values.is_cuda:
             return self.grouped(x, weights, ends, dtype)
         spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
@@ -198,11 +173,7 @@ def _multiply_blocks(x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: 
 def _library_block_product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
     """Return x Wᵀ in bfloat16 by torch's product with scales for blocks of :data:`CUDA_BLOCK`.
 
-    Args:
-        x: Values of the input, [M, C].
-        x_scales: Scales of the input, [M, groups].
-        weight: Values of the weight, [R, C].
-        weight_scales: Scales of the weight, [blocks of rows, groups].
+    The input is [M, C] with scales [M, groups], the weight [R, C] with scales [blocks of rows, groups].
     """
     rows, groups = x_scales.shape
     more = -rows % _SCALES_OF_A_VECTOR

@@ -71,15 +71,10 @@ def check_fits(source: Source, tensors: list[Stored]) -> None:
     missing = sorted(wanted.keys() - stored.keys() - tied)
     surplus = sorted(stored.keys() - wanted.keys() - tied)
     surplus = [name for name in surplus if not any(pattern.search(name) for pattern in ignored)]
-    if shaped:
-        kind, names = _SHAPED, shaped
-    elif bool(missing) != bool(surplus):
-        kind, names = (_MISSING, missing) if missing else (_SURPLUS, surplus)
-    else:
-        return
-    name = names[0]
-    shapes = f": {list(stored[name].shape)}, not {list(wanted[name])}" if shaped else ""
-    raise _misfit(str(find_file(source.checkpoint, stored, name)), kind, names, shapes)
+    found = {_SHAPED: shaped} | ({_MISSING: missing, _SURPLUS: surplus} if bool(missing) != bool(surplus) else {})
+    for kind, (name, *_) in ((kind, names) for kind, names in found.items() if names):
+        shapes = f": {list(stored[name].shape)}, not {list(wanted[name])}" if shaped else ""
+        raise _misfit(str(find_file(source.checkpoint, stored, name)), kind, found[kind], shapes)
 
 
 def _stored_shapes(module: "PreTrainedModel") -> dict[str, Shape]:
@@ -214,19 +209,33 @@ def load_model(
         >>> model.hidden_size, model.num_layers, model.vocab_size
         (256, 8, 4096)
     """
-    _check_mode(weights, block_hash, is_shape=str(reference).startswith("shape:"))
-    target = parse_device(device)
+    source, target = resolve(reference), parse_device(device)
+    block, is_shape = block_hash or (SHAPE_BLOCK if source.directory is None else ""), source.directory is None
+    if weights not in WEIGHT_MODES:
+        raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
+    if weights == "trained" and block_hash is not None:
+        raise UsageError(
+            "a block hash for trained weights", wanted="no block_hash", do="drop it, or ask for random-all"
+        )
+    if weights != "trained" and not block:
+        raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
     if dtype is not None and dtype not in streams.DTYPES:
         raise UsageError(f"dtype={dtype!r}", wanted=" or ".join(streams.DTYPES), do="choose one, or leave it out")
-    wanted = None if dtype is None else torch_dtype(dtype)
-    source = resolve(reference)
     form = _format_of(source, quantise, weights, target)
     tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
     if rounded and mesh is not None:
         raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
+    mode = "random-all" if is_shape and weights == "trained" else weights
     try:
-        module, digest, mode = _materialise(source, wanted, target, mesh, weights, block_hash, form)
+        module, kept = _read_weights(source, dtype and torch_dtype(dtype), mode, form)
+        if mesh is not None:
+            _shard(module, mesh)
+        if is_shape or mode == "random-all":
+            randomise(module, kept or block, target, unit_norms=is_shape)
+        if mode == "random-embed":
+            randomise_embeddings(module, block)
+        cast("nn.Module", module).to(target).eval()  # the library's own `to` is wrapped in a way that hides its type
         if rounded and form is None:
             round_weights(module, rounded)
     except (RuntimeError, MemoryError) as error:
@@ -237,7 +246,30 @@ def load_model(
             wanted="room for all parameters",
             do="use a smaller model or dtype, or --device cpu",
         ) from error
+    digest = kept if mode == "trained" else recipe_digest(source, mode, block, kept)
     return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
+
+
+def _read_weights(
+    source: Source, dtype: torch.dtype | None, weights: str, form: StoredFormat | None
+) -> "tuple[PreTrainedModel, str]":
+    """Return the module on the CPU, and the digest or the block of its weights that are not drawn for another."""
+    if source.directory is None:  # behind random embeddings the other weights are those of the fixed block
+        return build(source.config, dtype or torch.bfloat16), SHAPE_BLOCK if weights == "random-embed" else ""
+    tensors = list_tensors(source.directory)
+    dtype = dtype or stored_dtype(tensors)
+    if weights == "random-all":
+        return build(source.config, dtype), ""
+    _check_headers(source, tensors, form)
+    kept = digest_tensors(tensors, source.published.get("quantization_config"))
+    if form is None:
+        module = _load_trained(source, source.directory, dtype)
+    else:
+        module = load_stored(source, tensors, form, dtype)
+    if dtype == torch.float16:  # it cannot hold every value of the other two
+        for name, parameter in module.named_parameters():
+            check_finite(name, parameter.data, f"{source.reference} as {dtype}")
+    return module, kept
 
 
 def check_loadable(reference: str | Path, *, device: str | None = None, quantise: str | None = None) -> None:
@@ -322,61 +354,6 @@ def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | N
             do="download or save the checkpoint again",
         )
     check_fits(source, tensors)
-
-
-def _check_mode(weights: str, block_hash: str | None, *, is_shape: bool) -> None:
-    if weights not in WEIGHT_MODES:
-        raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
-    if weights == "trained" and block_hash is not None:
-        raise UsageError(
-            "a block hash for trained weights", wanted="no block_hash", do="drop it, or ask for random-all"
-        )
-    if weights != "trained" and not block_hash and not is_shape:
-        raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
-
-
-def _materialise(
-    source: Source,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    mesh: "DeviceMesh | None",
-    weights: str,
-    block_hash: str | None,
-    form: StoredFormat | None,
-) -> "tuple[PreTrainedModel, str, str]":
-    """Return the module on its device, its digest, and the weight mode that it really has."""
-    is_shape = source.directory is None
-    block = block_hash or (SHAPE_BLOCK if is_shape else "")
-    kept = ""
-    if source.directory is None:
-        weights = "random-all" if weights == "trained" else weights
-        # Behind random embeddings the other weights are those of the fixed block.
-        kept = SHAPE_BLOCK if weights == "random-embed" else ""
-        module = build(source.config, dtype or torch.bfloat16)
-    else:
-        tensors = list_tensors(source.directory)
-        dtype = dtype or stored_dtype(tensors)
-        if weights == "random-all":
-            module = build(source.config, dtype)
-        else:
-            _check_headers(source, tensors, form)
-            kept = digest_tensors(tensors, source.published.get("quantization_config"))
-            if form is None:
-                module = _load_trained(source, source.directory, dtype)
-            else:
-                module = load_stored(source, tensors, form, dtype)
-            if dtype == torch.float16:  # it cannot hold every value of the other two
-                for name, parameter in module.named_parameters():
-                    check_finite(name, parameter.data, f"{source.reference} as {dtype}")
-    if mesh is not None:
-        _shard(module, mesh)
-    if is_shape or weights == "random-all":
-        randomise(module, kept or block, device, unit_norms=is_shape)
-    if weights == "random-embed":
-        randomise_embeddings(module, block)
-    cast("nn.Module", module).to(device).eval()  # the library's own `to` is wrapped in a way that hides its type
-    digest = kept if weights == "trained" else recipe_digest(source, weights, block, kept)
-    return module, digest, weights
 
 
 def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:

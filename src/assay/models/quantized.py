@@ -15,7 +15,7 @@ Shapes: R rows, C columns, G groups of columns, P = eight numbers in a whole num
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -126,8 +126,16 @@ _ACCEPTED: dict[str, dict[str, tuple[object, ...]]] = {
     },
     "awq": {"bits": (4,), "version": ("gemm", "GEMM", None), "zero_point": (True,)},
     "gptq": {"bits": (4,), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq", None)},
+    "pack-quantized": {
+        "num_bits": (4,),
+        "type": ("int",),
+        "actorder": (None,),
+        "dynamic": (False, None),
+        "symmetric": (True, False),
+        "strategy": ("group", "channel"),
+    },
 }
-"""Values that the keys of a configuration may have, by its ``quant_method``."""
+"""Values that keys may have, by ``quant_method``; for weights of compressed-tensors in four bits by their format."""
 
 
 def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | None:
@@ -146,9 +154,8 @@ def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | 
 
 
 def _parse_format(stated: Mapping[str, Any]) -> StoredFormat:
-    method = _require(stated, "quant_method", *_ACCEPTED)
-    for key, allowed in _ACCEPTED[method].items():
-        _require(stated, key, *allowed)
+    method = _require(stated, "quant_method", "fp8", "compressed-tensors", "awq", "gptq")
+    _require_all(stated, _ACCEPTED[method])
     if method == "compressed-tensors":
         return _parse_compressed_tensors(stated)
     if method == "fp8":
@@ -168,7 +175,9 @@ def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
     _require(group, "output_activations", None)
     if kind == "pack-quantized":
         _require(group, "input_activations", None)
-        return _parse_packed(weights)
+        _require_all(weights, _ACCEPTED[kind])
+        size = None if weights["strategy"] == "channel" else _parse_group(weights.get("group_size"))
+        return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=size, zeros=not weights["symmetric"])
     for part in (weights, inputs):
         _require(part, "num_bits", 8)
         _require(part, "symmetric", True, None)
@@ -184,15 +193,6 @@ def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
         return StoredFormat("float8-block", block)
     _require(inputs, "strategy", "token")
     return StoredFormat("int8-rows" if number == "int" else "float8")
-
-
-def _parse_packed(weights: Mapping[str, Any]) -> StoredFormat:
-    for key, allowed in {"num_bits": (4,), "type": ("int",), "actorder": (None,), "dynamic": (False, None)}.items():
-        _require(weights, key, *allowed)
-    zeros = not _require(weights, "symmetric", True, False)
-    whole = _require(weights, "strategy", "group", "channel") == "channel"
-    group = None if whole else _parse_group(weights.get("group_size"))
-    return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=group, zeros=zeros)
 
 
 def _parse_group(value: object) -> int | None:
@@ -214,6 +214,11 @@ def _require(stated: Mapping[str, Any], key: str, *allowed: object) -> Any:
     if value not in allowed:
         raise _refusal(key, value, " or ".join(map(str, allowed)))
     return value
+
+
+def _require_all(stated: Mapping[str, Any], accepted: Mapping[str, tuple[object, ...]]) -> None:
+    for key, allowed in accepted.items():
+        _require(stated, key, *allowed)
 
 
 def _refusal(key: str, value: object, wanted: str) -> ModelError:
@@ -257,25 +262,13 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def unpack_words(words: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> Tensor:
-    """Return the numbers [..., 8 P] that are packed along the last axis of words, [..., P] int32.
-
-    Args:
-        words: Words as they are stored.
-        places: Place of each of the eight numbers in its word.
-    """
+    """Return the numbers [..., 8 P] that are packed along the last axis of words [..., P] int32, by their places."""
     shifts = torch.tensor([4 * place for place in places], dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & 15).flatten(-2).to(torch.uint8)
 
 
-def restore_weight(numbers_RC: Tensor, zeros_RG: Tensor | int, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight [R, C] in a dtype.
-
-    Args:
-        numbers_RC: Numbers from 0 to 15.
-        zeros_RG: Zero of every group, or of all.
-        scales_RG: Scale of every group. C is a multiple of G.
-        dtype: Dtype of the model.
-    """
+def _restore(numbers_RC: Tensor, zeros_RG: Tensor | int, scales_RG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [R, C] in a dtype, of numbers from 0 to 15. C is a multiple of G."""
     rows, groups = scales_RG.shape
     numbers_RGS = numbers_RC.view(rows, groups, -1).float()
     zeros = zeros_RG[..., None].float() if isinstance(zeros_RG, Tensor) else float(zeros_RG)
@@ -304,14 +297,16 @@ def load_stored(
         ModelError: Experts are stored in another way than those of Qwen3.
     """
     reader = _Reader(source, tensors, form, dtype, headers_only)
-    reader.check_any_rounded()
+    if not any(tensor.dtype == form.dtype for tensor in tensors):
+        raise reader.refusal("", f"stores no tensor as {form.dtype}, and its configuration says that it is quantised")
     with torch.device("meta") if headers_only else nullcontext():
         module = build(source.config, dtype)
         _fill(module, "", reader)
         if module.config.tie_word_embeddings:
             tied: Any = module
             tied.tie_weights()
-    reader.check_all_taken()
+    if reader.left:
+        raise reader.refusal(min(reader.left), f"is surplus, one of {len(reader.left)}")
     return module
 
 
@@ -323,7 +318,7 @@ class _Reader:
     ) -> None:
         self.tied = bool(source.config.tie_word_embeddings)  # the head is the input embedding, and need not be stored
         self.form, self.dtype, self.headers_only = form, dtype, headers_only
-        self._source, self._tensors, self._left = source, {t.name: t for t in tensors}, {t.name for t in tensors}
+        self._source, self._tensors, self.left = source, {t.name: t for t in tensors}, {t.name for t in tensors}
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -348,7 +343,7 @@ class _Reader:
             raise self.refusal(name, "is missing")
         if shape is not None and stored.shape != tuple(shape):
             raise self.refusal(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
-        self._left.discard(name)
+        self.left.discard(name)
         return self._content(stored)
 
     def _content(self, stored: Stored) -> Tensor:
@@ -412,7 +407,7 @@ class _Reader:
             numbers = unpack_words(self._words(f"{place}.qweight", columns // OF_A_WORD, rows).t())
             self._check_gptq(place, groups, of_rows, columns)
             scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
-        return restore_weight(numbers.contiguous(), zeros, scales, self.dtype)
+        return _restore(numbers.contiguous(), zeros, scales, self.dtype)
 
     def _words(self, name: str, *shape: int) -> Tensor:
         words = self.read(name, torch.Size(shape))
@@ -432,25 +427,13 @@ class _Reader:
                 raise self.refusal(f"{place}.g_idx", "has columns out of order")
 
     def refusal(self, name: str, fault: str) -> BadWeights:
-        """Return the error that names a tensor, what is wrong with it, and its file."""
+        """Return the error that names a tensor, or all of them without a name, its file, and what is wrong."""
+        path = self._source.checkpoint
         return BadWeights(
-            f"{find_file(self._source.checkpoint, self._tensors, name)}: {name!r} {fault}",
+            f"{find_file(path, self._tensors, name)}: {name!r} {fault}" if name else f"{path} {fault}",
             wanted=f"exactly the tensors of the configuration, with linear layers in {self.form.name}",
             do=f"download or save {self._source.reference} again",
         )
-
-    def check_any_rounded(self) -> None:
-        if not any(tensor.dtype == self.form.dtype for tensor in self._tensors.values()):
-            raise BadWeights(
-                f"{self._source.checkpoint} stores no tensor as {self.form.dtype}, and its configuration says that it "
-                "is quantised",
-                wanted=f"linear layers in {self.form.name}",
-                do=f"download or save {self._source.reference} again",
-            )
-
-    def check_all_taken(self) -> None:
-        if self._left:
-            raise self.refusal(min(self._left), f"is surplus, one of {len(self._left)}")
 
 
 def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
@@ -460,24 +443,20 @@ def _fill(owner: nn.Module, prefix: str, reader: _Reader) -> None:
     for name, part in list(owner.named_children()):
         place = f"{prefix}{name}"
         if isinstance(part, nn.Linear):
-            if reader.is_rounded(f"{place}.weight"):
-                setattr(owner, name, _make_linear(part, place, reader))
-            elif reader.is_packed(place):
+            in_eight, in_four = reader.is_rounded(f"{place}.weight"), reader.is_packed(place)
+            if (in_eight or in_four) and part.bias is not None:
+                part.bias.data = reader.read_plain(f"{place}.bias", part.bias.shape)
+            if in_eight:
+                weight = reader.read_rounded(place, part.weight.shape)
+                setattr(owner, name, EightBitLinear(weight, part.bias, reader.form.arithmetic))
+            elif in_four:
                 part.weight.data = reader.read_packed(place, part.weight.shape)
-                if part.bias is not None:
-                    part.bias.data = reader.read_plain(f"{place}.bias", part.bias.shape)
             elif reader.has(f"{place}.weight") or place != "lm_head" or not reader.tied:
                 _fill(part, f"{place}.", reader)
         elif any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
             setattr(owner, name, _make_experts(part, place, reader))
         else:
             _fill(part, f"{place}.", reader)
-
-
-def _make_linear(linear: nn.Linear, place: str, reader: _Reader) -> EightBitLinear:
-    weight = reader.read_rounded(place, linear.weight.shape)
-    bias = None if linear.bias is None else nn.Parameter(reader.read_plain(f"{place}.bias", linear.bias.shape), False)
-    return EightBitLinear(weight, bias, reader.form.arithmetic)
 
 
 def _make_experts(part: Any, place: str, reader: _Reader) -> nn.Module:
@@ -503,23 +482,15 @@ def _make_experts(part: Any, place: str, reader: _Reader) -> nn.Module:
     block = reader.form.block
     if block is not None and (double // 2) % block[0]:
         raise reader.refusal(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
-    gate_up = [_concatenate_rows(*pair) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
-    return EightBitExperts(part, _stack_weights(gate_up), _stack_weights(read["down_proj"]), reader.form.arithmetic)
+    gate_up = [_join(pair, torch.cat) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
+    stacked = (_join(weights, torch.stack) for weights in (gate_up, read["down_proj"]))
+    return EightBitExperts(part, *stacked, reader.form.arithmetic)
 
 
-def _concatenate_rows(one: Rounded, other: Rounded) -> Rounded:
-    """Return the rows of two weights as those of one."""
-    return Rounded(*(_join_tensors([a, b], torch.cat) for a, b in zip(one, other, strict=True)))
-
-
-def _stack_weights(weights: list[Rounded]) -> Rounded:
-    return Rounded(*(_join_tensors(list(parts), torch.stack) for parts in zip(*weights, strict=True)))
-
-
-def _join_tensors(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """Join tensors, those of eight bits as bytes: not every function takes their dtype."""
-    dtype = parts[0].dtype
-    return join([part.view(torch.uint8) for part in parts]).view(dtype) if dtype.itemsize == 1 else join(parts)
+def _join(weights: Sequence[Rounded], join: Callable[[list[Tensor]], Tensor]) -> Rounded:
+    """Join weights, their eight bits as bytes: not every function takes their dtype."""
+    values = join([weight.values.view(torch.uint8) for weight in weights]).view(weights[0].values.dtype)
+    return Rounded(values, join([weight.scales for weight in weights]))
 
 
 def check_quantisation(name: str | None, device: torch.device) -> None:

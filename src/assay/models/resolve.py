@@ -122,16 +122,6 @@ def resolve(reference: str | Path) -> Source:
     return Source(name, _build_config(name, published), published, directory)
 
 
-def checkpoint_directory(reference: str | Path) -> Path:
-    """Return the directory that holds the checkpoint of a reference; a hub id is fetched.
-
-    Raises:
-        UsageError: The reference is a shape, which has no directory.
-        ModelNotFound: There is no such model.
-    """
-    return resolve(reference).checkpoint
-
-
 def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
@@ -269,12 +259,8 @@ def find_bundled(reference: str) -> Path:
 
 def nearest(name: str) -> str:
     """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
-
-    def likeness(reference: str) -> float:
-        spellings = (reference, reference.partition(":")[2])
-        return max(difflib.SequenceMatcher(None, name.lower(), spelling).ratio() for spelling in spellings)
-
-    return max(CATALOGUE, key=likeness)
+    spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
+    return spelled[difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.0)[0]]
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":

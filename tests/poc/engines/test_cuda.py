@@ -19,7 +19,7 @@ from assay.models import Model, load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from assay.models.quantized import quantise as round_weights
-from assay.models.resolve import checkpoint_directory
+from assay.models.resolve import resolve
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.compiled import worth_compiling
@@ -295,7 +295,7 @@ def test_float8_is_nearer_to_itself_in_other_kernels_than_to_bfloat16():
 
 @pytest.mark.parametrize("form", ["block", "int8"])
 def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_do(form: str, tmp_path: Path):
-    source, round = checkpoint_directory("reference:qwen3"), Round(block_hash="b", public_key="k", seq_len=64)
+    source, round = resolve("reference:qwen3").checkpoint, Round(block_hash="b", public_key="k", seq_len=64)
     model = load_model(store(source, tmp_path / "model", form, block=128), device="cuda")
     engine = HFEngine(model, batch_size=64, seq_len=64, compiled=True)
     proof = prove(model, round, range(128), engine=engine)
