@@ -33,8 +33,50 @@ EFFECTIVE_DIMENSION = 16.0
 _POINTS = 512  # of the law of the factor, each of the same probability
 
 
+class _Rates:
+    """A law of distances by its rates below each distance: one for every factor γ, or for every state."""
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2].
+        """
+        if not 0.0 < r_target <= 2.0:
+            raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
+        return float(self._rates(np.asarray(r_target)).mean())
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        """
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
+        target = np.asarray(r_target, dtype=np.float64)
+        return math.hypot(float(self._error(self._rates(target), self._normal(target))), nonces)
+
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard error."""
+        edges_E = np.asarray(edges, dtype=np.float64)
+        shares = np.diff(self._rates(edges_E), axis=1)
+        return np.asarray(shares.mean(axis=0)), self._error(shares, np.diff(self._normal(edges_E)))
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every factor or state, [F, ...]."""
+        raise NotImplementedError
+
+    def _normal(self, x: FloatArray) -> FloatArray:
+        """Return the share below x of normal cosines of the same standard deviation."""
+        return np.zeros_like(x)
+
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the standard error of expected shares [F, ...]."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
-class BlockLaw:
+class BlockLaw(_Rates):
     """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
 
     Args:
@@ -85,36 +127,6 @@ class BlockLaw:
         """Standard deviation of γ, to first order: scale/√(2ν)."""
         return self.scale / math.sqrt(2 * self.freedom)
 
-    def cdf(self, x: npt.ArrayLike) -> FloatArray:
-        """Return P(distance ≤ x) over such blocks, elementwise."""
-        return np.asarray(self._rates(np.asarray(x, dtype=np.float64)).mean(axis=0))
-
-    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-        """Return the expected share between each two edges and its standard deviation over such blocks."""
-        shares = np.diff(self._rates(np.asarray(edges, dtype=np.float64)), axis=1)
-        return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
-
-    def valid_rate(self, r_target: float) -> float:
-        """Return the expected share of nonces with a distance below ``r_target``.
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2].
-        """
-        if not 0.0 < r_target <= 2.0:
-            raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
-        return float(self.cdf(r_target))
-
-    def rate_error(self, r_target: float, n: int | None = None) -> float:
-        """Return the standard error of the valid rate of such a block: that of γ, and that of n nonces if given.
-
-        The error of γ is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half.
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
-        """
-        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
-        return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
-
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
 
@@ -145,13 +157,16 @@ class BlockLaw:
         return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
 
     def _rates(self, x: FloatArray) -> FloatArray:
-        """Return the share below x for every value of γ, [F, ...]."""
         factors = self._factors.reshape(-1, *(1,) * x.ndim)
         return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
 
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the standard deviation over blocks: about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half."""
+        return np.asarray(shares.std(axis=0))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MeasuredBlockLaw:
+class MeasuredBlockLaw(_Rates):
     """The law of the distances of a block by its head and states: a cosine is N(±jump, width²).
 
     Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
@@ -179,46 +194,22 @@ class MeasuredBlockLaw:
         squares_N = self.jumps**2 + self.widths**2
         return float(squares_N.std(ddof=1)) / math.sqrt(len(squares_N)) / (2 * self.scale)
 
-    def valid_rate(self, r_target: float) -> float:
-        """Return the expected share of nonces with a distance below ``r_target``."""
-        return float(self._rates(np.asarray(r_target)).mean())
-
-    def rate_error(self, r_target: float, n: int | None = None) -> float:
-        """Return the standard error of the valid rate: that of the law, and of n nonces if given.
-
-        Raises:
-            UsageError: n is below 1.
-        """
-        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
-        rates_N, normal = self._rates(np.asarray(r_target)), self._normal(np.asarray(r_target))
-        return math.hypot(float(_law_error(rates_N, normal)), nonces)
-
-    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-        """Return the expected share between each two edges and its standard error."""
-        edges_E = np.asarray(edges, dtype=np.float64)
-        shares = np.diff(self._rates(edges_E), axis=1)
-        return np.asarray(shares.mean(axis=0)), _law_error(shares, np.diff(self._normal(edges_E)))
-
     def _normal(self, x: FloatArray) -> FloatArray:
-        """Return the share below x of normal cosines of the same standard deviation."""
         return np.asarray(special.ndtr(-(1 - x**2 / 2) * math.sqrt(self.dimension) / self.scale))
 
     def _rates(self, x: FloatArray) -> FloatArray:
-        """Return the share below x for every state, [N, ...]."""
         cosine = (1 - x**2 / 2) * math.sqrt(self.dimension)
         jumps, widths = (values_N.reshape(-1, *(1,) * x.ndim) for values_N in (self.jumps, self.widths))
         below = [special.ndtr((jump - cosine) / widths) for jump in (jumps, -jumps)]
         return np.asarray((below[0] + below[1]) / 2)
 
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the error of the mean over states, with half of the correction of the ``normal`` shares.
 
-def _law_error(shares: FloatArray, normal: FloatArray) -> FloatArray:
-    """Return the standard error of shares expected from N states [N, ...].
-
-    One part is the error of the mean over states. The other is half of the correction of the ``normal`` shares, because
-    taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
-    """
-    states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
-    return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
+        Taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
+        """
+        states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
+        return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
 
 
 def _chord(cosine: npt.ArrayLike) -> FloatArray:

@@ -218,54 +218,41 @@ def leave_out(
         between_blocks: Spread of ln size of one pair between blocks.
         progress: Function that is called with (machines done, machines in all) for every effect.
     """
-    effect, left_out = None, None
-    for effect in effects if len(kinds) >= FEWEST_MACHINES else ():
-        left_out = _leave_out_at(effect, residuals, kinds, fit, audits, between_blocks, progress)
-        if left_out is None:
-            return None, None
-        if left_out.holds:
-            break
-    return effect, left_out
-
-
-def _leave_out_at(
-    effect: float,
-    residuals: Mapping[Pair, FloatArray],
-    kinds: Sequence[str],
-    fit: Fit,
-    audits: int,
-    between_blocks: float,
-    progress: Progress | None,
-) -> LeftOut | None:
-    rng = np.random.default_rng(0)
-    shares: list[float] = []
-    left: list[int] = []
+    if len(kinds) < FEWEST_MACHINES:
+        return None, None
     checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
-    for machine in range(len(kinds)):
-        rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
-        mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
-        if rest and mine:
-            noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
-            for pair, errors_N in mine.items():
+    for effect in effects:
+        rng = np.random.default_rng(0)
+        shares: list[float] = []
+        left: list[int] = []
+        for machine in range(len(kinds)):
+            rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
+            mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
+            if rest and mine:
+                noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
+            for pair, errors_N in mine.items() if rest else ():
                 law = noise.predict_law(kinds[machine], pair[0] if pair[1] == machine else pair[1])
                 test = sequential_test(Noise(law, "left out", noise.spread, effect))
                 drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
                 shares.append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
                 left.append(machine)
-        if progress:
-            progress(machine + 1, len(kinds))
-    if not shares:
-        return None
-    low, high = stats.grouped_share_interval(shares, left)
-    return LeftOut(
-        accused=float(np.mean(shares)),
-        low=low,
-        high=high,
-        worst=max(shares),
-        pairs=len(shares),
-        audits=audits,
-        checked=checked,
-    )
+            if progress:
+                progress(machine + 1, len(kinds))
+        if not shares:
+            return None, None
+        low, high = stats.grouped_share_interval(shares, left)
+        left_out = LeftOut(
+            accused=float(np.mean(shares)),
+            low=low,
+            high=high,
+            worst=max(shares),
+            pairs=len(shares),
+            audits=audits,
+            checked=checked,
+        )
+        if left_out.holds:
+            break
+    return effect, left_out
 
 
 def all_pairs(count: int) -> list[Pair]:
