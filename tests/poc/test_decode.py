@@ -62,13 +62,13 @@ def test_a_proof_is_read_as_it_was_written(proof: Proof, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"tokens": "AAAA"}, "tokens that is 3 bytes"),
-        ({"tokens": "!"}, "tokens that is"),
-        ({"tokens": [1, 2]}, "tokens that is a list"),
+        ({"tokens": "AAAA"}, "a vector that is 3 bytes"),
+        ({"tokens": "!"}, "a vector that is"),
+        ({"tokens": [1, 2]}, "tokens of a RecordLine"),
         ({"sketches": base64.b64encode(b"\x00\x7e" * 12).decode()}, "NaN or infinity"),
         ({"sketches": ""}, "a vector that is 0 bytes"),
-        ({"vector": "AAAA"}, "vector missing or unknown"),
-        ({"distance": 1.0}, "distance missing or unknown"),
+        ({"vector": "AAAA"}, "in another form"),
+        ({"distance": 1.0}, "in another form"),
     ],
 )
 def test_malformed_records_are_refused_by_line(proof: Proof, tmp_path: Path, changed: dict[str, object], words: str):

@@ -4,12 +4,17 @@
 runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
 host waits for one event per batch, behind which the next batch is queued already.
 
-Legend of shapes: B nonces of a batch, T positions, D hidden size, V vocabulary, K length of a vector.
+Presets that decode draw the prompt of a nonce, and every token is the one with the largest sum of logit and Gumbel
+number, which is a sample of the model's own distribution. The numbers of a token are those of the nonce and the step,
+so every validator that knows the round can say which token the model gives after any others: one forward pass over
+prompt and tokens checks them all.
+
+Legend of shapes: B nonces of a batch, T positions, P positions of a prompt, N tokens, D hidden size, V vocabulary, S
+sketches, K length of a vector or sketch.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
@@ -97,10 +102,6 @@ def noise_inputs(
     return as_tensor(values).view(len(nonces), seq_len, hidden_size)
 
 
-# --------------------------------------------------------------------------------------------------
-# From nonces to what a pipeline publishes, on an engine whose hidden states can be read.
-
-
 class StateEngine(Engine, Protocol):
     """An engine whose hidden states can be read in this process."""
 
@@ -129,10 +130,8 @@ def plain_outputs(
     """Yield the outputs of a pipeline a batch at a time; the last batch is padded, then cut."""
     transform = make_transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
-        for start in range(0, len(nonces), engine.batch_size):
-            count, padded = _batch(engine, nonces, start)
-            inputs_BTD = engine.inputs(round, padded)
-            states_BD = engine.read(inputs_BTD, transform.weights(padded, engine.seq_len))
+        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
+            states_BD = engine.read(engine.inputs(round, padded), transform.weights(padded, engine.seq_len))
             yield transform(states_BD, padded).cpu().numpy()[:count]
 
 
@@ -152,76 +151,52 @@ def overlapped_outputs(
         pipeline: Pipeline that names the steps and the published values.
         nonces: Nonces in the order of the outputs.
     """
-    cuda = _cuda_streams(engine.device)
-    with torch.cuda.stream(cuda.tail):
+    inputs, forward, tail = cuda = _cuda_streams(engine.device)
+    with torch.cuda.stream(tail):
         transform = make_transform(engine, round, pipeline)
-    before: _QueuedBatch | None = None
+
+    def queue(padded: list[int]) -> tuple[Tensor, torch.cuda.Event]:
+        """Queue the inputs and the forward pass of a batch; return its states, and the event when they are there."""
+        with torch.cuda.stream(inputs):
+            inputs_BTD = engine.inputs(round, padded)
+            weights_BT = transform.weights(padded, engine.seq_len)
+        forward.wait_stream(inputs)
+        with torch.cuda.stream(forward):
+            for made in (inputs_BTD, weights_BT):
+                if made is not None:
+                    made.record_stream(forward)  # do not reuse its memory before this stream is done
+            return run(inputs_BTD, weights_BT), forward.record_event()
+
+    def finish(count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event) -> NDArray[Any]:
+        """Transform the states of a batch and bring the outputs of its first nonces to the host."""
+        with torch.cuda.stream(tail), torch.inference_mode():
+            tail.wait_event(ready)
+            states_BD.record_stream(tail)
+            values = HostCopy(transform(states_BD, padded))
+        return values.numpy()[:count]
+
+    before: tuple[int, list[int], Tensor, torch.cuda.Event] | None = None
     # No stream stays current across a yield: the caller may use the device for something else.
     with engine.between_layers(pipeline.layers, round):
         # The model was loaded on this stream, and the steps between its layers were prepared on it.
         for stream in cuda:
             stream.wait_stream(torch.cuda.current_stream(engine.device))
-        for start in range(0, len(nonces), engine.batch_size):
-            batch = _queue_batch(engine, run, transform, cuda, *_batch(engine, nonces, start))
+        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
+            batch = count, padded, *queue(padded)
             if before is not None:
-                yield _finish_batch(before, transform, cuda)
+                yield finish(*before)
             before = batch
         if before is not None:
-            yield _finish_batch(before, transform, cuda)
-
-
-class _CudaStreams(NamedTuple):
-    """The CUDA streams of one device."""
-
-    inputs: torch.cuda.Stream
-    forward: torch.cuda.Stream
-    tail: torch.cuda.Stream
+            yield finish(*before)
 
 
 @cache
-def _cuda_streams(device: torch.device) -> _CudaStreams:
-    """Return the one set of streams of a device: torch reuses freed memory only on the stream that freed it."""
-    return _CudaStreams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
+def _cuda_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """Return the one set of streams of a device, for inputs, forward passes and what follows them.
 
-
-@dataclass(frozen=True, eq=False)
-class _QueuedBatch:
-    """A batch whose forward pass is queued; its first ``count`` nonces are wanted, the others are padding."""
-
-    count: int
-    nonces: list[int]
-    states: Tensor  # B, D
-    ready: torch.cuda.Event
-
-
-def _queue_batch(
-    engine: StateEngine,
-    run: Callable[[Tensor, Tensor | None], Tensor],
-    transform: Transform,
-    cuda: _CudaStreams,
-    count: int,
-    nonces: list[int],
-) -> _QueuedBatch:
-    """Queue the inputs and the forward pass of a batch."""
-    with torch.cuda.stream(cuda.inputs):
-        inputs_BTD = engine.inputs(transform.round, nonces)
-        weights_BT = transform.weights(nonces, engine.seq_len)
-    cuda.forward.wait_stream(cuda.inputs)
-    with torch.cuda.stream(cuda.forward):
-        for made in (inputs_BTD, weights_BT):
-            if made is not None:
-                made.record_stream(cuda.forward)  # do not reuse its memory before this stream is done
-        states_BD = run(inputs_BTD, weights_BT)
-        return _QueuedBatch(count, nonces, states_BD, cuda.forward.record_event())
-
-
-def _finish_batch(batch: _QueuedBatch, transform: Transform, cuda: _CudaStreams) -> NDArray[Any]:
-    """Transform the states of a batch and bring the outputs to the host."""
-    with torch.cuda.stream(cuda.tail), torch.inference_mode():
-        cuda.tail.wait_event(batch.ready)
-        batch.states.record_stream(cuda.tail)
-        values = HostCopy(transform(batch.states, batch.nonces))
-    return values.numpy()[: batch.count]
+    Torch reuses freed memory only on the stream that freed it.
+    """
+    return tuple(torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
 
 
 class HostCopy:
@@ -257,22 +232,11 @@ def make_transform(engine: StateEngine, round: Round, pipeline: Pipeline) -> Tra
     )
 
 
-def _batch(engine: StateEngine, nonces: Sequence[int], start: int) -> tuple[int, list[int]]:
-    """Return the number of nonces of a batch, and the batch padded to its fixed size."""
-    wanted = list(nonces[start : start + engine.batch_size])
-    return len(wanted), wanted + wanted[-1:] * (engine.batch_size - len(wanted))
-
-
-# --------------------------------------------------------------------------------------------------
-# What a round of decoding draws for the nonces of a batch, and what an engine that decodes does.
-#
-# The prompt of a nonce is drawn, and every token is the one with the largest sum of logit and Gumbel number, which is a
-# sample of the model's own distribution. The numbers of a token are those of the nonce and the step, so every
-# validator that knows the round can say which token the model gives after any others: one forward pass over prompt and
-# tokens checks them all.
-#
-# Legend of shapes: B nonces of a batch, P positions of the prompt, N tokens, V vocabulary, D hidden size, S sketches, K
-# numbers of a sketch.
+def padded_batches(nonces: Sequence[int], size: int, rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of nonces of every batch, and the batch padded to its fixed number of rows."""
+    for start in range(0, len(nonces), size):
+        wanted = list(nonces[start : start + size])
+        yield len(wanted), wanted + wanted[-1:] * (rows - len(wanted))
 
 
 class Decoded(NamedTuple):

@@ -7,11 +7,11 @@ sketches.
 """
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from assay.poc.engines.base import (
     margins,
     noise_inputs,
     overlapped_outputs,
+    padded_batches,
     plain_outputs,
 )
 from assay.poc.engines.hf.compiled import CompiledForward, worth_compiling
@@ -141,47 +142,34 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Transforms between the decoder layers, for the pipelines that change the model's own computation.
-
-LayerFunction = Callable[[Tensor], Tensor]
-
-
 @contextmanager
-def transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, round: Round) -> Iterator[None]:
+def _transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, round: Round) -> Iterator[None]:
     """Apply a transform to what every decoder layer returns while the context is open; nothing for the step "none"."""
     layers = [] if step == "none" else list(decoder_layers(model.module))
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
-            function = _layer_function(model, backend, step, round, index)
-            hooks.enter_context(layer.register_forward_hook(partial(_apply, function)))
+            seeds = streams.seeds([round.block_text("layer_signs" if step == "signs" else "layer_reflection", index)])
+            if step == "signs":
+                drawn_D = as_tensor(backend.signs(seeds, model.hidden_size))[0]
+            else:
+                normals_D = as_tensor(backend.normals(seeds, model.hidden_size))[0]
+                drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
+            hook = partial(_transform_output, step, drawn_D.to(model.dtype))
+            hooks.enter_context(layer.register_forward_hook(hook))
         yield
 
 
-def _layer_function(model: Model, backend: streams.Backend, step: LayerStep, round: Round, index: int) -> LayerFunction:
-    stream = "layer_signs" if step == "signs" else "layer_reflection"
-    seeds = streams.seeds([round.block_text(stream, index)])
-    if step == "signs":
-        signs_D = as_tensor(backend.signs(seeds, model.hidden_size))[0].to(model.dtype)
-        return lambda x_BTD: x_BTD * signs_D
-    v_D = as_tensor(backend.normals(seeds, model.hidden_size))[0]
-    v_D = (v_D / torch.linalg.vector_norm(v_D)).to(model.dtype)
-    if step == "reflect":
-        return lambda x_BTD: reflect(x_BTD, v_D)
-    return lambda x_BTD: reflect(unit(x_BTD), v_D)
-
-
-def _apply(function: LayerFunction, layer: nn.Module, args: Any, output: Any) -> Any:
-    """Apply a function to the hidden state that a decoder layer returns, in a tuple or not."""
+def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: Any, output: Any) -> Any:
+    """Apply the step to the hidden state that a decoder layer returns, in a tuple or not."""
     if isinstance(output, tuple):
-        return (function(output[0]), *output[1:])
-    return function(output)
+        return (_transform_output(step, drawn_D, layer, args, output[0]), *output[1:])
+    if step == "signs":
+        return output * drawn_D
+    return reflect(unit(output) if step == "normalize_reflect" else output, drawn_D)
 
 
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 """Entries of the fingerprint's kernels: made for the shape, or compiled of the model as transformers defines it."""
-
-T = TypeVar("T")
 
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
@@ -316,7 +304,13 @@ class HFEngine:
             OutOfMemory: The device has no room for the caches of a batch.
             ModelError: This architecture cannot be run with a key-value cache.
         """
-        yield from self._named(decoded(self, round, pipeline, nonces))
+        for count, draws in self._drawn(round, pipeline, nonces):
+            with self._explained():
+                with wide_products(self.model):
+                    tokens_BN, states_BSD = self._decode(draws)
+                made = Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), draws.sketches(states_BSD)[:count])
+            self._check_finite(made.sketches)
+            yield made
 
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
@@ -326,18 +320,109 @@ class HFEngine:
         Raises:
             AssayError: As :meth:`decoded`.
         """
-        yield from self._named(replayed(self, round, pipeline, nonces, tokens_MN))
+        done = 0
+        for count, draws in self._drawn(round, pipeline, nonces):
+            with self._explained():
+                given_BN = torch.from_numpy(tokens_MN[done : done + count].astype(np.int64)).to(self.device)
+                with wide_products(self.model):
+                    states_BND, margins_BN = self._replay(draws, given_BN)
+                sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
+                made = Replayed(margins_BN.cpu().numpy(), sketches_BSK)
+            self._check_finite(*made)
+            done += count
+            yield made
 
-    def _named(self, batches: Generator[T]) -> Generator[T]:
-        """Yield batches, and raise what goes wrong as an error that explains it."""
+    def _drawn(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Iterator[tuple[int, Draws]]:
+        """Yield the number of nonces of every batch, and what is drawn for it, padded to a fixed number of rows.
+
+        A step has one position of each row, and a product needs 16 rows or one.
+        """
+        check_shape(self.model, batch_size=self.batch_size, seq_len=self.seq_len, steps=pipeline.steps)
+        rows = self.batch_size if self.batch_size == 1 else max(self.batch_size, ROWS_OF_A_PRODUCT)
+        check_fits(self.model, rows, self.seq_len + pipeline.steps)
+        for count, padded in padded_batches(nonces, self.batch_size, rows):
+            with self._explained():
+                draws = self.draws(round, pipeline, padded)
+            yield count, draws
+
+    @torch.inference_mode()
+    def _decode(self, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
+        """Return the decoded tokens, and the states behind the sketched ones."""
+        cache = DynamicCache(config=self.model.module.config)
+        inputs_BT, tokens, states = draws.prompts_BP, [], []
+        seen = 0
+        for step in range(draws.steps):
+            states_BTD = self._read_tokens(inputs_BT, seen, past_key_values=cache, use_cache=True)
+            state_BD = states_BTD[:, -1]
+            if step in draws.sketched:
+                states.append(state_BD.float())
+            scores_BV = self._logits(state_BD)
+            draws.add_noise(scores_BV, step)
+            tokens.append(scores_BV.argmax(dim=-1))
+            seen += inputs_BT.shape[1]
+            inputs_BT = tokens[-1].unsqueeze(1)
+        return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
+
+    @torch.inference_mode()
+    def _replay(
+        self, draws: Draws, given_BN: Int64[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "R N D"], Float32[Tensor, "B N"]]:
+        """Return the states that gave the tokens, by one forward pass over prompts and tokens, and their margins.
+
+        The products of margins are of one nonce's states, so no other nonce has a part in their bits.
+        """
+        prompts_RP = draws.prompts_BP
+        tokens_RN = torch.cat([given_BN, given_BN[-1:].expand(len(prompts_RP) - len(given_BN), -1)])
+        ids_RT = torch.cat([prompts_RP, tokens_RN[:, :-1].clamp(max=self.vocab_size - 1)], dim=1)
+        states_RND = self._read_tokens(ids_RT, 0, use_cache=False)[:, prompts_RP.shape[1] - 1 :]
+        found = []
+        for row, tokens_N in enumerate(given_BN):
+            parts = []
+            for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
+                chosen = slice(start, start + _TOKENS_AT_ONCE)
+                scores_NV = self._logits(states_RND[row, chosen])
+                draws.add_noise_of(row, scores_NV, start)
+                parts.append(margins(scores_NV, tokens_N[chosen]))
+            found.append(torch.cat(parts))
+        return states_RND, torch.stack(found)
+
+    def _read_tokens(self, ids_BT: Int64[Tensor, "B T"], seen: int, **options: Any) -> Float[Tensor, "B T D"]:
+        """Return the states of tokens that follow so many others."""
+        positions_T = torch.arange(seen, seen + ids_BT.shape[1], device=self.device)
+        output = self._backbone(input_ids=ids_BT, position_ids=positions_T.expand_as(ids_BT), **options)
+        states_BTD: Tensor = output.last_hidden_state
+        return states_BTD
+
+    def _logits(self, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
+        """Return the product of states with the model's own head matrix; no bias, no capping of logits.
+
+        It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
+        logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has
+        that in it.
+        """
+        weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+        return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+
+    def _check_finite(self, *computed: np.ndarray) -> None:
+        if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
+            raise not_finite(f"{self.model.reference} returned NaN or infinity")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise what goes wrong as an error that explains it: every architecture fails in its own way."""
         try:
-            yield from batches
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._too_large() from error
+            yield
         except AssayError:
             raise
-        except Exception as error:  # every architecture fails in its own way
-            raise self._failed(error) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._too_large() from error
+            another = "use another architecture, such as Llama, Qwen3 or Mistral"
+            raise ModelError(
+                f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
+                wanted="a decoder that takes input embeddings and positions",
+                do=f"try --kernels eager, or {another}" if self._compiled else another,
+            ) from error
 
     @torch.inference_mode()
     def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
@@ -349,7 +434,7 @@ class HFEngine:
                 wanted=f"the engine's fixed shape {wanted}",
                 do="pad the batch with throw-away nonces",
             )
-        try:
+        with self._explained():
             if self._compiled is not None and not self._hooked:
                 run = self._compiled
                 if weights_BT is None:
@@ -357,8 +442,6 @@ class HFEngine:
                 return weighted_sum(run.hidden(inputs_BTD), weights_BT)
             with wide_products(self.model):
                 output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
-        except Exception as error:  # every architecture fails in its own way
-            raise self._failed(error) from error
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD[:, -1].float() if weights_BT is None else weighted_sum(hidden_BTD, weights_BT)
 
@@ -369,17 +452,6 @@ class HFEngine:
             f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
             wanted="room for the activations of one batch",
             do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
-        )
-
-    def _failed(self, error: Exception) -> ModelError | OutOfMemory:
-        """Return the error that explains the failure of a forward pass."""
-        if is_out_of_memory(error):
-            return self._too_large()
-        another = "use another architecture, such as Llama, Qwen3 or Mistral"
-        return ModelError(
-            f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
-            wanted="a decoder that takes input embeddings and positions",
-            do=f"try --kernels eager, or {another}" if self._compiled else another,
         )
 
     @torch.inference_mode()
@@ -395,7 +467,7 @@ class HFEngine:
         Raises:
             LayersNotFound: The decoder layers of this architecture are not known.
         """
-        with transformed_layers(self.model, self._streams, step, round):
+        with _transformed_layers(self.model, self._streams, step, round):
             self._hooked = step != "none"
             try:
                 yield
@@ -421,131 +493,6 @@ def be_deterministic() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-
-# --------------------------------------------------------------------------------------------------
-# Decoding: a loop with a key-value cache, and the one forward pass that checks it.
-
-
-def decoded(engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-    """Decode the tokens of nonces, a batch at a time; the last batch is padded, then cut."""
-    rows = _rows(engine, pipeline)
-    for start in range(0, len(nonces), engine.batch_size):
-        wanted = list(nonces[start : start + engine.batch_size])
-        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * (rows - len(wanted)))
-        with wide_products(engine.model):
-            tokens_BN, states_BSD = _decode(engine, draws)
-        count = len(wanted)
-        sketches_BSK = draws.sketches(states_BSD)[:count]
-        _check_finite(engine.model, sketches_BSK)
-        yield Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), sketches_BSK)
-
-
-def replayed(
-    engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
-) -> Generator[Replayed]:
-    """Replay given tokens of nonces, a batch at a time; the last batch is padded, then cut."""
-    rows = _rows(engine, pipeline)
-    for start in range(0, len(nonces), engine.batch_size):
-        wanted = list(nonces[start : start + engine.batch_size])
-        pad = rows - len(wanted)
-        given_BN = torch.from_numpy(tokens_MN[start : start + len(wanted)].astype(np.int64)).to(engine.device)
-        draws = engine.draws(round, pipeline, wanted + wanted[-1:] * pad)
-        tokens_BN = torch.cat([given_BN, given_BN[-1:].expand(pad, -1)])
-        count = len(wanted)
-        with wide_products(engine.model):
-            states_BND = _prefill(engine, draws, tokens_BN)
-            found = [_margins(engine, draws, row, states_BND[row], tokens_BN[row]) for row in range(count)]
-        sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
-        margins_BN = torch.stack(found).cpu().numpy()
-        _check_finite(engine.model, sketches_BSK, margins_BN)
-        yield Replayed(margins_BN, sketches_BSK)
-
-
-def _rows(engine: "HFEngine", pipeline: Pipeline) -> int:
-    """Return the rows that decode together: a step has one position of each, and a product needs 16 rows or one.
-
-    Raises:
-        UsageError: Prompt and tokens are longer than the model's positions.
-        OutOfMemory: They do not fit.
-    """
-    model, positions = engine.model, engine.seq_len + pipeline.steps
-    check_shape(model, batch_size=engine.batch_size, seq_len=engine.seq_len, steps=pipeline.steps)
-    rows = engine.batch_size if engine.batch_size == 1 else max(engine.batch_size, ROWS_OF_A_PRODUCT)
-    check_fits(model, rows, positions)
-    return rows
-
-
-@torch.inference_mode()
-def _decode(engine: "HFEngine", draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
-    """Return the decoded tokens, and the states behind the sketched ones."""
-    body, cache = backbone(engine.model.module), DynamicCache(config=engine.model.module.config)
-    inputs_BT, tokens, states = draws.prompts_BP, [], []
-    seen = 0
-    for step in range(draws.steps):
-        positions_T = torch.arange(seen, seen + inputs_BT.shape[1], device=engine.device)
-        output = body(
-            input_ids=inputs_BT,
-            position_ids=positions_T.expand_as(inputs_BT),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        state_BD = output.last_hidden_state[:, -1]
-        if step in draws.sketched:
-            states.append(state_BD.float())
-        scores_BV = _logits(engine, state_BD)
-        draws.add_noise(scores_BV, step)
-        tokens.append(scores_BV.argmax(dim=-1))
-        seen += inputs_BT.shape[1]
-        inputs_BT = tokens[-1].unsqueeze(1)
-    return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
-
-
-@torch.inference_mode()
-def _prefill(engine: "HFEngine", draws: Draws, tokens_BN: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
-    """Return the states that gave the tokens, by one forward pass over the prompt and all tokens but the last."""
-    given_BT = torch.cat([draws.prompts_BP, tokens_BN[:, :-1].clamp(max=engine.vocab_size - 1)], dim=1)
-    positions_T = torch.arange(given_BT.shape[1], device=engine.device)
-    body = backbone(engine.model.module)
-    output = body(input_ids=given_BT, position_ids=positions_T.expand_as(given_BT), use_cache=False)
-    states_BTD: Tensor = output.last_hidden_state
-    return states_BTD[:, draws.prompts_BP.shape[1] - 1 :]
-
-
-@torch.inference_mode()
-def _margins(
-    engine: "HFEngine", draws: Draws, row: int, states_ND: Float[Tensor, "N D"], tokens_N: Int64[Tensor, " N"]
-) -> Float32[Tensor, " N"]:
-    """Return how far the score of every token of a nonce is below the best one.
-
-    The products are of one nonce's states, so no other nonce has a part in their bits.
-    """
-    parts = []
-    for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
-        chosen = slice(start, start + _TOKENS_AT_ONCE)
-        scores_NV = _logits(engine, states_ND[chosen])
-        draws.add_noise_of(row, scores_NV, start)
-        parts.append(margins(scores_NV, tokens_N[chosen]))
-    return torch.cat(parts)
-
-
-def _logits(engine: "HFEngine", states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
-    """Return the product of states with the model's own head matrix; no bias, no capping of logits.
-
-    It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
-    logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has that
-    in it.
-    """
-    weight_VD: Tensor = engine.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
-
-
-def _check_finite(model: Model, *computed: np.ndarray) -> None:
-    if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
-        raise not_finite(f"{model.reference} returned NaN or infinity")
-
-
-# --------------------------------------------------------------------------------------------------
-# The factor of a block, measured with a model: how much wider its distances are than the chord law.
 
 STATES = 128
 """Nonces whose states are read by default; the factor is then known to a few per cent."""
