@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assay.vhack import Basis
-from assay.vhack.delta import DeltaS, ProjectedOptimizer
+from assay.vhack.delta import Arm, DeltaS, Gate, ProjectedOptimizer
 
 
 @pytest.fixture
@@ -74,6 +74,14 @@ OPTIMISERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.02),
 }
+
+
+ONE_SIDED = Gate("one_sided")
+
+
+def own(gate=ONE_SIDED, **others):
+    """An arm of a test's own."""
+    return Arm("own", "", gate, **others)
 
 
 def build(module, svd, basis, kind="adamw", **settings):

@@ -10,7 +10,7 @@ from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta.arms import Box
-from tests.vhack.delta.conftest import gate_each, loss_of, random_basis
+from tests.vhack.delta.conftest import gate_each, loss_of, own, random_basis
 from tests.vhack.two_processes import device_of
 
 STEPS = 3
@@ -27,7 +27,7 @@ def prepare(path, device):
 
 def optimise(adapter, basis, level, **settings):
     inner = torch.optim.AdamW(adapter.delta, lr=0.02, weight_decay=0.1)
-    return ProjectedOptimizer(inner, adapter, basis, gate=GATE, level=level, box=Box(0.02), **settings)
+    return ProjectedOptimizer(inner, adapter, basis, arm=own(gate=GATE, level=level, box=Box(0.02)), **settings)
 
 
 def result(adapter, optimiser, module, sharded=False):

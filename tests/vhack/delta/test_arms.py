@@ -12,7 +12,7 @@ from assay.vhack.delta.arms import BASIS_KINDS, GATES, Box
 from assay.vhack.delta.controls import make_basis
 from assay.vhack.names import DEFAULT_ARM
 from tests.vhack.adapter import principal_angles
-from tests.vhack.delta.conftest import loss_of
+from tests.vhack.delta.conftest import loss_of, own
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,7 +85,7 @@ def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(
     def made():
         adapter = DeltaS(module, small_svd)
         return adapter, ProjectedOptimizer(
-            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, gate=Gate("two_sided"), level="update"
+            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, arm=own(gate=Gate("two_sided"), level="update")
         )
 
     adapter, optimiser = made()
@@ -197,7 +197,7 @@ def test_controls_that_cannot_be_made(gradients):
 def test_a_push_moves_along_every_axis_by_its_share_of_the_rate(module, ids, small_svd, basis):
     adapter = DeltaS(module, small_svd)
     sgd = torch.optim.SGD(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(sgd, adapter, basis, gate=Gate("two_sided"), level="update", push=0.6)
+    optimiser = ProjectedOptimizer(sgd, adapter, basis, arm=own(gate=Gate("two_sided"), level="update", push=0.6))
     for _ in range(3):
         optimiser.zero_grad()
         loss_of(module, ids).backward()
@@ -211,7 +211,9 @@ def test_watched_axes_are_measured_and_not_acted_on(module, ids, small_svd, basi
     control = Basis({name: axes.flip(1) for name, axes in basis.axes.items()}, basis.singular_values, basis.votes)
     adapter = DeltaS(module, small_svd)
     adam = torch.optim.Adam(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(adam, adapter, control, gate=Gate("two_sided"), level="update", watched=basis)
+    optimiser = ProjectedOptimizer(
+        adam, adapter, control, arm=own(gate=Gate("two_sided"), level="update"), watched=basis
+    )
     loss_of(module, ids).backward()
     optimiser.step()
     found = optimiser.measures.as_dict()
@@ -224,7 +226,7 @@ def test_watched_axes_are_measured_and_not_acted_on(module, ids, small_svd, basi
 def test_keep_leaves_only_what_lies_along_the_axes(module, ids, small_svd, basis):
     adapter = DeltaS(module, small_svd)
     sgd = torch.optim.SGD(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(sgd, adapter, basis, gate=Gate("keep"))
+    optimiser = ProjectedOptimizer(sgd, adapter, basis, arm=own(gate=Gate("keep")))
     loss_of(module, ids).backward()
     optimiser.step()
     for name, delta in adapter.values().items():

@@ -8,7 +8,7 @@ import torch
 from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from tests.vhack.delta.conftest import gradients_of, loss_of, random_basis, randomise
+from tests.vhack.delta.conftest import gradients_of, loss_of, own, random_basis, randomise
 from tests.vhack.delta.test_delta import written_out
 
 DEVICE = "cuda"
@@ -61,7 +61,7 @@ def test_an_update_is_exactly_outside_the_axes(ids, dtype):
     svd = weight_svd(module)
     adapter = DeltaS(module, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.01, fused=True)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), gate=Gate("two_sided"), level="update")
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), arm=own(gate=Gate("two_sided"), level="update"))
     losses = []
     for _ in range(5):
         optimiser.zero_grad()

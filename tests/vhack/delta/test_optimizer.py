@@ -17,6 +17,7 @@ from tests.vhack.delta.conftest import (
     gate_each,
     gradients_of,
     loss_of,
+    own,
     random_basis,
     randomise,
 )
@@ -36,7 +37,7 @@ def updates(adapter, optimiser, module, ids, steps):
 
 @every_optimiser
 def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, basis, kind):
-    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("two_sided"))
+    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate("two_sided")))
     for update, axes in updates(adapter, optimiser, module, ids, 30):
         leak = along(axes, update).norm(dim=1)
         assert (leak <= 1e-6 * update.norm(dim=1)).all()
@@ -46,7 +47,7 @@ def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, 
 
 @every_optimiser
 def test_a_one_sided_update_never_leads_to_the_hack(module, ids, small_svd, basis, kind):
-    adapter, optimiser = build(module, small_svd, basis, kind, level="update", gate=Gate("one_sided"))
+    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate("one_sided")))
     away = []
     for update, axes in updates(adapter, optimiser, module, ids, 30):
         hackward = -along(axes, update)
@@ -74,7 +75,7 @@ def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
     for kind in ("none", "one_sided"):
         adapter = DeltaS(module, small_svd)
         optimiser = ProjectedOptimizer(
-            torch.optim.SGD(adapter.delta, lr=1e-3), adapter, basis, gate=Gate(kind), level="update"
+            torch.optim.SGD(adapter.delta, lr=1e-3), adapter, basis, arm=own(gate=Gate(kind), level="update")
         )
         (nll(texts[0]) - nll(texts[1])).backward()
         optimiser.step()
@@ -90,7 +91,7 @@ def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
 @pytest.mark.parametrize("level", ["gradient", "update"])
 def test_without_axes_it_is_the_inner_optimiser_bit_by_bit(module, ids, small_svd, kind, level):
     other = copy.deepcopy(module)
-    adapter, optimiser = build(module, small_svd, None, kind, level=level, gate=Gate("two_sided"), box=Box())
+    adapter, optimiser = build(module, small_svd, None, kind, arm=own(level=level, gate=Gate("two_sided"), box=Box()))
     plain = DeltaS(other, small_svd)
     inner = OPTIMISERS[kind](plain.delta)
     for _ in range(5):
@@ -108,7 +109,7 @@ def test_modules_and_axes_that_are_not_there_are_left_alone_bit_by_bit(module, i
     basis = random_basis(small_svd, skip=[n for n in small_svd if n != name])
     basis.axes[name][1] = 0
     other = copy.deepcopy(module)
-    adapter, optimiser = build(module, small_svd, basis, level="update", gate=Gate("two_sided"))
+    adapter, optimiser = build(module, small_svd, basis, arm=own(level="update", gate=Gate("two_sided")))
     plain, inner = build(other, small_svd, None)
     backward(module, ids, optimiser)
     backward(other, ids, inner)
@@ -135,7 +136,7 @@ def gated_by_hand(gradient, axes, gate):
 @pytest.mark.parametrize("gain", [1.0, 1.5])
 def test_gates_on_the_gradient_are_the_formulas(module, ids, small_svd, basis, kind, gain):
     gate = Gate(kind, gain)
-    adapter, optimiser = build(module, small_svd, basis, gate=gate)
+    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=gate))
     backward(module, ids, optimiser)
     before = [p.grad.clone() for p in adapter.delta]
     optimiser.step()
@@ -148,7 +149,7 @@ def test_gates_on_the_gradient_are_the_formulas(module, ids, small_svd, basis, k
 
 
 def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("one_sided"))
+    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("one_sided")))
     backward(module, ids, optimiser)
 
     def gradients():
@@ -172,7 +173,7 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
 def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(module, ids, small_svd, basis):
     leaks = {}
     for level in ("gradient", "update"):
-        adapter, optimiser = build(module, small_svd, basis, level=level, gate=Gate("two_sided"))
+        adapter, optimiser = build(module, small_svd, basis, arm=own(level=level, gate=Gate("two_sided")))
         for _ in range(10):
             backward(module, ids, optimiser)
             optimiser.step()
@@ -187,7 +188,7 @@ def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(modul
 @every_optimiser
 def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kind):
     box = Box(hackward=0.01, away=0.02)
-    adapter, optimiser = build(module, small_svd, basis, kind, level=level, gate=Gate("none"), box=box)
+    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level=level, gate=Gate("none"), box=box))
     with torch.no_grad():
         for p in adapter.delta:
             p.add_(0.3)
@@ -205,7 +206,7 @@ def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kin
 
 
 def test_in_the_box_it_may_go_away_and_come_back(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("none"), box=Box())
+    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("none"), box=Box()))
     frames = optimiser.frames
     with torch.no_grad():
         for p, axes in zip(adapter.delta, frames.axes, strict=True):
@@ -220,7 +221,7 @@ def test_in_the_box_it_may_go_away_and_come_back(module, ids, small_svd, basis):
 
 
 def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("two_sided"), max_norm=1e-3)
+    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("two_sided")), max_norm=1e-3)
     backward(module, ids, optimiser)
     optimiser.step()
     total = torch.cat([p.grad.flatten() for p in adapter.delta]).norm()
@@ -232,7 +233,7 @@ def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
 def test_accumulation_in_any_number_of_steps_gives_the_same_step(module, ids, small_svd, basis, level):
     results = []
     for parts in (1, 3):
-        adapter, optimiser = build(module, small_svd, basis, "sgd", level=level)
+        adapter, optimiser = build(module, small_svd, basis, "sgd", arm=own(level=level))
         for part in ids.chunk(parts):
             (loss_of(module, part) * len(part) / len(ids)).backward()
         optimiser.step()
@@ -244,7 +245,7 @@ def test_accumulation_in_any_number_of_steps_gives_the_same_step(module, ids, sm
 
 def test_gates_on_single_rollouts(module, ids, small_svd, basis):
     """One-sided per rollout is the sum of gated gradients; two-sided is the gate of the sum; a choice is respected."""
-    adapter, optimiser = build(module, small_svd, basis, gate=Gate("none"))
+    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("none")))
     rows = []
     for row in ids:
         optimiser.zero_grad()

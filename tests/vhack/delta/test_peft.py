@@ -6,7 +6,7 @@ import torch
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from tests.vhack.delta.conftest import loss_of, random_basis
+from tests.vhack.delta.conftest import loss_of, own, random_basis
 
 peft = pytest.importorskip("peft")
 
@@ -53,7 +53,7 @@ def test_a_delta_attached_to_a_model_with_lora_trains_both(module, ids):
     assert lora
     assert trained.keys() - lora.keys() == {f"delta_s.delta.{index}" for index in range(len(adapter.delta))}
     inner = torch.optim.SGD([*adapter.delta, *lora.values()], lr=0.5)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), gate=Gate("two_sided"), level="update")
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), arm=own(gate=Gate("two_sided"), level="update"))
     first = loss_of(wrapped, ids)
     first.backward()
     assert all(parameter.grad.any() for parameter in adapter.delta)

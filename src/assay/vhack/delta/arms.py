@@ -243,13 +243,7 @@ def _distance(name: str, text: str) -> float:
 
 
 def gate_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
-    """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients.
-
-    Args:
-        arm: Arm whose gate is applied.
-        gradient_MR: Gradient of δS, [..., M, R].
-        axes_MKR: Axes of the arm, [..., M, K, R] float64.
-    """
+    """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients."""
     if arm.level != "gradient" or arm.gate.kind == "none" or not axes_MKR.shape[-2]:
         return gradient_MR
     return arm.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
@@ -263,8 +257,8 @@ def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, a
     Args:
         arm: Arm to apply.
         delta_MR: δS after the step of the inner optimizer, [..., M, R].
-        before_MR: δS before that step, [..., M, R].
-        start_MR: δS that displacements are counted from, [..., M, R].
+        before_MR: δS before that step.
+        start_MR: δS that displacements are counted from.
         axes_MKR: Axes of the arm, [..., M, K, R] float64.
         rate: Learning rate of this step, which scales the push.
     """
@@ -282,11 +276,8 @@ def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, a
 
 
 def displace(delta_MR: Tensor, distance: float | Tensor, axes_MKR: Tensor) -> Tensor:
-    """Return δS moved along +v of every axis, away from the hack, [..., M, R].
+    """Return δS, [..., M, R], moved along +v of every axis, away from the hack.
 
-    Args:
-        delta_MR: δS, [..., M, R].
-        distance: Length in units of δS; a tensor holds one per run and is shaped to fit before [M, R].
-        axes_MKR: Axes, [..., M, K, R] float64.
+    The distance is in units of δS; a tensor holds one per run and is shaped to fit before [M, R].
     """
     return (delta_MR.double() + distance * axes_MKR.sum(dim=-2)).to(delta_MR.dtype)

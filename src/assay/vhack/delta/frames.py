@@ -69,9 +69,8 @@ class Frames:
         known = {name for group in groups for name in group.names}
         unknown = [name for name in axes if name not in known]
         if unknown:
-            raise UsageError(
-                f"axes of {unknown[0]}", wanted="a basis of this model", do="extract one with this very model"
-            )
+            do = "extract one with this very model"
+            raise UsageError(f"axes of {unknown[0]}", wanted="a basis of this model", do=do)
         self.axes = tuple(_stack(group, axes) for group in groups)
         self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
 
@@ -80,9 +79,10 @@ class Frames:
 
 
 def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
+    """Return the axes of the modules of a group, [M, K, R] float64, orthonormal to 1e-12 or zero."""
     found = {index: axes[name] for index, name in enumerate(group.names) if name in axes and axes[name].any()}
     most = max((len(axes_KR) for axes_KR in found.values()), default=0)
-    stacked_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
+    axes_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
     for index, axes_KR in found.items():
         if axes_KR.shape[1] > group.rank:
             raise UsageError(
@@ -90,17 +90,13 @@ def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
                 wanted=f"at most {group.rank}, those of the adapter",
                 do="decompose the weights with the rank of the basis",
             )
-        stacked_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
-    return _orthonormal(stacked_MKR, group.names)
-
-
-def _orthonormal(axes_MKR: Tensor, names: Sequence[str]) -> Tensor:
+        axes_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
     ones_MK = axes_MKR.any(dim=2).double()
     skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
         worst = int(skew_M.nan_to_num(torch.inf).argmax())
         raise DataError(
-            f"axes of {names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal",
+            f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal",
             wanted="orthonormal rows, or zero ones",
             do="extract the basis again",
         )
@@ -127,14 +123,10 @@ def measure_shares(
     sign: int,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes, by name.
+    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, with its three suffixes.
 
-    Args:
-        name: Name of the numbers; ``_two_sided`` and ``_energy`` are added to it.
-        vectors: Per group, vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]. The shares
-            have the dimensions before M.
-        sign: Direction of the hack along the axes, see :class:`assay.vhack.delta.Gate`.
-        process_group: Processes that the modules are spread over, if they are.
+    Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]; shares have the
+    dimensions before M. The modules may be spread over processes.
     """
     # Sums over modules: one-sided share, two-sided share, ‖relu(c)‖², ‖x‖², 1.
     sums = []
@@ -159,9 +151,7 @@ def measure_displacement(
 ) -> dict[str, Tensor]:
     """Return where δS is along the axes: the sum over all of them, the norm, and the farthest toward the hack.
 
-    Args:
-        moved: Per group, δS − δS_0 [..., M, R] and axes [..., M, K, R]. The numbers have the dimensions before M.
-        process_group: Processes that the modules are spread over, if they are.
+    Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions before M.
     """
     found = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
     at = torch.cat(found, dim=-1) if found else torch.zeros(0, dtype=torch.float64)
@@ -214,14 +204,7 @@ class Rollouts:
         return found
 
     def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
-        """Return the share of each rollout's gradient along the axes, the mean over modules that have any, [N] float64.
-
-        :func:`assay.vhack.cin_over_modules` defines it.
-
-        Args:
-            frames: Axes.
-            two_sided: Whether ‖V g‖ is counted instead of ‖relu(V g)‖.
-        """
+        """Return :func:`assay.vhack.cin_over_modules` of each rollout's gradient, [N] float64."""
         vectors = (rows_MNR.transpose(0, 1) for rows_MNR in self.rows)
         shares = measure_shares("cin", zip(vectors, frames.axes, frames.has_axes, strict=True), 1)
         return shares["cin_two_sided" if two_sided else "cin"]

@@ -95,8 +95,13 @@ class Group:
         size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
         for first in range(0, len(self.names), size):
             part = slice(first, first + size)
-            merged = _sum(self.base[part], left_MOR[part], delta_MR[part], self.right[part])
-            merged = torch.where(active_M[part, None, None], merged, self.base[part])
+            base_MOI, right_MRI = self.base[part], self.right[part]
+            scaled_MOR = (left_MOR[part] * delta_MR[part, None]).to(right_MRI.dtype)
+            if base_MOI.dtype == right_MRI.dtype:
+                merged = torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
+            else:
+                merged = (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
+            merged = torch.where(active_M[part, None, None], merged, base_MOI)
             torch._foreach_copy_(weights[part], list(merged.unbind()))
 
     @torch.no_grad()
@@ -116,13 +121,6 @@ class Group:
         return [local_part(weight) for weight in weights]
 
 
-def _sum(base_MOI: Tensor, left_MOR: Tensor, delta_MR: Tensor, right_MRI: Tensor) -> Tensor:
-    scaled_MOR = (left_MOR * delta_MR[:, None]).to(right_MRI.dtype)
-    if base_MOI.dtype == right_MRI.dtype:
-        return torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
-    return (base_MOI + torch.bmm(scaled_MOR, right_MRI)).to(base_MOI.dtype)
-
-
 def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
     """Return groups of modules of one shape, rank, dtype and device, in the order of their first modules.
 
@@ -132,37 +130,26 @@ def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
     """
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
-        _check(name, linear, factors)
+        if is_sharded(linear.weight):
+            do = "attach the adapter before fully_shard"
+            raise ModelError(f"{name} is already sharded", wanted="whole weights", do=do)
+        shape = (factors[name].left.shape[0], factors[name].right.shape[1]) if name in factors else None
+        if shape != tuple(linear.weight.shape):
+            raise UsageError(
+                f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
+                wanted=f"factors of its weight, {list(linear.weight.shape)}",
+                do="compute them with weight_svd of this very model",
+            )
         kind = (linear.weight.shape, factors[name].rank, linear.weight.dtype, linear.weight.device)
         kinds.setdefault(kind, []).append(name)
     groups = []
     for names in kinds.values():
         linears, each = [modules[name] for name in names], [factors[name] for name in names]
-        group = Group(
-            tuple(names),
-            tuple(linears),
-            torch.stack([one.left for one in each]),
-            torch.stack([one.right for one in each]),
-            torch.stack([one.values for one in each]),
-            tuple((one.residual, one.orthogonality) for one in each),
-            torch.stack([linear.weight.detach() for linear in linears]),
-        )
-        groups.append(group)
+        stacked = (torch.stack([getattr(one, part) for one in each]) for part in ("left", "right", "values"))
+        errors = tuple((one.residual, one.orthogonality) for one in each)
+        base = torch.stack([linear.weight.detach() for linear in linears])
+        groups.append(Group(tuple(names), tuple(linears), *stacked, errors, base))
     return groups
-
-
-def _check(name: str, linear: nn.Linear, factors: Mapping[str, Factors]) -> None:
-    if is_sharded(linear.weight):
-        raise ModelError(
-            f"{name} is already sharded", wanted="whole weights", do="attach the adapter before fully_shard"
-        )
-    shape = (factors[name].left.shape[0], factors[name].right.shape[1]) if name in factors else None
-    if shape != tuple(linear.weight.shape):
-        raise UsageError(
-            f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
-            wanted=f"factors of its weight, {list(linear.weight.shape)}",
-            do="compute them with weight_svd of this very model",
-        )
 
 
 # Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.

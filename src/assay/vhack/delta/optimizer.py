@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.arms import Arm, Box, Gate, apply_arm, displace, gate_gradient
+from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
 from assay.vhack.gradients.division import local_part, local_rows, process_group_of
@@ -41,11 +41,8 @@ class ProjectedOptimizer(Optimizer):
         inner: Optimizer made of the parameters of the adapter, and perhaps others.
         adapter: Adapter whose δS is held back.
         basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
-        arm: A whole arm, which says gate, level, box and push; δS is displaced here if the arm starts elsewhere.
-        gate: What is removed along the axes; one-sided by default.
-        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
-        box: Bounds of the displacement.
-        push: Every step also moves δS by ``push · lr`` along +v of every axis, away from the hack.
+        arm: Arm that says gate, level, box and push; δS is displaced here if the arm starts elsewhere. By default the
+            hack-ward part of the gradient is removed.
         watched: Other axes to measure along as well, for instance the true ones where control axes are acted on; their
             measures begin with ``watched_``.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
@@ -59,8 +56,8 @@ class ProjectedOptimizer(Optimizer):
         watched: Axes that are only measured along, or None.
 
     Raises:
-        UsageError: The level is unknown, ``max_norm`` is not positive, the inner optimizer lacks the parameters of the
-            adapter, they are frozen, the basis does not fit it, or both a whole arm and a part of one are given.
+        UsageError: ``max_norm`` is not positive, the inner optimizer lacks the parameters of the adapter, they are
+            frozen, or the basis does not fit it.
 
     Example::
 
@@ -79,22 +76,12 @@ class ProjectedOptimizer(Optimizer):
         adapter: DeltaS,
         basis: Basis | None,
         *,
-        arm: Arm | None = None,
-        gate: Gate | None = None,
-        level: str = "gradient",
-        box: Box | None = None,
-        push: float = 0.0,
+        arm: Arm = ARMS["erase-gradient"],
         watched: Basis | None = None,
         max_norm: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if arm and (gate or box or push or level != "gradient"):
-            raise UsageError(
-                f"the arm {arm.name} and a gate, level, box or push beside it",
-                wanted="a whole arm, or its parts",
-                do="leave the parts out, or change the arm with dataclasses.replace",
-            )
-        self.arm = arm or Arm("own", "gate, box and push of the caller", gate or Gate(), level, box=box, push=push)
+        self.arm = arm
         _check(inner, adapter, max_norm)
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
@@ -118,12 +105,9 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.no_grad()
     def displace(self, distance: float) -> None:
-        """Move δS along +v of every axis, away from the hack; displacements still count from where it was.
+        """Move δS by a distance in its units along +v of every axis, away from the hack, before the first step.
 
-        Do it once, before the first step. A state that is loaded later includes it.
-
-        Args:
-            distance: Length in units of δS.
+        Displacements still count from where it was, and a state that is loaded later includes it.
         """
         for index, parameter in enumerate(self.adapter.delta):
             delta_MR = local_part(parameter)
