@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # What a start spends its time on; a fork server imports it once for all starts.
-PRELOAD = [
-    "assay.poc.service",
-    "assay.cli.app",
-    "assay.models",
-    "transformers.models.qwen3.modeling_qwen3",
-]
+PRELOAD = ["assay.poc.service", "assay.cli.app", "assay.models", "transformers.models.qwen3.modeling_qwen3"]
 
 
 def _forked(arguments: list[str], log: str) -> None:

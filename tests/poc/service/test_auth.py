@@ -7,11 +7,7 @@ from assay.poc.service import Settings
 from tests.poc.service.conftest import PREFIX, ROUND
 
 ALL, VALIDATE, READ = "all-" + "x" * 20, "validate-" + "x" * 20, "read-" + "x" * 20
-ROUTES = {
-    "control": ("POST", "/init"),
-    "validate": ("POST", "/validate"),
-    "read": ("GET", "/status"),
-}
+ROUTES = {"control": ("POST", "/init"), "validate": ("POST", "/validate"), "read": ("GET", "/status")}
 
 
 @pytest.fixture

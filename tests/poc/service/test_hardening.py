@@ -177,8 +177,7 @@ def test_a_database_that_is_refused_is_not_locked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"],
+    "damage", ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"]
 )
 def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     open_database(tmp_path).close()

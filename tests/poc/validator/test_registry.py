@@ -127,8 +127,7 @@ def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("second", "dtype"),
-    [("bfloat16", None), ("float32", "float32"), ("float32+fp8_e4m3-cache", "float32")],
+    ("second", "dtype"), [("bfloat16", None), ("float32", "float32"), ("float32+fp8_e4m3-cache", "float32")]
 )
 def test_the_model_is_loaded_in_the_format_of_the_pinned_weights(small_model, tmp_path, second, dtype):
     """A cache that rounds belongs to an engine, and not to the weights that a validator loads."""

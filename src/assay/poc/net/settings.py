@@ -104,8 +104,7 @@ class ServerSettings(assay.settings.Settings):
     alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
     calibration: Annotated[Calibration | None, BeforeValidator(_calibration), NoDecode] = Field(
-        None,
-        description="Honest noise that was measured, or its file. Without it, the stated default holds.",
+        None, description="Honest noise that was measured, or its file. Without it, the stated default holds."
     )
 
     def __init__(self, **values: Any) -> None:

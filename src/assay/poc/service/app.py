@@ -33,7 +33,6 @@ from assay.poc.service.bodies import (
 from assay.poc.service.controller import Controller
 from assay.poc.service.delivery import Delivery
 from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
-from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
 
 PREFIX = "/api/v1/pow"
@@ -41,6 +40,8 @@ PREFIX = "/api/v1/pow"
 PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
 
+CONFIG = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
+"""What ``/status`` says of the round."""
 STATUS_AGE = 0.1  # seconds for which an encoded /status is reused while nothing changes
 
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
@@ -53,11 +54,18 @@ PAGE_HEADERS = SAFE_HEADERS | {
 }
 
 
-def describe_status(controller: Controller, found: list[tuple[int, float]] | None = None) -> JsonObject:
-    """Return state and counts in the fields of both published forms, with the valid nonces ``found``, or the latest."""
+def describe_status(controller: Controller, after: int | None = None, limit: int = 0) -> JsonObject:
+    """Return state and counts in the fields of both published forms, with the latest valid nonces.
+
+    With ``after`` these are the first ``limit`` above it, from the database.
+    """
     progress, state = controller.progress, str(controller.state)
-    if found is None:
-        found = progress.latest() if progress else []
+    if progress is None:
+        found, config = [], None
+    else:
+        rounds, stored = controller.rounds, progress.stored
+        found = progress.latest() if after is None else rounds.recent_valid(stored.id, after=after, limit=limit)
+        config = {name: getattr(stored, name) for name in CONFIG} | {"k_dim": get_pipeline(stored.preset).vector_size}
     has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
@@ -69,24 +77,12 @@ def describe_status(controller: Controller, found: list[tuple[int, float]] | Non
         "rate_per_second": progress.rate if progress else 0.0,
         "r_target": progress.stored.r_target if progress else None,
         "status": state,
-        "config": _config(progress.stored) if progress else None,
+        "config": config,
         "stats": {"total_processed": progress.checked, "nonces_per_second": progress.rate} if progress else None,
         "ready": controller.deployment is not None,
         "paused": controller.paused,
         "error": controller.error,
     }
-
-
-def status_after(controller: Controller, after: int, limit: int) -> JsonObject:
-    """Return :func:`describe_status` with the first ``limit`` valid nonces above ``after``, from the database."""
-    progress = controller.progress
-    found = controller.rounds.recent_valid(progress.stored.id, after=after, limit=limit) if progress else []
-    return describe_status(controller, found)
-
-
-def _config(stored: StoredRound) -> JsonObject:
-    names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
-    return {name: getattr(stored, name) for name in names} | {"k_dim": get_pipeline(stored.preset).vector_size}
 
 
 class StatusText:
@@ -153,8 +149,16 @@ def create_app(controller: Controller) -> FastAPI:
     summary = "The published API under /api/v1/pow, durable and bounded, and receipts of responses."
     app = new_app("assay: Proof of Compute", summary=summary)
     attach(app, controller, operations=True)
-    app.include_router(_pages(app))
     app.include_router(dashboard_router())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(app.openapi(), headers=SAFE_HEADERS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(part("docs.html", "assay.poc.service"), headers=PAGE_HEADERS)
+
     if not controller.settings.has_keys:
         app.add_middleware(LocalOnly)
     return app
@@ -174,20 +178,6 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
     run_with(app, controller, feed, Delivery(controller).run)
-
-
-def _pages(app: FastAPI) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/openapi.json")
-    async def openapi() -> JSONResponse:
-        return JSONResponse(app.openapi(), headers=SAFE_HEADERS)
-
-    @router.get("/docs")
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(part("docs.html", "assay.poc.service"), headers=PAGE_HEADERS)
-
-    return router
 
 
 def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_route: type[APIRoute]) -> APIRouter:
@@ -251,7 +241,7 @@ def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_ro
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
             return Response(text.latest(), media_type="application/json")
-        return JSONResponse(await controller.call(status_after, controller, after, limit))
+        return JSONResponse(await controller.call(describe_status, controller, after, limit))
 
     @router.get("/snapshot", responses=problems(), openapi_extra=READ)
     async def snapshot() -> Response:

@@ -77,15 +77,6 @@ def _check_batch(batch_size: int, deployment: Deployment, settings: Settings) ->
         _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
 
 
-def _check_prover(request: ValidateRequest, stored: StoredRound, pins: NetworkPins | None) -> None:
-    """Refuse distances of a key or a share that is of no node of the network."""
-    if pins is not None and pins.nodes:
-        names = pins.foreign(request.public_key, request.node_id, stored.node_count)
-        if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
-            names = tuple(name for name in names if name == "public_key")
-        _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
-
-
 def _builds(deployment: Deployment, pins: NetworkPins | None) -> tuple[Build, ...]:
     return () if pins is None else pins.model(deployment.digest).builds
 
@@ -158,7 +149,12 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
     if get_pipeline(stored.preset).output != "distance":
         wanted, do = "a round that was begun with r_target", "check vectors with /generate and its field validation"
         raise Refusal(409, "distances for a round of vectors", wanted=wanted, do=do, fields=fields)
-    _check_prover(request, stored, settings.pins)
+    pins = settings.pins
+    if pins is not None and pins.nodes:
+        names = pins.foreign(request.public_key, request.node_id, stored.node_count)
+        if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
+            names = tuple(name for name in names if name == "public_key")
+        _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
     different = len(set(_limited(request.nonces, settings)))
     if not len(request.nonces) == len(request.dist) == different:
         seen = f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances"

@@ -25,14 +25,7 @@ from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.record import DistanceRecord, is_distance
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service.checks import (
-    check_build,
-    check_deployed,
-    check_job,
-    check_round,
-    check_validation,
-    round_values,
-)
+from assay.poc.service.checks import check_build, check_deployed, check_job, check_round, check_validation, round_values
 from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
@@ -79,7 +72,7 @@ class Controller(Runtime):
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
             self.rounds = Rounds(self.database, self.outbox)
-            self.judge = Judge(self.database, self.outbox, settings, noise, recorded=self._recorded)
+            self.judge = Judge(self.database, self.outbox, settings, noise, metrics=self.metrics)
             opened.callback(self.judge.close)
             self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
@@ -332,9 +325,6 @@ class Controller(Runtime):
             "jobs": self.jobs.counts(),
             "verdicts": self.judge.last(),
         }
-
-    def _recorded(self, verdict: str) -> None:
-        self.metrics.lives.labels(verdict).inc()
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)

@@ -132,7 +132,9 @@ class Jobs:
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
-            if self._running is None or not self._still_runs(self._running):
+            status = sa.select(self._c.status)
+            job = self._running  # which may have been cancelled
+            if job is None or self._db.scalar(status.where(self._c.id == job.id)) != "running":
                 self._running = None
                 self._running = self._next(deployment)
             if self._running is None:
@@ -173,11 +175,6 @@ class Jobs:
         errors = residuals(_received(request), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
         return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
-
-    def _still_runs(self, job: _Running) -> bool:
-        """Return whether a job was not cancelled."""
-        status = self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id))
-        return bool(status == "running")
 
     def _next(self, deployment: Deployment) -> _Running | None:
         while (row := self._begin()) is not None:

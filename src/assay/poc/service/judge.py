@@ -3,7 +3,7 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import sqlalchemy as sa
@@ -19,6 +19,7 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.record import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
+from assay.poc.service.metrics import Metrics
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
@@ -27,7 +28,6 @@ from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.ledger_entries import Account, Update, round_identity
 from assay.poc.verdict.noise import Noise, default_noise, sequential_test
-from assay.stats.sequential import Verdict
 
 
 class HonestNoise:
@@ -84,7 +84,7 @@ class Judge:
 
     The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
     many small requests decide like one large one and asking twice proves nothing. With a ledger, the same residuals
-    enter the life of the node as well, of which replies say nothing: ``recorded`` is told the verdict on it.
+    enter the life of the node as well, of which replies say nothing.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Judge:
         settings: Settings,
         noise: HonestNoise,
         *,
-        recorded: Callable[[Verdict], None],
+        metrics: Metrics,
     ) -> None:
-        self._db, self._outbox, self._settings, self._recorded = database, outbox, settings, recorded
+        self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
         self._noise = noise
         self._ledger: Ledger | None = None
         if settings.ledger is not None:
@@ -104,13 +104,7 @@ class Judge:
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
-    def judge(
-        self,
-        stored: StoredRound,
-        dtype: str,
-        request: ValidateRequest,
-        computed: Sequence[float],
-    ) -> JsonObject:
+    def judge(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> JsonObject:
         """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
 
         A received value that is not finite is a mismatch.
@@ -168,7 +162,7 @@ class Judge:
             nonces=request.nonces,
             residuals=[a - b for a, b in zip(request.dist, computed, strict=True)],
         )
-        self._recorded(self._ledger.append([update])[0].verdict)
+        self._metrics.lives.labels(self._ledger.append([update])[0].verdict).inc()
 
     def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""
@@ -203,12 +197,7 @@ class Judge:
         return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
 
     def _save(
-        self,
-        round_id: int,
-        public_key: str,
-        checks: Sequence[JsonObject],
-        summary: JsonObject,
-        body: JsonObject,
+        self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
     ) -> None:
         rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
         with self._db.write() as connection:

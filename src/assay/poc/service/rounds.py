@@ -212,7 +212,12 @@ class Rounds:
             )
             same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
             stored = StoredRound(**connection.execute(sa.select(rounds).where(same)).mappings().one())
-            _check_same(values, stored)
+            # One nonce must not have two results.
+            if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
+                seen = "this block and key have a round with another " + ", ".join(other)
+                wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
+                do = "repeat the values of the first request, or use a new block or key"
+                raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
 
@@ -285,16 +290,6 @@ def _fitting(most: int, record: Record) -> int:
     if not isinstance(record, TokenRecord):
         return most
     return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
-
-
-def _check_same(values: RoundValues, stored: StoredRound) -> None:
-    """Refuse values other than those with which a round was begun."""
-    other = sorted(name for name, value in vars(values).items() if value != getattr(stored, name))
-    if other:
-        seen = "this block and key have a round with another " + ", ".join(other)
-        wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
-        do = "repeat the values of the first request, or use a new block or key"
-        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:

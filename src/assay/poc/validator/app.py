@@ -84,7 +84,7 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
     @router.get("/verdicts", response_model=None, openapi_extra=READ)
     def verdicts(after: After = 0, limit: Limit = 100) -> Response:
         """Return changes of verdicts with an id above ``after``, the oldest first."""
-        return JSONResponse({"verdicts": controller.inbox.verdicts(after, limit)})
+        return JSONResponse({"verdicts": controller.inbox.verdicts(limit, after=after)})
 
     @router.get("/evidence/{account}", response_model=None, openapi_extra=READ)
     def evidence(account: str, after: After = 0, limit: Limit = 100) -> Response:

@@ -43,8 +43,8 @@ REASONS = (
 class Claim:
     """Nonces of one node in one round, with the values that it published."""
 
-    round: Round  # round as the pins and the node's share make it
-    nonces: Sequence[int]  # nonces, ascending
+    round: Round  # as the pins and the node's share make it
+    nonces: Sequence[int]  # ascending
     values: Sequence[float | str]  # distances, or the base64 of vectors, or of tokens with their sketches
 
     def record(self, place: int, pipeline: Pipeline) -> Record:
@@ -85,6 +85,10 @@ def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Re
     )
 
 
+def _named(name: str, error: AssayError) -> Refusal:
+    return Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields={"fields": [name]})
+
+
 def parsed(raw: bytes) -> tuple[str, JsonObject]:
     """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
     try:
@@ -92,10 +96,8 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
         return text, loads(text, "body")
     except (DataError, UnicodeDecodeError) as error:
         seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
-        fields = {"fields": ["body"]}
-        raise Refusal(
-            400, seen, wanted="the body of a callback of assay", do="send it as assay does", fields=fields
-        ) from None
+        wanted, do = "the body of a callback of assay", "send it as assay does"
+        raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
 
 
 def sender_of(values: JsonObject, registry: Registry) -> Sender:
@@ -212,8 +214,7 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
     try:
         proof = Proof.parse("the proof", body)
     except AssayError as error:
-        fields = {"fields": ["format"]}
-        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
+        raise _named("format", error) from None
     return _proof_claim(proof, sender_of(proof.round.as_dict(), reader.registry), reader)
 
 
@@ -234,9 +235,7 @@ def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
     except Refusal:
         raise
     except AssayError as error:
-        name = error.field if isinstance(error, ProofMismatch) else ""
-        fields = {"fields": [name or "other"]}
-        raise Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields=fields) from None
+        raise _named((isinstance(error, ProofMismatch) and error.field) or "other", error) from None
     for name in pins.unpinned(header):
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):

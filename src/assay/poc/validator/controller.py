@@ -16,6 +16,7 @@ from assay.poc.net.runtime import Runtime
 from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round, check_name
+from assay.poc.validator.claims import Reader
 from assay.poc.validator.inbox import Inbox, InboxWriter
 from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.validator.registry import Noises, Registry, modified
@@ -132,6 +133,11 @@ class ValidatorController(Runtime):
         self.worker.load_standings()
         log.info("pins and nodes were read again", nodes=len(fresh))
 
+    @property
+    def reader(self) -> Reader:
+        """What reads claims under the pins of now."""
+        return Reader(self.registry, self.is_open, self.settings.positions)
+
     def is_open(self, block_hash: str, block_height: int) -> bool:
         """Return whether messages of a block are accepted."""
         if self.registry.blocks:
@@ -143,11 +149,8 @@ class ValidatorController(Runtime):
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
         check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
         if self.registry.blocks:
-            raise UsageError(
-                "a block beside pins that name one",
-                wanted="blocks from one place",
-                do="leave block_hash out of the pins to announce blocks",
-            )
+            do = "leave block_hash out of the pins to announce blocks"
+            raise UsageError("a block beside pins that name one", wanted="blocks from one place", do=do)
         new = self.inbox.announce(block_hash, block_height)
         self._blocks = self.inbox.blocks(self.settings.open_blocks)
         return new
@@ -185,7 +188,10 @@ class ValidatorController(Runtime):
         senders, standings = self.inbox.senders(), self.worker.standings
         decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}
         keys = dict.fromkeys([*self.registry.keys, *senders])
-        return sorted((_node(key, senders.get(key), standings.get(key), decided) for key in keys), key=_rank)
+        found = [_node(key, senders.get(key), standings.get(key), decided) for key in keys]
+        return sorted(
+            found, key=lambda node: (_RANKS.get(node["verdict"], 1), -node["log_e_value"], node["public_key"])
+        )
 
     @override
     def snapshot(self) -> JsonObject:
@@ -212,7 +218,7 @@ class ValidatorController(Runtime):
 
 def _node(key: str, sender: JsonObject | None, standing: Standing | None, decided: dict[str, JsonObject]) -> JsonObject:
     account = account_id(standing.account) if standing is not None else None
-    change = decided.get(account) if account else None
+    sent, change = sender or {}, (decided.get(account) if account else None) or {}
     return {
         "public_key": key,
         "account": account,
@@ -223,15 +229,11 @@ def _node(key: str, sender: JsonObject | None, standing: Standing | None, decide
         "log_e_value": standing.evidence.log_e_max if standing else 0.0,
         "log_evidence_honest": standing.evidence.log_evidence_honest if standing else 0.0,
         "fault": standing.fault if standing else None,
-        "messages": sender["messages"] if sender else 0,
-        "claimed": sender["nonces"] if sender else 0,
-        "first_at": sender["first_at"] if sender else None,
-        "last_at": sender["last_at"] if sender else None,
-        "decided_at": change["at"] if change else None,
-        "seconds_to_decision": change["seconds"] if change else None,
-        "nonces_to_decision": change["nonces"] if change else None,
+        "messages": sent.get("messages", 0),
+        "claimed": sent.get("nonces", 0),
+        "first_at": sent.get("first_at"),
+        "last_at": sent.get("last_at"),
+        "decided_at": change.get("at"),
+        "seconds_to_decision": change.get("seconds"),
+        "nonces_to_decision": change.get("nonces"),
     }
-
-
-def _rank(node: JsonObject) -> tuple[int, float, str]:
-    return _RANKS.get(node["verdict"], 1), -node["log_e_value"], node["public_key"]

@@ -17,7 +17,6 @@ them again.
 
 import hashlib
 import hmac
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +45,6 @@ class Epoch:
         revealed = self.secret.hex() if self.ends is not None else None
         about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
         return {**about, "commitment": self.commitment, "secret": revealed}
-
-
-def new_secret() -> bytes:
-    """Return a secret from the randomness of the system."""
-    return secrets.token_bytes(SECRET_BYTES)
 
 
 def commitment(secret: bytes, epoch: int) -> str:

@@ -7,9 +7,10 @@ Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_bytes
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.group_commit import GroupCommit
 from assay.poc.net.refusals import Refusal
-from assay.poc.validator.epochs import Epoch, first_turn, message_seed, new_secret
+from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
 from assay.poc.validator.metrics import ValidatorMetrics
 
 # The steps that lead to the tables. A step, once released, is never edited.
@@ -69,15 +70,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX inbox_waiting",
         "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
     ),
-    (
-        "ALTER TABLE inbox ADD COLUMN claim BLOB",
-        "ALTER TABLE inbox ADD COLUMN pins TEXT",
-    ),
+    ("ALTER TABLE inbox ADD COLUMN claim BLOB", "ALTER TABLE inbox ADD COLUMN pins TEXT"),
 )
 
 
 NAME = "validator.sqlite3"
-_NAMES_AT_A_TIME = 500  # parameters of one query
 
 
 @dataclass(frozen=True)
@@ -167,9 +164,11 @@ class Inbox:
                 row = (key, now, now)
                 insert = "INSERT INTO senders VALUES (NULL, ?, ?, ?, 0, 0, 0) RETURNING id"
                 senders[key] = connection.exec_driver_sql(insert, row).scalar_one()
-            seen = self._known(connection, [message.id for message in messages])
+            known = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(messages))})"
+            rows = connection.exec_driver_sql(known, tuple(message.id for message in messages))
+            seen = {(sender, name) for sender, name in rows}
             fresh: list[bool] = []
-            rows: list[tuple[Any, ...]] = []
+            added: list[tuple[Any, ...]] = []
             counts: dict[int, list[int]] = {}
             for message in messages:
                 sender = senders[message.public_key]
@@ -181,38 +180,25 @@ class Inbox:
                     seed = message_seed(epoch.secret, message.public_key, message.id, message.digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, message.digest)
                     turn = first_turn(seed, message.nonces, self._sample)
-                    rows.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
+                    added.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
                     tally[0] += 1
                     tally[1] += message.nonces
                 else:
                     tally[2] += 1
-            if rows:
+            if added:
                 columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
-                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added)
             change = (
                 "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
             )
             connection.exec_driver_sql(change, [(now, *tally, sender) for sender, tally in counts.items()])
-            self._note_pulls(connection, messages)
+            if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
+                keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
+                connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
         self._senders, self._epoch = senders, epoch
         for message, new in zip(messages, fresh, strict=True):
             self._kept[senders[message.public_key]] += len(message.body) if new else 0
         return fresh
-
-    def _known(self, connection: sa.Connection, ids: Sequence[str]) -> set[tuple[int, str]]:
-        found: set[tuple[int, str]] = set()
-        for start in range(0, len(ids), _NAMES_AT_A_TIME):
-            part = tuple(ids[start : start + _NAMES_AT_A_TIME])
-            marks = ",".join("?" * len(part))
-            rows = connection.exec_driver_sql(f"SELECT sender, id FROM inbox WHERE id IN ({marks})", part)
-            found.update((row[0], row[1]) for row in rows)
-        return found
-
-    def _note_pulls(self, connection: sa.Connection, messages: Iterable[Message]) -> None:
-        rows = [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]
-        if rows:
-            keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
-            connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", rows)
 
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
         """Return the highest nonce that was pulled of a machine in a block; −1 before the first."""
@@ -236,13 +222,15 @@ class Inbox:
         if epoch is None and (row := connection.exec_driver_sql(current).first()):
             epoch = Epoch(**row._mapping)
         if epoch is None:
-            connection.exec_driver_sql("INSERT INTO epochs VALUES (1, ?, ?, NULL)", (new_secret(), now))
-            connection.exec_driver_sql("INSERT INTO epochs VALUES (2, ?, NULL, NULL)", (new_secret(),))
+            connection.exec_driver_sql("INSERT INTO epochs VALUES (1, ?, ?, NULL)", (token_bytes(SECRET_BYTES), now))
+            connection.exec_driver_sql("INSERT INTO epochs VALUES (2, ?, NULL, NULL)", (token_bytes(SECRET_BYTES),))
         elif abs(now - (epoch.begins or 0.0)) >= self._epoch_seconds:
             following = epoch.number + 1
             connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, epoch.number))
             connection.exec_driver_sql("UPDATE epochs SET begins = ? WHERE number = ?", (now, following))
-            connection.exec_driver_sql("INSERT INTO epochs VALUES (?, ?, NULL, NULL)", (following + 1, new_secret()))
+            connection.exec_driver_sql(
+                "INSERT INTO epochs VALUES (?, ?, NULL, NULL)", (following + 1, token_bytes(SECRET_BYTES))
+            )
         else:
             return epoch
         return Epoch(**connection.exec_driver_sql(current).one()._mapping)
@@ -326,10 +314,8 @@ class Inbox:
         with self.database.write() as connection:
             rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
             if rows:
-                change = (
-                    "UPDATE inbox SET turn = turn + (? - drawn) * 1.0 / nonces, drawn = ?, planned = ? WHERE seq = ?"
-                )
-                connection.exec_driver_sql(change, rows)
+                turn = "turn = turn + (? - drawn) * 1.0 / nonces"
+                connection.exec_driver_sql(f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows)
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 
@@ -340,16 +326,13 @@ class Inbox:
         query = sa.select(self.database["senders"])
         return {row.public_key: dict(row._mapping) for row in self.database.rows(query)}
 
-    def verdicts(self, after: int, limit: int) -> list[JsonObject]:
-        """Return changes of verdicts after an id, oldest first."""
+    def verdicts(self, limit: int, *, after: int | None = None) -> list[JsonObject]:
+        """Return changes of verdicts: those after an id, oldest first, or else the latest ones, newest first."""
         table = self.database["verdicts"]
-        query = sa.select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
-        return [dict(row._mapping) for row in self.database.rows(query)]
-
-    def last_verdicts(self, limit: int) -> list[JsonObject]:
-        """Return the latest changes of verdicts, the newest first."""
-        table = self.database["verdicts"]
-        query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
+        query = sa.select(table).limit(limit)
+        query = (
+            query.order_by(table.c.id.desc()) if after is None else query.where(table.c.id > after).order_by(table.c.id)
+        )
         return [dict(row._mapping) for row in self.database.rows(query)]
 
     def latest_verdicts(self) -> dict[str, str]:
@@ -362,10 +345,9 @@ class Inbox:
     def counts(self) -> dict[str, int]:
         """Return sums over all nodes: messages, nonces and repeated messages."""
         table = self.database["senders"].c
-        sums: list[Any] = [
-            sa.func.coalesce(sa.func.sum(table[n]), 0).label(n) for n in ("messages", "nonces", "repeated")
-        ]
-        return dict(self.database.rows(sa.select(*sums))[0]._mapping)
+        names = ("messages", "nonces", "repeated")
+        query = sa.select(*(sa.func.coalesce(sa.func.sum(table[name]), 0).label(name) for name in names))
+        return self.database.rows(query)[0]._asdict()
 
     def prune(self, keep: float) -> int:
         """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many.
@@ -400,14 +382,10 @@ class InboxWriter(GroupCommit[Message, bool]):
         It is refused with 429 where so much of this node is kept already, with 503 where it cannot be written now.
         """
         if self._inbox.is_full(message.public_key, len(message.body)):
-            raise Refusal(
-                429,
-                "so many bytes of this node are kept that there is no room for more",
-                wanted="the room of one node (--max-kept of the validator)",
-                do="send it again later: what is older than --keep is deleted",
-                retry_after=60,
-                fields={"fields": ["room"]},
-            )
+            seen = "so many bytes of this node are kept that there is no room for more"
+            wanted = "the room of one node (--max-kept of the validator)"
+            do = "send it again later: what is older than --keep is deleted"
+            raise Refusal(429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]})
         return await self.put(message, size=len(message.body))
 
     def _write(self, messages: list[Message]) -> list[bool]:

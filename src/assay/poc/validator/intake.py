@@ -27,7 +27,7 @@ from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
-from assay.poc.validator.registry import Registry, Sender
+from assay.poc.validator.registry import Sender
 
 log = structlog.get_logger("assay.validator.intake")
 
@@ -93,9 +93,8 @@ class Intake:
 
     def callback(self, kind: str, body: bytes, headers: dict[str, str]) -> Message:
         """Return a callback as it is kept, after key, signature and every value in it were checked."""
-        registry = self._controller.registry
         text, values = parsed(body)
-        sender = sender_of(values, registry)
+        sender = sender_of(values, self._controller.registry)
         sender.signatures.check(text, headers)
         known_as = message_id(headers)
         # The path is not signed. The body is, and tells the two kinds apart.
@@ -103,16 +102,15 @@ class Intake:
             raise refused("body", "that of another callback", f"one of /{kind}")
         if kind == "validated":  # no evidence
             return Message(sender.public_key, known_as, kind, 0, body)
-        reader = self._reader(registry)
+        reader = self._controller.reader
         return claimed_message(kind, known_as, body, reader.claim(values, sender), reader)
 
     async def _proof(self, body: bytes, headers: dict[str, str]) -> Message:
         """Return a proof as it is kept. The signature is checked before more than its first line is read."""
-        registry = self._controller.registry
         try:
             header = loads(body[: min(max(0, body.find(b"\n")), LONGEST_HEADER)], "line 1")
             values = header.get("round")
-            sender = sender_of(values if isinstance(values, dict) else {}, registry)
+            sender = sender_of(values if isinstance(values, dict) else {}, self._controller.registry)
             text = body.decode()
         except (DataError, UnicodeDecodeError):
             raise refused("format", "another body", "that of a proof file", status=400) from None
@@ -120,12 +118,9 @@ class Intake:
         known_as = message_id(headers)
         del text
         async with self._parsing:
-            reader = self._reader(registry)
+            reader = self._controller.reader
             claim = await asyncio.to_thread(read_claim, "proof", body, reader)
             return claimed_message("proof", known_as, body, claim, reader)
-
-    def _reader(self, registry: Registry) -> Reader:
-        return Reader(registry, self._controller.is_open, self._controller.settings.positions)
 
 
 def claimed_message(
@@ -146,6 +141,7 @@ def _name(refusal: Refusal) -> str:
 
 LONGEST_ANSWER = 2**20
 LIMIT = 1000  # nonces of one answer
+_SHARE = ("public_key", "block_hash", "block_height", "node_id")
 
 
 class Poller:
@@ -188,31 +184,28 @@ class Poller:
             return "empty"  # another key's round: nothing of this node
         block, node_id = state["block_hash"], state["node_id"]
         inbox = self._controller.inbox
-        after = await asyncio.to_thread(inbox.pulled, sender.public_key, str(block), _number(node_id))
+        known = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
+        after = await asyncio.to_thread(inbox.pulled, sender.public_key, str(block), known)
         values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
         found = _state(values)
         if found is None or (found["block_hash"], found["node_id"]) != (block, node_id):
             return "empty"  # another round began between the two questions
-        self._check(found, sender)
-        body = {name: found[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
+        reader = self._controller.reader
+        seq_len = reader.registry.network.round.seq_len
+        for name, wanted in (("node_count", sender.node_count), ("seq_len", seq_len)):
+            if found.get(name) != wanted:
+                raise refused(name, found.get(name), wanted)
+        body = {name: found[name] for name in _SHARE}
         body |= {"nonces": values.get("valid_nonces"), "dist": values.get("valid_distances")}
         body["r_target"] = values.get("r_target")
         if not body["nonces"]:
             return "empty"
-        registry, settings = self._controller.registry, self._controller.settings
-        reader = Reader(registry, self._controller.is_open, settings.positions)
         claim = reader.claim(body, sender)
         text = dumps(body).encode()
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
         pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
         await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
         return "taken"
-
-    def _check(self, config: JsonObject, sender: Sender) -> None:
-        agreed = self._controller.registry.network.round
-        for name, wanted in (("node_count", sender.node_count), ("seq_len", agreed.seq_len)):
-            if config.get(name) != wanted:
-                raise refused(name, config.get(name), wanted)
 
     async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
         """Return the answer of ``/status``, bounded, from an address that was checked."""
@@ -228,14 +221,12 @@ class Poller:
         )
         try:
             if not response.is_success:
-                raise httpx.HTTPStatusError(f"HTTP {response.status_code}", request=response.request, response=response)
+                raise httpx.HTTPError(f"HTTP {response.status_code}")
             content = bytearray()
             async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > LONGEST_ANSWER:
-                    raise httpx.DecodingError(
-                        f"an answer of more than {LONGEST_ANSWER} bytes", request=response.request
-                    )
+                    raise httpx.HTTPError(f"an answer of more than {LONGEST_ANSWER} bytes")
         finally:
             await response.aclose()
         return parsed(bytes(content))[1]
@@ -244,9 +235,4 @@ class Poller:
 def _state(values: JsonObject) -> dict[str, Any] | None:
     """Return the round of an answer; None where there is no round, or it is not of the published form."""
     config = values.get("config")
-    names = ("public_key", "block_hash", "block_height", "node_id")
-    return config if isinstance(config, dict) and all(name in config for name in names) else None
-
-
-def _number(value: object) -> int:
-    return value if type(value) is int and 0 <= value <= MAX_NONCE else -1
+    return config if isinstance(config, dict) and all(name in config for name in _SHARE) else None

@@ -89,13 +89,15 @@ class Registry:
         shared = Signatures(settings.callback_secrets)
         for public_key in listed:
             entry = by_key.get(public_key) or NodeEntry(public_key=public_key)
+            own = [node for node in network.nodes if node.public_key == public_key]
             if entry.url is not None:
                 self._check_url(entry.url, settings)
             self._senders[public_key] = Sender(
                 public_key=public_key,
                 signatures=shared if entry.secrets is None else Signatures(entry.secrets),
                 build=self._build(entry.build, public_key),
-                **self._share(public_key),
+                node_count=(own[0].node_count if own else None) or network.round.node_count,
+                machines=frozenset(node.node_id for node in own) if own else None,
                 url=entry.url,
                 read_key=entry.read_key,
             )
@@ -166,12 +168,6 @@ class Registry:
                 wanted="nodes that are polled only where they publish distances: /status does not hold vectors",
                 do="leave the url out, and let the node send callbacks",
             )
-
-    def _share(self, public_key: str) -> dict[str, Any]:
-        own = [node for node in self.network.nodes if node.public_key == public_key]
-        count = own[0].node_count if own else None
-        machines = frozenset(node.node_id for node in own) if own else None
-        return {"node_count": count or self.network.round.node_count, "machines": machines}
 
 
 def build_name(build: Build) -> str:
