@@ -22,9 +22,8 @@ from assay.models import load_model
 from assay.poc import HFEngine, Noise, Round, get_pipeline, prove
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.calibrate import SCALED_SPREAD
+from assay.poc.verdict.calibrate import PAIR_SPREAD, SCALED_SPREAD
 from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.machines import PAIR_SPREAD
 from assay.poc.verdict.noise import fit_noise, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "reference:qwen3 random-all", "reference:llama random-all")

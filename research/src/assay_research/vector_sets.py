@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ import numpy.typing as npt
 from assay.errors import DataError, ProofMismatch
 from assay.files.jsonl import JsonObject, loads, read_lines, read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibrate import check_compared, fit_build
+from assay.poc.verdict.calibrate import PAIR_SPREAD, check_compared, fit_build
 from assay.poc.verdict.calibration import MIN_NONCES, Calibration, Machine
-from assay.poc.verdict.machines import PAIR_SPREAD, all_pairs
 from assay.poc.verdict.noise import Law, check_cheat_names, fit_noise
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
@@ -238,7 +238,11 @@ def calibrate_vectors(
         UsageError: The name of a cheat cannot be one.
     """
     check_cheat_names(list(against or {}))
-    measured = {(i, j): sets[i].distances(sets[j]) for i, j in all_pairs(len(sets)) if sets[i].round == sets[j].round}
+    measured = {
+        (i, j): sets[i].distances(sets[j])
+        for i, j in combinations(range(len(sets)), 2)
+        if sets[i].round == sets[j].round
+    }
     check_compared(measured, len(sets))
     pipeline = get_pipeline("artifact")
     machines = tuple(Machine(name=one.name, kind=one.kind, fingerprint=None) for one in sets)

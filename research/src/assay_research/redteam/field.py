@@ -24,8 +24,8 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
+from assay.poc.verdict.calibrate import PAIR_SPREAD
 from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
-from assay.poc.verdict.machines import PAIR_SPREAD
 from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise import Spread

@@ -25,7 +25,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
-from assay.poc.verdict.machines import PRIOR
+from assay.poc.verdict.calibrate import PRIOR
 from assay.poc.verdict.noise import PartNoise, ResponseNoise
 from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise

@@ -4,12 +4,14 @@ Schema 2 of the file holds any number of builds with any number of machines each
 one law between two engines; it is still read.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
 from assay import stats
@@ -21,14 +23,26 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.record import STRICT, Fingerprint, Header
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.machines import FEWEST_MACHINES, LeftOut, MachineNoise, Pair, Sizes
-from assay.poc.verdict.noise import Law, Noise, default_noise, law_as_dict, read_law, read_named, read_spread
+from assay.poc.verdict.noise import (
+    FloatArray,
+    Law,
+    Noise,
+    default_noise,
+    law_as_dict,
+    read_law,
+    read_named,
+    read_spread,
+)
 from assay.stats.noise import Spread
+
+Pair = tuple[int, int]
 
 KIND = "assay.poc.calibration"
 SCHEMA = 2
 
 MIN_NONCES = 30  # that two machines have in common
+FEWEST_MACHINES = 3  # that show how machines differ
+MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
 ENOUGH_OF_MIXTURE = 1024
 """Distances of a mixture that a law should rest on: a block may have no nonce of 256 that asks other experts."""
 
@@ -52,6 +66,117 @@ LAWS: dict[str, type[Law]] = {
 
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 _MEASURE = "measure it again with `assay poc calibrate A.jsonl B.jsonl`"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the noise between machines.
+
+    Args:
+        pairs: Median residual by pair (i, j) with i < j; pairs with median 0 are left out.
+        kinds: Kind of every machine, such as its GPU; empty where it is unknown.
+    """
+
+    pairs: Mapping[Pair, float]
+    kinds: tuple[str, ...]
+
+    def between(self, one: int, other: int) -> float | None:
+        """Return the size between two machines; None where it was not measured."""
+        return self.pairs.get((min(one, other), max(one, other)))
+
+    @property
+    def typical(self) -> float:
+        """Median size over all pairs."""
+        return float(np.median(list(self.pairs.values())))
+
+    def without(self, machine: int) -> "Sizes":
+        """Return the sizes of the pairs that a machine is not in."""
+        return Sizes({pair: size for pair, size in self.pairs.items() if machine not in pair}, self.kinds)
+
+    def predict(self, kind: str, validator: int | None = None) -> float:
+        """Return the size to expect of a new machine of a kind against a validator's machine, or against any."""
+        machines = range(len(self.kinds))
+        judges = [validator] if validator is not None else list(machines)
+        against = {
+            (i, j): size for j in judges for i in machines if i != j and (size := self.between(i, j)) is not None
+        }
+        if not against:  # the validator's machine was measured with none of these
+            return self.typical
+        foreign = {
+            (i, j): size for (i, j), size in against.items() if not self.kinds[i] or self.kinds[i] != self.kinds[j]
+        }
+        usual = float(np.median(list(self._by_kind(foreign or against).values())))
+        alike = self._by_kind(against).get(kind) if kind else None
+        return usual if alike is None else max(usual, alike)
+
+    def _by_kind(self, sizes: Mapping[Pair, float]) -> dict[str | int, float]:
+        """Return the median size by kind of the first machine; a machine of unknown kind is a kind of its own."""
+        found: dict[str | int, list[float]] = {}
+        for (i, _), size in sizes.items():
+            found.setdefault(self.kinds[i] or i, []).append(size)
+        return {kind: float(np.median(values)) for kind, values in found.items()}
+
+    def deviations(self) -> FloatArray:
+        """Return ln(size / predicted) of every machine as if it were new, against every other machine."""
+        found, machines = [], range(len(self.kinds))
+        for i in machines:
+            rest = self.without(i)
+            if rest.pairs:
+                measured = [(j, size) for j in machines if (size := self.between(i, j)) is not None]
+                found += [math.log(size / rest.predict(self.kinds[i], j)) for j, size in measured]
+        return np.array(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """How often honest machines were accused that were left out of the measurement.
+
+    Args:
+        accused: Share of audits that accuse.
+        low: Lower end of its 95 % interval over machines (:func:`assay.stats.grouped_share_interval`).
+        high: Upper end of that interval. It is at least that of as many machines without an accusation, because few
+            machines do not show that all others are like them.
+        worst: Largest share of one pair of machines.
+        pairs: Number of ordered pairs.
+        audits: Number of audits of each pair.
+        checked: Number of nonces of an audit.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    accused: float
+    low: float
+    high: float
+    worst: float
+    pairs: int
+    audits: int
+    checked: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether at most one audit in a thousand accuses on average, and five in a thousand in the worst pair."""
+        return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
+
+
+@dataclass(frozen=True)
+class MachineNoise:
+    """Noise of one build, fitted to pairs of machines.
+
+    Args:
+        law: Law at the typical size.
+        sizes: Sizes by pair.
+        spread: Spread of a machine that was not measured.
+        known: Spread of a pair that was measured: the error of its size.
+    """
+
+    law: Law
+    sizes: Sizes
+    spread: Spread
+    known: Spread
+
+    def predict_law(self, kind: str, validator: int | None = None) -> Law:
+        """Return the law of a new machine of a kind against a validator's machine."""
+        return self.law.scaled(self.sizes.predict(kind, validator) / self.sizes.typical)
 
 
 def _check_name(text: str) -> str:
