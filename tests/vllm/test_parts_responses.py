@@ -20,7 +20,7 @@ from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses, processor_for
 from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
-from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, _next_sketched, read_seed_argument
 from assay.poc.vllm.rows import spans
 
@@ -415,12 +415,12 @@ def test_which_tokens_are_sketched():
     assert _next_sketched(np.arange(-40, 70)).tolist() == [0] * 41 + [SKETCH_EVERY] * 32 + [64] * 32 + [96] * 5
 
 
-def test_a_beacon_gives_the_newest_block_and_waits_for_the_next():
+def test_responses_have_the_newest_block_and_wait_for_the_next():
     async def scenario():
-        beacon = Beacon()
-        assert await beacon.next(0.01) is None
+        beacon = Responses(PluginSettings())
+        assert await beacon.next_block(0.01) is None
         beacon.post("a")
-        waiting = asyncio.ensure_future(beacon.next(5))
+        waiting = asyncio.ensure_future(beacon.next_block(5))
         await asyncio.sleep(0)
         beacon.post("a")  # no news
         await asyncio.sleep(0)
@@ -453,7 +453,7 @@ def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
     async def scenario():
         responses, sink, client = application(monkeypatch)
         first = await client.post("/v1/completions", json={})
-        responses.beacon.post("0xé")
+        responses.post("0xé")
         named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
         second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
         third = await client.post("/v1/completions", json={"seed": 5})
@@ -482,7 +482,7 @@ def test_headers_that_cannot_be_part_of_a_seed_are_refused(monkeypatch, header: 
 def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatch):
     async def scenario():
         responses, sink, client = application(monkeypatch)
-        responses.beacon.post("b")
+        responses.post("b")
         sink.error = StorageError("disk full", wanted="room", do="make room")
         return await client.post("/v1/completions", json={})
 
@@ -493,11 +493,11 @@ def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatch):
 def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypatch):
     async def scenario():
         responses, sink, client = application(monkeypatch, ASSAY_RESPONSES_BLOCK="next")
-        responses.beacon.post("old")
+        responses.post("old")
         asking = asyncio.ensure_future(client.post("/v1/completions", json={}))
-        while not responses.beacon._posted._waiters:
+        while not responses._posted._waiters:
             await asyncio.sleep(0)
-        responses.beacon.post("new")
+        responses.post("new")
         return (await asking).headers["x-assay-block"], [one.block_hash for one in sink.receipts]
 
     assert asyncio.run(scenario()) == ("new", ["new"])

@@ -15,6 +15,7 @@ import secrets
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
@@ -43,7 +44,7 @@ from assay.poc.vllm.client import Client, call_workers, connect
 from assay.poc.vllm.compatibility import check_config, check_installed, check_responses
 from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
-from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Beacon, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
 
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
@@ -58,9 +59,25 @@ class Responses:
 
     def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings
-        self.beacon = Beacon()
+        self.newest: str | None = None  # hash of the block that was posted last
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
+        self._posted = asyncio.Event()
+
+    def post(self, block_hash: str) -> None:
+        """Take a block. The same one again is no news."""
+        if block_hash != self.newest:
+            self.newest = block_hash
+            posted, self._posted = self._posted, asyncio.Event()
+            posted.set()
+
+    async def next_block(self, seconds: float) -> str | None:
+        """Wait for a block that is posted from now on; return None if no block comes in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._posted.wait()
+                return self.newest
+        return None
 
     async def start(self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper) -> None:
         """Begin to record answers of a checkpoint, which is hashed, under the name ``reference`` once the engine runs.
@@ -97,10 +114,12 @@ class Responses:
             check_name("X-Assay-User-Seed", user_seed, do="send such a seed, or none", fewest=0)
         self.sink.check()
         later = self.settings.responses_block == "next"
-        block = await self.beacon.next(self.settings.responses_wait) if later else self.beacon.newest
-        if block is None:
-            return None
-        return AcceptedRequest(request_id, block, user_seed, "server" if named is None else "client")
+        block = await self.next_block(self.settings.responses_wait) if later else self.newest
+        return (
+            None
+            if block is None
+            else AcceptedRequest(request_id, block, user_seed, "server" if named is None else "client")
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, the block that is known, and how many receipts there were."""
@@ -108,7 +127,7 @@ class Responses:
             "mode": self.settings.responses,
             "public_key": self.settings.responses_public_key,
             "block": self.settings.responses_block,
-            "block_hash": self.beacon.newest,
+            "block_hash": self.newest,
             "receipts": {} if self.recorder is None else self.recorder.counts,
         }
 
@@ -169,16 +188,12 @@ class _Guarded:
             return self.refuse()
         if not self._started:
             self._started = True
-            message = _with(message, self._headers(message))
+            # A stream begins before its request is known to be recorded.
+            streams = any(name == b"content-type" and b"event-stream" in value for name, value in message["headers"])
+            named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
+            headers = [(name, quote(text).encode()) for name, text in named.items()]
+            message = _with(message, headers if streams or self._accepted.stored else NO_RECEIPT)
         return self._plain(message)  # not awaited here: a stream has a message for every token
-
-    def _headers(self, message: Message) -> list[tuple[bytes, bytes]]:
-        """Return the names of receipt and block; a stream begins before its request is known to be recorded."""
-        streams = any(name == b"content-type" and b"event-stream" in value for name, value in message["headers"])
-        if not streams and not self._accepted.stored:
-            return NO_RECEIPT
-        named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
-        return [(name, quote(text).encode()) for name, text in named.items()]
 
     async def refuse(self) -> None:
         """Send the refusal; cut an answer off that has begun."""
@@ -347,18 +362,14 @@ class ChatBarrier:
         await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
 
 
-class NewBlock(BaseModel):
+class NewBlock(BaseModel, extra="forbid", strict=True):
     """A block that the chain has."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     block_hash: str
 
 
-class Changes(BaseModel):
+class Changes(BaseModel, extra="forbid", strict=True):
     """Settings of the throttle; those that are left out stay."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     mode: str | None = None
     share: float | None = None
@@ -419,7 +430,7 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
     async def post(body: NewBlock) -> JSONResponse:
         """Take the newest block of the chain: the answers to later requests follow from it."""
         check_name("block_hash", body.block_hash, do="pass the block hash as the chain prints it")
-        responses.beacon.post(body.block_hash)
+        responses.post(body.block_hash)
         return JSONResponse(responses.describe())
 
     return router

@@ -14,6 +14,7 @@ from pydantic import Field
 from assay.errors import UsageError
 from assay.models.load import identify
 from assay.poc.net.routes import is_loopback
+from assay.poc.net.settings import Seconds
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name
@@ -51,7 +52,7 @@ class PluginSettings(Settings):
 
     has_flags = False
 
-    drain: float = Field(2.0, ge=0, allow_inf_nan=False, description="Time that a stopping server waits for its batch.")
+    drain: Seconds = Field(2.0, description="Time that a stopping server waits for its batch.")
     reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
     vllm_mode: Mode = Field(DEFAULT.mode, description="Whether chat goes first, or a round has the engine to itself.")
     vllm_share: float = Field(DEFAULT.share, description="Part of the time that nonces may run while there is chat.")
@@ -60,9 +61,7 @@ class PluginSettings(Settings):
     vllm_wait: float = Field(
         DEFAULT.wait, description="Time that the first chat request on an idle engine may wait for the nonces inside."
     )
-    vllm_quiet: float = Field(
-        DEFAULT.quiet, description="Time after the last chat request until the engine counts as idle."
-    )
+    vllm_quiet: float = Field(DEFAULT.quiet, description="Time after the last chat until the engine counts as idle.")
     vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
     vllm_path: NoncePath = Field(
         DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
@@ -75,17 +74,14 @@ class PluginSettings(Settings):
     responses_block: Literal["newest", "next"] = Field(
         "newest", description="Block that seeds an answer: the last one posted, or the first after the request came."
     )
-    responses_wait: float = Field(
-        10.0, ge=0, allow_inf_nan=False, description="Time that a request waits for the next block."
-    )
+    responses_wait: Seconds = Field(10.0, description="Time that a request waits for the next block.")
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         _ = self.throttle  # refuses what is out of range
         if self.responses != "off":
-            check_name(
-                "ASSAY_RESPONSES_PUBLIC_KEY", self.responses_public_key, do="set it to the key that the network knows"
-            )
+            name, do = "ASSAY_RESPONSES_PUBLIC_KEY", "set it to the key that the network knows"
+            check_name(name, self.responses_public_key, do=do)
 
     @property
     def throttle(self) -> ThrottleSettings:
@@ -128,45 +124,33 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
     several = "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out"
     recorded, room = f"ASSAY_RESPONSES={responses} with", LONGEST_PATH - len(SOCKET) - 1
+    too_long = servers > 1 and len(os.fsencode(settings.data_dir)) > room
+    in_folder = f"{servers} API servers with the data directory {settings.data_dir}"
+    shorter = "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1"
+    balanced, alone = given("data_parallel_multi_port_external_lb", False), "one server, which deals out the nonces"
+    each = "leave it out, or start one server per engine, each with its own node_id and data directory"
     revision, host = given("revision", None), given("host", None)
-    open_port = not (given("headless", False) or given("uds", None) or (host and is_loopback(host)))
+    guarded = given("headless", False) or given("uds", None) or (host and is_loopback(host)) or settings.has_keys
+    without, a_key = f"--host {host or '0.0.0.0'} without a key of assay", "a key of its own for /api/v1/pow"
+    set_key = "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1"
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
+    seen_by_one = responses != "off"
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
         (
-            engines > 1 and responses != "off",
+            seen_by_one and engines > 1,
             f"{recorded} {engines} data-parallel engines",
-            "one engine, whose workers hold the sketches of every answer",
+            "one that has all answers",
             several,
         ),
-        (
-            servers > 1 and responses != "off",
-            f"{recorded} {servers} API servers",
-            "one that sees every answer",
-            several,
-        ),
-        (
-            servers > 1 and len(os.fsencode(settings.data_dir)) > room,
-            f"{servers} API servers with the data directory {settings.data_dir}",
-            f"a path of at most {room} bytes, in which a socket can be",
-            "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1",
-        ),
-        (
-            given("data_parallel_multi_port_external_lb", False),
-            "--data-parallel-multi-port-external-lb",
-            "one server, which deals out the nonces of a round",
-            "leave it out, or start one server per engine, each with its own node_id and data directory",
-        ),
+        (seen_by_one and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
+        (too_long, in_folder, f"a path of at most {room} bytes, in which a socket can be", shorter),
+        (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
-        (
-            open_port and not settings.has_keys,
-            f"--host {host or '0.0.0.0'} without a key of assay",
-            "a key where others reach the port: that of --api-key does not guard /api/v1/pow",
-            "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
-        ),
+        (not guarded, without, a_key, set_key),
     )
     refuse_first(rows)
     refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
@@ -184,11 +168,8 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
         UsageError: The operator has a worker extension of another kind.
     """
     if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION, *OLD_NAMES):
-        raise UsageError(
-            f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}",
-            wanted=EXTENSION,
-            do="leave the other extension out, or ASSAY_RESPONSES=off",
-        )
+        seen = f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
+        raise UsageError(seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off")
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]
     if mode != "seeded":
         return words

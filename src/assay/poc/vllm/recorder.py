@@ -43,7 +43,6 @@ SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "freq
 NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {"logit_bias": None, "seed": None}
 """What vLLM's own sampler is told of a seeded request: take the largest score."""
 
-
 PAUSE = 0.02  # seconds between two calls for sketches
 PUT_OFF = 0.1  # seconds more if no response waits
 BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
@@ -53,26 +52,19 @@ BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
 class Choice:
     """One response in the making: what its receipt will say, and its sketches so far."""
 
-    engine_id: str
-    """Id of its request in the engine."""
+    engine_id: str  # of its request in the engine
     seed: ResponseSeed
-    sampling: Sampling | None
-    """Parameters; None where the engine samples by itself."""
+    sampling: Sampling | None  # None where the engine samples by itself
     prompt: tuple[int, ...]
-    mask: bool
-    """Whether tokens were forbidden or forced in a way that the receipt does not repeat."""
+    mask: bool  # whether tokens were forbidden or forced in a way that the receipt does not repeat
     chosen_by: Literal["client", "server"] = "server"
-    """Who chose the id of the HTTP request."""
     adapter: Adapter | None = None
     output: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
 
-    tokens: int = 0
-    """Number of tokens that the engine has handed out, of which the server may not have the last."""
-    asked: int = 0
-    """Number of sketches that were asked for."""
-    found: bytearray = field(default_factory=bytearray)
-    """Sketches that were taken."""
+    tokens: int = 0  # that the engine has handed out, of which the server may not have the last
+    asked: int = 0  # number of sketches
+    found: bytearray = field(default_factory=bytearray)  # sketches that were taken
     waiter: "asyncio.Future[None] | None" = None
 
     @property
@@ -245,15 +237,11 @@ class AcceptedRequest:
 
     request_id: str
     block_hash: str
-    user_seed: str | None = None
-    """Seed of a header; None leaves it to the field ``seed`` of the body."""
+    user_seed: str | None = None  # of a header; None leaves it to the field `seed` of the body
     chosen_by: Literal["client", "server"] = "server"
-    refused: AssayError | None = None
-    """Error for which a receipt could not be stored."""
-    stored: int = 0
-    """Number of its receipts that are stored."""
-    count: int = 0
-    """Number of its choices."""
+    refused: AssayError | None = None  # for which a receipt could not be stored
+    stored: int = 0  # number of its receipts
+    count: int = 0  # of its choices
     calls: dict[str, Call] = field(default_factory=dict)
 
     def expect(self, engine_id: str, params: Any) -> Call:
@@ -275,9 +263,7 @@ class Recorder:
     """
 
     def __init__(self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool) -> None:
-        self.sink = sink
-        self.counts = {"stored": 0, "unrecorded": 0, "failed": 0}
-        """Number of receipts that were stored, of choices without one, and of receipts that could not be stored."""
+        self.sink, self.counts = sink, {"stored": 0, "unrecorded": 0, "failed": 0}
         self._public_key, self._digest, self._seeded = public_key, digest, seeded
         self._collector = Collector(llm)
         self._adapters: dict[tuple[str, str], Adapter] = {}
@@ -296,8 +282,9 @@ class Recorder:
         return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
 
     async def _recorded(self, outputs: Any, accepted: AcceptedRequest, call: Call, lora: Any) -> AsyncGenerator[Any]:
-        if lora is not None:
-            await self._know(lora)
+        if lora is not None and ((key := _key(lora)) not in self._adapters or lora.load_inplace):
+            with suppress(AssayError):  # an adapter whose files are not here stays unknown, and without receipts
+                self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -307,19 +294,8 @@ class Recorder:
         finally:
             self._collector.forget(choice for choice in call.choices.values() if not choice.finish)
 
-    async def _know(self, lora: Any) -> None:
-        """Hash the files of an adapter, once; one whose files are not here stays unknown, and without receipts."""
-        key = _key(lora)
-        if key not in self._adapters or lora.load_inplace:
-            with suppress(AssayError):
-                self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
-
     async def _store(self, accepted: AcceptedRequest, choices: list[Choice]) -> None:
-        """Store the receipts of choices that have ended.
-
-        Raises:
-            AssayError: A receipt cannot be made or stored; the client must not get the end of the answer.
-        """
+        """Store the receipts of choices that have ended; without all of them the client must not get the end."""
         try:
             await self._collector.finish(choices)
             receipts = [choice.receipt() for choice in choices]
@@ -409,29 +385,3 @@ def _with(params: Any, carried: SeedArgument | None) -> Any:
         for name, value in NEUTRAL.items():
             setattr(other, name, value)
     return other
-
-
-class Beacon:
-    """Block hashes in the order in which they were posted. It belongs to one event loop."""
-
-    def __init__(self) -> None:
-        self.newest: str | None = None
-        """Hash of the block that was posted last; None before the first."""
-        self._posted = asyncio.Event()
-
-    def post(self, block_hash: str) -> None:
-        """Take a block. The same one again is no news."""
-        if block_hash == self.newest:
-            return
-        self.newest = block_hash
-        posted, self._posted = self._posted, asyncio.Event()
-        posted.set()
-
-    async def next(self, seconds: float) -> str | None:
-        """Wait for a block that is posted from now on; return None if no block comes in time."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._posted.wait()
-        except TimeoutError:
-            return None
-        return self.newest

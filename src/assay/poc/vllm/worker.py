@@ -244,7 +244,12 @@ class Hooks:
                         assert self._decoding is not None
                         self._decoding.begin(stream, nonce, request)
                         continue
-                    _check_length(request, stream.spec.round.seq_len)
+                    sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
+                    length = len(request.prompt_token_ids if sent is None else sent)
+                    if length != seq_len:
+                        raise ValueError(
+                            f"{length} {'placeholders' if sent is None else 'inputs'} for {seq_len} positions"
+                        )
                     if request.prompt_embeds is None and is_first_stage():
                         empty.setdefault(stream, []).append((nonce, request))
                     else:
@@ -357,14 +362,6 @@ def _disarm(request: Any, width: int) -> None:
     if not (fits and bool(torch.isfinite(sent).all())):
         request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
         raise ValueError("inputs that are not finite" if fits else f"inputs of shape {tuple(sent.shape)}")
-
-
-def _check_length(request: Any, seq_len: int) -> None:
-    """Refuse a request whose length differs from the round's."""
-    sent, tokens = request.prompt_embeds, request.prompt_token_ids
-    length, what = (len(tokens), "placeholders") if sent is None else (len(sent), "inputs")
-    if length != seq_len:
-        raise ValueError(f"{length} {what} for {seq_len} positions")
 
 
 class StepRow(NamedTuple):
