@@ -47,17 +47,10 @@ def stage_progress(progress: Progress | None, before: int, total: int) -> Progre
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged.
+    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged."""
 
-    Attributes:
-        index: Position in the list of samples.
-        name: Name of the sample in errors.
-        ids: Token ids of prompt and completion.
-        n_prompt: Number of token ids of the prompt.
-    """
-
-    index: int
-    name: str
+    index: int  # in the list of samples
+    name: str  # in errors
     ids: list[int]
     n_prompt: int
 
@@ -73,15 +66,10 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others.
-
-    Attributes:
-        bounds: First and last row (exclusive) of each of B samples.
-        offsets: Bounds as one tensor on the device, [B + 1] int64.
-    """
+    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others."""
 
     bounds: tuple[tuple[int, int], ...]
-    offsets: Tensor
+    offsets: Tensor  # the bounds on the device, [B + 1] int64
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -108,28 +96,17 @@ class Batch:
     Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
     length. With causal attention no token sees what stands to its right, so padding needs no mask, and its gradient is
     exactly zero.
-
-    Attributes:
-        encoded: Samples of the batch.
-        ids: Token ids, [1, N] packed or [B, T] padded.
-        positions: Position of each token in its sample, [1, N]; None if padded.
-        segments: Boundaries of the samples among the N rows of all tokens.
-        label_segments: Boundaries of the samples among the M rows that predict a completion token.
-        label_spans: Half-open row range of each sample, among the N rows, that predicts its completion tokens.
-        label_rows: Row numbers that predict a completion token, [M].
-        labels: Token that each of these rows should predict, [M].
-        loss_weights: One over the number of completion tokens of the sample, [M] float32.
     """
 
     encoded: list[Encoded]
-    ids: Tensor
-    positions: Tensor | None
-    segments: Segments
-    label_segments: Segments
-    label_spans: list[tuple[int, int]]
-    label_rows: Tensor
-    labels: Tensor
-    loss_weights: Tensor
+    ids: Tensor  # [1, N] packed or [B, T] padded
+    positions: Tensor | None  # of each token in its sample, [1, N]; None if padded
+    segments: Segments  # of the samples among the N rows of all tokens
+    label_segments: Segments  # of the samples among the M rows that predict a completion token
+    label_spans: list[tuple[int, int]]  # half-open, of those rows of each sample among the N
+    label_rows: Tensor  # numbers of those rows, [M]
+    labels: Tensor  # token that each of these rows should predict, [M]
+    loss_weights: Tensor  # one over the number of completion tokens of the sample, [M] float32
 
     @cached_property
     def sample(self) -> Tensor:
@@ -172,18 +149,7 @@ class Batch:
 def encode(
     tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int | None
 ) -> list[Encoded]:
-    """Tokenise every sample, and refuse by name what cannot be used.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        samples: Prompts and completions.
-        names: Name of each sample in errors.
-        longest: Largest number of tokens that the model is made for, from :func:`context_length`; None for no bound.
-
-    Raises:
-        UsageError: There is no tokenizer, or no sample.
-        DataError: A prompt or completion has no tokens, or both together are too long.
-    """
+    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens than ``longest``."""
     if tokenizer is None:
         raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
     if not samples:
@@ -195,7 +161,15 @@ def encode(
     )
     found = []
     for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
-        _check_lengths(name, len(prompt), len(completion), longest)
+        for part, ids in (("prompt", prompt), ("completion", completion)):
+            if not ids:
+                raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
+        if longest is not None and len(prompt) + len(completion) > longest:
+            raise DataError(
+                f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion",
+                wanted=f"at most {longest} tokens together, the context of the model",
+                do="shorten or leave it out; a cut sample would measure something else",
+            )
         found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
     return found
 
@@ -205,18 +179,6 @@ def context_length(module: "PreTrainedModel") -> int | None:
     config = module.config.get_text_config()
     stated = (getattr(config, name, None) for name in _CONTEXTS)
     return next((int(tokens) for tokens in stated if tokens), None)
-
-
-def _check_lengths(name: str, n_prompt: int, n_completion: int, longest: int | None) -> None:
-    for part, count in (("prompt", n_prompt), ("completion", n_completion)):
-        if not count:
-            raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
-    if longest is not None and n_prompt + n_completion > longest:
-        raise DataError(
-            f"{name}: {n_prompt} tokens of prompt and {n_completion} of completion",
-            wanted=f"at most {longest} tokens together, the context of the model",
-            do="shorten or leave it out; a cut sample would measure something else",
-        )
 
 
 def plan_batches(
@@ -277,14 +239,10 @@ def token_budget(
     recomputed: int,
     wide_copies: int = _WIDE_COPIES,
 ) -> int:
-    """Return how many tokens a batch may have, padding included, so that all of it fits into its room.
+    """Return how many tokens a batch may have, padding included, so that all of it fits into its room in bytes.
 
-    Args:
-        module: Model.
-        encoded: Samples of the batches.
-        room: Bytes for a batch.
-        recomputed: Number of layers that the backward pass computes again.
-        wide_copies: Tensors of the width of the MLP that a layer keeps for the backward pass.
+    ``recomputed`` layers are computed again in the backward pass; each other one keeps ``wide_copies`` tensors of the
+    width of the MLP for it.
     """
     config, layers = module.config.get_text_config(), count_layers(module)
     parameter = next(module.parameters())
@@ -312,16 +270,8 @@ def plan_in_turns(
     """Return batches for a model whose weights every batch gathers, and how many layers to compute again.
 
     A gathered model is moved through in every turn, whatever the batch has, so batches have at least _GATHERED_TOKENS
-    where recomputing makes room for them, and no more layers are computed again than the largest batch asks for.
-
-    Args:
-        module: Model.
-        encoded: Samples.
-        free: Bytes that are free in every process.
-        packed: Whether samples will stand end to end.
-        equal_lengths: Whether the samples of a batch have one length.
-        at_once: Number of processes, each of which takes one batch in a turn.
-        checkpointing: Whether all layers are computed again, whatever there is room for.
+    where recomputing makes room for them, and no more layers are computed again than the largest batch asks for, or all
+    with ``checkpointing``. Each of ``at_once`` processes, with so many free bytes, takes one batch in a turn.
     """
     layers = count_layers(module)
     how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)

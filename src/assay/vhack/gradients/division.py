@@ -82,24 +82,18 @@ def start_gathering(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def local_rows(tensor: Tensor) -> slice:
-    """Return which rows of a tensor this process has: all of them, unless it is sharded along its first dimension.
-
-    Raises:
-        ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
-    """
+    """Return which rows this process has: all of them, or those that `torch.chunk` gives it of a sharded tensor."""
     found = _row_sharding(tensor)
     if found is None:
         return slice(0, len(tensor))
     mesh, dimension = found
-    return _rows_of_part(len(tensor), mesh.size(dimension), mesh.get_local_rank(dimension))
+    size = -(-len(tensor) // mesh.size(dimension))
+    start = mesh.get_local_rank(dimension) * size
+    return slice(min(start, len(tensor)), min(start + size, len(tensor)))
 
 
 def process_group_of(tensor: Tensor) -> dist.ProcessGroup | None:
-    """Return the processes that a tensor is spread over; None for a whole one.
-
-    Raises:
-        ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
-    """
+    """Return the processes that a tensor is spread over; None for a whole one."""
     found = _row_sharding(tensor)
     return None if found is None else found[0].get_group(found[1])
 
@@ -117,7 +111,11 @@ def fsdp_units(model: nn.Module) -> "list[FSDPModule]":
 
 
 def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
-    """Return the mesh of processes, and its dimension that the rows of a tensor are spread along, if they are."""
+    """Return the mesh of processes, and its dimension that the rows of a tensor are spread along, if they are.
+
+    Raises:
+        ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
+    """
     if not is_sharded(tensor):
         return None
     sharded = [index for index, placement in enumerate(tensor.placements) if placement.is_shard()]
@@ -130,28 +128,16 @@ def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
     return (tensor.device_mesh, sharded[0]) if sharded else None
 
 
-def _rows_of_part(length: int, parts: int, index: int) -> slice:
-    """Return which of ``length`` rows are those of part ``index``, cut the way `torch.chunk` cuts them."""
-    size = -(-length // parts)
-    return slice(min(index * size, length), min((index + 1) * size, length))
-
-
 WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
 _AT_ONCE = 2**26  # numbers that are added up over the processes at once: 268 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """How a model that is not whole on one device is divided.
+    """How a model that is not whole on one device is divided."""
 
-    Attributes:
-        mesh: Processes that have parts; None where one process has everything on several devices.
-        by_samples: Whether each process computes some of the samples with whole weights, as under FSDP2; otherwise all
-            of them with a part of each weight.
-    """
-
-    mesh: "DeviceMesh | None"
-    by_samples: bool
+    mesh: "DeviceMesh | None"  # processes that have parts; None where one process has everything on several devices
+    by_samples: bool  # each process computes some samples by whole weights, as under FSDP2, or all by parts of them
 
     @property
     def processes(self) -> int:
@@ -227,9 +213,7 @@ def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:
 def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:
     """Return how a model is divided, or None if its target weights are whole and on one device.
 
-    Args:
-        model: Model; weights that FSDP2 has gathered are dropped, so it must not be in the middle of a pass.
-        modules: Target matrices by name.
+    Weights that FSDP2 has gathered are dropped, so the model must not be in the middle of a pass.
 
     Raises:
         ModelError: The model is divided in a way in which gradients would not be exact, or could not be computed.
@@ -286,11 +270,7 @@ def _refusal(seen: str, do: str) -> ModelError:
 
 
 def check_logits(logits: Tensor, vocabulary: int, head: nn.Module) -> None:
-    """Refuse a head that gives each process its part of the vocabulary.
-
-    Raises:
-        ModelError: These are not the logits of all tokens.
-    """
+    """Raise a ModelError about a head that gives each process its part of the vocabulary."""
     if is_sharded(logits) or logits.shape[-1] < vocabulary:
         raise _refusal(
             f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",

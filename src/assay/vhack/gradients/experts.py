@@ -31,12 +31,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
-    """Return a Linear for each matrix of each expert, over the same memory.
-
-    Args:
-        name: Name of the module in the model.
-        experts: Module, for which :func:`is_fused` holds.
-    """
+    """Return a Linear over the same memory for each matrix of each expert of a module that is fused."""
     found = {}
     for own in _names(experts):
         weights, biases = getattr(experts, own), getattr(experts, f"{own}_bias", None)
@@ -61,16 +56,11 @@ def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
 
 
 class ExpertsPass:
-    """What replaces the forward function of fused experts.
+    """What replaces the forward function of fused experts, the module of that name.
 
-    Args:
-        name: Name of the module in the model.
-        experts: Module whose weights are used and stay as they are.
-        apply: Functions by name of a matrix that take rows and their segments; matrices that have none are only
-            multiplied with.
-        batch: Function that returns the batch that is computed.
-        tokens: Dictionary, empty before a pass, in which it leaves, under the name of the module, how many tokens of
-            each sample came to each expert, [B, E] on the CPU.
+    Functions in ``apply`` take the rows of a matrix and their segments; matrices that have none are only multiplied
+    with. In ``tokens``, which is empty before a pass, it leaves how many tokens of each sample came to each expert,
+    [B, E] on the CPU, under the name of the module.
     """
 
     def __init__(
@@ -86,11 +76,7 @@ class ExpertsPass:
         self.matrices = expert_matrices(name, experts)
 
     def __call__(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return the sum of what the experts of each row say, weighted, [N, H].
-
-        Raises:
-            ModelError: The rows are not all tokens in their order.
-        """
+        """Return the weighted sum of what the experts of each row say, [N, H]; the rows must be all tokens in order."""
         batch = self.batch()
         if hidden_NH.ndim != 2 or len(hidden_NH) != batch.ids.numel():
             raise ModelError(

@@ -54,11 +54,7 @@ def _works(kernels: ModuleType, ones: Tensor) -> bool:
 def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, kernels: ModuleType | None) -> Tensor:
     """Return the sum of the elementwise product over the rows of every sample, [B, R] float32.
 
-    Args:
-        left_NR: One side, of any floating dtype.
-        right_NR: The other side.
-        offsets: [B + 1] int64 on the device; sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``.
-        kernels: Kernels, or None.
+    Sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``; these are [B + 1] int64 on the device.
     """
     if kernels is not None:
         found: Tensor = kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets)
@@ -71,10 +67,6 @@ def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
     """Return the sum of the elementwise product over the tokens of every sample, [B, R] float32.
 
     A kernel reads both once; torch writes three tensors of that size, which takes longer than the products before it.
-
-    Args:
-        left_BTR: One side, of any floating dtype.
-        right_BTR: The other side, on the same device.
     """
     samples, tokens, _ = left_BTR.shape
     kernels = load_kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None

@@ -143,11 +143,7 @@ def register() -> None:
 class PackedLayers:
     """Makes the forward functions of the layers of one copy of a model, which share the batch and the rotations.
 
-    Args:
-        batch: Function that returns the batch, called in every forward pass.
-        kernels: Kernels of a GPU for the gated activation, or None.
-        together: Whether attention is one product for all samples.
-        in_blocks: Whether attention is written out in blocks, for a CPU.
+    Attention is one product for all samples (``together``), or one for each, or on a CPU written out ``in_blocks``.
     """
 
     def __init__(
@@ -160,10 +156,8 @@ class PackedLayers:
     def forward(self, layer: Any, *, labels_only: bool) -> Callable[..., Tensor]:
         """Return the forward function of a layer.
 
-        Args:
-            layer: Decoder layer of transformers, of a listed family.
-            labels_only: Whether only the M tokens that predict a completion token matter after this layer. The
-                others then have keys and values only, and leave the layer as zeros.
+        With ``labels_only`` the M tokens that predict a completion token are all that matters after it: the others have
+        keys and values only, and leave it as zeros.
         """
 
         def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
@@ -176,12 +170,9 @@ class PackedLayers:
         return forward
 
     def turns(self, rotation: Rotation, heads: int, scale: float) -> tuple[Turn, Turn]:
-        """Return the turns of queries and keys, which all layers of a forward pass share.
+        """Return the turns of queries and keys, which all layers of a forward pass share, by one rotation object.
 
-        Args:
-            rotation: Cosines and sines of the positions, [1, N, D] each, the same objects in all layers.
-            heads: Number of query heads of a key head.
-            scale: Scale of the scores.
+        The rotation is cosines and sines of the positions, [1, N, D] each; a key head has ``heads`` query heads.
         """
         if self._turned is not rotation:
             cos_ND, sin_ND = rotation[0][0].float(), rotation[1][0].float()
@@ -233,16 +224,7 @@ def _among_zeros(x_1MD: Tensor, rows: Tensor | None, count: int) -> Tensor:
 
 
 def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
-    """Return causal attention within each sample, [N, H, D].
-
-    Args:
-        q_NHD: Queries, rotated.
-        k_NJD: Keys, rotated.
-        v_NJD: Values.
-        segments: Bounds of the samples.
-        scale: Scale of the scores.
-        together: Whether there is one product for all samples.
-    """
+    """Return causal attention within each sample, [N, H, D], of rotated queries and keys."""
     if together:
         return _spread_out(q_NHD, k_NJD, v_NJD, segments, scale)
 

@@ -63,22 +63,17 @@ _CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "indexer_n_heads", "keep_win
 
 @dataclass(frozen=True)
 class Recipe:
-    """Switches between ways that differ in time, memory and rounding only.
+    """Switches between ways that differ in time, memory and rounding only."""
 
-    Attributes:
-        packed: Whether the layers are those of a listed family. Then samples stand end to end in one row, the last
-            layer computes only completion tokens where only they matter, and norms, gated activations and sums over
-            samples run in fused kernels where there are any. Otherwise samples are padded to one length.
-        factored: Whether U, S and Vh stand for the weight where that saves a product that is needed anyway.
-        together: Whether a batch takes few large operations, for a GPU; otherwise each sample takes several, whose
-            numbers stay in the caches of a CPU.
-        equal_lengths: Whether samples of different lengths must not share a batch, because padding would change them.
-    """
-
+    # The layers are those of a listed family. Then samples stand end to end in one row, the last layer computes only
+    # completion tokens where only they matter, and norms, gated activations and sums over samples run in fused kernels
+    # where there are any. Otherwise samples are padded to one length.
     packed: bool
-    factored: bool
+    factored: bool  # U, S and Vh stand for the weight where that saves a product that is needed anyway
+    # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose numbers stay in the
+    # caches of a CPU.
     together: bool
-    equal_lengths: bool = False
+    equal_lengths: bool = False  # samples of different lengths must not share a batch: padding would change them
 
 
 def recipe_for(module: "PreTrainedModel", division: Division | None = None) -> Recipe:
@@ -125,25 +120,13 @@ class Computed(NamedTuple):
 
 
 class Replica:
-    """A model that turns batches into δS gradients.
+    """A model that turns batches into δS gradients: a copy, or the model itself where it is divided.
 
-    Args:
-        module: Model to copy, or to run itself where it is divided.
-        factors: Factors of every target module whose gradients are wanted, whole or as `weight_svd` divides them.
-        recipe: Choice among the exact ways.
-        factored: Modules whose factors may stand for the weight in products, from `exact_factors`.
-        recomputed: Number of layers, the first ones, that the backward pass computes again.
-        division: How the model is divided; None for one that is copied.
-        undo: Stack that puts a divided model back into the state in which it was; it is needed for such a model.
-
-    Attributes:
-        batch: The batch that is being computed.
-
-    Raises:
-        LayersNotFound: The model has no head.
+    Modules ``factored`` may have their factors stand for the weight in products. The backward pass computes the first
+    ``recomputed`` layers again. ``undo`` puts a divided model back into the state in which it was.
     """
 
-    batch: Batch
+    batch: Batch  # that is being computed
 
     @torch.inference_mode(False)
     def __init__(
@@ -189,11 +172,7 @@ class Replica:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def gradients(self, encoded: list[Encoded]) -> Computed:
-        """Run one forward and one backward pass. On a GPU both are queued when this returns.
-
-        Raises:
-            RuntimeError: The batch does not fit (:func:`assay.errors.is_out_of_memory`).
-        """
+        """Run one forward and one backward pass, or raise what torch does without memory. A GPU may still be at it."""
         # In the dtype of the weights, also in a training loop that computes in another one.
         device = self.module.device
         with current(device), torch.autocast(device.type, enabled=False), wide_products(self.module):
@@ -546,11 +525,7 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
 
 
 def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
-    """Refuse the first of these samples with a row that is not finite, by one look at every module.
-
-    Raises:
-        DataError: There is one; the message names it.
-    """
+    """Raise a DataError of the first of these samples with a number that is not finite; look at each module once."""
     # NaN and infinities are among the least or the largest numbers of a row.
     fine_MN = [torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0) for rows_NR in found.values()]
     for one in encoded if not torch.stack(fine_MN).all() else ():

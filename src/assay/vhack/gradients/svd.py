@@ -19,7 +19,7 @@ Shapes: O outputs, I inputs, R = min(O, I), or fewer after truncation.
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,12 +85,9 @@ class Factors:
 
 
 def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
-    """Decompose a weight matrix on the device it is on.
+    """Decompose a weight matrix on the device it is on, in float64, into factors of a dtype.
 
-    Args:
-        weight_OI: Weight matrix of any floating dtype.
-        dtype: Dtype of the factors that are kept; the work is done in float64.
-        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
+    The method is ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
 
     Raises:
         BadWeights: The matrix holds NaN or infinity.
@@ -277,28 +274,21 @@ def _side_by_side(
 ) -> Iterator[tuple[str, Factors]]:
     """Decompose several matrices at once, on every device that has some, in the order of the matrices."""
     with ExitStack() as stack:
-        devices = {weight.device for weight in weights.values()}
-        pools = {device: stack.enter_context(_pool(device)) for device in devices}
+        pools: dict[torch.device, ThreadPoolExecutor] = {}
+        for device in {weight.device for weight in weights.values()}:
+            if device.type == "cuda":
+                # The first call of the library loads it, which must not happen in several threads at once.
+                torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
+                torch.cuda.synchronize(device)
+                # One stream per thread: torch keeps the memory of what is done for each stream apart.
+                pools[device] = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
+            else:
+                # One matrix per core: threads that share a small matrix mostly wait for each other.
+                pools[device] = ThreadPoolExecutor(stack.enter_context(one_thread()))
+            stack.callback(pools[device].shutdown, cancel_futures=True)  # what has not begun is dropped
         waiting = {name: pools[weight.device].submit(_finished, one, name, weight) for name, weight in weights.items()}
         for name, factors in waiting.items():
             yield name, factors.result()
-
-
-@contextmanager
-def _pool(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads that work on a device; what has not begun at the end is dropped."""
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            # The first call of the library loads it, which must not happen in several threads at once.
-            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
-            torch.cuda.synchronize(device)
-            # One stream per thread: torch keeps the memory of what is done for each stream apart.
-            pool = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
-        else:
-            # One matrix per core: threads that share a small matrix mostly wait for each other.
-            pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        yield pool
 
 
 def _with_stream(device: torch.device) -> None:

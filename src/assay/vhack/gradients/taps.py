@@ -56,14 +56,9 @@ _CONDITION = 32.0
 
 
 def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
-    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32.
+    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32; G is [..., O, I].
 
     The longer side is projected first, which leaves less to multiply.
-
-    Args:
-        weight_gradient: G, [..., O, I].
-        left_OR: U.
-        right_RI: Vh.
     """
     if left_OR.shape[0] < right_RI.shape[1]:
         return ((weight_gradient @ right_RI.T).float() * left_OR).sum(dim=-2)
@@ -72,18 +67,12 @@ def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -
 
 @dataclass(frozen=True)
 class Way:
-    """How one tap computes what it has to.
+    """How one tap computes what it has to."""
 
-    Attributes:
-        how: ``"project"``, ``"right"``, ``"left"``, ``"outer"`` or ``"inner"``.
-        early: ``Vh x`` is computed in the forward pass and kept, and x is not.
-        output, input: ``W x`` and ``Wᵀ ∂L/∂y`` come from the factors.
-    """
-
-    how: str
-    early: bool
-    output: bool
-    input: bool
+    how: str  # "project", "right", "left", "outer" or "inner"
+    early: bool  # Vh x is computed in the forward pass and kept, and x is not
+    output: bool  # W x comes from the factors
+    input: bool  # Wᵀ ∂L/∂y comes from the factors
 
 
 @dataclass(eq=False)
@@ -92,31 +81,18 @@ class Tap:
 
     A Linear with a forward function of its own keeps it, and the tap stands after it. One that a pass calls several
     times leaves the sum over its calls.
-
-    Attributes:
-        name: Name of the module.
-        linear: Module whose weight and bias are used and stay as they are.
-        factors: Factors of the weight.
-        found: Dictionary, empty before a pass, in which its backward part leaves [B, R] float32 under the name.
-        segments: Function that returns the bounds of the samples among the rows, called in every forward pass.
-        factored: Whether products with W may use the factors.
-        together: Whether to do without operations per sample.
-        checkpointing: Whether the forward pass runs twice, so that the first run should compute nothing to keep.
-        kernels: Kernels for the sum over tokens, or None.
-        division: How the weight is divided over processes, each of which then leaves its own terms; None for a whole
-            one.
     """
 
     name: str
     linear: nn.Linear
     factors: Factors
-    found: dict[str, Tensor]
-    segments: Callable[[], Segments]
-    factored: bool
-    together: bool
-    checkpointing: bool
+    found: dict[str, Tensor]  # empty before a pass, whose backward part leaves [B, R] float32 under the name
+    segments: Callable[[], Segments]  # the samples among the rows, asked for in every forward pass
+    factored: bool  # products with W may use the factors
+    together: bool  # without operations per sample
+    checkpointing: bool  # the forward pass runs twice, so that the first run should compute nothing to keep
     kernels: ModuleType | None
-    division: Division | None = None
+    division: Division | None = None  # of the weight over processes, each of which then leaves its own terms
 
     def __post_init__(self) -> None:
         linear, singular = self.linear, self.factors.values
@@ -219,12 +195,8 @@ class Tap:
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
-        Args:
-            kept: What the forward pass kept: inputs, their coordinates, or outputs.
-            second: Gradients of the outputs; in the way *inner* of a weight with more rows, those of the inputs.
-            projected_NR: Coordinates of the gradients of the outputs, where the way has them.
-            segments: Bounds of the samples.
-            way: Way to sum.
+        The forward pass kept inputs, their coordinates, or outputs; ``second`` are gradients of the outputs, or in the
+        way *inner* of a weight with more rows those of the inputs.
         """
         rows_BR, before_BR = self._rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
         self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
