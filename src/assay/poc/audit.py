@@ -26,7 +26,6 @@ from assay.poc.responses.judge import (
     Evidence,
     ReceiptPins,
     ResponseVerdict,
-    chosen_receipts,
     judge_responses,
     noise_between,
     sample_receipts,
@@ -130,7 +129,8 @@ class Auditor(Launch):
         asked = requests_of(requests, self.model)
         pins = ReceiptPins.of_network(network, given or Pins(), read.header, requests=asked, evidence=evidence)
         pins.check(read)  # before a model is loaded
-        size = chosen_receipts(read, self.sample)
+        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
+        sample = sample_receipts(read, self.sample, seed)
         adapter = None if lora is None else load_adapter(lora)
         check_adapter(read, adapter)
         measured = None if self.calibration is None else ResponseCalibration.load(self.calibration)
@@ -138,8 +138,6 @@ class Auditor(Launch):
             measured.check(read.header)
         self._check_ledger(pins.unpinned(read))
         self.check_loadable()
-        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
-        sample = sample_receipts(read, size, seed) if self.sample is not None else read
         with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
             check_runnable(sample, loaded, prompts=pins.prompts)
             noise = noise_between(read.header, engine.fingerprint, measured)

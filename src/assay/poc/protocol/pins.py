@@ -1,4 +1,7 @@
-"""Builds: the engines that a network allows, as what their fingerprints may say."""
+"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word.
+
+A build says which engines a network allows, as what their fingerprints may say.
+"""
 
 import re
 from collections.abc import Sequence
@@ -11,8 +14,8 @@ from assay import streams
 from assay.errors import ProofMismatch, UsageError
 from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import SEPARATOR, Fingerprint, Header
-from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round, check_number
+from assay.poc.protocol.record import SEPARATOR, Fingerprint, Header, Text
+from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
 
 CACHES = ("fp8_e4m3-cache",)
 """Caches of keys and values in fewer bits than the model's dtype has."""
@@ -54,12 +57,6 @@ def _in_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
 
 
-def _printable(text: str) -> str:
-    if len(text) > MAX_NAME or not text.isprintable():
-        raise ValueError(f"at most {MAX_NAME} printable characters")
-    return text
-
-
 def _not_empty(text: str) -> str:
     if not text:
         raise ValueError('the words of a fingerprint, or "*"')
@@ -72,9 +69,8 @@ def _known(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(_printable)]
 OneOrMore = (Field(min_length=1), BeforeValidator(_in_tuple))
-Words = Annotated[tuple[Annotated[Name, AfterValidator(_not_empty)], ...], *OneOrMore]
+Words = Annotated[tuple[Annotated[Text, AfterValidator(_not_empty)], ...], *OneOrMore]
 Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
 Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrMore]
 
@@ -108,7 +104,7 @@ class Build(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Name = ""
+    name: Text = ""
     engine: Words
     device: Words
     dtype: Formats
@@ -117,7 +113,7 @@ class Build(BaseModel):
     threads: Counts
     torch: Words
     library: Words
-    kernels: Annotated[tuple[Name, ...], *OneOrMore]
+    kernels: Annotated[tuple[Text, ...], *OneOrMore]
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, *, name: str = "") -> "Build":
@@ -174,9 +170,6 @@ def _matches(stated: str | int, wanted: str | int) -> bool:
         return str(stated).startswith(wanted.removesuffix(ANY))
     return stated == wanted
 
-
-# --------------------------------------------------------------------------------------------------
-# What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word.
 
 FEWEST_NONCES = 32
 """Nonces of the smallest proof that is accepted without a pinned set of them."""
@@ -321,7 +314,8 @@ class Pins:
                     do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
                     field=name,
                 )
-        self._check_engine(header)
+        formats = header.pipeline.number_formats
+        self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
@@ -330,12 +324,21 @@ class Pins:
                 field="seq_len",
             )
 
-    def _check_engine(self, header: Header) -> None:
-        stated = header.fingerprint
-        formats = self.formats or header.pipeline.number_formats
+    def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
+        """Refuse an engine of another number format or build.
+
+        Args:
+            stated: Description of the engine.
+            owner: What was made by it, in words.
+            default: Number formats that are allowed where nothing is pinned; any when empty.
+
+        Raises:
+            ProofMismatch: Names the value, stated and wanted.
+        """
+        formats = self.formats or default
         if formats and stated.dtype not in formats:
             raise ProofMismatch(
-                f"a proof of {header.pipeline.name} made in {stated.dtype}",
+                f"{owner} made in {stated.dtype}",
                 wanted=f"one made in {' or '.join(formats)}",
                 do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
                 f"--prover-dtype {stated.dtype}",
@@ -345,7 +348,7 @@ class Pins:
         if odd:
             said = describe_build(stated)
             raise ProofMismatch(
-                "a proof made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
+                f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
                 wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
                 do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
                 field="builds",

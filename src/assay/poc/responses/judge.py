@@ -1,4 +1,4 @@
-"""What a validator knows of responses before it replays their receipts, and what it takes on the node's word."""
+"""The judge of responses: what a validator knows of them, and a replay against the honest noise between two engines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,14 @@ import numpy as np
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.poc.protocol.pins import Pins, nearest_build
+from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.record import Fingerprint
 from assay.poc.responses.calibration import ResponseCalibration, default_response_noise
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
+from assay.poc.responses.sampling import ResponseName
 from assay.poc.verdict.judge import EXIT_CODES
 from assay.poc.verdict.ledger_entries import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
@@ -43,23 +44,14 @@ class ReceiptPins:
     evidence: Evidence = "both"
 
     @classmethod
-    def of_network(
-        cls,
-        network: NetworkPins | None,
-        given: Pins,
-        header: ReceiptHeader,
-        *,
-        requests: Sequence[Request] | None,
-        evidence: Evidence,
-    ) -> "ReceiptPins":
+    def of_network(cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any) -> "ReceiptPins":
         """Return what a network's file and flags pin together.
 
         Args:
             network: File of a network, if there is one.
             given: Values of flags, which must agree with the file.
             header: Header of the receipts; the checkpoint that it states must be one of the file.
-            requests: Requests that were sent to the node.
-            evidence: What the receipts must have.
+            more: Requests and evidence.
 
         Raises:
             UsageError: A flag contradicts the file, or the file needs another flag.
@@ -68,7 +60,7 @@ class ReceiptPins:
         if network is not None:
             shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
             known = network.for_round(model=header.digest, also=given, node_id=shares[0] if shares else None)
-        return cls(known=known, requests=requests, evidence=evidence)
+        return cls(known=known, **more)
 
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
@@ -84,13 +76,7 @@ class ReceiptPins:
             wanted = getattr(known, name)
             if wanted is not None and wanted != value:
                 raise _mismatch("receipts", name, value, wanted)
-        dtype = header.fingerprint.dtype
-        if known.formats and dtype not in known.formats:
-            raise _mismatch("receipts", "prover_dtype", dtype, " or ".join(known.formats))
-        build, odd = nearest_build(known.builds or (), header.fingerprint)
-        if odd:
-            allowed = " or ".join(map(str, getattr(build, odd[0])))
-            raise _mismatch("receipts", odd[0], getattr(header.fingerprint, odd[0]), allowed)
+        known.check_engine(header.fingerprint, "receipts")
         asked = {_identity(one): one for one in self.requests or ()}
         for receipt in receipts.receipts:
             if known.block_hash is not None and receipt.block_hash != known.block_hash:
@@ -129,7 +115,7 @@ class ReceiptPins:
         return {prompt.sha256: prompt for prompt in prompts}
 
 
-def _identity(one: Receipt | Request) -> tuple[str, str, int]:
+def _identity(one: ResponseName) -> tuple[str, str, int]:
     return one.user_seed, one.request_id, one.index
 
 
@@ -168,27 +154,6 @@ def _mismatch(owner: str, name: str, stated: object, wanted: object) -> ProofMis
         wanted=f"{name} {wanted!s:.80}",
         do="ask the node for the receipts of these requests",
     )
-
-
-def chosen_receipts(receipts: Receipts, sample: int | None) -> int:
-    """Return how many receipts are to be replayed.
-
-    Raises:
-        UsageError: The file has no response with a token, or the sample is larger than the file.
-    """
-    total = sum(bool(receipt.output) for receipt in receipts.receipts)
-    size = total if sample is None else sample
-    if total == 0 or type(size) is not int or not 1 <= size <= total:
-        raise UsageError(
-            f"a sample of {size} receipts" if total else "receipts without a token",
-            wanted=f"1 to {total}, the responses of this file" if total else "one response or more",
-            do="lower --sample" if total else "ask the node for its receipts",
-        )
-    return size
-
-
-# --------------------------------------------------------------------------------------------------
-# The judge of responses: a replay against the honest noise between two engines.
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,12 +212,8 @@ class ResponseVerdict:
     def updates(self) -> list[Update]:
         """Return what a ledger records: one entry for every response, whose nonces are its blocks of 32 tokens."""
         header = self.receipts.header
-        account = Account(
-            public_key=header.public_key,
-            digest=header.digest,
-            build=self.pins.known.build_of(header.fingerprint),
-            preset=RESPONSES,
-        )
+        build = self.pins.known.build_of(header.fingerprint)
+        account = Account(public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES)
         return [
             Update(
                 account=account,
@@ -329,15 +290,9 @@ def judge_responses(
     test = ResponseTest(noise, alpha=alpha)
     for one in replayed:
         test.update(one.blocks)
-    result = test.result
+    made = {"noise": noise, "replayed": tuple(replayed), "receipts": receipts, "pins": pins or ReceiptPins()}
     return ResponseVerdict(
-        result=result,
-        reason=_reason(result, alpha, noise),
-        noise=noise,
-        replayed=tuple(replayed),
-        receipts=receipts,
-        pins=pins or ReceiptPins(),
-        sample_seed=sample_seed,
+        result=test.result, reason=_reason(test.result, alpha, noise), sample_seed=sample_seed, **made
     )
 
 
@@ -355,9 +310,27 @@ def noise_between(
     return calibration.noise
 
 
-def sample_receipts(receipts: Receipts, size: int, seed: int) -> Receipts:
-    """Return receipts with a sample of the responses that have tokens, in the order of the file."""
+def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receipts:
+    """Return receipts with a sample of the responses that have tokens, in the order of the file.
+
+    Args:
+        receipts: Receipts of a node.
+        sample: Number of responses; all when None.
+        seed: Number that draws the sample.
+
+    Raises:
+        UsageError: The file has no response with a token, or the sample is larger than the file.
+    """
     whole = [receipt for receipt in receipts.receipts if receipt.output]
+    size = len(whole) if sample is None else sample
+    if not whole or type(size) is not int or not 1 <= size <= len(whole):
+        raise UsageError(
+            f"a sample of {size} receipts" if whole else "receipts without a token",
+            wanted=f"1 to {len(whole)}, the responses of this file" if whole else "one response or more",
+            do="lower --sample" if whole else "ask the node for its receipts",
+        )
+    if sample is None:
+        return receipts
     chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())
     return replace(receipts, receipts=tuple(whole[index] for index in chosen))
 
