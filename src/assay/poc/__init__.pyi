@@ -1,6 +1,8 @@
 from .engines.base import Engine as Engine
-from .engines.hf.engine import measure_block_factor as measure_block_factor
 from .engines.hf.engine import HFEngine as HFEngine
+from .engines.hf.engine import measure_block_factor as measure_block_factor
+from .measurement import MeasuredTarget as MeasuredTarget
+from .measurement import measure_r_target as measure_r_target
 from .protocol.blocks import BlockFactor as BlockFactor
 from .protocol.pins import Build as Build
 from .protocol.pins import Pins as Pins
@@ -23,8 +25,6 @@ from .verdict.calibration import Calibration as Calibration
 from .verdict.judge import Verdict as Verdict
 from .verdict.noise import Noise as Noise
 from .verdict.noise import default_noise as default_noise
-from .verdict.r_target import MeasuredTarget as MeasuredTarget
-from .verdict.r_target import measure_r_target as measure_r_target
 from .verifier import check_proof as check_proof
 from .verifier import judging_batch as judging_batch
 from .verifier import judging_setup as judging_setup
