@@ -141,7 +141,7 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
     for nonce in (1, 2, 3, 4):
         with pytest.raises(ModelError, match=f"nonce {nonce}"):
             on_loop(engine, engine._client.collect(key, [nonce]))
-    call = engine._client._call
+    call = engine._client.call
     wrong = (
         ({"block": "b"}, "poc-2.0"),
         (asdict(make_round()), "no-preset"),

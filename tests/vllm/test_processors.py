@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from assay.poc.responses import Sampling
-from assay.poc.responses.sampling import counts_before, mark_tokens, scores, step_seeds
+from assay.poc.responses.sampling import counts_before, mark_tokens, step_seeds
 from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
+from tests.poc.responses.vectors import scores
 
 VOCABULARY = 97
 SAMPLINGS = (

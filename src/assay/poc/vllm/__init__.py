@@ -40,9 +40,8 @@ _SERVERS = ("api_server.py", "entry.py")
 def before_start() -> None:
     """Refuse a server that could not prove, in the first seconds, and set what float32 and responses need.
 
-    It reads the command line and a ``--config`` file with vLLM's own parser, and the settings of the model with vLLM's
-    own configuration. Only the first process of a server with the plugin, or with its worker extension, is checked; all
-    others are left alone.
+    Only the first process of a server with the plugin, or with its worker extension, is checked; all others are left
+    alone.
 
     Raises:
         SystemExit: Exit code 1 with the refusal, or whatever vLLM's parser raises for arguments that it refuses itself.

@@ -63,12 +63,12 @@ class Client:
         self._llm, self._engines = llm, engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
-        self.direct = DirectPath(throttle, self._call, engines)
+        self.direct = DirectPath(throttle, self.call, engines)
 
     async def install(self) -> None:
         """Prepare the workers; the device is the names of all where workers of several kinds compute one pass."""
         self.loop, self.positions = asyncio.get_running_loop(), most_positions(self._llm.vllm_config)
-        replies = await self._call("assay_install")
+        replies = await self.call("assay_install")
         self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
 
     def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
@@ -95,18 +95,10 @@ class Client:
             UsageError: The workers refuse the round.
         """
         key = new_key()
-        for reason in await self._call("assay_open", key, asdict(spec.round), spec.pipeline.name):
+        for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name):
             if reason is not None:
                 raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
         return key
-
-    async def close(self, key: str) -> None:
-        """End a stream of nonces; the workers drop what they hold for it."""
-        await self._call("assay_close", key)
-
-    async def counts(self) -> list[dict[str, int]]:
-        """Return what every worker holds."""
-        return await self._call("assay_counts")
 
     async def run(self, key: str, nonce: int, ids: list[int], sampling: Any) -> Any:
         """Run one nonce with these token ids and ``SamplingParams``, and return the last output of vLLM."""
@@ -126,7 +118,7 @@ class Client:
             BadWeights: A worker could not take a step of the pipeline.
         """
         values: dict[int, Values] = {}
-        for reply in await self._call("assay_collect", key, list(nonces)):
+        for reply in await self.call("assay_collect", key, list(nonces)):
             for nonce, reason in reply["failed"].items():
                 raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
             if "error" in reply:
@@ -144,7 +136,7 @@ class Client:
         """Drop the reference to an engine that has ended: it cleans up when it is freed, before the process ends."""
         self._llm = None
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
+    async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
         return await call_workers(self._llm, method, *args, engines=self._engines)
 
@@ -248,7 +240,7 @@ class NonceStream:
         key, self._key = self._key, ""
         if key:
             with suppress(Exception):  # the engine may have ended, and its workers with it
-                await self._client.close(key)
+                await self._client.call("assay_close", key)
 
     def _start(self, work: Any) -> "asyncio.Task[Any]":
         task: asyncio.Task[Any] = asyncio.ensure_future(work)

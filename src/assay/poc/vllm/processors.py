@@ -78,6 +78,12 @@ class Row(NamedTuple):
     prompt: list[int]
     output: list[int]
 
+    @classmethod
+    def of(cls, params: Any, prompt: list[int] | None, output: list[int]) -> "Row | None":
+        """Return the row of a new request; None where it is not seeded."""
+        carried = read_seed_argument(params)
+        return None if carried is None or carried.tokens is None or prompt is None else cls(carried, prompt, output)
+
 
 class BatchV1(NamedTuple):
     """What stays the same while the seeded requests of the batch do."""
@@ -105,7 +111,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: Any) -> None:
         """Follow the requests that came, went and moved."""
-        if process_dict_updates(self._rows, batch_update, _row):
+        if process_dict_updates(self._rows, batch_update, Row.of):
             self._batch = None
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -137,13 +143,6 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
             sampler=sampler,
             history=history,
         )
-
-
-def _row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | None:
-    carried = read_seed_argument(params)
-    if carried is None or carried.tokens is None or prompt is None:
-        return None
-    return Row(carried, prompt, output)
 
 
 @dataclass

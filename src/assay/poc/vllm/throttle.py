@@ -57,10 +57,8 @@ class ThrottleSettings:
 class Throttle:
     """Admits nonces to one engine. It belongs to one event loop.
 
-    Args:
-        settings: Bounds, which may be replaced at any time.
-        unfinished: Function that returns the number of requests in the engine, nonces included.
-        capacity: Number of nonces that fill the engine.
+    ``settings`` may be replaced at any time. ``unfinished`` returns the number of requests in the engine, nonces
+    included, and ``capacity`` nonces fill it.
     """
 
     def __init__(self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int) -> None:
@@ -78,11 +76,6 @@ class Throttle:
         self._window_count = 0
 
     @property
-    def _capacity(self) -> int:
-        """Number of nonces that may be in an engine without chat."""
-        return self.settings.in_flight or self._fills
-
-    @property
     def chat(self) -> int:
         """Number of requests in the engine that are not nonces."""
         return max(0, self._unfinished() - self.in_flight)
@@ -95,15 +88,15 @@ class Throttle:
     @property
     def limit(self) -> int:
         """Number of nonces that may be in the engine now."""
-        if self.settings.mode == "exclusive":
-            return self._capacity
-        if self.busy:
-            return min(self._capacity, self.settings.chat_in_flight)
-        if self.settings.in_flight:
-            return self.settings.in_flight
+        settings = self.settings
+        most = settings.in_flight or self._fills
+        if self.busy and settings.mode != "exclusive":
+            return min(most, settings.chat_in_flight)
+        if settings.in_flight or settings.mode == "exclusive":
+            return most
         if not self._seconds:
-            return min(self._capacity, 2 * self.settings.chat_in_flight)
-        return max(self.settings.chat_in_flight, min(self._capacity, int(self.settings.wait / self._seconds)))
+            return min(most, 2 * settings.chat_in_flight)
+        return max(settings.chat_in_flight, min(most, int(settings.wait / self._seconds)))
 
     def look(self) -> None:
         """Remember when there was chat; called whenever a nonce waits, enters or leaves."""
