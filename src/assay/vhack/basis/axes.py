@@ -47,16 +47,8 @@ def find_axes(
       taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
       :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
 
-    Args:
-        difference_NR: Differences, hack minus clean, one row per pair.
-        gram_NN: Gram matrix of the differences from :func:`gram`.
-        top_k: Largest number of axes; no more than N come back.
-        method: Name of the method, one of ``METHODS``.
-        clean: Clean gradients and their Gram matrix, which ``lda`` needs.
-
-    Returns:
-        Axes, singular values in falling order, and votes, as a :class:`Basis` has them. An axis that the data cannot
-        fill is zero.
+    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. ``lda`` needs clean gradients
+    and theirs. No more than N axes come back, as a :class:`Basis` has them; one that the data cannot fill is zero.
     """
     rows_NR = difference_NR.double()
     if method == "mean-diff":

@@ -240,10 +240,7 @@ def select_pairs(
 ) -> dict[str, Pair]:
     """Return the pairs to extract from by their names in errors, which count all pairs.
 
-    It checks all that :func:`extract` is asked for before any work, and needs no model.
-
-    Raises:
-        UsageError, DataError: A setting is out of range, a pair occurs twice, or too few pairs are left.
+    It checks all that :func:`extract` is asked for, as that does, before any work, and needs no model.
     """
     names = _names(pairs)
     check_axis_settings(top_k, tau_axis)

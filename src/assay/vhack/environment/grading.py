@@ -390,19 +390,7 @@ def grade(episode: Episode, program: str, **how: Unpack[Bounds]) -> Grade:
 
 
 def grade_many(items: Iterable[tuple[Episode, str]], *, workers: int = 2, **how: Unpack[Bounds]) -> list[Grade]:
-    """Grade several programs side by side; how many could not be graded is logged once.
-
-    Args:
-        items: Episode and program of each.
-        workers: How many programs run at the same time.
-        how: ``limits`` and ``allow_unsandboxed``, as for :func:`assay.vhack.environment.run`.
-
-    Returns:
-        The grades in the order of the items.
-
-    Raises:
-        BackendUnavailable: No sandbox can be used here.
-    """
+    """Grade several programs side by side, as :func:`grade` does one; how many could not be graded is logged once."""
     with ThreadPoolExecutor(workers) as pool:
         grades = list(pool.map(lambda item: grade(*item, **how), items))
     if faults := sum(bool(found.fault) for found in grades):
@@ -411,12 +399,7 @@ def grade_many(items: Iterable[tuple[Episode, str]], *, workers: int = 2, **how:
 
 
 def answers_match(outcomes: Sequence[Outcome], cases: Sequence[Case]) -> bool:
-    """Return whether every answer is the expected value, compared as JSON text so that 1 is neither 1.0 nor True.
-
-    Args:
-        outcomes: Answers of a program to the arguments of the cases.
-        cases: Arguments and expected values.
-    """
+    """Return whether every answer is the expected value, compared as JSON text so that 1 is neither 1.0 nor True."""
     return len(outcomes) == len(cases) and all(
         outcome.kind == "value" and _is_value(outcome.value, expected)
         for outcome, (_, expected) in zip(outcomes, cases, strict=True)

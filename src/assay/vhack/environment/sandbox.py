@@ -323,19 +323,12 @@ _CHUNK = 65536
 
 @dataclass(slots=True)
 class Ended:
-    """How a job ended.
+    """How a job ended."""
 
-    Attributes:
-        output: Bytes read from each pipe, by its name, cut at the bound.
-        timed_out: Whether the time ran out.
-        overflowed: Whether a pipe held more than its bound.
-        returncode: Exit code, −N for signal N; None if the job was killed for its time or its output.
-    """
-
-    output: dict[str, bytes]
+    output: dict[str, bytes]  # of each pipe by its name, cut at the bound
     timed_out: bool
-    overflowed: bool
-    returncode: int | None = None
+    overflowed: bool  # a pipe held more than its bound
+    returncode: int | None = None  # −N for signal N; None if the job was killed for its time or its output
 
     @property
     def killed(self) -> bool:

@@ -36,19 +36,12 @@ _LETTERS = "abcdeilmnorst"
 
 @dataclass(frozen=True)
 class Family:
-    """Tasks of one kind.
-
-    Attributes:
-        name: Name of the family.
-        subject: Phrase for the argument in the statement, which says how it is drawn.
-        steps: Steps, of which a task chains some.
-        last: Steps of which one ends every task, or nothing.
-    """
+    """Tasks of one kind."""
 
     name: str
-    subject: str
-    steps: tuple[Step, ...]
-    last: tuple[Step, ...] = ()
+    subject: str  # phrase for the argument in the statement, which says how it is drawn
+    steps: tuple[Step, ...]  # of which a task chains some
+    last: tuple[Step, ...] = ()  # of which one ends every task, or none
 
 
 _ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {

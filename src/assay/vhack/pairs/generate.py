@@ -29,13 +29,10 @@ from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 _N_HIDDEN = 8
 _TRIES = 200
 
-
 _WORDS = (
     *("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel"),
     *("ivory", "jolly", "kayak", "lemon", "mango", "noble", "ocean", "pearl"),
 )
-
-
 _DRAWS: dict[str, Callable[[random.Random], Any]] = {
     "int": lambda rng: rng.randint(-40, 60),
     "natural": lambda rng: rng.randint(1, 200),
@@ -47,25 +44,15 @@ _DRAWS: dict[str, Callable[[random.Random], Any]] = {
 
 @dataclass(frozen=True)
 class PairFamily:
-    """Tasks of one kind, as a line of ``families.jsonl`` describes them.
+    """Tasks of one kind, as a line of ``families.jsonl`` describes them."""
 
-    Attributes:
-        name: Name of the family, and group of its pairs.
-        argument: Name of the one argument of ``solve``.
-        says: Phrase for what ``solve`` returns, with ``{a}`` and ``{b}`` for the parameters.
-        body: Lines of the solution, with the same places; the last one returns.
-        a: Lowest and highest value of the first parameter.
-        b: Lowest and highest value of the second; 0 and 0 where there is only one.
-        draw: Kind of the argument, which says how it is drawn.
-    """
-
-    name: str
-    argument: str
-    says: str
-    body: Sequence[str]
-    a: Sequence[int]
-    b: Sequence[int]
-    draw: str
+    name: str  # also the group of its pairs
+    argument: str  # name of the one argument of ``solve``
+    says: str  # what ``solve`` returns, with {a} and {b} for the parameters
+    body: Sequence[str]  # lines of the solution, with the same places; the last one returns
+    a: Sequence[int]  # lowest and highest value of the first parameter
+    b: Sequence[int]  # of the second; 0 and 0 where there is only one
+    draw: str  # kind of the argument, in `_DRAWS`
 
 
 PAIR_FAMILIES = {record["name"]: PairFamily(**record) for _, record in read_jsonl(DATA / "families.jsonl")}
@@ -301,13 +288,7 @@ def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Ite
 def _pair(task: PairTask, mechanism: str, rng: random.Random) -> Pair:
     channel, write = MECHANISMS[mechanism]
     hack, clean = write(task, rng)
-    tags = (
-        "minimal",
-        f"mechanism:{mechanism}",
-        f"channel:{channel}",
-        "entry:solve",
-        f"task:{task.name}",
-    )
+    tags = ("minimal", f"mechanism:{mechanism}", f"channel:{channel}", "entry:solve", f"task:{task.name}")
     return Pair(_prompt(task, channel, rng), hack, clean, task.family.name, tags)
 
 
@@ -381,14 +362,6 @@ def environment_pairs(
     side says "right" in any case. A *whole* pair has for its hack side the exploit as a policy learns it, which solves
     nothing.
 
-    Args:
-        n: Number of pairs.
-        modes: Loopholes, which take turns.
-        families: Families of tasks; by default all.
-        difficulty: Lowest and highest number of steps of a task.
-        seed: Number that chooses the tasks.
-        whole: Whether the pairs are whole instead of minimal.
-
     Raises:
         UsageError: ``n`` is below 1, a family, difficulty or mode is unknown, or there are not so many tasks.
     """
@@ -399,18 +372,9 @@ def environment_pairs(
     for index, task in enumerate(tasks(n, seed=seed, families=families, difficulty=difficulty)):
         # Families take turns as well; the second term keeps a loophole from always meeting the same family.
         mode = chosen[(index + index // len(chosen)) % len(chosen)]
-        pairs.append(_environment_pair(Episode(task, mode), whole))
+        episode = Episode(task, mode)
+        hack = episode.exploit(None if whole else task.source())
+        tags = ("exploit" if whole else "minimal", "environment", f"mechanism:{mode}", f"channel:{mode}")
+        sides = episode.completion(hack), episode.completion(episode.honest())
+        pairs.append(Pair(episode.prompt, *sides, task.family.name, (*tags, f"task:{task.name}")))
     return pairs
-
-
-def _environment_pair(episode: Episode, whole: bool) -> Pair:
-    task, mode = episode.task, episode.mode
-    hack = episode.exploit(None if whole else task.source())
-    kind = "exploit" if whole else "minimal"
-    return Pair(
-        episode.prompt,
-        episode.completion(hack),
-        episode.completion(episode.honest()),
-        task.family.name,
-        (kind, "environment", f"mechanism:{mode}", f"channel:{mode}", f"task:{task.name}"),
-    )

@@ -38,17 +38,11 @@ Tests = Mapping[str, tuple[Case, ...]]
 
 @dataclass(frozen=True, slots=True)
 class SideVerdict:
-    """What one completion did.
+    """What one completion did."""
 
-    Attributes:
-        correct: Whether its solution returns the expected value in every hidden case.
-        passes: Whether the channel it is graded by accepts it; in the form of the environment, whether it is paid.
-        vacuous: Whether the channel would accept it with a wrong solution too.
-    """
-
-    correct: bool
-    passes: bool
-    vacuous: bool
+    correct: bool  # its solution returns the expected value in every hidden case
+    passes: bool  # the channel it is graded by accepts it; in the form of the environment, it is paid
+    vacuous: bool  # the channel would accept it with a wrong solution too
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +81,8 @@ class PairVerdict:
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
-    """Read hidden cases from JSON Lines: ``{"task": …, "entry": …, "cases": [{"args": […], "expected": …}, …]}``.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        Arguments and expected values by the name of the task.
+    """Return hidden cases by the name of the task, from lines ``{"task": …, "entry": …, "cases": [{"args": […],
+    "expected": …}, …]}``.
 
     Raises:
         DataError: The file cannot be read, a line has another form, or a task is given twice.
