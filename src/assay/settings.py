@@ -33,6 +33,7 @@ class Flag:
         secret: Whether errors must not show the value.
         unit: What a value is or counts, such as ``SECONDS``, for the help.
         argument: Whether the field is a positional argument.
+        file: Whether the value is a file that is written: a command sees first that it can be.
     """
 
     names: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class Flag:
     secret: bool = False
     unit: str = ""
     argument: bool = False
+    file: bool = False
 
 
 @dataclass(frozen=True)

@@ -105,16 +105,16 @@ def test_a_stopped_run_says_that_it_continues_and_does(
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
 
-    loop = sys.modules["assay.poc.responses.respond"]._Loop
-    finish = loop.receipt
+    module = sys.modules["assay.poc.responses.respond"]
+    make = module.Receipt
 
-    def stop(self, request, **made: object):
-        receipts.append(finish(self, request, **made))
+    def stop(**made: object):
+        receipts.append(make(**made))
         os.kill(os.getpid(), signal.SIGTERM)
         return receipts[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "receipt", stop)
+        patched.setattr(module, "Receipt", stop)
         stopped = assay(*command)
     assert stopped.code == 128 + signal.SIGTERM
     assert stopped.err.endswith("continues it\n")

@@ -194,4 +194,4 @@ def test_line_ends_of_windows_and_empty_files_are_named(assay, small_model, tmp_
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert "line ends of Windows" in assay("poc", "verify", path, "--model", "x").err
     path.write_bytes(b"")
-    assert "the file is empty" in assay("poc", "verify", path, "--model", "x").err
+    assert "it is empty" in assay("poc", "verify", path, "--model", "x").err

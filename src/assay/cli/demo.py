@@ -12,7 +12,7 @@ import click
 import numpy as np
 from pydantic import Field
 
-from assay.cli.flags import MODEL, OUTPUT
+from assay.cli.flags import FOLDER, MODEL
 from assay.cli.framework import without_collection
 from assay.cli.output import emit_json, progress_bar, table
 from assay.cli.vhack import check_table, print_checks
@@ -175,7 +175,7 @@ class DemoSettings(Settings):
     """Settings of ``assay demo``."""
 
     model: Annotated[str, MODEL] = Field("reference:qwen3", description="Model that proves.")
-    output: Annotated[Path, OUTPUT] = Field(Path("demo"), description="Directory of the report.")
+    output: Annotated[Path, FOLDER] = Field(Path("demo"), description="Directory of the report.")
 
 
 def demo(chosen: DemoSettings, as_json: bool) -> None:

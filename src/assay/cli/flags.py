@@ -8,7 +8,9 @@ from pydantic import Field
 from assay.settings import Flag, Settings
 
 ARGUMENT = Flag(argument=True)
-OUTPUT = Flag(("-o", "--output"))
+OUTPUT = Flag(("-o", "--output"), file=True)
+FILE = Flag(file=True)
+FOLDER = Flag(("-o", "--output"))  # or a database, which may be there
 MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
 

@@ -32,7 +32,6 @@ CONTINUES = "what is done is kept, and the same command continues it"
 RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
 """Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
 LONGEST_CONFIG = 2**20  # bytes; one that sets every field has twenty thousand
-_RESULTS = ("output", "html", "graded")
 _EXTENDED = "merge"
 """The field that is a source and may be the result: builds are added to a calibration file."""
 
@@ -180,6 +179,8 @@ class Command(click.Command):
         table = own_table(given.pop("config", None) or ctx.obj, ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
         self._warn(words, given)
+        from assay.files.storage import check_new_file
+
         variables = {name: os.environ.get(one.kind.environment_name(name) or "") for name, one in self.settings.items()}
         values = self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
@@ -190,6 +191,8 @@ class Command(click.Command):
         ]
         options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
         try:
+            for name in (name for name in values if self.settings[name].flag.file):
+                check_new_file(values[name], overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)))
             ctx.exit(self.function(*made, **options) or 0)
         except Stopped as stop:
             stop.resumable = self.resumable
@@ -364,7 +367,7 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
     Raises:
         UsageError: Names both flags.
     """
-    for result in (name for name in _RESULTS if name in values):
+    for result in (name for name in values if name == "output" or settings[name].flag.file):
         for name, given in values.items():
             if name in (result, _EXTENDED):
                 continue

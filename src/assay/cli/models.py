@@ -9,7 +9,7 @@ from typing import Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT
+from assay.cli.flags import ARGUMENT, FOLDER
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
 from assay.settings import Settings
@@ -26,7 +26,7 @@ class InfoSettings(Settings):
 class RandomSettings(InfoSettings):
     """Settings of ``assay models random``."""
 
-    output: Annotated[Path, OUTPUT] = Field(description="Directory of the checkpoint.")
+    output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
     weights: Annotated[str, "NAME"] = Field("random-all", description="What is random: random-all or random-embed.")
     dtype: Annotated[str, "NAME"] = Field("bfloat16", description="float32, float16 or bfloat16.")

@@ -130,11 +130,9 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     its file. Under torchrun all processes work on one proof, and the first one writes it.
     """
     from assay import poc
-    from assay.files.storage import check_new_file
     from assay.poc.launch import Proving, open_prover
     from assay.poc.network_pins import asked
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel")
     how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
     given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
@@ -207,31 +205,31 @@ class _Pace:
 
     def __init__(self, show: "Callable[[int, int], None] | None") -> None:
         self._show = show
-        self._begun = time.perf_counter()
-        self._started = False
-        self.resumed = 0  # nonces of the proof that an interrupted run left
-        self._marks: list[tuple[float, int]] = []
+        self._marks = [(time.perf_counter(), 0)]  # the call, where the proof begins, the first batch, the newest one
 
     def update(self, done: int, total: int) -> None:
         """Note where the proof begins, and then every batch: the first and the newest are kept."""
-        if not self._started:
-            self._started, self.resumed = True, done
-        else:
-            self._marks[1:] = [(time.perf_counter(), done)]
+        self._marks[3:] = []
+        self._marks.append((time.perf_counter(), done))
         if self._show:
             self._show(done, total)
 
     @property
+    def resumed(self) -> int:
+        """Nonces of the proof that an interrupted run left."""
+        return self._marks[1][1] if len(self._marks) > 1 else 0
+
+    @property
     def first(self) -> float:
         """Seconds until the first batch was done."""
-        return self._marks[0][0] - self._begun if self._marks else 0.0
+        return self._marks[2][0] - self._marks[0][0] if len(self._marks) > 2 else 0.0
 
     @property
     def rate(self) -> float:
         """Nonces per second after the first batch, or of it where there was no other."""
-        if not self._marks:
+        if len(self._marks) < 3:
             return 0.0
-        (start, before), (end, done) = self._marks[0], self._marks[-1]
+        (start, before), (end, done) = self._marks[2], self._marks[-1]
         return (done - before) / (end - start) if done > before else (done - self.resumed) / self.first
 
 
@@ -311,7 +309,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """
     import os
 
-    from assay.files.storage import check_new_file
     from assay.poc.measurement import describe, measure, target_for
     from assay.poc.verdict.calibration import Calibration
 
@@ -333,7 +330,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
     _check_sources(chosen, len(chosen.proofs), merging)
     assert chosen.output is not None
-    check_new_file(chosen.output, overwrite=True)
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
@@ -437,10 +433,8 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
 
     Seeds have 256 bits. What only a proof can say is left to be filled in.
     """
-    from assay.files.storage import check_new_file
     from assay.poc.network_pins import write_pins
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     asked = {"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
     values = write_pins(
         chosen.output,

@@ -83,13 +83,11 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
     token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
     """
-    from assay.files.storage import check_new_file
     from assay.poc import responses
     from assay.poc.audit import with_token_ids
     from assay.poc.launch import load
     from assay.poc.protocol.round import check_name
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     for name in ("block_hash", "public_key"):
         check_name(name, getattr(chosen, name), do=f"pass --{name.replace('_', '-')} as the chain prints it")
     names = set(responses.Sampling.__dataclass_fields__) - {"logit_bias"}
@@ -168,14 +166,12 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     Receipts of nodes of one build are replayed by this verifier. Files of different public keys say how far machines of
     the build differ.
     """
-    from assay.files.storage import check_new_file
     from assay.poc import responses
     from assay.poc.audit import requests_of
     from assay.poc.launch import Launch, open_prefill
     from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
     from assay.poc.responses.replay import check_adapter, check_runnable
 
-    check_new_file(chosen.output, overwrite=True)
     files = [responses.Receipts.load(path) for path in chosen.receipts]
     for read in files:
         check_adapter(read, None)

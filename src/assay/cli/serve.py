@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, KernelName, ModelName, NumberFormat
+from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelName, NumberFormat
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
@@ -56,7 +56,7 @@ class ReceiveSettings(Settings):
 
     host: Host = "127.0.0.1"
     port: Port = 8081
-    output: Annotated[Path, OUTPUT] = Field(
+    output: Annotated[Path, FOLDER] = Field(
         Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
     )
     log_format: LogFormat = "console"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, DTYPE, MODEL, OUTPUT, ModelName, Overwrite, Seed, Unsandboxed
+from assay.cli.flags import ARGUMENT, DTYPE, FILE, FOLDER, MODEL, OUTPUT, ModelName, Overwrite, Seed, Unsandboxed
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
@@ -92,7 +92,7 @@ class CheckCommand(RuleSettings, GradientSettings):
     log: Path | None = Field(None, description="Log of a training run, for check 4.")
     method: Method = "lda"
     output: Result = None
-    html: Path | None = Field(None, description="File for the report page.")
+    html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
 
 
 class PoolSettings(RuleSettings, WeightSettings):
@@ -119,7 +119,7 @@ class ReportSettings(Settings):
 class TrainCommand(Settings):
     """Settings of ``assay vhack train`` that do not decide its result."""
 
-    output: Annotated[Path, OUTPUT] = Field(description="Directory of the run; the same one continues it.")
+    output: Annotated[Path, FOLDER] = Field(description="Directory of the run; the same one continues it.")
     tracker: Annotated[tuple[str, ...], "NAME"] = Field(
         (), description="A tracker of TRL's, such as wandb; repeatable."
     )
@@ -179,14 +179,12 @@ _SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "d
 def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
     from assay import vhack
-    from assay.files.storage import check_new_file
     from assay.vhack import checks
     from assay.vhack.basis.extract import select_pairs
     from assay.vhack.checks.folds import fewest_groups
     from assay.vhack.delta.delta import user_cache
     from assay.vhack.pairs.generate import find_pairs
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     pairs = find_pairs(chosen.pairs)
     groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method="svd"))
     if groups < least:
@@ -222,7 +220,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
     """
     from assay.files.jsonl import dumps
-    from assay.files.storage import check_new_file, write_atomic
+    from assay.files.storage import write_atomic
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.five_checks import read_source_log
@@ -232,8 +230,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack.pairs.generate import find_pairs
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
-    for path in filter(None, (chosen.output, chosen.html)):
-        check_new_file(path, overwrite=True)
     found = find_pairs(chosen.pairs)
     entries = read_source_log(chosen.log) if chosen.log else None
     read = Basis.load(chosen.basis) if chosen.basis else None
@@ -275,13 +271,11 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
     Exit code 0 pass, 1 fail, 2 undecided or bad input.
     """
     from assay.files.jsonl import dumps
-    from assay.files.storage import check_new_file, write_atomic
+    from assay.files.storage import write_atomic
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
-    if chosen.output:
-        check_new_file(chosen.output, overwrite=True)
     hack, clean = (checks.read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
     basis = Basis.load(chosen.basis)
     loaded = _load(chosen)
@@ -375,11 +369,9 @@ def generate(chosen: GenerateSettings, as_json: bool) -> None:
 
     The same correct solution is on both sides, only the mechanism differs.
     """
-    from assay.files.storage import check_new_file
     from assay.vhack.pairs.generate import generate_pairs
     from assay.vhack.pairs.pairs import write_pairs
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     pairs = generate_pairs(chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"}))
     write_pairs(chosen.output, pairs)
     groups = len({pair.group for pair in pairs})
@@ -393,10 +385,8 @@ def match(chosen: MatchSettings, as_json: bool) -> None:
 
     Models wrote both: `assay vhack evaluate --graded` writes such files.
     """
-    from assay.files.storage import check_new_file
     from assay.vhack.pairs.pairs import match_pairs, write_pairs
 
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     found = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
     write_pairs(chosen.output, found.pairs)
     groups = len({pair.group for pair in found.pairs})
@@ -525,7 +515,7 @@ class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
     delta: Path = Field(description="File of δS that training or DeltaS.save wrote for this model.")
-    output: Annotated[Path, OUTPUT] = Field(description="Directory to write.")
+    output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
     lora: Annotated[int | None, "RANK"] = Field(None, ge=1, description="Write a LoRA of this rank instead.")
     overwrite: Overwrite = False
 
@@ -550,7 +540,7 @@ class EvaluateCommand(Settings):
     reward: Annotated[str | None, "MODULE:FUNCTION"] = Field(
         None, description="What pays completions, in TRL's form; by default they are run and graded."
     )
-    graded: Path | None = Field(None, description="File for the completions with the grade of each.")
+    graded: Annotated[Path | None, FILE] = Field(None, description="File for the completions with the grade of each.")
     output: Result = None
     dtype: WeightDtype = None
     device: Device = None
@@ -597,10 +587,8 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
 
     The same command continues an interrupted one.
     """
-    from assay.files.storage import check_new_file
     from assay.vhack.training.rewards import load_tasks
 
-    check_new_file(own.output, overwrite=own.overwrite)
     tasks, _ = load_tasks(how, least=1, why="to complete")
     tasks = [task for task in tasks for _ in range(how.per_task)]
     records, first = _sampled(own, how, own.model, tasks, own.output)
@@ -623,7 +611,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     --samples.
     """
     from assay.files.jsonl import dumps
-    from assay.files.storage import check_new_file, write_atomic, write_jsonl
+    from assay.files.storage import write_atomic, write_jsonl
     from assay.vhack import training
     from assay.vhack.training.evaluation import read_samples
     from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
@@ -634,8 +622,6 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
         if own.samples is not None and is_given:
             raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
-    for path in filter(None, (own.output, own.graded)):
-        check_new_file(path, overwrite=own.overwrite)
     reward = import_function(own.reward, "--reward") if own.reward else None
     tasks, source = load_tasks(how, least=1, why="to evaluate")
     records: list[JsonObject] = []

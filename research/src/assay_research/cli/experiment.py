@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from pydantic import Field, create_model
 
-from assay.cli.flags import OUTPUT
+from assay.cli.flags import FOLDER
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, progress_bar, table
 from assay.settings import Settings
@@ -22,7 +22,7 @@ class RunSettings(Settings):
     """Folder of a run."""
 
     run_name: Annotated[str, "NAME"] = Field(description="Folder of the run; the same name continues it.")
-    output: Annotated[Path, OUTPUT] = Field(
+    output: Annotated[Path, FOLDER] = Field(
         Path("experiments"), description="Directory that holds the folders of all runs."
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT
+from assay.cli.flags import ARGUMENT, FOLDER, OUTPUT
 from assay.cli.framework import Command, Group
 from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
@@ -37,7 +37,7 @@ class ClusterSettings(Settings):
     run_name: Annotated[str | None, "NAME"] = Field(
         None, description="Folder of the run; one of the data's name and digest by default."
     )
-    output: Annotated[Path, OUTPUT] = Field(
+    output: Annotated[Path, FOLDER] = Field(
         Path("experiments"), description="Directory that holds the folders of all runs."
     )
 
@@ -100,14 +100,12 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     Exit code 0 if the grader holds, 1 if not, 2 on bad input.
     """
     from assay.files.jsonl import dumps
-    from assay.files.storage import check_new_file, write_atomic
+    from assay.files.storage import write_atomic
     from assay.pages.provenance import provenance
     from assay.vhack.environment.sandbox import Limits, available_backend
     from assay_research.fuzz import fuzz
     from assay_research.hostile import HOSTILE_KINDS
 
-    if chosen.output:
-        check_new_file(chosen.output, overwrite=True)
     with progress_bar("grading", "cases") as progress:
         report = fuzz(
             chosen.count,
