@@ -13,8 +13,9 @@ from assay.poc.protocol.transforms import unit
 from assay.poc.responses import Receipts, Request, Sampling, respond
 from assay.poc.responses.prefill import sketch_response
 from assay.poc.responses.respond import stop_tokens
-from assay.poc.responses.sampling import counts_before, mark_tokens, scores
+from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.conftest import REQUESTS
+from tests.poc.responses.vectors import scores
 
 COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}
 

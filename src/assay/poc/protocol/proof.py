@@ -188,7 +188,7 @@ def parse_header(line: bytes) -> Header:
         pipeline=pipeline,
         digest=read.model.digest,
         weights=read.model.weights,
-        fingerprint=fingerprint.parted(),
+        fingerprint=fingerprint,
         nonces=read.nonces,
     )
 

@@ -15,7 +15,7 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -218,7 +218,7 @@ class Fingerprint:
         torch: Version of torch.
         library: Library that runs the model, and its version.
         kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``. In a file they
-            follow the library in one text, joined by commas.
+            follow the library in one text, joined by commas, and such a text is taken apart.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -234,6 +234,12 @@ class Fingerprint:
     library: Text
     kernels: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        library, *kernels = self.library.split(SEPARATOR)
+        if kernels:
+            object.__setattr__(self, "library", library)
+            object.__setattr__(self, "kernels", (*kernels, *self.kernels))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields in the order of the proof header, with the kernels joined to the library."""
         values = asdict(self)
@@ -247,14 +253,10 @@ class Fingerprint:
         Raises:
             ProofFormatError: A field is missing, unknown, of another type or out of range.
         """
-        return read_as(cls, dumps(values).encode()).parted()
-
-    def parted(self) -> "Fingerprint":
-        """Return it with the kernels that a file has behind the library."""
-        if self.kernels:
+        made = read_as(cls, dumps(values).encode())
+        if made.as_dict() != values:
             raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
-        library, *kernels = self.library.split(SEPARATOR)
-        return replace(self, library=library, kernels=tuple(kernels))
+        return made
 
     @property
     def id(self) -> str:

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field, PlainValidator
 
 from assay import stats
-from assay.errors import AssayError, CalibrationError, UsageError
+from assay.errors import AssayError, CalibrationError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, dumps, read_json
-from assay.files.storage import write_atomic
+from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.record import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.calibrate import PRIOR
@@ -73,13 +74,15 @@ class ResponseCalibration:
         matches: Number of these that were the verifier's own.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     digest: str
-    provers: tuple[Fingerprint, ...]
+    provers: Annotated[tuple[Fingerprint, ...], Field(min_length=1, max_length=_MOST_PROVERS)]
     verifier: Fingerprint
-    noise: ResponseNoise
-    responses: int
-    tokens: int
-    matches: int
+    noise: Annotated[ResponseNoise, PlainValidator(ResponseNoise.from_dict)]
+    responses: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    matches: Annotated[int, Field(ge=0)]
 
     def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
         """Refuse receipts of another checkpoint or build, or another verifier, than was measured.
@@ -107,7 +110,7 @@ class ResponseCalibration:
         engines = {"provers": [one.as_dict() for one in self.provers], "verifier": self.verifier.as_dict()}
         counts = {name: getattr(self, name) for name in ("responses", "tokens", "matches")}
         whole = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
-        write_atomic(path, dumps(whole | {"noise": self.noise.as_dict()}) + "\n")
+        write_jsonl(path, [whole | {"noise": self.noise.as_dict()}])
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
@@ -120,27 +123,13 @@ class ResponseCalibration:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
                 raise ValueError("another kind or schema")
-            provers = [Fingerprint.from_dict(one) for one in values.pop("provers")]
-            counts = {name: values.pop(name) for name in ("responses", "tokens", "matches")}
-            if not 0 < len(provers) <= _MOST_PROVERS or any(type(n) is not int or n < 0 for n in counts.values()):
-                raise ValueError("no prover, or a count that is not one")
-            made = cls(
-                digest=str(values.pop("digest")),
-                provers=tuple(provers),
-                verifier=Fingerprint.from_dict(values.pop("verifier")),
-                noise=ResponseNoise.from_dict(values.pop("noise")),
-                **counts,
-            )
-            if values:
-                raise ValueError(f"a field {min(values)!r:.40}")
+            return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
-            seen = error.seen if isinstance(error, AssayError) else f"{path}: {error}"
             raise CalibrationError(
-                seen,
+                reason_of(error),
                 wanted=f"a calibration of responses, schema {SCHEMA}",
                 do="write one with `assay poc calibrate-responses`",
             ) from None
-        return made
 
 
 def calibrate_responses(
@@ -237,28 +226,21 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
     everything = [one for replayed in by_prover for one in replayed]
     profiles = [one.profiles for one in everything if len(one.profiles)]
     found = fit_token_noise(profiles)
-    of_tokens = [_scale_of_tokens(found, [one.profiles for one in some if len(one.profiles)]) for some in by_prover]
     tokens = PartNoise(
         law=found.law,
-        spread=_spread(found.error, of_tokens),
+        spread=_spread(found.error, [_scale_of_tokens(found, some) for some in by_prover]),
         between=found.between,
         effect=_told_apart(found.law, np.concatenate(profiles)),
     )
     sketches = [one.residuals for one in everything if len(one.residuals)]
     _check_enough_sketches(sum(map(len, sketches)), len(everything))
     fit = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR)
-    logs = [np.log(fit.reached.magnitudes(one)) for one in sketches]
-    of_sketches = [
-        float(np.median(np.log(fit.reached.magnitudes(np.concatenate([one.residuals for one in some])))))
-        - fit.reached.mu
-        for some in by_prover
-        if any(len(one.residuals) for one in some)
+    of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
+    scales = [
+        float(np.median(np.log(fit.reached.magnitudes(some)))) - fit.reached.mu for some in of_provers if len(some)
     ]
-    part = PartNoise(
-        law=fit.reached,
-        spread=_spread(fit.error, of_sketches),
-        between=max(_between(logs), LEAST_BETWEEN),
-    )
+    between = max(_between([np.log(fit.reached.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
+    part = PartNoise(law=fit.reached, spread=_spread(fit.error, scales), between=between)
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 
@@ -288,8 +270,9 @@ def _defaults() -> JsonObject:
     return read_json(DEFAULT_LAWS)
 
 
-def _scale_of_tokens(fit: TokenFit, profiles: Sequence[np.ndarray]) -> float:
-    """Return the likeliest ln scale of some tokens over that of the law; 0 where they do not say."""
+def _scale_of_tokens(fit: TokenFit, replayed: Sequence[Replayed]) -> float:
+    """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they do not say."""
+    profiles = [one.profiles for one in replayed if len(one.profiles)]
     if not profiles:
         return 0.0
     logs = np.linspace(-1, 1, 33)
@@ -311,11 +294,9 @@ def _between(logs: Sequence[np.ndarray]) -> float:
     several = [one for one in logs if len(one) > 1]
     if len(several) < 2:
         return float(np.std([float(one.mean()) for one in logs]))
-    within = float(np.mean([one.var(ddof=1) for one in several]))
-    means = np.array([float(one.mean()) for one in several])
-    return min(
-        math.sqrt(max(0.0, float(means.var(ddof=1)) - within * float(np.mean([1 / len(one) for one in several])))), 1.0
-    )
+    within = float(np.mean([one.var(ddof=1) for one in several])) * float(np.mean([1 / len(one) for one in several]))
+    of_means = float(np.var([float(one.mean()) for one in several], ddof=1))
+    return min(math.sqrt(max(0.0, of_means - within)), 1.0)
 
 
 def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:

@@ -235,16 +235,11 @@ class ReceiptHeader:
         check_digest("digest", self.digest)
         check_name("weights", self.weights, do="pass the weight mode of the model")
 
-    def seed(self, receipt: Receipt) -> ResponseSeed:
-        """Return the seed of a response."""
-        return ResponseSeed(
-            user_seed=receipt.user_seed,
-            request_id=receipt.request_id,
-            public_key=self.public_key,
-            digest=self.digest,
-            block_hash=receipt.block_hash,
-            index=receipt.index,
-        )
+    def seed(self, response: ResponseName, block_hash: str = "") -> ResponseSeed:
+        """Return the seed of a response, by its receipt, or by its request and a block."""
+        names = {name: getattr(response, name) for name in ("user_seed", "request_id", "index")}
+        block = block_hash or getattr(response, "block_hash", "")
+        return ResponseSeed(**names, public_key=self.public_key, digest=self.digest, block_hash=block)
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
@@ -476,6 +471,6 @@ def _read_header(line: bytes) -> ReceiptHeader:
     return ReceiptHeader(
         public_key=read.public_key,
         **vars(read.model),
-        fingerprint=read.fingerprint.parted(),
+        fingerprint=read.fingerprint,
         sketched=read.sketch is not None,
     )

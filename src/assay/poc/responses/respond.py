@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +89,40 @@ def respond(
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
     )
-    header = make_header(model, requests, public_key)
-    loop = _Loop(model, header, block_hash, stop_tokens(model) if stop is None else frozenset(stop), hash_prompts)
-    if len({loop.seed(request).text for request in requests}) < len(requests):
+    if not requests:
+        raise UsageError("no prompts", wanted="one or more", do="give a prompt")
+    longest = max(len(request.ids) + request.max_tokens for request in requests)
+    header = ReceiptHeader(
+        public_key=public_key,
+        reference=model.reference,
+        digest=model.digest,
+        weights=model.weights,
+        fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
+    )
+    seeds = [header.seed(request, block_hash) for request in requests]
+    if len({seed.text for seed in seeds}) < len(seeds):
         raise UsageError(
             "two requests of one id, seed and index",
             wanted="a seed of its own for every response",
             do="give one of them another request_id",
         )
+    forward, ends = CachedForward(model), stop_tokens(model) if stop is None else frozenset(stop)
+
+    def receipt_of(request: Request, **made: Any) -> Receipt:
+        names = {name: getattr(request, name) for name in ("user_seed", "request_id", "index", "chosen_by", "sampling")}
+        receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **made)
+        return receipt.without_prompt() if hash_prompts else receipt
 
     def read_left(number: int, line: bytes) -> Receipt:
-        receipt = parse_receipt(line, source=str(output), number=number)
-        loop.check_answers(receipt, requests[number - 2])
+        """Read a receipt that an interrupted run left; refuse one of another request."""
+        receipt, request = parse_receipt(line, source=str(output), number=number), requests[number - 2]
+        made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
+        if receipt.line() != receipt_of(request, **made).line():
+            raise UsageError(
+                f"a partial file with the answer to request {receipt.request_id!r:.80}",
+                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
+                do="repeat that command, or remove the partial file to start again",
+            )
         return receipt
 
     started = time.perf_counter()
@@ -110,31 +131,25 @@ def respond(
         for place in range(len(receipts), len(requests)):
             before = sum(len(receipt.output) for receipt in receipts)
             most = before + sum(request.max_tokens for request in requests[place:])
-            show = None if progress is None else partial(_show, progress, before, most)
-            receipt = loop.answer(requests[place], show)
-            receipts.append(receipt)
+            tokens: list[int] = []
+            states: list[torch.Tensor] = []
+            for token, hidden_D in _answer(forward, requests[place], seeds[place], ends):
+                if len(tokens) % SKETCH_EVERY == 0:
+                    states.append(hidden_D)
+                tokens.append(token)
+                if progress:
+                    progress(before + len(tokens), most)
+            steps = sketch_steps(len(tokens))
+            sketches = sketch_response(torch.stack(states), seeds[place].words("sketch"), steps).cpu().numpy()
+            finish = "stop" if tokens[-1] in ends else "length"
+            receipts.append(receipt_of(requests[place], output=tuple(tokens), sketches=sketches, finish=finish))
             if out:
-                out.append_lines([receipt.line()])
-        seconds = float(f"{time.perf_counter() - started:.3f}")
-        made = Receipts.build(header, receipts, seconds)
+                out.append_lines([receipts[-1].line()])
+        made = Receipts.build(header, receipts, float(f"{time.perf_counter() - started:.3f}"))
         if out:
             out.append_lines([made.footer.line()])
             out.commit()
     return made
-
-
-def make_header(model: Model, requests: Sequence[Request], public_key: str) -> ReceiptHeader:
-    """Return the header of receipts of these requests."""
-    if not requests:
-        raise UsageError("no prompts", wanted="one or more", do="give a prompt")
-    longest = max(len(request.ids) + request.max_tokens for request in requests)
-    return ReceiptHeader(
-        public_key=public_key,
-        reference=model.reference,
-        digest=model.digest,
-        weights=model.weights,
-        fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
-    )
 
 
 def stop_tokens(model: Model) -> frozenset[int]:
@@ -146,98 +161,28 @@ def stop_tokens(model: Model) -> frozenset[int]:
     return frozenset()
 
 
-class _Loop:
-    """Answers one request after the other.
-
-    Args:
-        model: Model that answers.
-        header: Header of the receipts.
-        block_hash: Beacon of the requests.
-        stop: Tokens that end a response.
-        hash_prompts: Whether receipts have the hash of a prompt in place of its ids.
-    """
-
-    def __init__(
-        self, model: Model, header: ReceiptHeader, block_hash: str, stop: frozenset[int], hash_prompts: bool
-    ) -> None:
-        self._model, self._header, self._block_hash = model, header, block_hash
-        self._stop, self._hash_prompts = stop, hash_prompts
-        self._forward = CachedForward(model)
-
-    def seed(self, request: Request) -> ResponseSeed:
-        """Return the seed of the response to a request."""
-        return ResponseSeed(
-            user_seed=request.user_seed,
-            request_id=request.request_id,
-            public_key=self._header.public_key,
-            digest=self._header.digest,
-            block_hash=self._block_hash,
-            index=request.index,
-        )
-
-    def answer(self, request: Request, show: Callable[[int], None] | None) -> Receipt:
-        """Make the response to a request; ``show`` is called with the number of its tokens after each."""
-        seed = self.seed(request)
-        tokens: list[int] = []
-        states: list[torch.Tensor] = []
-        for token, hidden_D in self._tokens(request, seed):
-            if len(tokens) % SKETCH_EVERY == 0:
-                states.append(hidden_D)
-            tokens.append(token)
-            if show is not None:
-                show(len(tokens))
-        made_sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
-        return self.receipt(
-            request,
-            output=tuple(tokens),
-            sketches=made_sketches.cpu().numpy(),
-            finish="stop" if tokens[-1] in self._stop else "length",
-        )
-
-    def _tokens(self, request: Request, seed: ResponseSeed) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the tokens of a response, and the hidden state [D] that gave each."""
-        device, sampling = self._model.device, request.sampling
-        self._forward.restart()
-        logits_1V, hidden_1D = self._forward.read(request.ids)
-        sampler = Sampler([sampling], logits_1V.shape[1], device)
-        prompt_V = counts_1V = None
-        if sampling.penalises:
-            prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(device)
-            counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
-        seeds_N = seed.step_seeds(range(request.max_tokens))
-        for step in range(request.max_tokens):
-            scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
-            token = int(scores_1V.argmax(dim=1))
-            yield token, hidden_1D[0]
-            if token in self._stop or step + 1 == request.max_tokens:
-                return
-            if counts_1V is not None:
-                counts_1V[0, token] += 1
-            logits_1V, hidden_1D = self._forward.read([token])
-
-    def receipt(self, request: Request, **made: Any) -> Receipt:
-        """Return the receipt of a response, with what it says of its request."""
-        receipt = Receipt(
-            request_id=request.request_id,
-            chosen_by=request.chosen_by,
-            index=request.index,
-            user_seed=request.user_seed,
-            block_hash=self._block_hash,
-            sampling=request.sampling,
-            prompt=Prompt.of(request.ids),
-            **made,
-        )
-        return receipt.without_prompt() if self._hash_prompts else receipt
-
-    def check_answers(self, receipt: Receipt, request: Request) -> None:
-        """Refuse a receipt that an interrupted run left if it is of another request."""
-        made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
-        if receipt.line() != self.receipt(request, **made).line():
-            raise UsageError(
-                f"a partial file with the answer to request {receipt.request_id!r:.80}",
-                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
-                do="repeat that command, or remove the partial file to start again",
-            )
+def _answer(
+    forward: CachedForward, request: Request, seed: ResponseSeed, ends: frozenset[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the tokens of a response, and the hidden state [D] that gave each."""
+    device, sampling = forward.model.device, request.sampling
+    forward.restart()
+    logits_1V, hidden_1D = forward.read(request.ids)
+    sampler = Sampler([sampling], logits_1V.shape[1], device)
+    prompt_V = counts_1V = None
+    if sampling.penalises:
+        prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(device)
+        counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
+    seeds_N = seed.step_seeds(range(request.max_tokens))
+    for step in range(request.max_tokens):
+        scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
+        token = int(scores_1V.argmax(dim=1))
+        yield token, hidden_1D[0]
+        if token in ends or step + 1 == request.max_tokens:
+            return
+        if counts_1V is not None:
+            counts_1V[0, token] += 1
+        logits_1V, hidden_1D = forward.read([token])
 
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
@@ -250,7 +195,3 @@ def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str,
             )
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
-
-
-def _show(progress: Progress, before: int, most: int, tokens: int) -> None:
-    progress(before + tokens, most)
