@@ -14,10 +14,9 @@ the two sides of a held-out group are two batches, as if from a teacher that che
 log, both are measured in the same step. A log is JSON Lines. A line with a ``source`` field is one measurement, other
 lines are passed over::
 
-    {"step": 12, "source": "teacher", "cin": 0.31, "modules": {"model.layers.0.mlp.up_proj": 0.28}}
+    {"step": 12, "source": "teacher", "cin": 0.31}
 
-``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share; ``modules`` may be left
-out.
+``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share.
 
 Check 5: would other pairs have given the same axes? The groups are divided into two halves at random, many times, and a
 basis is fitted to each half. Drawing groups with replacement would put the same pairs on both sides, and noise would
@@ -33,7 +32,7 @@ Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import comb, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,9 +98,6 @@ _SERIES = ("overlap", "cosines", "generic_cosines")
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
-Share = Annotated[float, Field(strict=True, ge=0, le=1.000001)]
-
-
 @dataclass(frozen=True, slots=True)
 class SourceCin:
     """Share along the axes of the gradient of one source in one step.
@@ -110,13 +106,11 @@ class SourceCin:
         step: Number of the step, counted from 0.
         source: Name of the source, such as ``student`` or ``teacher``.
         cin: Mean of cin over modules, 0 to 1.
-        modules: Values of cin by module name.
     """
 
     step: Annotated[int, Field(strict=True, ge=0)]
     source: Annotated[str, Field(min_length=1)]
-    cin: Share
-    modules: dict[str, Share] = field(default_factory=dict)
+    cin: Annotated[float, Field(strict=True, ge=0, le=1.000001)]
 
 
 def check(
@@ -130,7 +124,6 @@ def check(
     svd: SVDCache | None = None,
     min_coverage: float = MIN_COVERAGE,
     max_tokens: int | None = None,
-    checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its nulls.
@@ -149,7 +142,6 @@ def check(
         min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; a
             given basis says itself what it covers.
         max_tokens: Largest number of tokens per batch; None chooses from the free memory.
-        checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of steps done and of all, as in :func:`assay.vhack.pair_gradients`.
 
     Raises:
@@ -182,7 +174,6 @@ def check(
         svd=svd,
         **asked,
         max_tokens=max_tokens,
-        checkpointing=checkpointing,
         progress=progress,
     )
     return check_gradients(gradients, basis=basis, settings=settings, log=log)

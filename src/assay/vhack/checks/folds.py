@@ -82,12 +82,9 @@ class Geometry:
         return self.fit(pairs_T, pairs_T + self.n, settings)
 
     def fit(self, first_T: Tensor, second_T: Tensor, settings: CheckSettings) -> Frame:
-        """Return the basis of these differences, each axis turned to where most of them point.
+        """Return the basis of the differences of two rows of samples, each axis turned to where most of them point.
 
-        Args:
-            first_T: Samples in the place of the hack sides.
-            second_T: Samples in the place of the clean sides, which ``lda`` whitens with.
-            settings: Method, number of axes and ``tau_axis``, as in :meth:`assay.vhack.PairGradients.basis`.
+        It is that of :meth:`assay.vhack.PairGradients.basis`; ``lda`` whitens with the second row, the clean sides.
         """
         products_MTS = self.gram_MSS[:, first_T] - self.gram_MSS[:, second_T]
         gram_MTT = products_MTS[:, :, first_T] - products_MTS[:, :, second_T]
@@ -301,9 +298,7 @@ def draw_swaps(groups: Sequence[str], n: int, generator: np.random.Generator) ->
 def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
     """Return how many groups the checks need at least for a p-value that alpha allows.
 
-    Args:
-        settings: Method and alpha.
-        given: Whether the basis is given, so that all these groups are scored and none serves a fit.
+    Where a basis is given all these groups are scored, and none serves a fit.
     """
     free = ceil(log2(1 / settings.alpha))
     if given:
@@ -312,12 +307,7 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
 
 
 def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
-    """Refuse groups of pairs of which none can be scored, before any work.
-
-    Args:
-        groups: Group of every pair.
-        settings: Method of the bases that are fitted, and alpha.
-        basis: Basis that is given, of whose groups no pair is scored.
+    """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis are not scored.
 
     Returns:
         Why the groups that are left are too few for a verdict, and what to do; None where they are enough.
@@ -370,18 +360,15 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     geometry = Geometry(gradients)
     if settings.method == "svd":
         text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
-        folds = []
-        for part in parts:
-            test, train = _rows(gradients.groups, part)
-            frame = geometry.fit_pairs(train, settings)
-            folds.append(Fold(frame.along, train, test, frame))
+        rows = [_rows(gradients.groups, part) for part in parts]
+        fitted = ((test, train, geometry.fit_pairs(train, settings)) for test, train in rows)
+        folds = [Fold(frame.along, train, test, frame) for test, train, frame in fitted]
     else:
         held_out = len(parts[0])
         text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
         test, train = _rows(gradients.groups, parts[0])
-        basis = gradients.basis(
-            top_k=settings.k_use, tau_axis=settings.tau_axis, method=settings.method, keep=train.tolist()
-        )
+        k, tau = settings.k_use, settings.tau_axis
+        basis = gradients.basis(top_k=k, tau_axis=tau, method=settings.method, keep=train.tolist())
         folds = [Fold(geometry.given(basis.axes), train, test)]
     return Design(settings, geometry, tuple(folds), text, torch.arange(geometry.n))
 
@@ -401,9 +388,8 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
                 wanted="held-out pairs that the basis has not seen",
                 do="give pairs the groups they had at extraction",
             )
-    if {name: rows.shape[1] for name, rows in basis.axes.items()} != {
-        name: rows.shape[1] for name, rows in gradients.hack.items()
-    }:
+    ranks = [{name: rows.shape[1] for name, rows in each.items()} for each in (basis.axes, gradients.hack)]
+    if ranks[0] != ranks[1]:
         raise DataError(
             "gradients of other modules or ranks than the basis has",
             wanted="the same",
@@ -424,18 +410,12 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
 
 
 def refuse_seen(basis: Basis, rows: Mapping[str, Tensor], what: str, scored: Tensor | None = None) -> None:
-    """Refuse a basis that was made from what it is to be scored on, whatever its file says.
+    """Refuse a basis that was made from what it is to be scored on, rows [N, R] by module, whatever its file says.
 
     An axis is a sum of rows that the basis was made from, differences of pairs or gradients of their samples. Where
     these are at hand, the nearest sum gives the axis back without a remainder, and the rows with a weight are those it
     was made from. That says nothing where there are so many rows that every axis is such a sum, or where none lies
     along it, as in an expert to which no token of these samples came.
-
-    Args:
-        basis: Basis to check.
-        rows: Rows by module, [N, R].
-        what: Name of the rows in the error.
-        scored: Indices of the rows that are scored; None stands for all.
 
     Raises:
         DataError: The basis was made from rows that are scored.

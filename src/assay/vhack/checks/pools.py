@@ -209,12 +209,7 @@ class PoolReport:
 
 
 def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
-    """Return the samples of a pool file.
-
-    Args:
-        path: File to read.
-        most: Number of samples to draw; None keeps all, and so does a number that is larger.
-        seed: Seed of the draw.
+    """Return the samples of a pool file, or at most so many of them, drawn by the seed.
 
     Raises:
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
@@ -250,7 +245,6 @@ def check_two_pools(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
     max_tokens: int | None = None,
-    checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> PoolReport:
     """Return whether the samples of one pool lie further along the axes of a basis than those of another.
@@ -269,7 +263,6 @@ def check_two_pools(
         tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
         svd: Factors of all weights of the rank that the basis has; None computes them.
         max_tokens: Largest number of tokens per batch; None chooses from the free memory.
-        checkpointing: Whether to recompute layers in the backward pass to save memory.
         progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
 
     Raises:
@@ -309,37 +302,27 @@ def check_two_pools(
         svd=svd,
         modules=modules,
         max_tokens=max_tokens,
-        checkpointing=checkpointing,
         names=names,
         progress=stages[1],
     )
     used = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used, gradients, "samples")
-    hack_groups, clean_groups = ([one.group for one in pool] for pool in pools)
-    hack_sizes, clean_sizes = (np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools)
+    groups = [[one.group for one in pool] for pool in pools]
+    sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
     with one_thread():
-        hack_N, clean_N = _split(cin_over_modules(gradients, used), pools)
-        by_length = {"auroc_length_of_completion_alone": auroc(hack_sizes, clean_sizes)}
-        check = check_unpaired(
-            hack_N,
-            clean_N,
-            hack_groups,
-            clean_groups,
-            settings,
-            nulls=_random_aurocs(pools, used, gradients, settings),
-            details=_other_scores(pools, used, gradients) | by_length,
-        )
+        scores = _split(cin_over_modules(gradients, used), pools)
+        nulls = _random_aurocs(pools, used, gradients, settings)
+        details = _other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)}
+        check = check_unpaired(*scores, *groups, settings, nulls=nulls, details=details)
     origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
     return PoolReport(
-        check=check,
-        guard=guard_scores(hack_N, clean_N, (hack_groups, clean_groups), (hack_sizes, clean_sizes), settings),
-        hack=tuple(hack_N.tolist()),
-        clean=tuple(clean_N.tolist()),
-        hack_groups=tuple(hack_groups),
-        clean_groups=tuple(clean_groups),
-        left_out=left_out,
-        settings=settings,
-        origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
+        check,
+        guard_scores(*scores, (groups[0], groups[1]), (sizes[0], sizes[1]), settings),
+        *(tuple(side_N.tolist()) for side_N in scores),
+        *map(tuple, groups),
+        left_out,
+        settings,
+        origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
     )
 
 

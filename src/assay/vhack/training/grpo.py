@@ -12,7 +12,7 @@ Shapes: B rollouts, T completion tokens.
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
@@ -142,13 +143,9 @@ class GRPO(GRPOTrainer):
         if self.use_vllm:
             sync_merged(self, adapter)
         self.beta = args.beta = beta
+        # The model as it was before training, in place of the second model that TRL expects.
         if beta:
-            self.ref_model: Any = self._reference
-
-    def _reference(self, **keywords: Any) -> Any:
-        """Run the model as it was before training, in place of the second model that TRL expects."""
-        with self.adapter.disabled():
-            return self.adapter.model(**keywords)
+            self.ref_model: Any = adapter.disabled()(lambda **keywords: adapter.model(**keywords))
 
     def rollout(self, prompts: list[str], _: object = None) -> dict[str, list[Any]]:
         """Return completions from the pool for the first places of each group, and of the policy for the others.
@@ -156,7 +153,14 @@ class GRPO(GRPOTrainer):
         Log-probabilities are the stored ones, and None where the policy itself has sampled. TRL passes the trainer too.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        taught = self._choose_teachers(prompts)
+        assert self.pool is not None
+        assert self.num_generations is not None
+        taught: list[PoolRollout | None] = []
+        first = self.processes.index * len(prompts)  # processes take neighbouring parts of the prompts
+        for index, prompt in enumerate(prompts, start=first):
+            place = index % self.num_generations
+            chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
+            taught.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
         asked = [ids for ids, teacher in zip(prompt_ids, taught, strict=True) if teacher is None]
         generate: Any = self._generate_single_turn
         sampled, logprobs = generate(asked, None, {}, 1) if asked else ([], None)
@@ -168,18 +172,6 @@ class GRPO(GRPOTrainer):
             "logprobs": [values for _, values in rows],
             "teacher": [teacher is not None for teacher in taught],
         }
-
-    def _choose_teachers(self, prompts: Sequence[str]) -> list[PoolRollout | None]:
-        """Return what the pool gives for each place."""
-        assert self.pool is not None
-        assert self.num_generations is not None
-        found: list[PoolRollout | None] = []
-        first = self.processes.index * len(prompts)  # processes take neighbouring parts of the prompts
-        for index, prompt in enumerate(prompts, start=first):
-            place = index % self.num_generations
-            chosen = self.pool.choose(prompt, self.teachers, f"{self.args.seed} {self.state.global_step}")
-            found.append(chosen[place] if self.adapter.model.training and place < len(chosen) else None)
-        return found
 
     def _calculate_rewards(
         self, inputs: Any, prompts: list[str], completions: Any, completion_ids_list: list[list[int]]
@@ -241,8 +233,8 @@ class GRPO(GRPOTrainer):
         # Written last: a checkpoint without it was interrupted.
         write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
 
-    def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
-        """Do nothing: a checkpoint holds only δS, so it gets no model card."""
+    @override
+    def create_model_card(self, *arguments: Any, **keywords: Any) -> None: ...  # a checkpoint holds only δS
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

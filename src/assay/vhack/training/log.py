@@ -205,10 +205,10 @@ class StepLog(TrainerCallback):
             values |= {"ratio_teacher": total / count, "clipped_teacher": outside / count}
         sources = {}
         of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
-        counts = {name: sum(of_kind[kind] for kind in kinds) for name, kinds in SOURCES.items()}
         for name, found in split_by_source(self._sources).items():
-            if found.pop("length") > 0 and counts[name]:
-                sources[name] = {**found, "rollouts": counts[name]}
+            count = sum(of_kind[kind] for kind in SOURCES[name])
+            if found.pop("length") > 0 and count:
+                sources[name] = {**found, "rollouts": count}
         values |= trainer.projected.measures.as_dict()
         values |= {_SHORT[name]: found["cin"] for name, found in sources.items() if name in _SHORT}
         return values, sources
@@ -217,12 +217,8 @@ class StepLog(TrainerCallback):
 def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Return ``cin``, ``cin_two_sided`` and ``cin_energy`` of the summed gradient of each source, and its ``length``.
 
-    Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them.
-
-    Args:
-        rollouts: Gradients of the passes of this step, by the kinds of :meth:`Outcomes.kinds`.
-        frames: Axes to measure along.
-        processes: Processes whose rollouts are summed over.
+    Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them. Gradients are by the kinds of
+    :meth:`Outcomes.kinds`, and are summed over the processes.
     """
     kinds = list(NOTHING.kinds())
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])

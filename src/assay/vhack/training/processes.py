@@ -73,15 +73,13 @@ class Processes:
                 dist.broadcast(part, src=0)
 
 
-ALONE = Processes()
-"""A process on its own."""
+ALONE = Processes()  # a process on its own
 
 
 def join_processes(device: str | None) -> Processes:
     """Return the processes that this one was started with, connected; a process on its own is the only one.
 
-    Args:
-        device: Device of the settings; ``"cpu"`` connects over gloo, anything else over NCCL, one GPU for each process.
+    They connect over gloo where the settings say ``"cpu"``, else over NCCL, one GPU for each process.
 
     Raises:
         UsageError: The launcher asks for FSDP or DeepSpeed, or the settings name one GPU for several processes.

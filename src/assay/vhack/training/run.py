@@ -21,12 +21,11 @@ from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.delta.arms import Arm
 from assay.vhack.delta.controls import make_basis
 from assay.vhack.delta.delta import DeltaS, check_attachable
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.environment.grading import CHANNELS
-from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
@@ -37,8 +36,6 @@ from assay.vhack.training.rewards import Reward, RewardFunction, Task, make_rewa
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from assay.vhack.training.grpo import GRPO
 
 
@@ -67,20 +64,10 @@ class RunResult:
 
 
 class Prepared:
-    """What is made once for a run, before any step.
+    """What is made once for a run, before any step: pool, axes, adapter and optimizer.
 
-    Args:
-        settings: Settings of the run.
-        model: Model that gets an adapter.
-        pairs: Pairs that axes come from.
-        earlier: Basis file of the run that is continued: where it is there, its axes are not extracted again.
-        processes: Processes of the run.
-
-    Attributes:
-        arm: Arm that the settings name.
-        adapter: Adapter of the model.
-        axes: Axes that the arm acts on.
-        watched: True axes, where these are others.
+    Axes in the basis file of an ``earlier`` part of the run are not extracted again. ``axes`` are those that the arm
+    acts on, and ``watched`` the true ones, where these are others.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no token that ends a text.
@@ -98,25 +85,27 @@ class Prepared:
     ) -> None:
         find_end_token(model.tokenizer, model.reference)
         check_attachable(model)
-        tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
-        self.pool = None
+        assert model.tokenizer is not None
+        self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
+        self.pairs, self.earlier, self.processes = pairs, earlier, processes
+        self.pool, self.arm = None, settings.chosen
         if settings.teacher:
-            self.pool = RolloutPool.load(settings.teacher, tokenizer, max_new_tokens=settings.max_new_tokens)
-        self.settings, self.model, self.pairs, self.earlier = settings, model, pairs, earlier
-        self.processes = processes
-        self.arm: Arm = settings.chosen
-        self.shortcut = Shortcut.fit(model, tokenizer, pairs) if self.arm.advantage else None
-        self.svd: SVDCache = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
+            self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
+        self.shortcut = Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
+        self.svd = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
         processes.broadcast_factors(self.svd)
         self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
+        delta, lr = self.adapter.delta, settings.lr
+        inner: torch.optim.Optimizer = (
+            torch.optim.SGD(delta, lr=lr, momentum=0.9)
+            if settings.optimizer == "sgd"
+            else torch.optim.AdamW(delta, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        )
+        limit = settings.max_norm or None
+        # A start of its own is in the δS of every checkpoint.
         self.optimizer = ProjectedOptimizer(
-            _make_inner_optimizer(settings, self.adapter),
-            self.adapter,
-            self.axes,
-            arm=self.arm,  # a start of its own is in the δS of every checkpoint
-            watched=self.watched,
-            max_norm=settings.max_norm or None,
+            inner, self.adapter, self.axes, arm=self.arm, watched=self.watched, max_norm=limit
         )
 
     def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
@@ -125,8 +114,7 @@ class Prepared:
 
         from assay.vhack.training.grpo import GRPO, trl_arguments
 
-        settings, tokenizer = self.settings, self.model.tokenizer
-        assert tokenizer is not None
+        settings = self.settings
         if self.pool is not None and not self.pool.prompts & set(reward.prompts):
             raise DataError(
                 f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
@@ -139,7 +127,7 @@ class Prepared:
             reward,
             trl_arguments(settings, self.model, folder, trackers, self.processes),
             prompts=settings.steps * settings.prompts,
-            processing_class=tokenizer,
+            processing_class=self.tokenizer,
             pool=self.pool,
             teachers=settings.teachers,
             shortcut=self.shortcut,
@@ -180,12 +168,6 @@ class Prepared:
             return found.slice(settings.k_use)
 
         return made(kind), given or made("true")
-
-
-def _make_inner_optimizer(settings: TrainSettings, adapter: DeltaS) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(adapter.delta, lr=settings.lr, momentum=0.9)
-    return torch.optim.AdamW(adapter.delta, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
@@ -251,14 +233,24 @@ def train(
         raise BackendUnavailable(
             f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
         ) from error
-    _check_trackers(trackers)
+    from transformers import integrations
+
+    there: list[str] = cast(Any, integrations).get_available_reporting_integrations()
+    if missing := [name for name in trackers if name not in there]:
+        raise UsageError(
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
+        )
     from assay.vhack.training.grpo import last_checkpoint
     from assay.vhack.training.log import StepLog
 
     processes = join_processes(settings.device)
     checkpoint, done = last_checkpoint(folder)
     settings = _continue_settings(folder, settings, done, processes)
-    is_finished = done >= settings.steps and _is_finished(folder, done)
+    # δS of so many steps is there: a run that went on may have been interrupted beside its former.
+    last = read_records(folder / LOG)[-1] if done >= settings.steps and (folder / DELTA).exists() else {}
+    is_finished = last.get("kind") == "end" and last.get("steps") == done
     processes.wait()  # until every process has read what the first will write
     say = console if processes.is_first else None
     if say is not None:
@@ -274,7 +266,12 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    _check_axes(settings, pairs)
+    # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
+    if settings.basis is not None:
+        Basis.load(settings.basis)
+    if settings.basis is None or settings.refresh:
+        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
     try:
@@ -296,30 +293,6 @@ def train(
         run.adapter.detach()
     processes.wait()
     return _result(folder, settings, done, processes)
-
-
-def _check_axes(settings: TrainSettings, pairs: list[Pair]) -> None:
-    """Refuse, before the model is loaded, a basis file or pairs that axes cannot come from."""
-    if settings.basis is not None:
-        Basis.load(settings.basis)  # of the model's weights it must be, too
-    if settings.basis is None or settings.refresh:
-        select_pairs(
-            pairs, n_heldout=0, heldout_groups=None, top_k=settings.k_use, tau_axis=0.0, method=settings.method
-        )
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    from transformers import integrations
-
-    available: Any = integrations
-    there: list[str] = available.get_available_reporting_integrations()
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise UsageError(
-            f"tracker {', '.join(missing)}",
-            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
-            do="install it, or leave it out: log.jsonl has everything",
-        )
 
 
 def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
@@ -346,12 +319,6 @@ def _continue_settings(folder: Path, settings: TrainSettings, done: int, process
             do="choose another directory, or the settings of that run",
         )
     return settings
-
-
-def _is_finished(folder: Path, steps: int) -> bool:
-    """Return whether δS of so many steps is there: a run that went on may have been interrupted beside its former."""
-    last = read_records(folder / LOG)[-1]
-    return (folder / DELTA).exists() and last["kind"] == "end" and last.get("steps") == steps
 
 
 def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes) -> RunResult:
