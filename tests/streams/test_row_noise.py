@@ -38,13 +38,6 @@ def expected_sum(before, seeds_N, rows=None):
     return torch.from_numpy(after)
 
 
-def test_noise_is_added_in_place(backend):
-    before = scores()
-    made = on(backend, before.clone())
-    assert backend.add_gumbels(made, on(backend, SEEDS)) is None
-    assert made.cpu().equal(expected_sum(before, SEEDS))
-
-
 @pytest.mark.parametrize("columns", [0, 1, 2, 1023, 1024, 1025, 150_001])
 def test_rows_of_every_length(backend, columns):
     before = scores(columns=columns)
@@ -91,12 +84,6 @@ def test_scores_of_a_model_that_learns(backend):
     made = on(backend, scores()).requires_grad_()
     backend.add_gumbels(made, on(backend, SEEDS))
     assert made.detach().cpu().equal(expected_sum(scores(), SEEDS))
-
-
-def test_numpy_scores_change_too():
-    made = scores().numpy()
-    get_backend().add_gumbels(made, SEEDS)
-    assert torch.from_numpy(made).equal(expected_sum(scores(), SEEDS))
 
 
 @pytest.mark.parametrize(
@@ -158,15 +145,6 @@ def test_steps_of_a_response_have_different_seeds():
     assert len(np.unique(made)) > made.size - 20  # of all these pairs, 1.4 are expected to meet
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32])
-def test_each_row_has_the_seed_of_its_own_step(backend, dtype):
-    steps = np.array(STEPS).astype(np.uint32)
-    steps = steps.view(dtype) if dtype == np.int32 else steps.astype(dtype)
-    made = backend.row_seeds(on(backend, WORDS.view(np.int32)), on(backend, steps))
-    assert str(made.device).startswith(backend.device)
-    assert digest(made) == digest(step_seeds(WORDS, STEPS).diagonal())
-
-
 def test_many_rows_and_none(backend):
     many = np.resize(WORDS, (1000, 8))
     expected = step_seeds(WORDS, range(1000))[np.arange(1000) % len(WORDS), range(1000)]
@@ -212,3 +190,12 @@ def test_bad_words_and_steps(words, steps, message):
 def test_bad_rows_of_words(words, steps, message):
     with pytest.raises(UsageError, match=message):
         get_backend().row_seeds(words, steps)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32])
+def test_each_row_has_the_seed_of_its_own_step(backend, dtype):
+    steps = np.array(STEPS).astype(np.uint32)
+    steps = steps.view(dtype) if dtype == np.int32 else steps.astype(dtype)
+    made = backend.row_seeds(on(backend, WORDS.view(np.int32)), on(backend, steps))
+    assert str(made.device).startswith(backend.device)
+    assert digest(made) == digest(step_seeds(WORDS, STEPS).diagonal())
