@@ -52,7 +52,9 @@ def find_axes(
     """
     rows_NR = difference_NR.double()
     if method == "mean-diff":
-        axes_KR, values_K = _mean_axis(rows_NR)
+        mean_R = rows_NR.mean(dim=0)
+        axes_KR = (mean_R / _positive(mean_R.norm()))[None]
+        values_K = (rows_NR @ axes_KR[0]).norm()[None]
     elif method == "lda":
         assert clean is not None
         axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
@@ -79,13 +81,6 @@ def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
         basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
         axes_KR[kept_K] = (basis_RJ * upper_JJ.diagonal().sign()).T
     return axes_KR
-
-
-def _mean_axis(rows_NR: Tensor) -> tuple[Tensor, Tensor]:
-    mean_R = rows_NR.mean(dim=0)
-    length = mean_R.norm()
-    axis_1R = (mean_R / length if length > 0 else torch.zeros_like(mean_R))[None]
-    return axis_1R, (rows_NR @ axis_1R[0]).norm()[None]
 
 
 def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ class Basis:
             DataError: The file is not a basis, or was made for other weights, pairs or settings; the message names
                 which.
         """
-        basis = cls(*_parse(path, *_read(Path(path))))
+        basis = cls(*_parse(path))
         if model is not None:
             basis.check_model(model, name=str(path))
         for name, wanted in (expect or {}).items():
@@ -256,19 +256,16 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
     return metadata
 
 
-def _read(path: Path) -> tuple[dict[str, str], Tensors]:
+def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
+    """Return the axes, singular values, votes and origin of a file."""
     try:
-        if not path.is_file():
+        if not Path(path).is_file():
             raise FileNotFoundError("not a file")
         with safe_open(path, framework="pt") as reader:
-            names = list(reader.keys())
-            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in names}
+            metadata = reader.metadata() or {}
+            tensors = {name: reader.get_tensor(name) for name in list(reader.keys())}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
-
-
-def _parse(path: str | Path, metadata: dict[str, str], tensors: Tensors) -> tuple[Tensors, Tensors, Tensors, Origin]:
-    """Return the axes, singular values, votes and origin of a file."""
     try:
         origin = _parse_origin(metadata)
         axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}

@@ -332,14 +332,24 @@ def pair_gradients(
     if not rows:
         raise _nothing_left(len(pairs))
     left = {kept[row].key: kept[row].group for row in rows}
-    skipped = tuple(pair.key for pair in pairs if pair.key not in left)
+    module = module_of(model)
+    origin = Origin(
+        model=model.reference if isinstance(model, Model) else type(module).__name__,
+        weights=weights_digest(module),
+        dtype=dtype_name(module.dtype),
+        rank=svd.rank,
+        factors=dtype_name(svd.dtype),
+        skipped=tuple(pair.key for pair in pairs if pair.key not in left),
+        captured=captured,
+        coverage=coverage(module),
+    )
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
         {name: part[rows] for name, part in clean.items()},
         groups=list(left.values()),
         keys=list(left),
         tokens={name: torch.add(*part.chunk(2))[rows] for name, part in found.tokens.items()},
-        origin=replace(_source_of(model, svd), captured=captured, skipped=skipped),
+        origin=origin,
     )
 
 
@@ -437,15 +447,3 @@ def _truncated(
         dtype = svd.dtype
         del svd  # before those of the next part are made
     return SVDCache(found, rank=rank, dtype=dtype), held / total if total else 1.0
-
-
-def _source_of(model: "Model | PreTrainedModel", svd: SVDCache) -> Origin:
-    module = module_of(model)
-    return Origin(
-        model=model.reference if isinstance(model, Model) else type(module).__name__,
-        weights=weights_digest(module),
-        dtype=dtype_name(module.dtype),
-        rank=svd.rank,
-        factors=dtype_name(svd.dtype),
-        coverage=coverage(module),
-    )

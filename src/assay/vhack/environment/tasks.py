@@ -255,8 +255,11 @@ class Task(Shown):
     def _drawn(self) -> tuple[tuple[Step, ...], tuple[Case, ...]]:
         for attempt in range(_TRIES):
             rng = random.Random(f"task {self.name} {attempt}")
-            steps = _chain(self.family, self.difficulty, rng)
-            cases = _cases(self.family, steps, rng)
+            family = self.family
+            drawn = rng.sample(family.steps, self.difficulty - bool(family.last))
+            last = [rng.choice(family.last)] if family.last else []
+            steps = tuple(filled(step, rng) for step in [*drawn, *last])
+            cases = _cases(family, steps, rng)
             if cases is not None:
                 return steps, cases
         raise AssertionError(f"{self.name} has no chain without an idle step")
@@ -333,14 +336,6 @@ def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -
         seen = f"{kind} {', '.join(unknown) or 'none'}"
         raise UsageError(seen, wanted=", ".join(known), do="choose among these")
     return chosen
-
-
-def _chain(family: Family, difficulty: int, rng: random.Random) -> tuple[Step, ...]:
-    if family.last:
-        drawn = [*rng.sample(family.steps, difficulty - 1), rng.choice(family.last)]
-    else:
-        drawn = rng.sample(family.steps, difficulty)
-    return tuple(filled(step, rng) for step in drawn)
 
 
 def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:

@@ -201,6 +201,8 @@ def weight_svd(
 
     def one(name: str, weight: Tensor) -> Factors:
         factors = _load_or_make(name, weight, chosen, method, cache)
+        if weight.is_cuda:
+            torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
     division = division_of(module_of(model), wanted)
@@ -244,9 +246,7 @@ def _decompose_divided(
         for _, refused in told:
             if refused is not None:
                 raise refused
-        for owner, (name, ((values_R, residual, orthogonality), _)) in enumerate(
-            zip(names, told[: len(names)], strict=True)
-        ):
+        for owner, (name, ((values_R, residual, orthogonality), _)) in enumerate(zip(names, told, strict=False)):
             own_left, own_right = (mine.left, mine.right) if mine and owner == division.rank else (None, None)
             outputs, inputs = modules[name].weight.shape
             left = _spread(own_left, (outputs, len(values_R)), 0, owner, division, dtype)
@@ -286,7 +286,7 @@ def _side_by_side(
                 # One matrix per core: threads that share a small matrix mostly wait for each other.
                 pools[device] = ThreadPoolExecutor(stack.enter_context(one_thread()))
             stack.callback(pools[device].shutdown, cancel_futures=True)  # what has not begun is dropped
-        waiting = {name: pools[weight.device].submit(_finished, one, name, weight) for name, weight in weights.items()}
+        waiting = {name: pools[weight.device].submit(one, name, weight) for name, weight in weights.items()}
         for name, factors in waiting.items():
             yield name, factors.result()
 
@@ -294,13 +294,6 @@ def _side_by_side(
 def _with_stream(device: torch.device) -> None:
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _finished(one: Callable[[str, Tensor], Factors], name: str, weight: Tensor) -> Factors:
-    result = one(name, weight)
-    if weight.is_cuda:
-        torch.cuda.current_stream(weight.device).synchronize()
-    return result
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:

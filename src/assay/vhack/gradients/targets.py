@@ -63,7 +63,12 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
-            _check_experts(name, module)
+            if any(is_sharded(parameter) for parameter in module.parameters()):
+                raise ModelError(
+                    f"a model in parts: the experts of {name} are sharded",  # and cannot be cut into matrices of each
+                    wanted="experts in one tensor that is whole on one device",
+                    do="load the model whole, or use a dense one",
+                )
             found |= expert_matrices(name, module)
             continue
         for own, parameter in module.named_parameters(recurse=False):
@@ -82,20 +87,16 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
             wanted="nn.Linear modules named " + ", ".join((*TARGETS, *FUSED_TARGETS)),
             do="use a model of the Llama or Qwen family",
         )
-    _check_own(found)
-    return found
-
-
-def _check_own(modules: dict[str, nn.Linear]) -> None:
-    """Refuse two targets with one weight, as in Zamba: each would have a δS, and merging one would undo the other."""
     first: dict[int, str] = {}
-    for name, linear in modules.items():
+    for name, linear in found.items():
+        # As in Zamba: each would have a δS, and merging one would undo the other.
         if (other := first.setdefault(id(linear.weight), name)) != name:
             raise ModelError(
                 f"{name} has the weight of {other}",
                 wanted="projections with a weight each",
                 do="use a model whose layers share no projection",
             )
+    return found
 
 
 def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
@@ -113,23 +114,10 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
         )
 
 
-def _check_experts(name: str, experts: nn.Module) -> None:
-    """Refuse experts that are spread over processes: a tensor of all cannot be cut into matrices of each."""
-    if any(is_sharded(parameter) for parameter in experts.parameters()):
-        raise ModelError(
-            f"a model in parts: the experts of {name} are sharded",
-            wanted="experts in one tensor that is whole on one device",
-            do="load the model whole, or use a dense one",
-        )
-
-
 def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:
     """Return the target Linears of these names, in the order of the model; None stands for all of them.
 
-    Raises:
-        UsageError: A name is not the name of a target, or the list is empty.
-        ModelError: The weights are in parts of which gradients would not be exact, or as :func:`target_modules` raises
-            it.
+    It refuses names of no target, and models of which gradients would not be exact.
     """
     found = target_modules(model)
     _check_causal(module_of(model), found)
@@ -147,11 +135,7 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
-    """Return how much of a model its target modules cover.
-
-    Raises:
-        ModelError: As :func:`target_modules` raises it.
-    """
+    """Return how much of a model its target modules cover."""
     module, targets = module_of(model), target_modules(model)
     head = getattr(module, "get_output_embeddings", lambda: None)()
     sizes = {
@@ -168,11 +152,7 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
 
 
 def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
-    """Raise ModelError, naming what is left out, where targets cover less than this share of the weights.
-
-    Raises:
-        ModelError: Too little is covered, or as :func:`target_modules` raises it.
-    """
+    """Raise a ModelError, naming what is left out, where targets cover less than this share of the weights."""
     found = coverage(model)
     if found.share < least:
         kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found.left_out)
