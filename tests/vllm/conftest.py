@@ -97,3 +97,11 @@ def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
         return await call(method, *((*args[:3], -1, *args[4:]) if method == "assay_pass" else args))
 
     patch.setattr(engine._client.direct, "_call", of_no_nonces)
+
+
+def check_idle(server: Any) -> dict:
+    """Check that the workers of an idle server hold nothing; return what the route of its engine says."""
+    held = server.idle_counts()
+    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
+    assert held["nonces"] == 0
+    return dict(held)

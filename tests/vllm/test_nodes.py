@@ -1,13 +1,11 @@
 """A server and a second process of vLLM without one, as on two hosts (``--nnodes 2``): a worker of each, one round."""
 
-import asyncio
-
 import numpy as np
 import pytest
-from _vllm import ForkedServer, Server, free_port, talk
+from _vllm import ForkedServer, Server, free_port
 
-from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
-from tests.vllm.test_server import make
+from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL, check_idle
+from tests.vllm.test_server import check_chat, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")]
 
@@ -45,24 +43,12 @@ def check_round(server: Server, honest, path: str, block: str) -> None:
     server.begin(block)
     server.wait_for(64)
     server.post("/stop").raise_for_status()
-    held = server.idle_counts()
+    held = check_idle(server)
     distances = server.get("/status", after=-1, limit=48).json()["valid_distances"]
     assert np.abs(np.array(distances) - np.array(make(honest, block, 48))).max() <= 2e-6
     direct = held["direct"]["nonces"] - before
     assert direct == 0 if path == "requests" else direct >= 64
     assert len(held["workers"]) == 2
-    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
-
-
-def check_chat(server: Server, requests: int = 16) -> None:
-    """Compare chat beside nonces with chat alone."""
-    alone = asyncio.run(talk(server.url, requests))
-    server.begin("beside")
-    server.wait_for(8)
-    beside = asyncio.run(talk(server.url, requests))
-    server.post("/stop").raise_for_status()
-    assert [one["status"] for one in beside] == [200] * requests
-    assert [one["text"] for one in beside] == [one["text"] for one in alone]
 
 
 @pytest.mark.parametrize("path", ["auto", "requests"])

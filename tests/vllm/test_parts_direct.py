@@ -55,10 +55,8 @@ class Workers:
             self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
-            begun = {
-                "call": call,
-                **({"error": "broken"} if self.broken else {"seconds": 0.002, **self.reply(shares[engine])}),
-            }
+            found = {"error": "broken"} if self.broken else {"seconds": 0.002, **self.reply(shares[engine])}
+            begun = {"call": call, **found}
             self.running += 1
             self.most = max(self.most, self.running)
             async with self.turn:  # a worker takes calls in order
@@ -130,15 +128,18 @@ def config(**changed):
     return SimpleNamespace(**made)
 
 
-class FullAttentionSpec:
-    pass
+class FullAttentionSpec: ...
 
 
-class MambaSpec:
-    pass
+class MambaSpec: ...
 
 
-def runner(config, *, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", shapes=((9, 2, 4, 8), (9, 2, 4, 8))):
+CPU = torch.device("cpu")
+
+
+def runner(
+    config, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", shapes=((9, 2, 4, 8), (9, 2, 4, 8)), device=CPU
+):
     """A model runner with one attention layer per shape of cache."""
     names = [f"layer{index}" for index in range(len(shapes))]
     known = config.compilation_config.static_forward_context
@@ -146,7 +147,7 @@ def runner(config, *, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", sha
     group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: backend), layer_names=names)
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
     model = SimpleNamespace()
-    return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=torch.device("cpu"))
+    return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=device)
 
 
 @pytest.mark.parametrize(
@@ -158,66 +159,60 @@ def test_settings_of_the_throttle_are_bounded(wrong):
         ThrottleSettings(**wrong)
 
 
-class Engine:
-    """Counts what is in an engine."""
+def throttled(chat: int, **settings) -> Throttle:
+    """A throttle over an engine with so many requests of clients."""
+    throttle = Throttle(ThrottleSettings(**settings), lambda: throttle.chat_now + throttle.in_flight, 16)
+    throttle.chat_now = chat
+    return throttle
 
-    def __init__(self, **settings) -> None:
-        self.chat = 0
-        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
 
-
-def test_chat_lowers_the_limit_and_an_idle_engine_raises_it():
-    engine = Engine(chat_in_flight=2, quiet=0.0, in_flight=9)
-    assert engine.throttle.limit == 9
-    engine.chat = 1
-    engine.throttle.settings = ThrottleSettings(chat_in_flight=2, in_flight=9)
-    assert engine.throttle.limit == 2
-    engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=9)
-    assert engine.throttle.limit == 9
-    for chosen, limit in ((5, 5), (0, 16)):
-        engine.throttle.settings = ThrottleSettings(mode="exclusive", in_flight=chosen)
-        assert engine.throttle.limit == limit
+@pytest.mark.parametrize(
+    ("chat", "settings", "limit"),
+    [
+        (0, {"chat_in_flight": 2, "quiet": 0.0, "in_flight": 9}, 9),
+        (1, {"chat_in_flight": 2, "in_flight": 9}, 2),
+        (1, {"mode": "exclusive", "in_flight": 9}, 9),
+        (1, {"mode": "exclusive"}, 16),
+    ],
+)
+def test_chat_lowers_the_limit_and_an_idle_or_exclusive_engine_raises_it(chat: int, settings: dict, limit: int):
+    assert throttled(chat, **settings).limit == limit
 
 
 def test_nonces_over_the_limit_wait_until_one_leaves():
     async def scenario() -> list[int]:
-        engine = Engine(chat_in_flight=1, share=1.0)
-        engine.chat = 1
-        seen = []
-        await engine.throttle.admit()
-        waiting = asyncio.ensure_future(engine.throttle.admit())
+        throttle = throttled(1, chat_in_flight=1, share=1.0)
+        await throttle.admit()
+        waiting = asyncio.ensure_future(throttle.admit())
         await asyncio.sleep(0.02)
-        seen.append(engine.throttle.in_flight)
-        engine.throttle.leave()
+        seen = [throttle.in_flight]
+        throttle.leave()
         await asyncio.wait_for(waiting, 5)
-        seen.append(engine.throttle.in_flight)
-        return seen
+        return [*seen, throttle.in_flight]
 
     assert asyncio.run(scenario()) == [1, 1]
 
 
 def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
     async def scenario() -> tuple[bool, bool]:
-        engine = Engine(chat_in_flight=2, share=1e-6)
-        engine.chat = 3
-        await engine.throttle.admit()
-        await engine.throttle.admit()
-        engine.throttle.leave()
-        full = not engine.throttle._may_start()  # one of two has left, and the burst is not over
+        throttle = throttled(3, chat_in_flight=2, share=1e-6)
+        await throttle.admit()
+        await throttle.admit()
+        throttle.leave()
+        full = not throttle._may_start()  # one of two has left, and the burst is not over
         await asyncio.sleep(0.002)
-        engine.throttle.leave()
-        return full, not engine.throttle._may_start()
+        throttle.leave()
+        return full, not throttle._may_start()
 
     assert asyncio.run(scenario()) == (True, True)
 
 
 def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
     async def scenario() -> tuple[bool, bool]:
-        engine = Engine(mode="exclusive", drain=0.05)
-        engine.chat = 1
-        late = await engine.throttle.drained()
-        waiting = asyncio.ensure_future(engine.throttle.drained())
-        engine.chat = 0
+        throttle = throttled(1, mode="exclusive", drain=0.05)
+        late = await throttle.drained()
+        waiting = asyncio.ensure_future(throttle.drained())
+        throttle.chat_now = 0
         return late, await waiting
 
     assert asyncio.run(scenario()) == (False, True)
@@ -260,12 +255,8 @@ def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
     assert workers.requested == []
     assert list(chain(*workers.called)) == list(range(203))
     assert workers.most == CALLS
-    assert workers.client.direct.describe() == {
-        "now": True,
-        "reason": None,
-        "calls": len(workers.called),
-        "nonces": 203,
-    }
+    calls = len(workers.called)
+    assert workers.client.direct.describe() == {"now": True, "reason": None, "calls": calls, "nonces": 203}
     assert workers.client.direct.in_flight == 0
 
 
@@ -428,19 +419,12 @@ def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
     asyncio.run(scenario(Workers()))
 
 
-@pytest.fixture
-def newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
-
-
-def test_an_ordinary_engine_takes_calls(newest):
-    made = config()
-    assert direct_path_blockers(runner(made), made, SPEC) == []
-
-
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
+        ({}, None),
+        ({"model_config__uses_mrope": True}, None),
+        ({"model_config__uses_mrope": True, "device": torch.device("cuda")}, "several dimensions"),
         ({"speculative_config": object()}, "speculative"),
         ({"lora_config": object()}, "lora"),
         ({"kv_transfer_config": object()}, "kv-transfer"),
@@ -450,24 +434,6 @@ def test_an_ordinary_engine_takes_calls(newest):
         ({"parallel_config__enable_eplb": True}, "eplb"),
         ({"parallel_config__use_ubatching": True}, "dbo"),
         ({"scheduler_config__max_num_batched_tokens": 7}, "longer than a step"),
-    ],
-)
-def test_settings_under_which_nonces_stay_requests_are_named(newest, changed, word: str):
-    made = config(**changed)
-    assert word in " ".join(direct_path_blockers(runner(made), made, SPEC))
-
-
-def test_positions_of_several_dimensions_take_calls_where_they_were_run(newest):
-    made = config(model_config__uses_mrope=True)
-    on_gpu = runner(made)
-    assert direct_path_blockers(on_gpu, made, SPEC) == []
-    on_gpu.device = torch.device("cuda")
-    assert "several dimensions" in direct_path_blockers(on_gpu, made, SPEC)[0]
-
-
-@pytest.mark.parametrize(
-    ("changed", "word"),
-    [
         ({"specs": (FullAttentionSpec, FullAttentionSpec)}, "2 kinds"),
         ({"specs": (MambaSpec,)}, "MambaSpec"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),
@@ -475,9 +441,14 @@ def test_positions_of_several_dimensions_take_calls_where_they_were_run(newest):
         ({"shapes": ((2, 9, 4, 2, 8),)}, "several forms"),
     ],
 )
-def test_models_whose_nonces_stay_requests_are_named(newest, changed, word: str):
-    made = config()
-    assert word in " ".join(direct_path_blockers(runner(made, **changed), made, SPEC))
+def test_settings_and_models_under_which_nonces_stay_requests_are_named(
+    changed: dict, word: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
+    of_runner = {name: changed.pop(name) for name in ("specs", "backend", "shapes", "device") if name in changed}
+    made = config(**changed)
+    found = direct_path_blockers(runner(made, **of_runner), made, SPEC)
+    assert (word in " ".join(found)) if word else found == []
 
 
 def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
@@ -485,17 +456,16 @@ def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pyte
     assert "before 0.32" in direct_path_blockers(None, None, SPEC)[0]
 
 
-@pytest.mark.parametrize(("seq_len", "batch"), [(8, 8), (64, 1), (63, 1), (2, 16), (5, 12)])
-def test_a_pass_fits_into_a_step_of_the_engine(seq_len: int, batch: int):
-    made = config()
-    assert DirectPasses(runner(made), made, lambda spec: None)._batch(seq_len) == batch
+PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an input, in float32
 
 
-def test_a_pass_is_shorter_where_its_cache_must_fit_into_the_memory_of_a_step():
+@pytest.mark.parametrize(
+    ("seq_len", "activations", "batch"),
+    [(8, 0, 8), (64, 0, 1), (63, 0, 1), (2, 0, 16), (5, 0, 12), (8, 64 * PER_TOKEN, 4)],
+)
+def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: int, activations: int, batch: int):
     made = config()
-    per_token = 4 * (2 * 8 + 16)  # keys and values of two heads, and an input, in float32
-    passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * per_token)
-    assert passes._batch(8) == 4
+    assert DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len) == batch
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])

@@ -162,27 +162,24 @@ def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
     assert seen == [(True, True, 3), (True, True, 0)]
 
 
-def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(loop, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("said", "dtype", "kernels"),
+    [
+        ({}, "bfloat16", ("compiled",)),
+        ({"cache": "fp8_e4m3-cache"}, "bfloat16+fp8_e4m3-cache", ("compiled",)),
+        ({"format": "int8-rows", "products": ["CPUInt8 onednn"]}, "int8-rows", ("compiled", "CPUInt8 onednn")),
+        ({"experts_over": ["dp 2"]}, "bfloat16", ("dp 2", "compiled")),
+    ],
+)
+def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
+    said: dict, dtype: str, kernels: tuple[str, ...], loop, monkeypatch: pytest.MonkeyPatch
+):
     engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
-    worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False}
-    engine._client.description |= worker | {"tensor_parallel": 2, "pipeline_parallel": 1, "cache": "fp8_e4m3-cache"}
-    engine._client.description |= {"format": "", "dtype": "bfloat16", "products": [], "experts_over": []}
-    fingerprint = engine.fingerprint
-    assert fingerprint.dtype == "bfloat16+fp8_e4m3-cache"
-    assert fingerprint.kernels == ("runner v2", "tp 2", "pp 1", "compiled")
-    assert fingerprint.as_dict()["library"] == "vllm 0, runner v2, tp 2, pp 1, compiled"
-    del engine.fingerprint
-    engine._client.description["cache"] = ""
-    assert engine.fingerprint.dtype == "bfloat16"
-    del engine.fingerprint
-    engine._client.description |= {"format": "int8-rows", "products": ["CPUInt8ScaledMMLinearKernel onednn"]}
-    assert (engine.fingerprint.dtype, engine.fingerprint.kernels[-1]) == (
-        "int8-rows",
-        "CPUInt8ScaledMMLinearKernel onednn",
-    )
-    del engine.fingerprint
-    engine._client.description["experts_over"] = ["dp 2"]
-    assert engine.fingerprint.kernels[:4] == ("runner v2", "tp 2", "pp 1", "dp 2")
+    worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False, "cache": ""}
+    worker |= {"tensor_parallel": 2, "pipeline_parallel": 1, "dtype": "bfloat16", "format": "", "products": []}
+    engine._client.description |= worker | {"experts_over": []} | said
+    assert (engine.fingerprint.dtype, engine.fingerprint.kernels) == (dtype, ("runner v2", "tp 2", "pp 1", *kernels))
+    assert engine.fingerprint.as_dict()["library"] == ", ".join(("vllm 0", *engine.fingerprint.kernels))
 
 
 @pytest.mark.parametrize(
@@ -252,17 +249,9 @@ def test_an_engine_that_replays_may_be_given_its_memory(started: dict[str, Any])
         assert started["options"] == wanted | options
 
 
-@pytest.mark.parametrize(
-    ("reply", "error", "words"),
-    [
-        (RuntimeError("gone"), ModelError, "vLLM does not start: RuntimeError: gone"),
-    ],
-)
-def test_an_engine_whose_workers_are_not_as_they_must_be_is_ended(
-    reply: Any, error: type[Exception], words: str, started: dict[str, Any]
-):
-    started["engine"] = Engine(reply)
-    with pytest.raises(error, match=words):
+def test_an_engine_whose_workers_do_not_answer_is_ended(started: dict[str, Any]):
+    started["engine"] = Engine(RuntimeError("gone"))
+    with pytest.raises(ModelError, match="vLLM does not start: RuntimeError: gone"):
         VLLMPrefill("reference:qwen3", dtype="float32")
     assert started["engine"].ended == 1
 

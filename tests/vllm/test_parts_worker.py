@@ -23,6 +23,13 @@ from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
+V, D, CPU = 40, 16, torch.device("cpu")
+
+
+def hooks_on(runner, **config) -> Hooks:
+    """Hooks on the stand-in of a model runner, of a model of width D and vocabulary V."""
+    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: D, get_vocab_size=lambda: V)
+    return Hooks(runner, SimpleNamespace(model_config=model, **config))
 
 
 def test_a_request_id_leads_back_to_key_and_nonce_with_or_without_the_suffix_of_vllm():
@@ -163,9 +170,8 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
     monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
     monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
     steps: list[object] = []
-    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=steps.append, sample_tokens=None)
-    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
-    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    runner = SimpleNamespace(device=CPU, execute_model=steps.append, sample_tokens=None)
+    hooks = hooks_on(runner)
     other = Spec(Round(block_hash="other", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
     keys = {new_key(): SPEC, new_key(): other}
     for key, spec in keys.items():
@@ -188,9 +194,7 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
 
 
 def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
-    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=None)
-    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16)
-    hooks, key = Hooks(runner, SimpleNamespace(model_config=model)), new_key()
+    hooks, key = hooks_on(SimpleNamespace(device=CPU, execute_model=None, sample_tokens=None)), new_key()
     hooks.rows.open(key, SPEC)
     hooks.rows.get(key).fill(3)
     hooks.rows.get(key).fail(4, "too long")
@@ -201,9 +205,8 @@ def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
 def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
     """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
     monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
-    runner = SimpleNamespace(device=torch.device("cpu"), execute_model=None, sample_tokens=lambda: None)
-    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 16, get_vocab_size=lambda: 32)
-    hooks = Hooks(runner, SimpleNamespace(model_config=model))
+    runner = SimpleNamespace(device=CPU, execute_model=None, sample_tokens=lambda: None)
+    hooks = hooks_on(runner)
     round = Round(block_hash="b", public_key="k", seq_len=8, preset="hardened")
     key, spec = new_key(), Spec(round, get_pipeline("hardened"))
     hooks.rows.open(key, spec)
@@ -230,7 +233,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     assert not hooks.rows.get(key).rows
 
 
-P, V, D, STEPS = 6, 40, 16, 40
+P, STEPS = 6, 40
 DECODING = Spec(
     Round(block_hash="b", public_key="k", seq_len=P, preset=f"decode-{STEPS}"), get_pipeline(f"decode-{STEPS}")
 )
@@ -308,10 +311,7 @@ def states_of(ids: list[int]) -> torch.Tensor:
 
 
 def started(runner: Runner, key: str, requests: dict[int, tuple[list[int], list[int] | None]]) -> Hooks:
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: D, get_vocab_size=lambda: V)
-    )
-    hooks = Hooks(runner, config)
+    hooks = hooks_on(runner)
     hooks.open(key, DECODING)
     runner.execute_model(
         SimpleNamespace(
@@ -419,8 +419,7 @@ def test_requests_of_another_length_or_with_embeddings_fail_alone():
 def test_engines_without_one_row_of_logits_for_each_request_refuse_the_preset_by_name(config, sharder, reason):
     runner = Runner()
     runner.batch_sharder = sharder
-    model = SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: D, get_vocab_size=lambda: V)
-    hooks = Hooks(runner, SimpleNamespace(model_config=model, speculative_config=config))
+    hooks = hooks_on(runner, speculative_config=config)
     with pytest.raises(UsageError, match=reason):
         hooks.open(new_key(), DECODING)
     assert len(hooks.rows) == 0

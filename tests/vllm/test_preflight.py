@@ -151,22 +151,16 @@ def test_the_worker_extension_without_the_plugin_is_refused(start, monkeypatch: 
     assert start(*SERVE, "--dtype", "float32") is None  # a server that has nothing to do with assay
 
 
-@pytest.mark.parametrize(
-    ("missing", "words", "said"),
-    [
-        ("structlog", (), "the package structlog is not installed"),  # vLLM only logs a plugin that cannot be imported
-        ("none", ("--kv-cache-dtype", "fp8_e5m2"), "vLLM with a cache of another number format (kv fp8_e5m2)"),
-    ],
-)
-def test_a_server_that_cannot_prove_ends_in_words_before_anything_is_loaded(missing, words, said, tmp_path: Path):
+def test_a_server_that_cannot_prove_ends_in_words_before_anything_is_loaded(tmp_path: Path):
+    """Here without a package: vLLM only logs a plugin that cannot be imported."""
     program = (
-        f"import sys; sys.modules['{missing}'] = None; sys.argv = sys.argv[1:];"
+        "import sys; sys.modules['structlog'] = None; sys.argv = sys.argv[1:];"
         "from vllm.plugins import load_general_plugins; load_general_plugins()"
     )
     environment = os.environ | {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", program, *SERVE, *NEEDED, *words]
+    command = [sys.executable, "-c", program, *SERVE, *NEEDED]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 1, ended.stderr
-    assert f"assay refuses to start: {said}" in ended.stderr
+    assert "assay refuses to start: the package structlog is not installed" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []

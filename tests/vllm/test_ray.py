@@ -3,13 +3,12 @@
 import pytest
 from _vllm import SEEDED, ForkedServer, agreement, begin, mixed
 
-from assay.poc.cheats import rounded
 from tests.vllm.conftest import ONE_GPU, SEQ_LEN, SMALL
 from tests.vllm.ray_nodes import OPTIONS, Nodes, installed
 from tests.vllm.receiver import Receiver
 from tests.vllm.test_exclusive import stored
-from tests.vllm.test_nodes import check_chat, check_round
-from tests.vllm.test_server import BLOCK, VERDICT, make, proved
+from tests.vllm.test_nodes import check_round
+from tests.vllm.test_server import check_chat, proved
 from tests.waiting import until
 
 pytestmark = [
@@ -37,15 +36,6 @@ def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
 def test_nonces_of_workers_on_two_nodes_are_those_of_transformers(server, nodes, honest, path: str):
     assert [len(found) for found in nodes.workers()] == [1, 1]
     check_round(server, honest, path, f"ray-{path}")
-
-
-def test_they_find_an_honest_node_honest_and_four_bits_a_fraud(server, honest):
-    server.post("/init/validate", VERDICT | BLOCK).raise_for_status()
-    for key, model, verdict in (("node", honest, "honest"), ("cheat", rounded(honest, 4), "fraud")):
-        body = {"block_hash": "verdict", "block_height": 1, "public_key": key, "nonces": list(range(64)), "node_id": 0}
-        answer = server.post("/validate", body | {"dist": make(model, "verdict", 64, key)}).json()
-        assert answer.get("residual_test", {}).get("verdict") == verdict, answer
-    server.post("/stop").raise_for_status()
 
 
 def test_chat_is_the_same_beside_nonces_and_seeded_as_on_transformers(server, honest):
