@@ -29,7 +29,8 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject, read_toml, read_whole
 from assay.poc.protocol.pins import ANY, DIGEST, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
+from assay.poc.protocol.record import Text
+from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
@@ -37,10 +38,8 @@ UNFILLED = "?"
 """Value of a key that the one who wrote the file could not know."""
 
 
-def _printable(text: str) -> str:
-    if not 0 < len(text) <= MAX_NAME or not text.isprintable():
-        raise ValueError(f"1 to {MAX_NAME} printable characters")
-    if text == ANY:
+def _one_value(text: str) -> str:
+    if not text or text == ANY:
         raise ValueError("the one value: only the fields of a build have wildcards")
     return text
 
@@ -55,7 +54,7 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Text = Annotated[str, AfterValidator(_printable)]
+Value = Annotated[Text, AfterValidator(_one_value)]
 Sha256 = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 Index = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_NONCE)]
@@ -82,13 +81,13 @@ class RoundPins(Table):
         nonces: Positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None.
     """
 
-    preset: Text
+    preset: Value
     seq_len: Count
     strength: Literal[32, 256]
     r_target: Annotated[float, Field(strict=True)] | None = None
     node_count: Count
     fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-    block_hash: Text | None = None
+    block_hash: Value | None = None
     block_height: Index | None = None
     nonces: Annotated[tuple[Index, Index], BeforeValidator(_pair)] | None = None
 
@@ -103,10 +102,10 @@ class NodePins(Table):
         build: Name of the build that it runs; any build of the model when None.
     """
 
-    public_key: Text
+    public_key: Value
     node_id: Index
     node_count: Count | None = None
-    build: Text | None = None
+    build: Value | None = None
 
 
 class PinnedFile(Table):
@@ -142,7 +141,7 @@ class ModelPins(Table):
         calibrations: Files with the honest noise of these builds.
     """
 
-    reference: Text
+    reference: Value
     digest: Sha256
     weights: Literal["trained", "random-all", "random-embed"] = "trained"
     builds: Annotated[tuple[Build, ...], Field(min_length=1)]
@@ -286,22 +285,23 @@ class NetworkPins(Table):
         _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
 
     def _check_node(self, node: NodePins) -> None:
-        count = node.node_count or self.round.node_count
+        count = self._count(node)
         Round(block_hash="any", public_key=node.public_key, node_id=node.node_id, node_count=count)
-        others = {other.node_count or self.round.node_count for other in self._of_key.get(node.public_key, ())}
-        if others - {count}:
-            raise UsageError(
-                f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}",
-                wanted="one node_count for each key",
-                do="correct one of them",
-            )
+        others = {self._count(other) for other in self._of_key.get(node.public_key, ())} - {count}
         names = {build.name for model in self.models for build in model.builds if build.name}
+        if others:
+            seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"
+            raise UsageError(seen, wanted="one node_count for each key", do="correct one of them")
         if node.build not in (None, *names):
             raise UsageError(
                 f"a node with build {node.build!r:.80}",
                 wanted=f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}",
                 do="name the build under [[models.builds]], or leave it out of the node",
             )
+
+    def _count(self, node: NodePins | None) -> int:
+        """Return the number of machines of the key of a node."""
+        return (node.node_count if node else None) or self.round.node_count
 
     def model(self, name: str | None = None) -> ModelPins:
         """Return a model by its digest or reference; the only one when None.
@@ -310,17 +310,14 @@ class NetworkPins(Table):
             UsageError: There is no such model, or the name does not tell which one is meant.
         """
         found = [model for model in self.models if name in (None, model.digest, model.reference)]
-        if len(found) != 1:
-            seen = (
-                f"model {name!r:.80}, which {self._path} does not have" if not found else f"one of {len(found)} models"
-            )
-            names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
-            raise UsageError(
-                seen,
-                wanted=f"one of {names:.400}" if not found else f"the digest of one of {names:.400}",
-                do="use a model that the network agreed on, or add it to the pins",
-            )
-        return found[0]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
+        raise UsageError(
+            f"one of {len(found)} models" if found else f"model {name!r:.80}, which {self._path} does not have",
+            wanted=f"the digest of one of {names:.400}" if found else f"one of {names:.400}",
+            do="use a model that the network agreed on, or add it to the pins",
+        )
 
     def for_round(
         self,
@@ -347,15 +344,14 @@ class NetworkPins(Table):
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         known = replace(also or Pins(), **given)
         node, chosen, positions = self._node(known), self.model(model), self.round.nonces
-        share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self.round.node_count}
+        share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self._count(node)}
         if node is not None:
-            share |= {"node_id": node.node_id, "node_count": node.node_count or self.round.node_count}
-            share |= {"public_key": node.public_key}
-        whole: dict[str, Any] = {"block_hash": "any", "public_key": "any"} | share
+            share |= {"node_id": node.node_id, "public_key": node.public_key}
+        whole = Round(**{"block_hash": "any", "public_key": "any"} | share)
         pins = replace(
             self._agreed,
             **share,
-            nonces=None if positions is None else Round(**whole).nonces(*positions),
+            nonces=None if positions is None else whole.nonces(*positions),
             digest=chosen.digest,
             weights=chosen.weights,
             builds=self._builds(chosen, node),
@@ -364,51 +360,44 @@ class NetworkPins(Table):
 
     def _node(self, known: Pins) -> NodePins | None:
         """Return the node that is meant; None where the file lists none."""
-        if not self.nodes:
-            if known.node_id is None and self.round.node_count > 1:
-                raise self._more("node_id", f"the share of the node, one of {self.round.node_count}")
-            if (known.node_id or 0) >= self.round.node_count:
-                raise UsageError(
-                    f"--node-id {known.node_id} beside {self._path}",
-                    wanted=f"a share below its node_count, {self.round.node_count}",
-                    do="leave the flag out, or correct one of the two",
-                )
-            return None
-        if known.public_key is None and len(self._of_key) > 1:
-            raise self._more("public_key", f"the key of one of its {len(self._of_key)} nodes")
-        own = self._of_key.get(known.public_key or self.nodes[0].public_key, [])
-        if not own:
-            raise UsageError(
-                f"the key {known.public_key!r:.80}",
-                wanted=f"one of the {len(self._of_key)} that {self._path} lists",
-                do="pass the --public-key of a node that the network knows, or add it under [[nodes]]",
-            )
-        if known.node_id is None and len(own) > 1:
-            raise self._more("node_id", f"one of the {len(own)} shares of this key")
-        found = [node for node in own if known.node_id in (None, node.node_id)]
-        if not found:
-            raise UsageError(
-                f"node_id {known.node_id} of the key {own[0].public_key!r:.80}",
-                wanted=f"a share that {self._path} lists: {', '.join(str(node.node_id) for node in own):.200}",
-                do="pass the --node-id of a node that the network knows, or add it under [[nodes]]",
-            )
-        return found[0]
-
-    def _more(self, name: str, wanted: str) -> UsageError:
-        flag = f"--{name.replace('_', '-')}"
-        return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
+        count, key, share = self.round.node_count, known.public_key, known.node_id
+        own = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
+        found = [node for node in own if share in (None, node.node_id)]
+        lacking = None
+        if not self.nodes and share is None and count > 1:
+            lacking = "node_id", f"the share of the node, one of {count}"
+        elif key is None and len(self._of_key) > 1:
+            lacking = "public_key", f"the key of one of its {len(self._of_key)} nodes"
+        elif len(found) > 1:
+            lacking = "node_id", f"one of the {len(own)} shares of this key"
+        if lacking:
+            flag = f"--{lacking[0].replace('_', '-')}"
+            raise UsageError(f"no {flag} beside {self._path}", wanted=lacking[1], do=f"pass {flag}")
+        if found:
+            return found[0]
+        wrong = None
+        if not self.nodes and (share or 0) >= count:
+            wrong = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
+        elif self.nodes and not own:
+            wrong = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
+        elif self.nodes:
+            shares = ", ".join(str(node.node_id) for node in own)
+            wrong = f"node_id {share} of the key {own[0].public_key!r:.80}", f"one of {self._path}: {shares:.200}"
+        if wrong:
+            do = "name a node that the network knows, or add it under [[nodes]]"
+            raise UsageError(wrong[0], wanted=wrong[1], do=do)
+        return None
 
     def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:
         if node is None or node.build is None:
             return model.builds
-        named = tuple(build for build in model.builds if build.name == node.build)
-        if not named:
-            raise UsageError(
-                f"a node of build {node.build!r:.80} with {model.reference}",
-                wanted=f"a build of that name under this model in {self._path}",
-                do="correct the build of the node, or add it to the model",
-            )
-        return named
+        if named := tuple(build for build in model.builds if build.name == node.build):
+            return named
+        raise UsageError(
+            f"a node of build {node.build!r:.80} with {model.reference}",
+            wanted=f"a build of that name under this model in {self._path}",
+            do="correct the build of the node, or add it to the model",
+        )
 
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict the file; key and share are not looked at."""
@@ -419,7 +408,7 @@ class NetworkPins(Table):
         own = self._of_key.get(public_key, [])
         if self.nodes and not own:
             return ("public_key",)
-        if node_count != ((own[0].node_count if own else None) or self.round.node_count):
+        if node_count != self._count(own[0] if own else None):
             return ("node_count",)
         return () if not own or any(node.node_id == node_id for node in own) else ("node_id",)
 
@@ -444,11 +433,8 @@ class NetworkPins(Table):
 def _refuse_doubles(what: str, values: list[tuple[Any, ...]]) -> None:
     for value, times in Counter(values).items():
         if times > 1:
-            raise UsageError(
-                f"{what} {value[0]!r:.80} with {value[1]}, {times} times",
-                wanted=f"every {what} once",
-                do="remove the others",
-            )
+            seen = f"{what} {value[0]!r:.80} with {value[1]}, {times} times"
+            raise UsageError(seen, wanted=f"every {what} once", do="remove the others")
 
 
 HEAD = f"""\
