@@ -10,7 +10,7 @@ from assay import streams
 from assay.errors import BadWeights
 from assay.models import load_model
 from assay.models.decoder import backbone, decoder_layers
-from assay.poc import PIPELINES, Calibration, HFEngine, Proof, Round, calibrate, prove
+from assay.poc import PIPELINES, HFEngine, Proof, Round, prove
 from assay.poc.protocol.pipelines import Positions
 from assay.poc.protocol.transforms import Transform
 
@@ -21,27 +21,6 @@ HARDENED = PIPELINES["hardened"]
 @pytest.fixture(scope="module")
 def hardened() -> Round:
     return Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small", preset="hardened")
-
-
-@pytest.fixture(scope="module")
-def hardened_proof(small_model, hardened: Round) -> Proof:
-    return prove(small_model, hardened, range(64), batch_size=8)
-
-
-def test_the_header_of_an_older_preset_says_nothing_new():
-    assert set(PIPELINES["artifact"].as_dict()) == {
-        "name",
-        "summary",
-        "read",
-        "layers",
-        "hidden",
-        "head",
-        "logits",
-        "output",
-    }
-    assert HARDENED.as_dict()["read"] == {"count": 0}
-    assert HARDENED.as_dict()["texts"] == "versioned"
-    assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
 
 
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):
@@ -113,13 +92,3 @@ def test_every_position_counts(small_model, hardened: Round):
         changed[:, position] += 1
         moved = (engine.read(changed, weights) - base).norm(dim=1)
         assert (moved > 1e-2).all()
-
-
-def test_a_calibration_of_artifacts_is_not_one_of_hardened(
-    small_model, hardened: Round, hardened_proof: Proof, tmp_path
-):
-    other = prove(small_model, hardened, range(64), batch_size=4)
-    measured = calibrate(hardened_proof, other)
-    assert measured.builds[0].output == "position vector"
-    measured.save(tmp_path / "c.json")
-    assert Calibration.load(tmp_path / "c.json") == measured

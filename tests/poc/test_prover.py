@@ -1,6 +1,8 @@
 """The prover: batch invariance, resuming, and what it refuses."""
 
+import copy
 import itertools
+import resource
 import signal
 import subprocess
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
 from assay.poc import HFEngine, Proof, Round, prove, verify
@@ -108,26 +111,30 @@ class Stop(Exception):
     """Raised by a test in the middle of a proof."""
 
 
-def stop_after(records: int):
+@pytest.fixture
+def interrupted(small_model, round_: Round, tmp_path: Path) -> Path:
+    """The file of a proof of 40 nonces that was stopped after 16, with its partial file beside it."""
+
     def progress(done: int, total: int) -> None:
-        if done >= records:
+        if done >= 16:
             raise Stop
 
-    return progress
+    path = tmp_path / "proof.jsonl"
+    with pytest.raises(Stop):
+        prove(small_model, round_, range(40), batch_size=8, output=path, progress=progress)
+    assert not path.exists()
+    return path
 
 
 @pytest.mark.parametrize("torn", ["", '{"nonce":16,"dist', "garbage\n"])
-def test_resuming_gives_the_bytes_of_an_uninterrupted_run(torn: str, small_model, round_, proof, tmp_path: Path):
-    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
-    with pytest.raises(Stop):
-        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
-    assert not path.exists()
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(torn: str, small_model, round_, proof, interrupted: Path):
+    partial, whole = interrupted.with_name("proof.jsonl.partial"), interrupted.with_name("whole.jsonl")
     assert len(partial.read_text().splitlines()) == 17
     with partial.open("a") as file:
         file.write(torn)
-    prove(small_model, round_, range(40), batch_size=8, output=path)
-    proof.save(tmp_path / "whole.jsonl")
-    assert path.read_text().splitlines()[:-1] == (tmp_path / "whole.jsonl").read_text().splitlines()[:-1]
+    prove(small_model, round_, range(40), batch_size=8, output=interrupted)
+    proof.save(whole)
+    assert interrupted.read_text().splitlines()[:-1] == whole.read_text().splitlines()[:-1]
 
 
 def test_a_run_that_died_before_the_rename_ends_well(small_model, round_, proof, tmp_path: Path):
@@ -138,21 +145,13 @@ def test_a_run_that_died_before_the_rename_ends_well(small_model, round_, proof,
     assert Proof.load(path).footer.sha256 == proof.footer.sha256
 
 
-def test_resuming_another_round_is_refused(small_model, round_, tmp_path: Path):
-    path = tmp_path / "proof.jsonl"
-    with pytest.raises(Stop):
-        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
+def test_resuming_another_round_or_an_edited_file_is_refused(small_model, round_, interrupted: Path):
     with pytest.raises(UsageError, match="was begun with other arguments"):
-        prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8, output=path)
-
-
-def test_an_edited_partial_file_is_refused(small_model, round_, tmp_path: Path):
-    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
-    with pytest.raises(Stop):
-        prove(small_model, round_, range(40), batch_size=8, output=path, progress=stop_after(16))
+        prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8, output=interrupted)
+    partial = interrupted.with_name("proof.jsonl.partial")
     partial.write_text(partial.read_text().replace('"nonce":9', '"nonce":99'))
     with pytest.raises(ProofFormatError, match=r"proof\.jsonl\.partial, line 11: nonce 99"):
-        prove(small_model, round_, range(40), batch_size=8, output=path)
+        prove(small_model, round_, range(40), batch_size=8, output=interrupted)
 
 
 def killable(checkpoint: Path, output: Path) -> list[str]:
@@ -215,7 +214,7 @@ def test_what_cannot_run_is_refused(small_model, round_: Round):
     with pytest.raises(UsageError, match="batch size 0"):
         HFEngine(small_model, batch_size=0)
     with pytest.raises(OutOfMemory, match="--batch-size"):
-        HFEngine(_with_wide_config(small_model), batch_size=65_536, seq_len=128)
+        HFEngine(changed(small_model, claim_width), batch_size=65_536, seq_len=128)
     for wrong in (8.0, "8", True, np.int64(8)):
         with pytest.raises(UsageError, match="batch size"):
             HFEngine(small_model, batch_size=wrong)
@@ -231,60 +230,42 @@ def test_what_cannot_run_is_refused(small_model, round_: Round):
         prove(small_model, round_, range(4), engine=HFEngine(small_model, batch_size=8, seq_len=32))
 
 
-def _with_wide_config(model):
-    """A configuration that claims a wide model over small weights: only the estimate is asked."""
-    import copy
-
+def changed(model, change):
+    """A copy of the model whose module a function has changed."""
     module = copy.deepcopy(model.module)
-    module.config.intermediate_size = 1_000_000  # a row of it fits into a small machine, and the batch into none
+    with torch.no_grad():
+        change(module)
     return replace(model, module=module)
 
 
-def test_weights_that_overflow_are_an_error(small_model, round_: Round):
-    import copy
-
-    import torch
-
-    module = copy.deepcopy(small_model.module)
-    with torch.no_grad():
-        module.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(BadWeights, match="NaN or infinity"):
-        prove(replace(small_model, module=module), round_, range(4))
+def claim_width(module) -> None:
+    """A configuration that claims a wide model over small weights: only the estimate is asked."""
+    module.config.intermediate_size = 1_000_000  # a row of it fits into a small machine, and the batch into none
 
 
-def test_a_head_that_overflows_is_an_error(small_model, round_: Round, tmp_path: Path):
-    import copy
+def failing(error: Exception):
+    def forward(*_, **__):
+        raise error
 
-    import torch
-
-    module = copy.deepcopy(small_model.module)
-    with torch.no_grad():
-        module.model.norm.weight.zero_()  # a hidden state of zeros has no direction
-    with pytest.raises(BadWeights, match="NaN or infinite"):
-        prove(replace(small_model, module=module), round_, range(4), output=tmp_path / "proof.jsonl")
+    return lambda module: setattr(module.model, "forward", forward)
 
 
-def test_a_model_that_cannot_run_is_an_error(small_model, round_: Round):
-    import copy
-
-    def forward(error):
-        def run(*args, **kwargs):
-            raise error
-
-        module = copy.deepcopy(small_model.module)
-        module.model.forward = run
-        return replace(small_model, module=module)
-
-    with pytest.raises(ModelError, match="Qwen3ForCausalLM\\) does not run: TypeError"):
-        prove(forward(TypeError("unexpected keyword argument")), round_, range(4))
-    with pytest.raises(OutOfMemory, match="ran out of memory"):
-        prove(forward(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")), round_, range(4))
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda module: module.model.norm.weight.fill_(float("nan")), BadWeights, "NaN or infinity"),
+        (lambda module: module.model.norm.weight.zero_(), BadWeights, "NaN or infinite"),  # states without a direction
+        (failing(TypeError("unexpected keyword")), ModelError, "Qwen3ForCausalLM\\) does not run: TypeError"),
+        (failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")), OutOfMemory, "ran out of memory"),
+    ],
+)
+def test_a_model_that_cannot_run_is_an_error(change, error, words: str, small_model, round_: Round, tmp_path: Path):
+    with pytest.raises(error, match=words):
+        prove(changed(small_model, change), round_, range(4), output=tmp_path / "proof.jsonl")
 
 
 def test_a_full_disk_is_one_clear_error(small_model, round_: Round, tmp_path: Path):
     """A file size limit stands for the full disk: the write fails in the middle."""
-    import resource
-
     path = tmp_path / "proof.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -59,22 +59,20 @@ def test_density_at_its_ends_in_few_dimensions():
     assert math.isnan(chord_pdf(math.nan, 12))
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, 2.0001, math.nan, math.inf])
-def test_refuses_r_target_out_of_range(bad):
-    with pytest.raises(UsageError, match="r_target"):
-        valid_rate(bad, 8192)
-
-
-@pytest.mark.parametrize("bad", [0.0, -0.1, 1.1, math.nan])
-def test_refuses_a_rate_out_of_range(bad):
-    with pytest.raises(UsageError, match="valid rate"):
-        r_target_for(bad, 8192)
-
-
-@pytest.mark.parametrize("function", [chord_mean, chord_std, lambda d: valid_rate(1.4, d)])
-def test_refuses_a_line(function):
-    with pytest.raises(UsageError, match="dimension 1"):
-        function(1)
+@pytest.mark.parametrize(
+    ("function", "values", "words"),
+    [
+        (lambda bad: valid_rate(bad, 8192), (0.0, -1.0, 2.0001, math.nan, math.inf), "r_target"),
+        (lambda bad: r_target_for(bad, 8192), (0.0, -0.1, 1.1, math.nan), "valid rate"),
+        (chord_mean, (1,), "dimension 1"),
+        (chord_std, (1,), "dimension 1"),
+        (lambda bad: valid_rate(1.4, bad), (1,), "dimension 1"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(function, values, words):
+    for bad in values:
+        with pytest.raises(UsageError, match=words):
+            function(bad)
 
 
 def test_standard_error_of_a_block_mean():

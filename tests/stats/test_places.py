@@ -203,20 +203,17 @@ def test_any_stated_batch_size_gives_a_bounded_number_of_patterns(batch_size):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("values", "positions", "options", "words"),
     [
-        (([0.1, 0.2], [0]), "one position per residual"),
-        (([[0.1]], [[0]]), "two lists"),
-        (([0.1, 0.2], [0, -1]), "whole numbers"),
-        (([0.1, 0.2], [0.0, 1.0]), "whole numbers"),
+        ([0.1, 0.2], [0], {}, "one position per residual"),
+        ([[0.1]], [[0]], {}, "two lists"),
+        ([0.1, 0.2], [0, -1], {}, "whole numbers"),
+        ([0.1, 0.2], [0.0, 1.0], {}, "whole numbers"),
+        ([0.1, 0.2], [0, 1], {"batch_size": 0}, "batch_size"),
+        ([0.1, 0.2], [0, 1], {"honest_size": -1.0}, "batch_size"),
+        ([0.1, 0.2], [0, 1], {"honest_size": math.nan}, "batch_size"),
     ],
 )
-def test_refuses_positions_that_are_not(arguments, message):
-    with pytest.raises(UsageError, match=message):
-        place_test(*arguments)
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"honest_size": -1.0}, {"honest_size": math.nan}])
-def test_refuses_options_out_of_range(options):
-    with pytest.raises(UsageError, match="batch_size"):
-        place_test([0.1, 0.2], [0, 1], **options)
+def test_what_is_out_of_range_is_refused(values, positions, options, words):
+    with pytest.raises(UsageError, match=words):
+        place_test(values, positions, **options)

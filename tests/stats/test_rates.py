@@ -25,14 +25,8 @@ def test_critical_counts(n, p_mismatch, alpha, critical):
 def test_p_value_is_the_binomial_tail():
     tail = 1 - sum(math.comb(5, k) * 0.02**k * 0.98 ** (5 - k) for k in range(2))
     assert count_test(2, 5, 0.02, 0.01).p_value == pytest.approx(tail, rel=1e-9)
-
-
-def test_nothing_checked_is_no_evidence():
-    result = count_test(0, 0, 5e-4, 0.01)
-    assert (result.p_value, result.fraud) == (1.0, False)
-
-
-def test_certain_mismatch_never_convicts():
+    nothing = count_test(0, 0, 5e-4, 0.01)
+    assert (nothing.p_value, nothing.fraud) == (1.0, False)
     assert not count_test(7, 7, 1.0, 0.01).fraud
 
 
@@ -43,12 +37,7 @@ def test_refuses_impossible_arguments(arguments):
 
 
 def test_interval_with_no_successes_is_the_rule_of_three():
-    low, high = proportion_interval(0, 300, 0.9)
-    assert low == 0.0
-    assert high == pytest.approx(1 - 0.05 ** (1 / 300), rel=1e-6)
-
-
-def test_interval_of_nothing_is_everything():
+    assert proportion_interval(0, 300, 0.9) == pytest.approx((0.0, 1 - 0.05 ** (1 / 300)), rel=1e-6)
     assert proportion_interval(0, 0) == (0.0, 1.0)
     with pytest.raises(UsageError):
         proportion_interval(1, 0)
@@ -63,16 +52,8 @@ def test_auroc_is_the_share_of_ordered_pairs(positive, negative):
     assert auroc(positive, negative) == pytest.approx(np.mean(wins))
 
 
-@given(SCORES, SCORES)
-def test_auroc_of_the_swapped_sides_is_the_rest(positive, negative):
-    assert auroc(positive, negative) + auroc(negative, positive) == pytest.approx(1)
-
-
 def test_paired_accuracy_counts_ties_as_half():
     assert paired_accuracy([1, 2, 3, 4], [0, 2, 4, 1]) == (1 + 0.5 + 0 + 1) / 4
-
-
-def test_paired_accuracy_needs_pairs():
     with pytest.raises(UsageError, match="2 positive and 1 negative"):
         paired_accuracy([1, 2], [1])
 
@@ -232,13 +213,6 @@ def test_interval_of_shares_covers_the_mean_of_machines(rates, machines: int, fe
     seen = rates(np.random.default_rng(2), (200, machines))[: 200 // fewer]
     intervals = [grouped_share_interval(row, range(machines)) for row in seen]
     assert np.mean([low <= truth <= high for low, high in intervals]) >= 0.95
-
-
-def test_a_bootstrap_does_not_cover_the_mean_of_machines():
-    """Why :func:`grouped_share_interval` gives no interval."""
-    seen = RATES["one machine of ten is accused"](np.random.default_rng(2), (60, 7))
-    drawn = [group_bootstrap(mean, [row], [range(7)], n_resamples=100) for row in seen if row.any()]
-    assert sum(one.low <= 0.005 <= one.high for one in drawn) / len(seen) < 0.6
 
 
 @pytest.mark.parametrize(("shares", "labels"), [([0.5, 0.5], ["a"]), ([0.5, 1.5], ["a", "b"]), ([math.nan], ["a"])])

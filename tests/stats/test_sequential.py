@@ -249,18 +249,17 @@ def test_fraud_stays_fraud_whatever_follows():
 
 
 @pytest.mark.parametrize(
-    "rates", [{"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan}, {"effect": 1.0}, {"effect": math.inf}]
+    ("law", "rates", "words"),
+    [
+        *((SCALE, rates, "alpha") for rates in ({"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan})),
+        *((SCALE, {"effect": effect}, "alpha") for effect in (1.0, math.inf)),
+        (ScaleNoise(JUNK_SIGMA / 3), {}, "times smaller than invented"),
+        (LogNoise(math.log(0.5), 0.3), {}, "times smaller than invented"),
+    ],
 )
-def test_refuses_rates_out_of_range(rates):
-    with pytest.raises(UsageError, match="alpha"):
-        SequentialTest(SCALE, **({"effect": 4.0} | rates))
-
-
-def test_refuses_noise_that_hides_invented_values():
-    with pytest.raises(UsageError, match="times smaller than invented"):
-        SequentialTest(ScaleNoise(JUNK_SIGMA / 3), effect=4.0)
-    with pytest.raises(UsageError, match="times smaller than invented"):
-        SequentialTest(LogNoise(math.log(0.5), 0.3), effect=4.0)
+def test_what_is_out_of_range_is_refused(law, rates, words):
+    with pytest.raises(UsageError, match=words):
+        SequentialTest(law, **({"effect": 4.0} | rates))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.2])

@@ -26,8 +26,8 @@ import numpy as np
 import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
-from assay.poc.verdict.ledger import AT_ONCE, Noises, Source, open_source
-from assay.poc.verdict.ledger_entries import LEDGER, UPDATES, Account, Entry, Genesis
+from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Noises, Source, open_source
+from assay.poc.verdict.ledger_entries import Account, Entry, Genesis
 from assay.poc.verdict.life import Life, Residuals, log_average
 from assay.poc.verdict.noise import AnyNoise
 from assay.stats.sequential import Verdict, decide

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +16,11 @@ from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.poc.engines.base import Engine, check_supported, decodes
-from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Proof, parse_record_line
-from assay.poc.protocol.record import DistanceRecord, Header, Record, TokenRecord, VectorRecord, runs_of
+from assay.poc.protocol.proof import DistanceRecord, Header, Record, TokenRecord, VectorRecord, runs_of
 from assay.poc.protocol.round import Round
 
 T = TypeVar("T")
@@ -90,14 +89,27 @@ def prove(
             do="leave batch_size out, or make the engine with it",
         )
     chosen = round.check_nonces(nonces)
-    header = make_header(model, round, chosen, engine)
+    check_length(engine, round)
+    pipeline = get_pipeline(round.preset)
+    check_supported(engine, pipeline)
+    header = Header(
+        round=round.with_model(model.reference),
+        pipeline=pipeline,
+        digest=model.digest,
+        weights=model.weights,
+        fingerprint=engine.fingerprint,
+        nonces=runs_of(chosen),
+    )
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         records: list[Record] = []
         if out:
             first = dumps(header.as_dict())
-            read = partial(_read_left_record, out.partial, header, chosen)
-            records = out.resume(first, len(chosen), read)
+            records = out.resume(
+                first,
+                len(chosen),  # below the header, so that the records begin in line 2
+                lambda number, line: parse_record_line(out.partial, number, line, header, chosen[number - 2]),
+            )
         if progress:
             progress(len(records), len(chosen))
         for batch in compute(header, engine, chosen[len(records) :]):
@@ -123,21 +135,6 @@ def check_length(engine: Engine, round: Round) -> None:
         raise UsageError(
             f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
         )
-
-
-def make_header(model: Model, round: Round, nonces: Sequence[int], engine: Engine) -> Header:
-    """Return the header of a proof of these nonces on this engine."""
-    check_length(engine, round)
-    pipeline = get_pipeline(round.preset)
-    check_supported(engine, pipeline)
-    return Header(
-        round=round.with_model(model.reference),
-        pipeline=pipeline,
-        digest=model.digest,
-        weights=model.weights,
-        fingerprint=engine.fingerprint,
-        nonces=runs_of(nonces),
-    )
 
 
 def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
@@ -205,8 +202,3 @@ def _record(nonce: int, value: np.ndarray) -> Record:
         return VectorRecord(nonce, value)
     # The shortest decimal that reads back to the same float32.
     return DistanceRecord(nonce, float(str(np.float32(value))))
-
-
-def _read_left_record(path: Path, header: Header, nonces: Sequence[int], number: int, line: bytes) -> Record:
-    """Read a line that an interrupted run left below the header; the records begin in line 2."""
-    return parse_record_line(path, number, line, header, nonces[number - 2])

@@ -9,11 +9,11 @@ import numpy as np
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models.load import Model
 from assay.poc.engines.base import Engine
-from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
 from assay.poc.protocol.pins import FORMATS, Pins
 from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import Fingerprint, Header, Record, check_distinct_seeds
+from assay.poc.protocol.proof import Fingerprint, Header, Record, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, check_length, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for
@@ -145,7 +145,7 @@ def check_proof(
         if calibration.fixes_format(header):
             pins = replace(pins, prover_dtype=header.fingerprint.dtype)
     pins.check(header)
-    _sample_size(proof, sample)
+    _draw(proof, sample, 0)
     check_distinct_seeds(header.round, header.all_nonces())
     return pins
 
@@ -226,17 +226,12 @@ def _bounded(batch_size: int, header: Header) -> int:
     return max(1, min(batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
 
 
-def _sample_size(proof: Proof, sample: int | None) -> int:
+def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     total = len(proof.records)
     size = min(DEFAULT_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
         raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
-    return size
-
-
-def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     if type(seed) is not int or seed < 0:
         raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
-    size = _sample_size(proof, sample)
-    chosen = np.random.default_rng(seed).choice(len(proof.records), size=size, replace=False)
+    chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
     return [proof.records[i] for i in sorted(chosen.tolist())]

@@ -21,7 +21,7 @@ from assay.files.storage import write_atomic
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.record import STRICT, Fingerprint, Header
+from assay.poc.protocol.proof import STRICT, Fingerprint, Header
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.noise import (
     FloatArray,

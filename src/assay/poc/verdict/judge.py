@@ -12,7 +12,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import DistanceRecord, Header, Record, TokenRecord, VectorRecord
+from assay.poc.protocol.proof import DistanceRecord, Header, Record, TokenRecord, VectorRecord
 from assay.poc.verdict.noise import Noise, sequential_test
 from assay.stats import sequential
 
@@ -177,16 +177,12 @@ def _residual(a: Record, b: Record) -> float:
         return a.distance - b.distance
     if isinstance(a, VectorRecord) and isinstance(b, VectorRecord) and a.vector.shape == b.vector.shape:
         return float(np.linalg.norm(a.vector.astype(np.float64) - b.vector.astype(np.float64)))
-    if isinstance(a, TokenRecord) and isinstance(b, TokenRecord) and a.sketches.shape == b.sketches.shape:
-        return _token_residual(a, b)
-    return math.nan
-
-
-def _token_residual(received: TokenRecord, replayed: TokenRecord) -> float:
-    if replayed.margins is None:  # not a replay of these tokens
+    if not (isinstance(a, TokenRecord) and isinstance(b, TokenRecord) and a.sketches.shape == b.sketches.shape):
         return math.nan
-    apart = received.sketches.astype(np.float64) - replayed.sketches.astype(np.float64)
-    margins = np.minimum(replayed.margins.astype(np.float64), LARGEST_MARGIN)
+    if b.margins is None:  # not a replay of these tokens
+        return math.nan
+    apart = a.sketches.astype(np.float64) - b.sketches.astype(np.float64)
+    margins = np.minimum(b.margins.astype(np.float64), LARGEST_MARGIN)
     return math.sqrt(np.square(apart).sum(axis=1).mean() + margins.mean())
 
 

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,33 +36,24 @@ from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger_entries import (
-    ACCOUNTS,
-    LAWS,
-    LEDGER,
-    MIGRATIONS,
-    NOTHING,
-    OF_ACCOUNT,
-    REMEMBERED,
     REPEATED,
-    TABLES,
-    UPDATES,
     Account,
-    AccountState,
     Entry,
     EntryOutcome,
     Genesis,
     Standing,
     Update,
-    find_excluded,
-    find_lasting_fault,
     make_entry,
     name_reasons,
     round_identity,
-    select_account,
     sha256,
 )
+from assay.poc.verdict.life import Evidence, Life
 from assay.poc.verdict.noise import AnyNoise, noise_from_dict
 from assay.stats.sequential import decide
+
+REMEMBERED = 16
+"""Last audits of an account in which a fault of the place is looked for."""
 
 AT_ONCE = 256  # rows that are read at a time
 MOST_LAWS = 1024  # laws that are kept in memory
@@ -70,6 +61,83 @@ CLOSE = 1e-6  # relative and absolute difference of numbers that two machines ma
 
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest")
 _COUNTS = ("audits", "recorded", "n", "tests")
+
+
+def _never(table: str, what: str) -> str:
+    return f"""CREATE TRIGGER {table}_never_{what.lower()} BEFORE {what} ON {table}
+        BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
+
+
+# Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
+# repeat parts of it, for searching; an audit compares them.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE ledger (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            genesis TEXT NOT NULL, count INTEGER NOT NULL, hash TEXT NOT NULL
+        )""",
+        "CREATE TABLE laws (hash TEXT PRIMARY KEY, law TEXT NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE accounts (
+            id INTEGER PRIMARY KEY,
+            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
+            UNIQUE (public_key, digest, build, preset)
+        )""",
+        """CREATE TABLE updates (
+            seq INTEGER PRIMARY KEY,
+            account INTEGER NOT NULL REFERENCES accounts (id),
+            round TEXT NOT NULL, name TEXT UNIQUE,
+            law TEXT NOT NULL REFERENCES laws (hash),
+            entry TEXT NOT NULL, hash TEXT NOT NULL
+        )""",
+        "CREATE INDEX updates_of_account ON updates (account, seq)",
+        "CREATE INDEX updates_of_round ON updates (account, round)",
+        *(_never(table, what) for table in ("laws", "accounts", "updates") for what in ("UPDATE", "DELETE")),
+        _never("ledger", "DELETE"),
+        """CREATE TRIGGER updates_in_order BEFORE INSERT ON updates
+            WHEN NEW.seq IS NOT (SELECT count + 1 FROM ledger)
+            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
+        """CREATE TRIGGER ledger_counts_up BEFORE UPDATE ON ledger
+            WHEN NEW.count IS NOT OLD.count + 1 OR NEW.genesis IS NOT OLD.genesis
+            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
+        """CREATE VIEW evidence AS SELECT
+            seq, json_extract(entry, '$.time') AS time,
+            json_extract(entry, '$.account.public_key') AS public_key,
+            json_extract(entry, '$.account.digest') AS digest,
+            json_extract(entry, '$.account.build') AS build,
+            json_extract(entry, '$.account.preset') AS preset,
+            json_extract(entry, '$.block_hash') AS block_hash,
+            json_extract(entry, '$.proof') AS proof,
+            json_array_length(entry, '$.nonces') AS nonces,
+            json_array_length(entry, '$.excluded') AS excluded,
+            json_extract(entry, '$.outcome.verdict') AS verdict,
+            json_extract(entry, '$.outcome.log_e_value') AS log_e_value,
+            json_extract(entry, '$.outcome.log_e_max') AS log_e_max,
+            json_extract(entry, '$.outcome.log_evidence_honest') AS log_evidence_honest
+        FROM updates""",
+    ),
+)
+TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGER")) for step in MIGRATIONS)
+"""The steps without triggers, for a copy that is filled from an export."""
+
+
+def _table(name: str, *columns: str) -> sa.TableClause:
+    return sa.table(name, *map(sa.column, columns))
+
+
+LEDGER = _table("ledger", "id", "genesis", "count", "hash")
+LAWS = _table("laws", "hash", "law")
+ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
+UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
+
+
+OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
+"""The columns of an :class:`Account`."""
+
+
+def select_account(account: Account) -> sa.Select[Any]:
+    """Return the query of the number that an account has in a ledger."""
+    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
+    return sa.select(ACCOUNTS.c.id).where(same)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +375,25 @@ MAGIC = b"SQLite format 3\0"
 K = TypeVar("K")
 V = TypeVar("V")
 Migrations = tuple[tuple[str, ...], ...]
+
+
+NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
+
+
+class AccountState:
+    """The life of one account of a ledger, which takes its entries one after the other."""
+
+    def __init__(self, genesis: Genesis) -> None:
+        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+        self.audits = self.recorded = self.last = 0
+
+    def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
+        """Take the residuals of an entry that count, and return the outcome."""
+        self.life.update(noise, entry.counted, doubted=entry.doubted)
+        self.audits += 1
+        self.recorded += len(entry.nonces)
+        self.last = entry.seq
+        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
 
 
 class Ledger:
@@ -611,6 +698,30 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
         raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
     if LEDGER.name in found and (alpha, beta) != (None, None):
         Ledger(path, alpha=alpha, beta=beta).close()
+
+
+def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Return the places and reasons of nonces that do not count: seen in the round before, or given by nonce."""
+    before, found = set(seen), []
+    for place, nonce in enumerate(nonces):
+        reason = REPEATED if nonce in before else given.get(nonce)
+        if reason is not None:
+            found.append((place, reason))
+        before.add(nonce)
+    return found
+
+
+def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
+    """Return the last fault that no later audit of as many nonces refutes; entries stand oldest first.
+
+    An audit of fewer nonces may have missed the bad places.
+    """
+    most = 0
+    for entry in reversed(entries):
+        if entry.fault is not None and len(entry.nonces) > most:
+            return entry.fault
+        most = max(most, len(entry.nonces))
+    return None
 
 
 def _remember(memory: OrderedDict[K, V], key: K, new: V, most: int) -> V:

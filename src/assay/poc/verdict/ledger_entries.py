@@ -1,4 +1,4 @@
-"""The entries of a ledger, each with the hash of the one before it, and the tables that hold them.
+"""The entries of a ledger, each with the hash of the one before it.
 
 An entry is one line of canonical JSON. It holds its place, the hash of the entry before it, the account, the evidence
 and the outcome. Its own hash is the SHA-256 of the line. So a change of an entry or of its place changes the hash of
@@ -7,18 +7,17 @@ every entry that follows.
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from assay import stats
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.protocol.round import MAX_NONCE, Round
-from assay.poc.verdict.life import Evidence, Life
+from assay.poc.verdict.life import Evidence
 from assay.poc.verdict.noise import AnyNoise, ResponseBlocks
 from assay.stats.sequential import Verdict
 
@@ -36,9 +35,6 @@ MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
 RESPONSES = "responses"
 """The preset in an account of responses."""
-
-REMEMBERED = 16
-"""Last audits of an account in which a fault of the place is looked for."""
 
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -274,38 +270,6 @@ class Standing:
         return {**asdict(self.account), **asdict(self.evidence), **rest}
 
 
-def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
-    """Return the last fault that no later audit of as many nonces refutes; entries stand oldest first.
-
-    An audit of fewer nonces may have missed the bad places.
-    """
-    most = 0
-    for entry in reversed(entries):
-        if entry.fault is not None and len(entry.nonces) > most:
-            return entry.fault
-        most = max(most, len(entry.nonces))
-    return None
-
-
-class AccountState:
-    """The life of one account of a ledger, which takes its entries one after the other."""
-
-    def __init__(self, genesis: Genesis) -> None:
-        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
-        self.audits = self.recorded = self.last = 0
-
-    def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
-        """Take the residuals of an entry that count, and return the outcome."""
-        self.life.update(noise, entry.counted, doubted=entry.doubted)
-        self.audits += 1
-        self.recorded += len(entry.nonces)
-        self.last = entry.seq
-        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
-
-
-NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
-
-
 def round_identity(round: Round) -> str:
     """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
     names = ("block_hash", "preset", "seq_len", "strength")
@@ -320,17 +284,6 @@ def response_identity(seed_text: str) -> str:
 def sha256(text: str) -> str:
     """Return the SHA-256 of a text in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Return the places and reasons of nonces that do not count: seen in the round before, or given by nonce."""
-    before, found = set(seen), []
-    for place, nonce in enumerate(nonces):
-        reason = REPEATED if nonce in before else given.get(nonce)
-        if reason is not None:
-            found.append((place, reason))
-        before.add(nonce)
-    return found
 
 
 def name_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
@@ -365,80 +318,3 @@ def _malformed(source: str, error: ValidationError) -> DataError:
         wanted="an entry as assay writes it",
         do="ask for the file again, or make it anew",
     )
-
-
-def _never(table: str, what: str) -> str:
-    return f"""CREATE TRIGGER {table}_never_{what.lower()} BEFORE {what} ON {table}
-        BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
-
-
-# Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
-# repeat parts of it, for searching; an audit compares them.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """CREATE TABLE ledger (
-            id INTEGER PRIMARY KEY CHECK (id = 1),
-            genesis TEXT NOT NULL, count INTEGER NOT NULL, hash TEXT NOT NULL
-        )""",
-        "CREATE TABLE laws (hash TEXT PRIMARY KEY, law TEXT NOT NULL) WITHOUT ROWID",
-        """CREATE TABLE accounts (
-            id INTEGER PRIMARY KEY,
-            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
-            UNIQUE (public_key, digest, build, preset)
-        )""",
-        """CREATE TABLE updates (
-            seq INTEGER PRIMARY KEY,
-            account INTEGER NOT NULL REFERENCES accounts (id),
-            round TEXT NOT NULL, name TEXT UNIQUE,
-            law TEXT NOT NULL REFERENCES laws (hash),
-            entry TEXT NOT NULL, hash TEXT NOT NULL
-        )""",
-        "CREATE INDEX updates_of_account ON updates (account, seq)",
-        "CREATE INDEX updates_of_round ON updates (account, round)",
-        *(_never(table, what) for table in ("laws", "accounts", "updates") for what in ("UPDATE", "DELETE")),
-        _never("ledger", "DELETE"),
-        """CREATE TRIGGER updates_in_order BEFORE INSERT ON updates
-            WHEN NEW.seq IS NOT (SELECT count + 1 FROM ledger)
-            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
-        """CREATE TRIGGER ledger_counts_up BEFORE UPDATE ON ledger
-            WHEN NEW.count IS NOT OLD.count + 1 OR NEW.genesis IS NOT OLD.genesis
-            BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END""",
-        """CREATE VIEW evidence AS SELECT
-            seq, json_extract(entry, '$.time') AS time,
-            json_extract(entry, '$.account.public_key') AS public_key,
-            json_extract(entry, '$.account.digest') AS digest,
-            json_extract(entry, '$.account.build') AS build,
-            json_extract(entry, '$.account.preset') AS preset,
-            json_extract(entry, '$.block_hash') AS block_hash,
-            json_extract(entry, '$.proof') AS proof,
-            json_array_length(entry, '$.nonces') AS nonces,
-            json_array_length(entry, '$.excluded') AS excluded,
-            json_extract(entry, '$.outcome.verdict') AS verdict,
-            json_extract(entry, '$.outcome.log_e_value') AS log_e_value,
-            json_extract(entry, '$.outcome.log_e_max') AS log_e_max,
-            json_extract(entry, '$.outcome.log_evidence_honest') AS log_evidence_honest
-        FROM updates""",
-    ),
-)
-TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGER")) for step in MIGRATIONS)
-"""The steps without triggers, for a copy that is filled from an export."""
-
-
-def _table(name: str, *columns: str) -> sa.TableClause:
-    return sa.table(name, *map(sa.column, columns))
-
-
-LEDGER = _table("ledger", "id", "genesis", "count", "hash")
-LAWS = _table("laws", "hash", "law")
-ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
-UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
-
-
-OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
-"""The columns of an :class:`Account`."""
-
-
-def select_account(account: Account) -> sa.Select[Any]:
-    """Return the query of the number that an account has in a ledger."""
-    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
-    return sa.select(ACCOUNTS.c.id).where(same)
