@@ -61,12 +61,7 @@ class Shortcut:
         tokenizer: "PreTrainedTokenizerBase | None",
         pairs: Sequence[Pair],
     ) -> "Shortcut":
-        """Return the direction of some pairs.
-
-        Args:
-            model: Model at the start of training.
-            tokenizer: Tokenizer of the model.
-            pairs: At least two pairs of a hack and a clean completion.
+        """Return the direction of pairs of a hack and a clean completion, for the model at the start of training.
 
         Raises:
             DataError: There are fewer than two pairs, or both sides have the same activations.
@@ -90,11 +85,9 @@ class Shortcut:
         return cls(layer, direction_H, float((hack_N.mean() + clean_N.mean()) / 2), max(spread, 1e-6 * length))
 
     def z(self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-        """Return how far each row is on the hack's side, [N] float32 in units of ``spread``, on the model's device.
+        """Return how far each row, token ids of prompt and completion, is on the hack's side for the model of now.
 
-        Args:
-            model: Model as it is now.
-            rows: Token ids of prompt and completion.
+        The result is [N] float32 in units of ``spread``, on the model's device.
         """
         encoded = [
             Encoded(index, f"rollout {index}", [*prompt, *completion], len(prompt))

@@ -15,15 +15,10 @@ from assay.vhack.delta.arms import BASIS_KINDS, TRUSTED
 
 
 def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
-    """Return the axes of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.
+    """Return ``top_k`` axes per module of one kind, see :data:`assay.vhack.delta.BASIS_KINDS`.
 
-    Args:
-        kind: One of ``BASIS_KINDS``, or ``"trusted"``: the leading right singular vectors of the clean gradients, the
-            directions that honest work is learned along.
-        gradients: Gradients of the pairs.
-        top_k: Axes per module.
-        method: Method of extraction, see :meth:`assay.vhack.PairGradients.basis`; ``trusted`` always uses ``svd``.
-        seed: Seed of what is random in the controls.
+    ``"trusted"`` are the leading right singular vectors of the clean gradients, the directions that honest work is
+    learned along, by ``svd`` whatever the method.
 
     Raises:
         UsageError: There is no such kind, or there are too few pairs for it.
@@ -37,10 +32,8 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
         return made.basis(top_k=top_k, method="svd")
     if kind == "random":
         return _random(gradients, top_k, seed)
-    if kind == "shuffled":
-        return _shuffled(gradients, seed).basis(top_k=top_k, method=method)
-    if kind == "clean-clean":
-        return _clean_clean(gradients, seed).basis(top_k=top_k, method=method)
+    if kind in _PAIRED:
+        return _PAIRED[kind](gradients, seed).basis(top_k=top_k, method=method)
     raise UsageError(f"{kind} axes", wanted=", ".join([*BASIS_KINDS, TRUSTED]), do="choose one of them")
 
 
@@ -87,3 +80,6 @@ def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
         groups=[gradients.groups[index] for index in first],
         origin=gradients.origin,
     )
+
+
+_PAIRED = {"shuffled": _shuffled, "clean-clean": _clean_clean}

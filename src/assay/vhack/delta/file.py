@@ -66,16 +66,15 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
     Raises:
         DataError: The file cannot be read, or is none of these.
     """
-    _, tensors = _read(Path(path))
-    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
+    _, values, _ = _read(Path(path))
     if odd := next((name for name, tensor in values.items() if tensor.ndim != 1), None):
         seen = f"{path}: δS of {odd} of shape {list(values[odd].shape)}"
         raise DataError(seen, wanted="one number for each coordinate", do=_REDO)
     return {name: len(tensor) for name, tensor in values.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return metadata and tensors of a file with this schema."""
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+    """Return metadata, δS and probes of a file with this schema."""
     try:
         if not path.is_file():
             raise FileNotFoundError("not a file")
@@ -85,27 +84,28 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
     if metadata.get("schema") != _SCHEMA:
         raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
-    return metadata, tensors
+    probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}
+    return metadata, tensors, probes
 
 
 def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
-    metadata, tensors = _read(path)
-    values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROBE)}
-    wanted = {name: (group.rank,) for group in groups for name in group.names}
-    if {name: tuple(tensor.shape) for name, tensor in values.items()} != wanted:
-        raise DataError(f"{path} has δS of other modules or ranks", wanted="those of this adapter", do=_REDO)
-    for name, delta_R in values.items():
-        if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all()):
-            seen = delta_R.dtype if delta_R.dtype != torch.float32 else "not finite"
-            raise DataError(f"{path}: δS of {name} is {seen}", wanted="finite float32 numbers", do=_REDO)
-    if metadata.get("delta_sha256") != _digest(values):
-        raise DataError(f"{path} is damaged: its δS do not have its hash", wanted="a whole file", do="copy it again")
-    if metadata.get("weights_sha256") != _weights(groups):
-        raise DataError(f"{path} was made for other weights", wanted="those of this model", do=_REDO)
+    metadata, values, theirs = _read(path)
+    shapes = {name: (group.rank,) for group in groups for name in group.names}
+    others = {name: tuple(tensor.shape) for name, tensor in values.items()} != shapes
+    odd = [n for n, delta_R in values.items() if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all())]
+    digest, weights = metadata.get("delta_sha256"), metadata.get("weights_sha256")
+    for is_wrong, seen, wanted in (
+        (others, "has δS of other modules or ranks", "those of this adapter"),
+        (odd, f"has δS of {next(iter(odd), '')} that are not finite or not float32", "finite float32 numbers"),
+        (not odd and digest != _digest(values), "is damaged: its δS do not have its hash", "a whole file"),
+        (weights != _weights(groups), "was made for other weights", "those of this model"),
+    ):
+        if is_wrong:
+            raise DataError(f"{path} {seen}", wanted=wanted, do=_REDO)
     for name, probe in _probes(groups, values).items():
-        theirs = tensors.get(_PROBE + name)
-        if theirs is None or theirs.dtype != probe.dtype or theirs.shape != probe.shape or not _agree(theirs, probe):
+        other = theirs.get(name)
+        if other is None or other.dtype != probe.dtype or other.shape != probe.shape or not _agree(other, probe):
             raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
     return values
 
@@ -216,11 +216,14 @@ def save_lora(folder: Path, delta: dict[str, Tensor], factors: dict[str, Factors
         lost, all_of_it = float(squares_R[rank:].sum()), float(squares_R.sum())
         errors[plain_name(name)] = (lost / all_of_it) ** 0.5 if all_of_it else 0.0
         dropped, total = dropped + lost, total + all_of_it
-        a_LI, b_OL = _parts(delta_R, factors[name], order_R[:rank], rank)
-        tensors |= {
-            f"{adapters.PREFIX}{plain_name(name)}{end}": factor
-            for end, factor in zip(adapters.FACTORS, (a_LI, b_OL), strict=True)
-        }
+        kept = order_R[:rank].to(delta_R.device)
+        left_OR, right_RI = factors[name].left, factors[name].right
+        # A and B on the CPU; what the rank is too large for is zero.
+        a_LI, b_OL = torch.zeros(rank, right_RI.shape[1]), torch.zeros(len(left_OR), rank)
+        a_LI[: len(kept)] = right_RI[kept].float().cpu()
+        b_OL[:, : len(kept)] = (left_OR[:, kept].float() * delta_R[kept]).cpu()
+        for end, factor in zip(adapters.FACTORS, (a_LI, b_OL), strict=True):
+            tensors[f"{adapters.PREFIX}{plain_name(name)}{end}"] = factor
     made = LoRA(rank, (dropped / total) ** 0.5 if total else 0.0, errors)
     config = {
         "peft_type": "LORA",
@@ -242,13 +245,3 @@ def save_lora(folder: Path, delta: dict[str, Tensor], factors: dict[str, Factors
     write_atomic(folder / adapters.WEIGHTS, save(tensors, metadata=metadata))
     write_atomic(folder / adapters.CONFIG, json.dumps(config, indent=2) + "\n")
     return made
-
-
-def _parts(delta_R: Tensor, factors: Factors, kept: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, [L, I], and B, [O, L], float32 on the CPU; what the rank is too large for is zero."""
-    kept = kept.to(delta_R.device)
-    a_LI = torch.zeros(rank, factors.right.shape[1])
-    b_OL = torch.zeros(factors.left.shape[0], rank)
-    a_LI[: len(kept)] = factors.right[kept].float().cpu()
-    b_OL[:, : len(kept)] = (factors.left[:, kept].float() * delta_R[kept]).cpu()
-    return a_LI, b_OL

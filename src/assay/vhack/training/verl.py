@@ -119,11 +119,8 @@ def train_delta(
 ) -> type[DeltaEngine]:
     """Let verl's FSDP2 workers train δS, held back from what the pairs show; return the engine that they will use.
 
-    Args:
-        pairs: Pairs that axes come from, or their name or file as for ``assay vhack extract``.
-        arm: Name of the arm, see :func:`assay.vhack.delta.arm_named`; one with axes of the pairs.
-        k_use: Axes per module.
-        method: Method of extraction.
+    Pairs may be a name or file as for ``assay vhack extract``; the arm is one with axes of the pairs, ``k_use`` per
+    module, by a method of extraction.
 
     Raises:
         UsageError: There is no such arm, or it needs more than the axes of the pairs.
