@@ -21,7 +21,7 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf.fused import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 

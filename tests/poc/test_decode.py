@@ -13,7 +13,7 @@ from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model, load_model
 from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, TokenRecord, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded, without_last_layers
-from assay.poc.protocol.record import describe_packing, pack_record, packed_size, unpack_or_nan, unpack_record
+from assay.poc.protocol.proof import describe_packing, pack_record, packed_size, unpack_or_nan, unpack_record
 from assay.poc.verdict.judge import residuals
 from assay.streams import DTYPES
 

@@ -7,7 +7,7 @@ import pytest
 
 from assay.poc import HFEngine, Round, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.record import describe_packing, pack_record
+from assay.poc.protocol.proof import describe_packing, pack_record
 from assay.poc.service import Settings
 from tests.poc.service.conftest import ARTIFACTS, PARAMS, Rig, Service
 

@@ -15,7 +15,7 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
-from assay.poc.protocol.record import pack_record
+from assay.poc.protocol.proof import pack_record
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, check_idle, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")

@@ -14,8 +14,7 @@ from assay.models.load import Model
 from assay.poc.engines.base import Draws
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import TokenRecord
+from assay.poc.protocol.proof import Proof, TokenRecord
 from assay.poc.protocol.round import Round
 from assay.poc.prover import prove
 

@@ -16,12 +16,12 @@ from assay.models.load import Model, load_model, model_info
 from assay.models.load import check_loadable as check_model
 from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
 from assay.poc.engines.base import Engine, unsupported
-from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.engines.hf.parallel import ParallelEngine, World, joined, processes
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.record import Header
+from assay.poc.protocol.proof import Header
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import HFPrefill, Prefill
 from assay.poc.responses.receipts import Receipts

@@ -23,8 +23,7 @@ from assay.errors import ProofMismatch, UsageError
 from assay.models.load import load_model, model_info
 from assay.poc.engines.hf.engine import measure_block_factor
 from assay.poc.protocol.blocks import BlockFactor
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import VectorRecord
+from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress

@@ -17,8 +17,7 @@ from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, PinnedFile, pins_text
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import Header
+from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 

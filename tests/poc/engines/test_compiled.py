@@ -21,9 +21,9 @@ from assay.errors import CalibrationError, ModelError
 from assay.models import load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, judging_setup, prove, verify
 from assay.poc import verifier as _verifier
-from assay.poc.engines.hf import compiled as _compiled
-from assay.poc.engines.hf.compiled import worth_compiling
+from assay.poc.engines.hf import fused as _compiled
 from assay.poc.engines.hf.engine import be_deterministic, is_compiled
+from assay.poc.engines.hf.fused import worth_compiling
 
 
 @pytest.fixture(scope="module")

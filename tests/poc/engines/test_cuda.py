@@ -22,8 +22,8 @@ from assay.models.quantized import quantise as round_weights
 from assay.models.resolve import resolve
 from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
-from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import auto_batch, peak_bytes
+from assay.poc.engines.hf.fused import worth_compiling
 from tests.models.storing import in_eight_bits, store
 
 pytestmark = [

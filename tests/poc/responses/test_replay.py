@@ -26,8 +26,8 @@ from assay.poc.responses import (
 )
 from assay.poc.responses.calibration import check_enough_tokens, default_response_noise
 from assay.poc.responses.judge import noise_between, sample_receipts
-from assay.poc.responses.margins import compute_gaps, measure_margins
 from assay.poc.responses.prefill import check_finite
+from assay.poc.responses.replay import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
 from assay.stats.tokens import token_profile
 from tests.poc.responses.conftest import REQUESTS

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from assay.errors import StorageError
 from assay.files.database import Database
-from assay.poc.protocol.record import decode_vector, encode_vector
+from assay.poc.protocol.proof import decode_vector, encode_vector
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.waiting import until
@@ -198,15 +198,12 @@ def test_a_job_that_fails_says_so_and_the_next_one_runs(service):
 
 
 def test_jobs_announce_their_results(service):
-    receiver = FlakyReceiver(trouble=0)
-    try:
+    with FlakyReceiver(trouble=0) as receiver:
         done = run(service, JOB | {"url": receiver.url})
         checked = run(service, JOB | {"url": receiver.url, "validation": {"artifacts": done["artifacts"]}})
         until(lambda: len(receiver.taken) == 2)
         # Deliveries come in any order.
         bodies = {path: json.loads(body) for path, _, body in receiver.requests}
-    finally:
-        receiver.close()
     common = {**BLOCK, "node_id": 0}
     assert bodies["/generated"] == common | {name: done[name] for name in ("request_id", "artifacts", "encoding")}
     names = ("request_id", "n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
@@ -214,15 +211,12 @@ def test_jobs_announce_their_results(service):
 
 
 def test_a_round_of_vectors(service):
-    receiver = FlakyReceiver(trouble=0)
-    try:
+    with FlakyReceiver(trouble=0) as receiver:
         answer = service.post("/init/generate", ARTIFACTS | {"url": receiver.url, "group_id": 1, "n_groups": 2})
         assert answer["pow_status"]["status"] == "GENERATING"
         until(lambda: len(receiver.taken) >= 2)
         service.post("/stop")
         until(lambda: service.controller.outbox.counts()["pending"] == 0)
-    finally:
-        receiver.close()
     status = service.status()
     assert status["config"] == BLOCK | {
         "node_id": 0,

@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 
 from assay.poc import Proof, Round, get_pipeline, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.record import describe_packing, pack_record
+from assay.poc.protocol.proof import describe_packing, pack_record
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController

@@ -8,13 +8,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from assay.poc import Round
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.record import is_valid
+from assay.poc.protocol.proof import is_valid
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import BLOCK, HEIGHT, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of
@@ -23,34 +22,6 @@ from tests.waiting import until
 
 SENDER = Path(__file__).with_name("sender_process.py")
 LIARS = 20  # of which one lies: every twentieth node
-
-
-@dataclass
-class Outcome:
-    """What a kill loop found."""
-
-    nodes: int
-    validator_kills: int
-    sender_kills: int
-    seconds: float
-    messages: int
-    acknowledged: int
-    lost_messages: int
-    messages_kept_twice: int
-    repeated_deliveries: int
-    nonces_claimed: int
-    nonces_counted: int
-    evidence_lost: int
-    evidence_counted_twice: int
-    repeated_updates: int
-    draws_left_open: int
-    honest_accused: int
-    liars: int
-    liars_convicted: int
-    ledger_entries: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 MUST_BE_ZERO = (
@@ -144,7 +115,7 @@ def kill_loop(
     longest: float = 1.0,
     nonces_per_hour: int = 2_000_000,
     pause: float = 0.01,
-) -> Outcome:
+) -> dict[str, Any]:
     """Kill a validator ``kills`` times, and its senders as often; let it finish, and count."""
     rng, keys = random.Random(seed), keys_of(nodes)
     write_network(directory, model, keys)
@@ -201,7 +172,7 @@ def _verdicts(data_dir: Path) -> dict[str, str]:
         return {standing.account.public_key: str(standing.verdict) for standing in ledger.standings()}
 
 
-def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: Sequence[str]) -> Outcome:
+def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: Sequence[str]) -> dict[str, Any]:
     acknowledged = sending.acknowledged()
     with sqlite3.connect(data_dir / "validator.sqlite3") as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -229,27 +200,27 @@ def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: S
     drawn = {key: sum(row[4] for row in rows if row[1] == key) for key in keys if key not in watched}
     ids = Counter((row[1], row[0]) for row in rows)
     liars = keys[::LIARS]
-    return Outcome(
-        nodes=len(keys),
-        validator_kills=kills,
-        sender_kills=kills,
-        seconds=round(seconds, 1),
-        messages=len(rows),
-        acknowledged=len(acknowledged),
-        lost_messages=len(acknowledged - {row[0] for row in rows}),
-        messages_kept_twice=sum(count - 1 for count in ids.values()),
-        repeated_deliveries=int(repeated),
-        nonces_claimed=sum(map(len, claimed.values())),
-        nonces_counted=sum(standing.evidence.n for standing in standings.values()),
+    return {
+        "nodes": len(keys),
+        "validator_kills": kills,
+        "sender_kills": kills,
+        "seconds": round(seconds, 1),
+        "messages": len(rows),
+        "acknowledged": len(acknowledged),
+        "lost_messages": len(acknowledged - {row[0] for row in rows}),
+        "messages_kept_twice": sum(count - 1 for count in ids.values()),
+        "repeated_deliveries": int(repeated),
+        "nonces_claimed": sum(map(len, claimed.values())),
+        "nonces_counted": sum(standing.evidence.n for standing in standings.values()),
         # Of a node that is not convicted every nonce was drawn; of a convicted one, as many as the inbox says.
-        evidence_lost=sum(len(claimed[key] - set(counted[key])) for key in watched)
+        "evidence_lost": sum(len(claimed[key] - set(counted[key])) for key in watched)
         + sum(max(0, count - counted[key].total()) for key, count in drawn.items()),
-        evidence_counted_twice=sum(count - 1 for nonces in counted.values() for count in nonces.values())
+        "evidence_counted_twice": sum(count - 1 for nonces in counted.values() for count in nonces.values())
         + sum(standings[key].evidence.n != counted[key].total() for key in standings),
-        repeated_updates=sum(count - 1 for count in names.values()),
-        draws_left_open=sum(row[5] != row[4] for row in rows),
-        honest_accused=sum(verdicts.get(key) == "fraud" for key in keys if key not in liars),
-        liars=len(liars),
-        liars_convicted=sum(verdicts.get(key) == "fraud" for key in liars),
-        ledger_entries=entries,
-    )
+        "repeated_updates": sum(count - 1 for count in names.values()),
+        "draws_left_open": sum(row[5] != row[4] for row in rows),
+        "honest_accused": sum(verdicts.get(key) == "fraud" for key in keys if key not in liars),
+        "liars": len(liars),
+        "liars_convicted": sum(verdicts.get(key) == "fraud" for key in liars),
+        "ledger_entries": entries,
+    }

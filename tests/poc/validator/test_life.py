@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from assay.poc.protocol.record import encode_vector
+from assay.poc.protocol.proof import encode_vector
 from tests.poc.validator.conftest import BLOCK, KEYS, body_of, proof_of
 from tests.waiting import until
 

@@ -19,8 +19,8 @@ from assay import stats
 from assay.models.load import Model, load_model
 from assay.models.quantized import in_format
 from assay.poc.engines.base import make_transform
-from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit

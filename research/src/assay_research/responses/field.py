@@ -22,7 +22,7 @@ from assay.files.jsonl import JsonObject
 from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.calibration import fit_response_noise
 from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, sketch_response

@@ -27,7 +27,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import PIPELINES, LayerStep, Pipeline, sketch_steps
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.streams.backends import as_tensor

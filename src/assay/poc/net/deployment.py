@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from assay.poc.engines.base import Engine
-from assay.poc.engines.hf.compiled import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, read_block_factor
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import Header, Record
+from assay.poc.protocol.proof import Header, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import compute, recompute
 from assay.streams.backends import dtype_name

@@ -14,7 +14,7 @@ from assay import streams
 from assay.errors import ProofMismatch, UsageError
 from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import SEPARATOR, Fingerprint, Header, Text
+from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
 from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
 
 CACHES = ("fp8_e4m3-cache",)

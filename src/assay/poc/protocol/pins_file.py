@@ -29,7 +29,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject, read_toml, read_whole
 from assay.poc.protocol.pins import ANY, DIGEST, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import Text
+from assay.poc.protocol.proof import Text
 from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round
 
 SCHEMA = 1

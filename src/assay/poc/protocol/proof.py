@@ -1,41 +1,529 @@
-"""A complete proof: what a node hands in and a validator reads."""
+"""Proof files: JSON Lines with a header, one record per nonce, and a footer.
 
+    {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
+    {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
+                                                      or  {"nonce":0,"tokens":"base64","sketches":"base64"}
+    {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
+
+The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything that is not exactly a
+proof, spaces and the order of keys included, is an error that names the line.
+"""
+
+import base64
 import hashlib
+import io
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import FailFast
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from scipy import stats as distributions
 from typing_extensions import override
 
-from assay.errors import UsageError
-from assay.files.jsonl import dumps
+from assay import streams
+from assay.errors import AssayError, DataError, ProofFormatError, ProofMismatch, UsageError
+from assay.files.jsonl import dumps, read_lines
 from assay.files.storage import write_lines
-from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import (
-    FOOTER,
-    STRICT,
-    DistanceRecord,
-    Fingerprint,
-    Footer,
-    Header,
-    Record,
-    StrictFile,
-    Text,
-    TokenRecord,
-    VectorRecord,
-    decode_vector,
-    format_error,
-    is_distance,
-    line_error,
-    parse_line,
-    read_as,
-)
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How a dataclass is read from JSON: values of its types and no others."""
+
+MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
+"""How often a character may be in a line: enough for two million runs of nonces in a header."""
+
+FOOTER = b'{"footer":'
+"""Beginning of the last line of a file."""
+
+LARGEST_SIZE = 2**31 - 1
+"""Largest number in a fingerprint."""
+
+
+def format_error(seen: str, wanted: str) -> ProofFormatError:
+    """Return the error of a value that is not what its format says."""
+    return ProofFormatError(seen, wanted=wanted, do="ask the node for it again")
+
+
+def line_error(path: str | Path, number: int, seen: str, wanted: str) -> ProofFormatError:
+    """Return the error of a line, with the name of the file and the number of the line."""
+    return format_error(f"{path}, line {number}: {seen}", wanted)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def read_as(kind: type[T], text: bytes) -> T:
+    """Return JSON as a value of a type that is :data:`STRICT`.
+
+    Raises:
+        ProofFormatError: A field is missing, unknown, of another type or out of range; names it.
+    """
+    try:
+        made: T = _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        value, said = fault["input"], f"of a {kind.__name__.strip('_')}"
+        if fault["loc"] and not isinstance(value, dict | list):
+            said = f"is {value[:60] if isinstance(value, str) else value!r:.60}"
+        place = ".".join(map(str, fault["loc"])) or "the line"
+        raise format_error(f"{place} {said}", f"{fault['msg']:.200}") from None
+    return made
+
+
+def parse_line(
+    path: str | Path,
+    number: int,
+    line: bytes,
+    read: Callable[[bytes], T],
+    write: Callable[[T], str],
+    most: Mapping[bytes, int] = MOST_PARTS,
+    longest: int | None = None,
+) -> T:
+    """Parse a line and refuse it if the value would be written in other bytes.
+
+    Args:
+        path: Name of the file, for errors.
+        number: Number of the line, for errors.
+        line: Bytes of the line, line end included; empty where the file ends.
+        read: Function that makes the value of the JSON.
+        write: Function that writes the value as canonical JSON.
+        most: Number of times that a character may be in the line. Values take many times the room of their text, so
+            they are counted before any is made.
+        longest: Number of bytes that the line may have; any where None.
+
+    Raises:
+        ProofFormatError: The line is wrong; names the file and the line.
+    """
+    if not line:
+        raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
+    if longest is not None and len(line) > longest:
+        raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
+    for character, times in most.items():
+        if (count := line.count(character)) > times:
+            raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
+    if line.endswith(b"\r\n"):
+        raise line_error(path, number, "the line ends of Windows (CRLF)", "LF alone: fetch the file again as binary")
+    try:
+        value = read(line)
+        written = write(value)
+    except AssayError as error:
+        raise line_error(path, number, error.seen, error.wanted) from None
+    if line != written.encode() + b"\n":
+        raise line_error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+    return value
+
+
+class LastLine:
+    """Base of footers: counts, the seconds that they took, and the SHA-256 of the lines between header and footer."""
+
+    def line(self) -> str:
+        """Return the canonical line of the file, without its newline."""
+        return dumps({"footer": vars(self)})
+
+    @classmethod
+    def read(cls, path: str | Path, number: int, line: bytes) -> Self:
+        """Read the last line of a file.
+
+        Raises:
+            ProofFormatError: The line is wrong; names the file and the line.
+        """
+
+        def inner(line: bytes) -> Self:
+            return read_as(cls, line.removeprefix(FOOTER).removesuffix(b"}\n"))
+
+        return parse_line(path, number, line, inner, cls.line)
+
+
+class StrictFile(ABC):
+    """A file of JSON Lines that is read strictly: a header, one line for each record, and a footer."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and check a file.
+
+        Raises:
+            ProofFormatError: The file cannot be read, or is not complete and consistent; the message names the line.
+        """
+        try:
+            return cls._read(path, read_lines(path))
+        except DataError as error:
+            raise ProofFormatError(error.seen, wanted=error.wanted, do=error.do) from error
+
+    @classmethod
+    def parse(cls, source: str, content: bytes) -> Self:
+        """Read and check a file that is in memory.
+
+        Args:
+            source: Name of the file, for errors.
+            content: Bytes of the file.
+
+        Raises:
+            ProofFormatError: The content is not complete and consistent; the message names the line.
+        """
+        return cls._read(source, enumerate(io.BytesIO(content), start=1))
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
+        """Read the lines with their numbers."""
+
+
+KIND = "assay.poc.proof"
+SCHEMA = 1
+SEPARATOR = ", "  # between the library and its kernels
+
+# Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
+# units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
+MAX_DISTANCE = 2 + 1e-6
+CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
+CHUNK = 2**16
+
+
+def _printable(text: str) -> str:
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"a text of at most {MAX_NAME} printable characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+"""A text that a message can show on a terminal."""
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Everything about an engine that can move the last bits of a hidden state.
+
+    Two engines with equal fingerprints return equal bits. Noise between two different ones is what a calibration
+    measures.
+
+    Args:
+        engine: Name of the engine, for instance ``hf`` or ``vllm``.
+        device: Name of the processor or GPU.
+        dtype: Number format of the weights, and after a plus that of a cache that rounds keys and values.
+        attention: Name of the attention implementation.
+        batch_size: Number of nonces of a batch.
+        seq_len: Number of positions of a nonce.
+        threads: Number of CPU threads; 0 on a GPU.
+        torch: Version of torch.
+        library: Library that runs the model, and its version.
+        kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``. In a file they
+            follow the library in one text, joined by commas, and such a text is taken apart.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    engine: Text
+    device: Text
+    dtype: Text
+    attention: Text
+    batch_size: Size
+    seq_len: Size
+    threads: Size
+    torch: Text
+    library: Text
+    kernels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        library, *kernels = self.library.split(SEPARATOR)
+        if kernels:
+            object.__setattr__(self, "library", library)
+            object.__setattr__(self, "kernels", (*kernels, *self.kernels))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the order of the proof header, with the kernels joined to the library."""
+        values = asdict(self)
+        values["library"] = SEPARATOR.join([self.library, *values.pop("kernels")])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Fingerprint":
+        """Return the fingerprint that :meth:`as_dict` wrote.
+
+        Raises:
+            ProofFormatError: A field is missing, unknown, of another type or out of range.
+        """
+        made = read_as(cls, dumps(values).encode())
+        if made.as_dict() != values:
+            raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
+        return made
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """First line of a proof: everything about it that the records do not say.
+
+    Args:
+        round: Round, with its model named.
+        pipeline: Description of the preset.
+        digest: SHA-256 of the tensors of the checkpoint.
+        weights: Weight mode of the model: trained, random-all or random-embed.
+        fingerprint: Description of the prover's engine.
+        nonces: Nonces of the records, in order, as runs ``[first, end, step]``.
+    """
+
+    round: Round
+    pipeline: Pipeline
+    digest: str
+    weights: str
+    fingerprint: Fingerprint
+    nonces: tuple[tuple[int, int, int], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the header line."""
+        return {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "round": self.round.as_dict(),
+            "pipeline": self.pipeline.as_dict(),
+            "model": {"reference": self.round.model, "digest": self.digest, "weights": self.weights},
+            "fingerprint": self.fingerprint.as_dict(),
+            "nonces": [list(run) for run in self.nonces],
+        }
+
+    def all_nonces(self) -> Iterator[int]:
+        """Iterate over the nonces in the order of the records."""
+        for run in self.nonces:
+            yield from range(*run)
+
+    @property
+    def count(self) -> int:
+        """Number of records that a complete proof has."""
+        return sum(len(range(*run)) for run in self.nonces)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a nonce: its input, and the tokens that are decoded after it."""
+        return self.round.seq_len + self.pipeline.steps
+
+    def claims(self) -> dict[str, Any]:
+        """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
+        return {
+            **self.round.as_dict(),
+            "digest": self.digest,
+            "weights": self.weights,
+            "prover_dtype": self.fingerprint.dtype,
+            "builds": self.fingerprint,
+            "nonces": self.nonces,
+            "fewest_nonces": self.count,
+        }
+
+    def line(self, record: "Record") -> str:
+        """Return the line of a record, without its newline."""
+        if isinstance(record, VectorRecord):
+            return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
+        if isinstance(record, TokenRecord):
+            tokens, sketches = encode_vector(record.tokens, "<u4"), encode_vector(record.sketches)
+            return dumps({"nonce": record.nonce, "tokens": tokens, "sketches": sketches})
+        return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
+
+    def is_valid(self, record: "Record") -> bool:
+        """Return whether a record counts: a distance below the target does, and everything that is no distance."""
+        return not isinstance(record, DistanceRecord) or is_valid(record.distance, self.round.r_target)
+
+
+@dataclass(frozen=True, eq=False)
+class DistanceRecord:
+    """The result of one nonce under a preset that publishes distances."""
+
+    nonce: int
+    distance: float
+    vector: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False)
+class VectorRecord:
+    """The result of one nonce under a preset that publishes vectors: [K] in float16."""
+
+    nonce: int
+    vector: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """The result of one nonce under a preset that decodes, or what another engine says to the tokens of it.
+
+    Args:
+        nonce: Nonce.
+        tokens: Ids of the decoded tokens, [N] in uint32.
+        sketches: Sketch of every 32nd state, [S, K] in float16.
+        margins: How far the score of each token is below the best one where these tokens were replayed, [N] in float32;
+            None in a proof.
+    """
+
+    nonce: int
+    tokens: np.ndarray
+    sketches: np.ndarray
+    margins: np.ndarray | None = None
+
+
+Record = DistanceRecord | VectorRecord | TokenRecord
+"""One line of a proof: a nonce with a distance, a vector, or tokens and sketches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer(LastLine):
+    """Last line of a complete proof.
+
+    Args:
+        records: Number of records.
+        valid: Number of those that count; all of them where nothing is called valid.
+        seconds: Time that the proof took. Of a proof that was interrupted and continued, that of the last run alone.
+        sha256: SHA-256 of the record lines.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    records: int
+    valid: int
+    seconds: Seconds
+    sha256: str
+
+
+def runs_of(nonces: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Return ascending nonces as few runs ``(first, end, step)``."""
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    while start < len(nonces):
+        step = nonces[start + 1] - nonces[start] if start + 1 < len(nonces) else 1
+        end = start + 1
+        while end < len(nonces) and nonces[end] - nonces[end - 1] == step:
+            end += 1
+        runs.append((nonces[start], nonces[end - 1] + step, step))
+        start = end
+    return tuple(runs)
+
+
+def is_valid(distance: float, r_target: float) -> bool:
+    """Return whether a nonce counts: its distance is strictly below the target."""
+    return distance < r_target
+
+
+def is_distance(value: float) -> bool:
+    """Return whether a number can be a distance: from 0 to 2, with room for the rounding of float32."""
+    return 0 <= value <= MAX_DISTANCE
+
+
+def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
+    """Refuse nonces of which one forward pass would serve several, because their 32-bit input seeds collide.
+
+    A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were not chosen for it,
+    n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives once in ten thousand are refused: any
+    at all in up to 927 nonces. Seeds of 256 bits do not collide.
+
+    Args:
+        round: Round that the nonces belong to, with the key of the node that proves.
+        nonces: Nonces of one proof or of one request, each once.
+
+    Raises:
+        ProofMismatch: Too many of the seeds are equal; names two nonces that share one.
+    """
+    if round.strength != 32:
+        return
+    nonces_N = np.fromiter(nonces, dtype=np.int64)
+    parts = np.array_split(nonces_N, nonces_N.size // CHUNK + 1)  # the texts take far more room than the seeds
+    seeds_N = np.concatenate([streams.seeds(round.texts("inputs", part.tolist()))[:, 0] for part in parts])
+    order_N = np.argsort(seeds_N, kind="stable")
+    equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)
+    pairs = nonces_N.size * (nonces_N.size - 1) / 2
+    if equal.size > distributions.poisson.isf(CHANCE, pairs / 2**32):
+        one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
+        raise ProofMismatch(
+            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
+            wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
+            do="ask the node for consecutive nonces of its share, or agree on --strength 256",
+            field="nonces",
+        )
+
+
+def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
+    """Return numbers of any shape as base64 of their little-endian bytes: float16, or token ids in ``<u4``."""
+    return base64.b64encode(np.asarray(vector).astype(dtype).tobytes()).decode("ascii")
+
+
+def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
+    """Return the numbers that a base64 string stands for: float16 [K], or token ids in ``<u4``.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
+    """
+    kind = np.dtype(dtype)
+    wanted = f"base64 of {size} finite little-endian {kind.name} values"
+    try:
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__}")
+        raw = base64.b64decode(text, validate=True)
+        if len(raw) != size * kind.itemsize:
+            raise ValueError(f"{len(raw)} bytes")
+    except ValueError as error:
+        raise format_error(f"a vector that is {error}", wanted) from None
+    vector = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
+    if kind.kind == "f" and not np.isfinite(vector).all():
+        raise format_error("a vector that is NaN or infinity", wanted)
+    return vector
+
+
+def pack_record(record: Record) -> bytes:
+    """Return the bytes of a record that is no distance: the vector, or the tokens and after them the sketches."""
+    if isinstance(record, TokenRecord):
+        return record.tokens.astype("<u4").tobytes() + record.sketches.astype("<f2").tobytes()
+    assert isinstance(record, VectorRecord)
+    return record.vector.astype("<f2").tobytes()
+
+
+def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return the record whose bytes, in base64, another machine sent.
+
+    Raises:
+        ProofFormatError: The value is not a string, not base64, of another length, or a number in it is not finite.
+    """
+    if pipeline.output == "vector":
+        return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
+    tokens, sketches = np.split(decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps])
+    if not np.isfinite(sketches.view("<f2")).all():
+        raise format_error("sketches that are NaN or infinity", "finite float16 values")
+    states = sketches.view("<f2").astype(np.float16).reshape(-1, pipeline.vector_size)
+    return TokenRecord(nonce, tokens.view("<u4").astype(np.uint32), states)
+
+
+def packed_size(pipeline: Pipeline) -> int:
+    """Return the number of bytes that :func:`pack_record` makes of a record; 0 where a distance is published."""
+    return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
+
+
+def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
+    """Return what :func:`unpack_record` returns, or a record of NaN, which is never a match, where it is not one."""
+    try:
+        return unpack_record(nonce, text, pipeline)
+    except ProofFormatError:
+        nothing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
+        if pipeline.output == "vector":
+            return VectorRecord(nonce, nothing[0])
+        return TokenRecord(nonce, np.zeros(pipeline.steps, dtype=np.uint32), nothing)
+
+
+def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
+    """Return how the bytes of :func:`pack_record` are to be read, as callbacks say it beside them."""
+    form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
+    return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from assay.errors import AssayError, CalibrationError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.record import STRICT, Fingerprint, read_as
+from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.calibrate import PRIOR

@@ -11,7 +11,7 @@ from assay import streams
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.calibration import ResponseCalibration, default_response_noise
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed

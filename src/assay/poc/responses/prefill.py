@@ -23,7 +23,7 @@ from assay.models.load import Model
 from assay.models.wide import wide_products
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.sampling import step_seeds

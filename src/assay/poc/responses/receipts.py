@@ -24,13 +24,13 @@ from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.proof import ModelLine
-from assay.poc.protocol.record import (
+from assay.poc.protocol.proof import (
     FOOTER,
     LARGEST_SIZE,
     STRICT,
     Fingerprint,
     LastLine,
+    ModelLine,
     Seconds,
     StrictFile,
     decode_vector,

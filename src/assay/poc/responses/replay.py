@@ -1,23 +1,230 @@
 """Replay: one prefill of prompt and output, and how far every token and sketch is from what it gives.
 
-Legend of shapes: N tokens, S sketches, G columns of a profile.
+The idea in one line: under the same noise, the **margin** of a token is the best score minus its own. It is 0 for the
+verifier's own token, and the scores of two honest engines differ by little, so an honest margin is small. Times the
+temperature it is the **gap**: the least change of the logits with which the token wins.
+
+Where top-k, top-p or min-p limits the support, two engines may also differ in which tokens they keep. A token with a
+larger score need not be overtaken if it nearly left the support, and a token that nearly entered it is not impossible:
+
+    gap(x) = max(enter(x), max over kept v with s_v > s_x of min(s_v − s_x, leave(v)))
+
+``enter`` is how far x is from being kept and ``leave`` how far v is from being dropped, by the rule that is nearest.
+For top-p the distance is that of the logits to the neighbour on the other side, or of the logarithm of the odds of the
+sum that decides, whichever is smaller. Only the :data:`RIVALS` largest scores are looked at as v. The profile that
+follows is a law of tokens whatever the gaps are (:mod:`assay.stats`): a coarser gap costs power, and no validity.
+
+Shapes: N steps, V tokens of the vocabulary, S sketches, G columns of a profile, R rivals.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64
 from numpy.typing import NDArray
+from torch import Tensor
 
-from assay.errors import ProofMismatch
+from assay.errors import ProofMismatch, UsageError
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.margins import measure_margins
 from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
+from assay.poc.responses.sampler import Sampler
+from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
 from assay.poc.verdict.noise import ResponseBlocks
-from assay.stats.tokens import COLUMNS
+from assay.stats.tokens import COLUMNS, SCALES, round_profiles
+from assay.streams.backends import as_tensor
+
+RIVALS = 8
+"""Number of larger scores that may have left the support."""
+
+_AT_ONCE = 2**22  # scores that are held at a time
+_NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
+_NEGLIGIBLE = 25.0  # in natural logarithms
+_SQUARINGS = 12  # in a row, each of which doubles the error of float32: less than the step of float16 in the end
+
+
+def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Return how far every score is below the best one under the same noise; infinite for a token that is not kept."""
+    return s_NV.amax(dim=1, keepdim=True) - s_NV
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """What the tokens of one response show.
+
+    Args:
+        margins: Largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite
+            where the verifier would not have kept it.
+        profiles: Log-probability of the claimed tokens at every scale, [N, G], as it is stored.
+    """
+
+    margins: NDArray[np.float32]
+    profiles: NDArray[np.float64]
+
+
+def measure_margins(
+    logits_NV: Float32[Tensor, "N V"],
+    output: tuple[int, ...],
+    sampling: Sampling,
+    seeds_N: NDArray[np.uint32],
+    *,
+    prompt: tuple[int, ...] = (),
+    whole: bool = True,
+) -> Margins:
+    """Measure how far the tokens of a response are from those that these logits give.
+
+    Args:
+        logits_NV: Raw logits that gave the tokens, by a prefill.
+        output: Tokens of the response.
+        sampling: Parameters of sampling.
+        seeds_N: Seeds of the steps.
+        prompt: Tokens of the prompt, which penalties may need.
+        whole: Whether the engine gave the logits of all tokens; those that it did not give are -inf.
+
+    Raises:
+        UsageError: The engine gave some logits only, and the others may decide which tokens top-p keeps.
+    """
+    vocabulary = logits_NV.shape[1]
+    rows = max(1, _AT_ONCE // vocabulary)
+    prompt_V = as_tensor(mark_tokens(prompt, vocabulary)).to(logits_NV.device) if sampling.penalises else None
+    margins, profiles = [], []
+    for start in range(0, len(output), rows):
+        stop = min(start + rows, len(output))
+        counts_NV = None
+        if sampling.penalises:
+            counts_NV = as_tensor(counts_before(output, vocabulary, start, stop)).to(logits_NV.device)
+        sampler = Sampler([sampling] * (stop - start), vocabulary, logits_NV.device)
+        l_NV = sampler.penalise(logits_NV[start:stop], prompt_NV=prompt_V, counts_NV=counts_NV)
+        if not whole:
+            _check_top_p(l_NV, sampling)
+        s_NV = sampler.add_noise(l_NV, seeds_N[start:stop])
+        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop])
+        tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
+        margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
+        profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
+    if not margins:
+        return Margins(np.zeros(0, np.float32), np.zeros((0, COLUMNS)))
+    return Margins(np.concatenate(margins), round_profiles(np.concatenate(profiles)))
+
+
+def compute_gaps(
+    l_NV: Float32[Tensor, "N V"], s_NV: Float32[Tensor, "N V"], sampling: Sampling, seeds_N: NDArray[np.uint32]
+) -> Float64[Tensor, "N V"]:
+    """Return the gap of every token in units of the logits: its margin, refined where the support is limited.
+
+    Args:
+        l_NV: Logits with bias and penalties.
+        s_NV: Scores that follow from them.
+        sampling: Parameters of sampling.
+        seeds_N: Seeds of the steps.
+    """
+    if sampling.greedy:
+        return compute_margins(s_NV.double())
+    if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0):
+        return compute_margins(s_NV.double()) * sampling.temperature
+    unlimited = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+    whole_NV = Sampler([unlimited] * len(l_NV), l_NV.shape[1], l_NV.device).add_noise(l_NV, seeds_N).double()
+    z_NV = l_NV.double() / sampling.temperature
+    kept_NV = s_NV > -math.inf
+    enter_NV, leave_NV = _borders(z_NV, kept_NV, sampling)
+    rivals = min(RIVALS, l_NV.shape[1])
+    rival_NR, at_NR = torch.where(kept_NV, whole_NV, -math.inf).topk(rivals, dim=1)
+    gaps_NV = enter_NV
+    for place in range(rivals):
+        ahead_NV = rival_NR[:, place : place + 1] - whole_NV
+        needed_NV = torch.minimum(ahead_NV, leave_NV.gather(1, at_NR[:, place : place + 1]))
+        gaps_NV = torch.maximum(gaps_NV, torch.where(ahead_NV > 0, needed_NV, 0.0))
+    # A token that a grammar or a list of likeliest ones leaves out has no neighbours, and no change lets it in.
+    return torch.where(z_NV > -math.inf, gaps_NV, math.inf) * sampling.temperature
+
+
+def _borders(
+    z_NV: Float64[Tensor, "N V"], kept_NV: Tensor, sampling: Sampling
+) -> tuple[Float64[Tensor, "N V"], Float64[Tensor, "N V"]]:
+    """Return how far tokens are from being kept, 0 for those that are, and how far from being dropped."""
+    nothing = torch.zeros_like(z_NV)
+    enter_NV, leave_NV = nothing, nothing + math.inf
+    left_NV = z_NV > -math.inf
+    if sampling.min_p > 0:
+        above_NV = z_NV - (z_NV.amax(dim=1, keepdim=True) + math.log(sampling.min_p))
+        enter_NV, leave_NV = torch.maximum(enter_NV, -above_NV), torch.minimum(leave_NV, above_NV)
+        left_NV &= above_NV >= 0
+    if 0 < sampling.top_k < z_NV.shape[1]:
+        largest = torch.where(left_NV, z_NV, -math.inf).topk(sampling.top_k + 1, dim=1).values
+        enter_NV = torch.maximum(enter_NV, largest[:, -2:-1] - z_NV)
+        leave_NV = torch.minimum(leave_NV, z_NV - largest[:, -1:])
+        left_NV &= z_NV >= largest[:, -2:-1]
+    if sampling.top_p < 1:
+        sorted_NV, order_NV = torch.where(left_NV, z_NV, -math.inf).sort(dim=1, descending=True, stable=True)
+        before_NV = torch.softmax(sorted_NV, dim=1).cumsum(dim=1).roll(1, dims=1)
+        before_NV[:, 0] = 0
+        odds_NV = torch.logit(before_NV.clamp(0, 1)) - math.log(sampling.top_p / (1 - sampling.top_p))
+        odds_NV = torch.empty_like(odds_NV).scatter_(1, order_NV, odds_NV)
+        last_N1 = torch.where(kept_NV, z_NV, math.inf).amin(dim=1, keepdim=True)
+        next_N1 = torch.where(kept_NV, -math.inf, z_NV).amax(dim=1, keepdim=True)
+        inside = torch.minimum(-odds_NV, z_NV - next_N1)
+        outside = torch.minimum(odds_NV.clamp(min=0), (last_N1 - z_NV).clamp(min=0))
+        enter_NV = torch.maximum(enter_NV, torch.where(kept_NV, 0.0, outside))
+        leave_NV = torch.minimum(leave_NV, inside)
+    return torch.where(kept_NV, 0.0, enter_NV), leave_NV.clamp(min=0)
+
+
+def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
+    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border of top-p.
+
+    A border that is drawn too near makes tokens impossible that an honest node may take. The others have at most the
+    smallest logit of the likeliest, which bounds their sum.
+    """
+    known_N = (l_NV > -math.inf).sum(dim=1)
+    if sampling.greedy or sampling.top_p == 1 or 0 < sampling.top_k < int(known_N.min()):
+        return
+    sorted_NV = (l_NV.double() / sampling.temperature).sort(dim=1, descending=True).values
+    weights_NV = (sorted_NV - sorted_NV[:, :1]).exp()
+    weights_NV = torch.where(weights_NV < sampling.min_p, 0.0, weights_NV)
+    # The claimed token is given wherever it stands: the last but one bounds those that were not given.
+    smallest_N = weights_NV.gather(1, (known_N - 2).clamp(min=0)[:, None])[:, 0]
+    others_N = (l_NV.shape[1] - known_N) * smallest_N
+    sums_NV = weights_NV.cumsum(dim=1)
+    near_N, far_N = (
+        (sums_NV < sampling.top_p * total_N[:, None]).sum(dim=1)
+        for total_N in (sums_NV[:, -1], sums_NV[:, -1] + others_N)
+    )
+    if not torch.equal(near_N, far_N):
+        raise UsageError(
+            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of which the engine gave "
+            f"{int(known_N.min())} of {l_NV.shape[1]} logits",
+            wanted="the logits of all tokens that top-p adds up",
+            do="replay it with --engine hf",
+        )
+
+
+def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:
+    """Return the profiles of claimed tokens: the twin of :func:`assay.stats.token_profile` for devices.
+
+    At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at 2σ.
+    """
+    own_N = gaps_NV.gather(1, tokens_N[:, None])[:, 0].double()
+    vocabulary = gaps_NV.shape[1]
+    near_NK = gaps_NV.topk(min(_NEAR, vocabulary), dim=1, largest=False).values.double()
+    enough = float(near_NK[:, -1].min()) / (math.log(vocabulary) + _NEGLIGIBLE)
+    power_NV = torch.exp(-gaps_NV.float() / SCALES[-1])
+    columns = []
+    for squared, scale in enumerate(SCALES[::-1]):
+        if scale <= enough or len(near_NK[0]) == vocabulary:
+            total_N = torch.logsumexp(-near_NK / scale, dim=1)
+        elif squared < _SQUARINGS:
+            total_N = power_NV.sum(dim=1, dtype=torch.float64).log()
+            power_NV.square_()
+        else:
+            total_N = torch.logsumexp(-gaps_NV.double() / scale, dim=1)
+        columns.append(-own_N / scale - total_N)
+    return torch.stack([*columns[::-1], torch.full_like(own_N, -math.log(vocabulary))], dim=1)
+
 
 Progress = Callable[[int, int], None]
 """Called with (receipts done, receipts in all) after every receipt."""

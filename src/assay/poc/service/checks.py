@@ -11,7 +11,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import Fingerprint, check_distinct_seeds
+from assay.poc.protocol.proof import Fingerprint, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
 from assay.poc.service.jobs import job_round

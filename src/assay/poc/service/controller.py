@@ -23,7 +23,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import DistanceRecord, is_distance
+from assay.poc.protocol.proof import DistanceRecord, is_distance
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
 from assay.poc.service.checks import check_build, check_deployed, check_job, check_round, check_validation, round_values
 from assay.poc.service.database import open_database

@@ -21,7 +21,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import Record, VectorRecord, describe_packing, pack_record, unpack_or_nan
+from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record, unpack_or_nan
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest
 from assay.poc.service.judge import HonestNoise, judge_vectors

@@ -16,7 +16,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.record import is_valid
+from assay.poc.protocol.proof import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.metrics import Metrics

@@ -21,7 +21,7 @@ from assay.errors import UsageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import describe_packing
+from assay.poc.protocol.proof import describe_packing
 from assay.poc.service.database import FILE, open_database
 
 OWED = ("open", "pending")

@@ -23,7 +23,7 @@ from assay.files.database import Database, damaged
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.blocks import BlockFactor, block_scale, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.record import DistanceRecord, Record, TokenRecord, pack_record
+from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.outbox import Outbox
 from assay.stats.blocks import EFFECTIVE_DIMENSION, MeasuredBlockLaw

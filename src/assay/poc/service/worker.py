@@ -18,7 +18,7 @@ from typing_extensions import override
 from assay.errors import AssayError, BadWeights, StorageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread, LoopThread
-from assay.poc.protocol.record import DistanceRecord, Record, is_distance, is_valid
+from assay.poc.protocol.proof import DistanceRecord, Record, is_distance, is_valid
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.rounds import Batch, Rounds, StoredRound
 from assay.poc.service.settings import Settings

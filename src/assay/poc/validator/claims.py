@@ -15,9 +15,9 @@ from assay.errors import AssayError, DataError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.record import (
+from assay.poc.protocol.proof import (
     DistanceRecord,
+    Proof,
     Record,
     describe_packing,
     is_distance,

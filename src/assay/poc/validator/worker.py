@@ -31,7 +31,7 @@ from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
-from assay.poc.protocol.record import Record, TokenRecord
+from assay.poc.protocol.proof import Record, TokenRecord
 from assay.poc.protocol.round import Round, group_rows
 from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw

@@ -24,7 +24,7 @@ from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_fi
 from assay.poc.engines.base import Decoded, Replayed, drawn_prompts
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
@@ -40,11 +40,9 @@ COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
 
-FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
-"""Errors of vLLM's admission control, after which the nonce is tried again as a client would."""
-
-DEAD = "EngineDeadError"
-"""Error of vLLM for everything that is asked of an engine whose process has died. The server ends then."""
+# Errors of vLLM's admission control, after which a nonce is tried again as a client would, and its error for everything
+# that is asked of an engine whose process has died. The server ends then.
+FULL, DEAD = {"QueueOverflowError", "MaxQueuedTokensError"}, "EngineDeadError"
 
 
 class Client:
@@ -56,10 +54,8 @@ class Client:
 
     def __init__(self, llm: Any, throttle: Throttle, engines: int = 1, version: str = "") -> None:
         self.throttle, self.version = throttle, version
-        self.ended: Future[None] = Future()
-        """Done once the engine ends; what waits for a nonce must not wait any longer."""
-        self.closers: set[Callable[[], Awaitable[None]]] = set()
-        """The ``close`` of every open stream of nonces."""
+        self.ended: Future[None] = Future()  # done once the engine ends: what waits for a nonce must not wait longer
+        self.closers: set[Callable[[], Awaitable[None]]] = set()  # the `close` of every open stream of nonces
         self._llm, self._engines = llm, engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0

@@ -24,7 +24,7 @@ from assay.models.load import identify
 from assay.models.resolve import resolve
 from assay.poc.engines.base import Decoded, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefilled, PromptAndOutput
@@ -293,9 +293,7 @@ async def _started(config: Any) -> Any:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
-LIKELIEST = 1024
-"""Number of the largest logits that are asked for at every position."""
-
+LIKELIEST = 1024  # number of the largest logits that are asked for at every position
 FIXED = (
     "model", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
     "worker_extension_cls", "speculative_config", "spec_method", "spec_model", "spec_tokens", "kv_cache_dtype",

@@ -40,11 +40,10 @@ from assay.poc.engines.base import (
     padded_batches,
     plain_outputs,
 )
-from assay.poc.engines.hf.compiled import CompiledForward, worth_compiling
-from assay.poc.engines.hf.fused import FUSED
+from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
 from assay.poc.protocol.pipelines import LayerStep, Pipeline
-from assay.poc.protocol.record import Fingerprint
+from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT, project, reflect, unit, weighted_sum
 from assay.streams.backends import as_tensor, dtype_name
