@@ -127,8 +127,7 @@ class ModuleResult:
     Attributes:
         name: Module name as in ``model.named_modules()``.
         auroc: AUROC of its own cin, hack against clean.
-        cin_hack: Mean cin of hack samples.
-        cin_clean: Mean cin of clean samples.
+        cin_hack, cin_clean: Mean cin of hack and of clean samples.
         overlap: Mean squared cosine of the principal angles between bases of two halves; None where not measured.
         spectrum: Singular values of all differences as shares of their root sum of squares, strongest first.
         noise: Shares after random signs on every entry, which destroy what the pairs have in common.
@@ -174,7 +173,8 @@ class CheckReport:
     @property
     def verdict(self) -> CheckVerdict:
         """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
-        return worst_verdict(check.verdict for check in self.checks)
+        found = {check.verdict for check in self.checks}
+        return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
 
     @property
     def exit_code(self) -> int:
@@ -193,37 +193,29 @@ class CheckReport:
             DataError: The record has another schema, or a value is missing or has another type, or not all five checks
                 are there.
         """
-        if record.get("schema") != SCHEMA:
-            raise _unusable(f"schema {record.get('schema')!r}")
-        try:
-            report = TypeAdapter(cls).validate_python(record)
-        except ValidationError as error:
-            raise _unusable(describe_fault(error)) from error
-        if tuple(check.name for check in report.checks) != CHECKS:
-            raise _unusable(f"it has the checks {[check.name for check in report.checks]}")
-        if not (report.hack and report.clean and report.modules):
-            raise _unusable("it has no scores, or no modules")
+        report, fault = None, f"schema {record.get('schema')!r}"
+        if record.get("schema") == SCHEMA:
+            try:
+                report, fault = TypeAdapter(cls).validate_python(record), ""
+            except ValidationError as error:
+                fault = describe_fault(error)
+        if report is not None and tuple(check.name for check in report.checks) != CHECKS:
+            fault = f"it has the checks {[check.name for check in report.checks]}"
+        elif report is not None and not (report.hack and report.clean and report.modules):
+            fault = "it has no scores, or no modules"
+        if report is None or fault:
+            raise DataError(
+                f"a check report that cannot be used: {fault}",
+                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+                do="run the checks again",
+            )
         return report
-
-
-def worst_verdict(verdicts: Iterable[CheckVerdict]) -> CheckVerdict:
-    """Return ``fail`` if any fails, else ``undecided`` if any is, else ``pass``."""
-    found = set(verdicts)
-    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
 
 
 def describe_fault(error: ValidationError) -> str:
     """Return the first fault of a record: where it is, and what is wrong there."""
     fault = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-
-
-def _unusable(why: str) -> DataError:
-    return DataError(
-        f"a check report that cannot be used: {why}",
-        wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
-        do="run the checks again",
-    )
 
 
 def p_value(observed: float, draws: Sequence[float]) -> float:

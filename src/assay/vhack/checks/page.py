@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
-from assay.vhack.checks.judge import HAAR, Check, CheckReport, FloatArray
+from assay.vhack.checks.judge import HAAR, CheckReport, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -19,12 +18,7 @@ _HACK, _CLEAN = SERIES[1], SERIES[0]
 
 
 def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
-    """Return the page of the five verdicts with the evidence for each.
-
-    Args:
-        report: Checks to show.
-        command: Command that made them, for the footer.
-    """
+    """Return the page of the five verdicts with the evidence for each; the footer names the command."""
     model = report.origin.get("model") or "Gradients at hand"
     subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
     made = Report("Are these hack directions real?", subtitle, command=command)
@@ -58,17 +52,14 @@ def _verdicts(made: Report, report: CheckReport) -> None:
     passed = sum(check.verdict == "pass" for check in report.checks)
     made.section("Verdict")
     made.paragraph(Badge(report.verdict, report.verdict), f"  {passed} of {len(report.checks)} checks pass.")
-    rows: list[list[Cell]] = [
-        [
-            check.title,
-            None if check.measured is None else f"{check.measured.value:.3f}",
-            None if check.measured is None else f"{check.measured.low:.3f} to {check.measured.high:.3f}",
-            _level(check, report.settings.alpha),
-            f"{max(check.p_values.values()):.2g}" if check.p_values else None,
-            Badge(check.verdict, check.verdict),
-        ]
-        for check in report.checks
-    ]
+    rows: list[list[Cell]] = []
+    for check in report.checks:
+        found, largest = check.measured, max(check.p_values.values(), default=None)
+        nulls = [draws for name, draws in check.nulls.items() if not name.startswith("agreement")]
+        level = max((np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None)
+        shown: list[Cell] = [found and f"{found.value:.3f}", found and f"{found.low:.3f} to {found.high:.3f}"]
+        shown += [None if level is None else f"{level:.3f}", None if largest is None else f"{largest:.2g}"]
+        rows.append([check.title, *shown, Badge(check.verdict, check.verdict)])
     made.table(
         ("check", "value", f"{report.settings.confidence:.0%} interval", "highest null", "largest p", "verdict"),
         rows,
@@ -79,11 +70,6 @@ def _verdicts(made: Report, report: CheckReport) -> None:
             badge = Badge(check.verdict, check.verdict)
             made.paragraph(badge, f"  {check.title}. Value: {check.statistic}. {check.rule}")
             made.paragraph(_sentence(check.reason))
-
-
-def _level(check: Check, alpha: float) -> str | None:
-    levels = [np.quantile(draws, 1 - alpha) for name, draws in check.nulls.items() if not name.startswith("agreement")]
-    return f"{max(levels):.3f}" if levels else None
 
 
 def _distributions(made: Report, report: CheckReport) -> None:
@@ -172,24 +158,19 @@ def _sources(made: Report, report: CheckReport) -> None:
         ax.set_ylabel("cin")
         caption = "cin of the gradient of each source, step by step."
     else:
-        fig, ax = _by_group(details["groups"], hack, clean)
+        order = np.argsort(hack - clean)
+        fig, ax = figure(height=1.0 + 0.17 * max(len(hack), 4))
+        rows = np.arange(len(hack))
+        ax.hlines(rows, clean[order], hack[order], color=MUTED, linewidth=0.9, alpha=0.6)
+        ax.scatter(clean[order], rows, s=22, color=_CLEAN, label="clean", zorder=3)
+        ax.scatter(hack[order], rows, s=22, color=_HACK, label="hack", zorder=3)
+        ax.set_yticks(rows, [details["groups"][i][:28] for i in order])
+        ax.tick_params(axis="y", labelsize=7.5)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("cin")
         caption = "cin of the summed gradient of all hack sides, and of all clean sides, of each held-out group."
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     made.figure(fig, caption)
-
-
-def _by_group(groups: Sequence[str], hack: FloatArray, clean: FloatArray) -> "tuple[Figure, Axes]":
-    order = np.argsort(hack - clean)
-    fig, ax = figure(height=1.0 + 0.17 * max(len(groups), 4))
-    rows = np.arange(len(groups))
-    ax.hlines(rows, clean[order], hack[order], color=MUTED, linewidth=0.9, alpha=0.6)
-    ax.scatter(clean[order], rows, s=22, color=_CLEAN, label="clean", zorder=3)
-    ax.scatter(hack[order], rows, s=22, color=_HACK, label="hack", zorder=3)
-    ax.set_yticks(rows, [groups[i][:28] for i in order])
-    ax.tick_params(axis="y", labelsize=7.5)
-    ax.grid(axis="y", visible=False)
-    ax.set_xlabel("cin")
-    return fig, ax
 
 
 def _angles(made: Report, report: CheckReport) -> None:
@@ -234,12 +215,13 @@ def _spectrum(made: Report, report: CheckReport) -> None:
 def _settings(made: Report, report: CheckReport) -> None:
     made.section("Data and settings")
     settings = report.settings
+    origin = report.origin
     items: dict[str, Cell] = {
-        "model": str(report.origin.get("model", "")),
-        "weights (SHA-256)": str(report.origin.get("weights", ""))[:16],
-        "pairs": report.origin.get("pairs"),
-        "groups": report.origin.get("groups"),
-        "pairs (SHA-256)": str(report.origin.get("pairs_sha256", ""))[:16],
+        "model": str(origin.get("model", "")),
+        "weights (SHA-256)": str(origin.get("weights", ""))[:16],
+        "pairs": origin.get("pairs"),
+        "groups": origin.get("groups"),
+        "pairs (SHA-256)": str(origin.get("pairs_sha256", ""))[:16],
         "axes per module": settings.k_use,
         "label swaps": settings.n_flips,
         "bases per null": settings.n_null,
