@@ -4,12 +4,14 @@ Most of them also run (docs/blocks.md).
 """
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from assay.cli import app
 from assay.cli.framework import leaves
+from assay.poc import NetworkPins
 from tests.cli.test_app import FROZEN
 from tests.docs.command_lines import VARIABLES, refused, shown
 from tests.docs.shell import ROOT
@@ -50,3 +52,13 @@ def test_every_example_of_a_help_text_is_read_by_its_program(folder: Path):
     found = [line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)]
     assert len(found) >= len(FROZEN)
     assert refused([[VARIABLES.get(word, word) for word in words] for words in found], folder) == {}
+
+
+def test_the_pins_file_of_a_page_is_complete():
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/pins.md").read_text(encoding="utf-8"), re.DOTALL)[:1]
+    network = NetworkPins.of(tomllib.loads(example), "docs/pins.md")
+    (model,) = network.models
+    assert (len(network.nodes), len(model.builds), len(model.calibrations)) == (3, 2, 1)
+    pins = network.for_round(block_hash="b", public_key="node_B", node_id=1)
+    assert (pins.node_id, pins.node_count, pins.strength, len(pins.builds)) == (1, 2, 256, 1)
+    assert len(network.for_round(block_hash="b", public_key="node_A").builds) == 2

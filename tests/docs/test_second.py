@@ -15,7 +15,7 @@ import assay
 from assay.files.jsonl import read_json
 from assay.poc import PIPELINES, Pins, Round, default_noise, prove, verify
 from assay.poc.verdict.noise import sequential_test
-from tests.streams.draws import DRAWS_PER_GROUP, Group
+from tests.streams.test_draws import DRAWS_PER_GROUP, Group
 
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "docs" / "second.py"

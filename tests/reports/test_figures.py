@@ -19,10 +19,6 @@ def sample_svg(prefix="f1"):
     return to_svg(fig, prefix=prefix, description='a "quoted" <plot> \\1')
 
 
-def test_same_figure_same_bytes():
-    assert sample_svg() == sample_svg()
-
-
 def test_no_placeholder_colour_and_no_outside_reference_is_left():
     svg = sample_svg()
     assert not any(colour in svg for colour in (*SERIES, INK, MUTED, RULE, PAPER))

@@ -1,6 +1,10 @@
 """The stream hash run backwards: the seed that gives a chosen hash at a chosen index. Any special value can be met."""
 
+from pathlib import Path
+
 import numpy as np
+
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def seed_for(hash_, index):

@@ -10,10 +10,9 @@ from assay.streams import definition as _definition
 from assay.streams import get_backend, seeds, step_seeds
 from assay.streams.backends import as_tensor, digest
 
-from .gumbel_vectors import PATH
-from .inverse import dense_hashes, distinct_uniforms, gumbel_hashes, seed_for
+from .inverse import VECTORS, dense_hashes, distinct_uniforms, gumbel_hashes, seed_for
 
-KNOWN = json.loads(PATH.read_text())
+KNOWN = json.loads((VECTORS / "gumbels.json").read_text())
 TEXTS = [f"stream_{i}" for i in range(5)]
 DRAWS = 1_000_000
 LEAST_P = 1e-3

@@ -76,23 +76,6 @@ def test_no_fused_multiply_add_in_the_reflections(triton_backend, compiled, d):
     check_no_fused_operation(kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize("kind", ["hashes", "uniforms", "signs", "permutations", "gumbels"])
-def test_no_fused_multiply_add_in_the_rest(triton_backend, compiled, kind):
-    getattr(triton_backend, kind)(seeds(TEXTS), 1000)
-    (kernel,) = compiled
-    assert FUSED.findall(kernel.asm["ptx"]) == []
-
-
-@pytest.mark.parametrize("columns", [151_936, 999], ids=["wide", "narrow"])
-@pytest.mark.parametrize("rows", [None, [4, 0]], ids=["every row", "some rows"])
-def test_no_fused_multiply_add_in_the_noise_of_a_step(triton_backend, compiled, rows, columns):
-    scores, numbers = noise_arguments(columns, rows)
-    triton_backend.add_gumbels(scores, *numbers)
-    (kernel,) = compiled
-    assert FUSED.findall(kernel.asm["ptx"]) == []
-    assert kernel.asm["sass"].count("FFMA") == 0
-
-
 def noise_arguments(columns, rows=None):
     """Scores, and on the device the seeds of some rows and their numbers."""
     scores = states(ROWS, columns).cuda()
