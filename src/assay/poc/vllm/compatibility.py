@@ -17,12 +17,8 @@ from assay.models.quantized import StoredFormat, read_format
 from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
 
-EXTENSION = "assay.poc.vllm.WorkerExtension"
-"""What ``--worker-extension-cls`` names for nonces."""
-
-RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"
-"""What it names for nonces and responses."""
-
+EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
+RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"  # what it names for nonces and responses
 OLD_NAMES = {
     "assay.poc.engines.vllm.WorkerExtension": EXTENSION,
     "assay.poc.responses.vllm.ResponseExtension": RESPONSE_EXTENSION,
@@ -61,8 +57,7 @@ SINCE = (0, 32)
 """First minor version on which quantised checkpoints, caches in eight bits, models with state, several engines and API
 servers, workers of Ray and of several hosts, and passes beside the scheduler were run."""
 
-FIRST_V2 = (0, 31)
-"""First minor version whose V2 runner has logits processors."""
+FIRST_V2 = (0, 31)  # first minor version whose V2 runner has logits processors
 
 
 def installed_version() -> str:
@@ -174,8 +169,7 @@ EIGHT_BITS = dict.fromkeys(("fp8", "fp8_e4m3"), CACHES[0])
 The other format of eight bits, ``fp8_e5m2``, has a bit less: its honest noise came to 0.6 of the distance of four bits.
 """
 
-ROTATION = "rotary_embedding"
-"""What vLLM calls its kernel for rotary embeddings."""
+ROTATION = "rotary_embedding"  # what vLLM calls its kernel for rotary embeddings
 
 
 def rounded_cache(config: Any) -> str:

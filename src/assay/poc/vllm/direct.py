@@ -30,12 +30,9 @@ from assay.streams.backends import dtype_name, torch_dtype
 CALLS = 2
 """Calls at once: the second one is queued behind the first, so that no device waits for it. Chat waits for both."""
 
-FOLLOWS = 0.005
-"""Seconds in which the next call follows if there is one; its reply has the values of the one before."""
-
+FOLLOWS = 0.005  # seconds in which the next call follows if there is one; its reply has the values of the one before
 MOST = 256  # nonces of a call for each engine
-FAILURES = 3
-"""Calls that fail one after the other until all nonces are requests."""
+FAILURES = 3  # calls that fail one after the other until all nonces are requests
 
 
 @dataclass(eq=False)

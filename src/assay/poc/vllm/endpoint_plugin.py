@@ -47,8 +47,7 @@ from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
 
-WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})
-"""POST routes that need no engine."""
+WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})  # POST routes that need no engine
 
 RECEIPT, BLOCK, REQUEST_ID, USER_SEED = b"x-assay-receipt", b"x-assay-block", b"x-request-id", b"x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
@@ -382,11 +381,8 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
 
     Reading takes a key that may read, changing and posting a block one that may do everything.
     """
-    router = APIRouter(
-        prefix=PREFIX,
-        tags=["vLLM"],
-        route_class=route_class(Keys(controller.settings), controller.settings, controller.metrics),
-    )
+    guarded = route_class(Keys(controller.settings), controller.settings, controller.metrics)
+    router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=guarded)
 
     @router.get("/engine", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:

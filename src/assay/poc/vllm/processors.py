@@ -37,9 +37,7 @@ except ImportError:  # before 0.31
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
 
-AHEAD = 16
-"""Steps whose seeds are made at once: as many as a batch may well stay the same for."""
-
+AHEAD = 16  # steps whose seeds are made at once: as many as a batch may well stay the same for
 MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
 

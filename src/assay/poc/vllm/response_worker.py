@@ -32,20 +32,13 @@ from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import call_before, is_first_of_group, spans
 from assay.poc.vllm.worker import WorkerExtension
 
-MOST_NORMALS = 2**22
-"""Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free."""
-
+MOST_NORMALS = 2**22  # numbers of projections that are made at once: vLLM leaves little of a GPU's memory free
 MOST_RESPONSES = 8192
 """Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server side left behind."""
 
-STEPS_AHEAD = 4
-"""Steps of drafts by which a runner's positions on the host may be wrong: two are in flight."""
-
-NEVER = 2**40
-"""Length of a prompt that never ends."""
-
-ARGUMENT = "assay"
-"""Key of ``extra_args``. What a client puts there is thrown away before a request reaches the workers."""
+STEPS_AHEAD = 4  # steps of drafts by which a runner's positions on the host may be wrong: two are in flight
+NEVER = 2**40  # length of a prompt that never ends
+ARGUMENT = "assay"  # key of `extra_args`. What a client puts there is thrown away before a request reaches the workers
 
 
 @dataclass(frozen=True)
@@ -140,7 +133,6 @@ class Capture:
         self.errors = 0
         self._runner, self._raw = runner, raw
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
-        self._prompts: dict[str, int] = {}
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
         self._waiting: deque[CopiedStates] = deque()
@@ -173,7 +165,6 @@ class Capture:
     def drop(self, names: list[str]) -> None:
         """Forget requests that have ended, or whose clients have left."""
         for name in names:
-            self._prompts.pop(name, None)
             self._kept.pop(name, None)
 
     def _note(self, error: Exception) -> None:
@@ -185,7 +176,6 @@ class Capture:
             carried = read_seed_argument(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
                 self._kept[request.req_id] = KeptResponse(carried.prompt, np.array(carried.sketch, np.uint32), {})
-                self._prompts[request.req_id] = carried.prompt
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
         # The steps in which nothing can be due are counted down while the same requests go on by one token each.
@@ -203,7 +193,8 @@ class Capture:
         if states_ND is None or step is None:
             return
         # The token that the first position of each request gives; a request that is not recorded gives none.
-        first_N = step.computed + 1 - np.array([self._prompts.get(name, NEVER) for name in step.names])
+        known = map(self._kept.get, step.names)
+        first_N = step.computed + 1 - np.array([NEVER if kept is None else kept.prompt for kept in known])
         after_N = first_N + self._slack + step.lengths
         due_N = _next_sketched(first_N - self._slack) < after_N
         if not self._slack:
@@ -223,10 +214,7 @@ class Capture:
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
-            event: Any = None
-            if self._aside is not None:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
+            event = None if self._aside is None else torch.cuda.current_stream(self._device).record_event()
             self._waiting.append(CopiedStates(step_states, step_rows, event))
         if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
             self._flush()

@@ -26,12 +26,8 @@ from assay.poc.vllm.compatibility import rounded_cache, runner_kind, stored_as
 from assay.streams.backends import dtype_name
 
 MAX_STREAMS = 16
-MAX_ROWS = 4096
-"""Bound on the rows of a stream; above it the oldest are dropped, whose requests were given up."""
-
-LONGEST_REASON = 300
-"""Characters of the reason for which a nonce or a call did not run."""
-
+MAX_ROWS = 4096  # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
+LONGEST_REASON = 300  # characters of the reason for which a nonce or a call did not run
 EXPIRY = 600.0  # seconds without use after which a stream is dropped
 
 
@@ -84,10 +80,8 @@ class Decode(NamedTuple):
     """A nonce that decodes, or whose tokens are replayed, while its request runs."""
 
     noise: UInt32[np.ndarray, " N"]
-    claimed: Tensor | None
-    """Tokens that are replayed, int64 [N]; None where they are decoded."""
-    kept: Float32[Tensor, " W"]
-    """States and margins that are known so far; NaN where they are not."""
+    claimed: Tensor | None  # tokens that are replayed, int64 [N]; None where they are decoded
+    kept: Float32[Tensor, " W"]  # states and margins that are known so far; NaN where they are not
 
 
 @dataclass(eq=False)
@@ -97,16 +91,14 @@ class RowStream:
     spec: Spec
     touched: float
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
+    # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    """Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept."""
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    """Weighted sums over the positions so far, of nonces whose prompt came in several steps."""
-    decodes: dict[int, Decode] = field(default_factory=dict)
-    """What is known of nonces that decode, until they are collected."""
-    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
-    """Reasons of nonces that could not run."""
-    dropped: int = 0
-    """Number of rows that were never collected."""
+    sums: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # over positions of nonces whose prompts come in several steps
+    decodes: dict[int, Decode] = field(default_factory=dict)  # of nonces that decode, until they are collected
+    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)  # reasons of nonces that could not run
+    dropped: int = 0  # number of rows that were never collected
 
     def fill(self, nonce: int) -> None:
         """Note that the inputs of a nonce are those of its round."""
@@ -192,11 +184,8 @@ class Rows:
 # --------------------------------------------------------------------------------------------------
 # The place of a worker among the others, its model, and the requests of a step.
 
-MAX_VALUES = 2**24
-"""Number of input values that are made at once: vLLM leaves little of a GPU's memory free."""
-
-MAX_SUMMED = 2**22
-"""Number of state values that are summed at once; they are held three times in float32."""
+MAX_VALUES = 2**24  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
+MAX_SUMMED = 2**22  # number of state values that are summed at once; they are held three times in float32
 
 
 class Chunk(NamedTuple):

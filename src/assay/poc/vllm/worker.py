@@ -53,12 +53,8 @@ from assay.streams.backends import dtype_name
 log = logging.getLogger("assay.vllm")
 
 MAX_TRANSFORMS = 4
-CLAIMED = "assay_claimed"
-"""Key of ``extra_args`` of a request that replays: the tokens [N] that another node states."""
-
-MOST_LOGITS = 2**24
-"""Numbers of logits that are made at once for margins, and of projections for sketches: vLLM leaves little memory."""
-
+CLAIMED = "assay_claimed"  # key of `extra_args` of a request that replays: the tokens [N] that another node states
+MOST_LOGITS = 2**24  # numbers that are made at once for margins and for sketches: vLLM leaves little memory
 
 Reply = dict[str, Any]
 
@@ -71,7 +67,6 @@ class WorkerExtension:
     vllm_config: Any
     assay_hooks: "Hooks"
     assay_passes: DirectPasses
-
     assay_pending: Callable[[], Reply] | None = None  # waits for the values of the last call, until they are asked for
 
     def assay_install(self) -> Reply:
@@ -110,11 +105,7 @@ class WorkerExtension:
     # Nonces beside the scheduler
 
     def assay_batch(self, key: str) -> Reply:
-        """Prepare a stream for passes beside the scheduler.
-
-        Returns ``batch``, the largest number of nonces of a pass, and ``reason``: why it is 0, and nonces must be
-        requests.
-        """
+        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0, and all are requests."""
         batch, reason = 0, None
         try:
             stream = self.assay_hooks.rows.get(key)
@@ -245,12 +236,9 @@ class Hooks:
                         self._decoding.begin(stream, nonce, request)
                         continue
                     sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
-                    length = len(request.prompt_token_ids if sent is None else sent)
-                    if length != seq_len:
-                        raise ValueError(
-                            f"{length} {'placeholders' if sent is None else 'inputs'} for {seq_len} positions"
-                        )
-                    if request.prompt_embeds is None and is_first_stage():
+                    if (length := len(request.prompt_token_ids if sent is None else sent)) != seq_len:
+                        raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
+                    if sent is None and is_first_stage():
                         empty.setdefault(stream, []).append((nonce, request))
                     else:
                         stream.fill(nonce)
@@ -264,14 +252,11 @@ class Hooks:
 
     def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
         """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
-        round = stream.spec.round
+        round, nonces, dtype = stream.spec.round, [nonce for nonce, _ in requests], dtype_name(self._model.dtype)
         shape = {"seq_len": round.seq_len, "hidden_size": self._width}
-        dtype = dtype_name(self._model.dtype)
         # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running step.
         with torch.cuda.stream(self._side):
-            inputs_BTD = noise_inputs(
-                self._streams, round, [nonce for nonce, _ in requests], dtype=dtype, **shape
-            ).cpu()
+            inputs_BTD = noise_inputs(self._streams, round, nonces, dtype=dtype, **shape).cpu()
         for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
             # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
             # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
@@ -483,9 +468,8 @@ class Decoding:
         at_once, behind = max(1, MOST_LOGITS // self._vocab), len(sketched) * self._width
         for start in range(low, high, at_once) if decode.claimed is not None else ():
             end = min(start + at_once, high)
-            logits_NV = self._runner.model.compute_logits(
-                states_ND[chunk.start + start - first : chunk.start + end - first]
-            )
+            states = states_ND[chunk.start + start - first : chunk.start + end - first]
+            logits_NV = self._runner.model.compute_logits(states)
             if logits_NV is None:  # another worker of the group has them, and answers for all
                 break
             scores_NV = logits_NV.float()
