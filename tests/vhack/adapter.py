@@ -62,6 +62,26 @@ def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=Fal
     return {name: torch.stack([row[name] for row in rows]) for name in modules}
 
 
+def of_weights(module, tokenizer, samples, svd):
+    """The diagonal of Uᵀ G Vhᵀ, where G is what torch finds for the weight itself, one sample at a time, [N, R]."""
+    found = {name: [] for name in svd}
+    parameters = dict(module.named_parameters())
+    for sample in samples:
+        module.zero_grad()
+        prompt, completion = (tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
+        logits = module(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        functional.cross_entropy(logits, torch.tensor(completion)).backward()
+        for name, factors in svd.items():
+            tensor, _, expert = name.rpartition(".")
+            whole = parameters[tensor if tensor in parameters else f"{name}.weight"].grad
+            gradient = torch.zeros(len(factors.left), factors.right.shape[1]) if whole is None else whole
+            gradient = gradient[int(expert)] if gradient.ndim == 3 else gradient
+            if gradient.shape != (len(factors.left), factors.right.shape[1]):  # experts may be transposed
+                gradient = gradient.T
+            found[name].append((factors.left.T @ gradient @ factors.right.T).diagonal())
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
 def _one(module, tokenizer, sample, delta, start):
     prompt, completion = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample.prompt, sample.completion)

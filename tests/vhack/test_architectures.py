@@ -8,13 +8,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.vhack import Basis, Coverage, extract, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients.targets import coverage
-from tests.vhack.adapter import made, sequential_gradients, worst_error
+from tests.vhack.adapter import made, of_weights, sequential_gradients, worst_error
 
 LATENT = {
     "kv_lora_rank": 8,
@@ -30,24 +29,6 @@ ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1}
 SPARSE = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
-
-
-def of_weights(module, tokenizer, samples, svd):
-    """The diagonal of Uᵀ G Vhᵀ, where G is what torch finds for the weight itself, one sample at a time, [N, R]."""
-    found = {name: [] for name in svd}
-    parameters = dict(module.named_parameters())
-    for sample in samples:
-        module.zero_grad()
-        prompt, completion = (tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
-        logits = module(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        functional.cross_entropy(logits, torch.tensor(completion)).backward()
-        for name, factors in svd.items():
-            tensor, _, expert = name.rpartition(".")
-            whole = parameters[tensor if tensor in parameters else f"{name}.weight"].grad
-            gradient = torch.zeros(len(factors.left), factors.right.shape[1]) if whole is None else whole
-            gradient = gradient[int(expert)] if tensor in parameters else gradient
-            found[name].append((factors.left.T @ gradient @ factors.right.T).diagonal())
-    return {name: torch.stack(rows) for name, rows in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -199,13 +180,7 @@ def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(tmp_
     assert Basis.load(path, model).origin == basis.origin
     with safe_open(path, "pt") as reader:
         assert json.loads(reader.metadata()["coverage"])["share"] == basis.origin.coverage.share
-
-
-def test_the_file_of_a_whole_model_says_nothing_of_coverage(
-    tmp_path, small_model, small_pairs, byte_tokenizer, small_svd
-):
-    path = tmp_path / "basis.safetensors"
-    basis = extract(small_pairs, small_model, tokenizer=byte_tokenizer, svd=small_svd, path=path)
-    assert basis.origin.coverage == Coverage(1.0, ())
-    with safe_open(path, "pt") as reader:
+    whole = tmp_path / "whole.safetensors"
+    assert extract(small_pairs, made("Llama"), path=whole, **asked).origin.coverage == Coverage(1.0, ())
+    with safe_open(whole, "pt") as reader:
         assert "coverage" not in reader.metadata()

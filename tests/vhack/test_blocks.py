@@ -44,13 +44,13 @@ def _packed(batch, *, together=False, in_blocks=True):
     return PackedLayers(lambda: batch, None, together=together, in_blocks=in_blocks)
 
 
-def _leaf(seed=0):
-    return torch.randn(1, sum(LENGTHS), 24, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+def _leaf():
+    return torch.randn(1, sum(LENGTHS), 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def _outcome(model, forwards, weight, seed=0):
+def _outcome(model, forwards, weight):
     """What comes out of layers of a packed row, and the gradient of its input."""
-    leaf = _leaf(seed)
+    leaf = _leaf()
     rotation = model.rotary_emb(leaf, torch.cat([torch.arange(length) for length in LENGTHS])[None])
     out = leaf
     for forward in forwards:
@@ -105,14 +105,3 @@ def test_queries_that_no_loss_asks_for_are_left_out(monkeypatch, model, in_block
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-5, atol=1e-5)
     if in_blocks:
         assert sum(last - first for _, first, last in rows[0]) == int(asked.sum()) < sum(LENGTHS)
-
-
-def test_positions_are_turned_once_for_all_layers_of_a_pass(monkeypatch, model):
-    packed = _packed(_batch())
-    made = []
-    real = _blocks.Turn.of
-    monkeypatch.setattr(_blocks.Turn, "of", lambda *args: made.append(args) or real(*args))
-    forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
-    first, other = (_outcome(model, forwards, _weight(), seed)[0] for seed in (0, 1))
-    assert len(made) == 4  # queries and keys of two passes
-    assert not torch.equal(first, other)

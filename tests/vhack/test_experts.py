@@ -1,11 +1,10 @@
-"""Experts in one tensor: the δS gradient of every sample and expert is that of a loop over experts and samples."""
+"""Experts in one tensor: the δS gradient of every sample and expert is that of the weights."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
@@ -14,7 +13,7 @@ from assay.vhack.gradients import per_sample as _per_sample
 from assay.vhack.gradients.batches import Batch, Encoded
 from assay.vhack.gradients.per_sample import Replica, recipe_for
 from assay.vhack.gradients.targets import coverage
-from tests.vhack.adapter import SMALL, _one, worst_error
+from tests.vhack.adapter import SMALL, of_weights, worst_error
 
 FAMILIES = {
     "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
@@ -37,47 +36,6 @@ def made(family, implementation="eager", **changes):
     return module
 
 
-def looped_gradients(module, tokenizer, samples, svd):
-    """By the definition: one sample at a time, one expert at a time, W + U diag(δS) Vh written out."""
-    modules = target_modules(module)
-    delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in modules}
-
-    def project(name, inputs):
-        factors, linear = svd[name], modules[name]
-        change = (factors.left * delta[name]) @ factors.right
-        return functional.linear(inputs, linear.weight + change, linear.bias)
-
-    def of_experts(prefix, experts):
-        def forward(hidden, index, weights):
-            total = torch.zeros_like(hidden)
-            for row in range(len(hidden)):
-                for place in range(index.shape[1]):
-                    expert = int(index[row, place])
-                    inner = experts._apply_gate(project(f"{prefix}.gate_up_proj.{expert}", hidden[row][None]))
-                    said = project(f"{prefix}.down_proj.{expert}", inner)[0]
-                    total = total + nn.functional.one_hot(torch.tensor(row), len(hidden))[:, None] * (
-                        weights[row, place] * said
-                    )
-            return total
-
-        return forward
-
-    changed = []
-    for name, part in module.named_modules():
-        if hasattr(part, "is_transposed"):
-            part.forward = of_experts(name, part)
-            changed.append(part)
-        elif name in modules:
-            part.forward = lambda inputs, name=name: project(name, inputs)
-            changed.append(part)
-    try:
-        rows = [_one(module, tokenizer, sample, delta, [0]) for sample in samples]
-    finally:
-        for part in changed:
-            del part.forward
-    return {name: torch.stack([row[name] for row in rows]) for name in modules}
-
-
 @pytest.fixture(scope="module")
 def mixture():
     return made("Qwen3Moe")
@@ -89,11 +47,11 @@ def mixture_svd(mixture):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_a_loop_over_experts_and_samples(family, samples, byte_tokenizer):
+def test_gradients_of_experts_are_those_of_their_weights(family, samples, byte_tokenizer):
     """Two batches, so that samples are padded and some experts see nothing of some."""
     module = made(family)
     svd = weight_svd(module)
-    wanted = looped_gradients(module, byte_tokenizer, samples, svd)
+    wanted = of_weights(module.requires_grad_(True), byte_tokenizer, samples, svd)
     found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd, max_tokens=250)
     assert list(found) == list(wanted)
     seen = {name: rows for name, rows in wanted.items() if rows.any()}
