@@ -105,7 +105,7 @@ class WorkerExtension:
     # Nonces beside the scheduler
 
     def assay_batch(self, key: str) -> Reply:
-        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0, and all are requests."""
+        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0, all being requests."""
         batch, reason = 0, None
         try:
             stream = self.assay_hooks.rows.get(key)
