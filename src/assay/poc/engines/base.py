@@ -142,15 +142,7 @@ def overlapped_outputs(
     pipeline: Pipeline,
     nonces: Sequence[int],
 ) -> Generator[NDArray[Any]]:
-    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits for the host.
-
-    Args:
-        engine: Engine that makes the inputs and fixes the shape of a batch.
-        run: Function that does what ``engine.read`` does, without waiting for the device.
-        round: Round that gives the seed texts.
-        pipeline: Pipeline that names the steps and the published values.
-        nonces: Nonces in the order of the outputs.
-    """
+    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits: ``run`` reads and does not look."""
     inputs, forward, tail = cuda = _cuda_streams(engine.device)
     with torch.cuda.stream(tail):
         transform = make_transform(engine, round, pipeline)
@@ -200,11 +192,7 @@ def _cuda_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
 
 
 class HostCopy:
-    """Values on their way from a device to the host, made on the stream whose work computes them.
-
-    Args:
-        values: What is computed, perhaps not yet.
-    """
+    """Values on their way from a device to the host, made on the stream whose work computes them."""
 
     def __init__(self, values: Tensor) -> None:
         self._host, self._done = values, None
@@ -301,18 +289,7 @@ def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) ->
 
 
 class Draws:
-    """Everything that is drawn for the nonces of one batch.
-
-    That is :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`.
-
-    Args:
-        round: Round that gives the seed texts.
-        pipeline: Pipeline that says how many tokens are decoded.
-        nonces: Nonces of the batch, in order.
-        seq_len: Number P of positions of the prompt.
-        vocab_size: Number V of rows of the embedding.
-        device: Device of the engine.
-    """
+    """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
 
     def __init__(
         self,

@@ -36,12 +36,8 @@ _ROWS_AT_ONCE = 256  # of the head in float64
 def folded_head(round: Round, hidden_size: int) -> FloatArray:
     """Return v = Wᵀt of a block [D], W standard normal and t the target; over blocks, v is N(0, I).
 
-    Args:
-        round: Round of a preset with a random head; only its block and preset matter.
-        hidden_size: Number of columns D of the head.
-
     Raises:
-        UsageError: The preset has no random head, or the size is not in [1, 65536].
+        UsageError: The preset has no random head, or the hidden size is not in [1, 65536].
     """
     if get_pipeline(round.preset).head != "random":
         raise UsageError(
@@ -59,14 +55,10 @@ def block_scale(round: Round, hidden_size: int) -> float:
     """Return the length of a block's folded head over its mean, √2·Γ((D + 1)/2)/Γ(D/2); 1.0 without a random head.
 
     The mean over blocks is one and the standard deviation 1/√(2D). Honest noise of the distances of a block is
-    proportional to it.
-
-    Args:
-        round: Round of any preset; only its block and preset matter.
-        hidden_size: Size D of the state that the head is applied to.
+    proportional to it. Only block and preset of the round matter.
 
     Raises:
-        UsageError: The preset is unknown, or the size is not in [1, 65536].
+        UsageError: The preset is unknown, or the size of the state is not in [1, 65536].
 
     Example:
         >>> from assay.poc import Round
@@ -101,15 +93,11 @@ class BlockFactor:
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
-    """Predict how wide the distances of a block are from hidden states of the model.
+    """Predict how wide the distances of a block are from hidden states of the model, of any nonces of any block.
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
     bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
     the states. What a state has along the heaviest coordinate keeps its sign through the share c of its energy.
-
-    Args:
-        round: Round whose block is meant, of a preset with signs and a random head.
-        states_ND: Hidden states that the preset reads, of any nonces of any block.
 
     Raises:
         UsageError: The preset has no signs or no random head, or there are fewer than 2 states.

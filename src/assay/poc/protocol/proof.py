@@ -99,12 +99,8 @@ def parse_line(
         line: Bytes of the line, line end included; empty where the file ends.
         read: Function that makes the value of the JSON.
         write: Function that writes the value as canonical JSON.
-        most: Number of times that a character may be in the line. Values take many times the room of their text, so
-            they are counted before any is made.
+        most: Number of times that a character may be in the line: values take many times the room of their text.
         longest: Number of bytes that the line may have; any where None.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
     """
     if not line:
         raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
@@ -134,11 +130,7 @@ class LastLine:
 
     @classmethod
     def read(cls, path: str | Path, number: int, line: bytes) -> Self:
-        """Read the last line of a file.
-
-        Raises:
-            ProofFormatError: The line is wrong; names the file and the line.
-        """
+        """Read the last line of a file. Raises ProofFormatError: the line is wrong; names the file and the line."""
 
         def inner(line: bytes) -> Self:
             return read_as(cls, line.removeprefix(FOOTER).removesuffix(b"}\n"))
@@ -163,15 +155,7 @@ class StrictFile(ABC):
 
     @classmethod
     def parse(cls, source: str, content: bytes) -> Self:
-        """Read and check a file that is in memory.
-
-        Args:
-            source: Name of the file, for errors.
-            content: Bytes of the file.
-
-        Raises:
-            ProofFormatError: The content is not complete and consistent; the message names the line.
-        """
+        """Read and check a file that is in memory, as :meth:`load` does; the source names it in errors."""
         return cls._read(source, enumerate(io.BytesIO(content), start=1))
 
     @classmethod
@@ -427,14 +411,7 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
 
     A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were not chosen for it,
     n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives once in ten thousand are refused: any
-    at all in up to 927 nonces. Seeds of 256 bits do not collide.
-
-    Args:
-        round: Round that the nonces belong to, with the key of the node that proves.
-        nonces: Nonces of one proof or of one request, each once.
-
-    Raises:
-        ProofMismatch: Too many of the seeds are equal; names two nonces that share one.
+    at all in up to 927 nonces. Seeds of 256 bits do not collide. A ProofMismatch names two nonces that share one.
     """
     if round.strength != 32:
         return
@@ -650,11 +627,7 @@ def _header_line(header: Header) -> str:
 
 
 def parse_header(line: bytes) -> Header:
-    """Read the header line of a proof.
-
-    Raises:
-        AssayError: The line is wrong; names what is.
-    """
+    """Read the header line of a proof. Raises AssayError: the line is wrong; names what is."""
     read = read_as(_HeaderLine, line)
     if read.round.keys() != Round.__dataclass_fields__.keys():
         odd = ", ".join(sorted(read.round.keys() ^ Round.__dataclass_fields__.keys()))

@@ -198,16 +198,10 @@ class Round:
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not printable, or too long.
-
-    Args:
-        name: Name of the value, for the error.
-        value: Value that should be a text of at most 1024 characters.
-        do: Advice of the error.
-        fewest: Number of characters that it must have; 0 permits an empty text.
+    """Refuse a part of a seed text that is not printable, shorter than ``fewest`` or longer than 1024 characters.
 
     Raises:
-        UsageError: The value is not such a text.
+        UsageError: Names the value, and advises to ``do`` something.
     """
     if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
         raise UsageError(
@@ -216,11 +210,7 @@ def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
 
 
 def check_number(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not a whole number from ``low`` to ``high``.
-
-    Raises:
-        UsageError: Names the value and the range.
-    """
+    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and the range."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UsageError(
             f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}", field=name

@@ -214,15 +214,7 @@ def _check_enough_sketches(count: int, responses: int) -> None:
 
 
 def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> ResponseNoise:
-    """Fit the noise of honest responses.
-
-    Args:
-        by_prover: What the replay of every machine's responses gave.
-        source: Where the noise comes from, in words.
-
-    Raises:
-        UsageError: There are too few tokens or sketches.
-    """
+    """Fit the noise of honest responses to what the replay of every machine gave."""
     everything = [one for replayed in by_prover for one in replayed]
     profiles = [one.profiles for one in everything if len(one.profiles)]
     found = fit_token_noise(profiles)

@@ -45,13 +45,7 @@ class ReceiptPins:
 
     @classmethod
     def of_network(cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any) -> "ReceiptPins":
-        """Return what a network's file and flags pin together.
-
-        Args:
-            network: File of a network, if there is one.
-            given: Values of flags, which must agree with the file.
-            header: Header of the receipts; the checkpoint that it states must be one of the file.
-            more: Requests and evidence.
+        """Return what a network's file and flags pin together; the checkpoint must be one of the file.
 
         Raises:
             UsageError: A flag contradicts the file, or the file needs another flag.
@@ -311,12 +305,7 @@ def noise_between(
 
 
 def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receipts:
-    """Return receipts with a sample of the responses that have tokens, in the order of the file.
-
-    Args:
-        receipts: Receipts of a node.
-        sample: Number of responses; all when None.
-        seed: Number that draws the sample.
+    """Return receipts with a sample of the responses that have tokens, in the order of the file; all when None.
 
     Raises:
         UsageError: The file has no response with a token, or the sample is larger than the file.

@@ -146,9 +146,6 @@ class HFPrefill:
 class CachedForward:
     """Runs one sequence at a time, with a cache of keys and values, so no other request enters its numbers.
 
-    Args:
-        model: Model to run.
-
     Raises:
         ModelError: The model has no head that reads the last hidden state.
     """
@@ -164,16 +161,10 @@ class CachedForward:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], *, last: int = 1) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"]]:
-        """Append tokens to the sequence; return logits and hidden states of the last positions.
-
-        Args:
-            ids: Tokens to append.
-            last: Number of positions to return; 0 returns all of the tokens appended.
+        """Append tokens to the sequence; return logits and hidden states of its last positions, or of all when 0.
 
         Raises:
-            BadWeights: A state or a logit is NaN, or a state is infinite.
-            OutOfMemory: The device ran out of memory.
-            ModelError: The architecture cannot be run with a cache.
+            AssayError: As :meth:`HFPrefill.run`.
         """
         on = f"a prompt of {len(ids)} tokens"
         options = {"past_key_values": self._cache, "use_cache": True}
@@ -185,15 +176,7 @@ class CachedForward:
 def _run_model(
     model: Model, ids_BT: Tensor, places: tuple[Any, Any], *, on: str, **options: Any
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Return the logits and the hidden states at some places of a batch, and the cache of keys and values.
-
-    Args:
-        model: Model to run.
-        ids_BT: Token ids.
-        places: Rows and columns of the batch for which the head computes logits; it is given no others.
-        on: Words for the batch, in errors.
-        options: Options of the forward pass.
-    """
+    """Return logits and hidden states at some rows and columns of a batch, and the cache of the model."""
     states: list[Tensor] = []
 
     def keep_places(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -238,10 +221,10 @@ def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
 def sketch_response(
     hidden_SD: Float[Tensor, "S D"], words: NDArray[np.uint32], steps: Sequence[int]
 ) -> Float16[Tensor, "S K"]:
-    """Return the sketches of the states of a response, on their device.
+    """Return the sketches of the states after the final norm that gave the tokens of some steps, on their device.
 
     Args:
-        hidden_SD: Hidden states after the final norm that gave the tokens of the steps.
+        hidden_SD: Hidden states.
         words: Words of the response's seed for the stream ``sketch``, uint32 [8].
         steps: Steps of the states.
 

@@ -294,11 +294,7 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
 
 
 def check_word(name: str, value: object, words: Any) -> None:
-    """Refuse what is not one of the words of a ``Literal``.
-
-    Raises:
-        UsageError: Names the value and the words.
-    """
+    """Refuse what is not one of the words of a ``Literal``; a UsageError names the value and the words."""
     wanted = get_args(words)
     if type(value) is not type(wanted[0]) or value not in wanted:
         raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}")
@@ -372,11 +368,7 @@ class Receipts(StrictFile):
 
 
 class Tally:
-    """The footer of a file of receipts, while it grows.
-
-    Args:
-        header: Header of the file.
-    """
+    """The footer of a file of receipts, while it grows."""
 
     def __init__(self, header: ReceiptHeader) -> None:
         self._header = header
@@ -386,15 +378,11 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
-        """Count a receipt.
-
-        Args:
-            receipt: Receipt.
-            line: Line of the receipt, without its newline.
+        """Count a receipt, whose line is given without its newline.
 
         Raises:
-            UsageError: The response has a receipt already, its sketches are not those that the header announces, or
-                the file would be too large.
+            UsageError: The response has a receipt already, its sketches are not those that the header announces, or the file
+                would be too large.
         """
         if receipt.request in self._seen:
             raise UsageError(
@@ -421,23 +409,14 @@ class Tally:
         self._digest.update(line.encode() + b"\n")
 
     def footer(self, seconds: float) -> ReceiptFooter:
-        """Return the footer of what was counted.
-
-        Args:
-            seconds: Time that the responses took.
-        """
+        """Return the footer of what was counted in so many seconds."""
         return ReceiptFooter(
             receipts=len(self._seen), tokens=self._tokens, seconds=seconds, sha256=self._digest.hexdigest()
         )
 
 
 def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 1) -> Receipt:
-    """Read the line of one receipt.
-
-    Args:
-        line: Bytes of the line, with its line end.
-        source: Name of the file, for errors.
-        number: Number of the line, for errors.
+    """Read the line of one receipt, with its line end; source and number are for errors.
 
     Raises:
         ProofFormatError: The line is wrong; names the file and the line.

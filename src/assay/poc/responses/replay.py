@@ -117,11 +117,7 @@ def compute_gaps(
 ) -> Float64[Tensor, "N V"]:
     """Return the gap of every token in units of the logits: its margin, refined where the support is limited.
 
-    Args:
-        l_NV: Logits with bias and penalties.
-        s_NV: Scores that follow from them.
-        sampling: Parameters of sampling.
-        seeds_N: Seeds of the steps.
+    It follows from the logits with bias and penalties, and from the scores of the same seeds.
     """
     if sampling.greedy:
         return compute_margins(s_NV.double())
@@ -317,28 +313,17 @@ def check_runnable(
 ) -> list[PromptAndOutput]:
     """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what a model cannot run.
 
-    :func:`replay` begins with this. To call it before a ledger is begun, or before other files are replayed, saves
-    both for receipts that are refused.
-
-    Args:
-        receipts: Receipts of one node and model.
-        model: Same checkpoint on this machine.
-        prompts: Prompts with ids by their SHA-256, for receipts that have the hash alone.
+    :func:`replay` begins with this. To call it before a ledger is begun saves that for receipts that are refused.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint, a token is not in its vocabulary, a response is longer
-            than its positions, or the ids of a prompt are not known.
+        ProofMismatch: As :func:`replay`.
     """
     check_model(receipts.header, model)
     return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
-    """Refuse receipts of another checkpoint than the one that is loaded.
-
-    Raises:
-        ProofMismatch: Names both.
-    """
+    """Refuse receipts of another checkpoint than the one that is loaded; a ProofMismatch names both."""
     if (header.digest, header.weights) != (model.digest, model.weights):
         raise ProofMismatch(
             f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",

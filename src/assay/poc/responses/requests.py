@@ -156,13 +156,6 @@ def encode_requests(
 ) -> list[Request]:
     """Return the requests with token ids for prompts, every one of which fits the model.
 
-    Args:
-        requests: Requests.
-        tokenizer: Tokenizer of the model; None where it has none.
-        reference: Reference of the model, for errors.
-        vocab_size: Number of rows of the embedding matrix.
-        max_positions: Longest sequence that the model is made for.
-
     Raises:
         UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``
             together are longer than the model's positions.

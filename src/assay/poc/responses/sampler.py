@@ -117,11 +117,7 @@ class Sampler:
     ) -> Float32[Tensor, "N V"]:
         """Return s of step 7 for every row, or l of step 2 of a greedy row; -inf where a token is not kept.
 
-        Args:
-            logits_NV: Raw logits.
-            seeds_N: Seeds of the steps, in numpy or on the device.
-            prompt_NV: Tokens that are in the prompt, [V] or [N, V]; None for no token.
-            counts_NV: Times that a token is in the output before the step; None for 0.
+        Seeds are in numpy or on the device. A prompt is [V] or [N, V]; counts are those of the output before the step.
 
         Raises:
             UsageError: The logits do not have a row for each seed and each set of parameters.

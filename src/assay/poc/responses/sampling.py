@@ -208,31 +208,18 @@ class ResponseSeed(ResponseName):
 
 
 def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.uint32]:
-    """Return the 32-bit seeds of steps, uint32 [N].
-
-    Args:
-        words: Words of the stream, uint32 [8].
-        steps: Steps, each at least 0.
-    """
+    """Return the 32-bit seeds of steps, uint32 [N], from the words of a stream, uint32 [8]."""
     seeds_1N: NDArray[np.uint32] = streams.step_seeds(words[None], np.asarray(steps, np.uint32))
     return seeds_1N.reshape(-1)
 
 
 def check_block_hash(block_hash: object) -> None:
-    """Refuse a block hash that cannot be part of a seed text.
-
-    Raises:
-        UsageError: Names it.
-    """
+    """Refuse a block hash that cannot be part of a seed text; a UsageError names it."""
     check_name("block_hash", block_hash, do="pass the block hash as the chain prints it")
 
 
 def check_digest(name: str, value: Any) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits.
-
-    Raises:
-        UsageError: Names the value.
-    """
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
     if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
         raise UsageError(
             f"{name} is {value!r:.80}", wanted="a SHA-256: 64 lower-case hexadecimal digits", do=f"correct the {name}"

@@ -60,16 +60,10 @@ _ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
 
 
 def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, steps: int = 0) -> None:
-    """Refuse a shape that no engine runs. What :func:`assay.models.model_info` says is enough: no weights are read.
-
-    Args:
-        model: Model that is to run, or its facts.
-        batch_size: Rows of a batch.
-        seq_len: Positions of a row, or those of its prompt.
-        steps: Tokens that are decoded after the prompt.
+    """Refuse a shape that no engine runs, for a model or what :func:`assay.models.model_info` says of it.
 
     Raises:
-        UsageError: The batch is out of range, or a row has no position or more than the model.
+        UsageError: The batch is out of range, or prompt and decoded steps have no position or more than the model.
     """
     check_batch_size(batch_size)
     if not 1 <= seq_len <= model.max_positions - steps:

@@ -301,7 +301,7 @@ def turned(
         heads: Number of queries and keys.
         width: Width of a head, E.
         first_position: Position of the first row; later rows count on from it up to the last position, then again.
-    """  # fmt: skip
+    """
     cosines, sines = rotation
     stride = x.shape[-1]
     rows = x.numel() // stride
@@ -343,13 +343,7 @@ def rounded(x: Tensor, by: Arithmetic) -> Rounded:
 
 
 def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
-    """Return each row in all of its places.
-
-    Args:
-        x: Rows, [N, D] contiguous.
-        places: Places of the rows in the result, those of one row together, [S].
-        by: How the rows are rounded.
-    """
+    """Return each row of [N, D] in all of its places in the result, [S]; those of one row stand together."""
     rows, width = x.shape
     y, scales = _outputs((len(places), width), x, by)
     grid, sizes = _tiles(rows, width, by)

@@ -86,12 +86,9 @@ def _numbers(*names: str) -> list[int]:
 
 @contextmanager
 def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[World]:
-    """Join the other processes of torchrun.
+    """Join the other processes of torchrun, of which ``tensor_parallel`` hold one model together.
 
-    Args:
-        tensor_parallel: Number of processes that hold one model together.
-        device: Name ``"cpu"`` or ``"cuda"``; None is cuda where there is one. A process takes the device of its local
-            rank.
+    A process takes the device of its local rank: cuda where there is one, when None.
 
     Raises:
         UsageError: The processes cannot be divided that way, a device has a number, or torchrun has not started them.
