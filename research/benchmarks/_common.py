@@ -52,15 +52,20 @@ def round_to(value, digits=5):
     return float(f"{value:.{digits}g}")
 
 
+def timed(function, clock=time.perf_counter):
+    """Return the seconds of one call and its result, and wait for a GPU before and after."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = clock()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start, result
+
+
 def wall_seconds(function):
-    """Return the seconds of one call, and wait for a GPU before and after."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    """Return the seconds of one call."""
+    return timed(function)[0]
 
 
 def event_seconds(function, repeats=1):

@@ -13,10 +13,9 @@ number format. A row has the median residual over that of the honest proof, and 
 """
 
 import statistics
-import time
 
 import numpy as np
-from _common import note, parser, publish
+from _common import note, parser, publish, timed
 from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.models import load_model
@@ -27,25 +26,14 @@ from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test
 
 
-def seconds(work, device):
-    """Run something and wait for the device."""
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def cost(model, round, batch_size, options):
     """Time prover and verifier in turn on nonces of one batch."""
     engine = HFEngine(model, batch_size=batch_size, seq_len=options.seq_len)
     times = {"prover": [], "verifier": []}
     for turn in range(options.turns + 1):
         nonces = range(turn * batch_size, (turn + 1) * batch_size)
-        made, proof = seconds(lambda: prove(model, round, nonces, engine=engine), model.device)  # noqa: B023
-        checked, _ = seconds(lambda: list(recompute(proof.header, engine, proof.records)), model.device)  # noqa: B023
+        made, proof = timed(lambda: prove(model, round, nonces, engine=engine))  # noqa: B023
+        checked, _ = timed(lambda: list(recompute(proof.header, engine, proof.records)))  # noqa: B023
         note(f"prover {made:.2f} s, verifier {checked:.2f} s")
         if turn:
             times["prover"].append(made)

@@ -8,11 +8,10 @@ and by a calibration on one half of the nonces that judges the other half.
 """
 
 import statistics
-import time
 from dataclasses import replace
 
 import numpy as np
-from _common import note, parser, publish
+from _common import note, parser, publish, round_to, timed
 from torch.distributed.device_mesh import init_device_mesh
 
 from assay.models import load_model
@@ -20,12 +19,6 @@ from assay.poc import HFEngine, Noise, Proof, Round, calibrate, default_noise, p
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.parallel import ParallelEngine, joined
 from assay.poc.verdict import judge
-
-
-def seconds(function):
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 def data_parallel(world, reference, options):
@@ -51,7 +44,7 @@ def data_parallel(world, reference, options):
         hashes = set()
         for _ in range(options.rounds):
             for name, proved in proofs.items():
-                spent, proof = seconds(proved)
+                spent, proof = timed(proved)
                 times[name].append(spent)
                 hashes.add(proof.footer.sha256)
         rates = {name: len(nonces) / statistics.median(values) for name, values in times.items()}
@@ -83,9 +76,9 @@ def tensor_parallel(world, reference, options):
             engine.work()
             return None
         prove(part, round, nonces[:32], engine=engine)
-        spent, ours = seconds(lambda: prove(part, round, nonces, engine=engine))
+        spent, ours = timed(lambda: prove(part, round, nonces, engine=engine))
     whole = load_model(reference, dtype="bfloat16", device=world.device)
-    alone, theirs = seconds(lambda: prove(whole, round, nonces, engine=HFEngine(whole, **shape)))
+    alone, theirs = timed(lambda: prove(whole, round, nonces, engine=HFEngine(whole, **shape)))
     half = len(nonces) // 2
     law = calibrate(_cut(ours, 0, half), _cut(theirs, 0, half)).law
     measured = Noise(law, "calibration")
@@ -112,10 +105,6 @@ def tensor_parallel(world, reference, options):
 def _cut(proof, start, end):
     header = replace(proof.header, nonces=((start, end, 1),))
     return Proof.build(header, proof.records[start:end], 0.0)
-
-
-def round_to(value, digits=4):
-    return float(f"{value:.{digits}g}")
 
 
 def main():

@@ -3,7 +3,7 @@
 Residuals of half precision against float32 are measured under every preset over many blocks. A law is fitted to nonces
 of one block, as `assay poc calibrate` does, and judges audits of *other* blocks: of honest nodes, and of nodes whose
 residuals are ``multiple`` times larger in a share of the nonces. Beside ours: an oracle, the sequential likelihood
-ratio that knows share and multiple, and the law of honest residuals as smoothed from all nonces of all blocks.
+ratio of the cheat's own residuals over honest ones of all blocks.
 
     python research/benchmarks/shares.py --device cuda -o research/results/shares.json
 """
@@ -12,11 +12,10 @@ import itertools
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from scipy import stats as distributions
+from assay_research.clusters.clusters import Oracle, drawn
 
 from assay.models import load_model
 from assay.poc import HFEngine, Noise, Round, get_pipeline, prove
@@ -65,30 +64,9 @@ def noise_of(preset, errors_N):
     return Noise(fitted.law, "one block", fitted.known)
 
 
-def drawn(errors_N, audits, length, rng):
-    return np.stack([rng.permutation(errors_N)[:length] for _ in range(audits)])
-
-
 def cheating(errors_N, share, multiple, audits, length, rng):
-    honest_RC, larger_RC = drawn(errors_N, audits, length, rng), multiple * drawn(errors_N, audits, length, rng)
+    honest_RC, larger_RC = drawn(rng, errors_N, audits, length), multiple * drawn(rng, errors_N, audits, length)
     return np.where(rng.random(honest_RC.shape) < share, larger_RC, honest_RC)
-
-
-class Oracle:
-    """The likelihood ratio that knows the cheat and the honest law, smoothed over ln |residual|."""
-
-    def __init__(self, errors_N, share, multiple):
-        log_N = np.log(np.maximum(np.abs(errors_N), 1e-9))
-        self.grid = np.linspace(log_N.min() - 0.5, log_N.max() + np.log(multiple) + 0.5, 2048)
-        density = distributions.gaussian_kde(log_N, bw_method=0.15)(self.grid) + 1e-9
-        shifted = np.interp(self.grid - np.log(multiple), self.grid, density)
-        self.ratio = np.log1p(share * (shifted / density - 1)) if share < 1 else np.log(shifted / density)
-
-    def caught(self, values_RC):
-        """Share of the nodes [R, C] that it accuses."""
-        log_RC = np.log(np.maximum(np.abs(values_RC), 1e-9))
-        path_RC = np.interp(log_RC, self.grid, self.ratio).cumsum(axis=1)
-        return (path_RC.max(axis=1) >= -np.log(ALPHA)).mean()
 
 
 def judged(found, options, task):
@@ -105,11 +83,11 @@ def judged(found, options, task):
         for block in range(options.blocks):
             if block == law:
                 continue
-            honest_RC = drawn(blocks[block], options.audits, AUDITED, rng)
+            honest_RC = drawn(rng, blocks[block], options.audits, AUDITED)
             accused[law, block] = test.accusations(honest_RC)[:, -1].mean()
         for block in rng.permutation([b for b in range(options.blocks) if b != law])[:4]:
             cleared += [
-                sequential_test(noise).update(row).verdict == "honest" for row in drawn(blocks[block], 5, 64, rng)
+                sequential_test(noise).update(row).verdict == "honest" for row in drawn(rng, blocks[block], 5, 64)
             ]
             for share, multiple in CHEATS:
                 nodes_RC = cheating(blocks[block], share, multiple, options.audits, WITHIN, rng)
@@ -120,28 +98,18 @@ def judged(found, options, task):
     row = {"model": name, "preset": preset, "dtype": dtype, "law_from": size, "accused": float(np.nanmean(accused))}
     row |= {"accused_worst_pair": float(np.nanmax(accused)), "honest_at_64": float(np.mean(cleared)), "cheats": []}
     for share, multiple in CHEATS:
-        nodes_RC = cheating(everything_N, share, multiple, 2000, WITHIN, rng)
+        nodes_RC = np.abs(cheating(everything_N, share, multiple, 2000, WITHIN, rng))
+        accuses_RC, _ = Oracle(np.abs(everything_N), nodes_RC.ravel()).simulated(nodes_RC)
         row["cheats"].append(
             {
                 "share": share,
                 "multiple": multiple,
                 "caught": float(np.mean(caught[share, multiple])),
-                "oracle": float(Oracle(everything_N, share, multiple).caught(nodes_RC)),
+                "oracle": float(accuses_RC[:, -1].mean()),
                 "honest_at_64": float(np.mean(passed[share, multiple])),
             }
         )
     return row
-
-
-def name_of(*key):
-    """Return the name of the residuals of a model, preset, format and block in a file."""
-    return "|".join(map(str, key))
-
-
-def read_residuals(path):
-    """Return the residuals of a file by name, in float64."""
-    with np.load(path) as read:
-        return {name: read[name].astype(np.float64) for name in read.files}
 
 
 def main():
@@ -157,19 +125,10 @@ def main():
     arguments.add_argument("--nonces", type=int, default=256, help="nonces of a block that no law is fitted to")
     arguments.add_argument("--audits", type=int, default=100, help="audits of every pair of blocks")
     arguments.add_argument("--workers", type=int, default=2)
-    arguments.add_argument("--residuals", type=Path, help="file of residuals: written, or read where it is there")
     options = arguments.parse_args()
-    kept = {}
-    if options.residuals and options.residuals.exists():
-        kept = read_residuals(options.residuals)
-    rows, everything = [], {}
+    rows = []
     for name in options.models:
-        keys = {
-            key: name_of(name, *key)
-            for key in itertools.product(options.presets, options.dtypes, range(options.blocks))
-        }
-        found = {key: kept[text] for key, text in keys.items()} if kept else measured(name, options)
-        everything |= {keys[key]: errors_N.astype(np.float32) for key, errors_N in found.items()}
+        found = measured(name, options)
         tasks = list(itertools.product([name], options.presets, options.dtypes, LAW_SIZES))
         with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:
             rows += pool.map(partial(judged, found, options), tasks)
@@ -178,8 +137,6 @@ def main():
             honest = f"accused {row['accused']:.5f}, worst {row['accused_worst_pair']:.3f}"
             cheat = f"10 % at 5: {first['caught']:.3f}, oracle {first['oracle']:.3f}"
             note(f"{row['model']} {row['preset']} {row['dtype']} law from {row['law_from']}: {honest}; {cheat}")
-    if options.residuals and not kept:
-        np.savez_compressed(options.residuals, **everything)
     settings = {"seq_len": options.seq_len, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
     publish("shares", settings | {"rows": rows}, options.output)
 

@@ -48,13 +48,13 @@ def service(folder, chosen):
     """Kill a service that generates."""
     checkpoint = folder / "small"
     save_small_checkpoint(checkpoint)
-    return service_kills.kill_loop(folder, checkpoint, kills=chosen.kills, seed=chosen.seed).as_dict(), SERVICE_ZEROS
+    return service_kills.kill_loop(folder, checkpoint, kills=chosen.kills, seed=chosen.seed), SERVICE_ZEROS
 
 
 def receipts(folder, chosen):
     """Measure how fast receipts are stored, then kill the service that stores them."""
     measured = [stored(folder / str(together), together, chosen.seconds) for together in TOGETHER]
-    outcome = receipt_kills.kill_loop(folder, kills=chosen.kills, clients=chosen.clients, seed=chosen.seed).as_dict()
+    outcome = receipt_kills.kill_loop(folder, kills=chosen.kills, clients=chosen.clients, seed=chosen.seed)
     return outcome | {"clients": chosen.clients, "rates": measured}, receipt_kills.MUST_BE_ZERO
 
 
@@ -64,7 +64,7 @@ def validator(folder, chosen):
     save_small_checkpoint(checkpoint)
     model = load_model(checkpoint, dtype="float32", device="cpu")
     kills = {"nodes": chosen.nodes, "kills": chosen.kills, "seed": chosen.seed}
-    return validator_kills.kill_loop(folder, model, checkpoint, **kills).as_dict(), validator_kills.MUST_BE_ZERO
+    return validator_kills.kill_loop(folder, model, checkpoint, **kills), validator_kills.MUST_BE_ZERO
 
 
 def stored(folder, together, seconds):

@@ -19,7 +19,7 @@ import random
 import time
 
 import torch
-from _common import note, parser, publish
+from _common import note, parser, publish, timed
 from torch.nn import functional
 
 from assay.models import load_model
@@ -108,18 +108,13 @@ def adapter(factors, knob):
     return hook
 
 
-def timed(device, work, clock=time.perf_counter):
-    """Return the result, its seconds, and the peak of device memory in GB (CUDA only), what was there included."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = clock()
-    result = work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = clock() - start
-    return result, seconds, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+def peak_gb():
+    """Return the peak of device memory since it was last asked for, what was there included; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def worst_error(found, wanted):
@@ -144,8 +139,10 @@ def compare(model, tokenizer, options):
     seconds, results, memory = {name: [] for name in ways}, {}, {}
     for _ in range(options.rounds):
         for name, way in ways.items():
-            results[name], taken, memory[name] = timed(options.device, way, clock)
+            peak_gb()
+            taken, results[name] = timed(way, clock)
             seconds[name].append(taken)
+            memory[name] = peak_gb()
     return {
         "dtype": str(model.dtype),
         "factors": str(svd.dtype),
@@ -160,13 +157,14 @@ def compare(model, tokenizer, options):
     }
 
 
-def extraction(model, tokenizer, count, device):
+def extraction(model, tokenizer, count):
     """Return time and memory of the parts of an extraction of so many pairs, and of one from nothing."""
     some, figures = pairs_of(tokenizer, count), {"pairs": count}
 
     def part(name, work):
-        result, seconds, memory = timed(device, work)
-        figures[name] = {"seconds": seconds, "peak_gb": memory}
+        peak_gb()
+        seconds, result = timed(work)
+        figures[name] = {"seconds": seconds, "peak_gb": peak_gb()}
         return result
 
     svd = part("svd", lambda: weight_svd(model))
@@ -212,7 +210,7 @@ def main():
         figures[reference] = compare(model, tokenizer, options)
         note(str(figures[reference]))
         if options.pairs:
-            extractions = [extraction(model, tokenizer, count, options.device) for count in options.pairs]
+            extractions = [extraction(model, tokenizer, count) for count in options.pairs]
             figures[reference] |= {"extractions": extractions, "accuracy": accuracy(model)}
         publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
 

@@ -27,7 +27,6 @@ from itertools import product
 from pathlib import Path
 
 import httpx
-import numpy as np
 import psutil
 from _common import note, parser, publish
 from _vllm import (
@@ -44,13 +43,12 @@ from _vllm import (
     receipts_of,
     send_all,
 )
-from responses import AUDITS, RESPONSES, TOKENS, Half, first
+from responses import AUDITS, TOKENS, audited, share_accused
 
 from assay.models import load_model, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.calibration import default_response_noise
-from assay.poc.verdict.noise import ResponseTest
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
@@ -122,13 +120,13 @@ def tokens(arguments, folder):
 COMPILED = {"--enforce-eager": False, "--max-num-batched-tokens": "8192", "--max-model-len": "1024"}
 
 
-def load(count, tokens, *, seeds=True, **sampling):
-    """Return requests for the measurement of cost, with seeds of their own or without."""
+def load(count, tokens, **sampling):
+    """Return requests for the measurement of cost, with seeds of their own."""
     return [
         Request(
             prompt=tuple(range(100 + number % 50, 164 + number % 50)),
             request_id=f"load-{time.time_ns()}-{number}",
-            user_seed=str(number) if seeds else "",
+            user_seed=str(number),
             sampling=Sampling(**sampling),
             max_tokens=tokens,
         )
@@ -166,64 +164,47 @@ def measure(server, requests, at_once):
 
 
 def cost(arguments):
-    """Return the figures of both kinds of servers for every way of sampling.
-
-    Two servers of one kind differ too, by where a process lies on a machine. So there may be several of each, and turns
-    before a block is known, in which the seeded ones sample as the others do.
-    """
+    """Return the figures of both servers for every way of sampling and length of answers, turn by turn."""
     options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
     options |= COMPILED if arguments.gpu else {}
-    kinds = {"without": {}, "seeded": SEEDED}
-    samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
-    ways = list(product(samplings, arguments.tokens))
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers = {}
-        for number, (kind, environment) in product(range(arguments.servers), kinds.items()):
+        for kind, environment in {"without": {}, "seeded": SEEDED}.items():
             folder = ending.enter_context(tempfile.TemporaryDirectory())
-            servers[kind, number] = Server(folder, environment=environment, options=options)
-            ending.callback(servers[kind, number].stop)
+            servers[kind] = Server(folder, environment=environment, options=options)
+            ending.callback(servers[kind].stop)
         list(pool.map(Server.start, servers.values()))
-        alike = [in_turns(servers, arguments, arguments.alike, *way) for way in ways if arguments.alike]
-        seeded = [server for (kind, _), server in servers.items() if kind == "seeded"]
-        for server in seeded:
-            begin(server)
-        rows = [in_turns(servers, arguments, arguments.turns, *way) for way in ways]
-        stored = [server.get("/responses").json()["receipts"] for server in seeded]
-    return {"before_a_block": alike, "ways": rows, "receipts": stored}
+        begin(servers["seeded"])
+        samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+        rows = [in_turns(servers, arguments, *way) for way in product(samplings, arguments.tokens)]
+        return {"ways": rows, "receipts": servers["seeded"].get("/responses").json()["receipts"]}
 
 
-def in_turns(servers, arguments, turns, sampling, tokens):
-    """Return the figures of all servers, turn by turn, for one way of sampling and one length of answers."""
+def in_turns(servers, arguments, sampling, tokens):
+    """Return the figures of both servers, turn by turn, for one way of sampling and one length of answers."""
     found = []
-    for turn in range(turns + 1):
+    for turn in range(arguments.turns + 1):
         order = list(servers) if turn % 2 else list(reversed(servers))
-        requests = {name: load(arguments.requests, tokens, seeds=not arguments.no_seeds, **sampling) for name in order}
-        figures = {name: measure(servers[name], requests[name], arguments.at_once) for name in order}
-        both = {kind: [figures[name] for name in servers if name[0] == kind] for kind in ("without", "seeded")}
-        note(f"{tokens} tokens, turn {turn}: {json.dumps(both)}")
-        if turn:  # the first one warms up
-            found.append(both)
+        requests = {kind: load(arguments.requests, tokens, **sampling) for kind in order}
+        found.append({kind: measure(servers[kind], requests[kind], arguments.at_once) for kind in order})
+        note(f"{tokens} tokens, turn {turn}: {json.dumps(found[-1])}")
+    turns = found[1:]  # the first one warms up
     return {
         "sampling": sampling,
         "tokens": tokens,
-        "turns": found,
-        **compared("throughput", found, lambda one: ratio("tokens_per_second", one["seeded"], one["without"])),
-        **compared("gap", found, lambda one: ratio("gap_ms", one["without"], one["seeded"])),
-        **compared("of_one_kind", found, lambda one: ratio("tokens_per_second", one["without"][:1], one["without"])),
+        "turns": turns,
+        **compared(
+            "throughput", [one["seeded"]["tokens_per_second"] / one["without"]["tokens_per_second"] for one in turns]
+        ),
+        **compared("gap", [one["without"]["gap_ms"] / one["seeded"]["gap_ms"] for one in turns]),
         "load": os.getloadavg(),
     }
 
 
-def ratio(name, over, under):
-    """Return the ratio of the means of a figure over some servers."""
-    return statistics.mean(one[name] for one in over) / statistics.mean(one[name] for one in under)
-
-
-def compared(name, turns, ratio_of):
-    """Return the median of a ratio over turns, and its quartiles."""
-    values = [ratio_of(turn) for turn in turns]
-    quartiles = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else values
-    return {f"{name}_ratio_median": statistics.median(values), f"{name}_ratio_quartiles": quartiles}
+def compared(name, ratios):
+    """Return the median of ratios, and their quartiles."""
+    quartiles = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios
+    return {f"{name}_ratio_median": statistics.median(ratios), f"{name}_ratio_quartiles": quartiles}
 
 
 def audits(arguments, folder):
@@ -242,15 +223,13 @@ def audits(arguments, folder):
         rows = []
         for dtype, model in models.items():
             replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
-            test = ResponseTest(default_response_noise(arguments.dtype, dtype))
-            logs = Half(replays, test).audits(AUDITS, RESPONSES, 0)
             row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
-            row |= {"accused": {name: float(np.mean(np.isfinite(first(each)))) for name, each in logs.items()}}
-            rows.append(row | {"largest_log_e": {name: float(each.max()) for name, each in logs.items()}})
+            row["accused"] = share_accused(audited(default_response_noise(arguments.dtype, dtype), replays))
+            rows.append(row)
         return rows
 
     figures = by_setting(arguments, folder, prepare, measure)
-    return {"requests": arguments.requests, "audits": AUDITS, "tokens": RESPONSES * TOKENS, "settings": figures}
+    return {"requests": arguments.requests, "audits": AUDITS, "settings": figures}
 
 
 def main():
@@ -259,12 +238,9 @@ def main():
     made.add_argument("--requests", type=int, default=200, help="of each turn")
     made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
-    made.add_argument("--servers", type=int, default=1, help="of each kind, for cost")
-    made.add_argument("--alike", type=int, default=0, help="turns before a block is known, for cost")
     made.add_argument("--at-once", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.0)
     made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
-    made.add_argument("--no-seeds", action="store_true", help="requests of cost have no seeds of their own")
     made.add_argument("--model", default=str(REFERENCE))
     made.add_argument("--dtype", default="float32")
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default"], help="of servers, for tokens")

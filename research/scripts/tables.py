@@ -63,12 +63,12 @@ def weights(run: str) -> None:
     header = ("model, weights", "alpha", "beta", "gamma", "spread of means", "noise band", "verdict", "context")
     rows = [
         (
-            f"{row.model.partition(':')[2]}, {row.weights}",
-            *(f"{mean:.4f}" for mean in row.means),
-            f"{row.spread:.4f}",
-            f"{row.low:.4f} to {row.high:.4f}",
-            "inside" if row.inside else "beyond",
-            f"{row.context_effect:.2g}",
+            f"{row['model'].partition(':')[2]}, {row['weights']}",
+            *(f"{mean:.4f}" for mean in row["means"]),
+            f"{row['spread']:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}",
+            "inside" if row["inside"] else "beyond",
+            f"{row['context_effect']:.2g}",
         )
         for row in weight_rows(read_run(RUNS / run, "weights").cells)
     ]

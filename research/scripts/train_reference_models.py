@@ -7,7 +7,8 @@ with the same bytes count once; generated, minified and data files are left out.
 *name*: other versions of a file share its name, so they cannot be on both sides of the split.
 
 Both models share one byte-level BPE tokenizer. Training is bounded by the clock, and the learning rate follows the
-share of the time that has passed, so a run of any length ends well. `--tiny` makes a run of a few minutes on a CPU.
+share of the time that has passed, so a run of any length ends well. Beside each model a file of facts has the packages
+with their licences, how it was trained, and its loss on files that were held out.
 
 Shapes: B sequences, T positions, V tokens of the vocabulary, N tokens of a split.
 """
@@ -23,7 +24,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,6 @@ from transformers import PreTrainedModel
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 HELD_OUT_ONE_IN = 100
-# A newline and the indentation after it are one token, so a prompt ends before its newline.
-PROMPTS = (
-    "def fibonacci(n):",
-    "import os\nimport sys\n\n\ndef main():",
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self',
-)
 SPDX = re.compile(
     r"MIT|MIT-0|MIT-CMU|BSD-[\w-]+|0BSD|BSL-1\.0|Apache-2\.0|LLVM-exception|PSF-2\.0|Python-2\.0(\.1)?|CNRI-Python"
     r"|ISC|HPND|Zlib|Unlicense|CC0-1\.0"
@@ -121,7 +116,7 @@ def sources() -> Iterator[tuple[Package, list[Path]]]:
         seen.add(name.lower())
 
 
-def read_corpus(max_files: int | None) -> Corpus:
+def read_corpus() -> Corpus:
     """All texts, shuffled, each once."""
     corpus, hashes = Corpus(), set()
     for package, paths in sources():
@@ -137,7 +132,6 @@ def read_corpus(max_files: int | None) -> Corpus:
             corpus.packages.append(package)
     for texts in (corpus.train, corpus.held_out):
         random.Random(0).shuffle(texts)
-        del texts[max_files or len(texts) :]
     return corpus
 
 
@@ -212,20 +206,6 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def compiled_loss(model: nn.Module, first_BT: Tensor, *, compiled: bool) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The loss function, compiled and warm; the plain one where compilation is off or fails."""
-    if not compiled:
-        return next_token_loss
-    try:
-        fast: Callable[[nn.Module, Tensor], Tensor] = torch.compile(next_token_loss)
-        torch.autograd.backward(fast(model, first_BT))
-        model.zero_grad(set_to_none=True)
-        return fast
-    except Exception as error:  # a slow run is better than none
-        print("compilation failed, going on without:", error, flush=True)
-        return next_token_loss
-
-
 def train(model: PreTrainedModel, stream_N: Tensor, size: argparse.Namespace) -> dict[str, Any]:
     """AdamW on random windows until the time is over, compilation included."""
     start = time.monotonic()
@@ -233,7 +213,9 @@ def train(model: PreTrainedModel, stream_N: Tensor, size: argparse.Namespace) ->
     decays = ((0.1, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim == 1))  # norms do not decay
     groups = [{"params": list(filter(kind, model.parameters())), "weight_decay": decay} for decay, kind in decays]
     optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95), fused=stream_N.is_cuda)
-    loss_of = compiled_loss(model, draw_batch(stream_N, size.batch, size.length, generator), compiled=size.compile)
+    loss_of: Callable[[nn.Module, Tensor], Tensor] = torch.compile(next_token_loss) if size.compile else next_token_loss
+    torch.autograd.backward(loss_of(model, draw_batch(stream_N, size.batch, size.length, generator)))
+    model.zero_grad(set_to_none=True)
     warm, step = time.monotonic(), 0
     while (now := time.monotonic()) < start + size.seconds:
         progress = (now - warm) / (start + size.seconds - warm)
@@ -274,60 +256,8 @@ def measure(model: PreTrainedModel, stream_N: Tensor, characters: int, length: i
     }
 
 
-@torch.inference_mode()
-def complete(model: Any, tokenizer: Tokenizer, prompt: str, *, sampled: bool) -> str:
-    """A completion of 80 tokens, greedy or sampled."""
-    torch.manual_seed(0)
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
-    choice = {"do_sample": True, "temperature": 0.7, "top_p": 0.95} if sampled else {"do_sample": False}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, **choice)
-    return tokenizer.decode(out[0].tolist())
-
-
-def model_card(name: str, facts: dict[str, Any], samples: list[tuple[str, str]], corpus: Corpus, command: str) -> str:
-    """The card: what it was made of, how, how good it is, and what it is not for."""
-    rows = "\n".join(f"| {p.name} | {p.version} | {p.licence} | {p.files} | {p.characters} |" for p in corpus.packages)
-    table = "\n".join(f"| {key} | {round(v, 4) if isinstance(v, float) else v} |" for key, v in facts.items())
-    shown = "\n\n".join(f"{kind}:\n\n```python\n{text.rstrip()}\n```" for kind, text in samples)
-    return f"""# Reference model: {name}
-
-A small causal language model of Python source, trained from scratch so that instruments have a *trained* model that
-anyone can have at once. {facts["parameters"]} parameters, bfloat16.
-
-Made with `{command}`.
-
-| what | value |
-|---|---|
-{table}
-
-The held-out files are those whose name has a SHA-256 whose first four bytes are 0 modulo {HELD_OUT_ONE_IN}. Neither
-model nor tokenizer was trained on a file with such a name, so other versions of a file, which share its name, cannot
-leak. The unigram entropy is that of the same held-out tokens: the best loss that a prediction without context can have.
-
-## Samples
-
-{shown}
-
-## Limits
-
-It completes text that looks like Python; it knows nothing, follows no instructions, and its code must not be relied on
-or run unread. It was trained on windows of {facts["window"]} tokens; the configuration admits 2048 positions.
-A newline and the indentation after it are one token: end a prompt before its newline, not after it.
-
-## Licence and data
-
-The weights are published under the licence of this package (Apache-2.0). They were trained on the Python files of these
-packages, each under a permissive licence by its own metadata; files of other packages were not read. Text was taken
-once where packages hold the same file.
-
-| package | version | licence | files | characters |
-|---|---|---|---|---|
-{rows}
-"""
-
-
 def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, Any], size: argparse.Namespace) -> None:
-    """Train, save as bfloat16, measure what was saved, and write the card."""
+    """Train, save as bfloat16, measure what was saved, and write the facts."""
     model = new_model(name, tokenizer, size).to(size.device)
     history = train(model, data["train"], size)
     folder = size.out / name
@@ -337,7 +267,8 @@ def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, 
     wrapper(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options).save_pretrained(folder)
     shipped = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(size.device).eval()
     measured = measure(shipped, data["held_out"], data["held_out_characters"], size.length)
-    table = {
+    facts = {
+        "command": size.command,
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus_files": len(corpus.train),
         "corpus_characters": data["train_characters"],
@@ -348,12 +279,11 @@ def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, 
         **history,
         "device": torch.cuda.get_device_name() if size.device == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d"),
-        "python, torch, transformers": f"{platform.python_version()}, {torch.__version__}, {transformers.__version__}",
+        "versions": [platform.python_version(), torch.__version__, transformers.__version__],
+        "packages": list(map(asdict, corpus.packages)),
     }
-    kinds = (("greedy", False), ("sampled, temperature 0.7", True))
-    samples = [(kind, complete(shipped, tokenizer, prompt, sampled=s)) for prompt in PROMPTS for kind, s in kinds]
-    (folder / "MODEL_CARD.md").write_text(model_card(name, table, samples, corpus, size.command), "utf-8")
-    print(name, json.dumps(table, indent=1), flush=True)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), "utf-8")
+    print(name, measured, flush=True)
 
 
 def settings() -> argparse.Namespace:
@@ -364,15 +294,9 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--encode-seconds", type=float, default=80, help="most time to spend on encoding the corpus")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--tiny", action="store_true", help="a toy of the same kind, to try the script on a CPU")
-    args = parser.parse_args()
-    tiny = {"hidden": 64, "layers": 2, "vocab": 512, "batch": 8, "length": 64, "lr": 3e-3, "max_files": 300}
-    full = {"hidden": 256, "layers": 8, "vocab": 4096, "batch": 256, "length": 512, "lr": 3e-3, "max_files": None}
-    for key, value in (tiny if args.tiny else full).items():
-        setattr(args, key, value)
-    args.command = (
-        f"python research/scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}{' --tiny' * args.tiny}"
-    )
+    full = {"hidden": 256, "layers": 8, "vocab": 4096, "batch": 256, "length": 512, "lr": 3e-3}
+    args = parser.parse_args(namespace=argparse.Namespace(**full))
+    args.command = f"python research/scripts/train_reference_models.py --out DIR --seconds {args.seconds:g}"
     return args
 
 
@@ -382,7 +306,7 @@ def main() -> None:
     size.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
-    corpus = read_corpus(size.max_files)
+    corpus = read_corpus()
     tokenizer = train_tokenizer(corpus.train, size.vocab)
     print(f"{time.monotonic() - begin:.0f} s: {len(corpus.train)} files, tokenizer trained", flush=True)
     data: dict[str, Any] = {}

@@ -17,7 +17,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import product
 from typing import Annotated, Any, ClassVar
@@ -34,10 +33,10 @@ from assay.models.load import Model, load_model
 from assay.poc import cheats
 from assay.poc.engines.base import make_transform
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.measurement import distances_to_target
 from assay.poc.protocol.pipelines import FORWARD, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
-from assay.poc.verdict.r_target import distances_to_target
 from assay.settings import Names
 from assay.stats.chord import chord_mean, chord_std
 from assay.stats.noise import RESOLUTION
@@ -397,64 +396,36 @@ def _context_effect(engine: HFEngine, round: Round) -> float:
     return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())
 
 
-@dataclass(frozen=True)
-class WeightRow:
-    """The blocks of a model in a weight mode.
+def weight_rows(cells: Sequence[JsonObject]) -> list[JsonObject]:
+    """Compare block means by model and weight mode, in the order of measurement.
 
-    Args:
-        model: Reference of the model.
-        weights: Weight mode, one of `MODES`.
-        blocks: Block hashes.
-        means: Mean distance per block.
-        std: Standard deviation of the distances within a block.
-        spread: Largest minus smallest mean.
-        low, high: Ends of the band in which 95 % of spreads lie when only the nonces differ.
-        p_value: Probability of such a spread or a larger one by chance.
-        context_effect: Mean distance that the unit state moves when the earlier positions are reversed.
+    The band in which 95 % of spreads lie when only the nonces differ, and the chance of such a spread or a larger one,
+    are by the law of the range of normals (the studentised range without its denominator).
     """
-
-    model: str
-    weights: str
-    blocks: tuple[str, ...]
-    means: tuple[float, ...]
-    std: float
-    spread: float
-    low: float
-    high: float
-    p_value: float
-    context_effect: float
-
-    @property
-    def inside(self) -> bool:
-        """Whether the spread is not larger than chance makes it."""
-        return self.spread <= self.high
-
-
-def weight_rows(cells: Sequence[JsonObject]) -> list[WeightRow]:
-    """Group cells by model and weight mode, in the order of measurement."""
-    names = list(dict.fromkeys((cell["model"], cell["weights"]) for cell in cells))
-    grouped = [[c for c in cells if (c["model"], c["weights"]) == name] for name in names]
-    return [_row(group) for group in grouped if len(group) > 1]
-
-
-def _row(cells: Sequence[JsonObject]) -> WeightRow:
-    """Compare block means by the law of the range of normals (the studentised range without its denominator)."""
-    means = [cell["mean"] for cell in cells]
-    std = math.sqrt(float(np.mean([cell["std"] ** 2 for cell in cells])))
-    error, spread = std / math.sqrt(cells[0]["nonces"]), max(means) - min(means)
-    law = studentized_range(len(cells), np.inf)
-    return WeightRow(
-        model=cells[0]["model"],
-        weights=cells[0]["weights"],
-        blocks=tuple(cell["block_hash"] for cell in cells),
-        means=tuple(means),
-        std=std,
-        spread=spread,
-        low=error * float(law.ppf(0.025)),
-        high=error * float(law.ppf(0.975)),
-        p_value=float(law.sf(spread / error)),
-        context_effect=float(np.mean([cell["context_effect"] for cell in cells])),
-    )
+    rows = []
+    for name in dict.fromkeys((cell["model"], cell["weights"]) for cell in cells):
+        group = [cell for cell in cells if (cell["model"], cell["weights"]) == name]
+        if len(group) < 2:
+            continue
+        means = [cell["mean"] for cell in group]
+        std = math.sqrt(float(np.mean([cell["std"] ** 2 for cell in group])))
+        error, spread = std / math.sqrt(group[0]["nonces"]), max(means) - min(means)
+        law = studentized_range(len(group), np.inf)
+        low, high = (error * float(law.ppf(q)) for q in (0.025, 0.975))
+        rows.append({
+            "model": name[0],
+            "weights": name[1],
+            "blocks": [cell["block_hash"] for cell in group],
+            "means": means,
+            "std": std,
+            "spread": spread,
+            "low": low,
+            "high": high,
+            "p_value": float(law.sf(spread / error)),
+            "context_effect": float(np.mean([cell["context_effect"] for cell in group])),
+            "inside": spread <= high,
+        })  # fmt: skip
+    return rows
 
 
 def weight_section(run: RunRecords) -> Section:
@@ -469,14 +440,13 @@ def weight_section(run: RunRecords) -> Section:
     columns: dict[str, Column] = {
         "model": "model",
         "weights": "weights",
-        "block means": lambda row: ", ".join(f"{mean:.4f}" for mean in row.means),
+        "block means": lambda row: ", ".join(f"{mean:.4f}" for mean in row["means"]),
         "sd": "{std:.4f}",
         "spread": "{spread:.4f}",
         "95 % noise band": "{low:.4f} to {high:.4f}",
         "p-value": "{p_value:.2g}",
         "context": "{context_effect:.2g}",
-        "verdict": lambda row: "inside noise" if row.inside else "beyond noise",
+        "verdict": lambda row: "inside noise" if row["inside"] else "beyond noise",
     }
     tables = {"Largest minus smallest block mean of the distance": table_of(rows, columns)}
-    values = {"rows": [asdict(row) for row in rows]}
-    return Section("Does training give distances their structure?", about, tables, values=values)
+    return Section("Does training give distances their structure?", about, tables, values={"rows": rows})

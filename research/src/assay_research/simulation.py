@@ -37,16 +37,12 @@ from assay import stats
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibrate import SCALED_SPREAD
-from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc.verdict.calibrate import PAIR_SPREAD, PRIOR, SCALED_SPREAD
 from assay.poc.verdict.life import EPOCH, error_share
-from assay.poc.verdict.machines import PAIR_SPREAD, PRIOR
 from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_test
 from assay.settings import Names, Settings
-from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise import Spread
-from assay_research.redteam.field import PRESETS, count_power
+from assay_research.redteam.field import PRESETS, Judge, count_power
 from assay_research.runs.report import Column, Curves, Section, Table, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
 
@@ -428,8 +424,8 @@ def simulate_network(
         if rule == "lifetime":
             caught_N = _lifetimes(network, noise, machines or Machines(), everyone, kind_N)
         else:
-            chances = _Chances(noise, network, rng)
-            caught_N = _caught(rule, network, chances, everyone, kind_N, stake_N, rng)
+            chances = [_chance(rule, network, noise, kind, rng) for kind in everyone]
+            caught_N = _caught(network, np.array(chances), everyone, kind_N, stake_N, rng)
         rows += [
             {"rule": rule, **_row(network, kind, caught_N[kind_N == index], stake_N[kind_N == index])}
             for index, kind in enumerate(everyone)
@@ -458,16 +454,14 @@ def _lifetimes(
 
 
 def _caught(
-    rule: Rule,
     network: Network,
-    chances: "_Chances",
+    chance_K: FloatArray,
     kinds: tuple[Kind, ...],
     kind_N: npt.NDArray[np.int64],
     stake_N: FloatArray,
     rng: np.random.Generator,
 ) -> FloatArray:
     """Return the round in which every node is convicted, [N]; infinity for never."""
-    chance_K = np.array([chances.accused(rule, kind) for kind in kinds])
     begins_K = np.array([kind.honest_for for kind in kinds]) * network.rounds
     caught_N = np.full(network.nodes, np.inf)
     panels_PV = _panels(network, stake_N, rng)
@@ -511,40 +505,25 @@ def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray
     }
 
 
-class _Chances:
-    """How likely each rule accuses a kind of node, by simulation of its residuals."""
+def _chance(rule: Rule, network: Network, noise: Noise, kind: Kind, rng: np.random.Generator) -> float:
+    """Return the chance that one check of a node of a kind votes fraud."""
+    pipeline = get_pipeline("poc-2.0" if isinstance(noise.law, stats.ScaleNoise) else "hardened")
+    honest_RC = draw_residuals(noise, Kind("honest"), HONEST_TRIALS, 1, rng)
+    judge = Judge(pipeline, honest_RC.ravel(), noise)
+    drawn_RC = draw_residuals(noise, kind, HONEST_TRIALS if kind.honest else TRIALS, network.checked, rng)
+    if rule == "sequential":
+        return judge.accused(drawn_RC)
+    if rule == "published":
+        return judge.published(drawn_RC)
+    return count_power(network.checked, judge.honest_rate, judge.mismatch_rate(drawn_RC.ravel()))
 
-    def __init__(self, noise: Noise, network: Network, rng: np.random.Generator) -> None:
-        self._grid, self._network, self._rng = Grid(noise.law), network, rng
-        self._distance = isinstance(noise.law, stats.ScaleNoise)
-        self._test = sequential_test(noise, alpha=ALPHA)
-        honest_N = self._residuals(Kind("honest"), HONEST_TRIALS)
-        self._threshold = float(np.quantile(honest_N, 0.95))
-        self._honest_rate = self._mismatch_rate(honest_N, self._threshold)
 
-    def accused(self, rule: Rule, kind: Kind) -> float:
-        """Return the chance that one check of a node of this kind votes fraud."""
-        checked = self._network.checked
-        if rule == "sequential":
-            trials = HONEST_TRIALS if kind.honest else TRIALS
-            return float(self._test.accusations(self._residuals(kind, trials, checked))[:, -1].mean())
-        residuals_N = self._residuals(kind, HONEST_TRIALS)
-        if rule == "published":
-            granted = P_FLIP if self._distance else P_MISMATCH
-            return count_power(checked, granted, self._mismatch_rate(residuals_N, DIST_THRESHOLD), COUNT_ALPHA)
-        return count_power(checked, self._honest_rate, self._mismatch_rate(residuals_N, self._threshold))
-
-    def _residuals(self, kind: Kind, audits: int, checked: int = 1) -> FloatArray:
-        """Return sizes of residuals of a kind of node that cheats: noise, or junk in a share of the nonces, [R, C]."""
-        return self._grid.sizes_A[self._grid.draw(kind, np.zeros(audits), checked, self._rng)]
-
-    def _mismatch_rate(self, sizes_N: FloatArray, threshold: float) -> float:
-        """Return the chance of a mismatch: a vector beyond the threshold, or a valid distance that turns invalid."""
-        if not self._distance:
-            return float(np.mean(sizes_N > threshold))
-        valid = stats.valid_rate(Round.r_target, RANDOM_HEAD_ROWS)
-        crossed_N = stats.chord_cdf(Round.r_target + sizes_N, RANDOM_HEAD_ROWS) - valid
-        return float(np.mean(crossed_N)) / valid / 2  # half of the residuals have the sign that flips
+def draw_residuals(noise: Noise, kind: Kind, audits: int, checked: int, rng: np.random.Generator) -> FloatArray:
+    """Return the residuals of audits of a kind of node while it cheats, [R, C]; those of distances have a sign."""
+    grid = Grid(noise.law)
+    sizes_RC = grid.sizes_A[grid.draw(kind, np.zeros(audits), checked, rng)]
+    signed = isinstance(noise.law, stats.ScaleNoise)
+    return sizes_RC * rng.choice((-1.0, 1.0), sizes_RC.shape) if signed else sizes_RC
 
 
 # What the simulated year shows.

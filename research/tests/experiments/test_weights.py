@@ -17,11 +17,11 @@ def test_three_modes_by_blocks(small_checkpoint, tmp_path):
     cells = read_run(tmp_path, "weights").cells
     assert len(cells) == 6
     rows = weight_rows(cells)
-    assert [row.weights for row in rows] == ["trained", "random-all", "random-embed"]
-    assert all(row.blocks == ("a", "b") for row in rows)
+    assert [row["weights"] for row in rows] == ["trained", "random-all", "random-embed"]
+    assert all(row["blocks"] == ["a", "b"] for row in rows)
     assert len({cell["mean"] for cell in cells}) == 6, "every cell has weights of its own"
-    assert all(0 <= row.context_effect < 2 for row in rows)
-    assert rows[1].context_effect < 1e-2, "weights of 0.02 leave the layers almost without effect"
+    assert all(0 <= row["context_effect"] < 2 for row in rows)
+    assert rows[1]["context_effect"] < 1e-2, "weights of 0.02 leave the layers almost without effect"
     plan(small_checkpoint, blocks=("a", "b", "c")).measure(tmp_path)
     assert len(read_run(tmp_path, "weights").cells) == 9
     assert "Does training give distances" in build_report(tmp_path).read_text()
@@ -45,9 +45,9 @@ def test_means_that_differ_by_chance_and_means_that_do_not():
     for _ in range(300):
         means = 1.414 + rng.normal(0, 0.001, size=3)  # 0.02/√400
         (row,) = weight_rows([cell(mean, name) for mean, name in zip(means, "abc", strict=True)])
-        inside.append(row.low <= row.spread <= row.high)
+        inside.append(row["low"] <= row["spread"] <= row["high"])
     assert 0.91 < np.mean(inside) < 0.985
     (apart,) = weight_rows([cell(1.413, "a"), cell(1.416, "b"), cell(1.417, "c")])
-    assert not apart.inside
-    assert apart.p_value < 0.02
-    assert apart.spread == pytest.approx(0.004)
+    assert not apart["inside"]
+    assert apart["p_value"] < 0.02
+    assert apart["spread"] == pytest.approx(0.004)

@@ -5,7 +5,7 @@ import pytest
 from assay_research import simulation as module
 from assay_research.runs.report import build_report
 from assay_research.runs.runs import read_run
-from assay_research.simulation import Kind, Network, SimulationPlan, simulate_network
+from assay_research.simulation import Kind, Network, SimulationPlan, draw_residuals, simulate_network
 
 from assay import stats
 from assay.poc import Noise
@@ -43,8 +43,7 @@ def test_other_weights_are_gone_at_once_and_honest_nodes_stay(rows):
 def test_draws_follow_the_law():
     for noise in LAWS:
         law = noise.law
-        chances = module._Chances(noise, SMALL, np.random.default_rng(0))
-        drawn = chances._residuals(Kind("honest"), 40_000)
+        drawn = np.abs(draw_residuals(noise, Kind("honest"), 40_000, 1, np.random.default_rng(0)))
         for q in (0.5, 0.9, 0.99):
             beyond = float(np.mean(law.survival(np.array([np.quantile(drawn, q)]))))
             expected = 1 - q

@@ -58,45 +58,28 @@ def drawn_means(
         audits: Number of audits.
         rng: Source of what is drawn.
     """
-    sizes = [-(-len(one) // CHUNK) for one in next(iter(values.values()))]
-    rows_AQ = np.stack([_chunks(sizes, MOST // CHUNK + 1, rng) for _ in range(audits)])
-    return {name: _means(of_method, rows_AQ) for name, of_method in values.items()}
+    sizes = list(map(len, next(iter(values.values()))))
+    rows_AM = np.stack([_tokens(sizes, rng) for _ in range(audits)])
+    return {name: _means(np.concatenate(of_method)[rows_AM]) for name, of_method in values.items()}
 
 
-def _means(values: Sequence[FloatArray], rows_AQ: IntArray) -> FloatArray:
-    chunks_RC = np.concatenate([_in_chunks(one) for one in values])
-    known_RC = ~np.isnan(chunks_RC)
-    found = []
-    for parts_RC in (np.where(known_RC, chunks_RC, 0.0), known_RC.astype(np.float64)):
-        # Sums over the first tokens of each chunk, none of them to all.
-        begun_RC = np.concatenate([np.zeros((len(parts_RC), 1)), parts_RC.cumsum(axis=1)], axis=1)
-        whole_AQ = begun_RC[rows_AQ, -1].cumsum(axis=1)
-        before_AQ = np.concatenate([np.zeros((len(rows_AQ), 1)), whole_AQ], axis=1)
-        found.append(
-            np.stack([before_AQ[:, n // CHUNK] + begun_RC[rows_AQ[:, n // CHUNK], n % CHUNK] for n in GRID], axis=1)
-        )
-    sums_AG, counts_AG = found
-    # Before anything is published there is no evidence.
-    return np.where(counts_AG > 0, sums_AG / np.maximum(counts_AG, 1), -np.inf)
-
-
-def _in_chunks(values_N: FloatArray) -> FloatArray:
-    padded = np.full(-(-len(values_N) // CHUNK) * CHUNK, np.nan)
-    padded[: len(values_N)] = values_N
-    return padded.reshape(-1, CHUNK)
-
-
-def _chunks(sizes: Sequence[int], most: int, rng: np.random.Generator) -> IntArray:
-    """Return the rows of the chunks of one audit, [Q]."""
+def _tokens(sizes: Sequence[int], rng: np.random.Generator) -> IntArray:
+    """Return the places of the tokens of one audit among those of all responses, [M]."""
     starts = np.cumsum([0, *sizes])
     chosen = int(rng.integers(len(sizes)))
-    parts = [np.arange(starts[chosen] + int(rng.integers(sizes[chosen])), starts[chosen + 1])]
-    drawn = parts[0].size
-    while drawn < most:
+    parts = [np.arange(starts[chosen] + CHUNK * rng.integers(-(-sizes[chosen] // CHUNK)), starts[chosen + 1])]
+    while sum(map(len, parts)) < MOST:
         chosen = int(rng.integers(len(sizes)))
         parts.append(np.arange(starts[chosen], starts[chosen + 1]))
-        drawn += sizes[chosen]
-    return np.concatenate(parts)[:most]
+    return np.concatenate(parts)[:MOST]
+
+
+def _means(values_AM: FloatArray) -> FloatArray:
+    known_AM = ~np.isnan(values_AM)
+    at = np.array(GRID) - 1
+    sums_AG, counts_AG = np.where(known_AM, values_AM, 0.0).cumsum(axis=1)[:, at], known_AM.cumsum(axis=1)[:, at]
+    # Before anything is published there is no evidence.
+    return np.where(counts_AG > 0, sums_AG / np.maximum(counts_AG, 1), -np.inf)
 
 
 def threshold(means_AG: FloatArray) -> FloatArray:

@@ -10,7 +10,7 @@ Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary,
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from assay.models.decoder import backbone, decoder_layers, head_of
 from assay.models.load import Model, load_model
 from assay.models.resolve import load_tokenizer, silence_transformers
 from assay.models.wide import wide_products
+from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling
 from assay_research.organism import Mixture, examples
@@ -331,25 +332,12 @@ def _top(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices, found.values
 
 
-@torch.inference_mode()
-def prefill(model: Model, prompts_BT: Tensor, tokens_BN: Tensor, batch: int = 8) -> Iterator[Step]:
-    """Yield, for every request, the logits [N, V] and states [N, D] that a prefill gives its output."""
-    body: Any = backbone(model.module)
-    head = head_of(model.module)
-    steps = tokens_BN.shape[1]
-    ids_BX = torch.cat([prompts_BT, tokens_BN[:, :-1]], 1)
-    for start in range(0, len(ids_BX), batch):
-        with wide_products(model):
-            states_BND = body(input_ids=ids_BX[start : start + batch], use_cache=False).last_hidden_state[:, -steps:]
-        for state_ND in states_BND:
-            with wide_products(model):
-                said = Step(head(state_ND).float(), state_ND.float())
-            yield said
-
-
 def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Served:
     """Return the same tokens with everything else taken from an honest prefill of them."""
-    found = [(said.state, *_top(said.logits)) for said in prefill(model, requests.prompts, served.tokens)]
+    rows = zip(requests.prompts.tolist(), served.tokens.tolist(), strict=True)
+    responses = [PromptAndOutput(tuple(prompt), tuple(output)) for prompt, output in rows]
+    said = dict(HFPrefill(model, batch_size=8).run(responses))
+    found = [(one.hidden, *_top(one.logits)) for _, one in sorted(said.items())]
     states_BND, ids_BNK, logprobs_BNK = (torch.stack(part) for part in zip(*found, strict=True))
     return replace(served, states=states_BND, top_ids=ids_BNK, top_logprobs=logprobs_BNK)
 
