@@ -43,53 +43,43 @@ def test_a_method_is_called_on_a_new_instance():
     assert run(program, calls=[Call("Solution.twice", (5,))]).outcomes[0].value == 10
 
 
+ENDS = {
+    "exception": ("print('before')\n1 / 0\n", {}, {"returncode": 1, "raised": "ZeroDivisionError", "finished": False}),
+    "no python": ("def broken(:\n", {}, {"returncode": 1, "raised": "SyntaxError"}),
+    "left": ("import os\ndef solve():\n    os._exit(0)\n", {}, {"returncode": 0}),
+    "endless": ("while True:\n    pass\n", {"seconds": 0.7}, {"returncode": None, "timed_out": True}),
+    "closed pipes": (
+        "import os, time\nos.closerange(1, 64)\ntime.sleep(60)\n",
+        {"seconds": 0.7},
+        {"returncode": None, "timed_out": True},
+    ),
+    **{
+        stream: (
+            f"import sys\nwhile True:\n    sys.{stream}.write('x' * 4096)\n",
+            {"output_bytes": 10_000},
+            {"overflowed": True, stream: "x" * 10_000},
+        )
+        for stream in ("stdout", "stderr")
+    },
+    "huge value": ("def solve():\n    return 'x' * 3_000_000\n", {}, {"overflowed": True}),
+    "memory": (
+        "hold = bytearray(2 << 30)\nprint('had it')\n",
+        {"memory_mib": 256},
+        {"raised": "MemoryError", "stdout": ""},
+    ),
+}
+
+
 @every_backend
-def test_an_exception_is_reported_with_its_name(shut_in):
-    result = started("print('before')\n1 / 0\n", calls=[Call("print", ())])
-    assert (result.returncode, result.raised, result.finished) == (1, "ZeroDivisionError", False)
-    assert result.outcomes[0].kind == "none"
-    assert "ZeroDivisionError" in result.stderr
-
-
-def test_a_program_that_is_no_python_is_a_result_and_not_an_error():
-    result = run("def broken(:\n")
-    assert (result.returncode, result.raised) == (1, "SyntaxError")
-
-
-@every_backend
-def test_an_endless_program_is_stopped(shut_in):
+@pytest.mark.parametrize("name", ENDS)
+def test_whatever_becomes_of_a_program_is_a_result_without_answers(shut_in, name):
+    program, limits, said = ENDS[name]
     began = time.monotonic()
-    result = started("while True:\n    pass\n", limits=Limits(seconds=0.7))
-    assert result.timed_out
-    assert result.returncode is None
+    result = started(program, calls=[Call("solve", ())], limits=Limits(**limits))
+    assert {field: getattr(result, field) for field in said} == said
+    assert [outcome.kind for outcome in result.outcomes] == ["none"]
+    assert ("ZeroDivisionError" in result.stderr) == (name == "exception")
     assert time.monotonic() - began < 30
-
-
-def test_a_program_that_closes_its_pipes_and_sleeps_is_stopped():
-    program = "import os, time\nos.closerange(1, 64)\ntime.sleep(60)\n"
-    assert run(program, limits=Limits(seconds=0.7)).timed_out
-
-
-@every_backend
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output_is_stopped_at_the_limit(shut_in, stream):
-    program = f"import sys\nwhile True:\n    sys.{stream}.write('x' * 4096)\n"
-    result = started(program, limits=Limits(output_bytes=10_000))
-    assert result.overflowed
-    assert len(getattr(result, stream)) == 10_000
-
-
-def test_a_huge_returned_value_is_stopped_at_the_limit():
-    result = run("def solve():\n    return 'x' * 3_000_000\n", calls=[Call("solve", ())])
-    assert result.overflowed
-    assert result.outcomes[0].kind == "none"
-
-
-@every_backend
-def test_memory_is_limited(shut_in):
-    result = started("hold = bytearray(2 << 30)\nprint('had it')\n", limits=Limits(memory_mib=256))
-    assert result.raised == "MemoryError"
-    assert "had it" not in result.stdout
 
 
 @every_backend
@@ -173,12 +163,6 @@ def test_it_cannot_signal_the_parent_or_itself(shut_in):
         "    except PermissionError:\n        print('refused')\n"
     )
     assert started(program).stdout.split() == ["refused"] * 3
-
-
-def test_leaving_with_code_zero_answers_nothing():
-    result = run("import os\ndef solve(x):\n    os._exit(0)\n", calls=[Call("solve", (1,)), Call("solve", (2,))])
-    assert result.returncode == 0
-    assert [outcome.kind for outcome in result.outcomes] == ["none", "none"]
 
 
 def test_writing_on_the_report_descriptor_without_the_nonce_answers_nothing():
