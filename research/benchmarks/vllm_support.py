@@ -3,9 +3,8 @@
 Every case makes a small checkpoint on the spot, starts a vLLM engine of its own and proves the same nonces as
 transformers does with the same checkpoint in the same dtype. On one round the noise between the two is calibrated; on
 another one, with that law, each judges the other, and vLLM judges a cheat under the honest name: the same model in four
-bits; in three where four are the honest format; with half of the experts of a mixture. Of a mixture the row has the
-noise of the router too: for how many positions another expert is asked. A case that is refused has the words of the
-refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
+bits; in three where four are the honest format; with half of the experts of a mixture. A case that is refused has the
+words of the refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
 
     .venv-vllm/bin/python research/benchmarks/vllm_support.py -o research/results/vllm_support.json
 
@@ -221,8 +220,6 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     from assay.poc.vllm.engine import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
-    if kind in MIXTURES:
-        allow_hooks()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
     options |= DEVICES.get(kind.rpartition(" ")[2], {})
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
@@ -239,23 +236,7 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
             presets = {preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS}
         row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
         row |= {"chat": said} if said else {}
-        return row | ({"router": router(engine, model, path, nonces)} if kind in MIXTURES else {})
-
-
-def router(engine, model, path, nonces):
-    """Return for how many positions of a round other experts are asked, beside the same engine once more as a null."""
-    asked = poc.Round(block_hash="router", public_key="k", seq_len=SEQ_LEN, preset="poc-2.0", model="m")
-    experts = getattr(model.module.config, "num_experts", None) or model.module.config.num_local_experts
-    ours, again = (experts_inside(engine, asked, nonces, experts) for _ in range(2))
-    theirs = experts_beside(model, asked, nonces)
-    exact = experts_beside(load_model(path, dtype="float32", device=str(model.device)), asked, nonces)
-    return {
-        "positions": len(nonces) * SEQ_LEN,
-        "vllm_again": flips(ours, again),
-        "vllm_from_transformers": flips(ours, theirs),
-        "vllm_from_float32": flips(ours, exact),
-        "transformers_from_float32": flips(theirs, exact),
-    }
+        return row
 
 
 def cheating(model, kind, dtype):
@@ -396,85 +377,6 @@ def chat_beside(engine, adapter, said):
         asking.result()
         same = sum(found == alone for found in answers)
         said |= {"answers": len(answers), "as_alone": same, "changes_the_tokens": plain != alone}
-
-
-# Which experts a mixture asks for the positions of nonces: hooks on the routers of vLLM's worker and of transformers.
-#
-# Legend of shapes: L layers, R rows (positions of all nonces, one nonce after the other), E experts.
-
-
-def allow_hooks():
-    """Let vLLM's worker run the functions of this module; to be called before the engine is made."""
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-
-
-def watch_routers(worker):
-    """Keep, inside vLLM's worker, which experts are asked from now on."""
-    asked = worker.assay_asked = {}
-    top = worker.model_runner.model.config.num_experts_per_tok
-    for name, part in worker.model_runner.model.named_modules():
-        if name.endswith(".gate"):
-            part.register_forward_hook(keep_routed(asked, name, top))
-
-
-def take_routed(worker):
-    """Return what was kept since the last time, as bytes of one row per layer."""
-    found = [np.packbits(torch.cat(rows).numpy()).tobytes() for rows in worker.assay_asked.values()]
-    worker.assay_asked.clear()
-    return found
-
-
-def keep_routed(asked, name, top):
-    """Return a forward hook of a router whose first output is its logits [R, E]."""
-
-    def hook(_module, _inputs, outputs):
-        logits_RE = outputs[0].float()
-        chosen_RE = torch.zeros(logits_RE.shape, dtype=torch.bool)
-        chosen_RE.scatter_(1, logits_RE.topk(top).indices.cpu(), value=True)
-        asked.setdefault(name, []).append(chosen_RE)
-
-    return hook
-
-
-def experts_inside(engine, round, nonces, experts):
-    """Return the experts [L, R, E] that vLLM asks for the nonces of a round."""
-
-    def call(method):
-        work = engine._client._llm.collective_rpc(method)
-        return asyncio.run_coroutine_threadsafe(work, engine._loop).result()[0]
-
-    if not hasattr(engine, "watched"):
-        call(watch_routers)
-        engine.watched = True
-    call(take_routed)
-    poc.prove(engine.model, round, nonces, engine=engine)
-    rows = len(nonces) * round.seq_len
-    layers = [np.unpackbits(np.frombuffer(one, np.uint8))[: rows * experts] for one in call(take_routed)]
-    return np.array(layers, bool).reshape(len(layers), rows, experts)
-
-
-def experts_beside(model, round, nonces):
-    """Return the experts [L, R, E] that transformers asks for the nonces of a round."""
-    asked, config = {}, model.module.config
-    routers = [(name, part) for name, part in model.module.named_modules() if hasattr(part, "top_k")]
-    hooks = [
-        part.register_forward_hook(keep_routed(asked, name, config.num_experts_per_tok))
-        for name, part in routers
-        if "Router" in type(part).__name__
-    ]
-    engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
-    try:
-        poc.prove(model, round, nonces, engine=engine)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return np.stack([torch.cat(rows).numpy()[: len(nonces) * round.seq_len] for rows in asked.values()])
-
-
-def flips(one, other):
-    """Return the shares of positions for which other experts are asked: in a layer, and in any of all layers."""
-    flipped_LR = (one != other).any(axis=-1)
-    return {"in_a_layer": float(flipped_LR.mean()), "in_any_layer": float(flipped_LR.any(axis=0).mean())}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vllm_support import CASES, PRESETS, allow_hooks, checkpoint, measure
+from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay import poc
 from assay.models import load_model
@@ -34,7 +34,6 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory):
     """An engine of a model with state, and the model on transformers."""
     from assay.poc.vllm.engine import VLLMEngine
 
-    allow_hooks()
     path = make_hybrid("falcon_h1", tmp_path_factory.mktemp("hybrid") / "falcon_h1")
     # The cache of prefixes is that of a server. A step takes less than a nonce, whose state is carried to the next.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 8}
