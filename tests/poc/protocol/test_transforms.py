@@ -118,14 +118,6 @@ def test_a_trained_head_that_is_not_there_is_refused_before_any_nonce(round_):
         Transform(round_, PIPELINES["permutation"], **sizes)
 
 
-def test_unit_before_a_linear_head_changes_nothing(round_):
-    """Why end-only normalisation could not help: the distance does not see the length of the state."""
-    x_BD = torch.randn(4, 32, generator=torch.Generator().manual_seed(4)) * 7
-    alone = make(round_, "random-head", 32)(x_BD, range(4))
-    unit_first = make(round_, "end-normalize", 32)(x_BD, range(4))
-    assert torch.allclose(alone, unit_first, atol=1e-6)
-
-
 def test_permutation_is_the_gather_of_the_published_order(round_):
     x_BD = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
     transform = make(round_, "permutation", 32)

@@ -51,10 +51,7 @@ def test_the_bits_are_those_of_the_definition(name: str, device: str):
         seeds = SEED.step_seeds(range(40))
         prompt, counts = mark_tokens(PROMPT, size), np.tile(counts_before(OUTPUT, size, 4, 5), (40, 1))
         wanted = scores(raw, SETTINGS[name], seeds, prompt_V=prompt, counts_NV=counts)
-        history = {
-            "prompt_NV": torch.from_numpy(prompt).to(device),
-            "counts_NV": torch.from_numpy(counts).to(device),
-        }
+        history = {"prompt_NV": torch.from_numpy(prompt).to(device), "counts_NV": torch.from_numpy(counts).to(device)}
         sampler = Sampler([SETTINGS[name]], size, device)
         found = sampler.scores(torch.from_numpy(raw).to(device), seeds, **history)
         np.testing.assert_array_equal(found.cpu().numpy(), wanted)

@@ -1,13 +1,9 @@
 """Seeds of responses: no two share a text, and every field counts."""
 
-import hashlib
-
-import numpy as np
 import pytest
 
 from assay.errors import UsageError
 from assay.poc.responses import ResponseSeed
-from assay.poc.responses.sampling import step_seeds
 
 FIELDS = {"user_seed": "u", "request_id": "r1", "public_key": "K", "digest": "0" * 64, "block_hash": "B", "index": 0}
 SEED = ResponseSeed(**FIELDS)
@@ -16,38 +12,6 @@ SEED = ResponseSeed(**FIELDS)
 def test_the_text_is_that_of_the_format():
     assert SEED.text == "17:assay.responses/16:tokens1:u2:r11:K64:" + "0" * 64 + "1:B1:0"
     assert SEED.text_of("sketch") == SEED.text.replace("6:tokens", "6:sketch")
-
-
-def test_words_are_those_of_sha_256():
-    digest = hashlib.sha256(SEED.text.encode()).digest()
-    assert SEED.words().tolist() == [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)]
-    assert SEED.words().dtype == np.uint32
-
-
-def murmur(seed: int, index: int) -> int:
-    """The hash of the streams, of one element, in whole numbers."""
-
-    def turned(x: int, bits: int) -> int:
-        return (x << bits | x >> (32 - bits)) & 0xFFFFFFFF
-
-    k = turned(index * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
-    h = turned(seed ^ k, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ h >> 16
-
-
-def test_seeds_of_steps_are_hashes_through_all_words():
-    wanted = []
-    for step in (0, 31, 2**32 - 1):
-        value = step
-        for word in SEED.words().tolist():
-            value = murmur(word, value)
-        wanted.append(value)
-    assert (
-        SEED.step_seeds([0, 31, 2**32 - 1]).tolist() == wanted == step_seeds(SEED.words(), [0, 31, 2**32 - 1]).tolist()
-    )
-    assert len(set(SEED.step_seeds(range(1000)).tolist())) == 1000
 
 
 @pytest.mark.parametrize(

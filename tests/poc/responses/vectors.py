@@ -81,10 +81,7 @@ def token_case(sampling: Sampling, step: int) -> dict[str, Any]:
     logits = np.random.default_rng(step).normal(0, 2, VOCABULARY).astype(np.float32)
     logits[[4, 7]] = logits[5], -np.inf  # a tie, and a token that a grammar forbids
     seeds = SEEDS[1].step_seeds([step])
-    history = {
-        "prompt_V": mark_tokens(PROMPT, VOCABULARY),
-        "counts_NV": counts_before(OUTPUT, VOCABULARY, 3, 4),
-    }
+    history = {"prompt_V": mark_tokens(PROMPT, VOCABULARY), "counts_NV": counts_before(OUTPUT, VOCABULARY, 3, 4)}
     found = scores(logits, sampling, seeds, **history)[0]
     return {
         "sampling": sampling.as_dict(),

@@ -124,11 +124,7 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     total_D = energy_ND.sum(axis=0)
     products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
     return BlockFactor(
-        value=law.scale,
-        error=law.factor_error,
-        effective_dimension=n * (n - 1) / products,
-        n=n,
-        law=law,
+        value=law.scale, error=law.factor_error, effective_dimension=n * (n - 1) / products, n=n, law=law
     )
 
 

@@ -381,8 +381,8 @@ class Tally:
         """Count a receipt, whose line is given without its newline.
 
         Raises:
-            UsageError: The response has a receipt already, its sketches are not those that the header announces, or the file
-                would be too large.
+            UsageError: The response has a receipt already, its sketches are not those that the header announces, or
+                the file would be too large.
         """
         if receipt.request in self._seen:
             raise UsageError(
@@ -448,8 +448,5 @@ def _read_header(line: bytes) -> ReceiptHeader:
     if read.sketch not in (None, SKETCH):
         raise format_error(f"sketch is {read.sketch!r:.60}", f"{dumps(SKETCH)} or null")
     return ReceiptHeader(
-        public_key=read.public_key,
-        **vars(read.model),
-        fingerprint=read.fingerprint,
-        sketched=read.sketch is not None,
+        public_key=read.public_key, **vars(read.model), fingerprint=read.fingerprint, sketched=read.sketch is not None
     )

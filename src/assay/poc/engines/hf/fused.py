@@ -437,12 +437,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 # In the order of preference; each serves what those before it do not.
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
 # when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
