@@ -100,13 +100,7 @@ _OVERLAP = "mean squared cosine of the principal angles between bases of two hal
 
 @dataclass(frozen=True, slots=True)
 class SourceCin:
-    """Share along the axes of the gradient of one source in one step.
-
-    Attributes:
-        step: Number of the step, counted from 0.
-        source: Name of the source, such as ``student`` or ``teacher``.
-        cin: Mean of cin over modules, 0 to 1.
-    """
+    """Share along the axes, mean over modules, of the gradient of one source in one step, counted from 0."""
 
     step: Annotated[int, Field(strict=True, ge=0)]
     source: Annotated[str, Field(min_length=1)]
@@ -289,9 +283,11 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     settings = design.settings
     generator = torch.Generator().manual_seed(settings.seed)
     hack_BN, clean_BN = design.held_out
-    swapped = slice(1, 1 + settings.n_null)
+    swapped, geometry = slice(1, 1 + settings.n_null), design.geometry
+    gradients = map(geometry.samples, geometry.names)  # all folds share the frames
+    haar_BS = haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
     nulls = {
-        HAAR: _aurocs(design, _haar(design, generator)),
+        HAAR: _aurocs(design, haar_BS),
         "covariance-matched": _aurocs(design, _matched(design, generator)),
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
@@ -304,13 +300,6 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
     tested, n = design.tested, design.geometry.n
     return list(map(auroc, scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()))
-
-
-def _haar(design: Design, generator: torch.Generator) -> Tensor:
-    """Return mean cin of every sample under random frames, [B, S]; all folds share the frames."""
-    geometry, settings = design.geometry, design.settings
-    gradients = map(geometry.samples, geometry.names)
-    return haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
 
 
 def haar_scores(
@@ -487,7 +476,7 @@ def check_sources(design: Design) -> Check:
     return judge(
         "sources",
         "cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
-        bootstrap(_mean, [differences_BG[0]], [list(hack)], settings),
+        bootstrap(np.mean, [differences_BG[0]], [list(hack)], settings),
         {SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
         settings,
         design.smallest_p,
@@ -502,10 +491,6 @@ def check_sources(design: Design) -> Check:
     )
 
 
-def _mean(values: FloatArray) -> float:
-    return float(np.mean(values))
-
-
 def check_source_log(
     entries: Sequence[SourceCin],
     settings: CheckSettings | None = None,
@@ -517,14 +502,8 @@ def check_source_log(
     """Return check 4 of a training log: cin of ``hack`` minus cin of ``clean``, step by step.
 
     Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
-    root of the number of steps, at least 6.
-
-    Args:
-        entries: Measurements from `read_source_log`.
-        settings: Number of draws, and alpha.
-        hack: Name of the source that cheats.
-        clean: Name of the source that does not cheat (yet).
-        steps: First and last step to use, by default all; the difference is expected early in training.
+    root of the number of steps, at least 6. The difference is expected early in training, so ``steps`` may be the first
+    and the last one to use.
 
     Raises:
         UsageError: No step has both sources.
@@ -550,7 +529,7 @@ def check_source_log(
     return judge(
         "sources",
         statistic,
-        bootstrap(_mean, [differences_T], [blocks], settings),
+        bootstrap(np.mean, [differences_T], [blocks], settings),
         {SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
         settings,
         0.5**count,
@@ -683,7 +662,11 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
 
 
 def _modules(design: Design, overlap: Sequence[float]) -> tuple[ModuleResult, ...]:
-    sides_MN = [_cin_per_module(design, offset) for offset in (0, design.geometry.n)]
+    sides_MN = []
+    for offset in (0, design.geometry.n):
+        samples = ((fold.along, fold.test + offset) for fold in design.folds)
+        parts = [cin_per_module(along[:, :, s], design.geometry.lengths_MS[:, s]) for along, s in samples]
+        sides_MN.append(torch.cat(parts, dim=1).numpy())
     generator = torch.Generator().manual_seed(0)
     found = []
     for index, name in enumerate(design.geometry.names):
@@ -692,14 +675,6 @@ def _modules(design: Design, overlap: Sequence[float]) -> tuple[ModuleResult, ..
         spectra = _spectrum(design.geometry.gradients.differences(name), generator)
         found.append(ModuleResult(name, *cin, overlap[index] if overlap else None, *spectra))
     return tuple(found)
-
-
-def _cin_per_module(design: Design, offset: int) -> FloatArray:
-    parts = []
-    for fold in design.folds:
-        samples = fold.test + offset
-        parts.append(cin_per_module(fold.along[:, :, samples], design.geometry.lengths_MS[:, samples]))
-    return torch.cat(parts, dim=1).numpy()
 
 
 def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -133,16 +133,14 @@ def _halves(
             of_groups.append([labels[row] for row in rows])
     if min(map(len, parts)) == 0:
         return GuardItem("halves", None, "undecided", "a half has samples of one kind only")
-    found = bootstrap(_between_halves, parts, of_groups, settings, confidence=1 - 2 * settings.alpha)
+    found = bootstrap(
+        lambda *four: auroc(*four[:2]) - auroc(*four[2:]), parts, of_groups, settings, confidence=1 - 2 * settings.alpha
+    )
     ends = f"({found.low:.3f} to {found.high:.3f}), {-_EQUIVALENCE:g} to {_EQUIVALENCE:g} counts as none"
     is_equal = found.low > -_EQUIVALENCE and found.high < _EQUIVALENCE
     is_other = found.low >= _EQUIVALENCE or found.high <= -_EQUIVALENCE
     verdict: CheckVerdict = "pass" if is_equal else "fail" if is_other else "undecided"
     return GuardItem("halves", found, verdict, f"the two halves differ by {found.value:.3f} {ends}")
-
-
-def _between_halves(hack: FloatArray, clean: FloatArray, other_hack: FloatArray, other_clean: FloatArray) -> float:
-    return auroc(hack, clean) - auroc(other_hack, other_clean)
 
 
 def _beyond_length(hack: FloatArray, clean: FloatArray, hack_length: FloatArray, clean_length: FloatArray) -> float:
@@ -311,7 +309,11 @@ def check_two_pools(
     sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
     with one_thread():
         scores = _split(cin_over_modules(gradients, used), pools)
-        nulls = _random_aurocs(pools, used, gradients, settings)
+        lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
+        lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
+        k, generator = max(map(len, used.axes.values())), torch.Generator().manual_seed(settings.seed)
+        random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
+        nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
         details = _other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)}
         check = check_unpaired(*scores, *groups, settings, nulls=nulls, details=details)
     origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
@@ -350,16 +352,6 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
 def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()
-
-
-def _random_aurocs(
-    pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor], settings: CheckSettings
-) -> dict[str, list[float]]:
-    lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
-    lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
-    k, generator = max(map(len, basis.axes.values())), torch.Generator().manual_seed(settings.seed)
-    random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
-    return {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
 
 
 def _other_scores(

@@ -30,7 +30,7 @@ from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.batches import Progress
-from assay.vhack.training.pool import PoolRollout, Sampling, encode_prompts, sample_batches
+from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.rewards import (
     EpisodeReward,
     Graded,
@@ -98,7 +98,8 @@ def sample_tasks(
         done = first
         for part in sample_batches(model, prompts, ids, first, **how):
             these = tasks[done : done + len(part)]
-            file.append_lines([dumps(_record(*one, about)) for one in zip(these, part, strict=True)])
+            records = ({**asdict(one), **_about(task), "origin": about} for task, one in zip(these, part, strict=True))
+            file.append_lines(map(dumps, records))
             done += len(part)
             if progress is not None:
                 progress(done, len(tasks))
@@ -106,13 +107,11 @@ def sample_tasks(
     return first
 
 
-def _record(task: Task, rollout: PoolRollout, origin: Mapping[str, Any]) -> JsonObject:
-    about: JsonObject = {}
+def _about(task: Task) -> JsonObject:
     if isinstance(task, Episode):
-        about = {"task": task.task.name, "mode": task.mode, "markers": task.split, "group": group_of(task)}
-    elif (group := _said(task, "group")) is not None:
-        about = {"group": group}
-    return {**asdict(rollout), **about, "origin": dict(origin)}
+        return {"task": task.task.name, "mode": task.mode, "markers": task.split, "group": group_of(task)}
+    group = _said(task, "group")
+    return {} if group is None else {"group": group}
 
 
 def _said(task: Task, name: str) -> str | None:
@@ -128,11 +127,7 @@ def group_of(task: Task) -> str:
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
-    """Return the lines of a file of completions, and the task of each.
-
-    Args:
-        path: File of `sample_tasks`, or of another sampler with at least a prompt and a completion in each line.
-        tasks: Tasks among which those of lines without ``task`` are looked up, by their prompts.
+    """Return the lines of a file of completions, and the task of each; that of a line without one has its prompt.
 
     Raises:
         DataError: The file cannot be read or holds no line; a line has no prompt or no completion, or no task has its

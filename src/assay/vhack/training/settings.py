@@ -195,11 +195,7 @@ class TrainSettings(TaskSettings):
         return self.micro_batch or self.group
 
     def continuing(self, earlier: JsonObject) -> Self:
-        """Return the settings of a run that goes on: a former default that the run began with is kept.
-
-        Args:
-            earlier: Settings in the log of the run.
-        """
+        """Return the settings of a run that goes on: a former default that its log says it began with is kept."""
         unset = {name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_copy(update={name: _FORMER[name] for name in unset if earlier.get(name) == _FORMER[name]})
 
