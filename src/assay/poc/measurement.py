@@ -212,7 +212,10 @@ def compare_r_target(
             do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
         )
     scales = [factor.value for factor in factors]
-    brought = [_narrowed(*pair) for pair in zip(distances, scales, strict=True)] if scales else distances
+    brought = distances
+    if scales:  # to the width of an average block
+        cosines = [(1 - of_block**2 / 2) / factor for of_block, factor in zip(distances, scales, strict=True)]
+        brought = [np.sqrt(2 - 2 * np.clip(of_block, -1, 1)) for of_block in cosines]
     ordered_N = np.sort(np.concatenate(brought))
     tail = (1 - CONFIDENCE) / 2
     ranks = np.asarray(distributions.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
@@ -273,12 +276,6 @@ def _mean_factor(
 def _freedom(variance: float) -> float:
     """Return ν of a factor with this relative variance, 1/(2ν)."""
     return 1 / (2 * variance) if variance > 0 else math.inf
-
-
-def _narrowed(distances_N: FloatArray, factor: float) -> FloatArray:
-    """Return the distances of a block with its factor taken out."""
-    cosines_N = (1 - distances_N**2 / 2) / factor
-    return np.asarray(np.sqrt(2 - 2 * np.clip(cosines_N, -1, 1)))
 
 
 def _width(distances_N: FloatArray, dimension: int) -> float:

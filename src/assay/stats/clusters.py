@@ -115,7 +115,7 @@ class ClusterTest:
         few = np.unique(np.rint(np.linspace(-2, 2, 3) * sd / STEP).astype(int))
         weight_H = stats.t.pdf(machines * STEP / sd, spread.dof)
         weight_J = stats.t.pdf(few * STEP / sd, spread.dof)
-        cheap, fours = max(CHEAP, self.effect), math.log(max(_largest(self.law), FAR) / FAR) / math.log(4)
+        cheap, fours = max(CHEAP, self.effect), math.log(max(self.law.junk_multiple, FAR) / FAR) / math.log(4)
         self._multiples = grid_of_multiples(_LEAST, FAR * 4.0 ** math.ceil(fours), [self.effect, cheap])
         steps = np.rint(np.log(self._multiples) / STEP).astype(int)
         self._excluded = int(np.argmin(np.abs(self._multiples - self.effect)))
@@ -227,7 +227,3 @@ def _sum_to_ends(values: FloatArray, ends: Sequence[int]) -> FloatArray:
     """Return the sums of the values before each end, [B, ...]."""
     total = np.concatenate([np.zeros((1, *values.shape[1:])), values.cumsum(axis=0)])
     return total[np.asarray(ends, dtype=np.int64)]
-
-
-def _largest(law: ClusteredLaw) -> float:
-    return law.largest_multiple if isinstance(law, TokenNoise) else law.junk_multiple

@@ -153,7 +153,18 @@ class SequentialTest:
         effect: float,
         named: Mapping[str, NoiseLaw] = MappingProxyType({}),
     ) -> None:
-        _refuse_rates(law, alpha, beta, effect)
+        if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
+            raise UsageError(
+                f"alpha {alpha}, beta {beta}, effect {effect}",
+                wanted="alpha and beta in (0, 1), effect above 1",
+                do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
+            )
+        if law.junk_multiple <= effect:
+            raise UsageError(
+                f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
+                wanted=f"more than effect = {effect:g} times",
+                do="calibrate on closer hardware, or lower effect",
+            )
         self.law, self.named = law, dict(named)
         self.spread = spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
@@ -294,22 +305,13 @@ class SequentialTest:
         grid_JPM = path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
         cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
         found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
-        share = self._share_excluded(n)
+        share = share_excluded(n, self.beta)
         if share is not None:
             cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
             name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
             found[name] = honest - cheat_PM[SHARES.index(share), cheap]
         named_A = path[last:] - self._log_named_A
         return found | {name: honest - value for name, value in zip(self.named, named_A, strict=True)}
-
-    @property
-    def share_excluded(self) -> float | None:
-        """Share of cheaply computed nonces that an honest verdict excludes; None where there are too few for any."""
-        return self._share_excluded(self._n)
-
-    def _share_excluded(self, n: int) -> float | None:
-        needed = -math.log(self.beta)
-        return next((share for share, times in EXCLUDED if -n * math.log1p(-share) >= times * needed), None)
 
     @property
     def verdict(self) -> Verdict:
@@ -328,7 +330,7 @@ class SequentialTest:
             log_e_max=self._log_e_max,
             log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
             weakest=weakest,
-            share_excluded=self.share_excluded,
+            share_excluded=share_excluded(self._n, self.beta),
             gross=self._gross,
             gross_threshold=self.law.gross_threshold,
             junk_share_excluded=self._junk_share_excluded(),
@@ -348,16 +350,6 @@ class SequentialTest:
         return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
 
 
-def _refuse_rates(law: NoiseLaw, alpha: float, beta: float, effect: float) -> None:
-    if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
-        raise UsageError(
-            f"alpha {alpha}, beta {beta}, effect {effect}",
-            wanted="alpha and beta in (0, 1), effect above 1",
-            do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
-        )
-    if law.junk_multiple <= effect:
-        raise UsageError(
-            f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
-            wanted=f"more than effect = {effect:g} times",
-            do="calibrate on closer hardware, or lower effect",
-        )
+def share_excluded(n: int, beta: float) -> float | None:
+    """Return the share of cheaply computed nonces that an honest verdict on n excludes; None if n is too small."""
+    return next((share for share, times in EXCLUDED if n * math.log1p(-share) <= times * math.log(beta)), None)

@@ -86,7 +86,7 @@ class TokenNoise:
         return float(SCALES[int(np.searchsorted(within, 0.9 * within[-1]))])
 
     @property
-    def largest_multiple(self) -> float:
+    def junk_multiple(self) -> float:
         """Multiple of this noise at which a token hardly depends on the scores."""
         return max(4.0, float(SCALES[-3]) / self.size)
 

@@ -28,8 +28,7 @@ from assay import stats
 from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.proof import Fingerprint
+from assay.poc.protocol.proof import Fingerprint, Proof
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import (
     FEWEST_MACHINES,

@@ -339,14 +339,6 @@ class BuildNoise:
         nearest = min(differing, key=len)
         _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
 
-    def check_validator(self, prover: Fingerprint, validator: Fingerprint) -> None:
-        """Refuse a validator on an engine that was not measured beside the prover's."""
-        than = "than this validator's"
-        self.check_engine(validator, than)
-        judges = self.judges(prover)
-        if len(judges) == 1:  # the other one of a pair
-            _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
-
     def between(
         self,
         prover: Fingerprint | None,
@@ -547,7 +539,11 @@ def noise_for(
     if calibration is None:
         return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
     build = calibration.find_build(header)
-    build.check_validator(header.fingerprint, validator)
+    than = "than this validator's"
+    build.check_engine(validator, than)
+    judges = build.judges(header.fingerprint)
+    if len(judges) == 1:  # the other one of a pair
+        _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
     return build.between(header.fingerprint, validator, round=header.round, mixture=mixture)
 
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from assay import stats
 from assay.poc.protocol.pins import Pins
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.proof import DistanceRecord, Header, Record, TokenRecord, VectorRecord
+from assay.poc.protocol.proof import DistanceRecord, Header, Proof, Record, TokenRecord, VectorRecord
 from assay.poc.verdict.noise import Noise, sequential_test
 from assay.stats import sequential
 
@@ -139,11 +138,14 @@ def judge(
     header = proof.header
     errors = residuals(received, recomputed)
     nonces = tuple(record.nonce for record in received)
-    outcome, result, places = judge_residuals(
+    # The index of every nonce in the sequence that the prover computed.
+    places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
+    first, _, step = header.nonces[0]
+    outcome, result, found = judge_residuals(
         errors,
         noise,
         test=test or sequential_test(noise),
-        positions=positions_of(header, nonces),
+        positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
         batch_size=header.fingerprint.batch_size,
     )
     if header.pipeline.output != "distance":
@@ -157,11 +159,11 @@ def judge(
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=outcome,
-        reason="; ".join(filter(None, [_reason(outcome, result, places), noise.caution])),
+        reason="; ".join(filter(None, [_reason(outcome, result, found), noise.caution])),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
-        places=places,
+        places=found,
         count=count,
         noise=noise,
         residuals=tuple(float(value) for value in errors),
@@ -225,13 +227,6 @@ def judge_residuals(
     result = test.update(errors_N).result
     unsure = result.verdict == "fraud" and elsewhere.verdict != "fraud"
     return "undecided" if unsure else result.verdict, result, places
-
-
-def positions_of(header: Header, nonces: Sequence[int]) -> list[int]:
-    """Return the index of every nonce in the sequence that the prover computed."""
-    places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
-    first, _, step = header.nonces[0]
-    return [places[nonce] if places else (nonce - first) // step for nonce in nonces]
 
 
 def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.PlaceTest) -> str:
