@@ -149,17 +149,12 @@ def test_a_server_decodes_beside_chat_and_both_have_their_own_tokens(server):
     check_idle(server)
 
 
-def judged(server, dtype: str) -> None:
-    """Let a server check proofs of transformers, an honest one and one of four bits."""
+def test_a_server_judges_proofs_of_transformers_by_prefill(server):
     for bits, fraud in ((0, False), (4, True)):
-        sent = artifacts_of(theirs(dtype, bits), CHEATED)
+        sent = artifacts_of(theirs("float32", bits), CHEATED)
         checked = server.post("/generate", job_of(CHEATED, validation={"artifacts": sent})).json()
         assert checked["fraud_detected"] is fraud, checked
         assert (checked["residual_test"]["verdict"] == "fraud") is fraud
-
-
-def test_a_server_judges_proofs_of_transformers_by_prefill(server):
-    judged(server, "float32")
 
 
 def test_what_does_not_fit_the_server_is_refused_before_it_runs(server):

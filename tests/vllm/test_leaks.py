@@ -86,30 +86,25 @@ def measured(server, name):
 
 
 def look(server):
-    """Return what an idle server holds."""
+    """Return what an idle server holds, and how many descriptors each of its processes has open."""
     held = server.idle_counts()
     # vLLM says how full its cache is at the end of a step only.
     server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x = ", "max_tokens": 1}).raise_for_status()
-    processes = {"server": psutil.Process(server.process.pid)}
-    processes |= {f"child {place}": child for place, child in enumerate(server._children())}
+    processes = [psutil.Process(server.process.pid), *server._children()]
     return {
-        "rows": sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in held["workers"]),
-        "errors": sum(worker["errors"] for worker in held["workers"]),
+        "held": sum(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors")),
         "requests": held["chat"] + held["nonces"] + measured(server, "num_requests_(?:running|waiting)"),
         "cache_used": measured(server, "kv_cache_usage_perc"),
-        "descriptors": {name: descriptors(process) for name, process in processes.items()},
-        "threads": {name: process.num_threads() for name, process in processes.items()},
-        "mib": {name: process.memory_info().rss >> 20 for name, process in processes.items()},
-    }
+    }, [descriptors(process) for process in processes]
 
 
 def descriptors(process):
-    """Return the number of open file descriptors of a process, those of the database by themselves."""
-    found = Counter({"other": 0})
+    """Return the number of open file descriptors of a process, without those of the database."""
+    found = []
     for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # it was closed meanwhile
-            found["database" if "service.sqlite3" in str(descriptor.readlink()) else "other"] += 1
-    return dict(found)
+            found.append("service.sqlite3" not in str(descriptor.readlink()))
+    return sum(found)
 
 
 def rounds(server, seed, first, until, deadline):
@@ -128,23 +123,15 @@ def rounds(server, seed, first, until, deadline):
     return number, done, visitors
 
 
-def left_behind(before, after):
-    """Return what an idle server holds at the end, by name: nothing if nothing leaks."""
-    found = {name: after[name] for name in ("rows", "errors", "requests", "cache_used") if after[name]}
-    for name, count in before["descriptors"].items():
-        if after["descriptors"][name]["other"] > count["other"]:
-            found[f"descriptors of {name}"] = after["descriptors"][name]["other"] - count["other"]
-    return found
-
-
 def test_no_row_no_block_and_no_descriptor_is_left_and_chat_goes_on(tmp_path: Path):
     deadline = time.monotonic() + 600
     with ForkedServer(tmp_path, options=OPTIONS, environment=ENVIRONMENT) as server:
         number, done, first = rounds(server, 20, 0, 200, deadline)
-        before = look(server)
+        _, before = look(server)
         _, later, rest = rounds(server, 21, number, 400, deadline)
-        after, preempted = look(server), measured(server, "num_preemptions_total")
-    assert left_behind(before, after) == {}
+        (left, after), preempted = look(server), measured(server, "num_preemptions_total")
+    assert not any(left.values()), left
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
     assert min(done, later) >= 200
     assert min(first.fullest, rest.fullest) > 0  # blocks in use are seen
     assert preempted > 0

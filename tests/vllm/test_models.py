@@ -1,4 +1,4 @@
-"""Models whose layers keep a state, and models that read images too, beside transformers.
+"""Quantised checkpoints, models whose layers keep a state, and models that read images too, beside transformers.
 
 What is measured is that of the benchmark from which docs/vllm.md has its table.
 """
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from vllm_support import CASES, PRESETS, checkpoint, measure
 
 from assay import poc
 from assay.models import load_model
+from assay.models.device import processor
+from assay.poc.vllm import compatibility
 from tests.models.storing import make_hybrid
 from tests.vllm.conftest import ON_GPU, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
@@ -53,12 +56,45 @@ def test_nonces_with_state_are_those_of_transformers(hybrid, preset: str):
     assert nothing_is_held(engine)
 
 
-def test_a_checkpoint_that_reads_images_is_honest_as_text_on_both_engines(tmp_path: Path):
-    kind, dtype = CASES["Qwen2.5-VL, as text"]
-    row = measure(checkpoint(kind, tmp_path), kind, dtype)
+def check(row: dict) -> None:
+    """Check that both engines find each other honest, and the cheaper model a fraud.
+
+    64 nonces may be too few to exclude that a tenth of them was computed cheaply; none may accuse.
+    """
     for preset in PRESETS:
         found = row["presets"][preset]
         assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= {"honest", "undecided"}, found
         assert found["cheat_on_vllm"] == "fraud", found
         assert found["residual_median"] < found["cheat_median"] / 2
         assert found["beside_the_scheduler"]["nonces"] > 0
+
+
+def test_a_checkpoint_that_reads_images_is_honest_as_text_on_both_engines(tmp_path: Path):
+    kind, dtype = CASES["Qwen2.5-VL, as text"]
+    check(measure(checkpoint(kind, tmp_path), kind, dtype))
+
+
+RUN = {
+    "int8 W8A8, compressed-tensors": ("int8-rows", "CPUInt8ScaledMMLinearKernel onednn"),
+    "int4 W4A16, compressed-tensors": ("int4-groups", "CPUWNA16LinearKernel"),
+    "Qwen3-MoE": ("bfloat16", "experts CPUUnquantizedExperts"),
+    "not quantised, cache in fp8": ("bfloat16+fp8_e4m3-cache", "vllm 0.32"),
+}
+
+
+WITHOUT_AVX512 = processor(torch.device("cpu")) in compatibility.WITHOUT_AVX512
+NEEDS_AVX512 = pytest.mark.skipif(WITHOUT_AVX512, reason="vLLM computes it on a CPU with AVX-512 alone")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if "MoE" in case else NEEDS_AVX512) for case in RUN])
+def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case: str, tmp_path: Path):
+    kind, dtype = CASES[case]
+    row = measure(checkpoint(kind, tmp_path), kind, dtype)
+    name, kernel = RUN[case]
+    assert row["fingerprint"]["dtype"] == name
+    assert kernel in row["fingerprint"]["library"]
+    check(row)
+    if "router" in row:
+        # The null, and the noise: engines that round differently ask other experts where two are nearly as good.
+        assert row["router"]["vllm_again"] == {"in_a_layer": 0, "in_any_layer": 0}
+        assert 0 < row["router"]["vllm_from_transformers"]["in_any_layer"] < 0.15

@@ -13,7 +13,6 @@ import pytest
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.load import identify
 from assay.poc import NetworkPins, get_pipeline
-from assay.poc.protocol.pins import CACHES
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
@@ -87,45 +86,97 @@ LORA = {"lora_config": SimpleNamespace(max_lora_rank=8)}
 AS_TEXT = {"model.multimodal_config": SimpleNamespace(language_model_only=True)}
 
 
+FP8 = {"cache.cache_dtype": "fp8"}
+HYBRID = {"model.is_hybrid": True, "model.architecture": "FalconH1ForCausalLM"}
+QWEN3_NEXT, LFM2 = ({"model.architecture": f"{name}ForCausalLM"} for name in ("Qwen3Next", "Lfm2"))
+BY_TRITON = {"additional_config": {"gdn_prefill_backend": "triton"}}
+TURNED_BY_TORCH = {"compilation.is_custom_op_enabled": lambda name: name != "rotary_embedding"}
+ENGINES = {
+    "parallel.data_parallel_size": 2,
+    "parallel.data_parallel_size_local": 2,
+    "parallel.data_parallel_backend": "mp",
+    "parallel.data_parallel_external_lb": False,
+    "parallel.data_parallel_hybrid_lb": False,
+}
+
+
+@pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "words", "version"),
     [
-        ({}, None),
-        ({"cache.cache_dtype": "auto"}, None),
-        ({"cache.cache_dtype": "bfloat16"}, None),
-        ({"cache.mamba_cache_dtype": "bfloat16", "cache.mamba_ssm_cache_dtype": "float32"}, None),
-        ({"model.hf_overrides": {}}, None),
-        ({"model.is_multimodal_model": True} | AS_TEXT, None),
-        (LORA | ON_CUDA, None),
-        (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
-        (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
-        ({"model.enable_prompt_embeds": False}, "--enable-prompt-embeds"),
-        ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
-        ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
-        ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel.enable_expert_parallel": True}, "--enable-expert-parallel on the CPU"),
-        ({"model.runner_type": "pooling"}, "--runner pooling"),
-        ({"model.quantization": "fp8"}, "--quantization fp8"),
-        ({"model.quantization_config": SimpleNamespace()}, "--quantization-config"),
-        ({"model.is_multimodal_model": True}, "add --language-model-only"),
-        ({"model.is_encoder_decoder": True}, "an encoder-decoder model"),
-        ({"load.load_format": "dummy"}, "--load-format dummy"),
-        ({"load.load_format": "mistral"}, "--load-format mistral"),
-        ({"model.hf_config_path": "elsewhere"}, "--hf-config-path"),
-        ({"model.hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides"),
-        ({"cache.kv_sharing_fast_prefill": True}, "fast-prefill"),
-        (LORA, "--enable-lora on the CPU"),
-        (LORA | ON_CUDA | FLOAT32, "--enable-lora in float32 on a GPU"),
-        ({"cache.cache_dtype": "fp8_e5m2"}, "(kv fp8_e5m2)"),
-        ({"cache.cache_dtype": "float16"}, "--kv-cache-dtype"),
-        ({"cache.cache_dtype": "nvfp4"}, "(kv nvfp4)"),
-        ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
-        ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
-        ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
+        (*row, "0.32.0")[:3]
+        for row in (
+            ({}, None),
+            ({"cache.cache_dtype": "auto"}, None),
+            ({"cache.cache_dtype": "bfloat16"}, None),
+            ({"cache.mamba_cache_dtype": "bfloat16", "cache.mamba_ssm_cache_dtype": "float32"}, None),
+            ({"model.hf_overrides": {}}, None),
+            ({"model.is_multimodal_model": True} | AS_TEXT, None),
+            (LORA | ON_CUDA, None),
+            (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
+            (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
+            ({"model.enable_prompt_embeds": False}, "--enable-prompt-embeds"),
+            ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
+            ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
+            ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),
+            ({"parallel.enable_expert_parallel": True}, "--enable-expert-parallel on the CPU"),
+            ({"model.runner_type": "pooling"}, "--runner pooling"),
+            ({"model.quantization": "fp8"}, "--quantization fp8"),
+            ({"model.quantization_config": SimpleNamespace()}, "--quantization-config"),
+            ({"model.is_multimodal_model": True}, "add --language-model-only"),
+            ({"model.is_encoder_decoder": True}, "an encoder-decoder model"),
+            ({"load.load_format": "dummy"}, "--load-format dummy"),
+            ({"load.load_format": "mistral"}, "--load-format mistral"),
+            ({"model.hf_config_path": "elsewhere"}, "--hf-config-path"),
+            ({"model.hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides"),
+            ({"cache.kv_sharing_fast_prefill": True}, "fast-prefill"),
+            (LORA, "--enable-lora on the CPU"),
+            (LORA | ON_CUDA | FLOAT32, "--enable-lora in float32 on a GPU"),
+            ({"cache.cache_dtype": "fp8_e5m2"}, "(kv fp8_e5m2)"),
+            ({"cache.cache_dtype": "float16"}, "--kv-cache-dtype"),
+            ({"cache.cache_dtype": "nvfp4"}, "(kv nvfp4)"),
+            ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
+            ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
+            ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
+            (FP8, None),
+            ({"cache.cache_dtype": "fp8_e4m3"}, None),
+            (FP8, "vLLM 0.28.0 with --kv-cache-dtype fp8", "0.28.0"),
+            (FP8 | ON_CUDA, None),
+            (FP8 | {"device.device_type": "xpu"}, "--kv-cache-dtype fp8 on xpu"),
+            (FP8 | HYBRID, "keep a state"),
+            (FP8 | {"cache.calculate_kv_scales": True}, "(kv scales)"),
+            (FP8 | {"cache.kv_cache_dtype_skip_layers": ["0"]}, "(skipped layers)"),
+            (HYBRID, None),
+            (HYBRID, "vLLM 0.28.0 with FalconH1ForCausalLM", "0.28.0"),
+            (HYBRID | ON_CUDA, None),
+            (HYBRID | ON_CUDA | FLOAT32, "--dtype bfloat16"),
+            (HYBRID | ON_CUDA | QWEN3_NEXT, "pass --gdn-prefill-backend triton"),
+            (HYBRID | ON_CUDA | QWEN3_NEXT | BY_TRITON, None),
+            (HYBRID | {"model.architecture": "JambaForCausalLM"}, "vLLM with JambaForCausalLM on cpu"),
+            (HYBRID | {"model.dtype": "torch.float16"}, "pass --dtype bfloat16"),
+            (HYBRID | QWEN3_NEXT | FLOAT32, "pass --dtype bfloat16"),
+            (HYBRID | LFM2, '"-rotary_embedding"'),
+            (HYBRID | LFM2 | TURNED_BY_TORCH, None),
+            ({"parallel.nnodes": 2}, None),
+            ({"parallel.nnodes": 2}, "vLLM 0.31.0 with workers on several hosts", "0.31.0"),
+            (ENGINES, None),
+            (ENGINES, "vLLM 0.31.2 with several data-parallel engines", "0.31.2"),
+            (ENGINES | {"model.is_moe": True}, "of a mixture on cpu"),
+            (ENGINES | {"model.is_moe": True} | ON_CUDA, None),
+            (ENGINES | {"parallel.data_parallel_external_lb": True}, "another load balancer"),
+            (ENGINES | {"parallel.data_parallel_hybrid_lb": True}, "another load balancer"),
+            (ENGINES | {"parallel.data_parallel_size_local": 1}, "on this host"),
+            (ENGINES | {"parallel.data_parallel_backend": "ray"}, "on this host"),
+        )
     ],
 )
-def test_settings_are_taken_or_refused_in_words(changes: dict, words: str | None):
-    check_config_says(settings_of_vllm(**changes), words)
+def test_settings_are_taken_or_refused_in_words(
+    changes: dict, words: str | None, version: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
+    config = settings_of_vllm(**changes)
+    assert bool(compatibility.rounded_cache(config)) == (changes.get("cache.cache_dtype") in ("fp8", "fp8_e4m3"))
+    check_config_says(config, words)
 
 
 @pytest.mark.parametrize(
@@ -149,78 +200,6 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs, platforms=platforms))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     check_config_says(settings_of_vllm(**{"parallel.distributed_executor_backend": executor}), words)
-
-
-FP8 = {"cache.cache_dtype": "fp8"}
-HYBRID = {"model.is_hybrid": True, "model.architecture": "FalconH1ForCausalLM"}
-QWEN3_NEXT, LFM2 = ({"model.architecture": f"{name}ForCausalLM"} for name in ("Qwen3Next", "Lfm2"))
-BY_TRITON = {"additional_config": {"gdn_prefill_backend": "triton"}}
-TURNED_BY_TORCH = {"compilation.is_custom_op_enabled": lambda name: name != "rotary_embedding"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "version", "words"),
-    [
-        (FP8, "0.32.0", None),
-        ({"cache.cache_dtype": "fp8_e4m3"}, "0.32.0", None),
-        (FP8, "0.28.0", "vLLM 0.28.0 with --kv-cache-dtype fp8"),
-        (FP8 | ON_CUDA, "0.32.0", None),
-        (FP8 | {"device.device_type": "xpu"}, "0.32.0", "--kv-cache-dtype fp8 on xpu"),
-        (FP8 | HYBRID, "0.32.0", "keep a state"),
-        (FP8 | {"cache.calculate_kv_scales": True}, "0.32.0", "(kv scales)"),
-        (FP8 | {"cache.kv_cache_dtype_skip_layers": ["0"]}, "0.32.0", "(skipped layers)"),
-        (HYBRID, "0.32.0", None),
-        (HYBRID, "0.28.0", "vLLM 0.28.0 with FalconH1ForCausalLM"),
-        (HYBRID | ON_CUDA, "0.32.0", None),
-        (HYBRID | ON_CUDA | FLOAT32, "0.32.0", "--dtype bfloat16"),
-        (HYBRID | ON_CUDA | QWEN3_NEXT, "0.32.0", "pass --gdn-prefill-backend triton"),
-        (HYBRID | ON_CUDA | QWEN3_NEXT | BY_TRITON, "0.32.0", None),
-        (HYBRID | {"model.architecture": "JambaForCausalLM"}, "0.32.0", "vLLM with JambaForCausalLM on cpu"),
-        (HYBRID | {"model.dtype": "torch.float16"}, "0.32.0", "pass --dtype bfloat16"),
-        (HYBRID | QWEN3_NEXT | FLOAT32, "0.32.0", "pass --dtype bfloat16"),
-        (HYBRID | LFM2, "0.32.0", '"-rotary_embedding"'),
-        (HYBRID | LFM2 | TURNED_BY_TORCH, "0.32.0", None),
-        ({"parallel.nnodes": 2}, "0.32.0", None),
-        ({"parallel.nnodes": 2}, "0.31.0", "vLLM 0.31.0 with workers on several hosts"),
-    ],
-)
-@pytest.mark.usefixtures("with_avx512")
-def test_caches_in_eight_bits_state_and_several_hosts_are_taken_where_they_were_run(
-    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    config = settings_of_vllm(**changes)
-    assert compatibility.rounded_cache(config) == (CACHES[0] if "cache.cache_dtype" in changes else "")
-    check_config_says(config, words)
-
-
-ENGINES = {
-    "parallel.data_parallel_size": 2,
-    "parallel.data_parallel_size_local": 2,
-    "parallel.data_parallel_backend": "mp",
-    "parallel.data_parallel_external_lb": False,
-    "parallel.data_parallel_hybrid_lb": False,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "version", "words"),
-    [
-        ({}, "0.32.0", None),
-        ({}, "0.31.2", "vLLM 0.31.2 with several data-parallel engines"),
-        ({"model.is_moe": True}, "0.32.0", "of a mixture on cpu"),
-        ({"model.is_moe": True} | ON_CUDA, "0.32.0", None),
-        ({"parallel.data_parallel_external_lb": True}, "0.32.0", "another load balancer"),
-        ({"parallel.data_parallel_hybrid_lb": True}, "0.32.0", "another load balancer"),
-        ({"parallel.data_parallel_size_local": 1}, "0.32.0", "on this host"),
-        ({"parallel.data_parallel_backend": "ray"}, "0.32.0", "on this host"),
-    ],
-)
-def test_engines_share_a_round_behind_one_server_and_engines_of_a_mixture_on_a_gpu(
-    changes: dict, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    check_config_says(settings_of_vllm(**ENGINES | changes), words)
 
 
 def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
