@@ -217,40 +217,28 @@ class SequentialTest:
         size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
         accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
         honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
+        first, needed = self._columns[0], -math.log(self.alpha)
         # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
         rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
         for start in range(0, nodes if checked else 0, rows):
             value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
-            some = slice(start, start + rows)
-            self._follow(where.reshape(-1, checked), self._steps(value_U), at, accused_RC[some], honest_RA[some])
-        return accused_RC, honest_RA
-
-    def _follow(
-        self,
-        which_RC: npt.NDArray[np.intp],
-        steps_U: FloatArray,
-        at: Sequence[int],
-        accused_RC: npt.NDArray[np.bool_],
-        honest_RA: npt.NDArray[np.bool_],
-    ) -> None:
-        """Write the verdicts of nodes whose residuals stand in a table, each until it is accused."""
-        first, needed = self._columns[0], -math.log(self.alpha)
-        left_R = np.arange(len(which_RC))
-        path = np.tile(self.prior, (left_R.size, 1))
-        for column in range(which_RC.shape[1]):
-            path += steps_U[which_RC[left_R, column]]
-            # A sum is at most its largest term times their number, so most e-values need not be computed.
-            most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
-            near = np.flatnonzero(most_R > needed - _ROUNDING)
-            over = near[self._log_e(path[near]) >= needed]
-            if over.size:
-                accused_RC[left_R[over], column:] = True
-                left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0)
+            which_RC, steps_U = where.reshape(-1, checked), self._steps(value_U)
+            left_R = np.arange(len(which_RC))  # those that are not accused yet
+            path = np.tile(self.prior, (left_R.size, 1))
+            for column in range(checked):
+                path += steps_U[which_RC[left_R, column]]
+                # A sum is at most its largest term times their number, so most e-values need not be computed.
+                most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
+                near = np.flatnonzero(most_R > needed - _ROUNDING)
+                over = near[self._log_e(path[near]) >= needed]
+                accused_RC[start + left_R[over], column:] = True
+                left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0) if over.size else path
                 if not left_R.size:
-                    return
-            for asked in (index for index, count in enumerate(at) if count == column + 1):
-                clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
-                honest_RA[left_R, asked] = clear
+                    break
+                for asked in (index for index, count in enumerate(at) if count == column + 1):
+                    clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
+                    honest_RA[start + left_R, asked] = clear
+        return accused_RC, honest_RA
 
     @property
     def prior(self) -> FloatArray:
