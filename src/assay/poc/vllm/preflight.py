@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from argparse import Namespace
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -97,11 +96,27 @@ def check_server() -> None:
         SystemExit: vLLM's parser refuses the arguments itself.
     """
     version = check_installed()
-    arguments, settings = _arguments(), PluginSettings()
+    from vllm import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser, serves = FlexibleArgumentParser(), sys.argv[1:2] == ["serve"]
+    if serves:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+
+        ServeSubcommand().subparser_init(parser.add_subparsers())
+    else:
+        try:  # since 0.32
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        except ImportError:
+            from vllm.entrypoints.openai.cli_args import make_arg_parser
+        make_arg_parser(parser)
+    arguments, settings = parser.parse_args(), PluginSettings()
+    if getattr(arguments, "model_tag", None) is not None:
+        arguments.model = arguments.model_tag
+    if serves and arguments.api_server_count is None:
+        arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
     check_arguments(arguments, settings)
     multiply_exactly(arguments.dtype)
-    from vllm import AsyncEngineArgs
-
     try:
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
     except Exception:  # vLLM refuses the arguments, and will do so itself
@@ -206,26 +221,3 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
             wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),
             do="serve with a build of the network, or with the pins that hold now (ASSAY_PINS)",
         )
-
-
-def _arguments() -> Namespace:
-    """Return the command line and the ``--config`` file of this server, as vLLM will parse them."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    if sys.argv[1:2] == ["serve"]:
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-
-        ServeSubcommand().subparser_init(parser.add_subparsers())
-    else:
-        try:  # since 0.32
-            from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        except ImportError:
-            from vllm.entrypoints.openai.cli_args import make_arg_parser
-        make_arg_parser(parser)
-    arguments: Namespace = parser.parse_args()
-    if getattr(arguments, "model_tag", None) is not None:
-        arguments.model = arguments.model_tag
-    if sys.argv[1:2] == ["serve"] and arguments.api_server_count is None:
-        arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
-    return arguments

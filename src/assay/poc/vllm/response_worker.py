@@ -118,14 +118,6 @@ class State(NamedTuple):
     there: Tensor | None = None
 
 
-class CopiedStates(NamedTuple):
-    """The states of one step, and on a GPU the event after which they are there."""
-
-    states: list[State]
-    rows: list[Tensor]
-    event: Any
-
-
 class Capture:
     """The wrapped methods of one model runner, and the sketches that they keep."""
 
@@ -135,7 +127,8 @@ class Capture:
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
-        self._waiting: deque[CopiedStates] = deque()
+        # The states of each step, and on a GPU the event after which they are there.
+        self._waiting: deque[tuple[list[State], list[Tensor], Any]] = deque()
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
@@ -215,8 +208,8 @@ class Capture:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
             event = None if self._aside is None else torch.cuda.current_stream(self._device).record_event()
-            self._waiting.append(CopiedStates(step_states, step_rows, event))
-        if sum(len(copied.states) for copied in self._waiting) >= self._at_once:
+            self._waiting.append((step_states, step_rows, event))
+        if sum(len(states) for states, _, _ in self._waiting) >= self._at_once:
             self._flush()
 
     def _choose(self, states_LD: Tensor, start: int, kept: KeptResponse, token: int) -> tuple[State, Tensor]:
@@ -232,13 +225,13 @@ class Capture:
     def _flush(self) -> None:
         """Make sketches of the states of all steps that the device has done."""
         done = []
-        while self._waiting and (self._waiting[0].event is None or self._waiting[0].event.query()):
+        while self._waiting and ((event := self._waiting[0][2]) is None or event.query()):
             done.append(self._waiting.popleft())
-        states = [state for copied in done for state in copied.states]
+        states = [state for of_step, _, _ in done for state in of_step]
         if not states:
             return
         with torch.cuda.stream(self._aside):  # of None: nothing changes
-            states_SD = torch.cat([rows for copied in done for rows in copied.rows])
+            states_SD = torch.cat([rows for _, of_step, _ in done for rows in of_step])
             if self._raw:
                 made_S = states_SD.float().cpu().numpy()
             else:
