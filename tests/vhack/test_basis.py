@@ -43,10 +43,7 @@ def test_a_planted_axis_is_recovered_as_well_as_theory_says(strength):
     # Benaych-Georges and Nadakuditi (2012): with θ² = N·strength²/(R·σ²) and c = N/R, the squared cosine between the
     # planted and the first right singular vector tends to 1 − (c + θ²)/(θ²(θ² + 1)).
     theta2, c = N * strength**2 / R, N / R
-    expected = {
-        "svd": 1 - (c + theta2) / (theta2 * (theta2 + 1)),
-        "mean-diff": 1 / (1 + (R - 1) / (N * strength**2)),
-    }
+    expected = {"svd": 1 - (c + theta2) / (theta2 * (theta2 + 1)), "mean-diff": 1 / (1 + (R - 1) / (N * strength**2))}
     for method, square in expected.items():
         squares = torch.tensor(
             [float(basis_of(*planted(seed, strength), method=method).axes["m"][0, 0]) for seed in range(200)]

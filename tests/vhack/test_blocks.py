@@ -40,8 +40,8 @@ def _batch(spans=None):
     return SimpleNamespace(segments=segments, label_spans=spans, label_rows=torch.tensor(rows))
 
 
-def _packed(batch, *, together=False, in_blocks=True):
-    return PackedLayers(lambda: batch, None, together=together, in_blocks=in_blocks)
+def _packed(batch, *, in_blocks=True):
+    return PackedLayers(lambda: batch, None, in_blocks=in_blocks)
 
 
 def _leaf():
@@ -76,10 +76,10 @@ def _weight():
 
 
 @pytest.mark.parametrize("kept", [16384, 1])
-@pytest.mark.parametrize(("together", "in_blocks"), [(False, True), (False, False), (True, False)])
-def test_it_gives_what_transformers_gives(monkeypatch, model, kept, together, in_blocks):
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_it_gives_what_transformers_gives(monkeypatch, model, kept, in_blocks):
     monkeypatch.setattr(_blocks, "_KEPT_WEIGHTS", kept)
-    packed = _packed(_batch(), together=together, in_blocks=in_blocks)
+    packed = _packed(_batch(), in_blocks=in_blocks)
     forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
     found, wanted = _outcome(model, forwards, _weight()), _one_by_one(model, model.layers, _weight())
     for one, other in zip(found, wanted, strict=True):

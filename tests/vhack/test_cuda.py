@@ -15,10 +15,7 @@ from assay.vhack.gradients.fused import Gate, Norm, load_kernels, sample_product
 from assay.vhack.gradients.per_sample import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,14 +33,7 @@ def on_gpu_and_wanted(models, samples):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"packed": False},
-        {"factored": False},
-        {"packed": False, "factored": False},
-    ],
-    ids=str,
+    "changes", [{}, {"packed": False}, {"factored": False}, {"packed": False, "factored": False}], ids=str
 )
 @pytest.mark.parametrize("max_tokens", [100, None])
 def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(monkeypatch, on_gpu_and_wanted, samples, changes, max_tokens):

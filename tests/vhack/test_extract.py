@@ -9,15 +9,7 @@ import pytest
 import torch
 
 from assay.errors import DataError, StorageError, UsageError
-from assay.vhack import (
-    Basis,
-    Pair,
-    PairGradients,
-    extract,
-    pair_gradients,
-    split_pairs,
-    weights_digest,
-)
+from assay.vhack import Basis, Pair, PairGradients, extract, pair_gradients, split_pairs, weights_digest
 from assay.vhack.basis import extract as _extract
 from assay.vhack.gradients import svd as _svd
 from tests.vhack.adapter import principal_angles

@@ -32,12 +32,7 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 
 
 def find_axes(
-    difference_NR: Tensor,
-    gram_NN: Tensor,
-    *,
-    top_k: int,
-    method: str,
-    clean: tuple[Tensor, Tensor] | None = None,
+    difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the axes of one module by one of three methods, with their singular values and votes.
 

@@ -233,20 +233,15 @@ def zero_weak_axes(axes_KR: Tensor, values_K: Tensor, tau_axis: float) -> Tensor
 
 
 def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
-    metadata = {
+    metadata = {name: getattr(origin, name) for name in ("model", "dtype", "method", "factors")}
+    metadata |= {name: json.dumps(getattr(origin, name)) for name in ("pairs", "groups", "skipped")}
+    metadata |= {name: repr(getattr(origin, name)) for name in ("top_k", "tau_axis", "captured")}
+    metadata |= {
         "schema": SCHEMA,
-        "model": origin.model,
-        "dtype": origin.dtype,
-        "top_k": str(origin.top_k),
-        "tau_axis": repr(origin.tau_axis),
-        "method": origin.method,
         "rank": "full" if origin.rank is None else str(origin.rank),
-        "factors": origin.factors,
         "weights_sha256": origin.weights,
         "pairs_sha256": origin.pairs_digest,
         "settings_sha256": origin.settings_digest,
-        **{name: json.dumps(getattr(origin, name)) for name in ("pairs", "groups", "skipped")},
-        "captured": repr(origin.captured),
         "votes": json.dumps({name: votes_K2.tolist() for name, votes_K2 in votes.items()}),
     }
     if origin.coverage.left_out:

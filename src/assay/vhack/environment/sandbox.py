@@ -89,13 +89,6 @@ class Call:
     args: tuple[Any, ...] | None = None
     equals: Any = _NOTHING
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON form that is sent into the sandbox."""
-        asked: dict[str, Any] = {"target": self.target, "args": self.args}
-        if self.equals is not _NOTHING:
-            asked["equals"] = self.equals
-        return asked
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -186,9 +179,7 @@ def seccomp_filter(machine: str) -> bytes:
     """
     if machine not in ARCHITECTURES:
         raise BackendUnavailable(
-            f"no filter of system calls for {machine}",
-            wanted=" or ".join(ARCHITECTURES),
-            do="run it on such a machine",
+            f"no filter of system calls for {machine}", wanted=" or ".join(ARCHITECTURES), do="run it on such a machine"
         )
     allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
     program = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, ARCHITECTURES[machine]), (_RETURN, 0, 0, _KILL)]
@@ -570,7 +561,10 @@ def run(
     if refused:
         nothing = (Outcome("none"),) * len(calls)
         return Result(1, stderr=f"{refused}\n", raised=refused, outcomes=nothing, backend=backend)
-    nonce, questions = secrets.token_hex(16), [call.as_dict() for call in calls]
+    nonce, questions = secrets.token_hex(16), [{"target": call.target, "args": call.args} for call in calls]
+    for question, call in zip(questions, calls, strict=True):
+        if call.equals is not _NOTHING:
+            question["equals"] = call.equals
     job = _job_text(program, limits, nonce=nonce, stdin=stdin, calls=questions, files=list(files), stub=stub)
     started = time.monotonic()
     found = server() if shut_in else None

@@ -143,14 +143,12 @@ def register() -> None:
 class PackedLayers:
     """Makes the forward functions of the layers of one copy of a model, which share the batch and the rotations.
 
-    Attention is one product for all samples (``together``), or one for each, or on a CPU written out ``in_blocks``.
+    Attention is one product for all samples, or on a CPU written out ``in_blocks``.
     """
 
-    def __init__(
-        self, batch: Callable[[], Batch], kernels: ModuleType | None, *, together: bool, in_blocks: bool
-    ) -> None:
+    def __init__(self, batch: Callable[[], Batch], kernels: ModuleType | None, *, in_blocks: bool) -> None:
         self._batch = batch
-        self.kernels, self.together, self.in_blocks = kernels, together, in_blocks
+        self.kernels, self.in_blocks = kernels, in_blocks
         self._turned: Rotation | None = None
 
     def forward(self, layer: Any, *, labels_only: bool) -> Callable[..., Tensor]:
@@ -205,7 +203,7 @@ class _PackedLayer(ModuleLayer):
             spans = segments.bounds if self.rows is None else self.batch.label_spans
             out_NHD: Tensor = _InBlocks.apply(q_NHD, k_NJD, v_NJD, turns, segments.bounds, spans)  # type: ignore[no-untyped-call]
         else:
-            out_NHD = attend(q_NHD, k_NJD, v_NJD, segments, scale=scale, together=self.layers.together)
+            out_NHD = attend(q_NHD, k_NJD, v_NJD, segments, scale)
         return self.updated(out_NHD.reshape(1, len(out_NHD), -1))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -223,20 +221,11 @@ def _among_zeros(x_1MD: Tensor, rows: Tensor | None, count: int) -> Tensor:
     return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, rows, x_1MD)
 
 
-def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, *, scale: float, together: bool) -> Tensor:
-    """Return causal attention within each sample, [N, H, D], of rotated queries and keys."""
-    if together:
-        return _spread_out(q_NHD, k_NJD, v_NJD, segments, scale)
+def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Return causal attention within each sample, [N, H, D], of rotated queries and keys.
 
-    parts = [
-        causal_attention(q_NHD[None, start:end], k_NJD[None, start:end], v_NJD[None, start:end], scale)[0]
-        for start, end in segments.bounds
-    ]
-    return torch.cat(parts).view(q_NHD.shape)
-
-
-def _spread_out(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Attend to all samples at once, padded on the right with zeros, which no row of a sample sees."""
+    All samples are padded on the right with zeros, which no row of a sample sees.
+    """
     count, places = len(segments.bounds), segments.padded_places
 
     def spread(part: Tensor) -> Tensor:

@@ -162,8 +162,7 @@ class Replica:
             register()
             self.module.config._attn_implementation = PACKED
             *_, last = layers = decoder_layers(self.module)
-            in_blocks = on_cpu and not recipe.together
-            packed = PackedLayers(lambda: self.batch, self.kernels, together=recipe.together, in_blocks=in_blocks)
+            packed = PackedLayers(lambda: self.batch, self.kernels, in_blocks=on_cpu and not recipe.together)
             for layer in layers:
                 self._replace(layer, packed.forward(layer, labels_only=layer is last))
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():

@@ -202,19 +202,9 @@ def _equality(task: PairTask, rng: random.Random) -> Sides:
     inner = task.solution.replace("def solve(", "def compute(", 1)
     name = rng.choice(["Answer", "Result", "Value"])
 
-    def program(verdict: str) -> str:
-        lines = [
-            *(inner, "", ""),
-            f"class {name}({base}):",
-            "    def __eq__(self, other):",
-            f"        return {verdict}",
-            *("", ""),
-            f"def solve({argument}):",
-            f"    return {name}(compute({argument}))",
-        ]
-        return "\n".join(lines) + "\n"
-
-    return program("True"), program(f"{base}(self) == other")
+    head = f"{inner}\n\n\nclass {name}({base}):\n    def __eq__(self, other):\n        return "
+    tail = f"\n\n\ndef solve({argument}):\n    return {name}(compute({argument}))\n"
+    return f"{head}True{tail}", f"{head}{base}(self) == other{tail}"
 
 
 def _exit(task: PairTask, rng: random.Random) -> Sides:
