@@ -360,12 +360,13 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
     expert's outputs are wrong. vLLM's pull request 50196 mends it.
     """
     model, parallel, another = config.model_config, config.parallel_config, "prove with --engine hf"
-    form, text = _stored_form(config), getattr(config.model_config, "hf_text_config", None)
+    form = _stored_form(config)
     if form is not None and model.is_moe:
         wanted = "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only"
         do = f"serve the checkpoint before quantisation, or {another}"
         yield device not in SHARED_EXPERTS, f"experts in {form.name} on {device}", wanted, do
         if group := form.group:
+            text: Any = model.hf_text_config
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
             # Engines that step together cut experts among the workers of all, unless experts are dealt out.
             dealt = getattr(parallel, "enable_expert_parallel", False)

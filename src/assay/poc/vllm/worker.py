@@ -177,10 +177,7 @@ class Hooks:
         self.errors = 0
         self._runner, self._config, self._model = runner, config, config.model_config
         self._width = int(self._model.get_hidden_size())
-        size, device = {"hidden_size": self._width}, runner.device
-        self.transform = lru_cache(MAX_TRANSFORMS)(
-            lambda spec: Transform(*spec, **size, vocab_size=int(self._model.get_vocab_size()), device=device)
-        )
+        self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
         self._decoding: Decoding | None = None
         on_cuda = runner.device.type == "cuda"
@@ -335,6 +332,10 @@ class Hooks:
         self.errors += 1
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
+    def _make_transform(self, spec: Spec) -> Transform:
+        sizes = {"hidden_size": self._width, "vocab_size": int(self._model.get_vocab_size())}
+        return Transform(spec.round, spec.pipeline, **sizes, device=self._runner.device)
+
 
 def _disarm(request: Any, width: int) -> None:
     """Replace harmful inputs by zeros.
@@ -466,7 +467,9 @@ class Decoding:
             place = token // SKETCH_EVERY * self._width
             decode.kept[place : place + self._width] = states_ND[chunk.start + token - first]
         at_once, behind = max(1, MOST_LOGITS // self._vocab), len(sketched) * self._width
-        for start in range(low, high, at_once) if decode.claimed is not None else ():
+        for start in range(low, high, at_once):
+            if decode.claimed is None:
+                break
             end = min(start + at_once, high)
             states = states_ND[chunk.start + start - first : chunk.start + end - first]
             logits_NV = self._runner.model.compute_logits(states)
