@@ -318,11 +318,8 @@ class NonceStream:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
-                    seen, wanted = (
-                        f"vLLM refused a nonce: {reason_of(outcome)}"[:400],
-                        "an engine that takes its length",
-                    )
-                    raise _failure(outcome)(seen, wanted=wanted, do="see the log of vLLM") from outcome
+                    seen, takes = f"vLLM refused a nonce: {reason_of(outcome)}"[:400], "an engine that takes its length"
+                    raise _failure(outcome)(seen, wanted=takes, do="see the log of vLLM") from outcome
             found = await self._client.collect(self._key, list(left))
             whole = {nonce for nonce, outcome in zip(left, outcomes, strict=True) if self._whole(nonce, outcome)}
             values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
