@@ -301,10 +301,8 @@ def available_backend() -> str | None:
     return None if unusable() else "bwrap"
 
 
-# --------------------------------------------------------------------------------------------------
-# The parent's side of a job. A fork server is started once for a process, takes jobs from any thread, and ends with the
-# process. Where it cannot run, or dies under a job, a sandbox is started for the one job.
-
+# A fork server is started once for a process, takes jobs from any thread, and ends with the process. Where it cannot
+# run, or dies under a job, a sandbox is started for the one job.
 _INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 _START_SECONDS = 20
 _END_SECONDS = 10
@@ -337,10 +335,9 @@ def _job_text(program: str, limits: Limits, **asked: object) -> bytes:
 def _descriptors(
     job: bytes, limits: Limits, ours: ExitStack, theirs: ExitStack
 ) -> tuple[dict[str, tuple[int, int]], list[int]]:
-    """Return descriptor and bound of each pipe to read, by its name, and what the job is given.
+    """Return descriptor and bound of each pipe to read, by its name, and what the job is given to close in ``theirs``.
 
-    A job is given its text, stdout, stderr and the report. The stack ``theirs`` closes these here once the job has
-    them, and the stack ``ours`` closes the ends to read.
+    A job is given its text, stdout, stderr and the report.
     """
     text = os.memfd_create("job")
     theirs.callback(os.close, text)

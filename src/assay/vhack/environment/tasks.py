@@ -14,22 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps
+from assay.files.jsonl import dumps, read_jsonl
 from assay.vhack.environment.sandbox import Case
 
-# --------------------------------------------------------------------------------------------------
-# The steps that tasks are chained from: what each says, and the code that does it.
-#
-# A step is a pair of templates with places for numbers and letters, drawn anew wherever it is used. All act on one
-# variable ``x``. Several lines of code are one string with line breaks.
-
 Step = tuple[str, str]
-"""What it says, and its code."""
+"""What a step says, and its code: templates with places for numbers and letters, drawn anew wherever it is used.
+
+All act on one variable ``x``. They stand in steps.jsonl.
+"""
 
 _LETTERS = "abcdeilmnorst"
 
@@ -52,107 +50,21 @@ _ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
 }
 """How an argument is drawn, by the phrase for it in the statement."""
 
-_ARITHMETIC = (
-    ("add {a}", "x = x + {a}"),
-    ("subtract {a}", "x = x - {a}"),
-    ("multiply by {b}", "x = x * {b}"),
-    ("take the remainder of division by {m}", "x = x % {m}"),
-    ("divide by {b} and round down", "x = x // {b}"),
-    ("change the sign", "x = -x"),
-    ("take the absolute value", "x = abs(x)"),
-    ("take the larger one of it and {a}", "x = max(x, {a})"),
-    ("take the smaller one of it and {a}", "x = min(x, {a})"),
-    ("square it", "x = x * x"),
-)
-_BRANCHES = (
-    ("if it is even, add {a}, otherwise subtract {b}", "x = x + {a} if x % 2 == 0 else x - {b}"),
-    ("if it is odd, multiply by {b}", "x = x * {b} if x % 2 == 1 else x"),
-    ("if it is above {a}, subtract {m}", "x = x - {m} if x > {a} else x"),
-    ("if it is below {a}, add {m}", "x = x + {m} if x < {a} else x"),
-    ("if it is negative, change the sign, otherwise add {b}", "x = -x if x < 0 else x + {b}"),
-    ("if it is a multiple of {b}, divide by {b}", "x = x // {b} if x % {b} == 0 else x"),
-    ("if it is at least {a}, double it, otherwise add {m}", "x = 2 * x if x >= {a} else x + {m}"),
-)
-_LOOPS = (
-    (
-        "{b} times: multiply by {c} and take the remainder of division by {m}",
-        "for _ in range({b}):\n    x = x * {c} % {m}",
-    ),
-    (
-        "{b} times: add {a} if it is even, otherwise subtract 1",
-        "for _ in range({b}):\n    x = x + {a} if x % 2 == 0 else x - 1",
-    ),
-    ("as long as it is above {a}: subtract {m}", "while x > {a}:\n    x = x - {m}"),
-    ("as long as it is below {a}: add {b}", "while x < {a}:\n    x = x + {b}"),
-    ("{b} times: halve it, rounding down, and add {a}", "for _ in range({b}):\n    x = x // 2 + {a}"),
-    ("add all numbers from 1 to {m}", "for i in range(1, {m} + 1):\n    x = x + i"),
-    ("add the remainders of {m} divided by 1 to {b}", "for i in range(1, {b} + 1):\n    x = x + {m} % i"),
-)
-_DIGITS = (
-    ("take the sum of its digits", "x = sum(int(d) for d in str(x))"),
-    ("write its digits backwards", "x = int(str(x)[::-1])"),
-    ("append the digit {d}", "x = 10 * x + {d}"),
-    ("put the digit {b} in front", "x = int('{b}' + str(x))"),
-    ("drop its last digit", "x = x // 10"),
-    ("multiply by {b}", "x = x * {b}"),
-    ("add the largest of its digits", "x = x + max(int(d) for d in str(x))"),
-    ("sort its digits, the smallest first", "x = int(''.join(sorted(str(x))))"),
-    ("add the number of its digits", "x = x + len(str(x))"),
-)
-_LISTS = (
-    ("add {a} to every value", "x = [v + {a} for v in x]"),
-    ("multiply every value by {b}", "x = [v * {b} for v in x]"),
-    ("keep the values above {s}", "x = [v for v in x if v > {s}]"),
-    ("drop the multiples of {b}", "x = [v for v in x if v % {b} != 0]"),
-    ("reverse the order", "x = x[::-1]"),
-    ("sort, the smallest first", "x = sorted(x)"),
-    ("drop the first one", "x = x[1:]"),
-    ("drop the last one", "x = x[:-1]"),
-    ("append {a}", "x = x + [{a}]"),
-    ("replace every value by its remainder of division by {m}", "x = [v % {m} for v in x]"),
-    ("replace every value by the sum of all up to it", "x = [sum(x[:i + 1]) for i in range(len(x))]"),
-    ("keep every second value, from the first on", "x = x[::2]"),
-)
-_TOTALS = (
-    ("take the sum", "x = sum(x)"),
-    ("take the largest value, or 0 if there is none", "x = max(x, default=0)"),
-    ("take the smallest value, or 0 if there is none", "x = min(x, default=0)"),
-    ("count the values above {s}", "x = sum(1 for v in x if v > {s})"),
-    ("take the sum of the squares", "x = sum(v * v for v in x)"),
-    ("count the even values", "x = sum(1 for v in x if v % 2 == 0)"),
-)
-_STRINGS = (
-    ("write it backwards", "x = x[::-1]"),
-    ("append '{w}'", "x = x + '{w}'"),
-    ("put '{w}' in front", "x = '{w}' + x"),
-    ("drop the first letter", "x = x[1:]"),
-    ("drop the last letter", "x = x[:-1]"),
-    ("sort the letters", "x = ''.join(sorted(x))"),
-    ("replace every '{l}' by '{w}'", "x = x.replace('{l}', '{w}')"),
-    ("drop every '{l}'", "x = x.replace('{l}', '')"),
-    ("keep every second letter, from the first on", "x = x[::2]"),
-    ("repeat it {c} times", "x = x * {c}"),
-    ("move the first {c} letters to the end", "x = x[{c}:] + x[:{c}]"),
-)
-_COUNTS = (
-    ("take its length", "x = len(x)"),
-    ("count the letter '{l}'", "x = x.count('{l}')"),
-    ("count the vowels", "x = sum(1 for c in x if c in 'aeiou')"),
-    ("count the different letters", "x = len(set(x))"),
-    ("count the letters after '{l}' in the alphabet", "x = sum(1 for c in x if c > '{l}')"),
-)
+_STEPS: dict[str, tuple[Step, ...]] = {}
+for _, _row in read_jsonl(Path(__file__).with_name("steps.jsonl")):
+    _STEPS[_row["kind"]] = (*_STEPS.get(_row["kind"], ()), (_row["says"], _row["code"]))
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("arithmetic", "a number", _ARITHMETIC),
-        Family("branches", "a number", _BRANCHES),
-        Family("loops", "a number", _LOOPS),
-        Family("digits", "a positive number", _DIGITS),
-        Family("lists", "a list of numbers", _LISTS),
-        Family("totals", "a list of numbers", _LISTS, _TOTALS),
-        Family("strings", "a word", _STRINGS),
-        Family("counts", "a word", _STRINGS, _COUNTS),
+        Family("arithmetic", "a number", _STEPS["arithmetic"]),
+        Family("branches", "a number", _STEPS["branches"]),
+        Family("loops", "a number", _STEPS["loops"]),
+        Family("digits", "a positive number", _STEPS["digits"]),
+        Family("lists", "a list of numbers", _STEPS["lists"]),
+        Family("totals", "a list of numbers", _STEPS["lists"], _STEPS["totals"]),
+        Family("strings", "a word", _STEPS["strings"]),
+        Family("counts", "a word", _STEPS["strings"], _STEPS["counts"]),
     )
 }
 """Every family by its name."""
@@ -266,11 +178,7 @@ class Task(Shown):
 
 
 def task_named(name: str) -> Task:
-    """Return the task with this name.
-
-    Raises:
-        DataError: There is no such family, or difficulty and seed are not whole numbers in their range.
-    """
+    """Return the task with this name, or raise a DataError where there is none."""
     try:
         family, difficulty, seed = name.split("/")
         if not 1 <= int(difficulty) <= HARDEST or int(seed) < 0:

@@ -77,15 +77,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
-    """Refuse pairs that cannot be used as evidence.
-
-    Args:
-        pairs: Pairs of prompts and completions.
-        names: What to call each in an error; by default ``pair I (group G)``, counted from 0.
-
-    Raises:
-        DataError: A pair is given twice, a side, prompt or group is empty, or both sides are equal.
-    """
+    """Raise a DataError of a pair that is given twice, has an empty text or equal sides; by default numbers name it."""
     seen: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = names[index] if names is not None else f"pair {index} (group {pair.group})"
@@ -145,17 +137,11 @@ _GRADED = {"prompt": str, "completion": str, "correct": bool, "exploited": bool,
 
 @dataclass(frozen=True)
 class Matched:
-    """Pairs that were found, and what there was to find them in.
+    """Pairs that were found, and what there was to find them in."""
 
-    Attributes:
-        pairs: The pairs, in the order of the hacks.
-        hacked: Prompts with at least one hack.
-        worked: Prompts with at least one correct completion that is not vacuous.
-    """
-
-    pairs: tuple[Pair, ...]
-    hacked: int
-    worked: int
+    pairs: tuple[Pair, ...]  # in the order of the hacks
+    hacked: int  # prompts with at least one hack
+    worked: int  # prompts with at least one correct completion that is not vacuous
 
 
 def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) -> Matched:
