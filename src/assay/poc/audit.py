@@ -15,10 +15,10 @@ from assay.errors import UsageError
 from assay.models.load import model_info
 from assay.models.resolve import load_tokenizer
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
-from assay.poc.network_pins import expected
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.proof import Header, Proof
+from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress
 from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.calibration import ResponseCalibration
@@ -33,6 +33,7 @@ from assay.poc.responses.judge import (
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.replay import check_adapter, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
+from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.ledger_entries import Standing
@@ -80,7 +81,7 @@ class Auditor(Launch):
             StorageError: The ledger cannot be written.
         """
         proof = Proof.load(path)
-        pins, measured = expected(proof.header, self.pins, given or Pins(), positions, self.calibration)
+        pins, measured = self._expected(proof.header, given or Pins(), positions)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
         self._check_ledger(pins.unpinned(proof.header))
         check_judge(self, proof.header, measured)
@@ -149,6 +150,25 @@ class Auditor(Launch):
                 verdict = judge_responses(found, read, noise, pins=pins, alpha=self.alpha, sample_seed=drawn)
                 standing = None if ledger is None else ledger.append(verdict.updates())[-1]
         return Audit(verdict, standing)
+
+    def _expected(
+        self, header: Header, given: Pins, positions: tuple[int, int] | None
+    ) -> tuple[Pins, Calibration | None]:
+        """Return what a proof is held against, and the calibration that was measured with its build.
+
+        The model that the header states must be one of the pins; the judge compares it with the one that is loaded.
+        """
+        network = None if self.pins is None else NetworkPins.load(self.pins)
+        pins = given if network is None else network.for_round(model=header.digest, also=given)
+        if positions is not None:
+            named = {"node_id": pins.node_id, "node_count": pins.node_count}
+            share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+            nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
+            pins = pins.joined(Pins(nonces=nonces), str(self.pins))
+        if self.calibration is not None:
+            return pins, Calibration.load(self.calibration)
+        pins.check(header)
+        return pins, None if network is None else find_pinned_calibration(network, header)
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
         """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""

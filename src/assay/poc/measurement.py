@@ -362,8 +362,8 @@ def measure(
     info = None if model is None else model_info(model)
     return calibrate(
         *map(Proof.load, paths),
-        hidden_size=info and info.hidden_size,
-        mixture=info and info.experts > 0,
+        hidden_size=None if info is None else info.hidden_size,
+        mixture=None if info is None else info.experts > 0,
         against={name: Proof.load(path) for name, path in against.items()},
         progress=progress,
     )

@@ -19,7 +19,7 @@ from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, Pi
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
+from assay.poc.verdict.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,42 +139,6 @@ def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageEr
         do="leave it out, or correct one of the two",
         field=name,
     )
-
-
-def expected(
-    header: Header,
-    file: Path | None,
-    given: Pins,
-    positions: tuple[int, int] | None = None,
-    calibration: Path | None = None,
-) -> tuple[Pins, Calibration | None]:
-    """Return what a proof is held against, and the calibration that was measured with its build.
-
-    Args:
-        header: Header of the proof. The model that it states must be one of the file; the judge compares it with the
-            one that is loaded.
-        file: Pins file of the network.
-        given: Further values, which must agree with the file.
-        positions: Positions in the share of the node that the proof must hold.
-        calibration: Calibration file; one of the pins when None.
-
-    Raises:
-        UsageError: A value contradicts the file, or the file needs another one.
-        ProofMismatch: The header contradicts the values or the file.
-        CalibrationError: No pinned calibration is of this proof, or a calibration cannot be used.
-        DataError: A file cannot be read.
-    """
-    network = None if file is None else NetworkPins.load(file)
-    pins = given if network is None else network.for_round(model=header.digest, also=given)
-    if positions is not None:
-        named = {"node_id": pins.node_id, "node_count": pins.node_count}
-        share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        nonces: Sequence[int] = Round(block_hash="any", public_key="any", **share).nonces(*positions)
-        pins = pins.joined(Pins(nonces=nonces), str(file))
-    if calibration is not None:
-        return pins, Calibration.load(calibration)
-    pins.check(header)
-    return pins, None if network is None else find_pinned_calibration(network, header)
 
 
 def pinned_format(pins: Path, model: str) -> str | None:

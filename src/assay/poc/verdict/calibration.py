@@ -406,13 +406,12 @@ class BuildNoise:
     @classmethod
     def from_first_version(cls, values: JsonObject) -> "BuildNoise":
         """Read the values of a file of schema 1, whose law was an upper one; errors are as of :meth:`from_dict`."""
-        machines = describe_machines([Fingerprint.from_dict(values[name]) for name in ("prover", "validator")])
-        known = asdict(Spread())
-        whole = {"preset": None, "digest": None} | {
-            name: values[name] for name in values if name in cls.__annotations__
-        }
-        whole |= {"machines": [vars(one) | {"fingerprint": one.fingerprint.as_dict()} for one in machines]}
-        return cls.from_dict(whole | {"sizes": [[0, 1, read_law(values["law"]).size]], "spread": known, "known": known})
+        engines = [Fingerprint.from_dict(values[name]) for name in ("prover", "validator")]
+        law, known = read_law(values["law"]), asdict(Spread())
+        whole = {name: value for name, value in values.items() if name in cls.__annotations__}
+        whole |= {"preset": values.get("preset"), "digest": values.get("digest"), "spread": known, "known": known}
+        machines = [{"name": one.id, "kind": _kind(one), "fingerprint": one.as_dict()} for one in engines]
+        return cls.from_dict(whole | {"machines": machines, "sizes": [[0, 1, law.size]]})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,8 +113,11 @@ class Life:
 
     def _begin(self, noise: AnyNoise) -> "LifeTest":
         weight = error_share(len(self.tests) + 1)
-        new_test = ResponseTest if isinstance(noise, ResponseNoise) else sequential_test
-        test = new_test(noise, alpha=self.alpha * weight, beta=self.beta * weight)  # type: ignore[operator]
+        rates = {"alpha": self.alpha * weight, "beta": self.beta * weight}
+        if isinstance(noise, ResponseNoise):
+            test: ResponseTest | stats.SequentialTest = ResponseTest(noise, **rates)
+        else:
+            test = sequential_test(noise, **rates)
         self.tests.append(LifeTest(test, math.log(weight)))
         return self.tests[-1]
 
