@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from assay import stats
-from assay.errors import ResourceError, UsageError
+from assay.errors import ResourceError
 from assay.files.jsonl import JsonObject
 from assay.files.storage import write_atomic, write_jsonl
 from assay.models.load import load_model, model_info
@@ -193,14 +193,12 @@ class MatrixPlan(ExperimentPlan):
     dtype: Dtype = None
 
     experiment = "matrix"
+    known: ClassVar[Mapping[str, Sequence[str]]] = {"modes": tuple(MODES)}
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the lists and every round."""
         super().model_post_init(context)
-        unknown = [mode for mode in self.modes if mode not in MODES]
-        if unknown:
-            raise UsageError(f"mode {unknown[0]!r:.40}", wanted="one of " + ", ".join(MODES), do="correct --modes")
         for block, key in product(self.blocks, self.public_keys):
             Round(block_hash=block, public_key=key, r_target=self.r_target, seq_len=self.seq_len)
 

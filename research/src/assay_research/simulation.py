@@ -21,12 +21,12 @@ sizes of a grid.
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -323,22 +323,7 @@ class SimulationPlan(Plan):
     network: Network = Field(Network(), description="Nodes, validators and rounds.")
 
     experiment = "simulate"
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Check the names."""
-        lists = (
-            ("presets", self.presets, PRESETS),
-            ("dtypes", self.dtypes, tuple(KINDS)),
-            ("laws", self.laws, LAWS),
-        )
-        for name, given, known in lists:
-            odd = [value for value in given if value not in known or given.count(value) > 1]
-            if odd or not given:
-                raise UsageError(
-                    f"{name} {', '.join(odd) or 'none'}",
-                    wanted="some of " + ", ".join(known) + ", each once",
-                    do=f"correct --{name}",
-                )
+    known: ClassVar[Mapping[str, Sequence[str]]] = {"presets": PRESETS, "dtypes": tuple(KINDS), "laws": LAWS}
 
     def noise(self, preset: str, dtype: str, law: str) -> Noise:
         """Return the noise that validators judge by."""

@@ -1,4 +1,4 @@
-"""``assay poc experiment``: tables on stdout, files in the run's folder, and what is refused."""
+"""``assay poc experiment`` and ``assay research clusters``: tables on stdout, files of the run, and what is refused."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,14 @@ import pytest
 from assay_research.matrix import MatrixPlan
 from assay_research.runs.runs import open_run
 
+from research.tests import published
 from research.tests.experiments.test_matrix import published_cells
 
 SMALL = ["--nonces", "32", "--seq-len", "8", "--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture
-def published(tmp_path: Path) -> Path:
+def finished_matrix(tmp_path: Path) -> Path:
     """A run that holds the 36 published tests."""
     plan = MatrixPlan(models=("qwen", "llama"), device="cpu")
     names = {test.key for test in plan.tests()}
@@ -24,15 +25,15 @@ def published(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_finished_matrix_prints_the_published_table(published, assay):
+def test_a_finished_matrix_prints_the_published_table(finished_matrix, assay):
     result = assay(
         "poc", "experiment", "matrix", "--models", "qwen,llama", "--device", "cpu", "--run-name", "seeds",
-        "-o", published,
+        "-o", finished_matrix,
     )  # fmt: skip
     assert result.code == 0, result.err
     for words in ("qwen, sign-flips", "58.07%", "block_gamma", "1.09%", "10.27%", "inside noise", "over 5%", "120.0"):
         assert words in result.out
-    assert (published / "seeds" / "report.html").is_file()
+    assert (finished_matrix / "seeds" / "report.html").is_file()
 
 
 def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
@@ -58,7 +59,7 @@ def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
     [
         (["report", "--run-name", "none"], "holds no experiment"),
         (["report", "--run-name", "../none"], "run name"),
-        (["matrix", "--modes", "nonsense"], "mode 'nonsense'"),
+        (["matrix", "--modes", "nonsense"], "modes nonsense"),
         (["matrix", "--duration", "0"], "duration"),
         (["weights", "--preset", "nonsense"], "preset 'nonsense'"),
         (["approaches", "--approaches", "nonsense"], "preset 'nonsense'"),
@@ -75,3 +76,54 @@ def test_refusals(arguments: list[str], seen: str, assay, tmp_path):
     assert result.code == 2
     assert seen in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3", "--checked", "4")
+
+
+def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
+    from assay_research import simulation as _network
+
+    for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100}.items():
+        monkeypatch.setattr(_network, name, value)
+    arguments = ("poc", "experiment", "simulate", "--presets", "hardened", *FEW, "-o", tmp_path)
+    result = assay(*arguments, "--json")
+    assert result.code == 0, result.err
+    written = json.loads(result.out)
+    assert written["schema"] == "assay.poc.experiment.simulate/1"
+    assert Path(written["report"]).is_file()
+    again = assay(*arguments)
+    assert again.code == 0
+    assert "lifetime" in again.out
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay_research.clusters.clusters.LEAST_AUDITS", 0)
+    monkeypatch.setattr("assay_research.clusters.clusters.CHEAT_AUDITS", 2)
+    monkeypatch.setattr("assay_research.clusters.clusters.INSIDE_AUDITS", 2)
+
+
+def test_tables_a_page_and_json(small, assay, tmp_path: Path):
+    data = published.write(tmp_path / "nonces.jsonl", published.network(3, nonces=64))
+    result = assay("research", "clusters", data, "--audits", 2, "-o", tmp_path)
+    assert result.code == 0, result.err
+    for words in ("2026-05 model-a", "first version", "count (0.41, 0.1, 0.05)", "oracle", "report: "):
+        assert words in result.out
+    (folder,) = tmp_path.glob("clusters-nonces-*")
+    assert (folder / "report.html").is_file()
+    again = json.loads(assay("research", "clusters", data, "--audits", 2, "-o", tmp_path, "--json").out)
+    assert again["schema"] == "assay_research.clusters/1"
+    assert again["folder"] == str(folder)
+    assert [build["build"] for build in again["builds"]] == ["2026-05 model-a"]
+
+
+def test_sets_that_cannot_be_read_are_refused(assay, tmp_path: Path):
+    assert assay("research", "clusters", tmp_path / "none.jsonl", "-o", tmp_path).code == 2
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"set": "a"}\n')
+    result = assay("research", "clusters", bad, "-o", tmp_path)
+    assert result.code == 2
+    assert "bad.jsonl, line 1" in result.err
+    assert assay("research", "clusters", bad, "--audits", 0, "-o", tmp_path).code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]

@@ -126,14 +126,14 @@ def test_simulated_cheats_have_the_median_that_is_said():
     rng = np.random.default_rng(0)
     honest = 0.2 * np.exp(0.4 * rng.normal(size=2000))
     others = {"larger": 4 * honest, "smaller": 0.9 * honest}
-    found = {cheat.name: cheat for cheat in simulated(honest, 0.1, others, rng)}
+    found = dict(simulated(honest, 0.1, others, rng))
     assert "a share as larger" in found
     assert "a share as smaller" not in found
     assert len(found) == 7
-    for cheat in found.values():
-        assert np.median(cheat.pool) == pytest.approx(1.4 * np.median(honest), rel=0.03)
-        audits = cheat.audits(rng, 3, 100)
+    for pool in found.values():
+        assert np.median(pool) == pytest.approx(1.4 * np.median(honest), rel=0.03)
+        audits = drawn(rng, pool, 3, 100)
         assert audits.shape == (3, 100)
-        assert np.isin(audits, cheat.pool).all()
-    usual = next(iter(simulated(honest, 0.4, {}, rng)))
-    assert np.median(usual.pool) == pytest.approx(1.4 * 0.4, rel=0.01), "the usual size of the validator is larger"
+        assert np.isin(audits, pool).all()
+    _, usual = next(iter(simulated(honest, 0.4, {}, rng)))
+    assert np.median(usual) == pytest.approx(1.4 * 0.4, rel=0.01), "the usual size of the validator is larger"

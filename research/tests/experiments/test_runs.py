@@ -1,11 +1,19 @@
-"""The run store: cells once, continued after a crash, refused with other settings."""
+"""The run store, the page of a run, the spread of blocks, and the way of the experiments through pipelines."""
 
 import json
+import math
 
+import numpy as np
 import pytest
+from assay_research.runs import report as _report
+from assay_research.runs.report import Section, build_report
 from assay_research.runs.runs import open_run, read_run, run_folder
+from assay_research.runs.spread import spread_of
+from assay_research.runs.states import effective_dimension, published
 
+from assay import stats
 from assay.errors import DataError, StorageError, UsageError
+from assay.poc import HFEngine, Round, get_pipeline, prove
 
 SETTINGS = {"seq_len": 8, "dtype": "float32"}
 
@@ -109,3 +117,107 @@ def test_run_names_are_plain(name: str, tmp_path):
     with pytest.raises(UsageError, match="run name"):
         run_folder(tmp_path, name)
     assert run_folder(tmp_path, "night-1.2_a") == tmp_path / "night-1.2_a"
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Two experiments whose sections are drawn by functions of this test."""
+    monkeypatch.setattr(_report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:shown"))
+
+
+def shown(run) -> Section:
+    return Section(f"{run.experiment}: {len(run.cells)} cells", "about", {})
+
+
+def measure(folder, experiment: str, count: int) -> None:
+    with open_run(folder, experiment, {"seq_len": 8, "blocks": ["a", "b"]}) as run:
+        for index in range(count):
+            run.append(str(index), {"value": index})
+
+
+def test_sections_come_in_the_order_of_the_table(registered, tmp_path):
+    measure(tmp_path, "first", 3)
+    one = build_report(tmp_path).read_text()
+    assert "first: 3 cells" in one
+    assert "second" not in one
+    measure(tmp_path, "second", 1)
+    both = build_report(tmp_path).read_text()
+    assert both.index("second: 1 cells") < both.index("first: 3 cells")
+    assert "a, b" in both
+    assert "has not reached its end" not in both
+    assert build_report(tmp_path).read_text() == both
+
+
+def test_a_folder_without_experiments(tmp_path):
+    with pytest.raises(DataError, match="holds no experiment"):
+        build_report(tmp_path)
+
+
+def test_equal_blocks_fall_inside_the_band_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(3000, 0.59, size=(400, 3))
+    found = [spread_of(row.tolist(), [3000] * 3) for row in draws]
+    inside = sum(s.low <= s.value <= s.high for s in found)
+    low, high = stats.proportion_interval(inside, 400, 0.999)
+    assert low <= 0.95 <= high
+    assert np.mean([s.p_value for s in found]) == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_published_spreads():
+    """Seed tables: 1.1 points on 14 880 nonces a block is noise, 10.3 points is not."""
+    sign_flips = spread_of([8645, 8764, 8809], [14880] * 3)
+    assert sign_flips.value == pytest.approx(0.011, abs=2e-4)
+    assert sign_flips.inside
+    assert sign_flips.high == pytest.approx(0.0148, abs=2e-4)
+    hooks = spread_of([9300, 9642, 8110], [14880] * 3, width=2048)
+    assert not hooks.inside
+    assert hooks.p_value < 1e-6
+
+
+def test_a_head_widens_the_band_and_more_nonces_do_not_help():
+    narrow, wide = spread_of([590, 600], [1000, 1000]), spread_of([590, 600], [1000, 1000], width=64)
+    assert wide.high > narrow.high == wide.nonces_high
+    assert wide.p_value > narrow.p_value
+    many = spread_of([590_000, 600_000], [10**6] * 2, width=64)
+    assert many.high > 5 * many.nonces_high
+
+
+NONCES = range(11)  # not a multiple of the batch: the last one is padded
+
+
+@pytest.fixture(scope="module")
+def engine(small_model) -> HFEngine:
+    return HFEngine(small_model, batch_size=4, seq_len=16)
+
+
+def test_distances_are_those_of_a_proof(small_model, engine):
+    names = ("poc-2.0", "permutation", "random-head")
+    round = Round(block_hash="b", public_key="k", seq_len=16)
+    found = published(engine, round, [get_pipeline(name) for name in names], NONCES)
+    for name in names:
+        rounds = Round(block_hash="b", public_key="k", seq_len=16, preset=name)
+        proof = prove(small_model, rounds, NONCES, engine=engine)
+        assert found[name].tolist() == proof.distances.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("name", ["artifact", "layer-reflections", "hardened"])
+def test_vectors_are_those_of_a_proof(name: str, small_model, engine):
+    round = Round(block_hash="b", public_key="k", seq_len=16, preset=name)
+    found = published(engine, round, [get_pipeline(name)], NONCES)[name]
+    proof = prove(small_model, round, NONCES, engine=engine)
+    assert found.astype(np.float16).tolist() == [record.vector.tolist() for record in proof.records]
+
+
+def test_the_effective_dimension():
+    rng = np.random.default_rng(2)
+    isotropic = rng.normal(size=(800, 48))
+    assert effective_dimension(isotropic) == pytest.approx(48, rel=0.05)
+    few = isotropic.copy()
+    few[:, 4:] *= 1e-3
+    assert effective_dimension(few) == pytest.approx(4, rel=0.1)
+    assert effective_dimension(np.ones((5, 7))) == pytest.approx(1)
+    with pytest.raises(UsageError, match="1 states"):
+        effective_dimension(np.ones((1, 7)))
+    for value in (0.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="1 of 3 states that are zero or not finite"):
+            effective_dimension(np.array([[1.0, 2.0], [value, value], [3.0, 1.0]]))

@@ -1,12 +1,17 @@
-"""The rule of success, intervals and tests, on numbers whose answer is known."""
+"""The rule of success, intervals and tests, logs of training runs beside those of a study, and their page."""
+
+import json
 
 import pytest
 from assay_research.study.log import RunLog, read_logs
 from assay_research.study.plan import StudyRun, StudySettings
 from assay_research.study.summary import paired, summarise
+from click.testing import CliRunner
 from scipy import stats
 
+from assay.cli.vhack import vhack
 from assay.errors import DataError
+from assay.vhack.training import TrainLog, TrainSettings
 
 
 def log(arm, seed, hack, solve, *, steps=60):
@@ -88,3 +93,86 @@ def test_logs_are_read_as_they_were_written(tmp_path):
         read_logs([tmp_path / "b.jsonl"])
     with pytest.raises(DataError, match="no logs"):
         read_logs([])
+
+
+STEPS = 8
+
+
+def written(folder, arm, seed, hack, **settings):
+    """A run directory with a log, cut off in the middle of its last line."""
+    chosen = TrainSettings(model="reference:organism", arm=arm, seed=seed, **settings)
+    folder.mkdir(parents=True)
+    log = TrainLog(folder / "log.jsonl", {"settings": chosen.model_dump(mode="json"), "commit": "abc"})
+    for step in range(STEPS):
+        rate = hack * (step + 1) / STEPS
+        log.write("step", step=step, hack=rate, solve=1 - rate, vacuous=rate, displacement=0.5)
+        log.write("source", step=step, source="student", cin=0.2)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"kind":"st')
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed in range(3):
+        written(tmp_path / "runs" / f"none-{seed}", "none", seed, 1.0, pairs="exploits:8")
+        written(tmp_path / "runs" / f"open-{seed}", "no-loophole", seed, 0.0)
+        written(tmp_path / "runs" / f"held-{seed}", "displaced-0.4+none", seed, 0.0, pairs="exploits:8")
+    return tmp_path / "runs"
+
+
+def test_a_directory_of_runs_is_read_and_judged(runs):
+    found = {result.condition: result for result in summarise(read_logs([runs]))}
+    assert set(found) == {"adamw/none", "adamw/no-loophole", "adamw/displaced-0.4+none/exploits:8"}
+    none = found["adamw/none"]
+    assert none.rates["hack"].value == pytest.approx(sum(range(1, STEPS + 1)) / STEPS**2)
+    assert (none.verdict, none.saturated) == ("fails", [STEPS] * 3)
+    assert found["adamw/no-loophole"].verdict == "reference"
+    assert found["adamw/displaced-0.4+none/exploits:8"].verdict == "succeeds"
+
+
+def test_a_log_without_settings_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "run", "schema": "assay.vhack.train/1"}) + "\n")
+    with pytest.raises(DataError):
+        read_logs([tmp_path])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index, log in enumerate([*REFERENCE, *logs_of("erase-gradient", [0.0] * 5, [0.9] * 5)]):
+        log.write(tmp_path / f"{index}.jsonl")
+    return tmp_path
+
+
+def test_logs_become_a_page_and_a_table(folder):
+    page = folder / "page.html"
+    done = CliRunner().invoke(vhack, ["report", str(folder), "-o", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "adam/erase-gradient" in page.read_text()
+    assert "succeeds" in done.stdout
+
+
+def test_json_holds_the_numbers(folder):
+    done = CliRunner().invoke(
+        vhack, ["report", str(folder), "-o", str(folder / "p.html"), "--json"], catch_exceptions=False
+    )
+    values = json.loads(done.stdout)
+    assert values["schema"] == "assay.vhack.report/1"
+    assert values["runs"] == 10
+    (arm,) = (arm for arm in values["arms"] if arm["condition"] == "adam/erase-gradient")
+    assert arm["verdict"] == "succeeds"
+    assert arm["tipped"]["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"hack": ...}, "without 'hack'"), ({"solve": "x"}, "without 'solve'"), ({"step": None}, "without 'step'")],
+)
+def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
+    """As that of a reward of one's own that returns numbers."""
+    log = REFERENCE[0]
+    lines = [{**line, **change} if line["kind"] == "step" else line for line in log.state()["lines"]]
+    lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
+    RunLog(log.header, lines).write(tmp_path / "log.jsonl")
+    with pytest.raises(DataError, match=words):
+        CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)

@@ -44,23 +44,6 @@ FARTHEST = 2.0  # of two unit vectors
 _STEPS = 40
 
 
-@dataclass(frozen=True)
-class Cheat:
-    """A simulated cheat against one validator.
-
-    Args:
-        name: Name in tables.
-        pool: Distances [N] of as many of its nonces, from which audits draw without replacement.
-    """
-
-    name: str
-    pool: FloatArray
-
-    def audits(self, rng: np.random.Generator, count: int, checked: int) -> FloatArray:
-        """Return the distances of audits, [R, C]."""
-        return drawn(rng, self.pool, count, checked)
-
-
 def drawn(rng: np.random.Generator, pool_N: FloatArray, count: int, checked: int) -> FloatArray:
     """Return audits of a pool, [R, C]: in each, nonces without replacement."""
     return np.stack([rng.permutation(pool_N)[:checked] for _ in range(count)])
@@ -68,8 +51,8 @@ def drawn(rng: np.random.Generator, pool_N: FloatArray, count: int, checked: int
 
 def simulated(
     honest_N: FloatArray, usual: float, others: Mapping[str, FloatArray], rng: np.random.Generator
-) -> Iterator[Cheat]:
-    """Yield cheats whose median distance is `RATIO` times that of honest ones.
+) -> Iterator[tuple[str, FloatArray]]:
+    """Yield names and distances [N] of cheats whose median distance is `RATIO` times that of honest ones.
 
     A pair of machines may be far closer than others. Who is as far off as honest machines usually are is no cheat that
     a rule could know, so the ratio is that over the usual median where it is larger.
@@ -82,21 +65,21 @@ def simulated(
     """
     median = float(np.median(honest_N))
     wanted = RATIO * max(median, usual)
-    yield Cheat(f"all nonces × {RATIO:g}", _clipped(wanted / median * honest_N))
+    yield f"all nonces × {RATIO:g}", _clipped(wanted / median * honest_N)
     for multiple in MULTIPLES:
-        yield _mixed(f"a share × {multiple:g}", honest_N, multiple * max(usual / median, 1.0) * honest_N, wanted, rng)
+        yield f"a share × {multiple:g}", _mixed(honest_N, multiple * max(usual / median, 1.0) * honest_N, wanted, rng)
     for name, other_N in others.items():
         if np.median(other_N) > wanted:
-            yield _mixed(f"a share as {name}", honest_N, rng.choice(other_N, honest_N.size), wanted, rng)
+            yield f"a share as {name}", _mixed(honest_N, rng.choice(other_N, honest_N.size), wanted, rng)
     logs_N = np.log(np.maximum(honest_N, 1e-4))
     spread = float(np.subtract(*np.quantile(logs_N, (0.75, 0.25)))) / 1.349  # as a normal with these quartiles has it
     shapes = {"log-normal": rng.normal(size=honest_N.size), "log-t, 4": rng.standard_t(TAIL_DOF, honest_N.size)}
     for name, z_N in shapes.items():
         values_N = np.exp(spread * z_N)
-        yield Cheat(f"{name}, × {RATIO:g}", _clipped(values_N * (wanted / float(np.median(values_N)))))
+        yield f"{name}, × {RATIO:g}", _clipped(values_N * (wanted / float(np.median(values_N))))
 
 
-def _mixed(name: str, honest_N: FloatArray, larger_N: FloatArray, wanted: float, rng: np.random.Generator) -> Cheat:
+def _mixed(honest_N: FloatArray, larger_N: FloatArray, wanted: float, rng: np.random.Generator) -> FloatArray:
     """Return honest distances of which the share is exchanged that makes the median what is wanted."""
     order_N = rng.random(honest_N.size)
     low, high = 0.0, 1.0
@@ -104,7 +87,7 @@ def _mixed(name: str, honest_N: FloatArray, larger_N: FloatArray, wanted: float,
         share = (low + high) / 2
         mixed_N = np.where(order_N < share, larger_N, honest_N)
         low, high = (share, high) if np.median(mixed_N) < wanted else (low, share)
-    return Cheat(name, _clipped(np.where(order_N < high, larger_N, honest_N)))
+    return _clipped(np.where(order_N < high, larger_N, honest_N))
 
 
 def _clipped(values_N: FloatArray) -> FloatArray:
@@ -324,18 +307,19 @@ class Fold:
         rng = np.random.default_rng([self.seed, machine])
         for rows, honest_N in mine.items():
             judge = rows[0] if rows[1] == machine else rows[1]
-            known = self._named(judge)
+            known = {model: self._distances(sets, None) for model, sets in self.cheats.items()}
             named = {model: fit(errors_N).reached for model, errors_N in known.items()}
             rules = rules_for(noise, first, effect, build.kinds[machine], judge, named)
             self._honest(tallies, rules, honest_N, known, rng)
             mixed_in = {**self.others, **known}
-            for cheat in simulated(honest_N, self._usual(judge), mixed_in, rng):
-                truth = {ORACLE: Oracle(honest_N, cheat.pool)}
-                values_RC = cheat.audits(rng, CHEAT_AUDITS, min(CHECKED, honest_N.size))
+            medians = [np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows]
+            for cheat, pool_N in simulated(honest_N, float(np.median(medians)), mixed_in, rng):
+                truth = {ORACLE: Oracle(honest_N, pool_N)}
+                values_RC = drawn(rng, pool_N, CHEAT_AUDITS, min(CHECKED, honest_N.size))
                 for name, rule in (rules | truth).items():
                     if name == NAMED:  # it knows another cheat than this
                         continue
-                    tallies[SIMULATED, cheat.name, name].add(rule, values_RC)
+                    tallies[SIMULATED, cheat, name].add(rule, values_RC)
         for judge in sorted({i for rows in rest for i in rows}):
             self._real(
                 tallies, judge, lambda kind, named, j=judge: rules_for(noise, first, effect, kind, j, named), rng
@@ -386,15 +370,6 @@ class Fold:
                 values_RC = drawn(rng, values_N, CHEAT_AUDITS, min(CHECKED, values_N.size))
                 for name, rule in rules.items():
                     tallies[REAL, model, name].add(rule, values_RC)
-
-    def _usual(self, judge: int) -> float:
-        """Return the median over machines of their median distance from a validator's."""
-        found = [np.median(errors_N) for rows, errors_N in self.build.distances.items() if judge in rows]
-        return float(np.median(found))
-
-    def _named(self, judge: int) -> dict[str, FloatArray]:
-        """Return the distances of every known cheat from the machines that are known."""
-        return {model: self._distances(sets, None) for model, sets in self.cheats.items()}
 
     def _law_of(self, sets: Sequence[VectorSet], without: int | None) -> Law | None:
         """Return the law of cheats against the machines that are known, all but one where that is said."""

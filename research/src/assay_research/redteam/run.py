@@ -3,7 +3,7 @@
 Legend of shapes: N nonces, C checked nonces, R trials, D hidden size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -19,6 +19,7 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
+from assay.streams import DTYPES
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
 from assay_research.redteam.field import CHECKED, PRESETS, Field, Judge, Pool, Reading, detection, mixed, spread
 from assay_research.runs.report import Column, Curves, Section, Table, table_of
@@ -54,7 +55,7 @@ class RedteamPlan(ExperimentPlan):
 
     experiment = "redteam"
     choosing: ClassVar[frozenset[str]] = frozenset({"models", "dtypes", "device"})
-    formats: ClassVar[tuple[str, ...]] = (*ExperimentPlan.formats, "float8")
+    known: ClassVar[Mapping[str, Sequence[str]]] = {"dtypes": (*DTYPES, "float8")}
 
     def cells(self) -> Iterator[Measurement]:
         """Return every attacker on every model and dtype."""

@@ -12,7 +12,7 @@ may be continued with another.
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,38 @@ Dtype = Annotated[
 
 
 class Plan(Settings):
-    """What an experiment measures, cell by cell."""
+    """What an experiment measures, cell by cell.
+
+    Raises:
+        UsageError: A list is too short, repeats an entry or has one that is not known; the message names the flag.
+    """
 
     experiment: ClassVar[str]
     """Name of the experiment, and of its file in a run."""
 
     choosing: ClassVar[frozenset[str]] = frozenset()
     """Settings that say which cells are wanted, and not how they are measured."""
+
+    known: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Words that a list may have, where there are no others."""
+
+    least: ClassVar[Mapping[str, int]] = {}
+    """Least number of entries of lists that need more than one."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the lists."""
+        for name, values in self:
+            if not isinstance(values, tuple):
+                continue
+            count, known = self.least.get(name, 1), self.known.get(name, values)
+            odd = [value for value in values if value not in known]
+            if odd or len(values) < count or len(set(values)) < len(values):
+                some = " of " + ", ".join(known) if name in self.known else ""
+                raise UsageError(
+                    f"{name} {', '.join(odd) or repr(values):.80}",
+                    wanted=f"{count} or more{some}, each once",
+                    do=f"correct --{name.replace('_', '-')}",
+                )
 
     @property
     def settings(self) -> JsonObject:
@@ -98,37 +123,14 @@ class Plan(Settings):
 
 
 class ExperimentPlan(Plan):
-    """Settings of every experiment that runs models.
+    """Settings of every experiment that runs models."""
 
-    Raises:
-        UsageError: A list is too short or repeats an entry; the message names the flag.
-    """
-
-    formats: ClassVar[tuple[str, ...]] = streams.DTYPES
-    """Number formats that ``dtypes`` may name, where an experiment has several."""
-
-    least: ClassVar[Mapping[str, int]] = {}
-    """Least number of entries of lists that need more than one."""
+    known: ClassVar[Mapping[str, Sequence[str]]] = {"dtypes": streams.DTYPES}
 
     models: Names = Field(("reference:qwen3", "reference:llama"), description="Models, separated by commas.")
     seq_len: int = Field(256, ge=1, description="Input positions per nonce.")
     batch_size: int = Field(32, ge=1, description="Nonces per forward pass.")
     device: Device = None
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Check the lists."""
-        for name, values in self:
-            count = self.least.get(name, 1)
-            if isinstance(values, tuple) and (len(values) < count or len(set(values)) < len(values)):
-                raise UsageError(
-                    f"{name} {values!r:.80}",
-                    wanted=f"{count} or more, each once",
-                    do=f"correct --{name.replace('_', '-')}",
-                )
-        if odd := [name for name in getattr(self, "dtypes", ()) if name not in self.formats]:
-            raise UsageError(
-                f"dtypes {', '.join(odd)}", wanted="some of " + ", ".join(self.formats), do="correct --dtypes"
-            )
 
 
 @dataclass(frozen=True)
