@@ -76,7 +76,6 @@ def judged(found, options, task):
     blocks = [found[preset, dtype, block] for block in range(options.blocks)]
     accused = np.full((options.laws, options.blocks), np.nan)
     caught = {cheat: [] for cheat in CHEATS}
-    passed, cleared = {cheat: [] for cheat in CHEATS}, []
     for law in range(options.laws):
         noise = noise_of(preset, blocks[law][:size])
         test = sequential_test(noise, alpha=ALPHA)
@@ -86,17 +85,12 @@ def judged(found, options, task):
             honest_RC = drawn(rng, blocks[block], options.audits, AUDITED)
             accused[law, block] = test.accusations(honest_RC)[:, -1].mean()
         for block in rng.permutation([b for b in range(options.blocks) if b != law])[:4]:
-            cleared += [
-                sequential_test(noise).update(row).verdict == "honest" for row in drawn(rng, blocks[block], 5, 64)
-            ]
             for share, multiple in CHEATS:
                 nodes_RC = cheating(blocks[block], share, multiple, options.audits, WITHIN, rng)
                 caught[share, multiple].append(test.accusations(nodes_RC)[:, -1].mean())
-                verdicts = [sequential_test(noise, alpha=ALPHA).update(row[:AUDITED]).verdict for row in nodes_RC[:20]]
-                passed[share, multiple].append(verdicts.count("honest") / len(verdicts))
     everything_N = np.concatenate(blocks)
     row = {"model": name, "preset": preset, "dtype": dtype, "law_from": size, "accused": float(np.nanmean(accused))}
-    row |= {"accused_worst_pair": float(np.nanmax(accused)), "honest_at_64": float(np.mean(cleared)), "cheats": []}
+    row |= {"accused_worst_pair": float(np.nanmax(accused)), "cheats": []}
     for share, multiple in CHEATS:
         nodes_RC = np.abs(cheating(everything_N, share, multiple, 2000, WITHIN, rng))
         accuses_RC, _ = Oracle(np.abs(everything_N), nodes_RC.ravel()).simulated(nodes_RC)
@@ -106,7 +100,6 @@ def judged(found, options, task):
                 "multiple": multiple,
                 "caught": float(np.mean(caught[share, multiple])),
                 "oracle": float(accuses_RC[:, -1].mean()),
-                "honest_at_64": float(np.mean(passed[share, multiple])),
             }
         )
     return row

@@ -20,14 +20,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 
 import httpx
-import psutil
 from _common import note, parser, publish
 from _vllm import (
     BLOCK,
@@ -134,23 +132,12 @@ def load(count, tokens, **sampling):
     ]
 
 
-def busy(server):
-    """Return the seconds that the processes of a server have computed for, by their names."""
-    found, whole = Counter(), psutil.Process(server.process.pid)
-    for process in (whole, *whole.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            found["API server" if process == whole else process.name()] += times.user + times.system
-    return found
-
-
 def measure(server, requests, at_once):
-    """Return tokens a second, the median time between two tokens, and the time each process computes for one.
+    """Return tokens a second, and the median time between two tokens.
 
-    A piece of a stream may have several tokens, so those that were asked for are counted. The time that a process
-    computes for hardly depends on what else the machine does.
+    A piece of a stream may have several tokens, so those that were asked for are counted.
     """
-    before, started = busy(server), time.perf_counter()
+    started = time.perf_counter()
     answers = asyncio.run(send_all(server.url, requests, at_once=at_once, stream=True, ignore_eos=True))
     seconds = time.perf_counter() - started
     tokens = sum(request.max_tokens for request in requests)
@@ -159,7 +146,6 @@ def measure(server, requests, at_once):
     return {
         "tokens_per_second": tokens / seconds,
         "gap_ms": statistics.median(gaps),
-        "busy_us": {name: 1e6 * (end - before[name]) / tokens for name, end in busy(server).items()},
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from assay_research.approaches import weight_rows
 from assay_research.clusters.clusters import HONEST, model_table
-from assay_research.matrix import Configuration, configurations
+from assay_research.matrix import configurations, p_text
 from assay_research.redteam.run import attack_table, fields, honest_errors, paying, paying_table
 from assay_research.responses.run import standing_table
 from assay_research.runs.runs import read_run
@@ -75,7 +75,7 @@ def weights(run: str) -> None:
     print_table(header, rows)
 
 
-def matrix_configurations(run: str) -> list[Configuration]:
+def matrix_configurations(run: str) -> list[dict[str, Any]]:
     """Return the configurations of a matrix, with the effective dimensions that the approaches of its run measured."""
     measured = [cell for cell in read_run(RUNS / run, "approaches").cells if cell["approach"] == "poc-2.0"]
     widths = {(cell["model"], "sign-flips"): cell["effective_dimension"] for cell in measured}
@@ -85,18 +85,17 @@ def matrix_configurations(run: str) -> list[Configuration]:
 def matrix(run: str) -> None:
     """Print the valid rate of every block in the live tests, in per cent."""
     header = ("model, mode", "alpha", "beta", "gamma", "spread", "noise band", "p", "nonces/s")
-    rows = []
-    for found in matrix_configurations(run):
-        spread = found.spread
-        if spread is not None:
-            rows.append((
-                f"{found.model.partition(':')[2]}, {found.mode}",
-                *(f"{100 * block.rate:.1f}" for block in found.blocks),
-                f"{100 * spread.value:.1f}",
-                f"{100 * spread.low:.1f} to {100 * spread.high:.1f}",
-                spread.p_text,
-                f"{found.nonces_per_second:.0f}",
-            ))  # fmt: skip
+    rows = [
+        (
+            f"{found['model'].partition(':')[2]}, {found['mode']}",
+            *(f"{100 * block['rate']:.1f}" for block in found["blocks"].values()),
+            f"{100 * found['spread']:.1f}",
+            "{:.1f} to {:.1f}".format(*(100 * end for end in found["noise_band"])),
+            p_text(found["p_value"]),
+            f"{found['nonces_per_second']:.0f}",
+        )
+        for found in matrix_configurations(run)
+    ]
     print_table(header, rows)
 
 

@@ -373,87 +373,14 @@ PUBLISHED = {
 """Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and 40 seconds."""
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """One block of a configuration: valid rate per key, and over all keys."""
-
-    block: str
-    rates: dict[str, float]
-    valid: int
-    checked: int
-
-    @property
-    def rate(self) -> float:
-        """Valid share of all nonces of the block."""
-        return self.valid / self.checked
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """All tests of a model in a mode.
-
-    Args:
-        model: Reference of the model.
-        mode: Mode of the rounds, sign-flips or layer-hooks.
-        blocks: Rates of every block.
-        spread: Spread of the valid rates of the blocks; None for a single block.
-        r_target: Distance below which a nonce is valid.
-        expected: Valid rate by the chord law.
-        nonces_per_second: Mean over the tests.
-        nonces_per_second_error: Standard deviation over the tests; 0 for a single test.
-        undelivered: Number of valid nonces that the receiver did not get.
-        width: Effective dimension of the states, which widens the band of the spread; the hidden size where it was not
-            measured, for random directions.
-    """
-
-    model: str
-    mode: str
-    blocks: tuple[BlockRow, ...]
-    spread: Spread | None
-    r_target: float
-    expected: float
-    nonces_per_second: float
-    nonces_per_second_error: float
-    undelivered: int
-    width: float
-
-    @property
-    def checked(self) -> int:
-        """Nonces of all blocks."""
-        return sum(row.checked for row in self.blocks)
-
-    @property
-    def verdict(self) -> str:
-        """Whether the spread is inside its noise, beyond it, or beyond the published limit too."""
-        if self.spread is None:
-            return "one block"
-        if self.spread.inside:
-            return "inside noise"
-        return "beyond noise" if self.spread.value < PUBLISHED_LIMIT else f"over {PUBLISHED_LIMIT:.0%}"
-
-    def as_dict(self) -> JsonObject:
-        """Return JSON-ready values."""
-        spread = self.spread
-        return {
-            "model": self.model,
-            "mode": self.mode,
-            "blocks": {row.block: {"rate": row.rate, "checked": row.checked, **row.rates} for row in self.blocks},
-            "expected": self.expected,
-            "spread": spread and spread.value,
-            "noise_band": spread and [spread.low, spread.high],
-            "noise_band_of_nonces_alone": spread and spread.nonces_high,
-            "p_value": spread and spread.p_value,
-            "verdict": self.verdict,
-            "nonces_per_second": self.nonces_per_second,
-            "undelivered": self.undelivered,
-            "width": self.width,
-        }
-
-
 def configurations(
     cells: Sequence[JsonObject], widths: Mapping[tuple[str, str], float] | None = None
-) -> list[Configuration]:
-    """Group the cells of a matrix by model and mode, in the order of measurement.
+) -> list[JsonObject]:
+    """Sum up the cells of a matrix by model and mode, in the order of measurement.
+
+    The spread of the valid rates of the blocks has the band of its noise, which is wider the fewer coordinates the
+    states use: ``width``, the hidden size where it was not measured, for random directions. ``expected`` is the valid
+    rate by the chord law.
 
     Args:
         cells: Cells of a run.
@@ -464,64 +391,84 @@ def configurations(
     return [_configuration([c for c in cells if (c["model"], c["mode"]) == name], known.get(name)) for name in names]
 
 
-def _configuration(cells: Sequence[JsonObject], known: float | None) -> Configuration:
-    blocks = []
+def _configuration(cells: Sequence[JsonObject], known: float | None) -> JsonObject:
+    blocks, valid = {}, []
     for block in sorted({cell["block_hash"] for cell in cells}):
         chosen = sorted((c for c in cells if c["block_hash"] == block), key=lambda cell: str(cell["public_key"]))
+        valid.append(sum(c["valid"] for c in chosen))
+        checked = sum(c["checked"] for c in chosen)
         rates = {cell["public_key"]: cell["valid_rate"] for cell in chosen}
-        blocks.append(BlockRow(block, rates, sum(c["valid"] for c in chosen), sum(c["checked"] for c in chosen)))
-    spread = None
-    width = cells[0].get("effective_dimension") or known or cells[0]["hidden_size"]
-    if len(blocks) > 1:
-        spread = spread_of([row.valid for row in blocks], [row.checked for row in blocks], width=width)
+        blocks[block] = {"rate": valid[-1] / checked, "checked": checked, **rates}
+    width = float(cells[0].get("effective_dimension") or known or cells[0]["hidden_size"])
+    checked = [row["checked"] for row in blocks.values()]
+    spread = spread_of(valid, checked, width=width) if len(blocks) > 1 else None
     speeds = np.array([cell["nonces_per_second"] for cell in cells])
-    return Configuration(
-        model=cells[0]["model"],
-        mode=cells[0]["mode"],
-        blocks=tuple(blocks),
-        spread=spread,
-        r_target=cells[0]["r_target"],
-        expected=stats.valid_rate(cells[0]["r_target"], RANDOM_HEAD_ROWS),
-        nonces_per_second=float(speeds.mean()),
-        nonces_per_second_error=float(speeds.std(ddof=1)) if len(speeds) > 1 else 0.0,
-        undelivered=sum(cell["valid"] - cell["callback_nonces"] for cell in cells),
-        width=float(width),
-    )
+    return {
+        "model": cells[0]["model"],
+        "mode": cells[0]["mode"],
+        "blocks": blocks,
+        "expected": stats.valid_rate(cells[0]["r_target"], RANDOM_HEAD_ROWS),
+        "spread": spread and spread.value,
+        "noise_band": spread and [spread.low, spread.high],
+        "noise_band_of_nonces_alone": spread and spread.nonces_high,
+        "p_value": spread and spread.p_value,
+        "verdict": _verdict(spread),
+        "nonces": sum(checked),
+        "nonces_per_second": float(speeds.mean()),
+        "nonces_per_second_error": float(speeds.std(ddof=1)) if len(speeds) > 1 else None,
+        "undelivered": sum(cell["valid"] - cell["callback_nonces"] for cell in cells),
+        "width": width,
+    }
 
 
-def rate_table(found: Configuration) -> Table:
+def _verdict(spread: Spread | None) -> str:
+    """Say whether the spread is inside its noise, beyond it, or beyond the published limit too."""
+    if spread is None:
+        return "one block"
+    if spread.inside:
+        return "inside noise"
+    return "beyond noise" if spread.value < PUBLISHED_LIMIT else f"over {PUBLISHED_LIMIT:.0%}"
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value for a table; below 1e-6 the law of the range cannot be evaluated precisely enough."""
+    return f"{p_value:.2g}" if p_value >= 1e-6 else "< 1e-6"
+
+
+def rate_table(found: JsonObject) -> Table:
     """Return valid rates per block and key."""
+    rows = [{"block": block, **values} for block, values in found["blocks"].items()]
     columns: dict[str, Column] = {"block": "block"}
-    for key in found.blocks[0].rates:
-        columns[key] = lambda row, key=key: f"{row.rates[key]:.2%}" if key in row.rates else None  # type: ignore[misc]
-    return table_of(found.blocks, columns | {"all keys": lambda row: f"{row.rate:.2%}", "nonces": "checked"})
+    for key in list(rows[0])[3:]:
+        columns[key] = lambda row, key=key: f"{row[key]:.2%}" if key in row else None  # type: ignore[misc]
+    return table_of(rows, columns | {"all keys": "{rate:.2%}", "nonces": "checked"})
 
 
 def _of_spread(form: str) -> Column:
-    return lambda row: "" if row.spread is None else form.format(row.spread)
+    return lambda row: "" if row["spread"] is None else form.format(**row)
 
 
 SPREADS: dict[str, Column] = {
     "model": "model",
     "mode": "mode",
-    "spread": _of_spread("{0.value:.2%}"),
-    "95 % noise band": _of_spread("{0.low:.2%} to {0.high:.2%}"),
-    "p-value": _of_spread("{0.p_text}"),
+    "spread": _of_spread("{spread:.2%}"),
+    "95 % noise band": _of_spread("{noise_band[0]:.2%} to {noise_band[1]:.2%}"),
+    "p-value": lambda row: "" if row["spread"] is None else p_text(row["p_value"]),
     "published spread": lambda row: _published_spread(row),
-    "verdict": lambda row: row.verdict,
+    "verdict": "verdict",
 }
 THROUGHPUT: dict[str, Column] = {
     "model": "model",
     "mode": "mode",
-    "nonces": lambda row: row.checked,
+    "nonces": "nonces",
     "nonces/s": "{nonces_per_second:.1f}",
-    "sd over tests": lambda row: f"{row.nonces_per_second_error:.1f}" if row.nonces_per_second_error else None,
+    "sd over tests": lambda row: row["nonces_per_second_error"] and f"{row['nonces_per_second_error']:.1f}",
     "valid, not delivered": "undelivered",
 }
 
 
-def _published_spread(row: Configuration) -> str:
-    rates = next((r for (name, mode), r in PUBLISHED.items() if name in row.model and mode == row.mode), None)
+def _published_spread(row: JsonObject) -> str:
+    rates = next((r for (name, mode), r in PUBLISHED.items() if name in row["model"] and mode == row["mode"]), None)
     if rates is None:
         return ""
     means = [sum(block) / len(block) for block in rates]
@@ -531,7 +478,7 @@ def _published_spread(row: Configuration) -> str:
 def section(run: RunRecords) -> Section:
     """Return the valid rates of every configuration, the spreads with their noise bands, and the throughput."""
     found = configurations(run.cells)
-    tables = {f"{row.model}, {row.mode}: valid rate per key": rate_table(row) for row in found}
+    tables = {f"{row['model']}, {row['mode']}: valid rate per key": rate_table(row) for row in found}
     tables["Largest minus smallest valid rate of the blocks"] = table_of(found, SPREADS)
     tables["Throughput of live services"] = table_of(found, THROUGHPUT)
     about = (
@@ -542,4 +489,4 @@ def section(run: RunRecords) -> Section:
         "compare in kind, not in size."
     )
     heading = "Live services: how far apart are the valid rates of the blocks?"
-    return Section(heading, about, tables, values={"configurations": [row.as_dict() for row in found]})
+    return Section(heading, about, tables, values={"configurations": found})

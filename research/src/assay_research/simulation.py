@@ -150,50 +150,39 @@ class Grid:
         return np.clip(places_NC, 0, SIZES - 1)
 
 
-class SizeEvidence:
-    """What every size on a grid does to the e-value of a law: the factors of its paths.
-
-    Args:
-        noise: Honest noise that is judged by.
-        sizes_A: Sizes of residuals.
-    """
-
-    def __init__(self, noise: Noise, sizes_A: FloatArray) -> None:
-        test = sequential_test(noise)
-        steps, self.honest = test.steps(sizes_A), test.honest_paths
-        self.prior_P, self.factor_AP = np.exp(test.prior), np.exp(steps)
-
-
 class ManyLives:
     """The running tests of many nodes that are all judged alike: as :class:`assay.poc.verdict.Life`, for each of them.
 
     Args:
-        evidence: What residuals do to the e-value.
+        noise: Honest noise that is judged by.
+        sizes_A: Sizes of the residuals; what each does to every path of the e-value is looked up.
         nodes: Number of nodes.
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
     """
 
-    def __init__(self, evidence: SizeEvidence, *, nodes: int, alpha: float) -> None:
-        self._evidence, self._alpha = evidence, alpha
-        self._shape = (nodes, evidence.prior_P.size)
+    def __init__(self, noise: Noise, sizes_A: FloatArray, *, nodes: int, alpha: float) -> None:
+        test = sequential_test(noise)
+        self._alpha, self._honest = alpha, test.honest_paths
+        self._prior_P, self._factor_AP = np.exp(test.prior), np.exp(test.steps(sizes_A))
+        self._shape = nodes, self._prior_P.size
         self._tests = [self._begin(1)]
         self._since = 0
         self.convicted_N = np.zeros(nodes, dtype=np.bool_)
 
     def _begin(self, number: int) -> tuple[int, FloatArray]:
         self._number = number
-        return number, np.broadcast_to(self._evidence.prior_P, self._shape).copy()
+        return number, np.broadcast_to(self._prior_P, self._shape).copy()
 
     def update(self, places_NC: IntArray) -> npt.NDArray[np.bool_]:
         """Take the residuals of one audit, as places on the grid; return who is convicted by now, [N]."""
         if self._since >= EPOCH:
             self._tests[1:], self._since = [self._begin(self._number + 1)], 0
-        honest, nonces = self._evidence.honest, places_NC.shape[1]
+        honest, nonces = self._honest, places_NC.shape[1]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # infinite evidence convicts
             for number, path_NP in self._tests:
                 bound = 1 / (self._alpha * error_share(number))
                 for place, places_N in enumerate(places_NC.T, start=1):
-                    path_NP *= self._evidence.factor_AP[places_N]
+                    path_NP *= self._factor_AP[places_N]
                     for_honest_N = path_NP[:, :honest].sum(axis=1)
                     self.convicted_N |= ~(path_NP[:, honest:].sum(axis=1) < bound * for_honest_N)
                     if place % SEGMENT == 0 or place == nonces:
@@ -226,12 +215,11 @@ def convicted_in(
         seed: Seed of everything that is drawn.
     """
     grid = Grid(noise.law)
-    evidence = SizeEvidence(noise, grid.sizes_A)
 
     def live(start: int) -> FloatArray:
         rng = np.random.default_rng((*seed, start))
         count = min(TOGETHER, nodes - start)
-        lives = ManyLives(evidence, nodes=count, alpha=alpha)
+        lives = ManyLives(noise, grid.sizes_A, nodes=count, alpha=alpha)
         log_scale_N = machines.spread.sd * rng.standard_t(machines.spread.dof, count)
         caught_N = np.full(count, np.inf)
         for round in range(1, rounds + 1):

@@ -28,20 +28,20 @@ def published_cells() -> list[dict]:
 
 
 def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
-    found = {(c.model, c.mode): c for c in configurations(published_cells())}
-    spreads = {name: round(100 * c.spread.value, 1) for name, c in found.items()}
+    found = {(c["model"], c["mode"]): c for c in configurations(published_cells())}
+    spreads = {name: round(100 * c["spread"], 1) for name, c in found.items()}
     assert spreads == {
         ("qwen", "sign-flips"): 1.1,
         ("llama", "sign-flips"): 0.9,
         ("qwen", "layer-hooks"): 3.9,
         ("llama", "layer-hooks"): 10.3,
     }
-    assert [c.verdict for c in found.values()] == [
+    assert [c["verdict"] for c in found.values()] == [
         "inside noise", "inside noise", "beyond noise", "over 5%",
     ]  # fmt: skip
-    assert found["qwen", "sign-flips"].expected == pytest.approx(0.5905, abs=1e-4)
-    assert found["qwen", "sign-flips"].undelivered == 0
-    assert json.dumps(found["llama", "layer-hooks"].as_dict())
+    assert found["qwen", "sign-flips"]["expected"] == pytest.approx(0.5905, abs=1e-4)
+    assert found["qwen", "sign-flips"]["undelivered"] == 0
+    assert json.dumps(found["llama", "layer-hooks"])
 
 
 def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from assay_research.simulation import Grid, Kind, Machines, ManyLives, SizeEvidence, convicted_in
+from assay_research.simulation import Grid, Kind, Machines, ManyLives, convicted_in
 
 from assay.poc import Noise
 from assay.poc.verdict import Life
@@ -30,7 +30,7 @@ def test_many_lives_are_the_lives_of_the_ledger(noise):
     grid, rng = Grid(noise.law), np.random.default_rng(3)
     convicted = 0
     for kind in KINDS:
-        many = ManyLives(SizeEvidence(noise, grid.sizes_A), nodes=nodes, alpha=alpha)
+        many = ManyLives(noise, grid.sizes_A, nodes=nodes, alpha=alpha)
         lives = [Life(alpha=alpha, beta=0.01) for _ in range(nodes)]
         log_scale_N = 0.05 * rng.standard_normal(nodes)
         for round in range(rounds):

@@ -52,11 +52,6 @@ class Spread:
         """Whether the spread is not larger than chance makes it."""
         return self.value <= self.high
 
-    @property
-    def p_text(self) -> str:
-        """Text of the p-value for a table; below 1e-6 the law of the range cannot be evaluated precisely enough."""
-        return f"{self.p_value:.2g}" if self.p_value >= 1e-6 else "< 1e-6"
-
 
 def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | None = None) -> Spread:
     """Return the spread of block rates with its noise band.
