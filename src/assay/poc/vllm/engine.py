@@ -231,7 +231,7 @@ class VLLMEngine(RequestEngine):
         with ExitStack() as ends:
             thread = self._thread = ends.enter_context(closing(_Loop()))
             llm = thread.run(_started(config))
-            ends.callback(thread.loop.call_soon_threadsafe, llm.shutdown)
+            ends.callback(lambda: thread.run(_shutdown(llm)))
             unfinished = llm.output_processor.get_num_unfinished_requests
             client = thread.run(connect(llm, settings, seq_len, version=version, unfinished=unfinished))
             ends.callback(client.release)
@@ -291,6 +291,10 @@ async def _started(config: Any) -> Any:
 
     with explain_start():
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+async def _shutdown(llm: Any) -> None:
+    llm.shutdown()  # in its loop, which goes on until what it cancels has ended
 
 
 LIKELIEST = 1024  # number of the largest logits that are asked for at every position

@@ -333,8 +333,8 @@ class Hooks:
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
     def _make_transform(self, spec: Spec) -> Transform:
-        sizes = {"hidden_size": self._width, "vocab_size": int(self._model.get_vocab_size())}
-        return Transform(spec.round, spec.pipeline, **sizes, device=self._runner.device)
+        vocab_size, device = int(self._model.get_vocab_size()), self._runner.device
+        return Transform(*spec, hidden_size=self._width, vocab_size=vocab_size, device=device)
 
 
 def _disarm(request: Any, width: int) -> None:
