@@ -201,6 +201,7 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         build(machines=[engine(threads=nested)] * 2),
         build(machines=[engine(torch="9" * 2000)] * 2),
         build(machines=[engine(batch_size=10**40)] * 2),
+        build(machines=[{"name": "a", "kind": "", "fingerprint": {}}] * 2),
         build(left_out={"accused": 0.0}),
         build(mixture="no"),
     ]

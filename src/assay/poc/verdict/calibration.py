@@ -211,7 +211,9 @@ class Machine:
 
     name: Annotated[Name, Field(min_length=1)]
     kind: Name
-    fingerprint: Annotated[Fingerprint | None, AfterValidator(lambda one: one and one.parted())]
+    fingerprint: Annotated[
+        Fingerprint | None, PlainValidator(lambda one: None if one is None else Fingerprint.from_dict(one))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
