@@ -26,7 +26,7 @@ from _vllm import (
 from vllm_receipts_soak import kill_loop
 
 from assay.poc.responses import Request, Sampling, respond
-from assay.poc.responses.prefill import CachedForward
+from assay.poc.responses.prefill import read_on
 from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "
@@ -112,7 +112,7 @@ def test_log_probabilities_are_those_of_the_model(server, honest):
     answer = ask(server, "logprobs", logprobs=4, max_tokens=6, return_token_ids=True)
     given, receipt = answer["choices"][0]["logprobs"], answer["receipts"][0]
     ids = (*honest.tokenizer.encode(SENTENCE), *receipt.output)
-    logits, _ = CachedForward(honest).read(list(ids), last=len(receipt.output) + 1)
+    logits, *_ = read_on(honest, list(ids), last=len(receipt.output) + 1)
     wanted = torch.as_tensor(logits).float().log_softmax(-1)[:-1]
     own = [float(row[token]) for row, token in zip(wanted, receipt.output, strict=True)]
     assert given["token_logprobs"] == pytest.approx(own, abs=1e-4)

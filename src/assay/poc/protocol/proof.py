@@ -158,6 +158,19 @@ class StrictFile(ABC):
         """Read and check a file that is in memory, as :meth:`load` does; the source names it in errors."""
         return cls._read(source, enumerate(io.BytesIO(content), start=1))
 
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the file; the final name appears when it is whole.
+
+        Raises:
+            UsageError: The file exists and may not be replaced.
+            StorageError: The file cannot be written.
+        """
+        write_lines(path, self.lines(), overwrite=overwrite)
+
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """Return the lines of the file, without their newlines."""
+
     @classmethod
     @abstractmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
@@ -528,14 +541,9 @@ class Proof(StrictFile):
         """Share of the nonces that are valid."""
         return self.footer.valid / max(1, self.footer.records)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the proof; the final name appears when the file is whole.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
-        lines = [_header_line(self.header), *map(self.header.line, self.records), self.footer.line()]
-        write_lines(path, lines, overwrite=overwrite)
+    @override
+    def lines(self) -> list[str]:
+        return [_header_line(self.header), *map(self.header.line, self.records), self.footer.line()]
 
     @override
     @classmethod

@@ -143,34 +143,21 @@ class HFPrefill:
         return [Prefilled(logits, hidden, hidden[::SKETCH_EVERY]) for logits, hidden in parts]
 
 
-class CachedForward:
-    """Runs one sequence at a time, with a cache of keys and values, so no other request enters its numbers.
+@torch.inference_mode()
+def read_on(
+    model: Model, ids: Sequence[int], cache: Any = None, *, last: int = 1
+) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
+    """Append tokens to the one sequence of a cache, so no other request enters its numbers.
+
+    Returns:
+        Logits and hidden states of the last positions, or of all tokens appended when 0; and the cache.
 
     Raises:
-        ModelError: The model has no head that reads the last hidden state.
+        AssayError: As :meth:`HFPrefill.run`.
     """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        head_of(model.module)
-        self._cache: Any = None
-
-    def restart(self) -> None:
-        """Forget the sequence."""
-        self._cache = None
-
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int], *, last: int = 1) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"]]:
-        """Append tokens to the sequence; return logits and hidden states of its last positions, or of all when 0.
-
-        Raises:
-            AssayError: As :meth:`HFPrefill.run`.
-        """
-        on = f"a prompt of {len(ids)} tokens"
-        options = {"past_key_values": self._cache, "use_cache": True}
-        places = 0, slice(-last or None, None)
-        logits_NV, hidden_ND, self._cache = _run_model(self.model, torch.tensor([list(ids)]), places, on=on, **options)
-        return logits_NV, hidden_ND
+    options = {"past_key_values": cache, "use_cache": True}
+    places = 0, slice(-last or None, None)
+    return _run_model(model, torch.tensor([list(ids)]), places, on=f"a prompt of {len(ids)} tokens", **options)
 
 
 def _run_model(

@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
-from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import (
     FOOTER,
@@ -331,14 +330,9 @@ class Receipts(StrictFile):
             tally.add(receipt, receipt.line())
         return cls(header, tuple(receipts), tally.footer(seconds))
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the file; the final name appears when it is whole.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
-        lines = [self.header.line(), *(receipt.line() for receipt in self.receipts), self.footer.line()]
-        write_lines(path, lines, overwrite=overwrite)
+    @override
+    def lines(self) -> list[str]:
+        return [self.header.line(), *(receipt.line() for receipt in self.receipts), self.footer.line()]
 
     @override
     @classmethod

@@ -9,7 +9,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
-from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling, parse_biases
+from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,10 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
         )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
-        values["logit_bias"] = parse_biases(values["logit_bias"])
+        given = values["logit_bias"]
+        if not isinstance(given, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in given):
+            raise UsageError(f"logit_bias is {given!r:.60}", wanted="numbers by token id", do="correct logit_bias")
+        values["logit_bias"] = {int(token): bias for token, bias in given.items()}
     prompt = line["prompt"]
     if not isinstance(prompt, str | list):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")

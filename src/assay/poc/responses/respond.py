@@ -10,10 +10,11 @@ import torch
 
 from assay.errors import UsageError
 from assay.files.storage import PartialFile
+from assay.models.decoder import head_of
 from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
-from assay.poc.responses.prefill import CachedForward, sketch_response
+from assay.poc.responses.prefill import read_on, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts, parse_receipt
 from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encode_requests
 from assay.poc.responses.sampler import Sampler
@@ -106,7 +107,8 @@ def respond(
             wanted="a seed of its own for every response",
             do="give one of them another request_id",
         )
-    forward, ends = CachedForward(model), stop_tokens(model) if stop is None else frozenset(stop)
+    head_of(model.module)  # refuses a model without one before a file is begun
+    ends = stop_tokens(model) if stop is None else frozenset(stop)
 
     def receipt_of(request: Request, **made: Any) -> Receipt:
         names = {name: getattr(request, name) for name in ("user_seed", "request_id", "index", "chosen_by", "sampling")}
@@ -133,7 +135,7 @@ def respond(
             most = before + sum(request.max_tokens for request in requests[place:])
             tokens: list[int] = []
             states: list[torch.Tensor] = []
-            for token, hidden_D in _answer(forward, requests[place], seeds[place], ends):
+            for token, hidden_D in _answer(model, requests[place], seeds[place], ends):
                 if len(tokens) % SKETCH_EVERY == 0:
                     states.append(hidden_D)
                 tokens.append(token)
@@ -162,16 +164,15 @@ def stop_tokens(model: Model) -> frozenset[int]:
 
 
 def _answer(
-    forward: CachedForward, request: Request, seed: ResponseSeed, ends: frozenset[int]
+    model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the tokens of a response, and the hidden state [D] that gave each."""
-    device, sampling = forward.model.device, request.sampling
-    forward.restart()
-    logits_1V, hidden_1D = forward.read(request.ids)
-    sampler = Sampler([sampling], logits_1V.shape[1], device)
+    sampling = request.sampling
+    logits_1V, hidden_1D, cache = read_on(model, request.ids)
+    sampler = Sampler([sampling], logits_1V.shape[1], model.device)
     prompt_V = counts_1V = None
     if sampling.penalises:
-        prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(device)
+        prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(model.device)
         counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
     seeds_N = seed.step_seeds(range(request.max_tokens))
     for step in range(request.max_tokens):
@@ -182,7 +183,7 @@ def _answer(
             return
         if counts_1V is not None:
             counts_1V[0, token] += 1
-        logits_1V, hidden_1D = forward.read([token])
+        logits_1V, hidden_1D, cache = read_on(model, [token], cache)
 
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:

@@ -88,17 +88,6 @@ class Sampling:
         return vars(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
 
 
-def parse_biases(values: Any) -> dict[int, Any]:
-    """Return biases by token id, as :class:`Sampling` takes them; JSON has the ids as text.
-
-    Raises:
-        UsageError: The value is not an object, or one of its names is not a token id.
-    """
-    if not isinstance(values, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in values):
-        raise UsageError(f"logit_bias is {values!r:.60}", wanted="numbers by token id", do="correct logit_bias")
-    return {int(token): bias for token, bias in values.items()}
-
-
 def mark_tokens(ids: Sequence[int], vocab_size: int) -> NDArray[np.bool_]:
     """Return which tokens of the vocabulary are among ids, bool [V]."""
     found_V = np.zeros(vocab_size, dtype=np.bool_)
