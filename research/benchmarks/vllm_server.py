@@ -17,6 +17,7 @@ import tempfile
 import time
 
 import httpx
+import numpy as np
 from _common import note, parser, publish
 from _vllm import MODEL, Server, chat_once
 
@@ -77,12 +78,6 @@ def idle(server, arguments):
     return {"turns": rows[1:], "ratio_median": statistics.median(row["ratio"] for row in rows[1:])}
 
 
-def milliseconds(values, share):
-    """Return a percentile of at least one value."""
-    ordered = sorted(values)
-    return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 def compare(server, arguments, share, receiver):
     """Run turns without and with a round under one share; return the figures."""
     server.post("/engine", {"share": share}).raise_for_status()
@@ -103,7 +98,7 @@ def compare(server, arguments, share, receiver):
         server.post("/stop").raise_for_status()
     pairs = [pair for a, b in zip(alone, beside, strict=True) for pair in zip(a, b, strict=True)]
     first = [[one["first"] for run in runs for one in run if one["first"]] for runs in (alone, beside)]
-    p50 = [milliseconds(values, 0.5) for values in first]
+    p50, p95 = ([1000 * float(np.quantile(values, share)) for values in first] for share in (0.5, 0.95))
     return {
         "share": share,
         "requests_beside_nonces": len(pairs),
@@ -112,7 +107,7 @@ def compare(server, arguments, share, receiver):
         "nonces_during_chat": made,
         "nonces_per_second_during_chat": made / seconds,
         "first_token_ms_p50": p50,
-        "first_token_ms_p95": [milliseconds(values, 0.95) for values in first],
+        "first_token_ms_p95": p95,
         "first_token_p50_ratio": p50[1] / p50[0],
         "different": [(a["kind"], a["text"][:80], b["text"][:80]) for a, b in pairs if a["text"] != b["text"]][:3],
     }
