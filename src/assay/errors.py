@@ -1,23 +1,4 @@
-"""Every exception of assay.
-
-    AssayError
-    ├── UsageError               an argument, flag or setting is outside what it may be
-    ├── Refusal                  a request that the service does not do (in assay.poc.service)
-    ├── ModelError               a model cannot be found, read or run
-    │   ├── ModelNotFound            no such directory, bundled model or shape
-    │   ├── UnsafeCheckpoint         the checkpoint would execute code when read (pickle)
-    │   ├── BadWeights               tensors are missing, of another shape, or not finite
-    │   ├── LayersNotFound           the decoder layers of a model could not be located
-    │   └── EngineEnded              the engine that ran the model is no longer there
-    ├── ProofError               a proof cannot be used
-    │   ├── ProofFormatError         not a well-formed proof file; names the line
-    │   ├── ProofMismatch            made for another model, round or pipeline
-    │   └── CalibrationError         a calibration file is unreadable or for other fingerprints
-    ├── DataError                a data file (pairs, logs) is malformed
-    ├── ResourceError            the machine does not have what the work needs
-    │   ├── OutOfMemory              no room for this batch
-    │   └── StorageError             a file cannot be written (disk full, no permission)
-    └── BackendUnavailable       a compute backend is not installed or has no device
+"""Every exception of assay: each class stands below the kind that it is of.
 
 Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote a file or a
 request, so a long one is cut, and characters that a terminal would obey are escaped.

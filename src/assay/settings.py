@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from assay.errors import UsageError
 
@@ -82,15 +82,13 @@ Device = Annotated[
 class Settings(BaseSettings):
     """Base of settings: immutable, checked when they are made, and without unknown names.
 
-    A value comes from the arguments alone; a subclass that reads the environment as well names its prefixes.
+    A value comes from the arguments alone, or else from the environment where a subclass has an ``env_prefix``.
 
     Raises:
         UsageError: A value has the wrong type or is out of range, or a name is unknown.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
-    prefixes: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the environment variables that are read, the strongest first."""
     has_flags: ClassVar[bool] = True
     """Whether a command line sets the fields; an error names their variables otherwise."""
 
@@ -109,8 +107,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of values."""
-        return init_settings, *(EnvSettingsSource(settings_cls, env_prefix=prefix) for prefix in cls.prefixes)
+        """Return the sources of values: the environment is one where the class has a prefix of variables."""
+        return (init_settings, env_settings) if settings_cls.model_config.get("env_prefix") else (init_settings,)
 
     @classmethod
     def flag(cls, field: str) -> Flag:

@@ -127,18 +127,21 @@ def run(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         click.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
         return 128 + stop.number
-    except BrokenPipeError:
-        _drop_output()
-        return 128 + signal.SIGPIPE
     except OSError as error:
-        return _failed(in_assay_words(error))
+        return _failed(error)
     return 0
 
 
-def _failed(error: AssayError) -> int:
-    errors(error)
-    _drop_output()
-    return 2
+def _failed(error: AssayError | OSError) -> int:
+    """Say what went wrong, unless the reader of stdout has left, and give up what stdout does not take."""
+    if not isinstance(error, BrokenPipeError):
+        errors(in_assay_words(error) if isinstance(error, OSError) else error)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
 
 
 def _flushed(code: int) -> int:
@@ -146,21 +149,9 @@ def _flushed(code: int) -> int:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_output()
-        return 128 + signal.SIGPIPE
     except OSError as error:
-        return _failed(in_assay_words(error))
+        return _failed(error)
     return code
-
-
-def _drop_output() -> None:
-    """Give up what stdout does not take: Python would complain again when it flushes at exit."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

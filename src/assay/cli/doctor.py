@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from hashlib import sha256
 from typing import Any
 
 import click
@@ -24,16 +25,28 @@ def doctor(as_json: bool) -> int:
 
     Every backend must give the same bits. Exit code 1 if one does not.
     """
-    from assay.pages.provenance import provenance as origin
+    from assay.pages.provenance import provenance
 
-    backends = _backends()
-    missing = _missing()
-    provenance = origin()
+    backends, found = _backends(), provenance()
+    absent = [(name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None]
+    absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
+    missing = [{"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
-        emit_json("assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **provenance})
-    else:
-        _print(provenance, backends, missing)
+        emit_json("assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **found})
+        return 0 if exact else 1
+    versions: Any = found.pop("versions")
+    here = versions | {name: "none" if value is None else value for name, value in found.items()}
+    table(("", "here"), list(here.items()), title="Versions and devices")
+    rows = []
+    for row in backends:
+        state = ("exact" if row["exact"] else "DIFFERENT BITS") if row["available"] else row["why"]
+        of_all = sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16] if row["available"] else ""
+        rows.append((row["backend"], row["device"], state, of_all))
+    table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
+    if missing:
+        table(("missing", "needed for", "how to get it"), absent)
+    click.echo(f"{len(backends)} backends looked at; compare the SHA-256 column between two machines.")
     return 0 if exact else 1
 
 
@@ -54,33 +67,3 @@ def _backends() -> list[dict[str, Any]]:
                 row |= {"available": False, "exact": False, "why": error.seen}
             rows.append(row)
     return rows
-
-
-def _missing() -> list[dict[str, str]]:
-    absent = [(name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None]
-    absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
-    return [{"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent]
-
-
-def _print(provenance: dict[str, Any], backends: list[dict[str, Any]], missing: list[dict[str, str]]) -> None:
-    from assay import streams
-
-    versions = dict(provenance.pop("versions"))
-    here = {**versions, **{name: "none" if value is None else value for name, value in provenance.items()}}
-    table(("", "here"), list(here.items()), title="Versions and devices")
-    rows = []
-    for row in backends:
-        state = ("exact" if row["exact"] else "DIFFERENT BITS") if row["available"] else row["why"]
-        rows.append((row["backend"], row["device"], state, _short(row.get("sha256"))))
-    table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
-    if missing:
-        needs = [(item["name"], item["needed_for"], item["get_it"]) for item in missing]
-        table(("missing", "needed for", "how to get it"), needs)
-    click.echo(f"{len(streams.BACKENDS)} backends known; compare the SHA-256 column between two machines.")
-
-
-def _short(digests: dict[str, str] | None) -> str:
-    """One digest that stands for all of a backend."""
-    import hashlib
-
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:16] if digests else ""

@@ -199,6 +199,8 @@ class Command(click.Command):
             raise
         except BrokenPipeError:
             raise
+        except ModuleNotFoundError as error:  # a command imports what it runs
+            raise _not_installed(error, "train" if self.function.__module__.endswith("vhack") else "serve") from error
         except (OSError, AssayError) as error:
             found = in_assay_words(error) if isinstance(error, OSError) else error
             one = self.settings.get(found.field)
@@ -417,13 +419,14 @@ def _imported(where: str) -> Any:
         with without_collection():
             return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        if (error.name or "assay").partition(".")[0] == "assay":
-            raise
-        raise BackendUnavailable(
-            f"the package {error.name} is not installed",
-            wanted="what the command needs beside assay itself",
-            do=how_to_install("train" if ".training." in module else "serve"),
-        ) from error
+        raise _not_installed(error, "train" if ".training." in module else "serve") from error
+
+
+def _not_installed(error: ModuleNotFoundError, extra: str) -> Exception:
+    if (error.name or "assay").partition(".")[0] == "assay":
+        return error
+    seen, wanted = f"the package {error.name} is not installed", "what the command needs beside assay itself"
+    return BackendUnavailable(seen, wanted=wanted, do=how_to_install(extra))
 
 
 @contextmanager

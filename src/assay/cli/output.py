@@ -83,28 +83,22 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
 
 
-def _lines(label: str, unit: str) -> Callable[[int, int], None]:
-    marks: list[
-        tuple[float, int]
-    ] = []  # the first update, which may come long after a model began to load, and the last
-
-    def update(done: int, total: int) -> None:
-        now = time.monotonic()
-        if not marks:
-            marks.extend([(now, done)] * 2)
-        elif now - marks[1][0] >= PAUSE:
-            marks[1] = (now, done)
-            rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
-            click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s", err=True)
-
-    return update
-
-
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
     """Show a progress bar with rate and time left on stderr; where that is no terminal, a line every few seconds."""
     if not _is_terminal(sys.stderr):
-        yield _lines(label, unit) if sys.stderr is not None else None
+        marks: list[tuple[float, int]] = []  # the first update, which may come long after a model loads, and the last
+
+        def say(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not marks:
+                marks.extend([(now, done)] * 2)
+            elif now - marks[1][0] >= PAUSE:
+                marks[1] = (now, done)
+                rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
+                click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s", err=True)
+
+        yield say if sys.stderr is not None else None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

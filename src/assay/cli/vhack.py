@@ -219,8 +219,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
 
     Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
     """
-    from assay.files.jsonl import dumps
-    from assay.files.storage import write_atomic
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.five_checks import read_source_log
@@ -248,13 +246,9 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
             min_coverage=0.0 if chosen.allow_partial else MIN_COVERAGE,
             progress=progress,
         )
-    if chosen.output:
-        write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
     if chosen.html:
         make_page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
-    if as_json:
-        emit_document(result.as_dict())
-    else:
+    if not _keep_result(result, chosen.output, as_json):
         print_checks(result, title=f"{result.verdict}: {result.design}")
     return result.exit_code
 
@@ -270,8 +264,6 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
 
     Exit code 0 pass, 1 fail, 2 undecided or bad input.
     """
-    from assay.files.jsonl import dumps
-    from assay.files.storage import write_atomic
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
 
@@ -283,11 +275,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         result = checks.check_two_pools(
             hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
         )
-    if chosen.output:
-        write_atomic(chosen.output, dumps(result.as_dict()) + "\n")
-    if as_json:
-        emit_document(result.as_dict())
-    else:
+    if not _keep_result(result, chosen.output, as_json):
         _print_pools(result)
     return result.exit_code
 
@@ -416,6 +404,18 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     else:
         _print_verdicts(verdicts, available_backend() or "unsandboxed")
     return 1 if bad else 0
+
+
+def _keep_result(result: "CheckReport | PoolReport", path: Path | None, as_json: bool) -> bool:
+    """Write a result into its file, and print it where JSON is wanted; return whether it was."""
+    from assay.files.jsonl import dumps
+    from assay.files.storage import write_atomic
+
+    if path:
+        write_atomic(path, dumps(result.as_dict()) + "\n")
+    if as_json:
+        emit_document(result.as_dict())
+    return as_json
 
 
 def _load(chosen: WeightSettings) -> "Model":

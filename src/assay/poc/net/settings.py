@@ -67,7 +67,6 @@ class ServerSettings(assay.settings.Settings):
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
-    prefixes = (PREFIX,)
 
     data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
     api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
