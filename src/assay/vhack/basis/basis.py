@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -31,7 +30,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.files.storage import write_atomic
 from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
-from assay.vhack.pairs.pairs import first_fault
+from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -275,8 +274,7 @@ def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
             _check_module(name, axes_KR, values[name], votes[name])
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         # RecursionError is a RuntimeError.
-        why = first_fault(error) if isinstance(error, ValidationError) else str(error)
-        why = f"it has no {error}" if isinstance(error, KeyError) else why
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
     return axes, values, votes, origin
 
@@ -288,7 +286,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
     stated |= {"weights": metadata["weights_sha256"], "rank": None if metadata["rank"] == "full" else metadata["rank"]}
     stated |= {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
     stated |= {name: json.loads(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
-    origin = TypeAdapter(Origin).validate_python(stated)
+    origin = validated(Origin, stated)
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")
     if len(origin.pairs) != len(origin.groups):

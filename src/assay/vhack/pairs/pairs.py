@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import ClassVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import Any, ClassVar, TypeVar, cast
 
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_jsonl
@@ -16,6 +15,7 @@ from assay.vhack.environment.tasks import task_named
 
 _TEXTS = ("prompt", "hack", "clean", "group")
 _PAGE = "docs/vhack-pairs.md"
+Kind = TypeVar("Kind")
 DATA = Path(__file__).parent
 """Folder of the bundled pairs, families and tests."""
 
@@ -45,7 +45,7 @@ class Pair:
     clean: str
     group: str
     tags: tuple[str, ...] = ()
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     @property
     def key(self) -> str:
@@ -56,9 +56,6 @@ class Pair:
     def samples(self) -> tuple[Sample, Sample]:
         """Return the hack side and the clean side as samples."""
         return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)
-
-
-_PAIR = TypeAdapter(Pair)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -117,15 +114,28 @@ def _pair(record: JsonObject, name: str) -> Pair:
             f"a group, see {_PAGE}",
         )
     try:
-        return _PAIR.validate_python(record)
+        return validated(Pair, record)
+    except ValueError as error:
+        raise _bad(name, str(error), "prompt, hack, clean and group, and perhaps a list of tags") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter  # late, for gradients need none
+
+    return TypeAdapter(kind)
+
+
+def validated(kind: type[Kind], record: Mapping[str, object]) -> Kind:
+    """Return a record as a dataclass, or raise a ValueError that names the first field which is wrong, and why."""
+    from pydantic import ValidationError
+
+    try:
+        found: Kind = _adapter(cast("Any", kind)).validate_python(record)
     except ValidationError as error:
-        raise _bad(name, first_fault(error), "prompt, hack, clean and group, and perhaps a list of tags") from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return field and reason of the first thing that is wrong with a record."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return found
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:
