@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
@@ -71,7 +71,7 @@ def read_as(kind: type[T], text: bytes) -> T:
         ProofFormatError: A field is missing, unknown, of another type or out of range; names it.
     """
     try:
-        made: T = _adapter(kind).validate_json(text)
+        made: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         value, said = fault["input"], f"of a {kind.__name__.strip('_')}"
@@ -131,11 +131,10 @@ class LastLine:
     @classmethod
     def read(cls, path: str | Path, number: int, line: bytes) -> Self:
         """Read the last line of a file. Raises ProofFormatError: the line is wrong; names the file and the line."""
-
-        def inner(line: bytes) -> Self:
-            return read_as(cls, line.removeprefix(FOOTER).removesuffix(b"}\n"))
-
-        return parse_line(path, number, line, inner, cls.line)
+        begun, ended = FOOTER, b"}\n"
+        return parse_line(
+            path, number, line, lambda line: read_as(cls, line.removeprefix(begun).removesuffix(ended)), cls.line
+        )
 
 
 class StrictFile(ABC):

@@ -74,7 +74,8 @@ class ReceiptPins:
         asked = {_identity(one): one for one in self.requests or ()}
         for receipt in receipts.receipts:
             if known.block_hash is not None and receipt.block_hash != known.block_hash:
-                raise _mismatch(_name(receipt), "block_hash", receipt.block_hash, known.block_hash)
+                owner = f"the receipt of request {receipt.request_id!r:.80}"
+                raise _mismatch(owner, "block_hash", receipt.block_hash, known.block_hash)
             if self.requests is not None:
                 _check_request(receipt, asked)
 
@@ -115,39 +116,35 @@ def _identity(one: ResponseName) -> tuple[str, str, int]:
 
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request = asked.get(_identity(receipt))
+    request, owner = asked.get(_identity(receipt)), f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
         alike = [one for one in asked.values() if one.request_id == receipt.request_id]
         if not alike:
             raise _mismatch("a receipt", "request_id", receipt.request_id, "a request that was sent")
         name = "user_seed" if all(one.user_seed != receipt.user_seed for one in alike) else "index"
         wanted = " or ".join(sorted({repr(getattr(one, name)) for one in alike})[:4])
-        raise _mismatch(_name(receipt), name, getattr(receipt, name), wanted)
-    if request.adapter != (answered := "" if receipt.adapter is None else receipt.adapter.name):
-        raise _mismatch(_name(receipt), "adapter", answered, request.adapter or "none")
-    if request.chosen_by == "client" and receipt.chosen_by != "client":
-        raise _mismatch(_name(receipt), "chosen_by", receipt.chosen_by, "client")
-    if receipt.sampling is not None and receipt.sampling != request.sampling:
-        one, other = receipt.sampling.as_dict(), request.sampling.as_dict()
-        name = next(name for name in one if one[name] != other[name])
-        raise _mismatch(_name(receipt), name, one[name], other[name])
-    if not isinstance(request.prompt, str) and receipt.prompt != (own := Prompt.of(request.ids)):
-        raise _mismatch(_name(receipt), "prompt", receipt.prompt.sha256[:12], own.sha256[:12])
+        raise _mismatch(owner, name, getattr(receipt, name), wanted)
+    pairs: dict[str, tuple[object, object]] = {
+        "adapter": ("" if receipt.adapter is None else receipt.adapter.name, request.adapter)
+    }
+    if request.chosen_by == "client":
+        pairs["chosen_by"] = receipt.chosen_by, "client"
+    if receipt.sampling is not None:
+        agreed = request.sampling.as_dict()
+        pairs |= {name: (value, agreed[name]) for name, value in receipt.sampling.as_dict().items()}
+    if not isinstance(request.prompt, str):
+        pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
+    for name, (stated, wanted) in pairs.items():
+        if stated != wanted:
+            raise _mismatch(owner, name, stated, "none" if wanted == "" else wanted)
     tokens = len(receipt.output)
     if tokens > request.max_tokens or (receipt.finish == "length" and tokens < request.max_tokens):
-        raise _mismatch(_name(receipt), "tokens", f"{tokens}, ended by {receipt.finish}", f"{request.max_tokens}")
-
-
-def _name(receipt: Receipt) -> str:
-    return f"the receipt of request {receipt.request_id!r:.80}"
+        raise _mismatch(owner, "tokens", f"{tokens}, ended by {receipt.finish}", request.max_tokens)
 
 
 def _mismatch(owner: str, name: str, stated: object, wanted: object) -> ProofMismatch:
-    return ProofMismatch(
-        f"{owner} with {name} {stated!r:.60}",
-        wanted=f"{name} {wanted!s:.80}",
-        do="ask the node for the receipts of these requests",
-    )
+    do = "ask the node for the receipts of these requests"
+    return ProofMismatch(f"{owner} with {name} {stated!r:.60}", wanted=f"{name} {wanted!s:.80}", do=do)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -374,7 +374,7 @@ def parted(projection: Projection, rows: int, by: Arithmetic | None) -> tuple[Pr
 
 def layer_shape(layer: Any) -> Shape:
     """Return the shape of a transformers layer."""
-    attention, router = layer.self_attn, getattr(layer.mlp, "gate", None)
+    attention, router = layer.self_attn, getattr(layer.mlp, "gate", layer.mlp)
     mixture = hasattr(layer.mlp, "experts")
     return Shape(
         heads=attention.q_proj.out_features // attention.head_dim,
