@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -52,6 +53,11 @@ objects. `eval "$(_ASSAY_COMPLETE=bash_source assay)"` completes commands in bas
 others.
 """
 
+SEVERAL = """
+## Settings of several commands
+
+"""
+
 PLUGIN = """
 ## The service inside vLLM
 
@@ -69,26 +75,28 @@ a name says more: arguments, results and errors.
 
 
 def configuration() -> str:
-    """Return docs/configuration.md."""
-    parts, listed = [CONFIGURATION], set()
-    for path, command in leaves(app):
-        if not command.settings:
-            continue
-        words = " ".join(("assay", *path))
-        parts.append(f"\n## `{words}`\n\n{command.get_short_help_str(80)}\n\n")
-        shown = [one for name, one in command.settings.items() if command.is_shown(name)]
-        parts.append(rows_of("Option", [option_row(one) for one in shown]))
-        others = [one for name, one in command.settings.items() if not command.is_shown(name)]
-        new = [one for one in others if (one.kind, one.name) not in listed]
-        listed |= {(one.kind, one.name) for one in others}
-        if new:
-            parts.append(f"\nIn the file, under `[{'.'.join(path)}]`:\n\n")
-            parts += [file_line(one) for one in new]
-        if len(new) < len(others):
-            parts.append("\nSettings of the service that `assay poc serve` lists are settings of this command too.\n")
+    """Return docs/configuration.md: every setting once, and by its name where several commands have it."""
+    commands = [(path, command) for path, command in leaves(app) if command.settings]
+    lines = {
+        path: {name: line_of(one, in_file=not command.is_shown(name)) for name, one in command.settings.items()}
+        for path, command in commands
+    }
+    times = Counter(line for found in lines.values() for line in found.values())
+    several = sorted(line for line, count in times.items() if count > 1)
+    parts = [CONFIGURATION, SEVERAL, *several]
+    for path, command in commands:
+        parts.append(f"\n## `{' '.join(('assay', *path))}`\n\n{command.get_short_help_str(80)}\n\n")
+        for in_file in (False, True):
+            names = [name for name in command.settings if command.is_shown(name) is not in_file]
+            if in_file and names:
+                parts.append(f"\nIn the file, under `[{'.'.join(path)}]`:\n\n")
+            parts += [lines[path][name] for name in names if times[lines[path][name]] == 1]
+            shared = [name if in_file else command.settings[name].spelling for name in names]
+            shared = [word for word, name in zip(shared, names, strict=True) if times[lines[path][name]] > 1]
+            parts += [f"- {', '.join(f'`{word}`' for word in shared)}: see above\n"] if shared else []
     service, plugin = settings_class("assay.poc.service:Settings"), settings_class("assay.poc.vllm:PluginSettings")
     names = [name for name, field in plugin.model_fields.items() if changed(field, service.model_fields.get(name))]
-    parts.append(PLUGIN + rows_of("Setting", [field_row(plugin, name) for name in names]))
+    parts += [PLUGIN, *(line_of(Setting(plugin, name), in_file=True) for name in names)]
     return "".join(parts)
 
 
@@ -99,23 +107,15 @@ def settings_class(where: str) -> type[Settings]:
     return found
 
 
-def option_row(one: Setting) -> tuple[str, ...]:
-    """Return option or argument, default, variable and meaning of a setting."""
-    written = f"{one.spelling} (argument)" if one.flag.argument else ", ".join(f"`{name}`" for name in one.flag.names)
+def line_of(one: Setting, *, in_file: bool) -> str:
+    """Return name, variable, default and meaning of a setting, as an entry of a list."""
+    names = (one.name,) if in_file else (one.spelling,) if one.flag.argument else one.flag.names
     variable = one.kind.environment_name(one.name)
     default = "required" if one.field.is_required() else shown(one.default)
-    return written, default, f"`{variable}`" if variable else "", one.field.description or ""
-
-
-def file_line(one: Setting) -> str:
-    """Return name, default and meaning of a setting of the configuration file, as an entry of a list."""
-    return f"- `{one.name}`{f' = {shown(one.default)}' if shown(one.default) else ''}: {one.field.description}\n"
-
-
-def field_row(kind: type[Settings], name: str) -> tuple[str, ...]:
-    """Return name, default, variable and meaning of a setting of the plugin."""
-    field = kind.model_fields[name]
-    return f"`{name}`", shown(field.default), f"`{kind.environment_name(name)}`", field.description or ""
+    return (
+        f"- {', '.join(f'`{name}`' for name in names)}{f' (`{variable}`)' if variable else ''}"
+        f"{f' = {default}' if default else ''}: {one.field.description}\n"
+    )
 
 
 def shown(value: Any) -> str:
@@ -126,12 +126,6 @@ def shown(value: Any) -> str:
 def changed(field: FieldInfo, inherited: FieldInfo | None) -> bool:
     """Return whether a setting is not the inherited one."""
     return inherited is None or field.default != inherited.default
-
-
-def rows_of(first: str, rows: list[tuple[str, ...]]) -> str:
-    """Return rows as a table of Markdown."""
-    lines = [f"| {first} | Default | Variable | Meaning |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]) + "\n"
 
 
 def packages() -> Iterator[ModuleType]:
