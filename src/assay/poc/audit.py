@@ -5,8 +5,8 @@ judge, and add the verdict to the ledger of nodes' lives where there is one.
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -183,14 +183,9 @@ class Auditor(Launch):
             )
         check_ledger(self.ledger, alpha=self.alpha)
 
-    @contextmanager
-    def _ledger(self) -> Iterator[Ledger | None]:
+    def _ledger(self) -> AbstractContextManager[Ledger | None]:
         """Open the ledger when nothing can be refused any more, and before anything is computed."""
-        if self.ledger is None:
-            yield None
-            return
-        with Ledger(self.ledger, alpha=self.alpha) as ledger:
-            yield ledger
+        return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self.alpha)
 
 
 @dataclass(frozen=True)

@@ -309,8 +309,8 @@ def target_for(
     Args:
         rate: Share of valid nonces that is wanted, in (0, 1).
         paths: Proof files.
-        dimension: Dimension of the output; that of the proofs, or of the random head, when None.
-        effective_dimension: Effective dimension of the model's states; 16 is assumed when None, without a model.
+        dimension: As of :func:`measure_r_target`; without proofs that of the random head when None.
+        effective_dimension: As of :func:`measure_r_target`.
         model: Model of the proofs, whose states say how wide the distances of their blocks are.
         device: Device of that model.
 

@@ -22,12 +22,22 @@ from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
 
-def test_an_audit_is_written_with_its_evidence(tmp_path, proof, small_model, round_):
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "l.sqlite3"
+
+
+@pytest.fixture
+def ledger(path):
+    with Ledger(path) as opened:
+        yield opened
+
+
+def test_an_audit_is_written_with_its_evidence(ledger, path, proof, small_model, round_):
     verdict = verify(proof, small_model, expect=round_, sample=24, seed=7)
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        standing = ledger.record(verdict, proof=proof.footer.sha256)
-        (entry,) = ledger.entries(standing.account)
-        assert ledger.head == (1, entry.hash)
+    standing = ledger.record(verdict, proof=proof.footer.sha256)
+    (entry,) = ledger.entries(standing.account)
+    assert ledger.head == (1, entry.hash)
     assert (standing.verdict, standing.audits, standing.recorded, standing.evidence.n) == ("honest", 1, 24, 24)
     assert standing.account.public_key == round_.public_key
     assert standing.account.digest == proof.header.digest
@@ -35,27 +45,25 @@ def test_an_audit_is_written_with_its_evidence(tmp_path, proof, small_model, rou
     assert tuple(entry.residuals) == verdict.residuals  # to the last bit
     assert tuple(entry.nonces) == verdict.nonces
     assert (entry.proof, entry.sample_seed, entry.block_hash) == (proof.footer.sha256, 7, round_.block_hash)
-    assert audit_ledger(tmp_path / "l.sqlite3").clean
+    assert audit_ledger(path).clean
 
 
-def test_numbers_keep_every_bit_and_missing_ones_stay_missing(tmp_path):
+def test_numbers_keep_every_bit_and_missing_ones_stay_missing(ledger):
     odd = [0.1, 5e-324, -0.0, 1 / 3, 2.0 - 2**-52, math.nan, math.inf, -math.inf]
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        ledger.append([update(0, residuals=odd)])
-        (entry,) = ledger.entries(account())
+    ledger.append([update(0, residuals=odd)])
+    (entry,) = ledger.entries(account())
     assert [x.hex() for x in entry.residuals[:5]] == [x.hex() for x in odd[:5]]
     assert entry.residuals[5:] == [None] * 3
     assert math.copysign(1, entry.residuals[2]) == -1
 
 
-def test_a_nonce_counts_once_in_a_round(tmp_path):
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        first = ledger.append([update(0, nonces=range(8))])[0]
-        again = ledger.append([update(0, nonces=range(8))])[0]
-        part = ledger.append([update(0, nonces=range(4, 12))])[0]
-        twice = ledger.append([update(1, nonces=[5, 5, 6, 6, 5, 7, 8, 9])])[0]
-        other = ledger.append([update(0, key="node_B", nonces=range(8))])[0]
-        entries = list(ledger.entries(account()))
+def test_a_nonce_counts_once_in_a_round(ledger):
+    first = ledger.append([update(0, nonces=range(8))])[0]
+    again = ledger.append([update(0, nonces=range(8))])[0]
+    part = ledger.append([update(0, nonces=range(4, 12))])[0]
+    twice = ledger.append([update(1, nonces=[5, 5, 6, 6, 5, 7, 8, 9])])[0]
+    other = ledger.append([update(0, key="node_B", nonces=range(8))])[0]
+    entries = list(ledger.entries(account()))
     assert first.evidence == again.evidence
     assert [one.evidence.n for one in (first, again, part, twice, other)] == [8, 8, 12, 17, 8]
     assert [one.recorded for one in (first, again, part, twice)] == [8, 16, 24, 32]
@@ -63,26 +71,24 @@ def test_a_nonce_counts_once_in_a_round(tmp_path):
     assert entries[3].reasons == {1: "repeated", 3: "repeated", 4: "repeated"}
 
 
-def test_nonces_can_be_kept_out_with_a_reason(tmp_path):
+def test_nonces_can_be_kept_out_with_a_reason(ledger, path):
     reason = "first of its batch"
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        values = [1.0, *honest(7)]
-        standing = ledger.append([update(0, residuals=values, excluded={0: reason, 4: reason}, fault="batch of 4")])[0]
-        (entry,) = ledger.entries(account())
+    values = [1.0, *honest(7)]
+    standing = ledger.append([update(0, residuals=values, excluded={0: reason, 4: reason}, fault="batch of 4")])[0]
+    (entry,) = ledger.entries(account())
     assert (standing.evidence.n, standing.fault, entry.reasons) == (6, "batch of 4", {0: reason, 4: reason})
     assert standing.evidence.log_e_max < 1
-    assert audit_ledger(tmp_path / "l.sqlite3").clean
+    assert audit_ledger(path).clean
 
 
-def test_a_faulty_place_is_written_and_does_not_count(tmp_path, proof, small_model, round_):
+def test_a_faulty_place_is_written_and_does_not_count(ledger, proof, small_model, round_):
     verdict = verify(proof, small_model, expect=round_, sample=24)
     aside = np.arange(24) % 4 == 0
     places = replace(verdict.places, faulty=True, pattern="position mod 4 in 0 to 0", set_aside=aside)
     faulty = replace(verdict, verdict="faulty", places=places, residuals=tuple(np.where(aside, 1.0, verdict.residuals)))
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        standing = ledger.record(faulty)
-        (entry,) = ledger.entries(standing.account)
-        assert ledger.record(verdict).evidence == standing.evidence  # what was left out does not come back
+    standing = ledger.record(faulty)
+    (entry,) = ledger.entries(standing.account)
+    assert ledger.record(verdict).evidence == standing.evidence  # what was left out does not come back
     assert (standing.fault, standing.evidence.n, standing.recorded) == ("position mod 4 in 0 to 0", 18, 24)
     assert entry.reasons == dict.fromkeys(range(0, 24, 4), "faulty place")
     assert standing.evidence.log_e_max < 1
@@ -104,41 +110,36 @@ def test_cheating_at_places_that_are_only_suspected_is_not_honest(tmp_path):
     assert audit_ledger(path).clean
 
 
-def test_entries_of_before_are_judged_as_they_were(tmp_path):
+def test_entries_of_before_are_judged_as_they_were(ledger, path):
     """A ledger of a former version calls suspected places faulty, and stays clean."""
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        values = [1.2 if place % 2 else value for place, value in enumerate(honest(64))]
-        given = update(0, residuals=values, excluded=dict.fromkeys(range(1, 64, 2), FAULTY))
-        standing = ledger.append([given])[0]
+    values = [1.2 if place % 2 else value for place, value in enumerate(honest(64))]
+    given = update(0, residuals=values, excluded=dict.fromkeys(range(1, 64, 2), FAULTY))
+    standing = ledger.append([given])[0]
     assert (standing.verdict, standing.evidence.n) == ("honest", 32)
-    assert audit_ledger(tmp_path / "l.sqlite3").clean
+    assert audit_ledger(path).clean
 
 
-def test_a_life_is_that_of_the_pinned_build(tmp_path, proof, small_model, round_):
+def test_a_life_is_that_of_the_pinned_build(ledger, proof, small_model, round_):
     """Another version of torch in the header does not begin another life."""
     verdict = verify(proof, small_model, expect=round_)
     made_on = verdict.header.fingerprint
     other = replace(verdict, header=replace(verdict.header, fingerprint=replace(made_on, torch="9.9")))
     pinned = replace(verdict, pins=replace(verdict.pins, builds=(Build.of(made_on, name="H100"),)))
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        found = [ledger.record(one).account.build for one in (verdict, other, pinned)]
-        assert found == ["float32", "float32", "H100"]
-        assert ledger.record(verdict, build="ours").account.build == "ours"
+    found = [ledger.record(one).account.build for one in (verdict, other, pinned)]
+    assert found == ["float32", "float32", "H100"]
+    assert ledger.record(verdict, build="ours").account.build == "ours"
 
 
-def test_an_update_of_one_name_is_written_once(tmp_path):
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        one = ledger.append([update(0, name="inbox 1")])[0]
-        assert ledger.append([update(0, name="inbox 1")])[0] == one
-        assert ledger.head[0] == 1
-        with pytest.raises(UsageError, match="a second update 'inbox 1'"):
-            ledger.append([update(0, key="node_B", name="inbox 1")])
-        other = replace(account(), build="H200")
-        assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, (
-            "the pins changed before it was noted"
-        )
-        assert ledger.accounts() == [account()]
-    assert audit_ledger(tmp_path / "l.sqlite3").clean
+def test_an_update_of_one_name_is_written_once(ledger, path):
+    one = ledger.append([update(0, name="inbox 1")])[0]
+    assert ledger.append([update(0, name="inbox 1")])[0] == one
+    assert ledger.head[0] == 1
+    with pytest.raises(UsageError, match="a second update 'inbox 1'"):
+        ledger.append([update(0, key="node_B", name="inbox 1")])
+    other = replace(account(), build="H200")
+    assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, "the pins changed before it was noted"
+    assert ledger.accounts() == [account()]
+    assert audit_ledger(path).clean
 
 
 def test_all_updates_of_a_call_are_written_or_none(tmp_path):
@@ -171,15 +172,14 @@ def test_a_ledger_that_was_closed_goes_on(tmp_path):
     assert standing.audits == 12
 
 
-def test_memory_is_bounded_by_rebuilding(tmp_path, monkeypatch):
+def test_memory_is_bounded_by_rebuilding(ledger, path, monkeypatch):
     for name in ("LIVES", "ROUNDS"):
         monkeypatch.setattr(f"assay.poc.verdict.ledger.{name}", 1)
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        for seed in range(8):
-            standing = ledger.append([update(seed // 2, key=f"node_{seed % 2}")])[0]
-        assert len(ledger._states) == len(ledger._seen) == 1
+    for seed in range(8):
+        standing = ledger.append([update(seed // 2, key=f"node_{seed % 2}")])[0]
+    assert len(ledger._states) == len(ledger._seen) == 1
     assert (standing.audits, standing.evidence.n) == (4, 32)
-    assert audit_ledger(tmp_path / "l.sqlite3").clean
+    assert audit_ledger(path).clean
 
 
 def test_a_life_has_one_error_rate(tmp_path):
@@ -294,13 +294,12 @@ def test_a_ledger_that_was_moved_away_takes_no_more(tmp_path, copied):
         assert ledger.head[0] == 2
 
 
-def test_the_life_convicts_where_single_audits_do_not(tmp_path):
+def test_the_life_convicts_where_single_audits_do_not(ledger):
     """Evidence of many small audits adds up, and an honest node stays honest."""
-    with Ledger(tmp_path / "l.sqlite3") as ledger:
-        for seed in range(12):
-            slight = [1.9 * x for x in honest(8, seed)]
-            cheat = ledger.append([update(seed, key="cheat", residuals=slight)])[0]
-            node = ledger.append([update(seed, key="node")])[0]
+    for seed in range(12):
+        slight = [1.9 * x for x in honest(8, seed)]
+        cheat = ledger.append([update(seed, key="cheat", residuals=slight)])[0]
+        node = ledger.append([update(seed, key="node")])[0]
     assert (cheat.verdict, node.verdict) == ("fraud", "honest")
     alone = Life(alpha=1e-3, beta=1e-2).update(NOISE, slight).evidence
     assert alone.verdict == "undecided"

@@ -10,7 +10,8 @@ Suffixes: B blocks of 32 tokens, N tokens, G columns of a profile.
 
 import base64
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from itertools import accumulate
@@ -51,6 +52,7 @@ TEST = 2
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 
 _KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
+_OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
 MOST_NAMED = 32  # laws of known cheats
 LONGEST_NAME = 64  # characters of the name of one
 _RANGES = {
@@ -115,7 +117,7 @@ class Noise:
         Raises:
             CalibrationError: The values are no noise, or a parameter is not a finite number.
         """
-        try:
+        with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
             rest = {name: law.pop(name) for name in ("source", "effect", "spread", "named") if name in law}
             check_version(law.pop("test", TEST), TEST, "the residual test")
@@ -128,8 +130,6 @@ class Noise:
                 effect=lambda value: None if value is None else read_number(value),
                 named=lambda laws: read_named(laws, read_law),
             )
-        except (TypeError, ValueError, AttributeError, UsageError):
-            raise _no_noise(values) from None
 
 
 def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
@@ -200,14 +200,12 @@ def read_law(values: Any) -> Law:
     Raises:
         CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
     """
-    try:
+    with _refusing(values, *_OF_RESIDUALS):
         parameters = dict(values)
         law = read_fields(_KINDS[parameters.pop("kind")], parameters)
         if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for name, value in asdict(law).items()):
             raise ValueError
-        return law
-    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
-        raise _no_noise(values) from None
+    return law
 
 
 def read_spread(values: Any) -> Spread:
@@ -273,12 +271,14 @@ def _defaults() -> JsonObject:
     return read_json(DEFAULT_LAWS)
 
 
-def _no_noise(values: Any) -> CalibrationError:
-    return CalibrationError(
-        f"noise {values!r:.120}",
-        wanted="a kind, scale or log, with its finite parameters",
-        do="write the file with `assay poc calibrate`",
-    )
+@contextmanager
+def _refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
+    """Say of values that cannot be read that they are no noise."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
+        do = f"write the file with `assay poc {command}`"
+        raise CalibrationError(f"noise {values!r:.120}", wanted=wanted, do=do) from None
 
 
 KIND = "responses"
@@ -414,7 +414,7 @@ class ResponseNoise:
         Raises:
             CalibrationError: The values are not the noise of responses, or are for another version of the test.
         """
-        try:
+        with _refusing(values, "the laws of tokens and sketches with their finite parameters", "calibrate-responses"):
             parts = dict(values)
             if parts.pop("kind") != KIND:
                 raise ValueError
@@ -423,12 +423,6 @@ class ResponseNoise:
             read = {name: partial(read_fields, PartNoise, law=law, spread=read_spread) for name, law in laws.items()}
             made = read_fields(cls, parts, source=read_source, **read)
             ResponseTest(made)  # refuses laws of which no test can be made
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, UsageError):
-            raise CalibrationError(
-                f"noise {values!r:.120}",
-                wanted="the laws of tokens and sketches with their finite parameters",
-                do="write the file with `assay poc calibrate-responses`",
-            ) from None
         return made
 
 
