@@ -42,14 +42,6 @@ def encoded(byte_tokenizer, samples):
     return encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
 
 
-def test_they_equal_the_loop_through_the_adapter(gradients_of, samples, small_svd, wanted):
-    found = gradients_of()
-    assert worst_error(found, wanted) < 1e-5
-    shapes = {name: (len(samples), factors.rank) for name, factors in small_svd.items()}
-    assert {name: rows.shape for name, rows in found.items()} == shapes
-    assert all(rows.dtype == torch.float32 and rows.device.type == "cpu" for rows in found.values())
-
-
 def test_they_equal_the_loop_on_a_reference_model():
     model = load_model("reference:llama", dtype="float32", device="cpu")
     text = "def solve(x):\n    # start with x; add 7; take the remainder of division by 9\n"
@@ -75,10 +67,13 @@ def test_prompt_tokens_carry_gradient(gradients_of, small_model, byte_tokenizer,
 
 
 @pytest.mark.parametrize(
-    "how", [{"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}], ids=str
+    "how", [{}, {"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}], ids=str
 )
-def test_batches_padding_and_memory_do_not_matter(gradients_of, module, wanted, how):
-    assert worst_error(gradients_of(module, **how), wanted) < 1e-5
+def test_they_equal_the_loop_through_the_adapter_in_batches_of_any_size(gradients_of, module, small_svd, wanted, how):
+    found = gradients_of(module, **how)
+    assert worst_error(found, wanted) < 1e-5
+    assert {name: rows.shape for name, rows in found.items()} == {n: (5, each.rank) for n, each in small_svd.items()}
+    assert all(rows.dtype == torch.float32 and rows.device.type == "cpu" for rows in found.values())
     assert not any("forward" in vars(layer) for layer in module.model.layers)
 
 

@@ -38,11 +38,6 @@ def test_it_runs_a_program_and_answers_questions(shut_in):
     ]
 
 
-def test_a_method_is_called_on_a_new_instance():
-    program = "class Solution:\n    def twice(self, x):\n        return 2 * x\n"
-    assert run(program, calls=[Call("Solution.twice", (5,))]).outcomes[0].value == 10
-
-
 ENDS = {
     "exception": ("print('before')\n1 / 0\n", {}, {"returncode": 1, "raised": "ZeroDivisionError", "finished": False}),
     "no python": ("def broken(:\n", {}, {"returncode": 1, "raised": "SyntaxError"}),
