@@ -3,8 +3,8 @@
 import random
 import sqlite3
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
@@ -19,30 +19,7 @@ QUICK = (
 )
 
 
-@dataclass
-class Outcome:
-    """What a kill loop found."""
-
-    kills: int
-    seconds: float
-    start_seconds: float
-    records: int
-    lost_records: int
-    repeated_records: int
-    valid: int
-    callbacks: int
-    sent_more_than_once: int
-    undelivered_nonces: int
-    nonces_in_two_callbacks: int
-    callbacks_that_changed: int
-    dead_letters: int
-    receiver: dict[str, int]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
-
-def kill_loop(directory: Path, model: Path, *, kills: int, seed: int, longest: float = 1.0) -> Outcome:
+def kill_loop(directory: Path, model: Path, *, kills: int, seed: int, longest: float = 1.0) -> dict[str, Any]:
     """Kill a generating service ``kills`` times, then let it deliver what it owes, and count."""
     rng = random.Random(seed)
     receiver = FlakyReceiver(trouble=0.5, patience=0.5, seed=seed)
@@ -87,7 +64,7 @@ def _drain(server: Server) -> None:
         until(lambda: not outbox.counts()["pending"], 120, pause=0.2, said=said)
 
 
-def _count(path: Path, receiver: FlakyReceiver, kills: int, seconds: float, start_seconds: float) -> Outcome:
+def _count(path: Path, receiver: FlakyReceiver, kills: int, seconds: float, start_seconds: float) -> dict[str, Any]:
     with sqlite3.connect(path) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         rows = database.execute("SELECT nonce, distance, valid FROM records ORDER BY nonce").fetchall()
@@ -100,19 +77,19 @@ def _count(path: Path, receiver: FlakyReceiver, kills: int, seconds: float, star
     valid = {nonce: distance for nonce, distance, is_valid in rows if is_valid}
     received = receiver.nonces()
     assert receiver.distances().items() <= valid.items()
-    return Outcome(
-        kills=kills,
-        seconds=round(seconds, 1),
-        start_seconds=round(start_seconds, 2),
-        records=len(nonces),
-        lost_records=len(set(wanted) - set(nonces)),
-        repeated_records=len(nonces) - len(set(nonces)) + len(set(nonces) - set(wanted)),
-        valid=len(valid),
-        callbacks=len(receiver.taken),
-        sent_more_than_once=sum(count > 1 for count in receiver.copies.values()),
-        undelivered_nonces=len(set(valid) - set(received)),
-        nonces_in_two_callbacks=len(received) - len(set(received)),
-        callbacks_that_changed=len(receiver.changed),
-        dead_letters=states.get("dead", 0),
-        receiver=dict(receiver.moods),
-    )
+    return {
+        "kills": kills,
+        "seconds": round(seconds, 1),
+        "start_seconds": round(start_seconds, 2),
+        "records": len(nonces),
+        "lost_records": len(set(wanted) - set(nonces)),
+        "repeated_records": len(nonces) - len(set(nonces)) + len(set(nonces) - set(wanted)),
+        "valid": len(valid),
+        "callbacks": len(receiver.taken),
+        "sent_more_than_once": sum(count > 1 for count in receiver.copies.values()),
+        "undelivered_nonces": len(set(valid) - set(received)),
+        "nonces_in_two_callbacks": len(received) - len(set(received)),
+        "callbacks_that_changed": len(receiver.changed),
+        "dead_letters": states.get("dead", 0),
+        "receiver": dict(receiver.moods),
+    }

@@ -1,16 +1,10 @@
 """Many readers of one page at the same moment."""
 
 import asyncio
+import http.client
 import resource
 import time
-
-
-def allow_files(count: int) -> None:
-    """Let this process open so many sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
+from contextlib import closing
 
 
 async def _read(port: int, path: str, everyone: asyncio.Event) -> tuple[int, float]:
@@ -35,25 +29,21 @@ async def _all(port: int, path: str, count: int) -> list[tuple[int, float]]:
 
 def read_at_once(port: int, path: str, count: int) -> list[tuple[int, float]]:
     """Open ``count`` connections, ask for a page on all of them at once; return statuses and seconds."""
-    allow_files(count)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256  # sockets of this process
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
     return asyncio.run(_all(port, path, count))
-
-
-async def _one_after_another(port: int, path: str, count: int, pause: float) -> list[float]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = next(int(x.split(b":")[1]) for x in head.lower().split(b"\r\n") if x.startswith(b"content-length"))
-        await reader.readexactly(length)
-        times.append(time.perf_counter() - started)
-        await asyncio.sleep(pause)
-    writer.close()
-    return times
 
 
 def answer_times(port: int, path: str, count: int, pause: float) -> list[float]:
     """Ask for a page again and again on one connection; return the seconds of every answer."""
-    return asyncio.run(_one_after_another(port, path, count, pause))
+    times = []
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        for _ in range(count):
+            started = time.perf_counter()
+            connection.request("GET", path)
+            connection.getresponse().read()
+            times.append(time.perf_counter() - started)
+            time.sleep(pause)
+    return times

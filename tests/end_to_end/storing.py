@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,6 @@ from tests.waiting import until
 
 RECEIPTS = "/api/v1/receipts"
 MUST_BE_ZERO = ("lost_receipts", "changed_receipts", "undeleted_receipts", "traces_of_deleted", "unannounced_receipts")
-
-
-@dataclass
-class Outcome:
-    """What a kill loop found."""
-
-    kills: int
-    seconds: float
-    responses: int
-    interrupted: int
-    receipts: int
-    lost_receipts: int
-    changed_receipts: int
-    deleted: int
-    undeleted_receipts: int
-    traces_of_deleted: int
-    callbacks: int
-    sent_more_than_once: int
-    unannounced_receipts: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class StoringServer(Server):
@@ -154,7 +132,7 @@ def _answer(connection: http.client.HTTPConnection, method: str, path: str) -> A
     return json.loads(content)
 
 
-def kill_loop(directory: Path, *, kills: int, clients: int, seed: int, longest: float = 1.0) -> Outcome:
+def kill_loop(directory: Path, *, kills: int, clients: int, seed: int, longest: float = 1.0) -> dict[str, Any]:
     """Kill a service ``kills`` times while responses end, start it once more, and count."""
     rng, began = random.Random(seed), time.monotonic()
     receiver = FlakyReceiver(trouble=0.3, patience=0.5, seed=seed)
@@ -207,7 +185,7 @@ def _kept(server: Server) -> dict[str, str]:
 
 def _count(
     data_dir: Path, asking: list[Client], kept: dict[str, str], receiver: FlakyReceiver, kills: int, seconds: float
-) -> Outcome:
+) -> dict[str, Any]:
     whole = {name: digest for client in asking for name, digest in client.whole.items()}
     deleted = {name for client in asking for name in client.deleted}
     with sqlite3.connect(data_dir / "service.sqlite3") as database:
@@ -215,18 +193,18 @@ def _count(
     database.close()
     content = b"".join(path.read_bytes() for path in data_dir.glob("service.sqlite3*"))
     told = {(each["request_id"], each["sha256"]) for body in list(receiver.taken.values()) for each in body["receipts"]}
-    return Outcome(
-        kills=kills,
-        seconds=round(seconds, 1),
-        responses=len(whole) + len(deleted),
-        interrupted=sum(client.interrupted for client in asking),
-        receipts=len(kept),
-        lost_receipts=len(whole.keys() - kept.keys()),
-        changed_receipts=sum(kept.get(name, digest) != digest for name, digest in whole.items()),
-        deleted=len(deleted),
-        undeleted_receipts=len(deleted & kept.keys()),
-        traces_of_deleted=sum(name.encode() in content for name in deleted),
-        callbacks=len(receiver.taken),
-        sent_more_than_once=sum(count > 1 for count in receiver.copies.values()),
-        unannounced_receipts=len(kept.items() - told),
-    )
+    return {
+        "kills": kills,
+        "seconds": round(seconds, 1),
+        "responses": len(whole) + len(deleted),
+        "interrupted": sum(client.interrupted for client in asking),
+        "receipts": len(kept),
+        "lost_receipts": len(whole.keys() - kept.keys()),
+        "changed_receipts": sum(kept.get(name, digest) != digest for name, digest in whole.items()),
+        "deleted": len(deleted),
+        "undeleted_receipts": len(deleted & kept.keys()),
+        "traces_of_deleted": sum(name.encode() in content for name in deleted),
+        "callbacks": len(receiver.taken),
+        "sent_more_than_once": sum(count > 1 for count in receiver.copies.values()),
+        "unannounced_receipts": len(kept.items() - told),
+    }

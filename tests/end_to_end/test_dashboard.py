@@ -3,6 +3,7 @@
 import pytest
 
 from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.conftest import ROUND as SERVICE_ROUND
 from tests.poc.service.dashboard import browser as chromium
 from tests.poc.service.dashboard.browser import Watched
 
@@ -10,16 +11,7 @@ browser = chromium.browser  # fixtures
 pytestmark = pytest.mark.browser
 
 ATTACK = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
-ROUND = {
-    "block_hash": ATTACK,
-    "block_height": 7,
-    "public_key": "node_A",
-    "r_target": 1.416,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 8,
-    "seq_len": 8,
-}
+ROUND = SERVICE_ROUND | {"block_hash": ATTACK, "batch_size": 8, "seq_len": 8}
 LIVE = "document.body.dataset.link === 'live'"
 
 

@@ -5,18 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.receiver import FlakyReceiver
+from tests.poc.service.conftest import ROUND as SERVICE_ROUND
 from tests.waiting import until
 
-ROUND = {
-    "block_hash": "block_beta",
-    "block_height": 12,
-    "public_key": "node_A",
-    "r_target": 1.416,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 16,
-    "seq_len": 16,
-}
+ROUND = SERVICE_ROUND | {"block_hash": "block_beta", "block_height": 12, "batch_size": 16, "seq_len": 16}
 WANTED = 48
 
 

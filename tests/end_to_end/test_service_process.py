@@ -13,18 +13,10 @@ import pytest
 from tests.end_to_end.readers import read_at_once
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
+from tests.poc.service.conftest import ROUND as SERVICE_ROUND
 from tests.waiting import until
 
-ROUND = {
-    "block_hash": "block_gamma",
-    "block_height": 1,
-    "public_key": "node_A",
-    "r_target": 1.416,
-    "node_id": 0,
-    "node_count": 1,
-    "batch_size": 8,
-    "seq_len": 8,
-}
+ROUND = SERVICE_ROUND | {"block_hash": "block_gamma", "block_height": 1, "batch_size": 8, "seq_len": 8}
 
 
 def _refused(server: Server) -> str:
@@ -38,9 +30,8 @@ def _refused(server: Server) -> str:
 
 
 def test_sigterm_drains_and_a_restart_continues(launch):
-    receiver = FlakyReceiver(trouble=0)
     server = launch("--callback-interval", "0.2")
-    try:
+    with FlakyReceiver(trouble=0) as receiver:
         server.post("/init/generate", ROUND | {"callback_url": receiver.url})
         until(lambda: server.status()["total_checked"] > 40, 30)
         assert server.terminate() == 0
@@ -51,8 +42,6 @@ def test_sigterm_drains_and_a_restart_continues(launch):
         server.post("/stop")
         owed = server.get("/api/v1/pow/status?after=-1&limit=10000")["valid_nonces"]
         until(lambda: sorted(receiver.nonces()) == owed, 30)
-    finally:
-        receiver.close()
 
 
 def test_a_node_serves_in_eight_bits(launch):
@@ -94,14 +83,6 @@ def test_a_thousand_readers_at_once_get_an_answer(launch):
     assert [status for status, _ in answers] == [200] * 1000
     assert server.status()["state"] == "GENERATING"
     until(lambda: server.status()["total_checked"] > before, 30)
-
-
-def test_one_service_per_data_directory(launch, tmp_path, small_checkpoint):
-    server = launch()
-    second = Server(tmp_path, model=small_checkpoint)
-    second.arguments += ["--data-dir", str(server.data_dir)]
-    assert "another service runs in" in _refused(second)
-    assert server.status()["state"] == "IDLE"
 
 
 def test_other_addresses_need_a_key(tmp_path):

@@ -1,10 +1,11 @@
 """An engine that is quick and can be told to wait or fail, and a service on it."""
 
+import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,12 @@ def restored_logs() -> Iterator[None]:
     before = structlog.get_config()
     yield
     structlog.configure(**before)
+
+
+def execute(path: Path, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+    """Run a statement on a file beside the service, and return its rows."""
+    with closing(sqlite3.connect(path)) as database, database:
+        return database.execute(statement, values).fetchall()
 
 
 def cap(database: Database) -> list[int]:

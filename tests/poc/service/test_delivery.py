@@ -158,21 +158,6 @@ def test_too_many_undelivered_callbacks_slow_generation_and_drop_nothing(serving
     assert sorted(nonce for nonces in last.values() for nonce in nonces) == owed
 
 
-def test_stop_with_pending_callbacks_loses_none_over_a_restart(serving, receive):
-    healthy = []
-    receiver = receive(lambda n: (200 if healthy else 500, {}))
-    with serving() as service:
-        service.post("/init/generate", ROUND | {"callback_url": receiver.url})
-        until(lambda: service.status()["total_valid"] > 10)
-        service.post("/stop")
-        owed = service.client.get(f"{PREFIX}/status", params={"after": -1}).json()["valid_nonces"]
-        service.restart()
-        healthy.append(True)
-        until(lambda: service.controller.outbox.counts()["pending"] == 0)
-    delivered = {headers["webhook-id"]: json.loads(body)["nonces"] for _, _, headers, body in receiver.seen}
-    assert sorted(nonce for nonces in delivered.values() for nonce in nonces) == owed
-
-
 def test_pauses_double_within_bounds():
     for attempts in range(100):
         full = min(60.0, 0.5 * 2.0**attempts)

@@ -6,7 +6,6 @@ import math
 import time
 
 import pytest
-import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from assay.poc.net.app import Feed
@@ -138,19 +137,6 @@ def test_secrets_are_in_no_log_and_no_answer(serving, capfd):
     assert "callback" in captured.out + captured.err
     for text in (captured.out, captured.err, *pages):
         assert not any(word in text for word in (key, secret, token))
-
-
-@pytest.mark.parametrize("form", ["console", "json"])
-def test_logs_are_lines_on_stderr(form, capfd, restored_logs):
-    configure_logs(form)
-    structlog.get_logger("test").info("state", state="GENERATING", round=3)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    if form == "json":
-        line = json.loads(captured.err)
-        assert (line["event"], line["state"], line["round"], line["level"]) == ("state", "GENERATING", 3, "info")
-    else:
-        assert "GENERATING" in captured.err
 
 
 def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch, restored_logs):

@@ -1,10 +1,7 @@
 """Faults that were found by attacking the service: each test fails where the fault is back."""
 
 import asyncio
-import fcntl
-import os
 import socket
-import sqlite3
 import stat
 import threading
 import time
@@ -21,7 +18,7 @@ from assay.poc.service import rounds as _rounds
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import open_database
 from assay.poc.service.outbox import open_outbox
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
 
@@ -164,26 +161,12 @@ def test_the_lock_is_on_the_database_itself(tmp_path):
     open_database(tmp_path).close()
 
 
-def test_a_database_that_is_refused_is_not_locked(tmp_path):
-    open_database(tmp_path).close()
-    with sqlite3.connect(tmp_path / "service.sqlite3") as database:
-        database.execute("INSERT INTO migrations VALUES (99, 0)")
-    database.close()
-    with pytest.raises(StorageError):
-        open_database(tmp_path)
-    descriptor = os.open(tmp_path / "service.sqlite3", os.O_RDWR)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(descriptor)
-
-
 @pytest.mark.parametrize(
     "damage", ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"]
 )
 def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     open_database(tmp_path).close()
-    with sqlite3.connect(tmp_path / "service.sqlite3") as database:
-        database.execute(damage)
-    database.close()
+    execute(tmp_path / "service.sqlite3", damage)
     with pytest.raises(StorageError, match=r"service\.sqlite3") as error:
         Controller(rig.deployment, Settings(data_dir=tmp_path))
     assert "restore" in error.value.do

@@ -19,7 +19,7 @@ from assay.poc.net.metrics import Exported
 from assay.poc.net.server import ClientLimit, bounded_config
 from assay.poc.service import Settings, create_receiver
 from assay.poc.service.receiver import Received
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.waiting import until
 
 LIMITS = {"max_connections": 4, "max_header": 2000, "header_timeout": 1.0}
@@ -239,27 +239,20 @@ def test_a_client_that_leaves_causes_no_traceback(service):
 # Answers
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json", "/nope", f"{PREFIX}/nope"])
-def test_every_answer_has_the_safe_headers(service, path):
-    headers = service.client.get(path).headers
-    assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
-
-
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
-        ("GET", "/status", None, 200),
-        ("GET", "/status?after=0", None, 200),
-        ("GET", "/snapshot", None, 200),
-        ("POST", "/stop", None, 200),
-        ("POST", "/init", {}, 422),
-        ("POST", "/phase/generate", None, 409),
-        ("GET", "/generate/none", None, 404),
-        ("PUT", "/status", None, 405),
+        *(("GET", path, None, 200) for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json")),
+        *(("GET", path, None, 404) for path in ("/nope", f"{PREFIX}/nope", f"{PREFIX}/generate/none")),
+        *(("GET", f"{PREFIX}{path}", None, 200) for path in ("/status", "/status?after=0", "/snapshot")),
+        ("POST", f"{PREFIX}/stop", None, 200),
+        ("POST", f"{PREFIX}/init", {}, 422),
+        ("POST", f"{PREFIX}/phase/generate", None, 409),
+        ("PUT", f"{PREFIX}/status", None, 405),
     ],
 )
-def test_answers_of_the_api_have_them_too(service, method, path, body, status):
-    answer = service.client.request(method, PREFIX + path, json=body)
+def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(service, method, path, body, status):
+    answer = service.client.request(method, path, json=body)
     assert answer.status_code == status
     assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
     if status >= 400:
@@ -267,8 +260,6 @@ def test_answers_of_the_api_have_them_too(service, method, path, body, status):
 
 
 def test_the_receiver_has_them_and_answers_in_three_parts(tmp_path):
-    from tests.poc.service.conftest import TestClient
-
     client = TestClient(create_receiver(Received(tmp_path / "r.sqlite3")), base_url="http://127.0.0.1")
     for method, path in (("GET", "/stats"), ("GET", "/nope"), ("PUT", "/stats"), ("POST", "/generated")):
         answer = client.request(method, path)

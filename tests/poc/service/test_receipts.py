@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,7 +18,7 @@ from assay.poc.service.app import PREFIXES
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import MIGRATIONS, open_database
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient, execute
 from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
 from tests.waiting import until
 
@@ -158,8 +157,7 @@ def test_without_keys_other_hosts_get_no_receipts_from_another_application_eithe
 
 
 def test_stored_receipts_are_announced(serving):
-    receiver = FlakyReceiver(trouble=0.4, patience=0.1, seed=1)
-    try:
+    with FlakyReceiver(trouble=0.4, patience=0.1, seed=1) as receiver:
         with serving(receipt_callback_url=f"{receiver.url}/hook", callback_nonces=10) as service:
             made = [receipt(f"chat-{i}") for i in range(25)]
             store(service, *made)
@@ -178,8 +176,6 @@ def test_stored_receipts_are_announced(serving):
         assert set(named) - set(wanted) == {("node_B", 26)}
         assert {path for path, _, _ in receiver.requests} == {"/hook/receipts"}
         assert not receiver.changed
-    finally:
-        receiver.close()
 
 
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
@@ -203,9 +199,7 @@ def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
 def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
     (tmp_path / "data").mkdir()
     shutil.copy(FIRST, tmp_path / "data")
-    with sqlite3.connect(FIRST) as first:
-        before = first.execute("SELECT count(*), sum(nonce) FROM records").fetchone()
-    first.close()
+    before = execute(FIRST, "SELECT count(*), sum(nonce) FROM records")[0]
     with serving() as service:
         store(service, receipt("chat"))
         assert get(service, "/chat")

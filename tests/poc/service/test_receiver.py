@@ -19,7 +19,7 @@ from assay.poc.service import create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import BLOCK, ROUND, TestClient
+from tests.poc.service.conftest import BLOCK, ROUND, TestClient, execute
 from tests.poc.service.test_delivery import SECRET
 from tests.waiting import until
 
@@ -107,16 +107,12 @@ def test_what_is_too_long_is_refused(client):
 
 
 def test_service_and_receiver_agree(serving, store):
-    relay = FlakyReceiver(trouble=0.4, patience=0.1, seed=5)
     checked = TestClient(create_receiver(store, (SECRET,), keys=(KEY,)), headers={"Authorization": f"Bearer {KEY}"})
-    try:
-        with serving(callback_secrets=(SECRET,)) as service:
-            service.post("/init/validate", ROUND | {"callback_url": relay.url})
-            for nonce in range(5):
-                service.post("/validate", BLOCK | {"nonces": [nonce], "dist": [1.4], "node_id": 0})
-            until(lambda: service.controller.outbox.counts()["pending"] == 0)
-    finally:
-        relay.close()
+    with FlakyReceiver(trouble=0.4, patience=0.1, seed=5) as relay, serving(callback_secrets=(SECRET,)) as service:
+        service.post("/init/validate", ROUND | {"callback_url": relay.url})
+        for nonce in range(5):
+            service.post("/validate", BLOCK | {"nonces": [nonce], "dist": [1.4], "node_id": 0})
+        until(lambda: service.controller.outbox.counts()["pending"] == 0)
     for path, headers, body in relay.requests:
         names = ("webhook-id", "webhook-timestamp", "webhook-signature")
         assert checked.post(path, content=body, headers={name: headers[name] for name in names}).status_code == 200
@@ -197,9 +193,7 @@ def test_a_poisoned_body_of_an_older_version_breaks_nothing(tmp_path, stored):
 
 def test_the_database_of_another_program_is_left_alone(tmp_path):
     path = tmp_path / "notes.sqlite3"
-    with sqlite3.connect(path) as database:
-        database.execute("CREATE TABLE notes (text)")
-    database.close()
+    execute(path, "CREATE TABLE notes (text)")
     before = path.read_bytes()
     with pytest.raises(StorageError, match="a database of something else, with a table 'notes'"):
         Received(path)

@@ -5,52 +5,12 @@ import json
 import pytest
 
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND
 from tests.poc.service.session import PATH, replay
 from tests.waiting import until
 
-# The fields of requests with their defaults; ... is required. The two flags have the library's defaults.
-PUBLISHED_INIT = {
-    "block_hash": ...,
-    "block_height": ...,
-    "public_key": ...,
-    "r_target": ...,
-    "fraud_threshold": 0.01,
-    "node_id": -1,
-    "node_count": -1,
-    "batch_size": 32,
-    "seq_len": 256,
-    "callback_url": None,
-    "use_layer_hooks": False,
-    "use_sign_flips": True,
-}
-PUBLISHED_ARTIFACT_INIT = {
-    **dict.fromkeys(("block_hash", "block_height", "public_key", "node_id", "node_count", "params"), ...),
-    "group_id": 0,
-    "n_groups": 1,
-    "batch_size": 32,
-    "url": None,
-    "poc_stronger_rng": False,
-}
-PUBLISHED_GENERATE = {
-    **dict.fromkeys(("block_hash", "block_height", "public_key", "node_id", "node_count", "nonces", "params"), ...),
-    "batch_size": 32,
-    "wait": False,
-    "url": None,
-    "validation": None,
-    "stat_test": None,
-    "poc_stronger_rng": False,
-}
-PUBLISHED_VALIDATE = dict.fromkeys(("public_key", "block_hash", "block_height", "nonces", "dist", "node_id"), ...)
-STATUS = {
-    "state",
-    "valid_nonces",
-    "valid_distances",
-    "total_checked",
-    "total_valid",
-    "elapsed_seconds",
-    "rate_per_second",
-}
+PUBLISHED = json.loads(PATH.with_name("published.json").read_text())
+"""The fields of requests. The two flags have the library's defaults."""
 
 
 def same(found, recorded) -> bool:
@@ -70,32 +30,12 @@ def test_the_recorded_session_is_replayed(service):
         assert same(ours, theirs), (ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("model", "published"),
-    [
-        (InitRequest, PUBLISHED_INIT),
-        (ArtifactInit, PUBLISHED_ARTIFACT_INIT),
-        (GenerateRequest, PUBLISHED_GENERATE),
-        (ValidateRequest, PUBLISHED_VALIDATE),
-    ],
-)
-def test_requests_have_the_published_fields_and_defaults(model, published):
-    fields = {name: ... if field.is_required() else field.default for name, field in model.model_fields.items()}
-    assert published.items() <= fields.items()
-    assert ... not in [fields[name] for name in fields.keys() - published.keys()]
-
-
-def test_responses_have_the_published_fields(service):
-    assert service.status().keys() >= STATUS
-    for path, body in (("/init", ROUND), ("/init/generate", ROUND), ("/phase/validate", None)):
-        answer = service.post(path, body)
-        assert answer["status"] == "OK"
-        assert answer["pow_status"].keys() >= STATUS | {"r_target"}
-    verdict = service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
-    assert verdict["status"] == "OK"
-    assert isinstance(verdict["fraud_detected"], bool)
-    assert len(verdict["computed_distances"]) == 1
-    assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
+@pytest.mark.parametrize("model", [InitRequest, ArtifactInit, GenerateRequest, ValidateRequest])
+def test_requests_have_the_published_fields_and_defaults(model):
+    published, fields = PUBLISHED[model.__name__], model.model_fields
+    assert {name for name, field in fields.items() if field.is_required()} == set(published["required"])
+    defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
+    assert published["defaults"].items() <= defaults.items()
 
 
 def test_the_artifact_form_of_the_status(service):
@@ -114,8 +54,7 @@ def test_the_artifact_form_of_the_status(service):
 def test_the_callback_of_a_round_has_the_published_fields(service):
     from tests.end_to_end.receiver import FlakyReceiver
 
-    receiver = FlakyReceiver(trouble=0)
-    try:
+    with FlakyReceiver(trouble=0) as receiver:
         service.post("/init/generate", ROUND | {"callback_url": receiver.url})
         until(lambda: receiver.taken)
         service.post("/phase/validate")
@@ -123,8 +62,6 @@ def test_the_callback_of_a_round_has_the_published_fields(service):
         until(lambda: any(path == "/validated" for path, _, _ in receiver.requests))
         service.post("/stop")
         until(lambda: service.controller.outbox.counts()["pending"] == 0)
-    finally:
-        receiver.close()
     bodies = {path: json.loads(body) for path, _, body in receiver.requests}
     fields = "public_key block_hash block_height node_id nonces dist r_target"
     assert bodies["/generated"].keys() == set(fields.split())
@@ -132,17 +69,3 @@ def test_the_callback_of_a_round_has_the_published_fields(service):
     fields = "nonces computed_distances received_distances valid fraud_detected public_key block_hash block_height"
     assert bodies["/validated"].keys() >= set(fields.split())
     assert bodies["/validated"]["received_distances"] == [1.4, None]
-
-
-def test_pulling_gives_every_valid_nonce_once(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.status()["total_valid"] > 40)
-    service.post("/stop")
-    pulled, after = [], -1
-    while True:
-        page = service.client.get(f"{PREFIX}/status", params={"after": after, "limit": 7}).json()["valid_nonces"]
-        if not page:
-            break
-        pulled += page
-        after = page[-1]
-    assert len(pulled) == len(set(pulled)) == service.status()["total_valid"]

@@ -73,10 +73,10 @@ def test_a_wrong_value_is_an_error_in_three_parts(values):
 
 def test_an_option_is_stronger_than_the_environment_and_that_than_the_file(monkeypatch, tmp_path):
     from assay.cli import run
-    from assay.poc import service
+    from assay.poc.service import app
 
     seen = []
-    monkeypatch.setattr(service, "serve", lambda load, settings, **kwargs: seen.append(settings))
+    monkeypatch.setattr(app, "serve", lambda load, settings, **kwargs: seen.append(settings))
     monkeypatch.setenv("ASSAY_DRAIN", "3")
     monkeypatch.setenv("ASSAY_MAX_PENDING", "5")
     monkeypatch.setenv("ASSAY_API_KEY", KEY)

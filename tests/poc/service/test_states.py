@@ -35,10 +35,3 @@ def test_every_call_in_every_state_does_what_the_table_says(service, state):
         else:
             assert answer.status_code == 200, (call, answer.text)
             assert service.status()["state"] == wanted
-
-
-@pytest.mark.parametrize("call", ["phase/generate", "phase/validate"])
-def test_a_phase_needs_a_round(service, call):
-    assert service.post(f"/{call}", status=409)["state"] == "IDLE"
-    service.post("/stop")
-    assert service.post(f"/{call}", status=409)["state"] == "STOPPED"

@@ -49,27 +49,16 @@ def test_a_service_and_a_validator_agree(tmp_path, small_model, small_checkpoint
         validator.close()
 
 
-def test_a_model_that_still_loads_does_not_spoil_the_end(tmp_path, small_model, small_checkpoint):
-    write_network(tmp_path, small_model, ["node_A"])
-    validator = ValidatorServer(tmp_path, model=small_checkpoint)
-    try:
-        validator.start()
-        validator.wait_for("/health")
-        assert validator.terminate() == 0, validator.log.read_text()[-2000:]
-    finally:
-        validator.close()
-
-
 @pytest.mark.kill
 def test_kills_of_validator_and_senders_lose_and_repeat_nothing(tmp_path, small_model, small_checkpoint):
     """`research/benchmarks/soak.py` does this 200 times with a thousand nodes."""
     outcome = kill_loop(
         tmp_path, small_model, small_checkpoint, nodes=40, kills=4, each=3, senders=2, nonces_per_hour=20_000_000
     )
-    assert {name: getattr(outcome, name) for name in MUST_BE_ZERO} == dict.fromkeys(MUST_BE_ZERO, 0), outcome
-    assert outcome.acknowledged == outcome.messages > 100
-    assert outcome.liars_convicted == outcome.liars == 2
-    assert outcome.nonces_counted > 1000
+    assert {name: outcome[name] for name in MUST_BE_ZERO} == dict.fromkeys(MUST_BE_ZERO, 0), outcome
+    assert outcome["acknowledged"] == outcome["messages"] > 100
+    assert outcome["liars_convicted"] == outcome["liars"] == 2
+    assert outcome["nonces_counted"] > 1000
 
 
 def test_every_answer_of_a_flood_is_on_disk(tmp_path, small_model, small_checkpoint):

@@ -166,11 +166,6 @@ def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
     controller.close()
 
 
-def test_two_validators_do_not_share_a_directory(validating):
-    with validating() as running, pytest.raises(StorageError, match="another"):
-        Inbox(running.controller.server.data_dir, epoch_seconds=1.0, sample=8)
-
-
 def test_nodes_are_read_again_when_their_file_changes(validating, small_model, tmp_path):
     with validating() as running:
         body = body_of(proof_of(small_model, "node_A"))

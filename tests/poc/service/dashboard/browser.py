@@ -15,20 +15,6 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-# Registered before the page runs: how far anything moved without the reader's doing.
-WATCH_SHIFTS = """
-window.shifts = [];
-const keep = (entries) => window.shifts.push(...entries.map((entry) => entry.value));
-const watch = new PerformanceObserver((list) => keep(list.getEntries()));
-watch.observe({ type: "layout-shift", buffered: true });
-window.settledShifts = async () => {
-  // A jump is reported after the frame that shows it, and on a busy machine later still.
-  for (let frame = 0; frame < 3; frame += 1) await new Promise((done) => requestAnimationFrame(done));
-  await new Promise((done) => setTimeout(done, 100));
-  keep(watch.takeRecords());
-  return window.shifts.reduce((a, b) => a + b, 0);
-};
-"""
 
 
 @contextmanager
@@ -56,7 +42,6 @@ class Watched:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.add_init_script(WATCH_SHIFTS)
 
     @property
     def origins(self) -> set[str]:
@@ -82,10 +67,6 @@ class Watched:
 
     def wait_text(self, name: str, part: str, timeout: float = 20) -> None:
         self.page.locator(f"#{name}", has_text=part).wait_for(timeout=timeout * 1000, state="attached")
-
-    def shift(self) -> float:
-        """How much of the window moved since the page was loaded, summed over all jumps."""
-        return float(self.page.evaluate("window.settledShifts()"))
 
     def overflow(self) -> float:
         """By how many pixels the page is wider than the window."""

@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from assay import stats
@@ -15,21 +16,9 @@ from assay.poc.service.app import render_page
 KEY = "read-key-of-the-test"
 DIMENSION = 8192
 BINS = 48
-ROUND = {
-    "id": 1,
-    "block_hash": "block_alpha",
-    "public_key": "node_A",
-    "block_height": 1234567,
-    "node_id": 1,
-    "node_count": 3,
-    "group_id": 0,
-    "n_groups": 1,
-    "preset": "poc-2.0",
-    "seq_len": 256,
-    "batch_size": 32,
-    "r_target": 1.416,
-    "created_at": 1_790_000_000.0,
-}
+SNAPSHOT = json.loads(Path(__file__).with_name("snapshot.json").read_text())
+"""What a generating service says, but for what the law of distances decides."""
+ROUND = SNAPSHOT["round"]
 
 
 def snapshot(**changes: Any) -> dict[str, Any]:
@@ -39,44 +28,17 @@ def snapshot(**changes: Any) -> dict[str, Any]:
     law = stats.chord_cdf(edges, DIMENSION)
     expected = [10_000 * float(b - a) for a, b in itertools.pairwise(law)]
     share = float(stats.valid_rate(ROUND["r_target"], DIMENSION))
-    return copy.deepcopy(
-        {
-            "schema": "assay.poc.snapshot/1",
-            "time": 1_790_000_100.0,
-            "version": "0.1.0",
-            "uptime_seconds": 93_784.0,
-            "state": "GENERATING",
-            "ready": True,
-            "paused": None,
-            "error": None,
-            "model": {"reference": "reference:qwen3", "digest": "ab" * 32, "dtype": "bfloat16"},
-            "round": ROUND,
-            "checked": 10_000,
-            "valid": round(10_000 * share),
-            "next_nonce": 30_001,
-            "seconds": 250.0,
-            "nonces_per_second": 40.0,
-            "valid_rate": share,
-            "valid_rate_error": 0.0049,
-            "expected_rate": share,
-            "expected_rate_error": 0.0049,
-            "block_factor": 1.0,
-            "block_factor_error": 0.0,
-            "histogram": {
-                "low": low,
-                "high": high,
-                "counts": [round(mean) for mean in expected],
-                "expected": expected,
-                "expected_errors": [math.sqrt(mean * (1 - mean / 10_000)) for mean in expected],
-                "below": 0,
-                "above": 0,
-            },
-            "callbacks": {"pending": 2, "dead": 0},
-            "jobs": {"queued": 0, "running": 0},
-            "verdicts": [],
-        }
-        | changes
-    )
+    histogram = {
+        "low": low,
+        "high": high,
+        "counts": [round(mean) for mean in expected],
+        "expected": expected,
+        "expected_errors": [math.sqrt(mean * (1 - mean / 10_000)) for mean in expected],
+        "below": 0,
+        "above": 0,
+    }
+    drawn = {"valid": round(10_000 * share), "valid_rate": share, "expected_rate": share, "histogram": histogram}
+    return copy.deepcopy(SNAPSHOT | drawn | changes)
 
 
 class StandIn:

@@ -272,27 +272,6 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(watch):
         stand_in.close()
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_jumps_or_overflows(live, stand_in, width, scheme):
-    watched = live(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    before = watched.shift()
-    for step in range(1, 6):
-        checked = 10_000 + 3_333 * step
-        stand_in.send(snapshot(checked=checked, time=1_790_000_100.0 + step, nonces_per_second=7.0 * 3**step))
-        watched.wait(f"document.getElementById('checked').textContent.replace(/\\D/g, '') === '{checked}'")
-    assert watched.shift() == before
-    assert watched.overflow() == 0
-
-
-def test_charts_wait_until_there_is_room_for_them(live):
-    watched = live(viewport={"width": 60, "height": 800})
-    assert watched.page.locator("#funnel > *, #histogram > *").count() == 0
-    watched.page.set_viewport_size({"width": 800, "height": 800})
-    watched.wait("document.querySelectorAll('#histogram rect').length === 48")
-    assert watched.errors == []
-
-
 def test_both_schemes_have_contrast(live):
     """WCAG 2 asks for 4.5 between text and ground."""
     script = """() => {
