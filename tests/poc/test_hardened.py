@@ -23,6 +23,11 @@ def hardened() -> Round:
     return Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small", preset="hardened")
 
 
+@pytest.fixture(scope="module")
+def hardened_proof(small_model, hardened: Round) -> Proof:
+    return prove(small_model, hardened, range(64), batch_size=8)
+
+
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):
     """Finite weights whose products are not: float16 ends at 65504."""
     for dtype in ("float32", "float16"):
