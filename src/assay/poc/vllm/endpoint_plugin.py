@@ -271,11 +271,14 @@ class AssayPlugin:
         check_responses(config, settings.responses, version)
         unfinished, servers = engine_client.output_processor.get_num_unfinished_requests, self._servers
         if servers.count > 1:
-            self._keep_running(partial(servers.keep_telling, unfinished if servers.index else self._closed))
+            loops: list[Callable[[], Awaitable[None]]] = [
+                partial(servers.keep_telling, unfinished if servers.index else self._closed)
+            ]
+            if self.controller is not None:
+                loops.append(partial(serve_owner, self._app, prefix=PREFIXES, path=servers.path))
+            self._beside = [asyncio.create_task(kept_running(loop)) for loop in loops]
         if self.controller is None:
             return
-        if servers.count > 1:
-            self._keep_running(partial(serve_owner, self._app, prefix=PREFIXES, path=servers.path))
         client = await connect(
             engine_client,
             settings.throttle,
@@ -291,9 +294,6 @@ class AssayPlugin:
             await self._responses.start(client, engine_client, self._model, self._reference, receipts)
         self._end_before(engine_client, client)
         self._running.set_result(client)
-
-    def _keep_running(self, loop: Callable[[], Awaitable[None]]) -> None:
-        self._beside.append(asyncio.create_task(kept_running(loop)))
 
     def _end_before(self, engine_client: Any, client: Client) -> None:
         """Give up the nonces that run before vLLM ends its engine.

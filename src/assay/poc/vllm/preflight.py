@@ -212,10 +212,9 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}
     known |= {"torch": torch.__version__, "library": f"vllm {version}"}
     builds = pins.model(served.digest).builds
-    differing = [[name for name, value in known.items() if not build.allows(name, value)] for build in builds]
-    names = min(differing, key=len)
+    differing = ([name for name, value in known.items() if not build.allows(name, value)] for build in builds)
+    names, nearest = min(zip(differing, builds, strict=True), key=lambda pair: len(pair[0]))
     if names:
-        nearest = builds[differing.index(names)]
         raise UsageError(
             "a build that the pins do not allow: " + ", ".join(f"{name} {known[name]}" for name in names),
             wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),

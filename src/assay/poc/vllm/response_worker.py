@@ -136,8 +136,8 @@ class Capture:
         on_gpu = self._device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
-        call_before(runner, "execute_model", self._open, self._note)
-        call_before(runner, "sample_tokens", self._capture, self._note)
+        call_before(runner, "execute_model", self._open, self)
+        call_before(runner, "sample_tokens", self._capture, self)
 
     @property
     def there(self) -> dict[str, range]:
@@ -159,9 +159,6 @@ class Capture:
         """Forget requests that have ended, or whose clients have left."""
         for name in names:
             self._kept.pop(name, None)
-
-    def _note(self, error: Exception) -> None:
-        self.errors += 1
 
     def _open(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Note the new requests that are recorded. One that was preempted may come again, and is known."""

@@ -251,18 +251,18 @@ def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
     return states_ND, map(Chunk, step.names, *columns)
 
 
-def call_before(runner: Any, name: str, before: Callable[..., None], failed: Callable[[Exception], None]) -> None:
+def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:
     """Wrap a method of a model runner, on the instance, so that ``before`` gets its arguments first.
 
-    An exception that escaped would end the engine, and with it every chat: ``failed`` gets it instead.
+    An exception that escaped would end the engine, and with it every chat: ``owner.errors`` counts it instead.
     """
     original = getattr(runner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             before(*args, **kwargs)
-        except Exception as error:
-            failed(error)
+        except Exception:
+            owner.errors += 1
         return original(*args, **kwargs)
 
     setattr(runner, name, wrapped)

@@ -182,8 +182,8 @@ class Hooks:
         self._decoding: Decoding | None = None
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
-        call_before(runner, "execute_model", self._fill, self._note)
-        call_before(runner, "sample_tokens", self._capture, self._note)
+        call_before(runner, "execute_model", self._fill, self)
+        call_before(runner, "sample_tokens", self._capture, self)
 
     def open(self, key: str, spec: Spec) -> None:
         """Begin a stream, and make what depends on the block now, so that no step waits for it."""
@@ -212,9 +212,6 @@ class Hooks:
             except Exception as error:  # reported, so that the engine lives
                 reply["error"] = reason_of(error)[:LONGEST_REASON]
         return reply
-
-    def _note(self, error: Exception) -> None:
-        self.errors += 1
 
     # Before a step: inputs
 
