@@ -7,7 +7,6 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.vhack import Pair, extract
 from assay.vhack.checks import CheckReport, CheckSettings, check, check_gradients
-from assay.vhack.checks import page as _page
 from assay.vhack.checks.five_checks import _halves, check_stability
 from assay.vhack.checks.folds import cross_fit
 from assay.vhack.checks.judge import CHECKS
@@ -80,22 +79,6 @@ def test_the_page_of_a_failed_and_of_an_undecided_report(gradients, quick):
     assert 'class="badge fail"' in make_page(failed).render()
     short = check_gradients(gradients(5, n_groups=3, strength=5.0), settings=quick)
     assert 'class="badge undecided"' in make_page(short).render()
-
-
-def test_experts_of_a_layer_share_a_place_in_the_page(report):
-    names = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("q_proj", "experts.up.3", "experts.up.4")]
-    aurocs = [0.5, 0.6, 0.8, 0.5, 0.7, 0.7]
-    modules = tuple(
-        replace(report.modules[0], name=name, auroc=value) for name, value in zip(names, aurocs, strict=True)
-    )
-    drawn = {}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_page, "heatmap", lambda ax, matrix, *labels, label: drawn.setdefault(label, (matrix, labels)))
-        html = make_page(replace(report, modules=modules)).render()
-    matrix, labels = drawn["AUROC − 0.5"]
-    assert labels == (["0", "1"], ["q", "up"])
-    assert matrix.tolist() == [pytest.approx([0.0, 0.2]), pytest.approx([0.0, 0.2])]
-    assert "Experts of a layer: their mean." in html
 
 
 def test_a_given_basis_is_scored_on_what_it_has_not_seen(gradients, quick):

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from assay.errors import UsageError
+from assay.errors import DataError, UsageError
 from assay.vhack import Basis, PairGradients
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
+from assay.vhack.delta.advantage import Shortcut, modify_rewards
 from assay.vhack.delta.arms import BASIS_KINDS, GATES, Box
 from assay.vhack.delta.controls import make_basis
-from assay.vhack.names import DEFAULT_ARM
 from tests.vhack.adapter import principal_angles
 from tests.vhack.delta.conftest import loss_of, own
 
@@ -122,23 +122,6 @@ def test_arms_that_there_are_not(name):
         arm_named(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("displaced-0.4", "displaced-0.4+none"),
-        ("displaced-0.4+erase-update-two-side", "displaced-0.4+erase-update-two-sided"),
-        ("erase-updates", "erase-update"),
-        ("zzz", DEFAULT_ARM),
-    ],
-)
-def test_the_error_for_a_wrong_arm_names_every_form_and_the_nearest(name, nearest):
-    with pytest.raises(UsageError) as caught:
-        arm_named(name)
-    said = str(caught.value)
-    assert all(form in said for form in ("displaced-A+ARM", "ARM+away-B", ":random", *ARMS))
-    assert said.rstrip().endswith(f"--arm {nearest}")
-
-
 def test_the_examples_in_the_docstrings_are_right():
     from assay.vhack.delta import arms as _arms
     from assay.vhack.training import settings as _settings
@@ -234,3 +217,42 @@ def test_keep_leaves_only_what_lies_along_the_axes(module, ids, small_svd, basis
             inside = basis.axes[name].T @ (basis.axes[name] @ delta)
             torch.testing.assert_close(inside, delta, atol=1e-6 * float(delta.norm()), rtol=0)
         assert delta.any()
+
+
+def encoded(tokenizer, pairs, side):
+    return [(tokenizer(p.prompt)["input_ids"], tokenizer(getattr(p, side))["input_ids"]) for p in pairs]
+
+
+def test_the_scale_is_that_of_the_pairs(small_model, byte_tokenizer, small_pairs):
+    shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
+    assert shortcut.layer == 1  # behind two of three layers
+    hack, clean = (shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, side)) for side in ("hack", "clean"))
+    assert float(hack.mean() + clean.mean()) == pytest.approx(0, abs=1e-3)
+    assert float((hack.var() + clean.var()) / 2) == pytest.approx(1, rel=1e-3)
+    assert hack.mean() > 0 > clean.mean()
+
+
+def test_activations_are_means_over_the_completion_behind_the_layer(small_model, module, byte_tokenizer, small_pairs):
+    shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
+    prompt, completion = encoded(byte_tokenizer, small_pairs, "hack")[0]
+    with torch.no_grad():
+        states = module(  # a copy: transformers leaves hooks behind when it is asked for hidden states
+            input_ids=torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False
+        ).hidden_states
+    mean = states[shortcut.layer + 1][0, len(prompt) :].mean(dim=0)
+    wanted = (mean @ shortcut.direction - shortcut.middle) / shortcut.spread
+    found = shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, "hack"))[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_only_what_is_on_the_side_of_the_hack_is_paid_less():
+    z = torch.tensor([-3.0, 0.0, 1e-6, 2.0, 50.0])
+    assert modify_rewards(torch.ones(5), z, 2.0).tolist() == pytest.approx(
+        [1, 1, 0, 1 - 2 / (1 + 2.718281828**-2), -1], abs=1e-5
+    )
+    assert modify_rewards(torch.zeros(5), z, 2.0).tolist() == [0] * 5
+
+
+def test_one_pair_is_no_scale(small_model, byte_tokenizer, small_pairs):
+    with pytest.raises(DataError, match="1 pairs"):
+        Shortcut.fit(small_model, byte_tokenizer, small_pairs[:1])

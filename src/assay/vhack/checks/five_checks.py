@@ -221,8 +221,8 @@ def check_gradients(
         "skipped": len(source.skipped),
         **series,
     }
-    scores = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
-    return CheckReport(checks, modules, *scores, tuple(design.tested_groups), design.text, settings, origin)
+    hack, clean = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
+    return CheckReport(checks, modules, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
 
 
 def check_pools(design: Design) -> Check:
@@ -403,7 +403,7 @@ def check_unpaired(
         {SWAPPED: swapped, **(nulls or {})},
         settings,
         smallest_p,
-        details=means | (details or {}),
+        details={**means, **(details or {})},
     )
 
 

@@ -57,7 +57,7 @@ def _verdicts(made: Report, report: CheckReport) -> None:
         found, largest = check.measured, max(check.p_values.values(), default=None)
         nulls = [draws for name, draws in check.nulls.items() if not name.startswith("agreement")]
         level = max((np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None)
-        shown: list[Cell] = [found and f"{found.value:.3f}", found and f"{found.low:.3f} to {found.high:.3f}"]
+        shown: list[Cell] = [f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}"] if found else [None, None]
         shown += [None if level is None else f"{level:.3f}", None if largest is None else f"{largest:.2g}"]
         rows.append([check.title, *shown, Badge(check.verdict, check.verdict)])
     made.table(

@@ -315,16 +315,18 @@ def check_two_pools(
         random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
         details = _other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)}
-        check = check_unpaired(*scores, *groups, settings, nulls=nulls, details=details)
+        check = check_unpaired(*scores, groups[0], groups[1], settings, nulls=nulls, details=details)
     origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
     return PoolReport(
-        check,
-        guard_scores(*scores, (groups[0], groups[1]), (sizes[0], sizes[1]), settings),
-        *(tuple(side_N.tolist()) for side_N in scores),
-        *map(tuple, groups),
-        left_out,
-        settings,
-        origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
+        check=check,
+        guard=guard_scores(*scores, (groups[0], groups[1]), (sizes[0], sizes[1]), settings),
+        hack=tuple(scores[0].tolist()),
+        clean=tuple(scores[1].tolist()),
+        hack_groups=tuple(groups[0]),
+        clean_groups=tuple(groups[1]),
+        left_out=left_out,
+        settings=settings,
+        origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
     )
 
 

@@ -145,10 +145,10 @@ def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
     groups = []
     for names in kinds.values():
         linears, each = [modules[name] for name in names], [factors[name] for name in names]
-        stacked = (torch.stack([getattr(one, part) for one in each]) for part in ("left", "right", "values"))
+        left, right, values = (torch.stack([getattr(f, part) for f in each]) for part in ("left", "right", "values"))
         errors = tuple((one.residual, one.orthogonality) for one in each)
         base = torch.stack([linear.weight.detach() for linear in linears])
-        groups.append(Group(tuple(names), tuple(linears), *stacked, errors, base))
+        groups.append(Group(tuple(names), tuple(linears), left, right, values, errors, base))
     return groups
 
 

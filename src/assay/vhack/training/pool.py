@@ -183,7 +183,8 @@ def encode_prompts(model: "Model | str", prompts: Sequence[str], max_new_tokens:
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     if isinstance(model, str):
-        reference, tokenizer, context = model, load_tokenizer(model), model_info(model).max_positions
+        context: int | None = model_info(model).max_positions
+        reference, tokenizer = model, load_tokenizer(model)
     else:
         reference, tokenizer, context = model.reference, model.tokenizer, context_length(model.module)
     find_end_token(tokenizer, reference)

@@ -353,12 +353,12 @@ class OwnReward(Reward):
         try:
             returned = list(self.function(prompts=prompts, completions=list(completions), **columns))
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
-            raise self._refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
+            raise _refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
         if len(returned) != len(prompts):
-            raise self._refusal(f"{len(returned)} rewards for {len(prompts)} completions")
+            raise _refusal(f"{len(returned)} rewards for {len(prompts)} completions")
         marks = [one if isinstance(one, Mapping) else {} for one in returned]
         return [
-            Graded(self._pay(one), *(self._flag(mark, name) for name in FLAGS[1:]))
+            Graded(self._pay(one), _flag(mark, "correct"), _flag(mark, "exploited"), _flag(mark, "vacuous"))
             for one, mark in zip(returned, marks, strict=True)
         ]
 
@@ -367,17 +367,19 @@ class OwnReward(Reward):
         with suppress(TypeError, ValueError, OverflowError):
             if math.isfinite(paid := float(value)):
                 return paid
-        raise self._refusal(repr(one)[:80])
+        raise _refusal(repr(one)[:80])
 
-    def _flag(self, mark: Mapping[str, Any], name: str) -> bool | None:
-        try:
-            return bool(mark[name]) if name in mark else None
-        except (TypeError, ValueError, RuntimeError):
-            raise self._refusal(f"a mark {name!r} that is neither true nor false") from None
 
-    def _refusal(self, seen: str) -> DataError:
-        return DataError(
-            f"the reward returned {seen}",
-            wanted="one finite number for each completion, or a mapping with it under 'reward'",
-            do="correct the function",
-        )
+def _flag(mark: Mapping[str, Any], name: str) -> bool | None:
+    try:
+        return bool(mark[name]) if name in mark else None
+    except (TypeError, ValueError, RuntimeError):
+        raise _refusal(f"a mark {name!r} that is neither true nor false") from None
+
+
+def _refusal(seen: str) -> DataError:
+    return DataError(
+        f"the reward returned {seen}",
+        wanted="one finite number for each completion, or a mapping with it under 'reward'",
+        do="correct the function",
+    )
