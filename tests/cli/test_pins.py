@@ -4,10 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from assay import streams
 from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, prove
 
@@ -127,17 +125,6 @@ def test_a_batch_that_would_fill_the_memory_is_refused_with_a_wildcard_too(verif
     round = replace(honest.round, seq_len=4096)
     lied = Proof.build(replace(honest.header, round=round, fingerprint=large), honest.records, 1.0)
     assert "a proof with seq_len 4096" in verify(lied, *KNOWN).err
-
-
-def test_colliding_seeds_are_refused_where_a_network_stays_at_32_bits(verify, pins, small_model):
-    """One forward pass served both: no test of values can see it."""
-    pins.write_text(pins.read_text().replace("strength = 256", "strength = 32"))
-    round = Round(block_hash="b", public_key="k", seq_len=16)
-    seeds_N = streams.seeds(round.texts("inputs", range(2**18)))[:, 0]
-    order_N = np.argsort(seeds_N, kind="stable")
-    pair = order_N[np.flatnonzero(np.diff(seeds_N[order_N]) == 0)[0] :][:2].tolist()
-    chosen = made(small_model, sorted({*range(30), *pair}), strength=32)
-    assert "a proof with fewest_nonces" in verify(chosen, *KNOWN).err  # they are not consecutive
 
 
 BESIDE = {

@@ -91,13 +91,7 @@ def _indexed_files(directory: Path) -> tuple[Path, ...]:
 
 
 def find_file(directory: Path, tensors: Mapping[str, Stored], name: str) -> Path:
-    """Return the file of a tensor; of one that is missing, the file in which the index has it, or else the index.
-
-    Args:
-        directory: Directory of a checkpoint that :func:`weight_files` accepts.
-        tensors: All tensors of the checkpoint, by name.
-        name: Name of the tensor.
-    """
+    """Return the file of a tensor; of one that is missing, the file in which the index has it, or else the index."""
     if name in tensors:
         return tensors[name].file
     if (directory / _SINGLE).is_file():
@@ -148,11 +142,7 @@ def stored_dtype(tensors: list[Stored]) -> torch.dtype:
 
 
 def digest_tensors(tensors: list[Stored], quantisation: object = None) -> str:
-    """Return the SHA-256 of all tensors in hex, and check on the way that every value is finite.
-
-    Args:
-        tensors: Tensors of the checkpoint.
-        quantisation: Configuration that says how tensors in eight bits are used, which the digest covers too.
+    """Return the SHA-256 of all tensors, and of how quantised ones are used, in hex; every value must be finite.
 
     Raises:
         BadWeights: A tensor holds NaN or infinity.

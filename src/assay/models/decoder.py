@@ -66,11 +66,7 @@ MIXTURES = {family.model_type: family for family in (Family("qwen3_moe", "Qwen3M
 
 
 def family_of(config: Any) -> Family | None:
-    """Return the family of a transformers configuration, or None if its architecture is not listed.
-
-    Args:
-        config: Configuration of a model, or of a model that wraps a text decoder.
-    """
+    """Return the family of a configuration, or of the text decoder that it wraps; None for one that is not listed."""
     return FAMILIES.get(config.get_text_config().model_type)
 
 
@@ -78,11 +74,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def expert_count(config: Any) -> int:
-    """Return how many experts a layer chooses among, by what configurations call them; 0 without a mixture.
-
-    Args:
-        config: Configuration of a model, or of a model that wraps a text decoder.
-    """
+    """Return how many experts a layer chooses among, by what configurations call them; 0 without a mixture."""
     text = config.get_text_config(decoder=True)
     counts = [value for name in _EXPERTS if type(value := getattr(text, name, None)) is int]
     return count if (count := max(counts, default=0)) > 1 else 0
@@ -91,9 +83,7 @@ def expert_count(config: Any) -> int:
 def attention_window(config: Any) -> int | None:
     """Return how many positions the layer with the shortest view looks back, or None if all layers see everything.
 
-    Args:
-        config: Configuration of a model, or of a model that wraps a text decoder. Layers of another kind than full or
-            sliding attention count as a view of no positions.
+    Layers of another kind than full or sliding attention count as a view of no positions.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())

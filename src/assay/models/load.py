@@ -53,10 +53,6 @@ def check_fits(source: Source, tensors: list[Stored]) -> None:
     Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. Where tensors are
     both missing and surplus, names may be of an older layout that transformers converts: that is left to the load.
 
-    Args:
-        source: Where the model comes from; its checkpoint is not quantised.
-        tensors: All tensors of the checkpoint.
-
     Raises:
         BadWeights: A tensor is missing, surplus or of another shape; names the first one and its file.
         ModelError: No model can be built from the configuration.
@@ -277,11 +273,6 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
 
     The configuration and the headers of the weight files are read.
 
-    Args:
-        reference: Reference of :func:`load_model`.
-        device: Name of the device, as there.
-        quantise: Format of the decoder's linear layers, as there.
-
     Raises:
         AssayError: As :func:`load_model`.
     """
@@ -294,9 +285,7 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
 def identify(reference: str | Path, *, dtype: str) -> Model:
     """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
 
-    Args:
-        reference: Reference of :func:`load_model` that is not a shape.
-        dtype: Dtype in which an engine runs the model, for example ``"bfloat16"``.
+    The dtype is that in which an engine runs the model, for example ``"bfloat16"``.
 
     Raises:
         UsageError: The reference is a shape, which has no checkpoint.

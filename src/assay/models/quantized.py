@@ -70,9 +70,7 @@ class LoadingFormat(TypedDict):
 def in_format(name: str | None, *, rest: str | None = None) -> LoadingFormat:
     """Return the arguments with which a model is loaded in a number format: a dtype, or one of eight or four bits.
 
-    Args:
-        name: Name of the format; None for the dtype in which the weights are stored.
-        rest: Dtype of what eight or four bits leave as it is; None for the one in which it is stored.
+    ``rest`` is the dtype of what eight or four bits leave as it is. None stands for the stored one.
     """
     short = name in NUMBER_FORMATS
     return LoadingFormat(dtype=rest if short else name, quantise=name if short else None)
@@ -283,14 +281,9 @@ _PACKED = {"compressed-tensors": "weight_packed", "awq": "qweight", "gptq": "qwe
 def load_stored(
     source: Source, tensors: list[Stored], form: StoredFormat, dtype: torch.dtype, *, headers_only: bool = False
 ) -> "PreTrainedModel":
-    """Return the model of a quantised checkpoint, on the CPU.
+    """Return the model of a quantised checkpoint on the CPU, in a dtype but for its weights in eight bits.
 
-    Args:
-        source: Where the model comes from.
-        tensors: All tensors of the checkpoint.
-        form: Format that the configuration states.
-        dtype: Dtype of everything that is not in eight bits, weights in four bits included.
-        headers_only: Whether the model stays on the meta device, and only what headers show is checked.
+    With headers only it stays on the meta device, and what headers show is checked.
 
     Raises:
         BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.

@@ -64,14 +64,7 @@ def choose_attention(config: "PreTrainedConfig") -> str:
 
 
 def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
-    """Replace every parameter by its stream and put it on ``device``.
-
-    Args:
-        module: Model whose parameters are replaced; they keep their dtype.
-        block: Block hash, the first part of every seed text.
-        device: Device on which the parameters end.
-        unit_norms: Whether the weights of norms are one instead of drawn.
-    """
+    """Replace every parameter by its stream of a block, in its dtype, and put it on a device; unit norms are one."""
     for name, parameter in module.named_parameters():
         if unit_norms and _is_norm(name):
             parameter.data = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
@@ -104,13 +97,9 @@ def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) 
 
 
 def recipe_digest(source: "Source", weights: str, block: str, kept: str) -> str:
-    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, digest of the rest.
+    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, and the rest.
 
-    Args:
-        source: Model whose configuration enters, without the keys that describe a file.
-        weights: Weight mode.
-        block: Block hash.
-        kept: Digest or block of the weights that were not drawn for this block; empty if all were.
+    The rest is the digest or the block of the weights that were not drawn for this block; empty if all were.
     """
     recipe = {
         "block": block,

@@ -74,7 +74,6 @@ def histogram_over_density(
     samples: npt.ArrayLike,
     pdf: Callable[[npt.NDArray[np.float64]], npt.ArrayLike],
     *,
-    bins: int | None = None,
     density_label: str = "expected",
 ) -> None:
     """Draw measured values as bars of unit area, over the density they should follow as a line.
@@ -83,7 +82,6 @@ def histogram_over_density(
         ax: Axes to draw on.
         samples: Finite values, [N].
         pdf: Density of a value, per unit of the x axis.
-        bins: Number of bars over the range of the samples, by default 2·N^(1/3) (Rice's rule).
         density_label: Name of the line.
 
     Raises:
@@ -92,7 +90,7 @@ def histogram_over_density(
     values_N = np.asarray(samples, dtype=np.float64).ravel()
     if not values_N.size or not np.isfinite(values_N).all():
         raise UsageError(f"{values_N.size} samples", wanted="at least one, all finite", do="drop the missing values")
-    count = bins or min(max(8, round(2 * values_N.size ** (1 / 3))), 120)
+    count = min(max(8, round(2 * values_N.size ** (1 / 3))), 120)  # Rice's rule
     # One outline instead of single bars leaves no seams where they meet.
     ax.hist(
         values_N,

@@ -46,7 +46,7 @@ def test_every_inner_reference_resolves():
 
 def test_bars_have_unit_area_and_the_line_is_the_density():
     _, ax = figure()
-    histogram_over_density(ax, np.random.default_rng(0).normal(size=500), lambda x: x * 0 + 0.25, bins=20)
+    histogram_over_density(ax, np.random.default_rng(0).normal(size=500), lambda x: x * 0 + 0.25)
     corners = ax.patches[0].get_xy()
     area = abs(np.sum(corners[:-1, 0] * corners[1:, 1] - corners[1:, 0] * corners[:-1, 1])) / 2
     assert area == pytest.approx(1, rel=1e-6)
