@@ -28,6 +28,13 @@ def hardened_proof(small_model, hardened: Round) -> Proof:
     return prove(small_model, hardened, range(64), batch_size=8)
 
 
+def test_the_header_of_an_older_preset_says_nothing_new():
+    fields = {"name", "summary", "read", "layers", "hidden", "head", "logits", "output"}
+    assert set(PIPELINES["artifact"].as_dict()) == fields
+    assert HARDENED.as_dict() | {"read": {"count": 0}, "texts": "versioned"} == HARDENED.as_dict()
+    assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
+
+
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):
     """Finite weights whose products are not: float16 ends at 65504."""
     for dtype in ("float32", "float16"):
