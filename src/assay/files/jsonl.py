@@ -11,6 +11,8 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,17 +145,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         DataError: The file cannot be read, or a line is too long.
     """
-    path = Path(path)
-    try:
-        with _regular(path) as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes")
-                yield number, line
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with _regular(Path(path)) as file:
+        for number in count(1):
+            if not (line := file.readline(LONGEST_LINE + 1)):
+                return
+            if len(line) > LONGEST_LINE:
+                raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes")
+            yield number, line
 
 
 def read_json(path: str | Path) -> JsonObject:
@@ -175,12 +173,8 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     Raises:
         DataError: The file cannot be read, is larger, or is a pipe or a device.
     """
-    path = Path(path)
-    try:
-        with _regular(path) as file:
-            text = file.read(longest + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with _regular(Path(path)) as file:
+        text = file.read(longest + 1)
     if len(text) > longest:
         raise DataError(
             f"{path}: longer than {longest} bytes", wanted="a smaller file", do="check that it is the file you meant"
@@ -188,20 +182,21 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     return text
 
 
-def _regular(path: Path) -> BinaryIO:
+@contextmanager
+def _regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file. A pipe would be waited for without end, and a device may have no end."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
-    mode = os.fstat(file.fileno()).st_mode
-    if stat.S_ISREG(mode):
-        return file
-    file.close()
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do="copy its content to a file first")
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: {error.strerror}", wanted="a file that can be read", do="check its path and permissions")
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(mode):
+                do = "copy its content to a file first"
+                raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do=do)
+            yield file
+    except OSError as error:
+        do = "check its path and permissions"
+        raise DataError(f"{path}: {error.strerror}", wanted="a file that can be read", do=do) from error
 
 
 LONGEST_FILE = 2**22
