@@ -27,7 +27,6 @@ from assay.errors import UsageError
 from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
-    from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.ledger_entries import Standing
 
@@ -156,7 +155,21 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
             overwrite=chosen.overwrite,
             progress=pace.update,
         )
-    _print_proof(proof, chosen.output, pace, as_json)
+    footer = proof.footer
+    values = {
+        "path": str(chosen.output),
+        "model": proof.round.model,
+        "preset": proof.round.preset,
+        "records": footer.records,
+        "valid": footer.valid,
+        "valid_rate": round(proof.valid_rate, 4),
+        "resumed": pace.resumed,
+        "seconds": footer.seconds,
+        "first_batch_seconds": round(pace.first, 3),
+        "nonces_per_second": round(pace.rate, 2),
+        "sha256": footer.sha256,
+    }
+    show_values("assay.poc.prove/1", values, as_json)
 
 
 @poc.add(
@@ -231,24 +244,6 @@ class _Pace:
             return 0.0
         (start, before), (end, done) = self._marks[2], self._marks[-1]
         return (done - before) / (end - start) if done > before else (done - self.resumed) / self.first
-
-
-def _print_proof(proof: "Proof", path: Path, pace: _Pace, as_json: bool) -> None:
-    footer = proof.footer
-    values = {
-        "path": str(path),
-        "model": proof.round.model,
-        "preset": proof.round.preset,
-        "records": footer.records,
-        "valid": footer.valid,
-        "valid_rate": round(proof.valid_rate, 4),
-        "resumed": pace.resumed,
-        "seconds": footer.seconds,
-        "first_batch_seconds": round(pace.first, 3),
-        "nonces_per_second": round(pace.rate, 2),
-        "sha256": footer.sha256,
-    }
-    show_values("assay.poc.prove/1", values, as_json)
 
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:

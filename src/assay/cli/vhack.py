@@ -1,7 +1,6 @@
 """``assay vhack``: hack directions from pairs, their checks, training away from them, and what it made of a model."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.pools import PoolReport
     from assay.vhack.pairs.pairs import Pair
-    from assay.vhack.pairs.verify import PairVerdict
     from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings, TrainSettings
 
@@ -343,12 +341,9 @@ def list_pairs(chosen: ListSettings, as_json: bool) -> None:
         records = [{"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found]
         emit_json("assay.vhack.pairs.list/1", {"pairs": records, "groups": len({pair.group for pair in found})})
         return
-    rows = [(index, pair.group, ", ".join(_without_task(pair))) for index, pair in enumerate(found)]
+    tags = [[tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in found]
+    rows = [(index, pair.group, ", ".join(kept)) for index, (pair, kept) in enumerate(zip(found, tags, strict=True))]
     table(("pair", "group", "tags"), rows, title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups")
-
-
-def _without_task(pair: "Pair") -> list[str]:
-    return [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))]
 
 
 @pairs.add("generate", GenerateSettings, example="assay vhack pairs generate -n 48 -o pairs.jsonl")
@@ -397,12 +392,15 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     cases = read_tests(chosen.tests) if chosen.tests else None
     with progress_bar("verifying", "pairs") as progress:
         verdicts = verify_pairs(found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress)
-    bad = [verdict for verdict in verdicts if not verdict.holds]
+    bad, backend = [verdict for verdict in verdicts if not verdict.holds], available_backend() or "unsandboxed"
+    good = len(verdicts) - len(bad)
     if as_json:
-        values = {"verified": len(verdicts) - len(bad), "pairs": [verdict.as_dict() for verdict in verdicts]}
-        emit_json("assay.vhack.pairs.verify/1", {"backend": available_backend() or "unsandboxed", **values})
+        values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
+        emit_json("assay.vhack.pairs.verify/1", {"backend": backend, **values})
     else:
-        _print_verdicts(verdicts, available_backend() or "unsandboxed")
+        rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
+        title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
+        table(("pair", "group", "verdict"), rows, title=title)
     return 1 if bad else 0
 
 
@@ -499,12 +497,6 @@ def _print_pools(result: "PoolReport") -> None:
         *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
     ]
     table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
-
-
-def _print_verdicts(verdicts: "Sequence[PairVerdict]", backend: str) -> None:
-    rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
-    good = sum(verdict.holds for verdict in verdicts)
-    table(("pair", "group", "verdict"), rows, title=f"{good} of {len(verdicts)} pairs do what they claim ({backend})")
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
