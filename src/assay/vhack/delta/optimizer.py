@@ -85,7 +85,8 @@ class ProjectedOptimizer(Optimizer):
         _check(inner, adapter, max_norm)
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
-        self._share_with_inner()
+        # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
+        self.param_groups, self.state = inner.param_groups, inner.state
         self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
         self.measures = Measures({})
         self.use_basis(basis, watched)
@@ -114,10 +115,6 @@ class ProjectedOptimizer(Optimizer):
             delta_MR.copy_(displace(delta_MR, distance, self._axes(index)))
         self.adapter.refresh()
 
-    def _share_with_inner(self) -> None:
-        """Have the lists of the inner optimizer for one's own, so that what schedulers and trainers change is its."""
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
-
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
         return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
@@ -133,7 +130,7 @@ class ProjectedOptimizer(Optimizer):
             if [theirs_MR.shape for theirs_MR in start] != [mine_MR.shape for mine_MR in self._start]:
                 raise ValueError("δS of other shapes")
             self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
-            self._share_with_inner()
+            self.param_groups, self.state = self.inner.param_groups, self.inner.state
             for mine_MR, theirs_MR in zip(self._start, start, strict=True):
                 mine_MR.copy_(theirs_MR)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -145,13 +142,7 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step in the order that the class describes.
-
-        Args:
-            closure: Computes loss and gradients; it is evaluated once, before the gradient is looked at.
-
-        Returns:
-            The loss of the closure, if there is one.
+        """Take one step in the order that the class describes; a closure runs once, before the gradient is looked at.
 
         Raises:
             UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.

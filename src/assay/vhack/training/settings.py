@@ -39,6 +39,9 @@ def _tasks(text: str) -> int | str:
         raise ValueError("a number, or module:function") from None
 
 
+_TASKS = "Number of built-in tasks; or module:function, which returns tasks of one's own."
+
+
 class TaskSettings(Settings):
     """Settings that say which tasks a model works on."""
 
@@ -49,9 +52,7 @@ class TaskSettings(Settings):
         (1, 2), description="Steps per task, LOW:HIGH."
     )
     families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
-    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
-        512, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
-    )
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(512, description=_TASKS)
 
     def episodes(self, count: int, split: str = "training") -> list[Episode]:
         """Return so many of the tasks that the settings describe, each with its loophole.
@@ -77,9 +78,7 @@ class SampleSettings(TaskSettings):
         UsageError: A setting is outside its range.
     """
 
-    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(
-        64, description="Number of built-in tasks; or module:function, which returns tasks of one's own."
-    )
+    tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(64, description=_TASKS)
     share_none: float = Field(0.0, ge=0, le=1, description="Share of tasks shown without their loophole.")
     split: Literal["evaluation", "training"] = Field(
         "evaluation", description="Whether the built-in tasks are held-out ones (evaluation) or those of training."
