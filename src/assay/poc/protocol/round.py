@@ -275,7 +275,7 @@ def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
         block = round.block_hash if draws_for_block(get_pipeline(round.preset)) else None
         shared.setdefault((round.preset, round.seq_len, round.strength, round.model, block), []).append(row)
     names = ("block_hash", "public_key", "model", "preset", "seq_len", "strength")
-    packs = [
-        Pack(**{name: getattr(found[0][0], name) for name in names}, rows=tuple(found)) for found in shared.values()
+    return [
+        (Pack(**{name: getattr(found[0][0], name) for name in names}, rows=tuple(found)), range(len(found)))
+        for found in shared.values()
     ]
-    return [(pack, range(len(pack.rows))) for pack in packs]

@@ -153,10 +153,13 @@ class Transform:
             nonces: Nonces of the B rows, in order.
         """
         x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
-        x_BD = self._steps(self.pipeline.hidden, x_BD, nonces)
+        for step in self.pipeline.hidden:
+            x_BD = self._step(step, x_BD, nonces)
         if self._target_V is None:
             return x_BD.to(torch.float16)
-        y_BV = self._steps(self.pipeline.logits, self._head(x_BD), nonces)
+        y_BV = self._head(x_BD)
+        for step in self.pipeline.logits:
+            y_BV = self._step(step, y_BV, nonces)
         y_BV = y_BV / torch.linalg.vector_norm(y_BV, dim=-1, keepdim=True)
         distances_B: Tensor = torch.linalg.vector_norm(y_BV - self._target_V, dim=-1)
         return distances_B
@@ -165,11 +168,6 @@ class Transform:
         if self._random_head_VD is not None:
             return project(x_BD, self._random_head_VD)
         return x_BD if self._trained_head is None else self._trained_head(x_BD)
-
-    def _steps(self, steps: Sequence[Step], x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
-        for step in steps:
-            x_BD = self._step(step, x_BD, nonces)
-        return x_BD
 
     def _step(self, step: Step, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
         size = x_BD.shape[-1]

@@ -130,13 +130,13 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
     if request.chosen_by == "client":
         pairs["chosen_by"] = receipt.chosen_by, "client"
     if receipt.sampling is not None:
-        agreed = request.sampling.as_dict()
-        pairs |= {name: (value, agreed[name]) for name, value in receipt.sampling.as_dict().items()}
+        own = request.sampling.as_dict()
+        pairs |= {name: (value, own[name]) for name, value in receipt.sampling.as_dict().items()}
     if not isinstance(request.prompt, str):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
-    for name, (stated, wanted) in pairs.items():
-        if stated != wanted:
-            raise _mismatch(owner, name, stated, "none" if wanted == "" else wanted)
+    for name, (stated, agreed) in pairs.items():
+        if stated != agreed:
+            raise _mismatch(owner, name, stated, "none" if agreed == "" else agreed)
     tokens = len(receipt.output)
     if tokens > request.max_tokens or (receipt.finish == "length" and tokens < request.max_tokens):
         raise _mismatch(owner, "tokens", f"{tokens}, ended by {receipt.finish}", request.max_tokens)
@@ -281,9 +281,14 @@ def judge_responses(
     test = ResponseTest(noise, alpha=alpha)
     for one in replayed:
         test.update(one.blocks)
-    made = {"noise": noise, "replayed": tuple(replayed), "receipts": receipts, "pins": pins or ReceiptPins()}
     return ResponseVerdict(
-        result=test.result, reason=_reason(test.result, alpha, noise), sample_seed=sample_seed, **made
+        result=test.result,
+        reason=_reason(test.result, alpha, noise),
+        noise=noise,
+        replayed=tuple(replayed),
+        receipts=receipts,
+        pins=pins or ReceiptPins(),
+        sample_seed=sample_seed,
     )
 
 

@@ -165,8 +165,19 @@ def encode_requests(
     """
     found = []
     for request in requests:
-        as_text = isinstance(request.prompt, str)
-        made = replace(request, prompt=_ids(request, tokenizer, reference)) if as_text else request
+        made = request
+        if isinstance(request.prompt, str):
+            if tokenizer is None:
+                raise UsageError(
+                    f"a prompt of text with {reference}, which has no tokenizer",
+                    wanted="a prompt of token ids",
+                    do='write {"prompt": [1, 2, 3]}',
+                )
+            ids = tuple(tokenizer(request.prompt)["input_ids"])
+            if not ids:
+                seen = f"request {request.request_id!r:.80} has no tokens"
+                raise UsageError(seen, wanted="one or more", do="correct it")
+            made = replace(request, prompt=ids)
         name = f"request {made.request_id!r:.80}"
         if (highest := max(made.ids)) >= vocab_size:
             raise UsageError(
@@ -191,16 +202,3 @@ def encode_requests(
             )
         found.append(made)
     return found
-
-
-def _ids(request: Request, tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> tuple[int, ...]:
-    if tokenizer is None:
-        raise UsageError(
-            f"a prompt of text with {reference}, which has no tokenizer",
-            wanted="a prompt of token ids",
-            do='write {"prompt": [1, 2, 3]}',
-        )
-    ids = tuple(tokenizer(request.prompt)["input_ids"])
-    if not ids:
-        raise UsageError(f"request {request.request_id!r:.80} has no tokens", wanted="one or more", do="correct it")
-    return ids
