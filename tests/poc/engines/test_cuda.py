@@ -308,6 +308,7 @@ def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_d
     assert 0 < np.std(proof.distances - eager.distances) < 0.6 * rounding < 0.01
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # of the rotation, which transformers has in float32
 @pytest.mark.parametrize("quantise", STORED)
 def test_a_decoder_that_assay_s_kernels_do_not_serve_is_compiled(quantise: str):
     model = on_cuda(quantise=quantise)
