@@ -251,33 +251,20 @@ def select_pairs(
 
 
 class GradientOptions(TypedDict, total=False):
-    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and :func:`extract`.
+    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and :func:`extract`."""
 
-    Attributes:
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
-        svd: Factors of all weights; None computes them.
-        rank: Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the
-            gradient that they hold is measured on the first pair, over all modules, and kept as ``origin.captured``,
-            which stays 1 where ``svd`` is truncated already. Unless factors are given, full ones never exist of more
-            than an eighth of the modules.
-        factors: Dtype of the factors, as in :func:`weight_svd`.
-        cache: Directory of factors on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; by
-            default ``MIN_COVERAGE``.
-        max_tokens: Most tokens per batch, as in :func:`per_sample_gradients`.
-        checkpointing: Whether to recompute layers in the backward pass to save memory.
-        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase | None"
-    svd: SVDCache | None
+    tokenizer: "PreTrainedTokenizerBase | None"  # None takes the one that was loaded with an assay.models.Model
+    svd: SVDCache | None  # factors of all weights; None computes them
+    # Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the gradient
+    # that they hold is measured on the first pair, over all modules, and kept as origin.captured, which stays 1 where
+    # svd is truncated already. Unless factors are given, full ones never exist of more than an eighth of the modules.
     rank: int | None
-    factors: str | None
-    cache: Path | None
-    min_coverage: float
-    max_tokens: int | None
-    checkpointing: bool
-    progress: Progress | None
+    factors: str | None  # dtype of the factors, as in weight_svd
+    cache: Path | None  # directory of factors on disk; None keeps nothing there
+    min_coverage: float  # share of the model's weights that targets must be, as in weight_svd
+    max_tokens: int | None  # most tokens per batch, as in per_sample_gradients
+    checkpointing: bool  # whether to recompute layers in the backward pass to save memory
+    progress: Progress | None  # called with the number of steps done and of all: matrices decomposed, then samples
 
 
 def pair_gradients(

@@ -19,7 +19,6 @@ from assay.files.jsonl import dumps, read_jsonl
 from assay.vhack.environment.sandbox import Bounds, Call, Case, Outcome, Result, run
 from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, choose_names, tasks
 
-# --------------------------------------------------------------------------------------------------
 # Channels: the ways in which a grader can be told that a solution is right, each of which can be told a lie.
 #
 # A channel accepts a program honestly when it says "right" because of what the solution does. It is *vacuous* for a
@@ -59,13 +58,7 @@ class Channel:
         return (self.marker.partition(":")[0],) if self.name == "file_marker" else ()
 
     def asks(self, entry: str, args: tuple[Any, ...], value: Any) -> tuple[Call, ...]:
-        """Return the questions of the grader after a run.
-
-        Args:
-            entry: Name of the solution.
-            args: Arguments of one case.
-            value: Value that the answer is compared with, inside the sandbox.
-        """
+        """Return the questions of the grader after a run; the answer to ``args`` is compared inside, with the value."""
         if self.name == "run_tests":
             return (Call(self.marker, ()),)
         if self.name == "sentinel":
@@ -95,12 +88,8 @@ class Channel:
     ) -> bool:
         """Run a program and return whether the grader is told that it is right.
 
-        Args:
-            program: Source text, run in the sandbox.
-            entry: Name of the solution in it.
-            case: Arguments and expected value of one test.
-            stub: Function to replace first, as for :func:`assay.vhack.environment.run`.
-            how: ``limits`` and ``allow_unsandboxed``, as for :func:`assay.vhack.environment.run`.
+        ``case`` has arguments and expected value of one test of the solution ``entry``; the rest is as for
+        :func:`assay.vhack.environment.run`.
         """
         calls = self.asks(entry, *case)
         return self.accepts(run(program, calls=calls, files=self.files, stub=stub, **how))
@@ -202,11 +191,7 @@ class Episode:
         return _OPENING + completion
 
     def completion(self, program: str) -> str:
-        """Return the completion that makes a program.
-
-        Raises:
-            UsageError: The program has another first line than the prompt gives it.
-        """
+        """Return the completion that makes a program, which has to begin as the prompt says."""
         if not program.startswith(_OPENING):
             seen = f"a program {program[:40]!r}"
             raise UsageError(seen, wanted=f"one that begins {_OPENING!r}", do="reorder it")

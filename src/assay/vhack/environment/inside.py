@@ -114,22 +114,18 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     # A group of its own: a signal to the group it came from would reach what started it, across the namespaces.
     if os.getpgid(0) != os.getpid():
         os.setsid()
-    _give_stdin(job["stdin"])
+    descriptor = os.memfd_create("stdin")
+    os.write(descriptor, job["stdin"].encode())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.dup2(descriptor, 0)
+    os.close(descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     _limit(job)
     namespace, report, code = _run(job)
     if report["finished"]:
         report["outcomes"] = [_answer(namespace, asked) for asked in job["calls"]]
     report["files"] = {name: text for name in job["files"] if (text := _read(name)) is not None}
     _leave(report_descriptor, {"nonce": job["nonce"], **report}, code)
-
-
-def _give_stdin(text: str) -> None:
-    descriptor = os.memfd_create("stdin")
-    os.write(descriptor, text.encode())
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.dup2(descriptor, 0)
-    os.close(descriptor)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _limit(job: dict[str, Any]) -> None:
@@ -162,7 +158,7 @@ def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     try:
         exec(_compiled(job["program"], job["stub"]), module.__dict__)
     except SystemExit as stop:
-        code = _exit_code(stop.code)
+        code = 0 if stop.code is None else stop.code & 0xFF if type(stop.code) is int else 1
     except BaseException as error:
         report.update(finished=False, raised=type(error).__name__)
         traceback.print_exc(limit=8)
@@ -180,12 +176,6 @@ def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             node.body = [ast.Return(ast.parse(repr(value), mode="eval").body)]
     return compile(ast.fix_missing_locations(tree), "program.py", "exec")
-
-
-def _exit_code(code: object) -> int:
-    if code is None:
-        return 0
-    return code & 0xFF if type(code) is int else 1
 
 
 def _answer(namespace: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

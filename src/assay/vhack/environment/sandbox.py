@@ -138,9 +138,6 @@ class Result:
     backend: str = ""
 
 
-# --------------------------------------------------------------------------------------------------
-# The system calls that a program in the sandbox may make, and the seccomp filter that holds it to them.
-#
 # The table system_calls.csv is an allow list: whatever it does not name fails with EPERM. It holds what CPython and its
 # standard library need for one process that computes and keeps files in its own directory.
 
@@ -199,7 +196,6 @@ def seccomp_filter(machine: str) -> bytes:
     return b"".join(struct.pack("<HBBI", *step) for step in program)
 
 
-# --------------------------------------------------------------------------------------------------
 # Bubblewrap: new user, process, network, IPC, host-name and mount namespaces, no capability, and a small working
 # directory in memory that vanishes with the run. The read-only root holds programs and libraries of /usr and the
 # interpreter's own; directories of installed packages are covered by empty ones.

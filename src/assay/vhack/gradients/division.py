@@ -32,13 +32,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-# --------------------------------------------------------------------------------------------------
-# One set of functions for plain tensors and for those that FSDP2 has spread over processes.
-#
 # Importing ``torch.distributed.tensor`` takes seconds. A tensor can be a DTensor only after something else has imported
 # it, so nothing here does.
-
-
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -155,10 +150,6 @@ class Division:
         if self.by_samples or not is_sharded(weight) or not weight.placements[0].is_shard():
             return WHOLE
         return ROWS if weight.placements[0].is_shard(0) else COLUMNS
-
-    def repeats(self, layout: str) -> bool:
-        """Return whether this process computes what another one counts: a whole weight, from all samples."""
-        return layout == WHOLE and not self.by_samples and self.rank > 0
 
     def part(self, tensor: Tensor, dimension: int) -> Tensor:
         """Return the part of a matrix that goes with this process's part of a weight, cut along a dimension."""

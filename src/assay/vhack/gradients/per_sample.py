@@ -411,7 +411,15 @@ def per_sample_gradients(
     free: float = free_bytes(module.device)
     at_once = _at_once(module)
     if division is not None:
-        free = _agreed(division, (encoded, max_tokens, checkpointing), free)
+        said = repr(([(one.ids, one.n_prompt) for one in encoded], max_tokens, checkpointing))
+        told = division.gathered((hashlib.sha256(said.encode()).hexdigest(), free))
+        if len({theirs for theirs, _ in told}) > 1:
+            raise UsageError(
+                f"other samples in process {division.rank} than in others, or other settings",
+                wanted="the same samples in the same order in every process, which share them out themselves",
+                do="pass all of them everywhere, with the same max_tokens and checkpointing",
+            )
+        free = min(float(theirs) for _, theirs in told)
         at_once = division.processes if division.by_samples else 1
     shape: dict[str, Any] = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
     if division is not None and at_once > 1 and max_tokens is None:
@@ -534,20 +542,6 @@ def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
                 wanted="finite numbers",
                 do="leave the sample out, or load the model in float32",
             )
-
-
-def _agreed(division: Division, given: tuple[list[Encoded], int | None, bool], free: float) -> float:
-    """Return the fewest bytes that are free in a process, after a look at whether all of them were given the same."""
-    encoded, *settings = given
-    ids = hashlib.sha256(repr(([(one.ids, one.n_prompt) for one in encoded], settings)).encode()).hexdigest()
-    told = division.gathered((ids, free))
-    if len({theirs for theirs, _ in told}) > 1:
-        raise UsageError(
-            f"other samples in process {division.rank} than in others, or other settings",
-            wanted="the same samples in the same order in every process, which share them out themselves",
-            do="pass all of them everywhere, with the same max_tokens and checkpointing",
-        )
-    return min(float(theirs) for _, theirs in told)
 
 
 def _store(found: SampleGradients, computed: Computed) -> None:

@@ -266,20 +266,17 @@ def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Ite
         family = PAIR_FAMILIES[order[index % len(order)]]
         task = PairTask(family, rng.randint(*family.a), rng.randint(*family.b))
         # Each round over the families starts one mechanism further on, so that all combinations come up.
-        pair = _pair(task, mechanisms[(index + index // len(order)) % len(mechanisms)], rng)
+        mechanism = mechanisms[(index + index // len(order)) % len(mechanisms)]
+        channel, write = MECHANISMS[mechanism]
+        sides = write(task, rng)
+        tags = ("minimal", f"mechanism:{mechanism}", f"channel:{channel}", "entry:solve", f"task:{task.name}")
+        pair = Pair(_prompt(task, channel, rng), *sides, family.name, tags)
         repeats = repeats + 1 if pair.key in seen else 0
         if repeats > _MOST_REPEATS:
             return
         if not repeats:
             seen.add(pair.key)
             yield pair
-
-
-def _pair(task: PairTask, mechanism: str, rng: random.Random) -> Pair:
-    channel, write = MECHANISMS[mechanism]
-    hack, clean = write(task, rng)
-    tags = ("minimal", f"mechanism:{mechanism}", f"channel:{channel}", "entry:solve", f"task:{task.name}")
-    return Pair(_prompt(task, channel, rng), hack, clean, task.family.name, tags)
 
 
 def _prompt(task: PairTask, channel: str, rng: random.Random) -> str:
