@@ -82,7 +82,7 @@ def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
     from assay import poc
     from assay.poc import cheats
 
-    shared = {"seq_len": SEQ_LEN, "model": model.reference}
+    shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
     rounds = [poc.Round(block_hash=block, public_key=key, **shared) for block in BLOCKS for key in KEYS]
     first, nonces, skipped = rounds[0], range(NONCES), max(1, model.num_layers // 4)
     honest = judge(

@@ -345,7 +345,8 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
             content = file.read(LONGEST_CONFIG + 1)
         if len(content) > LONGEST_CONFIG:
             raise ValueError(f"more than {LONGEST_CONFIG} bytes")
-        tables, command = parse_toml(content.decode("utf-8")), context.find_root().command
+        tables = parse_toml(content.decode("utf-8"))
+        command: click.Command | None = context.find_root().command
         for word in words:
             assert isinstance(command, Group)
             names = command.list_commands(context)

@@ -224,7 +224,7 @@ def load_model(
         raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
     mode = "random-all" if is_shape and weights == "trained" else weights
     try:
-        module, kept = _read_weights(source, dtype and torch_dtype(dtype), mode, form)
+        module, kept = _read_weights(source, torch_dtype(dtype) if dtype else None, mode, form)
         if mesh is not None:
             _shard(module, mesh)
         if is_shape or mode == "random-all":

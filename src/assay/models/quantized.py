@@ -476,8 +476,8 @@ def _make_experts(part: Any, place: str, reader: _Reader) -> nn.Module:
     if block is not None and (double // 2) % block[0]:
         raise reader.refusal(f"{place}.0.gate_proj.weight", f"has {double // 2} rows, in blocks of {block[0]}")
     gate_up = [_join(pair, torch.cat) for pair in zip(read["gate_proj"], read["up_proj"], strict=True)]
-    stacked = (_join(weights, torch.stack) for weights in (gate_up, read["down_proj"]))
-    return EightBitExperts(part, *stacked, reader.form.arithmetic)
+    stacked, down = (_join(weights, torch.stack) for weights in (gate_up, read["down_proj"]))
+    return EightBitExperts(part, stacked, down, reader.form.arithmetic)
 
 
 def _join(weights: Sequence[Rounded], join: Callable[[list[Tensor]], Tensor]) -> Rounded:
