@@ -105,7 +105,7 @@ def round_values(
     """Return the round that a request asks for; refuse one without a needed share (400), and other parameters than
     deployed or agreed on (409).
     """
-    share = {"node_id": request.node_id, "node_count": request.node_count}
+    share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
         own: dict[str, Any] = {"r_target": 2.0, "fraud_threshold": 0.01, "callback_url": request.url}

@@ -158,7 +158,8 @@ class Controller(Runtime):
     def ready(self) -> Deployment:
         """Return the deployment, or refuse with 503 while there is none."""
         if self.deployment is None:
-            seen, do, wait = "the model is being loaded", "ask /ready, then send it again", 5
+            seen, do = "the model is being loaded", "ask /ready, then send it again"
+            wait: int | None = 5
             if self.loaded.done():
                 seen = f"the model could not be loaded: {self.error}"
                 do, wait = "see the log, then start the service again", None

@@ -116,7 +116,7 @@ class Judge:
         new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
-        result = {
+        result: JsonObject = {
             "fraud_detected": count.n > 0 and count.p_value < stored.fraud_threshold,
             "computed_distances": list(computed),
             "valid": [is_valid(value, stored.r_target) for value in computed],
@@ -178,9 +178,8 @@ class Judge:
                 return None
             c = self._checks.c
             query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
-            self._tests[key] = test.update(
-                [math.nan if old is None else old - new for old, new in self._db.rows(query)]
-            )
+            old = [math.nan if row.received is None else row.received - row.computed for row in self._db.rows(query)]
+            self._tests[key] = test.update(old)
         self._tests.move_to_end(key)
         if len(self._tests) > MAX_TESTS:
             self._tests.popitem(last=False)

@@ -220,7 +220,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a page's ``chunks``."""
         c = self._c
         query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
-        return [(tokens, line) for tokens, line in self.database.rows(query)]
+        return [(row.tokens, row.line) for row in self.database.rows(query)]
 
     # Deleting
 
