@@ -32,10 +32,9 @@ def test_gradients_are_taken_without_a_narrow_product(
         assert (found[name] - rows_NR).norm() < 0.02 * rows_NR.norm()
 
 
-@pytest.mark.parametrize("mode", ["merged", "hook"])
-def test_delta_is_trained_without_a_narrow_product(small_checkpoint: Path, mode: str):
+def test_delta_is_trained_without_a_narrow_product(small_checkpoint: Path):
     model = narrow_model(small_checkpoint)
-    adapter = DeltaS(model, weight_svd(model, dtype="bfloat16"), mode=mode)
+    adapter = DeltaS(model, weight_svd(model, dtype="bfloat16"))
     with Products() as products, wide_products(model):
         logits = model.module(torch.arange(48).view(3, 16), use_cache=False).logits
         logits.float().logsumexp(-1).sum().backward()
