@@ -207,12 +207,7 @@ class Tap:
             along_NR = kept if way.early else self.along(kept)
             offsets = segments.offsets.to(along_NR.device)
             rows_BR = segment_products(projected_NR, along_NR, offsets, self.kernels)
-            if (
-                self.division is not None
-                and self.layout == WHOLE
-                and not self.division.by_samples
-                and self.division.rank
-            ):
+            if (division := self.division) and not division.by_samples and self.layout == WHOLE and division.rank:
                 rows_BR.zero_()  # a whole weight, from all samples: another process counts it
             return rows_BR
         left_OR, right_RI = self.factors.left, self.factors.right
