@@ -111,7 +111,7 @@ def turns_of(server, model, engine, path, chosen):
 def same_distances(server, model, engine, count=512):
     """Whether the service's first distances of a round are those of `prove`."""
     found = server.get(f"/api/v1/pow/status?after=-1&limit={count}")
-    round = Round(block_hash=body_of(engine.batch_size)["block_hash"], public_key="k")
+    round = Round(block_hash=body_of(engine.batch_size)["block_hash"], public_key="k", seq_len=SEQ_LEN)
     proof = prove(model, round, range(count), engine=engine)
     return found["valid_nonces"] == list(range(count)) and found["valid_distances"] == proof.distances.tolist()
 
@@ -123,7 +123,7 @@ def same_vectors(server, model, engine, count=100):
     block = {name: BLOCK[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
     body = block | {"nonces": list(range(count)), "params": params, "batch_size": engine.batch_size, "wait": True}
     job = server.post("/generate", body)
-    round = Round(block_hash=BLOCK["block_hash"], public_key=BLOCK["public_key"], preset="artifact")
+    round = Round(block_hash=BLOCK["block_hash"], public_key=BLOCK["public_key"], preset="artifact", seq_len=SEQ_LEN)
     wanted = [record.vector.tobytes() for record in prove(model, round, range(count), engine=engine).records]
     return [base64.b64decode(row["vector_b64"]) for row in job["artifacts"]] == wanted
 
