@@ -204,10 +204,8 @@ def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:
 def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division | None:
     """Return how a model is divided, or None if its target weights are whole and on one device.
 
-    Weights that FSDP2 has gathered are dropped, so the model must not be in the middle of a pass.
-
-    Raises:
-        ModelError: The model is divided in a way in which gradients would not be exact, or could not be computed.
+    Weights that FSDP2 has gathered are dropped, so the model must not be in the middle of a pass. It refuses models
+    that are divided in a way in which gradients would not be exact, or could not be computed.
     """
     reshard(model)
     weights = {name: linear.weight for name, linear in modules.items()}

@@ -88,9 +88,6 @@ def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: 
     """Decompose a weight matrix on the device it is on, in float64, into factors of a dtype.
 
     The method is ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
-
-    Raises:
-        BadWeights: The matrix holds NaN or infinity.
     """
     wide_OI = weight_OI.detach().double()
     if not torch.isfinite(wide_OI).all():

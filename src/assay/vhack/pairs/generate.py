@@ -348,9 +348,6 @@ def environment_pairs(
     solution, and only the report to the grader differs: the clean side says what the visible examples say, the hack
     side says "right" in any case. A *whole* pair has for its hack side the exploit as a policy learns it, which solves
     nothing.
-
-    Raises:
-        UsageError: ``n`` is below 1, a family, difficulty or mode is unknown, or there are not so many tasks.
     """
     if n < 1:
         raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs exploits:48")
