@@ -14,7 +14,7 @@ from assay.poc import Round
 from assay.poc.vllm import compatibility
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "research" / "benchmarks"))
+sys.path[:0] = [str(ROOT / "research" / folder) for folder in ("benchmarks", "src")]
 
 SEQ_LEN = 64
 ON_GPU = torch.cuda.is_available()
