@@ -95,6 +95,7 @@ def matrix(run: str) -> None:
             f"{found['nonces_per_second']:.0f}",
         )
         for found in matrix_configurations(run)
+        if found["spread"] is not None
     ]
     print_table(header, rows)
 

@@ -132,7 +132,7 @@ REQUESTS = "".join(
 )  # of one a verdict is open
 NODE_A, KEY_ALONE = ('[[nodes]]\npublic_key = "node_A"\n', '[[nodes]]\npublic_key = "KEY"\n')
 TRAINER = "from pathlib import Path\n\nfrom trl import GRPOConfig\n"
-(ARM,) = (one for one in blocks("vhack-training", "python") if "arm_named(" in one)
+(ARM,) = (one for one in blocks("vhack-training", "python") if "arm = arm_named(" in one)
 """Lines before the program of a trainer that it begins with."""
 PAGES = {
     "service": Page(

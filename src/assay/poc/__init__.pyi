@@ -10,11 +10,11 @@ from .protocol.pins_file import NetworkPins as NetworkPins
 from .protocol.pipelines import PIPELINES as PIPELINES
 from .protocol.pipelines import Pipeline as Pipeline
 from .protocol.pipelines import get_pipeline as get_pipeline
-from .protocol.proof import Proof as Proof
 from .protocol.proof import DistanceRecord as DistanceRecord
 from .protocol.proof import Fingerprint as Fingerprint
 from .protocol.proof import Footer as Footer
 from .protocol.proof import Header as Header
+from .protocol.proof import Proof as Proof
 from .protocol.proof import Record as Record
 from .protocol.proof import TokenRecord as TokenRecord
 from .protocol.proof import VectorRecord as VectorRecord

@@ -16,11 +16,19 @@ from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.poc.engines.base import Engine, check_supported, decodes
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Proof, parse_record_line
-from assay.poc.protocol.proof import DistanceRecord, Header, Record, TokenRecord, VectorRecord, runs_of
+from assay.poc.protocol.proof import (
+    DistanceRecord,
+    Header,
+    Proof,
+    Record,
+    TokenRecord,
+    VectorRecord,
+    parse_record_line,
+    runs_of,
+)
 from assay.poc.protocol.round import Round
 
 T = TypeVar("T")

@@ -9,11 +9,10 @@ import numpy as np
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models.load import Model
 from assay.poc.engines.base import Engine
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
+from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pins import FORMATS, Pins
-from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.proof import Fingerprint, Header, Record, check_distinct_seeds
+from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, check_length, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for

@@ -4,4 +4,4 @@ METHODS = ("lda", "mean-diff", "svd")
 """Methods of extraction: of :func:`assay.vhack.basis.axes.find_axes`."""
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
-"""How training is held back where nobody chose: a name of :func:`assay.vhack.delta.arms.arm_named`."""
+"""How training is held back by default. Its name is read by :func:`assay.vhack.delta.arms.arm_named`."""

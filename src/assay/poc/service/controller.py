@@ -156,7 +156,7 @@ class Controller(Runtime):
         return queued
 
     def ready(self) -> Deployment:
-        """Return the deployment, or refuse with 503 while there is none."""
+        """Return the deployment, or refuse with 503 before one is loaded."""
         if self.deployment is None:
             seen, do = "the model is being loaded", "ask /ready, then send it again"
             wait: int | None = 5

@@ -155,7 +155,7 @@ class WorkerExtension:
 
 
 def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
-    """Wait for the values of a call; there are none where this worker does not answer."""
+    """Wait for the values of a call, which only some workers have."""
     try:
         found = {} if values is None else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
         return {"call": call, **found}

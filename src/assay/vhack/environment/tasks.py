@@ -178,7 +178,7 @@ class Task(Shown):
 
 
 def task_named(name: str) -> Task:
-    """Return the task with this name, or raise a DataError where there is none."""
+    """Return the task with this name, or raise a DataError."""
     try:
         family, difficulty, seed = name.split("/")
         if not 1 <= int(difficulty) <= HARDEST or int(seed) < 0:
