@@ -331,6 +331,29 @@ class SampleGradients(dict[str, Tensor]):
         self.tokens: dict[str, Tensor] = {}
 
 
+def _factors_of(wanted: Mapping[str, Any], given: SVDCache) -> dict[str, Factors]:
+    for name, linear in wanted.items():
+        if name not in given or (given[name].left.shape[0], given[name].right.shape[1]) != linear.weight.shape:
+            raise UsageError(
+                f"no factors of {name}, {list(linear.weight.shape)}",
+                wanted="factors of every target module",
+                do="compute them with weight_svd of this very model",
+            )
+    return {name: given[name] for name in wanted}
+
+
+def _share_room(division: Division, samples: str, free: float) -> float:
+    """Return the least free memory of all processes, or refuse processes that have other samples."""
+    told = division.gathered((hashlib.sha256(samples.encode()).hexdigest(), free))
+    if len({theirs for theirs, _ in told}) > 1:
+        raise UsageError(
+            f"other samples in process {division.rank} than in others, or other settings",
+            wanted="the same samples in the same order in every process, which share them out themselves",
+            do="pass all of them everywhere, with the same max_tokens and checkpointing",
+        )
+    return min(float(theirs) for _, theirs in told)
+
+
 def per_sample_gradients(
     samples: Sequence[Sample],
     model: "Model | PreTrainedModel",
@@ -398,28 +421,14 @@ def per_sample_gradients(
         tokenizer = model.tokenizer
     encoded = encode(tokenizer, samples, labels, context_length(module))
     given = svd if svd is not None else weight_svd(module, modules=modules)
-    for name, linear in wanted.items():
-        if name not in given or (given[name].left.shape[0], given[name].right.shape[1]) != linear.weight.shape:
-            raise UsageError(
-                f"no factors of {name}, {list(linear.weight.shape)}",
-                wanted="factors of every target module",
-                do="compute them with weight_svd of this very model",
-            )
-    factors = {name: given[name] for name in wanted}
+    factors = _factors_of(wanted, given)
     division = division_of(module, wanted)
     recipe = recipe_for(module, division)
     free: float = free_bytes(module.device)
     at_once = _at_once(module)
     if division is not None:
         said = repr(([(one.ids, one.n_prompt) for one in encoded], max_tokens, checkpointing))
-        told = division.gathered((hashlib.sha256(said.encode()).hexdigest(), free))
-        if len({theirs for theirs, _ in told}) > 1:
-            raise UsageError(
-                f"other samples in process {division.rank} than in others, or other settings",
-                wanted="the same samples in the same order in every process, which share them out themselves",
-                do="pass all of them everywhere, with the same max_tokens and checkpointing",
-            )
-        free = min(float(theirs) for _, theirs in told)
+        free = _share_room(division, said, free)
         at_once = division.processes if division.by_samples else 1
     shape: dict[str, Any] = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
     if division is not None and at_once > 1 and max_tokens is None:

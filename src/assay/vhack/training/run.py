@@ -182,6 +182,24 @@ def _measure_overlap(before: Basis, after: Basis) -> float:
     return round(sum(shares) / len(shares), 9) if shares else 0.0
 
 
+def _check_installed(trackers: tuple[str, ...]) -> None:
+    try:
+        import_module("trl")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
+        ) from error
+    from transformers import integrations
+
+    there: list[str] = cast(Any, integrations).get_available_reporting_integrations()
+    if missing := [name for name in trackers if name not in there]:
+        raise UsageError(
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
+        )
+
+
 def train(
     settings: TrainSettings,
     folder: str | Path,
@@ -227,21 +245,7 @@ def train(
         print(result.last["hack"], result.last["solve"])
     """
     folder = Path(folder)
-    try:
-        import_module("trl")
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"TRL cannot be imported: {error}", wanted="the extra train", do=how_to_install("train")
-        ) from error
-    from transformers import integrations
-
-    there: list[str] = cast(Any, integrations).get_available_reporting_integrations()
-    if missing := [name for name in trackers if name not in there]:
-        raise UsageError(
-            f"tracker {', '.join(missing)}",
-            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
-            do="install it, or leave it out: log.jsonl has everything",
-        )
+    _check_installed(trackers)
     from assay.vhack.training.grpo import last_checkpoint
     from assay.vhack.training.log import StepLog
 
