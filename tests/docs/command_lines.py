@@ -66,12 +66,21 @@ def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
     return found
 
 
+def _with_new_output(words: list[str]) -> list[str]:
+    """Return a line whose output is a new file beside it: the real one may be there, or in a folder yet to be made."""
+    before = ("-o", "--output")
+    return [
+        f"new-{Path(word).name}" if words[0] == "assay" and words[place - 1] in before else word
+        for place, word in enumerate(words)
+    ]
+
+
 def _refusal(words: list[str]) -> str:
     """Have a line read by its program; return what it said if it did not take it, and else nothing."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            code: object = run(words[1:]) if words[0] == "assay" else _start(words[1:])
+            code: object = run(_with_new_output(words)[1:]) if words[0] == "assay" else _start(words[1:])
         except _Read:
             return ""
         except SystemExit as end:
