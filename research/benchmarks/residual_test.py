@@ -3,6 +3,7 @@
 python research/benchmarks/residual_test.py
 """
 
+import argparse
 import math
 
 import _common  # noqa: F401  puts the checkout on the path
@@ -24,6 +25,7 @@ def shared_scale(rng, n, batch=32, dof=6):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("Nonces to a decision: node, median, 99 %, share of each verdict")
     nodes = {
         "honest": (SCALE, student()),

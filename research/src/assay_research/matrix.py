@@ -309,6 +309,9 @@ def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: 
     seconds = time.monotonic() - started
     final = _status(server)
     arrived = _callbacks(receiver, seen, test, expected=final["total_valid"])
+    # A snapshot is made every second, or later on a busy machine.
+    wait_until(lambda: server.get("/api/v1/pow/snapshot")["model"], _FIRST_BATCH_SECONDS, server.failure)
+    deployed = server.get("/api/v1/pow/snapshot")["model"]
     write_atomic(logs / f"{test.log_name}_server.log", server.log_since(offset))
     write_jsonl(logs / f"{test.log_name}_callback.log", arrived)
     return {
@@ -325,7 +328,7 @@ def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: 
         "seconds": seconds,
         "callbacks": len(arrived),
         "callback_nonces": sum(row["nonces"] for row in arrived),
-        "dtype": server.get("/api/v1/pow/snapshot")["model"]["dtype"],
+        "dtype": deployed["dtype"],
         "hidden_size": model_info(test.model).hidden_size,
     }
 
