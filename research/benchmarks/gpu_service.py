@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from _common import note, parser, publish
+from service_throughput import SEQ_LEN, through_prove, through_service
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
@@ -25,37 +25,9 @@ from assay.poc.engines.hf.fused import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 
-SEQ_LEN = 256
 BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 SIZES = (32, 128)
 """Nonces of a batch: the default of a request, and what `prove --batch-size auto` takes on such a device."""
-
-
-def cpu_seconds(pid=None):
-    """Return the processor time that a process has used, which other work on the machine does not change much."""
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
-
-
-def through_service(server, nonces):
-    """Return nonces per second from the call that starts the phase until they are on disk, and processor time."""
-    before, used = server.status()["total_checked"], cpu_seconds(server.pid)
-    started = time.perf_counter()
-    server.post("/phase/generate")
-    while (checked := server.status()["total_checked"] - before) < nonces:
-        time.sleep(0.25)  # every look costs the service a millisecond
-    rate = checked / (time.perf_counter() - started), (cpu_seconds(server.pid) - used) / checked
-    server.post("/phase/validate")
-    time.sleep(1.0)  # the batch that was running ends
-    return rate
-
-
-def through_prove(model, engine, nonces, path):
-    """Return nonces per second of `prove` with a proof file, and processor time of each."""
-    round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
-    started, used = time.perf_counter(), cpu_seconds()
-    prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
-    return nonces / (time.perf_counter() - started), (cpu_seconds() - used) / nonces
 
 
 def compared(pairs):

@@ -16,6 +16,7 @@ Suffixes: N nonces, D hidden size.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +34,7 @@ EFFECTIVE_DIMENSION = 16.0
 _POINTS = 512  # of the law of the factor, each of the same probability
 
 
-class _Rates:
+class _Rates(ABC):
     """A law of distances by its rates below each distance: one for every factor γ, or for every state."""
 
     def valid_rate(self, r_target: float) -> float:
@@ -62,17 +63,17 @@ class _Rates:
         shares = np.diff(self._rates(edges_E), axis=1)
         return np.asarray(shares.mean(axis=0)), self._error(shares, np.diff(self._normal(edges_E)))
 
+    @abstractmethod
     def _rates(self, x: FloatArray) -> FloatArray:
         """Return the share below x for every factor or state, [F, ...]."""
-        raise NotImplementedError
 
     def _normal(self, x: FloatArray) -> FloatArray:
         """Return the share below x of normal cosines of the same standard deviation."""
         return np.zeros_like(x)
 
+    @abstractmethod
     def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
         """Return the standard error of expected shares [F, ...]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ A value comes from the argument of that name, else from the environment, else fr
 import base64
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,12 +33,10 @@ def _words(value: Any) -> Any:
     return tuple(value.split()) if isinstance(value, str) else value
 
 
-def _calibration(value: Any) -> Any:
-    return value if value is None else loaded_by("assay.poc.verdict.calibration", "Calibration", value)
-
-
 def loaded_by(module: str, name: str, value: Any) -> Any:
-    """Return a value of a class of another module, or what that class loads from the file of this name."""
+    """Return nothing, a value of a class of another module, or what that class loads from the file of this name."""
+    if value is None:
+        return None
     wanted = getattr(importlib.import_module(module), name)
     if isinstance(value, (str, Path)):
         return wanted.load(value)
@@ -102,9 +101,11 @@ class ServerSettings(assay.settings.Settings):
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
     alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
-    calibration: Annotated[Calibration | None, BeforeValidator(_calibration), NoDecode] = Field(
-        None, description="Honest noise that was measured, or its file. Without it, the stated default holds."
-    )
+    calibration: Annotated[
+        Calibration | None,
+        BeforeValidator(partial(loaded_by, "assay.poc.verdict.calibration", "Calibration")),
+        NoDecode,
+    ] = Field(None, description="Honest noise that was measured, or its file. Without it, the stated default holds.")
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)

@@ -10,6 +10,7 @@ statement.
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,15 +99,15 @@ _MOST_REPEATS = 600  # draws in a row that give nothing new
 _LONGEST = 400  # characters of an answer
 
 
-class Shown:
+class Shown(ABC):
     """What a task shows of its cases."""
 
     n_visible = N_VISIBLE
 
     @property
+    @abstractmethod
     def cases(self) -> tuple[Case, ...]:
         """The visible cases, then the hidden ones."""
-        raise NotImplementedError
 
     @property
     def visible(self) -> tuple[Case, ...]:
