@@ -177,7 +177,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
-    run_with(app, controller, feed, Delivery(controller).run)
+    run_with(app, controller, feed, Delivery(controller.outbox, controller, controller.settings, controller.metrics).run)
 
 
 def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_route: type[APIRoute]) -> APIRouter:

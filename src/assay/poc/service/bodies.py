@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.proof import Record, unpack_or_nan
+from assay.poc.protocol.round import MAX_NONCE, Round
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
@@ -145,6 +147,24 @@ class GenerateRequest(_Block):
     validation: Validation | None = None
     stat_test: StatTest | None = None
     poc_stronger_rng: bool = False
+
+    def round(self, model: str) -> Round:
+        """Return the round of the job, of a model by its name."""
+        same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
+        return Round(
+            **{name: getattr(self, name) for name in same},
+            model=model,
+            preset=self.params.preset,
+            seq_len=self.params.seq_len,
+            r_target=2.0,
+            strength=256 if self.poc_stronger_rng else 32,
+        )
+
+    def received(self) -> list[Record]:
+        """Return the vectors to check, in the order of the nonces."""
+        assert self.validation is not None
+        sent = {artifact.nonce: artifact.vector_b64 for artifact in self.validation.artifacts}
+        return [unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset)) for nonce in self.nonces]
 
 
 class _Reply(BaseModel):

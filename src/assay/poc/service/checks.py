@@ -14,7 +14,6 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Fingerprint, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
-from assay.poc.service.jobs import job_round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.settings import Settings
 
@@ -178,7 +177,7 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
     _check_params(request.params, deployment, settings)
     positions = request.params.seq_len + get_pipeline(request.params.preset).steps
     _check_work(request.url, request.batch_size, positions, deployment, settings)
-    round = job_round(request, deployment.reference)
+    round = request.round(deployment.reference)
     check_round(round, settings, share=True)
     _check_batch(request.batch_size, deployment, settings)
     round.check_nonces(sorted(_limited(request.nonces, settings)))

@@ -64,8 +64,6 @@ class Controller(Runtime):
         self._pruned_at = 0.0
         self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self._computed = False  # whether a batch was written since the start
-        self.notify: Callable[[], object] = lambda: None
-        """Is called, in the thread that wrote, whenever callbacks may be due."""
         noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.database = open_database(settings.data_dir)
@@ -337,7 +335,7 @@ class Controller(Runtime):
             self.metrics.valid.inc(sum(batch.valid))
             if progress is not None and progress.stored.id == batch.round_id:
                 progress.add(batch)
-        self.notify()
+        self.outbox.notify()
 
     def _validate(
         self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
@@ -360,5 +358,5 @@ class Controller(Runtime):
         self.metrics.verdicts.labels(word).inc()
         about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
         log.info("validated", block=stored.block_hash, **about, verdict=word)
-        self.notify()
+        self.outbox.notify()
         return {"status": "OK", **verdict}

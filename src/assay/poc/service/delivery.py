@@ -14,8 +14,10 @@ from standardwebhooks import Webhook
 
 from assay.errors import StorageError
 from assay.poc.net.guard import Blocked, call, new_client
-from assay.poc.service.controller import Controller
-from assay.poc.service.outbox import Callback
+from assay.poc.net.runtime import Runtime
+from assay.poc.service.metrics import Metrics
+from assay.poc.service.outbox import Callback, Outbox
+from assay.poc.service.settings import Settings
 
 log = structlog.get_logger("assay.callbacks")
 
@@ -25,10 +27,10 @@ SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are f
 
 
 class Delivery:
-    """Sends the callbacks that the outbox of a controller owes, under its settings."""
+    """Sends the callbacks that an outbox owes, until ``runtime`` ends."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller, self._settings = controller, controller.settings
+    def __init__(self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics) -> None:
+        self._outbox, self._runtime, self._settings, self._metrics = outbox, runtime, settings, metrics
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -38,12 +40,12 @@ class Delivery:
         """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
         async with new_client(self._settings.callback_timeout, self._settings.callback_concurrency) as client:
-            self._controller.notify = partial(loop.call_soon_threadsafe, self._wake.set)
+            self._outbox.notify = partial(loop.call_soon_threadsafe, self._wake.set)
             try:
                 while True:
                     await self._serve(client)
             finally:
-                self._controller.notify = lambda: None
+                self._outbox.notify = lambda: None
                 await asyncio.gather(*self._sending.values(), return_exceptions=True)
 
     async def _serve(self, client: httpx.AsyncClient) -> None:
@@ -58,7 +60,7 @@ class Delivery:
                 await self._wake.wait()
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
-        outbox, wait_for = self._controller.outbox, self._controller.call
+        outbox, wait_for = self._outbox, self._runtime.call
         started_at = _since_start()
         if started_at < self._started_at - SET_BACK:
             log.warning("the clock was set back, so every pending callback is due now")
@@ -75,7 +77,7 @@ class Delivery:
         started = time.perf_counter()
         try:
             error, wait = await self._send(client, callback, body)
-            self._controller.metrics.delivery_seconds.observe(time.perf_counter() - started)
+            self._metrics.delivery_seconds.observe(time.perf_counter() - started)
             await self._note(callback, error, wait)
         finally:
             self._sending.pop(callback.id, None)
@@ -123,16 +125,16 @@ class Delivery:
         last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
         pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
         outcome = "delivered" if error is None else "dead" if last else "failed"
-        self._controller.metrics.deliveries.labels(outcome).inc()
+        self._metrics.deliveries.labels(outcome).inc()
         about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
         log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
-        attempted, retry_in = self._controller.outbox.attempted, None if last else pause
+        attempted, retry_in = self._outbox.attempted, None if last else pause
         while True:
             try:
-                await self._controller.call(attempted, callback.id, error, retry_in=retry_in)
+                await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
                 return
             except StorageError:
-                if self._controller.closing.is_set():
+                if self._runtime.closing.is_set():
                     return
                 await asyncio.sleep(1.0)
 

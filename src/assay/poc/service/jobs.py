@@ -21,8 +21,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record, unpack_or_nan
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record
 from assay.poc.service.bodies import GenerateRequest
 from assay.poc.service.judge import HonestNoise, judge_vectors
 from assay.poc.service.outbox import Outbox
@@ -168,11 +167,11 @@ class Jobs:
         if len(records) != len(request.nonces):
             seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
             raise ProofFormatError(seen, wanted="one each", do="send the request again")
-        pipeline, round = get_pipeline(request.params.preset), job_round(request, deployment.reference)
+        pipeline, round = get_pipeline(request.params.preset), request.round(deployment.reference)
         if request.validation is None:
             artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
-        errors = residuals(_received(request), records)
+        errors = residuals(request.received(), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
         return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
 
@@ -184,11 +183,11 @@ class Jobs:
                 log.warning("job not understood", id=row.id)
                 self._finish(row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}")
                 continue
-            round = job_round(request, deployment.reference)
+            round = request.round(deployment.reference)
             if request.validation is None:
                 batches = deployment.compute(round, request.batch_size, request.nonces)
             else:
-                batches = deployment.recompute(round, request.batch_size, _received(request))
+                batches = deployment.recompute(round, request.batch_size, request.received())
             return _Running(row.id, request, batches, [])
         return None
 
@@ -233,27 +232,6 @@ def _state(row: sa.Row[Any]) -> JsonObject:
     error = {"error": row.error} if row.error else {}
     result = loads(row.result, "job result") if row.result else {}
     return {"status": row.status, "request_id": row.id} | error | result
-
-
-def job_round(request: GenerateRequest, reference: str) -> Round:
-    """Return the round of a job."""
-    same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
-    return Round(
-        **{name: getattr(request, name) for name in same},
-        model=reference,
-        preset=request.params.preset,
-        seq_len=request.params.seq_len,
-        r_target=2.0,
-        strength=256 if request.poc_stronger_rng else 32,
-    )
-
-
-def _received(request: GenerateRequest) -> list[Record]:
-    """Return what a request wants checked, in the order of its nonces."""
-    assert request.validation is not None
-    pipeline = get_pipeline(request.params.preset)
-    sent = {artifact.nonce: artifact.vector_b64 for artifact in request.validation.artifacts}
-    return [unpack_or_nan(nonce, sent[nonce], pipeline) for nonce in request.nonces]
 
 
 def _packed(record: Record) -> str:

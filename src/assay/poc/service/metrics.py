@@ -1,8 +1,8 @@
 """Prometheus metrics of a service."""
 
 from assay.poc.net.metrics import Exported
-from assay.poc.service.rounds import State
 
+STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided")
 OUTCOMES = ("delivered", "failed", "dead")
 PAUSES = ("storage", "callbacks")
@@ -29,7 +29,7 @@ class Metrics(Exported):
         shown(
             "state",
             "1 for the state the service is in.",
-            lambda s: {name: name == s["state"] for name in State},
+            lambda s: {name: name == s["state"] for name in STATES},
             "state",
         )
         shown("ready", "1 when the model is loaded.", lambda s: s["ready"])

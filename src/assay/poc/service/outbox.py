@@ -9,7 +9,7 @@ import base64
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,6 +52,8 @@ class Outbox:
     """Reads and writes the table of callbacks."""
 
     def __init__(self, database: Database) -> None:
+        self.notify: Callable[[], object] = lambda: None
+        """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._db, self._table = database, database["outbox"]
         self._c = self._table.c
         self._columns = [self._c[field.name] for field in fields(Callback)]
