@@ -64,6 +64,13 @@ class Engine(Protocol):
 
         Distances [B] in float32, or vectors [B, K] in float16; the last batch holds the rest. ``nonces`` may be
         longer than will ever be computed: the caller closes the iterator, and the engine drops what it has begun.
+
+        Raises:
+            UsageError: The engine cannot take a step of the pipeline, or a nonce is longer than it takes.
+            BadWeights: The model returned NaN or infinity. On CUDA such a nonce is NaN instead.
+            OutOfMemory: The device ran out of memory.
+            ModelError: This architecture cannot be run on input embeddings.
+            EngineEnded: The engine, or another process of it, has ended.
         """
 
 
@@ -114,14 +121,24 @@ class StateEngine(Engine, Protocol):
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Return what a pipeline reads of the hidden states after the final norm, [B, D] in float32.
 
-        That is the state of the last position; or, with weights, :func:`assay.poc.protocol.weighted_sum` of all states.
+        Args:
+            inputs_BTD: Input embeddings of the engine's fixed shape.
+            weights_BT: Weights of :func:`assay.poc.protocol.weighted_sum`, ±1, or 0 where a position is not read; None
+                reads the state of the last position as it is.
+
+        Raises:
+            AssayError: As :meth:`Engine.outputs`, or a UsageError because the inputs are of another shape.
         """
 
     def trained_head(self, x_BD: Tensor) -> Tensor:
         """Return x Wᵀ for the model's own head matrix, [B, V] in float32, without bias or capping of logits."""
 
     def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Apply a transform after every decoder layer while the context is open."""
+        """Apply a transform after every decoder layer while the context is open.
+
+        Raises:
+            LayersNotFound: The decoder layers of this architecture are not known.
+        """
 
 
 def plain_outputs(
@@ -246,12 +263,15 @@ class DecodingEngine(Engine, Protocol):
     """An engine that takes the presets which decode as well."""
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`Engine.outputs` does."""
+        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`Engine.outputs` does.
+
+        On transformers the kernels are those of eager torch, whether the engine was compiled or not.
+        """
 
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, N for each nonce, by one forward pass over prompt and tokens."""
+        """Replay given tokens of nonces, [M, N], each by one forward pass over prompt and tokens."""
 
 
 def decodes(engine: Engine) -> TypeGuard[DecodingEngine]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float16, Float32
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models.decoder import head_of
@@ -76,10 +77,17 @@ class Prefill(Protocol):
         """How the engine computes."""
 
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter."""
+        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter.
+
+        Raises:
+            BadWeights: A state or a logit is NaN, or a state is infinite.
+            OutOfMemory: The device ran out of memory.
+            ModelError: The architecture cannot be run, or the adapter is one of another model.
+            UsageError: The engine takes no adapter.
+        """
 
 
-class HFPrefill:
+class HFPrefill(Prefill):
     """Prefills with the transformers engine.
 
     Args:
@@ -94,19 +102,13 @@ class HFPrefill:
         self.model, self.batch_size = model, batch_size
         head_of(model.module)  # refuses a model without one before any response is read
 
+    @override
     @property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
 
+    @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens: the longest ones first.
-
-        Raises:
-            BadWeights: A state or a logit is NaN, or a state is infinite.
-            OutOfMemory: The device ran out of memory.
-            ModelError: The architecture cannot be run, or the adapter is one of another model.
-        """
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
             batch = order[: self._fitting([responses[index] for index in order[: self.batch_size]])]

@@ -17,17 +17,18 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
 from assay.models.device import processor
 from assay.models.load import identify
-from assay.models.resolve import resolve
-from assay.poc.engines.base import Decoded, Replayed, check_batch_size, check_supported
+from assay.models.checkpoint import resolve
+from assay.poc.engines.base import Decoded, DecodingEngine, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import Prefilled, PromptAndOutput
+from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
@@ -104,7 +105,7 @@ def supports_pipeline(pipeline: Pipeline) -> bool:
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
-class RequestEngine:
+class RequestEngine(DecodingEngine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
     Args:
@@ -126,28 +127,30 @@ class RequestEngine:
         worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
-    supports = staticmethod(supports_pipeline)
+    @override
+    def supports(self, pipeline: Pipeline) -> bool:
+        return supports_pipeline(pipeline)
 
+    @override
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return self._client.fingerprint(self.batch_size, self.seq_len)
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time."""
         check_supported(self, pipeline)
         yield from self._run(NonceStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
 
+    @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, each as one request of as many steps."""
         stream = self._tokens(round, pipeline, nonces)
         for values in self._run(stream):
             yield stream.decoded(values)
 
+    @override
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], each as one prompt."""
         stream = self._tokens(round, pipeline, nonces, tokens_MN)
         for values in self._run(stream):
             yield stream.replayed(values)
@@ -307,7 +310,7 @@ FIXED = (
 """Engine arguments that a replay sets itself, or under which vLLM would compute something else than the checkpoint."""
 
 
-class VLLMPrefill:
+class VLLMPrefill(Prefill):
     """Prefills with an offline engine: the likeliest tokens in front of every token of an output, and its states.
 
     vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that
@@ -372,9 +375,9 @@ class VLLMPrefill:
                 **options,
             )
 
+    @override
     @property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         on_cpu = runs_on_cpu()
         return Fingerprint(
             engine="vllm",
@@ -388,13 +391,8 @@ class VLLMPrefill:
             library=f"vllm {self._version}",
         )
 
+    @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens.
-
-        Raises:
-            UsageError: An adapter was given.
-            ModelError: vLLM did not run a response.
-        """
         from vllm import SamplingParams
 
         if adapter is not None:

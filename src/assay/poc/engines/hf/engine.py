@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
+from typing_extensions import override
 
 from assay import streams
 from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
@@ -30,6 +31,7 @@ from assay.models.wide import WIDE, is_wide, wide_products
 from assay.poc.engines.base import (
     MAX_BATCH,
     Decoded,
+    DecodingEngine,
     Draws,
     Replayed,
     StateEngine,
@@ -168,7 +170,7 @@ COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 MIN_POSITIONS = 16
 
 
-class HFEngine:
+class HFEngine(StateEngine, DecodingEngine):
     """Runs a :class:`assay.models.Model` on noise, in batches of one fixed shape.
 
     Args:
@@ -199,9 +201,9 @@ class HFEngine:
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
 
+    @override
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return Fingerprint(
             engine="hf",
             device=processor(self.device),
@@ -232,47 +234,27 @@ class HFEngine:
         if torch.are_deterministic_algorithms_enabled():
             yield "deterministic"
 
+    @override
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
-        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
         shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
+    @override
     @torch.inference_mode()
     def read(
         self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"] | None = None
     ) -> Float32[Tensor, "B D"]:
-        """Return what a pipeline reads of the hidden states h after the final norm, [B, D] in float32.
-
-        Args:
-            inputs_BTD: Input embeddings of the engine's fixed shape.
-            weights_BT: Weights of the sum Σ_t w_t · h_t/(‖h_t‖ + 1e-8), ±1, or 0 where a position is not read; None
-                reads the state of the last position as it is.
-
-        Raises:
-            UsageError: The inputs are not of the engine's fixed shape.
-            BadWeights: The model returned NaN or infinity.
-            OutOfMemory: The device ran out of memory.
-            ModelError: This architecture cannot be run on input embeddings.
-        """
         states_BD = self._run(inputs_BTD, weights_BT)
         if not bool(torch.isfinite(states_BD).all()):
             raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
         return states_BD
 
+    @override
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return True: every step of every pipeline runs on transformers."""
         return True
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
-
-        On CUDA a state that is not finite gives NaN.
-
-        Raises:
-            BadWeights: The model returned NaN or infinity on a CPU.
-            OutOfMemory: The device ran out of memory.
-            ModelError: This architecture cannot be run on input embeddings.
-        """
         try:
             if self.device.type == "cuda":
                 yield from overlapped_outputs(self, self._run, round, pipeline, nonces)
@@ -286,17 +268,8 @@ class HFEngine:
         shape = {"seq_len": self.seq_len, "vocab_size": self.vocab_size}
         return Draws(round, pipeline, nonces, device=self.device, **shape)
 
+    @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces with a key-value cache, ``batch_size`` of them at a time.
-
-        The kernels are those of eager torch, whether the engine was compiled or not.
-
-        Raises:
-            UsageError: Prompt and tokens are longer than the model's positions.
-            BadWeights: The model returned NaN or infinity.
-            OutOfMemory: The device has no room for the caches of a batch.
-            ModelError: This architecture cannot be run with a key-value cache.
-        """
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
                 with wide_products(self.model):
@@ -305,14 +278,10 @@ class HFEngine:
             self._check_finite(made.sketches)
             yield made
 
+    @override
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], by one forward pass for each batch.
-
-        Raises:
-            AssayError: As :meth:`decoded`.
-        """
         done = 0
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
@@ -447,19 +416,15 @@ class HFEngine:
             do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
         )
 
+    @override
     @torch.inference_mode()
     def trained_head(self, x_BD: Float[Tensor, "B D"]) -> Float32[Tensor, "B V"]:
-        """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
 
+    @override
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        """Apply a transform after every decoder layer while the context is open.
-
-        Raises:
-            LayersNotFound: The decoder layers of this architecture are not known.
-        """
         with _transformed_layers(self.model, self._streams, step, round):
             self._hooked = step != "none"
             try:

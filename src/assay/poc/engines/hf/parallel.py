@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing_extensions import override
 
 from assay.errors import AssayError, ResourceError, UsageError
 from assay.models.device import parse_device
@@ -130,7 +131,7 @@ class ParallelEngine(HFEngine):
     """The engine on transformers over several processes.
 
     As a context: where it ends, the other processes are told to end too. The first process uses it as any engine;
-    the others call :meth:`work`.
+    the others call :meth:`work`. An error of any process, or a ResourceError where one has ended, is raised there.
 
     Args:
         model: Model of this process, on its device.
@@ -149,19 +150,14 @@ class ParallelEngine(HFEngine):
         if self._world.leads:
             self._tell(None)
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order; in the first process only.
-
-        Raises:
-            AssayError: An error of :meth:`HFEngine.outputs`, from any of the processes.
-            ResourceError: A process has ended.
-        """
         self._tell((round, pipeline, nonces))
         return self._share(round, pipeline, nonces)
 
+    @override
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return whether a nonce of the pipeline is one forward pass: the others decode on one process."""
-        return not pipeline.steps
+        return not pipeline.steps  # those decode on one process
 
     def work(self) -> None:
         """Do this process's part of everything that the first one begins, until that ends."""
