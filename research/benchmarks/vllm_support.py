@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
-from assay.models.resolve import resolve
+from assay.models.checkpoint import resolve
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from assay.models.resolve import silence_transformers
+from assay.models.checkpoint import silence_transformers
 
 SIZES = {
     "hidden_size": 32,

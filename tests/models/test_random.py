@@ -11,7 +11,7 @@ from assay import streams
 from assay.errors import StorageError, UsageError
 from assay.models import Model, load_model, save_random
 from assay.models import load as _save
-from assay.models import resolve as _resolve
+from assay.models import checkpoint as _resolve
 
 
 def bits(model: Model) -> dict[str, list[int]]:

@@ -426,7 +426,7 @@ def _load(chosen: WeightSettings) -> "Model":
 
 def _check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
-    from assay.models.resolve import load_tokenizer
+    from assay.models.checkpoint import load_tokenizer
 
     if load_tokenizer(model) is None:
         raise UsageError(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError, how_to_install
-from assay.models.checkpoint import EIGHT_BITS, Stored, find_file
+from assay.models.checkpoint import EIGHT_BITS, Source, Stored, build, find_file
 from assay.models.decoder import backbone
 from assay.models.eight_bits import (
     CUDA_BLOCK,
@@ -41,8 +41,6 @@ from assay.models.eight_bits import (
     float8_blocks,
     round_rows,
 )
-from assay.models.random import build
-from assay.models.resolve import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +54,6 @@ STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
 
 NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
 """Formats in eight or four bits that the weights of a model may have."""
-
-_FLOAT8_CAPABILITY = (8, 9)
 
 
 class LoadingFormat(TypedDict):
@@ -76,13 +72,10 @@ def in_format(name: str | None, *, rest: str | None = None) -> LoadingFormat:
     return LoadingFormat(dtype=rest if short else name, quantise=name if short else None)
 
 
-_TESTED_CAPABILITY = (9, 0)
-_DO = "use the checkpoint before quantisation, or one in a format of docs/models.md"
-
 FOUR_BITS = "int4-groups"
 """Name of the number format of weights in four bits, whichever way they are packed."""
 
-Packing = Literal["compressed-tensors", "awq", "gptq"]
+_FLOAT8_CAPABILITY, _TESTED_CAPABILITY = (8, 9), (9, 0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class StoredFormat:
 
     name: str
     block: tuple[int, int] | None = None
-    packing: Packing | None = None
+    packing: Literal["compressed-tensors", "awq", "gptq"] | None = None
     group: int | None = None
     zeros: bool = False
 
@@ -137,29 +130,26 @@ _ACCEPTED: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format that a configuration states; None for weights that are not quantised.
+    """Return the format that a configuration states, or refuse the key and the value of one that is not read.
 
-    Raises:
-        ModelError: It is not one that is read; names the key and its value.
+    None stands for weights that are not quantised.
     """
     stated = published.get("quantization_config")
     if stated is None:
         return None
+    stated = stated if isinstance(stated, dict) else {}
     try:
-        return _parse_format(stated if isinstance(stated, dict) else {})
+        method = _require(stated, "quant_method", "fp8", "compressed-tensors", "awq", "gptq")
+        _require_all(stated, _ACCEPTED[method])
+        if method == "compressed-tensors":
+            return _parse_compressed_tensors(stated)
+        if method == "fp8":
+            block = stated.get("weight_block_size")
+            return StoredFormat("float8") if block is None else StoredFormat("float8-block", _parse_block(block))
+        group = _parse_group(stated.get("group_size"))
+        return StoredFormat(FOUR_BITS, packing=method, group=group, zeros=method == "awq")
     except ModelError as error:
         raise ModelError(f"{reference!r} {error.seen}", wanted=error.wanted, do=error.do) from None
-
-
-def _parse_format(stated: Mapping[str, Any]) -> StoredFormat:
-    method = _require(stated, "quant_method", "fp8", "compressed-tensors", "awq", "gptq")
-    _require_all(stated, _ACCEPTED[method])
-    if method == "compressed-tensors":
-        return _parse_compressed_tensors(stated)
-    if method == "fp8":
-        block = stated.get("weight_block_size")
-        return StoredFormat("float8") if block is None else StoredFormat("float8-block", _parse_block(block))
-    return StoredFormat(FOUR_BITS, packing=method, group=_parse_group(stated.get("group_size")), zeros=method == "awq")
 
 
 def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
@@ -177,8 +167,7 @@ def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
         size = None if weights["strategy"] == "channel" else _parse_group(weights.get("group_size"))
         return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=size, zeros=not weights["symmetric"])
     for part in (weights, inputs):
-        _require(part, "num_bits", 8)
-        _require(part, "symmetric", True, None)
+        _require_all(part, {"num_bits": (8,), "symmetric": (True, None)})
     _require(inputs, "dynamic", True)
     numbers = {"float-quantized": ("float",), "int-quantized": ("int",)}.get(kind, ("float", "int"))
     number = _require(weights, "type", *numbers)
@@ -220,15 +209,12 @@ def _require_all(stated: Mapping[str, Any], accepted: Mapping[str, tuple[object,
 
 
 def _refusal(key: str, value: object, wanted: str) -> ModelError:
-    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=_DO)
+    do = "use the checkpoint before quantisation, or one in a format of docs/models.md"
+    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=do)
 
 
 def check_device(form: StoredFormat, device: torch.device) -> None:
-    """Refuse a format on a kind of device on which it was not tested.
-
-    Raises:
-        BackendUnavailable: The device is neither a CPU nor a CUDA device whose products in the format were tested.
-    """
+    """Refuse a format on a kind of device on which it was not tested."""
     if device.type == "cpu" or form.name == FOUR_BITS:  # whose weights are restored, and whose products are the dtype's
         return
     if form.name == FLOAT8.name:
@@ -283,11 +269,8 @@ def load_stored(
 ) -> "PreTrainedModel":
     """Return the model of a quantised checkpoint on the CPU, in a dtype but for its weights in eight bits.
 
-    With headers only it stays on the meta device, and what headers show is checked.
-
-    Raises:
-        BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
-        ModelError: Experts are stored in another way than those of Qwen3.
+    Its tensors must be exactly those of the configuration. With headers only the model stays on the meta device, and
+    what headers show is checked.
     """
     reader = _Reader(source, tensors, form, dtype, headers_only)
     if not any(tensor.dtype == form.dtype for tensor in tensors):
@@ -317,11 +300,7 @@ class _Reader:
         return name in self._tensors
 
     def is_rounded(self, name: str) -> bool:
-        """Return whether a weight is stored in eight bits.
-
-        Raises:
-            BadWeights: It is in other eight bits than the configuration says.
-        """
+        """Return whether a weight is stored in eight bits, which must be those that the configuration says."""
         stored = self._tensors.get(name)
         if stored is None or stored.dtype not in EIGHT_BITS:
             return False
@@ -337,9 +316,6 @@ class _Reader:
         if shape is not None and stored.shape != tuple(shape):
             raise self.refusal(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
         self.left.discard(name)
-        return self._content(stored)
-
-    def _content(self, stored: Stored) -> Tensor:
         if self.headers_only:
             return stored.without_numbers()
         with safe_open(stored.file, framework="pt") as file:
@@ -503,11 +479,7 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
 
 
 def quantise(module: "PreTrainedModel", name: str) -> None:
-    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are.
-
-    Raises:
-        ModelError: A layer has a width that the device cannot multiply in float8.
-    """
+    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are."""
     if name == "float8":
         _round_to_float8(backbone(module))
         return
@@ -560,14 +532,13 @@ def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
 def _torchao() -> Any:
     try:
         with _silent():
-            library = importlib.import_module("torchao.quantization")
+            return importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise BackendUnavailable(
             f"eight-bit weights: {error}",
             wanted="torchao, which rounds the weights and multiplies by them",
             do=f"{how_to_install('quant')}; or use --dtype bfloat16",
         ) from None
-    return library
 
 
 @contextmanager

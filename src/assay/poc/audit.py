@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from assay.errors import UsageError
 from assay.models.load import model_info
-from assay.models.resolve import load_tokenizer
+from assay.models.checkpoint import load_tokenizer
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins

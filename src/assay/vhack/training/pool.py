@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.files.storage import write_jsonl
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
-from assay.models.resolve import load_tokenizer
 from assay.models.wide import wide_products
 from assay.streams.definition import seed32
 from assay.vhack.checks.judge import describe_fault
