@@ -41,16 +41,11 @@ class Engine(Protocol):
     A nonce's result must not depend on the other nonces of its batch or on its place among them.
     """
 
-    hidden_size: int
-    """D."""
-    vocab_size: int
-    """V, the number of rows of the trained head."""
-    batch_size: int
-    """B, the number of nonces that are handed out at a time."""
-    seq_len: int
-    """T, the fixed number of positions of every nonce."""
-    dtype: str
-    """Name of the dtype of the inputs: float32, float16 or bfloat16."""
+    hidden_size: int  # D
+    vocab_size: int  # V, the number of rows of the trained head
+    batch_size: int  # B, the number of nonces that are handed out at a time
+    seq_len: int  # T, the fixed number of positions of every nonce
+    dtype: str  # name of the dtype of the inputs: float32, float16 or bfloat16
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -112,8 +107,7 @@ def noise_inputs(
 class StateEngine(Engine, Protocol):
     """An engine whose hidden states can be read in this process."""
 
-    device: torch.device
-    """Device of the hidden states."""
+    device: torch.device  # device of the hidden states
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""

@@ -17,8 +17,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
 from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
 
-CACHES = ("fp8_e4m3-cache",)
-"""Caches of keys and values in fewer bits than the model's dtype has."""
+CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has
 
 _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
@@ -129,11 +128,8 @@ class Build(BaseModel):
         except ValidationError as error:
             odd = [str(error.errors()[0]["loc"][0]), *odd]
         if odd:
-            raise UsageError(
-                f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}",
-                wanted="the plain words of an engine",
-                do="take the build from an honest proof of this version",
-            )
+            seen, wanted = f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}", "the plain words of an engine"
+            raise UsageError(seen, wanted=wanted, do="take the build from an honest proof of this version")
         return build
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
@@ -171,8 +167,7 @@ def _matches(stated: str | int, wanted: str | int) -> bool:
     return stated == wanted
 
 
-FEWEST_NONCES = 32
-"""Nonces of the smallest proof that is accepted without a pinned set of them."""
+FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
 DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
@@ -238,11 +233,9 @@ class Pins:
                 f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
             )
         if self.digest is not None and not DIGEST.fullmatch(self.digest):
-            raise UsageError(
-                f"checkpoint digest {self.digest!r:.80}",
-                wanted="the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters",
-                do="`assay poc pins new --model MODEL` writes that of a checkpoint",
-            )
+            seen = f"checkpoint digest {self.digest!r:.80}"
+            wanted = "the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters"
+            raise UsageError(seen, wanted=wanted, do="`assay poc pins new --model MODEL` writes that of a checkpoint")
         if self.fewest_nonces is not None:
             check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
         if self.builds is not None and not self.builds:
@@ -287,11 +280,9 @@ class Pins:
             odd, ours = [*odd, "prover_dtype"], ours | {"prover_dtype": " or ".join(self.formats)}
         if odd:
             name = odd[0]
-            raise UsageError(
-                f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}",
-                wanted=f"{name} {ours[name]!s:.60}, as the network agreed there",
-                do="leave the flag out, or correct one of the two",
-            )
+            seen = f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}"
+            wanted = f"{name} {ours[name]!s:.60}, as the network agreed there"
+            raise UsageError(seen, wanted=wanted, do="leave the flag out, or correct one of the two")
         return replace(self, **theirs)
 
     def differing(self, round: Round) -> tuple[str, ...]:
@@ -308,21 +299,16 @@ class Pins:
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):
-                raise ProofMismatch(
-                    f"a proof with {name} {claims[name]!r:.60}",
-                    wanted=f"{name} {getattr(self, name)!r:.60}",
-                    do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
-                    field=name,
-                )
+                seen = f"a proof with {name} {claims[name]!r:.60}"
+                do = f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}"
+                raise ProofMismatch(seen, wanted=f"{name} {getattr(self, name)!r:.60}", do=do, field=name)
         formats = header.pipeline.number_formats
         self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
-            raise ProofMismatch(
-                f"a proof with seq_len {header.round.seq_len}, which nothing pins",
-                wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
-                do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
-                field="seq_len",
-            )
+            seen = f"a proof with seq_len {header.round.seq_len}, which nothing pins"
+            wanted = f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator"
+            do = f"if the network agreed on that length, pass --seq-len {header.round.seq_len}"
+            raise ProofMismatch(seen, wanted=wanted, do=do, field="seq_len")
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
         """Refuse an engine of another number format or build.
@@ -347,12 +333,10 @@ class Pins:
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
             said = describe_build(stated)
-            raise ProofMismatch(
-                f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
-                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
-                do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
-                field="builds",
-            )
+            seen = f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd)
+            wanted = ", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd)
+            do = "ask the node to prove on a build that the network agreed on; if it agreed on this one, add it"
+            raise ProofMismatch(seen, wanted=wanted, do=do, field="builds")
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:
         """Return whether a claim of a header agrees with a value that is pinned; the engine is compared elsewhere."""

@@ -42,11 +42,9 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
 """How often a character may be in a line: enough for two million runs of nonces in a header."""
 
-FOOTER = b'{"footer":'
-"""Beginning of the last line of a file."""
+FOOTER = b'{"footer":'  # beginning of the last line of a file
 
-LARGEST_SIZE = 2**31 - 1
-"""Largest number in a fingerprint."""
+LARGEST_SIZE = 2**31 - 1  # largest number in a fingerprint
 
 
 def format_error(seen: str, wanted: str) -> ProofFormatError:
@@ -193,8 +191,7 @@ def _printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_printable)]
-"""A text that a message can show on a terminal."""
+Text = Annotated[str, AfterValidator(_printable)]  # A text that a message can show on a terminal
 Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
@@ -435,12 +432,10 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
     pairs = nonces_N.size * (nonces_N.size - 1) / 2
     if equal.size > distributions.poisson.isf(CHANCE, pairs / 2**32):
         one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
-        raise ProofMismatch(
-            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
-            wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
-            do="ask the node for consecutive nonces of its share, or agree on --strength 256",
-            field="nonces",
-        )
+        seen = f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}"
+        wanted = "an input seed of its own for every nonce: one forward pass must not serve two of them"
+        do = "ask the node for consecutive nonces of its share, or agree on --strength 256"
+        raise ProofMismatch(seen, wanted=wanted, do=do, field="nonces")
 
 
 def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
@@ -579,11 +574,8 @@ class Proof(StrictFile):
             UsageError: The header announces another number of records.
         """
         if len(records) != header.count:
-            raise UsageError(
-                f"{len(records)} records for {header.count} nonces",
-                wanted="one record for each nonce of the header",
-                do="compute the nonces that are missing",
-            )
+            seen, do = f"{len(records)} records for {header.count} nonces", "compute the nonces that are missing"
+            raise UsageError(seen, wanted="one record for each nonce of the header", do=do)
         if sha256 is None:
             sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
         valid = sum(header.is_valid(record) for record in records)

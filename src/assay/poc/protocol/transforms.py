@@ -110,11 +110,9 @@ class Transform:
         trained_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if pipeline.head == "trained" and trained_head is None:
-            raise UsageError(
-                f"the pipeline {pipeline.name}, which needs the trained head",
-                wanted="a pipeline with the random head or none: vLLM spreads the trained one over its workers",
-                do="use --engine hf for it",
-            )
+            seen = f"the pipeline {pipeline.name}, which needs the trained head"
+            wanted = "a pipeline with the random head or none: vLLM spreads the trained one over its workers"
+            raise UsageError(seen, wanted=wanted, do="use --engine hf for it")
         self.round = round
         self.pipeline = pipeline
         self._backend = streams.get_backend("auto", str(device))

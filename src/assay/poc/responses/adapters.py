@@ -41,16 +41,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Adapter:
     """What a receipt says of an adapter.
 
-    Args:
-        name: Name under which requests ask for it.
-        digest: :func:`digest_adapter` of its files.
-
     Raises:
         UsageError: A value is out of range.
     """
 
-    name: str
-    digest: str
+    name: str  # name under which requests ask for it
+    digest: str  # :func:`digest_adapter` of its files
 
     def __post_init__(self) -> None:
         check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
@@ -59,18 +55,12 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """An adapter that can be run.
+    """An adapter that can be run."""
 
-    Args:
-        digest: Digest of its files.
-        path: Directory of its files.
-        scale: Factor α / r of its products; α / √r where the configuration says so.
-        products: The factors A [R, I] and B [O, R] of every linear layer that it changes, by its name.
-    """
-
-    digest: str
-    path: Path
-    scale: float
+    digest: str  # digest of its files
+    path: Path  # directory of its files
+    scale: float  # factor α / r of its products; α / √r where the configuration says so
+    # the factors A [R, I] and B [O, R] of every linear layer that it changes, by its name
     products: dict[str, tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]] = field(repr=False)
 
     @contextmanager
@@ -100,11 +90,8 @@ def digest_adapter(path: str | Path) -> str:
             with (Path(path) / name).open("rb") as file:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise ModelError(
-            f"no adapter in {path}: {error.strerror}",
-            wanted=f"a directory with {CONFIG} and {WEIGHTS}",
-            do="pass the directory of a LoRA adapter",
-        ) from None
+        seen, wanted = f"no adapter in {path}: {error.strerror}", f"a directory with {CONFIG} and {WEIGHTS}"
+        raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -125,18 +112,12 @@ def load_adapter(path: str | Path) -> Lora:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
-        raise ModelError(
-            f"the adapter in {path}: {type(error).__name__}: {error}"[:300],
-            wanted="an adapter as peft writes it",
-            do="write it again",
-        ) from None
+        seen = f"the adapter in {path}: {type(error).__name__}: {error}"[:300]
+        raise ModelError(seen, wanted="an adapter as peft writes it", do="write it again") from None
     for name, values in _NEUTRAL.items():
         if config.get(name, values[-1]) not in values:
-            raise UsageError(
-                f"an adapter with {name} {config[name]!r:.60}",
-                wanted=f"a LoRA adapter with {name} {values[0]}",
-                do="replay the responses of another adapter",
-            )
+            seen, wanted = f"an adapter with {name} {config[name]!r:.60}", f"a LoRA adapter with {name} {values[0]}"
+            raise UsageError(seen, wanted=wanted, do="replay the responses of another adapter")
     return Lora(digest, Path(path), scale, _products(tensors))
 
 
@@ -150,11 +131,9 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
     odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]
     if not names or odd:
-        raise UsageError(
-            f"an adapter with {odd[0]}" if odd else "an adapter without weights",
-            wanted="two matrices for each linear layer that it changes, and nothing else",
-            do="replay the responses of another adapter",
-        )
+        seen = f"an adapter with {odd[0]}" if odd else "an adapter without weights"
+        do = "replay the responses of another adapter"
+        raise UsageError(seen, wanted="two matrices for each linear layer that it changes, and nothing else", do=do)
     return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}
 
 
@@ -165,11 +144,8 @@ def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
         layer = None
     shape = (len(b_OR), a_RI.shape[1])
     if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape or len(a_RI) != b_OR.shape[1]:
-        raise ModelError(
-            f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs",
-            wanted=f"linear layers of {model.reference}",
-            do="pass an adapter that was made for this model",
-        )
+        wanted, do = f"linear layers of {model.reference}", "pass an adapter that was made for this model"
+        raise ModelError(f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs", wanted=wanted, do=do)
     return layer
 
 

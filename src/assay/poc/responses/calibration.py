@@ -125,11 +125,8 @@ class ResponseCalibration:
                 raise ValueError("another kind or schema")
             return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
-            raise CalibrationError(
-                reason_of(error),
-                wanted=f"a calibration of responses, schema {SCHEMA}",
-                do="write one with `assay poc calibrate-responses`",
-            ) from None
+            seen, wanted = reason_of(error), f"a calibration of responses, schema {SCHEMA}"
+            raise CalibrationError(seen, wanted=wanted, do="write one with `assay poc calibrate-responses`") from None
 
 
 def calibrate_responses(
@@ -176,11 +173,8 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))
-        raise UsageError(
-            f"receipts of {len(digests)} checkpoints: {names}",
-            wanted="honest receipts of one",
-            do="calibrate each by itself",
-        )
+        seen = f"receipts of {len(digests)} checkpoints: {names}"
+        raise UsageError(seen, wanted="honest receipts of one", do="calibrate each by itself")
     return digests.pop()
 
 
@@ -194,11 +188,9 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
     usable = [receipt for receipt in answers if receipt.seeded]
     tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
     if tokens < min(FEWEST_TOKENS, total):
-        raise UsageError(
-            f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
-            wanted=f"at least {FEWEST_TOKENS}",
-            do="replay receipts of more honest responses with seeded sampling (RECEIPTS)",
-        )
+        seen = f"{tokens} of {total} tokens that were sampled with a seed and without a mask"
+        do = "replay receipts of more honest responses with seeded sampling (RECEIPTS)"
+        raise UsageError(seen, wanted=f"at least {FEWEST_TOKENS}", do=do)
     tokens_law.check_enough_tokens(tokens, len(usable))
     _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
 
@@ -249,11 +241,9 @@ def default_response_noise(prover_dtype: str, verifier_dtype: str) -> ResponseNo
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
     laws = _defaults()["laws"]
     if pair not in laws:
-        raise CalibrationError(
-            f"no default noise of responses between {prover_dtype} and {verifier_dtype}",
-            wanted="one of " + ", ".join(laws),
-            do="measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration",
-        )
+        seen = f"no default noise of responses between {prover_dtype} and {verifier_dtype}"
+        do = "measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration"
+        raise CalibrationError(seen, wanted="one of " + ", ".join(laws), do=do)
     return replace(ResponseNoise.from_dict(laws[pair]), source=f"default for {pair}, of the bundled models")
 
 

@@ -36,15 +36,10 @@ MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
 
 @dataclass(frozen=True)
 class PromptAndOutput:
-    """A response as it is run again.
+    """A response as it is run again."""
 
-    Args:
-        prompt: Tokens of the prompt.
-        output: Tokens of the output; the last one is not run.
-    """
-
-    prompt: tuple[int, ...]
-    output: tuple[int, ...]
+    prompt: tuple[int, ...]  # tokens of the prompt
+    output: tuple[int, ...]  # tokens of the output; the last one is not run
 
     @property
     def positions(self) -> int:
@@ -54,18 +49,13 @@ class PromptAndOutput:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """Logits and hidden states that gave the tokens of one output.
+    """Logits and hidden states that gave the tokens of one output."""
 
-    Args:
-        logits: Logits in front of every token of the output, [N, V].
-        hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them all.
-        sketched: Hidden states of every 32nd token from the first, [S, D].
-        whole: Whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf.
-    """
-
-    logits: Float32[Tensor, "N V"]
+    logits: Float32[Tensor, "N V"]  # logits in front of every token of the output, [N, V]
+    # hidden states that the head read for them, [N, D]; None where the engine does not show them all
     hidden: Float32[Tensor, "N D"] | None
-    sketched: Float32[Tensor, "S D"]
+    sketched: Float32[Tensor, "S D"]  # hidden states of every 32nd token from the first, [S, D]
+    # whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf
     whole: bool = True
 
 
@@ -179,16 +169,12 @@ def _run_model(
         logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
     except Exception as error:  # every architecture fails in its own way
         if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"the device ran out of memory on {on}",
-                wanted="room for the activations and the keys and values of one batch",
-                do="use a smaller --batch-size, shorter prompts or a smaller dtype",
-            ) from error
-        raise ModelError(
-            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}",
-            wanted="a decoder that takes tokens, and a cache of keys and values",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
-        ) from error
+            wanted = "room for the activations and the keys and values of one batch"
+            do = "use a smaller --batch-size, shorter prompts or a smaller dtype"
+            raise OutOfMemory(f"the device ran out of memory on {on}", wanted=wanted, do=do) from error
+        seen = f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}"
+        wanted = "a decoder that takes tokens, and a cache of keys and values"
+        raise ModelError(seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral") from error
     finally:
         hook.remove()
     check_finite(model, hidden_ND, logits_NV)

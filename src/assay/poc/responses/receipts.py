@@ -54,8 +54,7 @@ KIND = "assay.poc.receipts"
 SCHEMA = 1
 SKETCH = {"every": SKETCH_EVERY, "size": SKETCH_SIZE}
 
-MOST_TOKENS = 2**20
-"""Tokens of a prompt, and of an output: the positions that a proof may have."""
+MOST_TOKENS = 2**20  # tokens of a prompt, and of an output: the positions that a proof may have
 
 Chooser = Literal["client", "server"]
 Finish = Literal["stop", "length", "abort"]
@@ -159,11 +158,9 @@ class Receipt(ResponseName):
         if given.size == 0:
             return given.reshape(0, SKETCH_SIZE)
         if given.shape != wanted or not np.isfinite(given).all():
-            raise UsageError(
-                f"sketches for {len(self.output)} tokens, of shape {given.shape}",
-                wanted=f"finite numbers of shape {wanted}, or no sketches",
-                do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
-            )
+            seen = f"sketches for {len(self.output)} tokens, of shape {given.shape}"
+            do = f"sketch the state of every {SKETCH_EVERY}nd token, from the first"
+            raise UsageError(seen, wanted=f"finite numbers of shape {wanted}, or no sketches", do=do)
         return given
 
     @property
@@ -299,15 +296,12 @@ def check_word(name: str, value: object, words: Any) -> None:
         raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}")
 
 
-LONGEST_LINE = 2**25
-"""Bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less."""
+LONGEST_LINE = 2**25  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
 
-MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
-"""How often a character may be in a line."""
+MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}  # how often a character may be in a line
 
 MOST_RECEIPTS = 2**20
-MOST_FILE_TOKENS = 2**24
-"""Tokens of all prompts and outputs of a file: what a reader has to have room for."""
+MOST_FILE_TOKENS = 2**24  # tokens of all prompts and outputs of a file: what a reader has to have room for
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,25 +373,17 @@ class Tally:
                 the file would be too large.
         """
         if receipt.request in self._seen:
-            raise UsageError(
-                f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}",
-                wanted="one receipt for each response",
-                do="leave one of them out",
-            )
+            seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
+            raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
         if len(receipt.sketches) != sketched:
-            raise UsageError(
-                f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens",
-                wanted=f"{sketched}, as the header says",
-                do="write receipts with and without sketches into files of their own",
-            )
+            seen = f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens"
+            wanted = f"{sketched}, as the header says"
+            raise UsageError(seen, wanted=wanted, do="write receipts with and without sketches into files of their own")
         self._room -= len(receipt.output) + (receipt.prompt.tokens if receipt.prompt.ids is not None else 0)
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
-            raise UsageError(
-                "too many receipts in one file",
-                wanted=f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens",
-                do="write several files",
-            )
+            wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
+            raise UsageError("too many receipts in one file", wanted=wanted, do="write several files")
         self._seen.add(receipt.request)
         self._tokens += len(receipt.output)
         self._digest.update(line.encode() + b"\n")

@@ -21,8 +21,7 @@ from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
 from assay.streams.backends import as_tensor
 
-Progress = Callable[[int, int], None]
-"""Called with (tokens made, tokens at most in all) after every token."""
+Progress = Callable[[int, int], None]  # called with (tokens made, tokens at most in all) after every token
 
 
 def respond(
@@ -114,11 +113,9 @@ def respond(
         receipt, request = parse_receipt(line, source=str(output), number=number), requests[number - 2]
         made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
         if receipt.line() != receipt_of(request, **made).line():
-            raise UsageError(
-                f"a partial file with the answer to request {receipt.request_id!r:.80}",
-                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
-                do="repeat that command, or remove the partial file to start again",
-            )
+            seen = f"a partial file with the answer to request {receipt.request_id!r:.80}"
+            wanted = f"that to request {request.request_id!r:.80}, as the interrupted command asked"
+            raise UsageError(seen, wanted=wanted, do="repeat that command, or remove the partial file to start again")
         return receipt
 
     started = time.perf_counter()
@@ -183,21 +180,15 @@ def _answer(
 def _distinct_seeds(header: ReceiptHeader, requests: Sequence[Request], block_hash: str) -> list[ResponseSeed]:
     seeds = [header.seed(request, block_hash) for request in requests]
     if len({seed.text for seed in seeds}) < len(seeds):
-        raise UsageError(
-            "two requests of one id, seed and index",
-            wanted="a seed of its own for every response",
-            do="give one of them another request_id",
-        )
+        seen = "two requests of one id, seed and index"
+        raise UsageError(seen, wanted="a seed of its own for every response", do="give one of them another request_id")
     return seeds
 
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
-            raise UsageError(
-                f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}",
-                wanted="requests for the model itself",
-                do="serve adapters with vLLM",
-            )
+            seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
+            raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)

@@ -11,8 +11,7 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.round import check_name, check_number, join_prefixed
 
-HIGHEST_TOKEN = 2**24 - 1
-"""Largest token id: far beyond vocabularies, and what a reader has to make room for at most."""
+HIGHEST_TOKEN = 2**24 - 1  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
 
 MOST_BIASES = 1024
 RANGES = {
@@ -63,11 +62,8 @@ class Sampling:
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high, zero=name == "temperature"))
         check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            raise UsageError(
-                f"logit_bias is {self.logit_bias!r:.60}",
-                wanted=f"numbers by token id, at most {MOST_BIASES}",
-                do="correct logit_bias",
-            )
+            seen = f"logit_bias is {self.logit_bias!r:.60}"
+            raise UsageError(seen, wanted=f"numbers by token id, at most {MOST_BIASES}", do="correct logit_bias")
         for token in self.logit_bias:
             check_number("a token of logit_bias", token, 0, HIGHEST_TOKEN)
         biases = {token: _number("a logit_bias", self.logit_bias[token], *BIASES) for token in sorted(self.logit_bias)}
@@ -114,8 +110,7 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
 
 
 VERSION = "assay.responses/1"
-HIGHEST_INDEX = 2**16 - 1
-"""Highest index of a choice of a request, far above what a server gives."""
+HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
 _HEX = frozenset("0123456789abcdef")
 
 Stream = Literal["tokens", "sketch"]
@@ -125,18 +120,13 @@ Stream = Literal["tokens", "sketch"]
 class ResponseName:
     """What a client calls a response.
 
-    Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
-
     Raises:
         UsageError: A value is not printable, too long or out of range.
     """
 
-    user_seed: str
-    request_id: str
-    index: int = 0
+    user_seed: str  # seed of the client; empty where it gave none
+    request_id: str  # name of the request
+    index: int = 0  # place among the answers that were asked for with one request
 
     def __post_init__(self) -> None:
         do = "pass the seed of the client, or an empty text where it gave none"

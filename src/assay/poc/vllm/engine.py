@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
+from assay.models.checkpoint import resolve
 from assay.models.device import processor
 from assay.models.load import identify
-from assay.models.checkpoint import resolve
 from assay.poc.engines.base import Decoded, DecodingEngine, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
@@ -343,11 +343,9 @@ class VLLMPrefill(Prefill):
         self._version, self._dtype = check_installed(), dtype
         if taken := sorted(set(options) & set(FIXED)):
             flag = "--" + taken[0].replace("_", "-")
-            raise UsageError(
-                f"{flag} for a replay on vLLM",
-                wanted="options that do not say what is computed: the command and the checkpoint do",
-                do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
-            )
+            wanted = "options that do not say what is computed: the command and the checkpoint do"
+            do = f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options"
+            raise UsageError(f"{flag} for a replay on vLLM", wanted=wanted, do=do)
         options = fit_machine(dtype, options) | options
         self.model = identify(reference, dtype=dtype)
         for header in receipts:

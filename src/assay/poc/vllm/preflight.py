@@ -202,11 +202,9 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     """
     longest = most_positions(config)
     if longest < pins.round.seq_len:
-        raise UsageError(
-            f"a server that takes {longest} positions",
-            wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
-            do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
-        )
+        wanted = f"at least {pins.round.seq_len}, which the pins agree on, and one to generate"
+        do = f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that"
+        raise UsageError(f"a server that takes {longest} positions", wanted=wanted, do=do)
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
     known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}

@@ -70,11 +70,9 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
     check_batch_size(batch_size)
     if not 1 <= seq_len <= model.max_positions - steps:
         fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
-        raise UsageError(
-            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
-            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
-            do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
-        )
+        seen = f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}"
+        do = f"{fitting}, or another --preset such as decode-64" if steps else fitting
+        raise UsageError(seen, wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}", do=do)
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
@@ -130,11 +128,9 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
         return
     fits = fitting_batch(model, seq_len)
     gib = 2**30
-    raise OutOfMemory(
-        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free",
-        wanted="a batch that fits into memory",
-        do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}",
-    )
+    seen = f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free"
+    do = f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}"
+    raise OutOfMemory(seen, wanted="a batch that fits into memory", do=do)
 
 
 @contextmanager
@@ -380,22 +376,17 @@ class HFEngine(StateEngine, DecodingEngine):
             if is_out_of_memory(error):
                 raise self._too_large() from error
             another = "use another architecture, such as Llama, Qwen3 or Mistral"
-            raise ModelError(
-                f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
-                wanted="a decoder that takes input embeddings and positions",
-                do=f"try --kernels eager, or {another}" if self._compiled else another,
-            ) from error
+            seen = f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}"
+            do = f"try --kernels eager, or {another}" if self._compiled else another
+            raise ModelError(seen, wanted="a decoder that takes input embeddings and positions", do=do) from error
 
     @torch.inference_mode()
     def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Run the model; the states may be NaN or infinity, because to look at them is to wait for the device."""
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
-            raise UsageError(
-                f"inputs of shape {tuple(inputs_BTD.shape)}",
-                wanted=f"the engine's fixed shape {wanted}",
-                do="pad the batch with throw-away nonces",
-            )
+            seen, do = f"inputs of shape {tuple(inputs_BTD.shape)}", "pad the batch with throw-away nonces"
+            raise UsageError(seen, wanted=f"the engine's fixed shape {wanted}", do=do)
         with self._explained():
             if self._compiled is not None and not self._hooked:
                 run = self._compiled
@@ -452,8 +443,7 @@ def be_deterministic() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-STATES = 128
-"""Nonces whose states are read by default; the factor is then known to a few per cent."""
+STATES = 128  # nonces whose states are read by default; the factor is then known to a few per cent
 BATCH = 32
 
 

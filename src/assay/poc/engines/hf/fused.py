@@ -53,8 +53,7 @@ from assay.models.load import Model
 from assay.models.wide import wide_products
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
-FUSED = "fused"
-"""Entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
+FUSED = "fused"  # entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's
 
 _ACTIVATIONS = ("silu", "swish")
 _UPDATES = ("o_proj", "down_proj")

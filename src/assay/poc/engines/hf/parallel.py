@@ -29,23 +29,14 @@ from assay.poc.protocol.round import Round
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one proof, as torchrun starts them, and which of them this is.
+    """The processes of one proof, as torchrun starts them, and which of them this is."""
 
-    Args:
-        rank: Number of this process.
-        size: Number of processes.
-        device: Device of this process.
-        tensor_parallel: Number of processes that hold one model together.
-        control: Group over which the processes talk.
-        mesh: Devices that hold the model together with this one; None where a process holds it alone.
-    """
-
-    rank: int
-    size: int
-    device: str
-    tensor_parallel: int
-    control: dist.ProcessGroup
-    mesh: DeviceMesh | None
+    rank: int  # number of this process
+    size: int  # number of processes
+    device: str  # device of this process
+    tensor_parallel: int  # number of processes that hold one model together
+    control: dist.ProcessGroup  # group over which the processes talk
+    mesh: DeviceMesh | None  # devices that hold the model together with this one; None where a process holds it alone
 
     @property
     def leads(self) -> bool:
@@ -77,11 +68,9 @@ def _numbers(*names: str) -> list[int]:
     given = {name: os.environ.get(name, "") for name in names}
     wrong = {name: text for name, text in given.items() if not (text.isascii() and text.isdigit())}
     if wrong:
-        raise UsageError(
-            ", ".join(f"{name}={text!r:.40}" if text else f"no {name}" for name, text in wrong.items()),
-            wanted="the numbers that torchrun gives each of its processes",
-            do="start the processes with torchrun, or unset RANK for a single one",
-        )
+        seen = ", ".join(f"{name}={text!r:.40}" if text else f"no {name}" for name, text in wrong.items())
+        wanted = "the numbers that torchrun gives each of its processes"
+        raise UsageError(seen, wanted=wanted, do="start the processes with torchrun, or unset RANK for a single one")
     return [int(text) for text in given.values()]
 
 
@@ -98,11 +87,9 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     """
     rank, size, local = _numbers("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if tensor_parallel < 1 or size % tensor_parallel:
-        raise UsageError(
-            f"--tensor-parallel {tensor_parallel} of {size} processes",
-            wanted="a number that divides them",
-            do=f"start torchrun with --nproc-per-node {max(1, tensor_parallel)}, or a multiple of it",
-        )
+        seen = f"--tensor-parallel {tensor_parallel} of {size} processes"
+        do = f"start torchrun with --nproc-per-node {max(1, tensor_parallel)}, or a multiple of it"
+        raise UsageError(seen, wanted="a number that divides them", do=do)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {kind} under torchrun", wanted="cpu or cuda", do="leave the number out")
@@ -111,11 +98,9 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:  # an address that is missing or wrong, or processes that did not come
-        raise ResourceError(
-            f"the processes did not meet: {str(error).splitlines()[0]:.200}",
-            wanted="all processes at the place that MASTER_ADDR and MASTER_PORT name",
-            do="start them with torchrun",
-        ) from error
+        seen = f"the processes did not meet: {str(error).splitlines()[0]:.200}"
+        wanted = "all processes at the place that MASTER_ADDR and MASTER_PORT name"
+        raise ResourceError(seen, wanted=wanted, do="start them with torchrun") from error
     try:
         mesh = None
         if tensor_parallel > 1:
@@ -218,8 +203,6 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no other
-        raise ResourceError(
-            f"a process of this proof has gone: {str(error).splitlines()[0]:.120}",
-            wanted="all processes until the end",
-            do="see what the other processes say; the same command continues the proof",
-        ) from error
+        seen = f"a process of this proof has gone: {str(error).splitlines()[0]:.120}"
+        do = "see what the other processes say; the same command continues the proof"
+        raise ResourceError(seen, wanted="all processes until the end", do=do) from error
