@@ -28,7 +28,8 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TypeVar
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -42,10 +43,8 @@ GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 """Rules that say which part of an update along the axes is removed."""
 _OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 
-"""The arm of `assay vhack train` unless another is named; research/notes/decisions.md says why."""
-
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
-"""The axes an arm may act along, besides ``trusted``:
+"""The axes an arm may act along, besides ``trusted``; all but the true ones come from assay-research:
 
 - ``true``: the hack directions of the pairs;
 - ``random``: as many orthonormal axes, uniform among all of them;
@@ -53,8 +52,6 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
   the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by ``lda`` it
   is lost too, because half of what it whitens by are hacks;
 - ``clean-clean``: extracted from differences between clean sides of different pairs.
-
-:func:`assay.vhack.delta.controls.make_basis` makes them.
 """
 
 TRUSTED = "trusted"
@@ -143,7 +140,7 @@ class Arm:
         start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
         push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
         exploit_pays: Reward of a rollout that is exploited and not correct.
-        advantage: Strength α of advantage modification, see :class:`assay.vhack.delta.Shortcut`; 0 turns it off.
+        advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
 
     Raises:
         UsageError: The level is unknown.
@@ -228,6 +225,22 @@ def arm_named(name: str) -> Arm:
             do="choose another arm, or leave the axes out",
         )
     return replace(arm, name=name, basis=kind)
+
+
+def load_controls(arm: Arm) -> Any:
+    """Return the module of assay-research with what an arm needs beside true axes, ``make_basis`` and ``Shortcut``.
+
+    None where it needs nothing.
+
+    Raises:
+        UsageError: The package is not installed.
+    """
+    if arm.basis == "true" and not arm.advantage:
+        return None
+    for point in entry_points(group="assay.commands", name="vhack train --arm"):
+        return point.load()
+    do = "install assay-research (research/ of the repository), or choose another arm"
+    raise UsageError(f"the arm {arm.name}", wanted="the package assay-research, which has its axes", do=do)
 
 
 def _distance(name: str, text: str) -> float:

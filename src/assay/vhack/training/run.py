@@ -20,8 +20,7 @@ from assay.models.wide import wide_products
 from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
-from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.delta.controls import make_basis
+from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.environment.grading import CHANNELS
@@ -91,7 +90,8 @@ class Prepared:
         self.pool, self.arm = None, settings.chosen
         if settings.teacher:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
-        self.shortcut = Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
+        self.controls = load_controls(self.arm)
+        self.shortcut = self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
         self.svd = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
         processes.broadcast_factors(self.svd)
         self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
@@ -162,12 +162,9 @@ class Prepared:
             )
             return true, None
         gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
-
-        def made(kind: str) -> Basis:
-            found = make_basis(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
-            return found.slice(settings.k_use)
-
-        return made(kind), given or made("true")
+        how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
+        axes = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
+        return axes.slice(settings.k_use), given or gradients.basis(**how).slice(settings.k_use)
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
@@ -271,6 +268,7 @@ def train(
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
     # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
+    load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:
