@@ -1,5 +1,7 @@
 """The command line, run in this process: exit code, stdout and stderr."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,5 +27,31 @@ def assay(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         code = run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def told(assay):
+    """Run a command that succeeds; give what it says as JSON."""
+
+    def call(*arguments: object):
+        done = assay(*arguments, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return call
+
+
+@pytest.fixture
+def refused(assay):
+    """Run a command that cannot work: code 2, an error in three parts, and no traceback; give stderr."""
+
+    def call(*arguments: object) -> str:
+        found = assay(*arguments)
+        assert (found.code, found.out) == (2, ""), found.err
+        assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), found.err
+        assert "Traceback" not in found.err
+        return found.err
 
     return call
