@@ -298,7 +298,7 @@ def published(proof):
 def verdict(proof, model, **options):
     """Return the verdict, or the reason why it cannot be given."""
     try:
-        return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
+        return poc.verify(proof, model, expect=poc.Pins(prover_dtype=proof.header.fingerprint.dtype), **options).verdict
     except AssayError as error:
         return str(error)
 

@@ -199,7 +199,7 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     cheat = prove(cheats.rounded(half, 8), round, range(32))
     assert verify(cheat, wide, **agreed).fraud
     lie = stating(cheat, "bfloat16")
-    assert not verify(lie, wide, prover_dtype="bfloat16", seed=1).fraud
+    assert not verify(lie, wide, expect=Pins(prover_dtype="bfloat16"), seed=1).fraud
     with pytest.raises(ProofMismatch, match="wanted: one made in float16"):
         verify(lie, wide, **agreed)
     assert verify(stating(prove(reference_model, round, range(64)), "float16"), wide, **agreed).fraud
@@ -214,13 +214,13 @@ def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proo
         verify(wider, small_model)
     assert "wanted: one made in float16 or float32" in str(refused.value)
     assert refused.value.do.endswith("--prover-dtype bfloat16")
-    assert verify(wider, small_model, prover_dtype="bfloat16").honest
+    assert verify(wider, small_model, expect=Pins(prover_dtype="bfloat16")).honest
     measured = calibrate(wider, hardened)  # is of engines, and so of one format
     assert verify(wider, small_model, calibration=measured).honest
     several = measured.merged(calibrate(hardened, hardened))
     with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16"):
         verify(wider, small_model, calibration=several)  # the prover would choose its law
-    assert verify(wider, small_model, calibration=several, prover_dtype="bfloat16").honest
+    assert verify(wider, small_model, calibration=several, expect=Pins(prover_dtype="bfloat16")).honest
     path = tmp_path / "hardened.jsonl"
     hardened.save(path)
     assert "number_formats" not in path.read_text()

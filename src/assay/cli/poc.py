@@ -100,8 +100,6 @@ class CalibrateSettings(Settings):
         None, description="Model of the proofs, for laws relative to the scale of each block."
     )
     dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
-    against: tuple[Path, ...] = Field((), description="Proof of a known cheat, to be excluded; repeatable.")
-    name: Annotated[tuple[str, ...], "NAME"] = Field((), description="Name of each --against, in the same order.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     device: Device = None
     effective_dimension: Annotated[float | None, "NUMBER"] = Field(
@@ -285,7 +283,7 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output valid_rate model dimension against name merge device",
+    shown="output valid_rate model dimension merge device",
     example="assay poc calibrate A.jsonl B.jsonl -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -330,9 +328,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     elif merging:
         measured = Calibration.load(chosen.merge[0])
     else:
-        against = dict(zip(chosen.name, chosen.against, strict=True))
         with progress_bar("leaving out", "machines") as progress:
-            measured = measure(chosen.proofs, against, model=chosen.model, progress=progress)
+            measured = measure(chosen.proofs, model=chosen.model, progress=progress)
     for path in chosen.merge[1:] if merging else chosen.merge:
         measured = measured.merged(Calibration.load(path))
     measured.save(chosen.output)
@@ -342,7 +339,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
 _OF_TARGETS = ("dimension", "device", "effective_dimension")
 _OF_VECTORS = ("sets", "digest")
-_OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
+_OF_NOISE = ("vectors", *_OF_VECTORS, "merge")
 
 
 def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> None:
@@ -354,7 +351,7 @@ def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> Non
             raise UsageError("--vectors with proofs", wanted="one of the two", do="leave --vectors or the proofs out")
         _refuse(chosen, ("model",), "--vectors", "vectors have no block scale")
     if merging:
-        _refuse(chosen, ("against", "name", "model"), "--merge alone", "nothing is measured")
+        _refuse(chosen, ("model",), "--merge alone", "nothing is measured")
         if len(chosen.merge) < 2:
             raise UsageError(
                 "one file to merge", wanted="two or more, or proofs to measure", do="repeat --merge with another file"
@@ -367,13 +364,6 @@ def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> Non
         )
     if chosen.output is None:
         raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
-    names = chosen.name
-    if len(names) != len(chosen.against) or len(set(names)) < len(names):
-        raise UsageError(
-            f"{len(chosen.against)} --against and {len(set(names))} different --name",
-            wanted="a name of its own for every cheat",
-            do="pass them in pairs: --against CHEAT.jsonl --name int4",
-        )
 
 
 def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason: str) -> None:

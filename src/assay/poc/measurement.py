@@ -9,7 +9,7 @@ Legend of shapes: M blocks, N nonces, K published numbers.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress
 from assay.poc.verdict.calibrate import calibrate
-from assay.poc.verdict.calibration import ENOUGH_OF_MIXTURE, BuildNoise, Calibration
+from assay.poc.verdict.calibration import BuildNoise, Calibration
 from assay.poc.verdict.noise import FloatArray
 from assay.stats.blocks import EFFECTIVE_DIMENSION, BlockLaw
 from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
@@ -36,6 +36,7 @@ from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
 MIN_NONCES = 30  # of all blocks together, for quantiles
 MIN_BLOCKS = 8  # whose own spread is used in place of an assumption
 CONFIDENCE = 0.95  # of the interval of a quantile
+ENOUGH_OF_MIXTURE = 1024  # distances: a block may have no nonce of 256 that asks other experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,16 +356,13 @@ def _factors(reference: str, device: str | None, proofs: Sequence[Proof]) -> lis
     return [measured[proof.round.block_hash] for proof in proofs]
 
 
-def measure(
-    paths: Sequence[Path], against: Mapping[str, Path], *, model: str | None = None, progress: Progress | None = None
-) -> Calibration:
+def measure(paths: Sequence[Path], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
     """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size and experts."""
     info = None if model is None else model_info(model)
     return calibrate(
         *map(Proof.load, paths),
         hidden_size=None if info is None else info.hidden_size,
         mixture=None if info is None else info.experts > 0,
-        against={name: Proof.load(path) for name, path in against.items()},
         progress=progress,
     )
 
@@ -385,15 +383,11 @@ def describe(build: BuildNoise) -> dict[str, Any]:
         "n": build.n,
         "hidden_size": build.hidden_size or None,
         "effect": build.effect,
-        "named": ", ".join(build.named) or "nothing",
         "engines_differ_in": ", ".join(other) or "nothing",
     }
-    if caution := build.caution():
-        values["warning"] = caution
-    elif build.mixture is None and build.caution(mixture=True):
-        values["advice"] = (
-            f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model: another law may accuse it"
-        )
+    if build.mixture is not False and build.n < ENOUGH_OF_MIXTURE and isinstance(build.law, stats.ScaleNoise):
+        seen = f"the law rests on {build.n} distances"
+        values["advice"] = f"{seen}: for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model"
     if (left_out := build.left_out) is not None:
         values["left_out_accused"] = left_out.accused
         values["left_out_interval"] = [left_out.low, left_out.high]

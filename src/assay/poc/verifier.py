@@ -32,7 +32,6 @@ def verify(
     model: Model,
     *,
     expect: Pins | Round | None = None,
-    prover_dtype: str | None = None,
     sample: int | None = None,
     seed: int | None = None,
     calibration: Calibration | None = None,
@@ -51,10 +50,9 @@ def verify(
         proof: Complete proof.
         model: Same checkpoint on this machine; its dtype and device may differ from the prover's.
         expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
-            does not pin the set of nonces and the number format.
-        prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
-            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration whose
-            builds of this model are all of one format, it is that.
+            does not pin the set of nonces and the number format. The honest noise is that of the stated format, so a
+            node that may choose it chooses how wide the law is; a calibration whose builds of this model are all of one
+            format pins it.
         sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
         calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
@@ -91,7 +89,7 @@ def verify(
         ('honest', ('seq_len',), 2)
     """
     header = proof.header
-    pins = check_proof(proof, expect=expect, prover_dtype=prover_dtype, sample=sample, calibration=calibration)
+    pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
     engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
     test = sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
@@ -108,7 +106,6 @@ def check_proof(
     proof: Proof,
     *,
     expect: Pins | Round | None = None,
-    prover_dtype: str | None = None,
     sample: int | None = None,
     calibration: Calibration | None = None,
 ) -> Pins:
@@ -119,7 +116,6 @@ def check_proof(
     Args:
         proof: Complete proof.
         expect: Values that the validator knows.
-        prover_dtype: Number format that the proof must state; the one in ``expect`` when None.
         sample: Number of nonces that will be recomputed; 128, or all of a smaller proof, when None.
         calibration: Measured honest noise that will be used.
 
@@ -137,9 +133,7 @@ def check_proof(
             do="ask the node for a proof in one of them, or verify with the version of assay that wrote it",
         )
     pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
-    if prover_dtype is not None:
-        pins = replace(pins, prover_dtype=prover_dtype)
-    elif calibration is not None and pins.prover_dtype is None:
+    if calibration is not None and pins.prover_dtype is None:
         calibration.find_build(header)
         if calibration.fixes_format(header):
             pins = replace(pins, prover_dtype=header.fingerprint.dtype)
@@ -179,7 +173,7 @@ def judging_setup(
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)
         try:
-            return one, noise_for(header, one.fingerprint, calibration, mixture=model.experts > 0)
+            return one, noise_for(header, one.fingerprint, calibration)
         except CalibrationError as error:
             refused = refused or error
     assert refused is not None, "at least one engine was tried"

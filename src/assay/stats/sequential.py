@@ -24,7 +24,6 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
@@ -104,7 +103,6 @@ class SequentialResult:
         share_excluded: Share of cheaply computed nonces that an honest verdict excludes; None if n is too small.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
-        junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which is to be excluded, or a larger one, is called honest.
         effect: Smallest factor that counts as another computation.
@@ -119,7 +117,6 @@ class SequentialResult:
     share_excluded: float | None
     gross: int
     gross_threshold: float
-    junk_share_excluded: float
     alpha: float
     beta: float
     effect: float
@@ -321,21 +318,10 @@ class SequentialTest:
             share_excluded=share_excluded(self._n, self.beta),
             gross=self._gross,
             gross_threshold=self.law.gross_threshold,
-            junk_share_excluded=self._junk_share_excluded(),
             alpha=self.alpha,
             beta=self.beta,
             effect=self.effect,
         )
-
-    def _junk_share_excluded(self) -> float:
-        """Return the Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
-
-        With no gross residual and certain detection this is 1 − beta^(1/n).
-        """
-        if self._gross >= self._n:
-            return 1.0
-        gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
-        return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
 
 
 def share_excluded(n: int, beta: float) -> float | None:

@@ -15,7 +15,7 @@ Suffixes: N tokens, G columns of a profile, C scales.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import INDIFFERENT
+from assay.stats.noise import INDIFFERENT, STRICT
 
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
 """Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
@@ -67,6 +67,8 @@ class TokenNoise:
     Raises:
         UsageError: The weights are not probabilities, or leave no room for a stray token.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     weights: tuple[float, ...]
 

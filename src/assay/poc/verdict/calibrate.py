@@ -44,7 +44,7 @@ from assay.poc.verdict.calibration import (
     describe_machines,
 )
 from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import FloatArray, Law, Noise, check_cheat_names, fit_noise, sequential_test
+from assay.poc.verdict.noise import FloatArray, Noise, fit_noise, sequential_test
 from assay.stats.noise import NoiseFit, Spread
 
 Fit = Callable[[FloatArray], NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]]
@@ -78,7 +78,6 @@ def calibrate(
     *proofs: Proof,
     hidden_size: int | None = None,
     mixture: bool | None = None,
-    against: Mapping[str, Proof] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the noise of a build between the machines of honest proofs.
@@ -93,10 +92,7 @@ def calibrate(
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
         mixture: Whether the model is a mixture of experts. A law of its distances has at most 2.5 degrees of freedom,
-            because few nonces of a block ask other experts. If it rests on fewer than 1024 distances, the file and
-            every verdict say so.
-        against: Proofs of known cheats by name, of a round that an honest proof is of, such as another quantisation.
-            An honest verdict must exclude each.
+            because few nonces of a block ask other experts. It should rest on 1024 distances or more.
         progress: Function that is called with (machines left out, machines in all).
 
     Returns:
@@ -104,7 +100,7 @@ def calibrate(
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
-        UsageError: The preset decodes, a cheat's proof is of another one, or a name cannot be one.
+        UsageError: The preset decodes.
 
     Example:
         >>> import assay
@@ -117,7 +113,6 @@ def calibrate(
         >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
         (32, 'poc-2.0', [32, 16])
     """
-    check_cheat_names(list(against or {}))
     if len(proofs) < 2:
         raise ProofMismatch(
             f"{len(proofs)} proof to calibrate with", wanted="two or more", do="prove the same round on another machine"
@@ -149,8 +144,7 @@ def calibrate(
         mixture=bool(mixture),
         progress=progress,
     )
-    named = {name: _law_of_cheat(cheat, proofs, pipeline, hidden_size) for name, cheat in (against or {}).items()}
-    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, named=named, mixture=mixture),))
+    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, mixture=mixture),))
 
 
 def _find_machines(proofs: Sequence[Proof]) -> tuple[list[int], list[Fingerprint]]:
@@ -231,24 +225,6 @@ def fit_build(
         effect=effect,
         left_out=left_out,
     )
-
-
-def _law_of_cheat(cheat: Proof, proofs: Sequence[Proof], pipeline: Pipeline, hidden_size: int | None) -> Law:
-    """Return the law of a cheat's residuals against the honest proofs of its round."""
-    if cheat.round.preset != pipeline.name:
-        raise UsageError(
-            f"a cheat's proof of {cheat.round.preset}", wanted=f"one of {pipeline.name}", do="prove it with --preset"
-        )
-    rounds = [proof for proof in proofs if proof.round.with_model("") == cheat.round.with_model("")]
-    errors = [_residuals(proof, cheat, hidden_size) for proof in rounds]
-    sizes = [part.size for part in errors]
-    if not errors or min(sizes) < MIN_NONCES:
-        raise ProofMismatch(
-            f"a cheat's proof with {min(sizes, default=0)} nonces in common with the honest ones",
-            wanted=f"at least {MIN_NONCES}, of the same round",
-            do="prove the cheat on the round of the honest proofs",
-        )
-    return fit_noise(pipeline, np.concatenate(errors)).reached
 
 
 def fit_machines(

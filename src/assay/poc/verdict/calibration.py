@@ -6,8 +6,7 @@ one law between two engines; it is still read.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -27,11 +26,11 @@ from assay.poc.verdict.noise import (
     FloatArray,
     Law,
     Noise,
+    ReadLaw,
+    ReadSpread,
     default_noise,
     law_as_dict,
     read_law,
-    read_named,
-    read_spread,
 )
 from assay.stats.noise import Spread
 
@@ -43,9 +42,6 @@ SCHEMA = 2
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
-ENOUGH_OF_MIXTURE = 1024
-"""Distances of a mixture that a law should rest on: a block may have no nonce of 256 that asks other experts."""
-
 MIXTURE_DOF = 2.5
 """Most degrees of freedom of a law of distances of a mixture, because one block may show too light a tail.
 
@@ -238,7 +234,6 @@ class BuildNoise:
         hidden_size: Hidden size of the model where the law is relative to the block's own scale; 0 where it is not.
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
-        named: Laws of known cheats by name.
         mixture: Whether the model is a mixture of experts; None where the measurement was not told.
     """
 
@@ -248,17 +243,14 @@ class BuildNoise:
     preset: str | None
     digest: str | None
     machines: Annotated[tuple[Machine, ...], Field(min_length=2, max_length=4096)]
-    law: Annotated[Law, PlainValidator(read_law)]
+    law: ReadLaw
     sizes: Annotated[Mapping[Pair, float], PlainValidator(_read_pairs)]
-    spread: Annotated[Spread, PlainValidator(read_spread)]
-    known: Annotated[Spread, PlainValidator(read_spread)]
+    spread: ReadSpread
+    known: ReadSpread
     n: Annotated[int, Field(ge=MIN_NONCES)]
     hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0
     effect: Annotated[float, Field(gt=1, lt=100)] | None = None
     left_out: LeftOut | None = None
-    named: Annotated[Mapping[str, Law], PlainValidator(partial(read_named, read=read_law))] = field(
-        default_factory=dict
-    )
     mixture: bool | None = None
 
     @property
@@ -266,28 +258,6 @@ class BuildNoise:
         """The noise between machines."""
         sizes = Sizes(self.sizes, tuple(machine.kind for machine in self.machines))
         return MachineNoise(self.law, sizes, self.spread, self.known)
-
-    def caution(self, *, mixture: bool = False) -> str:
-        """Return a warning that the law of distances of a mixture may accuse an honest node; empty for other laws.
-
-        Args:
-            mixture: Whether the model is a mixture, for a measurement that was not told.
-        """
-        law = self.noise.law
-        if not (self.mixture or mixture) or not isinstance(law, stats.ScaleNoise):
-            return ""
-        if self.is_few:
-            seen, todo = f"rests on {self.n} distances of a mixture of experts", f"on {ENOUGH_OF_MIXTURE} or more"
-        elif law.dof > MIXTURE_DOF:
-            seen, todo = f"of a mixture of experts has a tail of {law.dof:g} degrees of freedom", "again with --model"
-        else:
-            return ""
-        return f"the law {seen} and may accuse an honest node: calibrate {todo}"
-
-    @property
-    def is_few(self) -> bool:
-        """Whether the nonces are fewer than a law of distances of a mixture should rest on."""
-        return self.n < ENOUGH_OF_MIXTURE
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -342,12 +312,7 @@ class BuildNoise:
         _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
 
     def between(
-        self,
-        prover: Fingerprint | None,
-        validator: Fingerprint | None,
-        *,
-        round: Round | None = None,
-        mixture: bool = False,
+        self, prover: Fingerprint | None, validator: Fingerprint | None, *, round: Round | None = None
     ) -> Noise:
         """Return the noise between a prover's machine and a validator's.
 
@@ -355,15 +320,11 @@ class BuildNoise:
             prover: Description of the prover's engine; None for any machine of the build.
             validator: Description of the validator's engine; None for any.
             round: Round whose block scales a law that is relative to it.
-            mixture: Whether the model is a mixture of experts, for a measurement that was not told.
         """
         row, mine = self._row(validator), self._row(prover)
         law = self.noise.predict_law(_kind(prover) if prover is not None else "", row)
         measured = row is not None and mine is not None and len(self.machines) < FEWEST_MACHINES
-        spread, source = self.noise.known if measured else self.noise.spread, self.source
-        if caution := self.caution(mixture=mixture):
-            source += f" of a mixture, fewer than {ENOUGH_OF_MIXTURE}" if self.is_few else " of a mixture"
-        noise = Noise(law, source, spread, self.effect, self.named, caution)
+        noise = Noise(law, self.source, self.known if measured else self.spread, self.effect)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
@@ -388,7 +349,7 @@ class BuildNoise:
             "spread": asdict(self.spread),
             "known": asdict(self.known),
             "left_out": asdict(self.left_out) if self.left_out else None,
-            "named": {name: law_as_dict(law) for name, law in self.named.items()},
+            "named": {},  # where earlier releases have laws of known cheats
         }
 
     @classmethod
@@ -398,8 +359,8 @@ class BuildNoise:
         Raises:
             ValueError: No measurement gives a value. AssayError and the errors of wrong types mean the same.
         """
-        build = TypeAdapter(cls).validate_json(dumps(values))
-        if any(type(law) is not LAWS.get(build.output) for law in (build.law, *build.named.values())):
+        build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name != "named"}))
+        if type(build.law) is not LAWS.get(build.output):
             raise ValueError(f"a law of another kind than {build.output!r:.60} has")
         if max(j for _, j in build.sizes) >= len(build.machines):
             raise ValueError("sizes of other machines than are listed")
@@ -523,16 +484,13 @@ def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...
     return tuple(Machine(name=one.id, kind=_kind(one), fingerprint=one) for one in fingerprints)
 
 
-def noise_for(
-    header: Header, validator: Fingerprint, calibration: Calibration | None, *, mixture: bool = False
-) -> Noise:
+def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise:
     """Return the honest noise between the engine of a proof and the engine of its validator.
 
     Args:
         header: Header of the proof.
         validator: Description of the validator's engine.
         calibration: Measured honest noise; the stated default when None.
-        mixture: Whether the model is a mixture of experts, for which a law of few distances is doubtful.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build; names what differs.
@@ -545,7 +503,7 @@ def noise_for(
     judges = build.judges(header.fingerprint)
     if len(judges) == 1:  # the other one of a pair
         _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
-    return build.between(header.fingerprint, validator, round=header.round, mixture=mixture)
+    return build.between(header.fingerprint, validator, round=header.round)
 
 
 def find_build_noise(

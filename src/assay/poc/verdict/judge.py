@@ -159,7 +159,7 @@ def judge(
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=outcome,
-        reason="; ".join(filter(None, [_reason(outcome, result, found), noise.caution])),
+        reason=_reason(outcome, result, found),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
@@ -237,11 +237,10 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
         return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
     if places.suspected and result.verdict == "fraud":
         return f"large residuals may be a fault of the place, at {where}, p = {places.p_value:.1g}: check more nonces"
-    excluded = f"an invented share above {result.junk_share_excluded:.1%}"
-    if result.share_excluded is not None:
-        excluded = f"{result.share_excluded:.0%} computed cheaply and {excluded}"
     if outcome == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; it excludes {excluded}"
+        share = result.share_excluded
+        excluded = "" if share is None else f"; it excludes {share:.0%} computed cheaply"
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}{excluded}"
     return (
         f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
         f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
