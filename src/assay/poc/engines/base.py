@@ -305,23 +305,13 @@ def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) ->
 class Draws:
     """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
 
-    def __init__(
-        self,
-        round: Round,
-        pipeline: Pipeline,
-        nonces: Sequence[int],
-        *,
-        seq_len: int,
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self._backend = streams.get_backend("auto", str(device))
-        self.steps = pipeline.steps
-        self.sketched = sketch_steps(pipeline.steps)
-        prompts_BP = drawn_prompts(round, nonces, seq_len=seq_len, vocab_size=vocab_size)
-        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(device)
+    def __init__(self, engine: StateEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> None:
+        self._backend = streams.get_backend("auto", str(engine.device))
+        self.steps, self.sketched = pipeline.steps, sketch_steps(pipeline.steps)
+        prompts_BP = drawn_prompts(round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size)
+        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(engine.device)
         noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
-        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(device)
+        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(engine.device)
         self._sketch_BS = drawn_seeds(round, "sketch", nonces, self.sketched)
 
     def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:

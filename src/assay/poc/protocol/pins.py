@@ -3,7 +3,6 @@
 A build says which engines a network allows, as what their fingerprints may say.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from assay.errors import ProofMismatch, UsageError
 from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
+from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_digest, check_number
 
 CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has
 
@@ -169,7 +168,6 @@ def _matches(stated: str | int, wanted: str | int) -> bool:
 
 FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
-DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +230,8 @@ class Pins:
             raise UsageError(
                 f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
             )
-        if self.digest is not None and not DIGEST.fullmatch(self.digest):
-            seen = f"checkpoint digest {self.digest!r:.80}"
-            wanted = "the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters"
-            raise UsageError(seen, wanted=wanted, do="`assay poc pins new --model MODEL` writes that of a checkpoint")
+        if self.digest is not None:
+            check_digest("digest", self.digest)
         if self.fewest_nonces is not None:
             check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
         if self.builds is not None and not self.builds:

@@ -27,10 +27,10 @@ from pydantic import (
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject, read_toml, read_whole
-from assay.poc.protocol.pins import ANY, DIGEST, Build, Pins
+from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Text
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NONCE, Round
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes

@@ -5,6 +5,7 @@ runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset w
 and then every field after its length, so that no two streams share a text.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
@@ -19,6 +20,7 @@ MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyo
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
 MAX_NAME = 1024
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 NONCE_TEXTS = {
     "inputs": "{block}_{key}_nonce{nonce}",  # no underscore before the number: published so
@@ -205,6 +207,13 @@ def check_number(name: str, value: object, low: int, high: int) -> None:
         raise UsageError(
             f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}", field=name
         )
+
+
+def check_digest(name: str, value: object) -> None:
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        wanted = "a SHA-256: 64 lower-case hexadecimal digits"
+        raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
 
 
 def join_prefixed(*parts: object) -> str:

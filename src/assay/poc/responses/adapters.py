@@ -22,8 +22,7 @@ from assay.errors import ModelError, UsageError
 from assay.files.jsonl import read_json
 from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.models.load import Model
-from assay.poc.protocol.round import check_name
-from assay.poc.responses.sampling import check_digest
+from assay.poc.protocol.round import check_digest, check_name
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -39,7 +39,7 @@ from assay.poc.protocol.proof import (
     parse_line,
     read_as,
 )
-from assay.poc.protocol.round import check_name, check_number
+from assay.poc.protocol.round import check_digest, check_name, check_number
 from assay.poc.responses.adapters import Adapter
 from assay.poc.responses.sampling import (
     HIGHEST_TOKEN,
@@ -47,7 +47,6 @@ from assay.poc.responses.sampling import (
     ResponseSeed,
     Sampling,
     check_block_hash,
-    check_digest,
 )
 
 KIND = "assay.poc.receipts"
@@ -114,9 +113,7 @@ class Receipt(ResponseName):
     """What a server states about one response.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         block_hash: Beacon that became known after the request was accepted.
         prompt: Prompt, with or without its ids.
         output: Ids of the tokens of the response, in order, the one that ended it included.

@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 LONGEST_TEXT = 2**24  # characters of a prompt
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
@@ -24,9 +20,7 @@ class Request(ResponseName):
     """One request: a prompt, what names it, and how to sample.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that are asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         prompt: Text, or token ids.
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
@@ -144,13 +138,13 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
 
 def encode_requests(
     requests: Sequence[Request],
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: Any,
     *,
     reference: str,
     vocab_size: int,
     max_positions: int,
 ) -> list[Request]:
-    """Return the requests with token ids for prompts, every one of which fits the model.
+    """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
 
     Raises:
         UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``

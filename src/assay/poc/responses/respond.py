@@ -99,7 +99,10 @@ def respond(
         weights=model.weights,
         fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
     )
-    seeds = _distinct_seeds(header, requests, block_hash)
+    seeds = [header.seed(request, block_hash) for request in requests]
+    if len({seed.text for seed in seeds}) < len(seeds):
+        wanted, do = "a seed of its own for every response", "give one of them another request_id"
+        raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
     ends = stop_tokens(model) if stop is None else frozenset(stop)
 
@@ -175,14 +178,6 @@ def _answer(
         if counts_1V is not None:
             counts_1V[0, token] += 1
         logits_1V, hidden_1D, cache = read_on(model, [token], cache)
-
-
-def _distinct_seeds(header: ReceiptHeader, requests: Sequence[Request], block_hash: str) -> list[ResponseSeed]:
-    seeds = [header.seed(request, block_hash) for request in requests]
-    if len({seed.text for seed in seeds}) < len(seeds):
-        seen = "two requests of one id, seed and index"
-        raise UsageError(seen, wanted="a seed of its own for every response", do="give one of them another request_id")
-    return seeds
 
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol.round import check_name, check_number, join_prefixed
+from assay.poc.protocol.round import check_digest, check_name, check_number, join_prefixed
 
 HIGHEST_TOKEN = 2**24 - 1  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
 
@@ -111,7 +111,6 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
 
 VERSION = "assay.responses/1"
 HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
-_HEX = frozenset("0123456789abcdef")
 
 Stream = Literal["tokens", "sketch"]
 
@@ -140,9 +139,7 @@ class ResponseSeed(ResponseName):
     """What the noise of one response follows from.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         public_key: Key of the node that serves it.
         digest: SHA-256 of the tensors of the checkpoint, in hex.
         block_hash: Beacon that became known after the request was accepted.
@@ -195,11 +192,3 @@ def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.ui
 def check_block_hash(block_hash: object) -> None:
     """Refuse a block hash that cannot be part of a seed text; a UsageError names it."""
     check_name("block_hash", block_hash, do="pass the block hash as the chain prints it")
-
-
-def check_digest(name: str, value: Any) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
-    if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
-        raise UsageError(
-            f"{name} is {value!r:.80}", wanted="a SHA-256: 64 lower-case hexadecimal digits", do=f"correct the {name}"
-        )

@@ -47,9 +47,6 @@ def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
             raise UsageError(of + seen, wanted=wanted, do=do)
 
 
-# --------------------------------------------------------------------------------------------------
-# Versions of vLLM.
-
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
 
@@ -115,9 +112,6 @@ def runner_kind(runner: Any) -> str:
     modules = {base.__module__ for base in type(runner).__mro__}
     return "v2" if any(module.startswith("vllm.v1.worker.gpu.") for module in modules) else "v1"
 
-
-# --------------------------------------------------------------------------------------------------
-# What was run, by kind of device: formats of checkpoints and caches, layers with state, ways to run workers.
 
 Tested = Mapping[str, Mapping[str, tuple[str, ...]]]
 """By kind of device, what was run there, with the dtypes in which it was; no dtypes are all of them."""
@@ -214,10 +208,6 @@ def _stored_form(config: Any) -> StoredFormat | None:
 def _stated_quantisation(model: Any) -> Any:
     """Return what the configuration of a checkpoint says of its quantisation; None where it says nothing."""
     return getattr(getattr(model, "hf_config", None), "quantization_config", None)
-
-
-# --------------------------------------------------------------------------------------------------
-# Settings of a vLLM engine under which nonces could not run, or would prove another computation.
 
 
 def check_config(config: Any) -> None:
@@ -388,10 +378,6 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
         chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
         seen, wanted = f"{name} and --gdn-prefill-backend {chosen or 'auto'}", "its linear attention by triton"
         yield chosen != "triton", seen, wanted, "pass --gdn-prefill-backend triton"
-
-
-# --------------------------------------------------------------------------------------------------
-# Settings under which responses are not recorded or not seeded.
 
 
 def processor_for(config: Any) -> str:

@@ -181,9 +181,6 @@ class Rows:
         }
 
 
-# --------------------------------------------------------------------------------------------------
-# The place of a worker among the others, its model, and the requests of a step.
-
 MAX_VALUES = 2**24  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
 MAX_SUMMED = 2**22  # number of state values that are summed at once; they are held three times in float32
 

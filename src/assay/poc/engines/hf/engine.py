@@ -133,23 +133,6 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
     raise OutOfMemory(seen, wanted="a batch that fits into memory", do=do)
 
 
-@contextmanager
-def _transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, round: Round) -> Iterator[None]:
-    """Apply a transform to what every decoder layer returns while the context is open; nothing for the step "none"."""
-    layers = [] if step == "none" else list(decoder_layers(model.module))
-    with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
-            seeds = streams.seeds([round.block_text("layer_signs" if step == "signs" else "layer_reflection", index)])
-            if step == "signs":
-                drawn_D = as_tensor(backend.signs(seeds, model.hidden_size))[0]
-            else:
-                normals_D = as_tensor(backend.normals(seeds, model.hidden_size))[0]
-                drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
-            hook = partial(_transform_output, step, drawn_D.to(model.dtype))
-            hooks.enter_context(layer.register_forward_hook(hook))
-        yield
-
-
 def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: Any, output: Any) -> Any:
     """Apply the step to the hidden state that a decoder layer returns, in a tuple or not."""
     if isinstance(output, tuple):
@@ -259,11 +242,6 @@ class HFEngine(StateEngine, DecodingEngine):
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
             raise self._too_large() from error
 
-    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
-        """Return the prompts, the noise of the tokens and the projections of the sketches of nonces."""
-        shape = {"seq_len": self.seq_len, "vocab_size": self.vocab_size}
-        return Draws(round, pipeline, nonces, device=self.device, **shape)
-
     @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         for count, draws in self._drawn(round, pipeline, nonces):
@@ -300,7 +278,7 @@ class HFEngine(StateEngine, DecodingEngine):
         check_fits(self.model, rows, self.seq_len + pipeline.steps)
         for count, padded in padded_batches(nonces, self.batch_size, rows):
             with self._explained():
-                draws = self.draws(round, pipeline, padded)
+                draws = Draws(self, round, pipeline, padded)
             yield count, draws
 
     @torch.inference_mode()
@@ -416,7 +394,17 @@ class HFEngine(StateEngine, DecodingEngine):
     @override
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        with _transformed_layers(self.model, self._streams, step, round):
+        stream = "layer_signs" if step == "signs" else "layer_reflection"
+        with ExitStack() as hooks:
+            for index, layer in enumerate(() if step == "none" else decoder_layers(self.model.module)):
+                seeds = streams.seeds([round.block_text(stream, index)])
+                if step == "signs":
+                    drawn_D = as_tensor(self._streams.signs(seeds, self.hidden_size))[0]
+                else:
+                    normals_D = as_tensor(self._streams.normals(seeds, self.hidden_size))[0]
+                    drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
+                hook = partial(_transform_output, step, drawn_D.to(self.model.dtype))
+                hooks.enter_context(layer.register_forward_hook(hook))
             self._hooked = step != "none"
             try:
                 yield

@@ -558,16 +558,12 @@ class _Graph:
             self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
             self._function(self._input)  # compiles; nothing may be compiled while a graph is recorded
             # Other threads, such as those of a service, may use the device meanwhile.
-            with torch.cuda.graph(self._graph, stream=_stream(given.device), capture_error_mode="thread_local"):
+            stream: Any = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._output = self._function(self._input)
         self._input.copy_(given)
         self._graph.replay()
         return self._output.clone()
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return another stream of a device."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
