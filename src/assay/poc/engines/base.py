@@ -70,11 +70,7 @@ class Engine(Protocol):
 
 
 def check_supported(engine: Engine, pipeline: Pipeline) -> None:
-    """Refuse a pipeline with a step that an engine cannot take.
-
-    Raises:
-        UsageError: Names the presets that the engine supports.
-    """
+    """Refuse a pipeline with a step that an engine cannot take; a UsageError names the presets that it supports."""
     if not engine.supports(pipeline):
         raise unsupported(pipeline, engine.fingerprint.engine, engine.supports)
 
@@ -128,11 +124,7 @@ class StateEngine(Engine, Protocol):
         """Return x Wᵀ for the model's own head matrix, [B, V] in float32, without bias or capping of logits."""
 
     def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Apply a transform after every decoder layer while the context is open.
-
-        Raises:
-            LayersNotFound: The decoder layers of this architecture are not known.
-        """
+        """Apply a transform after every decoder layer while open; LayersNotFound where they are not known."""
 
 
 def plain_outputs(

@@ -23,8 +23,7 @@ from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
-from assay.stats.blocks import MeasuredBlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.stats.chord import RANDOM_HEAD_ROWS, MeasuredBlockLaw
 from assay.streams.backends import as_tensor
 
 FloatArray = npt.NDArray[np.float64]

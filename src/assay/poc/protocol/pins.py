@@ -287,11 +287,7 @@ class Pins:
         return tuple(name for name in pinned if getattr(self, name) != _named(name, getattr(round, name)))
 
     def check(self, header: Header) -> None:
-        """Refuse a header that contradicts a pin, or asks for far more work than the default while nothing pins it.
-
-        Raises:
-            ProofMismatch: Names the value, stated and wanted.
-        """
+        """Refuse a header that contradicts a pin, or asks for far more work than is usual, with a ProofMismatch."""
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):

@@ -118,11 +118,7 @@ class ModelPins(Table):
 
 
 def check_tables(tables: JsonObject, path: str | Path) -> JsonObject:
-    """Return the tables of a file without its schema.
-
-    Raises:
-        DataError: The schema is another one, or a value is still to be filled in; names the key.
-    """
+    """Return the tables of a file without its schema; a DataError names the key that is still to be filled in."""
     if type(tables.get("schema")) is not int or tables["schema"] != SCHEMA:
         do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
         raise DataError(f"{path}: schema {tables.get('schema')!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
@@ -368,11 +364,7 @@ class NetworkPins(Table):
         return () if not own or any(node.node_id == node_id for node in own) else ("node_id",)
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
-        """Iterate over the calibration files of a model, each after its hash was compared.
-
-        Raises:
-            DataError: A file cannot be read, or is another one than was pinned.
-        """
+        """Iterate over the calibration files of a model; a DataError where one is another than was pinned."""
         for pinned in model.calibrations:
             path = self._path.parent / pinned.file
             found = PinnedFile.of(path, path.parent)

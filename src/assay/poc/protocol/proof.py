@@ -63,11 +63,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def read_as(kind: type[T], text: bytes) -> T:
-    """Return JSON as a value of a type that is :data:`STRICT`.
-
-    Raises:
-        ProofFormatError: A field is missing, unknown, of another type or out of range; names it.
-    """
+    """Return JSON as a value of a type that is :data:`STRICT`; a ProofFormatError names the field that is wrong."""
     try:
         made: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
@@ -140,11 +136,7 @@ class StrictFile(ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read and check a file.
-
-        Raises:
-            ProofFormatError: The file cannot be read, or is not complete and consistent; the message names the line.
-        """
+        """Read and check a file; a ProofFormatError names the line that is not complete or not consistent."""
         try:
             return cls._read(path, read_lines(path))
         except DataError as error:
@@ -244,11 +236,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Fingerprint":
-        """Return the fingerprint that :meth:`as_dict` wrote.
-
-        Raises:
-            ProofFormatError: A field is missing, unknown, of another type or out of range.
-        """
+        """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field that is wrong."""
         made = read_as(cls, dumps(values).encode())
         if made.as_dict() != values:
             raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
@@ -444,11 +432,7 @@ def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
 
 
 def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
-    """Return the numbers that a base64 string stands for: float16 [K], or token ids in ``<u4``.
-
-    Raises:
-        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
-    """
+    """Return the finite numbers that base64 stands for, float16 [K] or ids in ``<u4``; else a ProofFormatError."""
     kind = np.dtype(dtype)
     wanted = f"base64 of {size} finite little-endian {kind.name} values"
     try:
@@ -474,11 +458,7 @@ def pack_record(record: Record) -> bytes:
 
 
 def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Return the record whose bytes, in base64, another machine sent.
-
-    Raises:
-        ProofFormatError: The value is not a string, not base64, of another length, or a number in it is not finite.
-    """
+    """Return the record whose bytes, in base64, another machine sent; a ProofFormatError where they are none."""
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
     tokens, sketches = np.split(decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps])
@@ -654,11 +634,7 @@ def parse_header(line: bytes) -> Header:
 
 
 def parse_record_line(path: str | Path, number: int, line: bytes, header: Header, nonce: int) -> Record:
-    """Read the line of a nonce, line end included.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
-    """
+    """Read the line of a nonce, line end included; a ProofFormatError names the file and the line."""
     if not line or line.startswith(FOOTER):
         wanted = f"the record of nonce {nonce}: the file is truncated"
         raise line_error(path, number, "the end of the records", wanted)

@@ -190,11 +190,7 @@ class Round:
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not printable, shorter than ``fewest`` or longer than 1024 characters.
-
-    Raises:
-        UsageError: Names the value, and advises to ``do`` something.
-    """
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a UsageError names it."""
     if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
         raise UsageError(
             f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do, field=name

@@ -64,11 +64,7 @@ class Lora:
 
     @contextmanager
     def on(self, model: Model) -> Iterator[None]:
-        """Let a model compute with the adapter while the context is open.
-
-        Raises:
-            ModelError: The model lacks a layer that the adapter changes, or has another shape there.
-        """
+        """Compute with the adapter while the context is open; a ModelError where the model has no such layer."""
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
         with ExitStack() as hooks:  # which are gone too where the device has no room for a later factor
             for name, layer in layers.items():
@@ -121,11 +117,7 @@ def load_adapter(path: str | Path) -> Lora:
 
 
 def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of factors by the name of their layer.
-
-    Raises:
-        UsageError: A tensor is no factor of a linear layer, is no matrix, or is alone.
-    """
+    """Return the pairs of factors by the name of their layer; a UsageError where a tensor is none."""
     names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
     odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]

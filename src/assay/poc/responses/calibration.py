@@ -26,7 +26,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
-from assay.poc.verdict.calibrate import PRIOR
+from assay.poc.verdict.calibration import PRIOR
 from assay.poc.verdict.noise import PartNoise, ResponseNoise
 from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
@@ -85,11 +85,7 @@ class ResponseCalibration:
     matches: Annotated[int, Field(ge=0)]
 
     def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
-        """Refuse receipts of another checkpoint or build, or another verifier, than was measured.
-
-        Raises:
-            CalibrationError: Names what differs.
-        """
+        """Refuse receipts or a verifier of another build than was measured; a CalibrationError names what differs."""
         if header.digest != self.digest:
             raise _other("checkpoint", self.digest[:12], header.digest[:12])
         engines = [(self.provers, header.fingerprint, "prover's")]
@@ -114,11 +110,7 @@ class ResponseCalibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
-        """Read a calibration of responses.
-
-        Raises:
-            CalibrationError: The file is not one.
-        """
+        """Read a calibration of responses; a CalibrationError where the file is none."""
         try:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
@@ -165,11 +157,7 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of the checkpoint of all receipts.
-
-    Raises:
-        UsageError: The receipts are of several checkpoints.
-    """
+    """Return the digest of the checkpoint of all receipts; a UsageError where there are several."""
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))

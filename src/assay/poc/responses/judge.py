@@ -45,11 +45,7 @@ class ReceiptPins:
 
     @classmethod
     def of_network(cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any) -> "ReceiptPins":
-        """Return what a network's file and flags pin together; the checkpoint must be one of the file.
-
-        Raises:
-            UsageError: A flag contradicts the file, or the file needs another flag.
-        """
+        """Return what a network's file and flags pin together; a UsageError where they disagree or do not suffice."""
         known = given
         if network is not None:
             shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
@@ -295,11 +291,7 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise:
-    """Return the honest noise between the engine of receipts and the engine of their verifier.
-
-    Raises:
-        CalibrationError: The calibration is of another model or build, or there is no default; names what differs.
-    """
+    """Return the honest noise between two engines; a CalibrationError where none was measured between them."""
     if calibration is None:
         return default_response_noise(header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)

@@ -267,11 +267,7 @@ class ReceiptFooter(LastLine):
 
 
 def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
-    """Return token ids as a tuple of Python numbers.
-
-    Raises:
-        UsageError: There are too few or too many, or one is not a whole number in range.
-    """
+    """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is out of range."""
     listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
     plain = not set(map(type, listed)) - {int}  # and mostly is: then nothing is looked at one by one
     if not plain:
@@ -363,12 +359,7 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
-        """Count a receipt, whose line is given without its newline.
-
-        Raises:
-            UsageError: The response has a receipt already, its sketches are not those that the header announces, or
-                the file would be too large.
-        """
+        """Count a receipt and its line; a UsageError where it is a second one, not as the header says, or too much."""
         if receipt.request in self._seen:
             seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
             raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
@@ -393,11 +384,7 @@ class Tally:
 
 
 def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 1) -> Receipt:
-    """Read the line of one receipt, with its line end; source and number are for errors.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
-    """
+    """Read the line of one receipt, line end included; a ProofFormatError names the source and the number."""
     return parse_line(source, number, line, lambda line: read_as(Receipt, line), Receipt.line, MOST_PARTS, LONGEST_LINE)
 
 

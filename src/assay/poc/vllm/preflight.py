@@ -130,11 +130,7 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server without plugins or keys, one that would share its round with others, or a model without a digest.
-
-    Raises:
-        UsageError: It is one.
-    """
+    """Refuse a server without plugins, keys, a round of its own or a digest of its model; a UsageError says which."""
     given, responses = partial(getattr, arguments), settings.responses
     engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
     several = "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out"

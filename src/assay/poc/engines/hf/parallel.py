@@ -55,11 +55,7 @@ class World:
 
 
 def processes() -> int:
-    """Return how many processes torchrun has started; 1 without it.
-
-    Raises:
-        UsageError: What stands for that is no number.
-    """
+    """Return how many processes torchrun has started, 1 without it; a UsageError says that a number is none."""
     return _numbers("WORLD_SIZE")[0] if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
