@@ -26,8 +26,7 @@ import numpy.typing as npt
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, loads, read_lines, read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibrate import PAIR_SPREAD, check_compared, fit_build
-from assay.poc.verdict.calibration import Calibration, Machine
+from assay.poc.verdict.calibration import PAIR_SPREAD, Calibration, Machine, check_compared, fit_build
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
 LARGEST_CONTENT = 2**29  # bytes, without gzip

@@ -27,11 +27,9 @@ from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress
-from assay.poc.verdict.calibrate import calibrate
-from assay.poc.verdict.calibration import BuildNoise, Calibration
+from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
-from assay.stats.blocks import EFFECTIVE_DIMENSION, BlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
+from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, BlockLaw, rate_standard_error
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 MIN_BLOCKS = 8  # whose own spread is used in place of an assumption

@@ -8,11 +8,10 @@ import numpy.typing as npt
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.stats.chord import FloatArray
+from assay.stats.chord import TAIL, FloatArray
 
 _REDRAWS = 100
 _DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in memory together
-TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,8 @@ from assay.poc.protocol.blocks import BlockFactor, block_scale, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
-from assay.poc.service.outbox import Outbox
-from assay.stats.blocks import EFFECTIVE_DIMENSION, MeasuredBlockLaw
-from assay.stats.chord import chord_mean, chord_std, rate_standard_error
+from assay.poc.service.callbacks import Outbox
+from assay.stats.chord import EFFECTIVE_DIMENSION, MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
 
 
 class State(StrEnum):
