@@ -242,6 +242,10 @@ class HFEngine(StateEngine, DecodingEngine):
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
             raise self._too_large() from error
 
+    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
+        """Return the prompts, the noise of the tokens and the projections of the sketches of nonces."""
+        return Draws(self, round, pipeline, nonces)
+
     @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         for count, draws in self._drawn(round, pipeline, nonces):
@@ -278,7 +282,7 @@ class HFEngine(StateEngine, DecodingEngine):
         check_fits(self.model, rows, self.seq_len + pipeline.steps)
         for count, padded in padded_batches(nonces, self.batch_size, rows):
             with self._explained():
-                draws = Draws(self, round, pipeline, padded)
+                draws = self.draws(round, pipeline, padded)
             yield count, draws
 
     @torch.inference_mode()
