@@ -8,6 +8,15 @@ from dataclasses import dataclass
 import pytest
 
 from assay.cli import run
+from assay.poc import Proof, Round, prove
+
+KNOWN = ("--block-hash", "b", "--public-key", "k")
+
+
+def made(model, nonces=range(32), **changed: object) -> Proof:
+    """A proof of the block and key of :data:`KNOWN`, of sixteen positions unless another round is asked for."""
+    round = Round(**({"block_hash": "b", "public_key": "k", "seq_len": 16} | changed))
+    return prove(model, round, nonces, batch_size=8)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_a_block_that_fails_ends_the_run(tmp_path: Path):
 
 
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"

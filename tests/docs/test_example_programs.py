@@ -1,16 +1,16 @@
 """Every program of examples/ runs, and does what its head says."""
 
-import importlib.util
 import io
 import json
 import shlex
 import shutil
 import sqlite3
 import subprocess
+import sys
 import urllib.request
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from safetensors.numpy import load_file
@@ -25,20 +25,12 @@ from tests.waiting import until
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 VECTORS = ROOT / "tests" / "vectors"
-
-
-def program(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.mark.slow
 def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
-    program("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
+    import_module("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     assert (tmp_path / "hack.safetensors").stat().st_size > 10_000
     said = capsys.readouterr().out
@@ -65,7 +57,7 @@ def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
 
 @pytest.mark.slow
 def test_own_transform(capsys: pytest.CaptureFixture):
-    program("own_transform").main(16)
+    import_module("own_transform").main(16)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["artifact", "wide"]
     assert all(float(line.split("4 bits ")[1].split()[0]) > 4 for line in lines)
@@ -74,7 +66,7 @@ def test_own_transform(capsys: pytest.CaptureFixture):
 def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MODEL", str(small_checkpoint))
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
-    app = program("mount").app
+    app = import_module("mount").app
     with TestClient(app, base_url="http://127.0.0.1") as client:
         assert client.get("/hello").json() == {"hello": "world"}
         until(lambda: client.get("/api/v1/pow/ready").status_code == 200)
@@ -96,7 +88,7 @@ def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch
             raise urllib.error.HTTPError(path, answer.status_code, "", {}, io.BytesIO(answer.content))
         return io.BytesIO(answer.content)
 
-    example = program("send_proof")
+    example = import_module("send_proof")
     monkeypatch.setattr(example.urllib.request, "urlopen", urlopen)
     try:
         running.announce()
@@ -129,13 +121,8 @@ def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, for
     expected = [("first", BLOCK, "node_A"), ("other", BLOCK, "node_C"), ("late", BLOCK, "node_B")]
     (inbox / "expected.tsv").write_text("".join("\t".join(line) + "\n" for line in expected))
     environment = ENVIRONMENT | {"PATH": f"{tools}:/usr/bin:/bin", "ASSAY_MODEL": str(small_checkpoint)}
-    command = [
-        "sh",
-        str(EXAMPLES / "validator_cron.sh"),
-        str(inbox),
-        str(tmp_path / "pins.toml"),
-        str(tmp_path / "l.sqlite3"),
-    ]
+    places = (EXAMPLES / "validator_cron.sh", inbox, tmp_path / "pins.toml", tmp_path / "l.sqlite3")
+    command = ["sh", *map(str, places)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "first honest\nother unsure\n"), done.stderr
     assert json.loads((inbox / "honest" / "first.json").read_text())["verdict"] == "honest"
