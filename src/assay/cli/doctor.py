@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from hashlib import sha256
+from itertools import product
 from typing import Any
 
 import click
@@ -40,7 +41,7 @@ def doctor(as_json: bool) -> int:
     table(("", "here"), list(here.items()), title="Versions and devices")
     rows = []
     for row in backends:
-        state = ("exact" if row["exact"] else "DIFFERENT BITS") if row["available"] else row["why"]
+        state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
         of_all = sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16] if row["available"] else ""
         rows.append((row["backend"], row["device"], state, of_all))
     table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
@@ -55,15 +56,13 @@ def _backends() -> list[dict[str, Any]]:
 
     expected = streams.selftest(streams.get_backend("numpy"))
     rows = []
-    for name in streams.BACKENDS:
-        for device in ("cpu", "cuda"):
-            if device == "cuda" and name == "numpy":
-                continue
-            row: dict[str, Any] = {"backend": name, "device": device, "available": True, "exact": True}
-            try:
-                found = streams.selftest(streams.get_backend(name, device))
-                row |= {"exact": found == expected, "sha256": found}
-            except BackendUnavailable as error:
-                row |= {"available": False, "exact": False, "why": error.seen}
-            rows.append(row)
+    for name, device in product(streams.BACKENDS, ("cpu", "cuda")):
+        if (name, device) == ("numpy", "cuda"):
+            continue
+        row: dict[str, Any] = {"backend": name, "device": device}
+        try:
+            found = streams.selftest(streams.get_backend(name, device))
+            rows.append(row | {"available": True, "exact": found == expected, "sha256": found})
+        except BackendUnavailable as error:
+            rows.append(row | {"available": False, "exact": False, "why": error.seen})
     return rows

@@ -1,7 +1,7 @@
 """``assay poc``: prove, verify, calibrate, and the pins file that says what a network agreed on."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -144,15 +144,8 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
             return
         known.check_engine(*made)
         pace = _Pace(progress)
-        proof = poc.prove(
-            made[0],
-            known.round,
-            known.nonces,
-            engine=made[1],
-            output=chosen.output,
-            overwrite=chosen.overwrite,
-            progress=pace.update,
-        )
+        to = chosen.model_dump(include={"output", "overwrite"})
+        proof = poc.prove(made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to)
     footer = proof.footer
     values = {
         "path": str(chosen.output),
@@ -311,17 +304,12 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
             wanted="every file once: a machine says nothing about its noise beside itself",
             do="leave one out of PROOFS, or pass that of another machine",
         )
+    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
+    _check_form(chosen, merging)
     if chosen.valid_rate is not None:
-        _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
-        if chosen.output is not None or (chosen.model is not None and not chosen.proofs):
-            seen = "--valid-rate with -o" if chosen.output is not None else "--valid-rate with --model and no proof"
-            raise UsageError(seen, wanted="proofs of the model, and no file to write", do="leave the flag out")
         how = chosen.model_dump(include={"dimension", "effective_dimension", "model", "device"})
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
         return
-    _refuse(chosen, _OF_TARGETS, "no --valid-rate", "it belongs to --valid-rate")
-    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
-    _check_sources(chosen, len(chosen.proofs), merging)
     assert chosen.output is not None
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
@@ -337,41 +325,34 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)
 
 
-_OF_TARGETS = ("dimension", "device", "effective_dimension")
-_OF_VECTORS = ("sets", "digest")
-_OF_NOISE = ("vectors", *_OF_VECTORS, "merge")
-
-
-def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> None:
+def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
-    if chosen.vectors is None:
-        _refuse(chosen, _OF_VECTORS, "no --vectors", "it belongs to --vectors")
-    else:
-        if proofs:
-            raise UsageError("--vectors with proofs", wanted="one of the two", do="leave --vectors or the proofs out")
-        _refuse(chosen, ("model",), "--vectors", "vectors have no block scale")
-    if merging:
-        _refuse(chosen, ("model",), "--merge alone", "nothing is measured")
-        if len(chosen.merge) < 2:
-            raise UsageError(
-                "one file to merge", wanted="two or more, or proofs to measure", do="repeat --merge with another file"
-            )
-    elif chosen.vectors is None and proofs < 2:
+    rate, measures = chosen.valid_rate is not None, chosen.vectors is None and not merging
+    noise, targets = ("vectors", "sets", "digest", "merge", "output"), ("dimension", "device", "effective_dimension")
+    for applies, names, beside, reason in (
+        (rate, noise, "--valid-rate", "it measures no noise"),
+        (rate and not chosen.proofs, ("model",), "--valid-rate and no proof", "there is nothing to measure it on"),
+        (not rate, targets, "no --valid-rate", "it belongs to --valid-rate"),
+        (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
+        (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
+        (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
+        (merging, ("model",), "--merge alone", "nothing is measured"),
+    ):
+        for flag in (chosen.spelling(name) for name in names if applies and getattr(chosen, name) not in (None, ())):
+            raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+    if rate:
+        return
+    if merging and len(chosen.merge) < 2:
+        do = "repeat --merge with another file"
+        raise UsageError("one file to merge", wanted="two or more, or proofs to measure", do=do)
+    if measures and len(chosen.proofs) < 2:
         raise UsageError(
-            f"neither --valid-rate, --vectors nor --merge, and {proofs} proof(s)",
+            f"neither --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} proof(s)",
             wanted="two honest proofs or more with -o, or another form of the command",
             do="`assay poc calibrate A.jsonl B.jsonl -o calibration.json`, or see `assay poc calibrate --help`",
         )
     if chosen.output is None:
         raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
-
-
-def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason: str) -> None:
-    """Refuse flags that were given and do not belong to this form."""
-    given = [name for name in names if getattr(chosen, name) not in (None, ())]
-    if given:
-        flag = chosen.spelling(given[0])
-        raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
 
 
 pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
@@ -463,9 +444,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         held.check(header)
         measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
-        noise = "the stated default: no calibration is pinned for this model"
-        if measured is not None:
-            noise = measured.find_build(header).source
+        default = "the stated default: no calibration is pinned for this model"
+        noise = default if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)

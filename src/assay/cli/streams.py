@@ -1,6 +1,5 @@
 """``assay streams``: print portable random numbers."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import click
@@ -13,15 +12,6 @@ from assay.settings import Flag, Settings
 PRINTABLE = 1_000_000
 
 streams = Group("streams", "Portable random numbers.", panel="Research")
-
-KINDS = {
-    "hash": ("hashes", "Print 32-bit hashes."),
-    "uniform": ("uniforms", "Print uniform float32 values in [0, 1]."),
-    "gumbel": ("gumbels", "Print standard Gumbel values."),
-    "signs": ("signs", "Print signs, +1 or -1."),
-    "permutation": ("permutations", "Print a permutation of 0..n-1."),
-}
-"""Kind of number → method of a backend, and help of its command."""
 
 
 class NumberSettings(Settings):
@@ -44,45 +34,41 @@ class NormalSettings(NumberSettings):
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of the values.")
 
 
-def _command(kind: str) -> Callable[[NumberSettings, bool], None]:
+KINDS: dict[str, tuple[str, type[NumberSettings], str]] = {
+    "hash": ("hashes", NumberSettings, "Print 32-bit hashes."),
+    "uniform": ("uniforms", NumberSettings, "Print uniform float32 values in [0, 1]."),
+    "gumbel": ("gumbels", NumberSettings, "Print standard Gumbel values."),
+    "signs": ("signs", NumberSettings, "Print signs, +1 or -1."),
+    "permutation": ("permutations", NumberSettings, "Print a permutation of 0..n-1."),
+    "normal": ("normals", NormalSettings, "Print standard normal values."),
+}
+"""Kind of number → method of a backend, and settings and help of its command."""
+
+
+def _add_command(kind: str, method: str, settings: type[NumberSettings], text: str) -> None:
     def command(chosen: NumberSettings, as_json: bool) -> None:
-        _print(kind, KINDS[kind][0], chosen, as_json)
+        _print(kind, method, chosen, as_json)
 
-    command.__doc__ = KINDS[kind][1]
-    return command
-
-
-for _kind in KINDS:
-    streams.add(_kind, NumberSettings, example=f"assay streams {_kind} --seed-text block -n 4")(_command(_kind))
+    command.__doc__ = text
+    streams.add(kind, settings, example=f"assay streams {kind} --seed-text block -n 4")(command)
 
 
-@streams.add("normal", NormalSettings, example="assay streams normal --seed-text block -n 4 --dtype bfloat16")
-def normal(chosen: NormalSettings, as_json: bool) -> None:
-    """Print standard normal values."""
-    _print("normal", "normals", chosen, as_json, strength=chosen.strength, dtype=chosen.dtype)
+for _kind, _about in KINDS.items():
+    _add_command(_kind, *_about)
 
 
-def _print(
-    kind: str, method: str, chosen: NumberSettings, as_json: bool, *, strength: int = 32, **options: str
-) -> None:
+def _print(kind: str, method: str, chosen: NumberSettings, as_json: bool) -> None:
     from assay import streams
     from assay.streams.backends import as_tensor, digest
 
     source = streams.get_backend(chosen.backend, chosen.device)
-    seeds = streams.seeds([chosen.seed_text], strength)
-    values = getattr(source, method)(seeds, chosen.n, **options)
-    printed = _numbers(as_tensor(values)[0].cpu())
+    seeds = streams.seeds([chosen.seed_text], getattr(chosen, "strength", 32))
+    values = getattr(source, method)(seeds, chosen.n, **chosen.model_dump(include={"dtype"}))
+    row: Any = as_tensor(values)[0].cpu()
+    # Floats as the shortest decimal that reads back to the same float32.
+    printed = [float(str(one)) for one in row.float().numpy()] if row.is_floating_point() else row.tolist()
     if not as_json:
         click.echo("\n".join(str(value) for value in printed))
         return
     described = {"kind": kind} | chosen.model_dump() | {"backend": source.name, "device": source.device}
     emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
-
-
-def _numbers(row: Any) -> list[int] | list[float]:
-    """Return Python numbers; floats as the shortest decimal that reads back to the same float32."""
-    import numpy as np
-
-    if not row.is_floating_point():
-        return [int(value) for value in row.tolist()]
-    return [float(str(value)) for value in row.float().numpy().astype(np.float32)]
