@@ -133,7 +133,7 @@ def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
 @callbacks.add("list", ListSettings, example="assay poc callbacks list --all")
 def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
-    from assay.poc.service.outbox import open_outbox
+    from assay.poc.service.callbacks import open_outbox
 
     statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     with open_outbox(chosen.data_dir) as outbox:
@@ -151,7 +151,7 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
 
     A running service delivers them, and so does the next start.
     """
-    from assay.poc.service.outbox import open_outbox
+    from assay.poc.service.callbacks import open_outbox
 
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)

@@ -7,7 +7,7 @@ import time
 import sqlalchemy as sa
 
 from assay.poc.service import receipts as _receipts
-from assay.poc.service.outbox import Callback
+from assay.poc.service.callbacks import Callback
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.receipts import RECEIPTS, files, get, on_disk, receipt, store
 from tests.waiting import until

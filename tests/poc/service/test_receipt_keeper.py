@@ -10,7 +10,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
@@ -107,7 +107,7 @@ def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
 
 def test_bytes_that_wait_are_bounded(held, monkeypatch):
     keeper, go = held
-    monkeypatch.setattr("assay.poc.net.group_commit.MOST_BYTES", 2000)
+    monkeypatch.setattr("assay.poc.net.runtime.MOST_BYTES", 2000)
 
     async def scenario() -> list[object]:
         sink = keeper.sink(header())

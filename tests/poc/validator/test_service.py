@@ -170,7 +170,7 @@ def test_nodes_are_read_again_when_their_file_changes(validating, small_model, t
     with validating() as running:
         body = body_of(proof_of(small_model, "node_A"))
         (tmp_path / "nodes.toml").write_text(nodes_text().replace("whsec_", "whsec_AAAA", 1))
-        until(lambda: running.controller.registry.sender("node_A").signatures)
+        until(lambda: running.controller.registry.senders["node_A"].signatures)
         until(lambda: _status_of(running, body) == 401)
         (tmp_path / "nodes.toml").write_text("[[nodes]]\npublic_key = 7\n")
         running.controller.tend()

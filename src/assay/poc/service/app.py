@@ -12,15 +12,17 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.app import Feed, new_app, operations_router, run_with
+from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.page import assemble_page, page_router, part
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class, send_json
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.bodies import (
+from assay.poc.service.callbacks import Delivery
+from assay.poc.service.controller import Controller
+from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
+from assay.poc.service.requests import (
     AnyInit,
     GenerateRequest,
     InitReply,
@@ -30,9 +32,6 @@ from assay.poc.service.bodies import (
     ValidateReply,
     ValidateRequest,
 )
-from assay.poc.service.controller import Controller
-from assay.poc.service.delivery import Delivery
-from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
 from assay.poc.service.settings import Settings
 
 PREFIX = "/api/v1/pow"
@@ -177,7 +176,9 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
-    run_with(app, controller, feed, Delivery(controller.outbox, controller, controller.settings, controller.metrics).run)
+    run_with(
+        app, controller, feed, Delivery(controller.outbox, controller, controller.settings, controller.metrics).run
+    )
 
 
 def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_route: type[APIRoute]) -> APIRouter:

@@ -24,14 +24,24 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, is_distance
-from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service.checks import check_build, check_deployed, check_job, check_round, check_validation, round_values
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
+from assay.poc.service.requests import (
+    ArtifactInit,
+    GenerateRequest,
+    InitRequest,
+    ValidateRequest,
+    check_build,
+    check_deployed,
+    check_job,
+    check_round,
+    check_validation,
+    round_values,
+)
 from assay.poc.service.rounds import EXPECTED, Batch, Progress, Rounds, State, StoredRound, after
 from assay.poc.service.settings import Settings
 from assay.poc.service.worker import ShareDone, Worker, Writer

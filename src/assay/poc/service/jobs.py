@@ -22,9 +22,9 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record
-from assay.poc.service.bodies import GenerateRequest
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.judge import HonestNoise, judge_vectors
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.requests import GenerateRequest
 from assay.poc.service.settings import Settings
 from assay.poc.verdict.judge import residuals
 
@@ -64,10 +64,8 @@ class Jobs:
         settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url)).where(
-                self._is_open
-            )
-            waiting, announced = connection.execute(queued).one()
+            counts = (sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url))
+            waiting, announced = connection.execute(sa.select(*counts).where(self._is_open)).one()
             if waiting + len(request.nonces) > settings.max_queued_nonces:
                 seen = f"{waiting} nonces are queued"
                 wanted = f"at most {settings.max_queued_nonces} with these {len(request.nonces)}"
@@ -131,28 +129,25 @@ class Jobs:
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
-            status = sa.select(self._c.status)
             job = self._running  # which may have been cancelled
-            if job is None or self._db.scalar(status.where(self._c.id == job.id)) != "running":
+            if job is None or self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id)) != "running":
                 self._running = None
-                self._running = self._next(deployment)
-            if self._running is None:
+                job = self._running = self._next(deployment)
+            if job is None:
                 return False
-            if not self._advance(self._running, deployment):
-                # Only now: where the disk is full, finishing is tried again.
-                self._running = None
+            self._advance(job, deployment)
         except StorageError as error:
             log.warning("job waits", reason=error.seen)
             time.sleep(STORAGE_PAUSE)
         return True
 
-    def _advance(self, job: _Running, deployment: Deployment) -> bool:
-        """Do a batch of a job; return False once the job has ended."""
+    def _advance(self, job: _Running, deployment: Deployment) -> None:
+        """Do a batch of a job, or end it. Where the disk is full, ending it is tried again."""
         try:
             batch = next(job.batches, None)
             if batch is not None:
                 job.records.extend(batch)
-                return True
+                return
             result = self._result(job.request, job.records, deployment)
         except Exception as error:  # an engine may raise any error, and its job must still end
             if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
@@ -161,7 +156,7 @@ class Jobs:
             self._finish(job.id, "failed", error=str(error))
         else:
             self._finish(job.id, "completed", result, job.request)
-        return False
+        self._running = None
 
     def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
         if len(records) != len(request.nonces):
@@ -176,7 +171,15 @@ class Jobs:
         return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
 
     def _next(self, deployment: Deployment) -> _Running | None:
-        while (row := self._begin()) is not None:
+        """Begin the oldest job that waits and can be read."""
+        c = self._c
+        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
+        begin = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
+        while True:
+            with self._db.write() as connection:
+                row = connection.execute(begin.returning(c.id, c.request)).first()
+            if row is None:
+                return None
             try:
                 request = GenerateRequest.model_validate_json(row.request)
             except ValidationError as error:  # stored by a version that takes other requests
@@ -189,15 +192,6 @@ class Jobs:
             else:
                 batches = deployment.recompute(round, request.batch_size, request.received())
             return _Running(row.id, request, batches, [])
-        return None
-
-    def _begin(self) -> Any:
-        """Mark the oldest job that waits as running; return its row, or None."""
-        c = self._c
-        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
-        begun = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
-        with self._db.write() as connection:
-            return connection.execute(begun.returning(c.id, c.request)).first()
 
     def _finish(
         self,

@@ -18,9 +18,9 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import is_valid
 from assay.poc.protocol.round import Round
-from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
 from assay.poc.verdict.calibration import Calibration, find_build_noise
@@ -88,13 +88,7 @@ class Judge:
     """
 
     def __init__(
-        self,
-        database: Database,
-        outbox: Outbox,
-        settings: Settings,
-        noise: HonestNoise,
-        *,
-        metrics: Metrics,
+        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, *, metrics: Metrics
     ) -> None:
         self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
         self._noise = noise

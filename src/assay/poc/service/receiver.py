@@ -19,11 +19,11 @@ from assay.errors import DataError, UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, is_deep, loads
 from assay.poc.net.app import new_app
+from assay.poc.net.callbacks import Signatures, message_id, unsigned
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.settings import ServerSettings
-from assay.poc.net.signatures import Signatures, message_id, unsigned
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.database import RECEIVED, open_database
 

@@ -103,7 +103,7 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
 def sender_of(values: JsonObject, registry: Registry) -> Sender:
     """Return the node that a body names; refuse with 403 a key that is not pinned."""
     key = values.get("public_key")
-    found = registry.sender(key) if isinstance(key, str) else None
+    found = registry.senders.get(key) if isinstance(key, str) else None
     if found is None:
         raise refused("public_key", key, "of a node that the pins or the nodes file list", status=403)
     return found

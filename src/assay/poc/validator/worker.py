@@ -37,7 +37,7 @@ from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.metrics import ValidatorMetrics
-from assay.poc.validator.registry import Registry, build_name
+from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.ledger import Ledger
@@ -258,7 +258,7 @@ class Recomputer(EngineThread):
         waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
         self.waiting = len(waiting)
         turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
-        known = [key for key in waiting if self._registry().sender(key) is not None]
+        known = [key for key in waiting if key in self._registry().senders]
         chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
@@ -305,8 +305,7 @@ class Recomputer(EngineThread):
     def _checked(
         self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
     ) -> Checked:
-        sender = registry.sender(drawn.claim.round.public_key)
-        assert sender is not None  # its claim was read under this registry
+        sender = registry.senders[drawn.claim.round.public_key]  # its claim was read under this registry
         batches = {size for size in sender.build.batch_size if isinstance(size, int)}
         size = batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None
         errors, noise = residuals(received, records), self._noise(sender.build, drawn.claim.round)
@@ -379,8 +378,8 @@ def recompute(
 
 def account_of(public_key: str, registry: Registry) -> Account:
     """Return the account of a node on its present build."""
-    sender = registry.sender(public_key)
-    build = build_name(sender.build) if sender is not None else ""
+    sender = registry.senders.get(public_key)
+    build = "" if sender is None else sender.build.name or sender.build.dtype[0]
     return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
 
 

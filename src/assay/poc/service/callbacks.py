@@ -1,32 +1,48 @@
-"""The outbox: callbacks that are owed, written in the transaction of the results that they announce.
+"""Callbacks: kept in an outbox, in the transaction of the results that they announce, and delivered at least once.
 
 A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the body is made from
 the records when it is sent; records never change, so a row always gives the same body under the same id. A row of kind
 ``receipts`` names a run of sequence numbers in the same way; receipts that were deleted are missing from its body.
 """
 
+import asyncio
 import base64
-import itertools
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import sqlalchemy as sa
+import structlog
+from standardwebhooks import Webhook
 
-from assay.errors import UsageError
+from assay.errors import StorageError, UsageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.callbacks import Blocked, call, new_client
+from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import describe_packing
 from assay.poc.service.database import FILE, open_database
+from assay.poc.service.metrics import Metrics
+from assay.poc.service.settings import Settings
+
+log = structlog.get_logger("assay.callbacks")
 
 OWED = ("open", "pending")
 RECEIPTS = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
+TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
+MAX_RETRY_AFTER = 86_400.0
+SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
 
 
 @dataclass(frozen=True)
@@ -59,43 +75,33 @@ class Outbox:
         self._columns = [self._c[field.name] for field in fields(Callback)]
 
     def announce(
-        self, connection: sa.Connection, round_id: int, url: str, nonces: Sequence[int], *, interval: float, most: int
-    ) -> None:
-        """Owe ``/generated`` callbacks for valid nonces of a round: extend the open one, or open others.
-
-        No callback announces more than twice ``most`` nonces.
-        """
-        for start in range(0, len(nonces), most):
-            part = nonces[start : start + most]
-            row = self._collecting(connection, round_id, "generated", url, part[0])
-            self._extend(connection, row, part, interval=interval, most=most)
-
-    def announce_receipts(
-        self, connection: sa.Connection, url: str, stored: Sequence[tuple[int, int]], *, interval: float, most: int
-    ) -> None:
-        """Owe callbacks for receipts that were stored, as sequence number and header of each, in order.
-
-        One callback has up to ``most`` receipts of one header.
-        """
-        for header, group in itertools.groupby(stored, key=lambda each: each[1]):
-            numbers = [seq for seq, _ in group]
-            while numbers:
-                row = self._collecting(connection, None, RECEIPTS, url, numbers[0], header)
-                part = numbers[: max(1, most - row.nonces)]
-                self._extend(connection, row, part, interval=interval, most=most)
-                del numbers[: len(part)]
-
-    def _collecting(
         self,
         connection: sa.Connection,
         round_id: int | None,
-        kind: str,
         url: str,
-        first: int,
+        numbers: Sequence[int],
+        *,
+        interval: float,
+        most: int,
         header: int | None = None,
+    ) -> None:
+        """Owe callbacks for valid nonces of a round, or for stored receipts of a header: extend the open one, or open
+        others. One callback has up to ``most``, and collects for ``interval`` seconds.
+        """
+        table, start = self._table, 0
+        while start < len(numbers):
+            row = self._collecting(connection, round_id, url, numbers[start], header)
+            part = numbers[start : start + max(1, most - row.nonces)]
+            start, count = start + len(part), row.nonces + len(part)
+            due = count >= most or abs(time.time() - row.created_at) >= interval
+            values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+            connection.execute(table.update().where(self._c.id == row.id).values(values))
+
+    def _collecting(
+        self, connection: sa.Connection, round_id: int | None, url: str, first: int, header: int | None
     ) -> sa.Row[Any]:
-        """Return the open callback of a kind, for receipts of one header, or a new one that begins with ``first``."""
-        c, receipts = self._c, self._db["receipts"].c
+        """Return the open callback of a round or of receipts of one header, or a new one that begins with ``first``."""
+        c, receipts, kind = self._c, self._db["receipts"].c, "generated" if header is None else RECEIPTS
         is_open = (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
         row = connection.execute(sa.select(*self._columns).where(is_open)).first()
         if row is not None and row.url == url:
@@ -104,15 +110,6 @@ class Outbox:
                 return row
         connection.execute(self._table.update().where(is_open).values(status="pending"))
         return self._insert(connection, round_id, kind, url, status="open", first_nonce=first)
-
-    def _extend(
-        self, connection: sa.Connection, row: sa.Row[Any], part: Sequence[int], *, interval: float, most: int
-    ) -> None:
-        """Add nonces or receipts to an open callback, and release it where it is full or old enough."""
-        count = row.nonces + len(part)
-        due = count >= most or abs(time.time() - row.created_at) >= interval
-        values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
-        connection.execute(self._table.update().where(self._c.id == row.id).values(values))
 
     def forget_receipts(self, connection: sa.Connection) -> None:
         """Owe no callback for receipts that were all deleted."""
@@ -233,3 +230,124 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
         raise UsageError(seen, wanted=wanted, do="pass its --data-dir")
     with closing(open_database(data_dir, exclusive=False)) as database:
         yield Outbox(database)
+
+
+class Delivery:
+    """Sends the callbacks that an outbox owes, until ``runtime`` ends."""
+
+    def __init__(self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics) -> None:
+        self._outbox, self._runtime, self._settings, self._metrics = outbox, runtime, settings, metrics
+        self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
+        self._sending: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._started_at = _since_start()
+
+    async def run(self) -> None:
+        """Deliver until cancelled, then wait for the deliveries that run."""
+        loop = asyncio.get_running_loop()
+        async with new_client(self._settings.callback_timeout, self._settings.callback_concurrency) as client:
+            self._outbox.notify = partial(loop.call_soon_threadsafe, self._wake.set)
+            try:
+                while True:
+                    self._wake.clear()
+                    try:
+                        await self._start_due(client)
+                    except StorageError as error:
+                        log.warning("outbox not readable", reason=error.seen)
+                        await asyncio.sleep(1.0)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), TICK)
+            finally:
+                self._outbox.notify = lambda: None
+                await asyncio.gather(*self._sending.values(), return_exceptions=True)
+
+    async def _start_due(self, client: httpx.AsyncClient) -> None:
+        outbox, wait_for = self._outbox, self._runtime.call
+        started_at = _since_start()
+        if started_at < self._started_at - SET_BACK:
+            log.warning("the clock was set back, so every pending callback is due now")
+            await wait_for(outbox.retry_now)
+        self._started_at = started_at
+        await wait_for(outbox.close_open, self._settings.callback_interval)
+        room = self._settings.callback_concurrency - len(self._sending)
+        if room <= 0:
+            return
+        for callback, body in await wait_for(outbox.due, room, besides=list(self._sending)):
+            self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
+
+    async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
+        started = time.perf_counter()
+        try:
+            error, wait = await self._send(client, callback, body)
+            self._metrics.delivery_seconds.observe(time.perf_counter() - started)
+            await self._note(callback, error, wait)
+        finally:
+            self._sending.pop(callback.id, None)
+            self._wake.set()
+
+    async def _send(self, client: httpx.AsyncClient, callback: Callback, body: str) -> tuple[str | None, float]:
+        """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
+        now, private = datetime.now(UTC), self._settings.allow_private_callbacks
+        headers = {"Content-Type": "application/json", "webhook-id": callback.id}
+        headers["webhook-timestamp"] = str(int(now.timestamp()))
+        if self._signers:
+            headers["webhook-signature"] = " ".join(signer.sign(callback.id, now, body) for signer in self._signers)
+        about: dict[str, Any] = {"allow_private": private, "headers": headers, "content": body.encode()}
+        try:
+            async with asyncio.timeout(self._settings.callback_timeout):
+                response = await call(client, "POST", callback.url, f"/{callback.kind}", **about)
+                await response.aclose()
+        except Blocked as error:
+            return str(error), float("inf")
+        except TimeoutError:
+            return f"no answer in {self._settings.callback_timeout:g} s", 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            return f"{type(error).__name__}: {error}"[:200], 0.0
+        if response.is_success:
+            return None, 0.0
+        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after"))
+
+    async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
+        """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
+        settings = self._settings
+        last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
+        pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
+        outcome = "delivered" if error is None else "dead" if last else "failed"
+        self._metrics.deliveries.labels(outcome).inc()
+        about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
+        log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
+        attempted, retry_in = self._outbox.attempted, None if last else pause
+        while True:
+            try:
+                await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
+                return
+            except StorageError:
+                if self._runtime.closing.is_set():
+                    return
+                await asyncio.sleep(1.0)
+
+
+def _since_start() -> float:
+    """Return the time of the clock when the machine started. It changes only when the clock is set."""
+    return time.time() - time.monotonic()
+
+
+def backoff(attempts: int, base: float, longest: float) -> float:
+    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half at random."""
+    return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
+
+
+def retry_after(value: str | None, now: datetime | None = None) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
+    if not value:
+        return 0.0
+    try:
+        if value.strip().isdigit():
+            seconds = float(value)
+        else:
+            date = parsedate_to_datetime(value)
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = (date - (now or datetime.now(UTC))).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

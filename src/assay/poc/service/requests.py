@@ -1,25 +1,182 @@
-"""Checks before any work is done: of limits and parameters, and of what the network agreed on (``--pins``)."""
+"""Requests: their bodies, field for field as published, and the checks of them before any work is done.
 
+The defaults are those of the library: sign flips on, hooks between the layers off. The bodies of responses are here for
+the OpenAPI document: handlers return plain values that fit them.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from assay.errors import UsageError
+from assay.poc.net.callbacks import check_url
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.guard import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
-from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Fingerprint, check_distinct_seeds
-from assay.poc.protocol.round import Round
-from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, Params, ValidateRequest
+from assay.poc.protocol.proof import Fingerprint, Record, check_distinct_seeds, unpack_or_nan
+from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.settings import Settings
 
+Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
+Nonce = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
+Index = Annotated[int, Field(ge=0, le=MAX_NONCE)]
+Count = Annotated[int, Field(ge=1, le=MAX_NONCE)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Length = Annotated[int, Field(ge=1, le=2**20)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
+
+
+def _distance(value: Any) -> Any:
+    """Read anything but a finite number as NaN: it counts as a mismatch, and no request escapes its verdict by it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.nan
+    return math.nan if value is None else value
+
+
+Distance = Annotated[float, BeforeValidator(_distance)]
+
+
+class _Block(BaseModel):
+    """The block and the key that every request names."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    block_hash: Name
+    block_height: Index
+    public_key: Name
+
+
+class InitRequest(_Block):
+    """Begin a round of distances: ``/init``, ``/init/generate``, ``/init/validate``."""
+
+    r_target: Annotated[float, Field(gt=0, le=2)]
+    fraud_threshold: Probability = 0.01
+    node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
+    node_count: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
+    batch_size: BatchSize = 32
+    seq_len: Length = 256
+    callback_url: Url | None = None
+    use_layer_hooks: bool = False
+    use_sign_flips: bool = True
+    group_id: Index = 0
+    n_groups: Count = 1
+    poc_stronger_rng: bool = False
+
+
+class Params(BaseModel):
+    """Parameters that the network agreed on; another model or length is refused. ``preset`` is an addition of assay."""
+
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+    model: Name
+    seq_len: Length
+    k_dim: Length = 12
+    preset: Annotated[str, StringConstraints(pattern="^(artifact|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
+
+
+class ArtifactInit(_Block):
+    """Begin a round of vectors: ``/init/generate`` with ``params``."""
+
+    node_id: Index
+    node_count: Count
+    group_id: Index = 0
+    n_groups: Count = 1
+    batch_size: BatchSize = 32
+    params: Params
+    url: Url | None = None
+    poc_stronger_rng: bool = False
+
+
+def _form(body: Any) -> str:
+    """Tell the two published forms of ``/init/generate`` apart, so that errors refer to the form that was meant."""
+    return "vectors" if isinstance(body, dict) and "params" in body else "distances"
+
+
+AnyInit = Annotated[
+    Annotated[ArtifactInit, Tag("vectors")] | Annotated[InitRequest, Tag("distances")], Discriminator(_form)
+]
+
+
+class ValidateRequest(BaseModel):
+    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a number."""
+
+    model_config = ConfigDict(allow_inf_nan=True, strict=True)
+
+    public_key: Name
+    block_hash: Name
+    block_height: Index
+    nonces: list[Nonce]
+    dist: list[Distance]
+    node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)]
+
+
+class Artifact(BaseModel):
+    """A published vector. Text that does not decode to one counts as a mismatch."""
+
+    nonce: Nonce
+    vector_b64: Annotated[str, StringConstraints(max_length=65_536)]
+
+
+class Validation(BaseModel):
+    """The vectors to compare with recomputed ones."""
+
+    artifacts: list[Artifact]
+
+
+class StatTest(BaseModel):
+    """The published count test on vectors."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    dist_threshold: Annotated[float, Field(ge=0, le=2)] = 0.02
+    p_mismatch: Probability = 0.001
+    fraud_threshold: Probability = 0.01
+
+
+class GenerateRequest(_Block):
+    """An artifact job: compute vectors, or check them where ``validation`` is given."""
+
+    node_id: Index
+    node_count: Count
+    nonces: Annotated[list[Nonce], Field(min_length=1)]
+    params: Params
+    batch_size: BatchSize = 32
+    wait: bool = False
+    url: Url | None = None
+    validation: Validation | None = None
+    stat_test: StatTest | None = None
+    poc_stronger_rng: bool = False
+
+    def round(self, model: str) -> Round:
+        """Return the round of the job, of a model by its name."""
+        same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
+        return Round(
+            **{name: getattr(self, name) for name in same},
+            model=model,
+            preset=self.params.preset,
+            seq_len=self.params.seq_len,
+            r_target=2.0,
+            strength=256 if self.poc_stronger_rng else 32,
+        )
+
+    def received(self) -> list[Record]:
+        """Return the vectors to check, in the order of the nonces."""
+        assert self.validation is not None
+        sent = {artifact.nonce: artifact.vector_b64 for artifact in self.validation.artifacts}
+        return [unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset)) for nonce in self.nonces]
+
+
 MISMATCH = "pins mismatch"
-PRESETS = {(False, True): "poc-2.0", (True, False): "layer-normalize"}
-"""Preset by (use_layer_hooks, use_sign_flips)."""
 
 
 def check_deployed(deployment: Deployment, settings: Settings) -> None:
@@ -65,19 +222,12 @@ def check_round(round: Round, settings: Settings, *, share: bool) -> None:
 
 def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Settings) -> None:
     """Refuse with 409 an engine that is of no build that the network allows; names what the nearest one has else."""
-    build, names = nearest_build(_builds(deployment, settings.pins), fingerprint)
+    build, names = nearest_build(_builds(deployment, settings), fingerprint)
     _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
 
 
-def _check_batch(batch_size: int, deployment: Deployment, settings: Settings) -> None:
-    builds = _builds(deployment, settings.pins)
-    if builds and not any(build.allows("batch_size", batch_size) for build in builds):
-        agreed = sorted({size for build in builds for size in build.batch_size}, key=str)
-        _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
-
-
-def _builds(deployment: Deployment, pins: NetworkPins | None) -> tuple[Build, ...]:
-    return () if pins is None else pins.model(deployment.digest).builds
+def _builds(deployment: Deployment, settings: Settings) -> tuple[Build, ...]:
+    return () if settings.pins is None else settings.pins.model(deployment.digest).builds
 
 
 def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Mapping[str, Any]) -> None:
@@ -111,14 +261,20 @@ def round_values(
         own |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
     else:
         own = {name: getattr(request, name) for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")}
-        own["preset"] = _preset(request)
+        hooks, flips = request.use_layer_hooks, request.use_sign_flips
+        if hooks == flips:
+            seen, do = (
+                f"use_layer_hooks {hooks} with use_sign_flips {flips}",
+                "leave both out: sign flips are the recommendation",
+            )
+            raise UsageError(seen, wanted="exactly one of the two", do=do)
+        own["preset"] = "layer-normalize" if hooks else "poc-2.0"
         if -1 in share.values():
             if needs_share:
                 seen, wanted = "Node ID and node count must be set", "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
             share = {"node_id": 0, "node_count": 1}
-    positions = own["seq_len"] + get_pipeline(own["preset"]).steps
-    _check_work(own["callback_url"], request.batch_size, positions, deployment, settings)
+    _check_url(own["callback_url"], settings)
     same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
     asked = RoundValues(
         **{name: getattr(request, name) for name in same},
@@ -129,8 +285,7 @@ def round_values(
         digest=deployment.digest,
         weights=deployment.weights,
     )
-    check_round(asked.round, settings, share=needs_share)  # an error says which field is out of range
-    _check_batch(request.batch_size, deployment, settings)
+    _check_work(asked.round, request.batch_size, deployment, settings, share=needs_share)
     return asked
 
 
@@ -175,11 +330,9 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
     agreed on (409), and nonces that one forward pass would serve where artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
-    positions = request.params.seq_len + get_pipeline(request.params.preset).steps
-    _check_work(request.url, request.batch_size, positions, deployment, settings)
+    _check_url(request.url, settings)
     round = request.round(deployment.reference)
-    check_round(round, settings, share=True)
-    _check_batch(request.batch_size, deployment, settings)
+    _check_work(round, request.batch_size, deployment, settings, share=True)
     round.check_nonces(sorted(_limited(request.nonces, settings)))
     if request.validation is not None:
         check_distinct_seeds(round, request.nonces)
@@ -207,15 +360,23 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
         raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
 
 
-def _check_work(url: str | None, batch_size: int, positions: int, deployment: Deployment, settings: Settings) -> None:
-    """Refuse a callback URL, or a shape, that is outside the bounds of the service."""
+def _check_url(url: str | None, settings: Settings) -> None:
     if url is not None:
         check_url(url, allow_private=settings.allow_private_callbacks)
+
+
+def _check_work(round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool) -> None:
+    """Refuse batches outside the bounds of the service (422), and rounds and batches outside the pins (409)."""
+    positions = round.seq_len + get_pipeline(round.preset).steps
     if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
+        seen, do = f"batch_size {batch_size} × seq_len {positions}", "lower batch_size or seq_len"
         wanted = f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence"
-        raise Refusal(
-            422, f"batch_size {batch_size} × seq_len {positions}", wanted=wanted, do="lower batch_size or seq_len"
-        )
+        raise Refusal(422, seen, wanted=wanted, do=do)
+    check_round(round, settings, share=share)
+    builds = _builds(deployment, settings)
+    if builds and not any(build.allows("batch_size", batch_size) for build in builds):
+        agreed = sorted({size for build in builds for size in build.batch_size}, key=str)
+        _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
 
 
 def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
@@ -224,12 +385,93 @@ def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
     return nonces
 
 
-def _preset(request: InitRequest) -> str:
-    preset = PRESETS.get((request.use_layer_hooks, request.use_sign_flips))
-    if preset is None:
-        raise UsageError(
-            f"use_layer_hooks {request.use_layer_hooks} with use_sign_flips {request.use_sign_flips}",
-            wanted="exactly one of the two",
-            do="leave both out: sign flips are the recommendation",
-        )
-    return preset
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Status(_Reply):
+    """State and counts of the current round; ``valid_nonces`` holds the latest ones."""
+
+    state: StateName
+    valid_nonces: list[int]
+    valid_distances: list[float]
+    total_checked: int
+    total_valid: int
+    elapsed_seconds: float
+    rate_per_second: float
+    r_target: float | None
+    status: StateName
+    config: dict[str, Any] | None
+    stats: dict[str, float] | None
+    ready: bool
+    paused: Literal["storage", "callbacks"] | None
+    error: str | None
+
+
+class InitReply(_Reply):
+    """The answer to every call that changes the state."""
+
+    status: Literal["OK"]
+    pow_status: Status
+
+
+class ValidateReply(_Reply):
+    """The published rule (``fraud_detected``) and the residual test."""
+
+    status: Literal["OK"]
+    fraud_detected: bool
+    computed_distances: list[float]
+    valid: list[bool]
+    n_invalid: int
+    probability_honest: float
+    residual_test: dict[str, Any]
+
+
+class JobReply(_Reply):
+    """The state of an artifact job; a completed one holds its result."""
+
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    request_id: str
+
+
+class ReceiptEntry(_Reply):
+    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its line."""
+
+    seq: int
+    request_id: str
+    index: int
+    block_hash: str
+    tokens: int
+    finish: str
+    size: int
+    stored_at: float
+    sha256: str
+
+
+class ReceiptList(_Reply):
+    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after the last."""
+
+    receipts: list[ReceiptEntry]
+    next: int | None
+
+
+class StoredReceipt(_Reply):
+    """A receipt, and the header under which it stands in a file."""
+
+    seq: int
+    stored_at: float
+    sha256: str
+    header: dict[str, Any]
+    receipt: dict[str, Any]
+
+
+class RequestReceipts(_Reply):
+    """The receipts of a request, by index."""
+
+    receipts: list[StoredReceipt]
+
+
+class DeletedReceipts(_Reply):
+    """How many receipts were deleted."""
+
+    deleted: int
