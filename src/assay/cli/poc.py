@@ -146,7 +146,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})
         proof = poc.prove(made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to)
-    footer = proof.footer
+    footer, (resumed, first, rate) = proof.footer, pace.summary()
     values = {
         "path": str(chosen.output),
         "model": proof.round.model,
@@ -154,10 +154,10 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         "records": footer.records,
         "valid": footer.valid,
         "valid_rate": round(proof.valid_rate, 4),
-        "resumed": pace.resumed,
+        "resumed": resumed,
         "seconds": footer.seconds,
-        "first_batch_seconds": round(pace.first, 3),
-        "nonces_per_second": round(pace.rate, 2),
+        "first_batch_seconds": round(first, 3),
+        "nonces_per_second": round(rate, 2),
         "sha256": footer.sha256,
     }
     show_values("assay.poc.prove/1", values, as_json)
@@ -218,23 +218,18 @@ class _Pace:
         if self._show:
             self._show(done, total)
 
-    @property
-    def resumed(self) -> int:
-        """Nonces of the proof that an interrupted run left."""
-        return self._marks[1][1] if len(self._marks) > 1 else 0
+    def summary(self) -> tuple[int, float, float]:
+        """Return nonces that an interrupted run left, seconds until the first batch was done, and nonces per second.
 
-    @property
-    def first(self) -> float:
-        """Seconds until the first batch was done."""
-        return self._marks[2][0] - self._marks[0][0] if len(self._marks) > 2 else 0.0
-
-    @property
-    def rate(self) -> float:
-        """Nonces per second after the first batch, or of it where there was no other."""
-        if len(self._marks) < 3:
-            return 0.0
-        (start, before), (end, done) = self._marks[2], self._marks[-1]
-        return (done - before) / (end - start) if done > before else (done - self.resumed) / self.first
+        The rate is that after the first batch, or of it where there was no other.
+        """
+        (begin, _), *later = self._marks
+        resumed = later[0][1] if later else 0
+        if len(later) < 2:
+            return resumed, 0.0, 0.0
+        (start, before), (end, done) = later[1], later[-1]
+        rate = (done - before) / (end - start) if done > before else (done - resumed) / (start - begin)
+        return resumed, start - begin, rate
 
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:

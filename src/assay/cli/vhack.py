@@ -429,11 +429,8 @@ def _check_tokenizer(model: str) -> None:
     from assay.models.checkpoint import load_tokenizer
 
     if load_tokenizer(model) is None:
-        raise UsageError(
-            f"--model {model} has no tokenizer",
-            wanted="a model that reads texts",
-            do="save its tokenizer beside its weights, or pass another --model",
-        )
+        do = "save its tokenizer beside its weights, or pass another --model"
+        raise UsageError(f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do)
 
 
 def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:

@@ -108,11 +108,8 @@ class Source:
     def checkpoint(self) -> Path:
         """Directory of the checkpoint; a shape has none, and is refused."""
         if self.directory is None:
-            raise UsageError(
-                f"{self.reference} has no checkpoint",
-                wanted="a checkpoint on disk",
-                do="make one with `assay models random`, and pass its directory",
-            )
+            do = "make one with `assay models random`, and pass its directory"
+            raise UsageError(f"{self.reference} has no checkpoint", wanted="a checkpoint on disk", do=do)
         return self.directory
 
 
@@ -270,11 +267,8 @@ def _downloaded(hub_id: str) -> Path:
 def find_bundled(reference: str) -> Path:
     """Return the directory of a ``reference:`` name, or the configuration file of a ``shape:`` name."""
     if reference not in CATALOGUE:
-        raise ModelNotFound(
-            f"no bundled model is named {reference!r}",
-            wanted="one of " + ", ".join(CATALOGUE),
-            do=f"did you mean {nearest(reference)!r}?",
-        )
+        do = f"did you mean {nearest(reference)!r}?"
+        raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
     kind, _, name = reference.partition(":")
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"

@@ -114,11 +114,8 @@ def head_of(module: nn.Module) -> nn.Module:
     head = module.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, nn.Module):
         return head
-    raise LayersNotFound(
-        f"{type(module).__name__} has no output embeddings",
-        wanted="a decoder with a head",
-        do="use another architecture, such as Llama, Qwen3 or Mistral",
-    )
+    do = "use another architecture, such as Llama, Qwen3 or Mistral"
+    raise LayersNotFound(f"{type(module).__name__} has no output embeddings", wanted="a decoder with a head", do=do)
 
 
 def has_hooks(part: nn.Module) -> bool:

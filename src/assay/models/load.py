@@ -278,15 +278,15 @@ def load_model(
     """
     source, target = resolve(reference), parse_device(device)
     block, is_shape = block_hash or (SHAPE_BLOCK if source.directory is None else ""), source.directory is None
-    if weights not in WEIGHT_MODES:
-        raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
-    if weights == "trained" and block_hash is not None:
-        do = "drop it, or ask for random-all"
-        raise UsageError("a block hash for trained weights", wanted="no block_hash", do=do)
-    if weights != "trained" and not block:
-        raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
-    if dtype is not None and dtype not in streams.DTYPES:
-        raise UsageError(f"dtype={dtype!r}", wanted=" or ".join(streams.DTYPES), do="choose one, or leave it out")
+    drawn, modes, dtypes = weights != "trained", " or ".join(WEIGHT_MODES), " or ".join(streams.DTYPES)
+    for wrong, seen, wanted, do in (
+        (weights not in WEIGHT_MODES, f"weights={weights!r}", modes, "choose one of them"),
+        (not drawn and block_hash is not None, "a block hash for trained weights", "no block_hash", "drop it"),
+        (drawn and not block, f"weights={weights!r} without a block", "block_hash", "give the block hash"),
+        (dtype not in (None, *streams.DTYPES), f"dtype={dtype!r}", dtypes, "choose one, or leave it out"),
+    ):
+        if wrong:
+            raise UsageError(seen, wanted=wanted, do=do)
     form = _format_of(source, quantise, weights, target)
     tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
