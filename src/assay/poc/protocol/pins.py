@@ -260,15 +260,7 @@ class Pins:
         return next(filter(None, names), fingerprint.dtype)
 
     def joined(self, other: "Pins", source: str) -> "Pins":
-        """Return the pins of both, which must agree where both have a value.
-
-        Args:
-            other: Further pins, for instance those that flags give.
-            source: Origin of these pins, for the message.
-
-        Raises:
-            UsageError: Two values differ; names the flag of the value.
-        """
+        """Return the pins of both; a UsageError names the flag of a value that differs, and the source of ours."""
         theirs = {name: getattr(other, name) for name in other.given}
         ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
         odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
@@ -303,15 +295,10 @@ class Pins:
             raise ProofMismatch(seen, wanted=wanted, do=do, field="seq_len")
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
-        """Refuse an engine of another number format or build.
+        """Refuse an engine of another number format or build; a ProofMismatch names what differs, stated and wanted.
 
-        Args:
-            stated: Description of the engine.
-            owner: What was made by it, in words.
-            default: Number formats that are allowed where nothing is pinned; any when empty.
-
-        Raises:
-            ProofMismatch: Names the value, stated and wanted.
+        ``owner`` was made by the engine, and ``default`` are the formats that are allowed where nothing is pinned, any
+        when empty.
         """
         formats = self.formats or default
         if formats and stated.dtype not in formats:

@@ -316,30 +316,29 @@ class NetworkPins(Table):
         count, key, share = self.round.node_count, known.public_key, known.node_id
         own = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
         found = [node for node in own if share in (None, node.node_id)]
-        lacking = None
+
+        def lack(flag: str, wanted: str) -> UsageError:
+            return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
+
         if not self.nodes and share is None and count > 1:
-            lacking = "node_id", f"the share of the node, one of {count}"
-        elif key is None and len(self._of_key) > 1:
-            lacking = "public_key", f"the key of one of its {len(self._of_key)} nodes"
-        elif len(found) > 1:
-            lacking = "node_id", f"one of the {len(own)} shares of this key"
-        if lacking:
-            flag = f"--{lacking[0].replace('_', '-')}"
-            raise UsageError(f"no {flag} beside {self._path}", wanted=lacking[1], do=f"pass {flag}")
-        if found:
-            return found[0]
-        wrong = None
-        if not self.nodes and (share or 0) >= count:
-            wrong = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
-        elif self.nodes and not own:
-            wrong = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
-        elif self.nodes:
+            raise lack("--node-id", f"the share of the node, one of {count}")
+        if key is None and len(self._of_key) > 1:
+            raise lack("--public-key", f"the key of one of its {len(self._of_key)} nodes")
+        if len(found) > 1:
+            raise lack("--node-id", f"one of the {len(own)} shares of this key")
+        if found or (not self.nodes and (share or 0) < count):
+            return found[0] if found else None
+        if not self.nodes:
+            seen, wanted = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
+        elif not own:
+            seen, wanted = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
+        else:
             shares = ", ".join(str(node.node_id) for node in own)
-            wrong = f"node_id {share} of the key {own[0].public_key!r:.80}", f"one of {self._path}: {shares:.200}"
-        if wrong:
-            do = "name a node that the network knows, or add it under [[nodes]]"
-            raise UsageError(wrong[0], wanted=wrong[1], do=do)
-        return None
+            seen, wanted = (
+                f"node_id {share} of the key {own[0].public_key!r:.80}",
+                f"one of {self._path}: {shares:.200}",
+            )
+        raise UsageError(seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]")
 
     def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:
         if node is None or node.build is None:

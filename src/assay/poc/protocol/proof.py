@@ -85,16 +85,10 @@ def parse_line(
     most: Mapping[bytes, int] = MOST_PARTS,
     longest: int | None = None,
 ) -> T:
-    """Parse a line and refuse it if the value would be written in other bytes.
+    """Parse a line and refuse it if the value would be written in other bytes, with the names of the file and the line.
 
-    Args:
-        path: Name of the file, for errors.
-        number: Number of the line, for errors.
-        line: Bytes of the line, line end included; empty where the file ends.
-        read: Function that makes the value of the JSON.
-        write: Function that writes the value as canonical JSON.
-        most: Number of times that a character may be in the line: values take many times the room of their text.
-        longest: Number of bytes that the line may have; any where None.
+    ``most`` says how often a character may be in the line, as values take many times the room of their text, and
+    ``longest`` how many bytes it may have. It is empty where the file ends.
     """
     if not line:
         raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
@@ -517,13 +511,13 @@ class Proof(StrictFile):
 
     @override
     def lines(self) -> list[str]:
-        return [_header_line(self.header), *map(self.header.line, self.records), self.footer.line()]
+        return [dumps(self.header.as_dict()), *map(self.header.line, self.records), self.footer.line()]
 
     @override
     @classmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
-        header = parse_line(path, number, line, parse_header, _header_line)
+        header = parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
         records: list[Record] = []
         digest = hashlib.sha256()
         for nonce in header.all_nonces():
@@ -599,10 +593,6 @@ class _RecordLine:
     vector: str = ""
     tokens: str = ""
     sketches: str = ""
-
-
-def _header_line(header: Header) -> str:
-    return dumps(header.as_dict())
 
 
 def parse_header(line: bytes) -> Header:

@@ -91,10 +91,7 @@ def digest_adapter(path: str | Path) -> str:
 
 
 def load_adapter(path: str | Path) -> Lora:
-    """Read a LoRA adapter in the format of peft.
-
-    Args:
-        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Read a LoRA adapter as peft writes it, in a directory with its configuration and its weights.
 
     Raises:
         ModelError: A file is missing, or is not what it should be.

@@ -217,15 +217,7 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
 
 
 def default_response_noise(prover_dtype: str, verifier_dtype: str) -> ResponseNoise:
-    """Return the stated default for a pair of dtypes, as measured on the bundled models.
-
-    Args:
-        prover_dtype: Dtype of the prover's engine.
-        verifier_dtype: Dtype of the verifier's engine; the order does not matter.
-
-    Raises:
-        CalibrationError: No default was measured for this pair.
-    """
+    """Return the stated default for a pair of dtypes in any order; a CalibrationError where none was measured."""
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
     laws = _defaults()["laws"]
     if pair not in laws:

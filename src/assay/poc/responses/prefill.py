@@ -78,14 +78,9 @@ class Prefill(Protocol):
 
 
 class HFPrefill(Prefill):
-    """Prefills with the transformers engine.
+    """Prefills with the transformers engine, so many sequences at a time: one where bits must not depend on others.
 
-    Args:
-        model: Model of the verifier.
-        batch_size: Number of sequences of a batch at most; one by one where bits must not depend on the others.
-
-    Raises:
-        ModelError: The model has no head that reads the last hidden state.
+    A ModelError says that the model has no head that reads the last hidden state.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
@@ -141,11 +136,8 @@ def read_on(
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
     """Append tokens to the one sequence of a cache, so no other request enters its numbers.
 
-    Returns:
-        Logits and hidden states of the last positions, or of all tokens appended when 0; and the cache.
-
-    Raises:
-        AssayError: As :meth:`HFPrefill.run`.
+    Returns logits and hidden states of the last positions, or of all tokens appended when 0, and the cache; raises as
+    :meth:`Prefill.run` does.
     """
     options = {"past_key_values": cache, "use_cache": True}
     places = 0, slice(-last or None, None)
@@ -189,13 +181,7 @@ def sketch_response(
 ) -> Float16[Tensor, "S K"]:
     """Return the sketches of the states after the final norm that gave the tokens of some steps, on their device.
 
-    Args:
-        hidden_SD: Hidden states.
-        words: Words of the response's seed for the stream ``sketch``, uint32 [8].
-        steps: Steps of the states.
-
-    Raises:
-        BadWeights: A state is NaN or infinite.
+    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a state is not finite.
     """
     if not bool(torch.isfinite(hidden_SD).all()):
         raise not_finite("a hidden state that is NaN or infinite")

@@ -71,18 +71,10 @@ def measure_margins(
     prompt: tuple[int, ...] = (),
     whole: bool = True,
 ) -> Margins:
-    """Measure how far the tokens of a response are from those that these logits give.
+    """Measure how far the tokens of a response are from those that these raw logits of a prefill give.
 
-    Args:
-        logits_NV: Raw logits that gave the tokens, by a prefill.
-        output: Tokens of the response.
-        sampling: Parameters of sampling.
-        seeds_N: Seeds of the steps.
-        prompt: Tokens of the prompt, which penalties may need.
-        whole: Whether the engine gave the logits of all tokens; those that it did not give are -inf.
-
-    Raises:
-        UsageError: The engine gave some logits only, and the others may decide which tokens top-p keeps.
+    Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the others are -inf, and a
+    UsageError says that they may decide which tokens top-p keeps.
     """
     vocabulary = logits_NV.shape[1]
     rows = max(1, _AT_ONCE // vocabulary)

@@ -57,14 +57,11 @@ def numbers_of(sampling: Sampling) -> tuple[float, ...]:
 
 
 class Sampler:
-    """Makes scores for rows of logits on one device.
+    """Makes scores for rows of V logits on one device.
 
     Args:
         samplings: Parameters of every row, or one set for all rows; or :func:`numbers_of` of every row [N, 8], which an
-            engine has at hand whenever its batch changes.
-        vocab_size: Number V of logits of a row.
-        device: Device that holds the logits.
-        biases: Biases of every row, beside numbers; nothing if no row has any.
+            engine has at hand whenever its batch changes, with their ``biases`` beside them.
 
     Raises:
         UsageError: A biased token is not in the vocabulary.

@@ -147,17 +147,12 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    seen_by_one = responses != "off"
+    records = responses != "off"
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
-        (
-            seen_by_one and engines > 1,
-            f"{recorded} {engines} data-parallel engines",
-            "one that has all answers",
-            several,
-        ),
-        (seen_by_one and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
+        (records and engines > 1, f"{recorded} {engines} data-parallel engines", "one that has all answers", several),
+        (records and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
         (too_long, in_folder, f"a path of at most {room} bytes, in which a socket can be", shorter),
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),

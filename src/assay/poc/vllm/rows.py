@@ -93,9 +93,7 @@ class RowStream:
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    sums: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # over positions of nonces whose prompts come in several steps
+    sums: dict[int, Tensor] = field(default_factory=dict)  # of nonces whose prompts come in several steps
     decodes: dict[int, Decode] = field(default_factory=dict)  # of nonces that decode, until they are collected
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)  # reasons of nonces that could not run
     dropped: int = 0  # number of rows that were never collected

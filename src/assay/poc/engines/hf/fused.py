@@ -118,13 +118,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class LeanDecoder:
-    """The layers of a model of transformers as functions of tensors, ready to run on inputs of one length.
+    """The layers of a model for which :func:`is_lean` is true as functions of tensors, for inputs of T positions.
 
     The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
-
-    Args:
-        model: Model for which :func:`is_lean` is true.
-        seq_len: Number of positions, T.
     """
 
     def __init__(self, model: Model, seq_len: int) -> None:
@@ -479,16 +475,11 @@ def worth_compiling(model: Model) -> bool:
 
 
 class CompiledForward:
-    """Runs the decoder of a model on inputs of one fixed shape.
+    """Runs the decoder of a model on inputs of one fixed shape, B nonces of T positions.
 
     A model of a listed family runs between assay's own kernels where they serve it (:class:`LeanDecoder`), and any
     other one is compiled as a whole, as transformers has it. The last layer serves the last position alone where B rows
     are enough for products in which the place of a row does not matter: from :data:`ROWS_OF_A_PRODUCT` on.
-
-    Args:
-        model: Model whose decoder is compiled.
-        batch_size: Number of nonces of a batch, B.
-        seq_len: Number of positions, T.
     """
 
     def __init__(self, model: Model, batch_size: int, seq_len: int) -> None:

@@ -109,15 +109,10 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
 
 
 class ParallelEngine(HFEngine):
-    """The engine on transformers over several processes.
+    """The engine on transformers over several processes, each of which has the model on its device.
 
     As a context: where it ends, the other processes are told to end too. The first process uses it as any engine;
     the others call :meth:`work`. An error of any process, or a ResourceError where one has ended, is raised there.
-
-    Args:
-        model: Model of this process, on its device.
-        world: Processes of the proof.
-        shape: Keywords of :class:`HFEngine`.
     """
 
     def __init__(self, model: Model, world: World, **shape: Any) -> None:
