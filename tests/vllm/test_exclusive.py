@@ -74,8 +74,7 @@ def test_a_round_refuses_new_chat_and_lets_running_chat_end(server):
 
 
 def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
-    receiver = Receiver()
-    try:
+    with Receiver() as receiver:
         server.begin("killed", url=receiver.url)
         before = server.wait_for(40)
         server.kill()
@@ -85,8 +84,6 @@ def test_nothing_is_lost_and_nothing_doubled_by_sigkill(server):
         server.post("/stop").raise_for_status()
         until(lambda: receiver.nonces("killed") == stored(server, "killed"), 240)
         assert stored(server, "killed") == list(range(len(receiver.nonces("killed"))))
-    finally:
-        receiver.close()
 
 
 def test_a_round_goes_on_after_the_engine_was_killed_and_the_server_ended_by_itself(server):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
 from assay.poc.engines.base import HostCopy
 from assay.poc.vllm import compatibility as _versions
@@ -22,7 +22,6 @@ from assay.poc.vllm.direct import (
     MOST,
     CallSizer,
     DirectPasses,
-    _empty_cache_like,
     direct_path_blockers,
 )
 from assay.poc.vllm.rows import Spec, split_id
@@ -148,15 +147,6 @@ def runner(
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
     model = SimpleNamespace()
     return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=device)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"mode": "both"}, {"share": 0.0}, {"share": 1.5}, {"share": float("nan")}, {"chat_in_flight": 0}, {"drain": -1.0}],
-)
-def test_settings_of_the_throttle_are_bounded(wrong):
-    with pytest.raises(UsageError):
-        ThrottleSettings(**wrong)
 
 
 def throttled(chat: int, **settings) -> Throttle:
@@ -466,14 +456,6 @@ PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an
 def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: int, activations: int, batch: int):
     made = config()
     assert DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len) == batch
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
-def test_the_private_cache_lies_in_memory_as_that_of_the_engine(order):
-    own = torch.ones([(9, 2, 4, 8)[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
-    made = _empty_cache_like(own, 5)
-    assert (made.shape, made.any().item()) == ((5, 2, 4, 8), False)
-    assert sorted(range(4), key=made.stride) == sorted(range(4), key=own.stride)
 
 
 def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():

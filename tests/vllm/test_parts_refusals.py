@@ -16,7 +16,6 @@ from assay.poc import NetworkPins, get_pipeline
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
-from assay.poc.vllm.rows import products
 from tests.models.storing import described
 from tests.vllm.conftest import ROOT
 
@@ -297,22 +296,6 @@ def test_stored_formats_that_are_not_read_and_older_versions_are_refused(newest,
     check_config_says(stored("int8"), "vLLM 0.28.0 with a checkpoint in int8-rows")
 
 
-def test_receipts_and_several_engines_are_refused_together():
-    settings = SimpleNamespace(responses="seeded", has_keys=True, data_dir=Path("data"))
-    with pytest.raises(UsageError, match="ASSAY_RESPONSES=seeded with 2"):
-        _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
-    settings.responses = "off"
-    _preflight.check_arguments(SimpleNamespace(data_parallel_size=2), settings)
-
-
-def test_an_error_of_the_plugins_settings_names_the_variable(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ASSAY_RESPONSES", "sketches")
-    with pytest.raises(UsageError) as refusal:
-        _preflight.PluginSettings()
-    assert refusal.value.seen == "ASSAY_RESPONSES sketches"
-    assert refusal.value.do == "did you mean ASSAY_RESPONSES sketched?"
-
-
 def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
     settings = SimpleNamespace(responses="off", has_keys=True, data_dir=tmp_path / ("d" * 100))
@@ -406,21 +389,3 @@ def test_a_device_for_vllm_is_refused():
         vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16),
     ):
         pass
-
-
-def test_the_products_of_quantised_layers_are_named_and_of_no_others():
-    class CPUInt8:
-        def _apply_weights_onednn(self) -> None: ...
-
-        linear_method = _apply_weights_onednn
-
-    class Experts: ...
-
-    layers = [
-        SimpleNamespace(quant_method=SimpleNamespace(), scheme=SimpleNamespace(kernel=CPUInt8())),
-        SimpleNamespace(quant_method=SimpleNamespace(experts_cls=Experts)),
-        SimpleNamespace(quant_method=SimpleNamespace()),
-        SimpleNamespace(),
-    ]
-    assert products(SimpleNamespace(modules=lambda: layers)) == ["CPUInt8 onednn", "experts Experts"]
-    assert products(SimpleNamespace(modules=lambda: layers[2:])) == []

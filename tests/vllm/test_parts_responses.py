@@ -269,14 +269,6 @@ def test_masks_are_named():
 WIDTH = 16
 
 
-def test_what_is_carried_comes_back_and_what_others_put_there_does_not():
-    sampling = Sampling(temperature=0.5, logit_bias={3: 1.0, 70: -2.0})
-    for carried in (SeedArgument(5, (1,) * 8, (2,) * 8, sampling), SeedArgument(5, (1,) * 8)):
-        assert read_seed_argument(SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})) == carried
-    for other in (None, {}, {"kv": 1}, {ARGUMENT: [1, 2]}, {ARGUMENT: "x"}):
-        assert read_seed_argument(SimpleNamespace(extra_args=other)) is None
-
-
 class Runner:
     """A model runner of the V1 kind, whose states name their position."""
 
@@ -529,9 +521,3 @@ def test_responses_need_the_key_of_the_node(monkeypatch):
     monkeypatch.setenv("ASSAY_RESPONSES", "seeded")
     with pytest.raises(UsageError, match="ASSAY_RESPONSES_PUBLIC_KEY"):
         PluginSettings()
-
-
-def test_the_package_names_no_entry_point_that_moves_a_server_to_another_runner():
-    from importlib.metadata import distribution
-
-    assert "vllm.logits_processors" not in {entry.group for entry in distribution("assay").entry_points}

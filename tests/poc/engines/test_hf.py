@@ -10,7 +10,6 @@ from assay import streams
 from assay.errors import LayersNotFound, OutOfMemory, UsageError
 from assay.models.decoder import backbone, decoder_layers
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.base import noise_inputs
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.protocol.round import MAX_NONCE, NONCE_TEXTS
@@ -218,23 +217,3 @@ def test_texts_of_many_nonces_are_those_of_each(block_hash: str, public_key: str
             texts = round.texts(stream, NONCES, count=3, k=k)
             assert texts == [round.text(stream, n, index=i, k=k) for n in NONCES for i in range(3)]
             assert round.texts(stream, iter(NONCES), k=k) == texts[::3]
-
-
-def test_every_versioned_text_says_how_long_its_parts_are():
-    round = Round(block_hash="é中", public_key="k", preset="hardened")
-    assert round.texts("inputs", [7, 10], count=2) == [
-        "11:assay.poc/26:inputs5:é中1:k1:71:01:0",
-        "11:assay.poc/26:inputs5:é中1:k1:71:11:0",
-        "11:assay.poc/26:inputs5:é中1:k2:101:01:0",
-        "11:assay.poc/26:inputs5:é中1:k2:101:11:0",
-    ]
-
-
-@pytest.mark.parametrize("strength", [32, 256])
-def test_inputs_of_a_batch_are_the_streams_of_its_nonces(strength: int, round_: Round):
-    round = replace(round_, strength=strength)
-    backend = streams.get_backend("numpy")
-    made = noise_inputs(backend, round, NONCES, seq_len=3, hidden_size=8, dtype="float32")
-    for row, nonce in zip(made.numpy(), NONCES, strict=True):
-        alone = backend.normals(streams.seeds([round.text("inputs", nonce)], strength), 24)
-        np.testing.assert_array_equal(row, np.asarray(alone).reshape(3, 8))

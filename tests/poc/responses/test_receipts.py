@@ -264,23 +264,7 @@ def test_a_receipt_that_could_not_be_read_cannot_be_made(values: dict, responses
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """Change, cut, double or insert a few bytes."""
-    pieces = [
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b",",
-        b'"',
-        b":",
-        b"-",
-        b"0",
-        b"9e9",
-        b"null",
-        b"true",
-        b"\\u0000",
-        b"\xff",
-        b"\n",
-    ]
+    pieces = [*b'[ ] { } , " : - 0 9e9 null true \\u0000 \xff'.split(b" "), b"\n"]
     for _ in range(draw.randint(1, 3)):
         at, end = sorted(draw.choices(range(len(content) + 1), k=2))
         end = min(end, at + draw.choice((0, 1, 1, 2, 40)))

@@ -7,13 +7,9 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.files.database import Database
-from assay.poc import DistanceRecord, prove
-from assay.poc.net.deployment import Deployment
-from assay.poc.service import Settings
-from assay.poc.service.bodies import InitRequest
-from assay.poc.service.controller import Controller
+from assay.poc import DistanceRecord
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap, execute
 from tests.waiting import until
@@ -51,37 +47,6 @@ def test_a_restart_returns_to_state_and_round(service, then):
     assert sum(histogram["counts"]) + histogram["below"] + histogram["above"] == len(found)
 
 
-def test_the_records_are_those_of_prove(tmp_path, small_model, round_):
-    """Through the service or not, a nonce has the same distance, bit for bit."""
-    settings = Settings(data_dir=tmp_path, seq_len=16)
-    controller = Controller(lambda: Deployment.of(small_model), settings)
-    controller.start()
-    try:
-        until(lambda: controller.deployment is not None)
-
-        body = InitRequest(
-            block_hash="block_alpha",
-            block_height=0,
-            public_key="node_A",
-            r_target=1.416,
-            batch_size=8,
-            seq_len=16,
-            node_id=0,
-            node_count=1,
-        )
-        controller.init(body, "init/generate")
-        until(lambda: controller.progress.checked >= 40)
-        controller.stop()
-        records = controller.database["records"]
-        with controller.database.read() as connection:
-            rows = connection.execute(sa.select(records).order_by(records.c.nonce).limit(40)).all()
-    finally:
-        controller.close()
-    wanted = prove(small_model, round_, range(40), batch_size=8)
-    assert [(row.nonce, row.distance) for row in rows] == [(r.nonce, r.distance) for r in wanted.records]
-    assert [bool(row.valid) for row in rows] == [r.distance < 1.416 for r in wanted.records]
-
-
 @pytest.mark.parametrize(
     "change",
     [{"r_target": 1.4}, {"seq_len": 8}, {"batch_size": 8}, {"block_height": 8}, {"node_count": 2}, {"n_groups": 2}],
@@ -104,13 +69,6 @@ def test_nodes_and_groups_share_the_nonces(service, share):
     found = nonces_on_disk(service)
     offset, step = node_id + group_id * node_count, n_groups * node_count
     assert found == [offset + i * step for i in range(len(found))]
-
-
-@pytest.mark.parametrize(
-    "change", [{"node_id": 3, "node_count": 3}, {"group_id": 1}, {"node_id": 0, "node_count": 0}, {"group_id": 2**50}]
-)
-def test_a_share_that_cannot_be_is_refused(service, change):
-    service.post("/init/generate", ROUND | change, status=422)
 
 
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):

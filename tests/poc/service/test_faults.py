@@ -7,7 +7,6 @@ from fastapi import FastAPI
 
 from assay.poc.engines import base as _outputs
 from assay.poc.service import Settings, attach
-from assay.poc.service.bodies import InitRequest
 from assay.poc.service.controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
@@ -20,16 +19,6 @@ def computed(service, nonces: list[int]) -> list[float]:
     """The distances that an honest prover of the fake model has."""
     body = CLAIM | {"nonces": nonces, "dist": [1.4] * len(nonces)}
     return service.post("/validate", body)["computed_distances"]
-
-
-def test_fault_02_defaults_of_the_api_are_the_librarys(service):
-    fields = InitRequest.model_fields
-    assert (fields["use_sign_flips"].default, fields["use_layer_hooks"].default) == (True, False)
-    service.post("/init", ROUND)
-    assert service.controller.progress.stored.preset == "poc-2.0"
-    service.post("/init", ROUND | {"public_key": "B", "use_sign_flips": False, "use_layer_hooks": True})
-    assert service.controller.progress.stored.preset == "layer-normalize"
-    service.post("/init", ROUND | {"public_key": "C", "use_layer_hooks": True}, status=422)
 
 
 def test_fault_03_init_without_ids_has_no_negative_nonces(service):

@@ -6,7 +6,7 @@ import socket
 import httpx
 import pytest
 
-from assay.poc.net.guard import Blocked, call, check_url, resolve
+from assay.poc.net.callbacks import Blocked, call, check_url, resolve
 from assay.poc.net.refusals import Refusal
 
 PRIVATE = [

@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from assay.errors import EngineEnded, ProofMismatch, StorageError
-from assay.poc.net import guard as _callback_guard
+from assay.poc.net import callbacks as _callback_guard
 from assay.poc.service import Settings
-from assay.poc.service import checks as _checks
-from assay.poc.service import delivery as _delivery
+from assay.poc.service import callbacks as _delivery
+from assay.poc.service import requests as _checks
 from assay.poc.service import rounds as _rounds
+from assay.poc.service.callbacks import open_outbox
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import open_database
-from assay.poc.service.outbox import open_outbox
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
@@ -73,15 +73,6 @@ def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
     service.post("/init/generate", ROUND)
     until(lambda: service.status()["error"])
     assert service.status()["state"] == "STOPPED"
-
-
-def test_the_controller_is_whole_when_it_is_made(rig, tmp_path):
-    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))
-    assert controller.state == "IDLE"
-    assert controller.outbox.counts() == {"pending": 0, "dead": 0}
-    with controller:
-        assert controller.loaded.result(30) is controller.deployment
-    assert controller.ended
 
 
 # Time

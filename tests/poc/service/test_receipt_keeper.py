@@ -8,9 +8,9 @@ import pytest
 
 from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.callbacks import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store

@@ -150,12 +150,6 @@ def test_reordered_rows_are_found(copy: Path, one: int, other: int, moved: str):
     assert first_bad(copy) == one
 
 
-def test_rows_of_an_account_moved_to_another_are_found(copy: Path):
-    with by_hand(copy) as database:
-        database.execute("UPDATE updates SET account = 1 WHERE account = 2")
-    assert first_bad(copy) == 2
-
-
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
