@@ -42,10 +42,16 @@ if TYPE_CHECKING:
 
 
 def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
-    """Return ``top_k`` axes per module of one kind, see :data:`assay.vhack.delta.arms.BASIS_KINDS`.
+    """Return ``top_k`` axes per module of one kind:
 
-    ``"trusted"`` are the leading right singular vectors of the clean gradients, the directions that honest work is
-    learned along, by ``svd`` whatever the method.
+    - ``true``: the hack directions of the pairs;
+    - ``random``: as many orthonormal axes, uniform among all of them;
+    - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction
+      of the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by
+      ``lda`` it is lost too, because half of what it whitens by are hacks;
+    - ``clean-clean``: extracted from differences between clean sides of different pairs;
+    - ``trusted``: the leading right singular vectors of the clean gradients, the directions that honest work is learned
+      along, by ``svd`` whatever the method.
 
     Raises:
         UsageError: There is no such kind, or there are too few pairs for it.

@@ -8,7 +8,7 @@ import torch
 from assay.errors import UsageError
 from assay.vhack import Basis
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
-from assay.vhack.delta.arms import BASIS_KINDS, GATES, Box
+from assay.vhack.delta.arms import BASIS_KINDS, Box
 from tests.vhack.delta.conftest import loss_of, own
 
 ROOT = Path(__file__).parents[3]
@@ -111,11 +111,6 @@ def test_the_examples_in_the_docstrings_are_right():
     for module, examples in ((_arms, 2), (_settings, 2)):
         found = doctest.testmod(module)
         assert (found.failed, found.attempted) == (0, examples)
-
-
-def test_the_first_word_for_a_two_sided_gate_is_still_read():
-    assert Gate("no_gate", 1.5) == Gate("two_sided", 1.5)
-    assert "no_gate" not in GATES
 
 
 def test_a_push_moves_along_every_axis_by_its_share_of_the_rate(module, ids, small_svd, basis):

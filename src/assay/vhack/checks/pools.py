@@ -36,8 +36,7 @@ from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.stats.rates import BootstrapInterval, auroc
-from assay.vhack.basis.axes import cin_over_modules
-from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
 from assay.vhack.checks.folds import refuse_seen
 from assay.vhack.checks.judge import (
@@ -68,17 +67,10 @@ _KINDS = ("hack", "clean")
 
 @dataclass(frozen=True, slots=True)
 class GuardItem:
-    """One question of the guard.
+    """One question of the guard."""
 
-    Attributes:
-        name: ``constant``, ``halves`` or ``length``.
-        measured: Share of ties, or difference of two AUROC; None where it could not be measured.
-        verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
-        reason: What decided.
-    """
-
-    name: str
-    measured: BootstrapInterval | None
+    name: str  # ``constant``, ``halves`` or ``length``
+    measured: BootstrapInterval | None  # share of ties, or difference of two AUROC; None where it could not be measured
     verdict: CheckVerdict
     reason: str
 

@@ -41,18 +41,9 @@ Number = TypeVar("Number", float, Tensor)
 
 GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 """Rules that say which part of an update along the axes is removed."""
-_OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
-"""The axes an arm may act along, besides ``trusted``; all but the true ones come from assay-research:
-
-- ``true``: the hack directions of the pairs;
-- ``random``: as many orthonormal axes, uniform among all of them;
-- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction of
-  the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by ``lda`` it
-  is lost too, because half of what it whitens by are hacks;
-- ``clean-clean``: extracted from differences between clean sides of different pairs.
-"""
+"""The axes an arm may act along, besides ``trusted``; all but the true ones are made in assay-research."""
 
 TRUSTED = "trusted"
 _LEVELS = ("gradient", "update")
@@ -66,7 +57,6 @@ class Gate:
 
     Attributes:
         kind: One of ``"one_sided"``, ``"two_sided"``, ``"reverse"``, ``"keep"``, and ``"none"``, which only measures.
-            ``"no_gate"``, the first version's word for ``"two_sided"``, is still read.
         gain: Factor γ of what is removed.
     """
 
@@ -74,7 +64,6 @@ class Gate:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _OLD_WORDS.get(self.kind, self.kind))
         if self.kind not in GATES:
             raise UsageError(f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them")
         if not (math.isfinite(self.gain) and self.gain >= 0):
@@ -106,15 +95,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Box:
-    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is.
+    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is."""
 
-    Attributes:
-        hackward: Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
-        away: Largest distance away from the hack.
-    """
-
+    # Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
     hackward: float = 0.0
-    away: float = math.inf
+    away: float = math.inf  # largest distance away from the hack
 
     def __post_init__(self) -> None:
         if not (self.hackward >= 0 and self.away >= 0):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack, cast
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
@@ -26,8 +26,8 @@ from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
 from assay.models.wide import wide_products
 from assay.streams.definition import seed32
-from assay.vhack.checks.judge import describe_fault
 from assay.vhack.gradients.batches import context_length
+from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,11 +49,7 @@ class PoolRollout:
 
 
 class RolloutPool:
-    """Stored completions by prompt.
-
-    Args:
-        rollouts: Completions in the order of the file.
-    """
+    """Stored completions by prompt, in the order of their file."""
 
     def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
         self._by_prompt: dict[str, list[PoolRollout]] = {}
@@ -104,9 +100,9 @@ def _parse_rollout(
     """Return the rollout of a line, or refuse what a trainer could not use."""
     wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
     try:
-        made = TypeAdapter(PoolRollout).validate_python(record)
-    except ValidationError as error:
-        raise DataError(f"{name}: {describe_fault(error)}", wanted=wanted, do="correct the line") from None
+        made = validated(PoolRollout, record)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
     tokens, ids = len(made.tokens), list(made.tokens)
     spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
     for is_good, seen, wanted_here in (

@@ -31,7 +31,7 @@ from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.pool import RolloutPool, find_end_token, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
-from assay.vhack.training.rewards import Reward, RewardFunction, Task, make_reward
+from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -43,23 +43,14 @@ LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run ended.
+    """Where a run ended."""
 
-    Attributes:
-        folder: Directory of the run.
-        steps: Number of its steps.
-        arm: Name of its arm.
-        resumed_from: Step that it was continued from; 0 stands for the start.
-        last: Means of the last ten step lines, by name.
-        is_first: Whether this is the process that wrote the files, of one or several.
-    """
-
-    folder: Path
-    steps: int
-    arm: str
-    resumed_from: int
-    last: JsonObject
-    is_first: bool = True
+    folder: Path  # directory of the run
+    steps: int  # number of its steps
+    arm: str  # name of its arm
+    resumed_from: int  # step that it was continued from; 0 stands for the start
+    last: JsonObject  # means of the last ten step lines, by name
+    is_first: bool = True  # whether this is the process that wrote the files, of one or several
 
 
 class Prepared:
@@ -257,7 +248,10 @@ def train(
     if say is not None:
         say(f"arm {settings.arm}: {settings.chosen.says} (docs/vhack-results.md has what was measured)")
     workers = max(1, (os.cpu_count() or 2) // processes.count)
-    paid = make_reward(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    if reward is None and settings.reward is not None:
+        reward = import_function(settings.reward, "--reward")
+    work, source = load_tasks(settings, tasks, least=settings.prompts, why="the prompts of a step")
+    paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
