@@ -72,17 +72,12 @@ measured before (research/results/mixture_wider.json), and with as many nonces i
 """
 
 LAWS: dict[str, type[Law]] = {
-    "distance": stats.ScaleNoise,
-    "position distance": stats.ScaleNoise,
-    "vector": stats.LogNoise,
-    "position vector": stats.LogNoise,
-    "tokens": stats.LogNoise,
-    "few tokens": stats.LogNoise,
+    **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
+    **dict.fromkeys(("vector", "position vector", "tokens", "few tokens"), stats.LogNoise),
 }
 """Kind of law by family of noise."""
 
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
-_MEASURE = "measure it again with `assay poc calibrate A.jsonl B.jsonl`"
 
 
 @dataclass(frozen=True)
@@ -97,10 +92,6 @@ class Sizes:
     pairs: Mapping[Pair, float]
     kinds: tuple[str, ...]
 
-    def between(self, one: int, other: int) -> float | None:
-        """Return the size between two machines; None where it was not measured."""
-        return self.pairs.get((min(one, other), max(one, other)))
-
     @property
     def typical(self) -> float:
         """Median size over all pairs."""
@@ -112,16 +103,11 @@ class Sizes:
 
     def predict(self, kind: str, validator: int | None = None) -> float:
         """Return the size to expect of a new machine of a kind against a validator's machine, or against any."""
-        machines = range(len(self.kinds))
-        judges = [validator] if validator is not None else list(machines)
-        against = {
-            (i, j): size for j in judges for i in machines if i != j and (size := self.between(i, j)) is not None
-        }
+        both = {(i, j): size for pair, size in self.pairs.items() for i, j in (pair, pair[::-1])}
+        against = {(i, j): size for (i, j), size in sorted(both.items()) if validator in (None, j)}
         if not against:  # the validator's machine was measured with none of these
             return self.typical
-        foreign = {
-            (i, j): size for (i, j), size in against.items() if not self.kinds[i] or self.kinds[i] != self.kinds[j]
-        }
+        foreign = {pair: size for pair, size in against.items() if len({self.kinds[i] or i for i in pair}) == 2}
         usual = float(np.median(list(self._by_kind(foreign or against).values())))
         alike = self._by_kind(against).get(kind) if kind else None
         return usual if alike is None else max(usual, alike)
@@ -135,12 +121,11 @@ class Sizes:
 
     def deviations(self) -> FloatArray:
         """Return ln(size / predicted) of every machine as if it were new, against every other machine."""
-        found, machines = [], range(len(self.kinds))
-        for i in machines:
+        found = []
+        for i, kind in enumerate(self.kinds):
             rest = self.without(i)
-            if rest.pairs:
-                measured = [(j, size) for j in machines if (size := self.between(i, j)) is not None]
-                found += [math.log(size / rest.predict(self.kinds[i], j)) for j, size in measured]
+            measured = {sum(pair) - i: size for pair, size in self.pairs.items() if i in pair and rest.pairs}
+            found += [math.log(size / rest.predict(kind, j)) for j, size in sorted(measured.items())]
         return np.array(found)
 
 
@@ -310,7 +295,7 @@ class BuildNoise:
             raise CalibrationError(
                 "a calibration that does not say of which model and preset it is",
                 wanted="one made by this version: the noise of one model gives cheaters on a quieter one room",
-                do=_MEASURE,
+                do="measure it again with `assay poc calibrate A.jsonl B.jsonl`",
             )
         stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
         measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
@@ -414,16 +399,15 @@ class Calibration:
         Raises:
             CalibrationError: No build is of the proof's model, preset and engine; names what differs.
         """
-        reason: CalibrationError | None = None
+        reasons = []
         for build in sorted(self.builds, key=lambda build: header.fingerprint not in build.engines):
             try:
                 build.check_header(header)
             except CalibrationError as error:
-                reason = reason or error
+                reasons.append(error)
             else:
                 return build
-        assert reason is not None, "a calibration has at least one build"
-        raise reason
+        raise reasons[0]
 
     def check_kind(self, header: Header, engine: str) -> None:
         """Refuse a validator on a kind of engine that was not measured beside the prover's, before one starts.
@@ -484,14 +468,11 @@ class Calibration:
             kind, schema = values.pop("kind", None), values.pop("schema", None)
             if kind != KIND or schema not in (1, SCHEMA):
                 raise ValueError(f"kind {kind!r}, schema {schema!r}")
-            builds = (
-                [BuildNoise.from_first_version(values)]
-                if schema == 1
-                else [BuildNoise.from_dict(one) for one in values["builds"]]
-            )
-            if not builds:
+            if schema == 1:
+                return cls(builds=(BuildNoise.from_first_version(values),))
+            if not (builds := tuple(map(BuildNoise.from_dict, values["builds"]))):
                 raise ValueError("no build")
-            return cls(builds=tuple(builds))
+            return cls(builds=builds)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, AssayError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
@@ -674,25 +655,16 @@ def calibrate(
             wanted="proofs of a preset whose values are compared nonce by nonce",
             do="judge them by the default law; research/results/decode_noise.json says how it was measured",
         )
-    rows, fingerprints = _find_machines(proofs)
-    pipeline = first.pipeline
+    measured, fingerprints = _compare_machines(proofs, hidden_size)
+    pipeline, machines = first.pipeline, describe_machines(fingerprints)
     size = hidden_size if hidden_size and pipeline.head == "random" else 0
-    between_blocks = PAIR_SPREAD
-    if pipeline.output == "distance":
-        between_blocks = SCALED_SPREAD if size else BLOCK_SPREAD
-    build = fit_build(
-        _compare_machines(proofs, rows, hidden_size),
-        describe_machines(fingerprints),
-        pipeline,
-        between_blocks=between_blocks,
-        mixture=bool(mixture),
-        progress=progress,
-    )
+    between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if size else BLOCK_SPREAD
+    build = fit_build(measured, machines, pipeline, between_blocks=between, mixture=bool(mixture), progress=progress)
     return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, mixture=mixture),))
 
 
-def _find_machines(proofs: Sequence[Proof]) -> tuple[list[int], list[Fingerprint]]:
-    """Return the machine of every proof, and the fingerprints of the machines.
+def _compare_machines(proofs: Sequence[Proof], hidden_size: int | None) -> tuple[Residuals, list[Fingerprint]]:
+    """Return the residuals of pairs of machines, over the scale of each block, and the fingerprints of the machines.
 
     A machine is an engine. Two proofs of one round are of two machines, even if their engines are described alike.
     """
@@ -706,28 +678,19 @@ def _find_machines(proofs: Sequence[Proof]) -> tuple[list[int], list[Fingerprint
             fingerprints.append(proof.header.fingerprint)
         rows.append(row)
         taken.add((row, proof.round))
-    return rows, fingerprints
-
-
-def _compare_machines(proofs: Sequence[Proof], rows: Sequence[int], hidden_size: int | None) -> Residuals:
-    """Return the residuals of pairs of machines over all rounds that they share, over the scale of each block."""
     found: dict[tuple[int, int], list[FloatArray]] = {}
     for a, b in combinations(range(len(proofs)), 2):
-        one, other = proofs[a], proofs[b]
-        if one.round == other.round:
-            first, second = (a, b) if rows[a] < rows[b] else (b, a)
-            errors = _residuals(proofs[first], proofs[second], hidden_size)
-            found.setdefault((rows[first], rows[second]), []).append(errors)
+        if proofs[a].round != proofs[b].round:
+            continue
+        (i, one), (j, other) = sorted([(rows[a], proofs[a]), (rows[b], proofs[b])], key=lambda pair: pair[0])
+        theirs = {record.nonce: record for record in other.records}
+        common = [record for record in one.records if record.nonce in theirs]
+        errors = residuals(common, [theirs[record.nonce] for record in common])
+        scale = block_scale(one.round, hidden_size) if hidden_size else 1.0
+        found.setdefault((i, j), []).append(errors / scale)
     measured = {pair: np.concatenate(parts) for pair, parts in found.items()}
-    check_compared(measured, max(rows) + 1)
-    return measured
-
-
-def _residuals(one: Proof, other: Proof, hidden_size: int | None) -> FloatArray:
-    theirs = {record.nonce: record for record in other.records}
-    common = [record for record in one.records if record.nonce in theirs]
-    errors = residuals(common, [theirs[record.nonce] for record in common])
-    return errors / block_scale(one.round, hidden_size) if hidden_size else errors
+    check_compared(measured, len(fingerprints))
+    return measured, fingerprints
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
@@ -774,13 +737,10 @@ def fit_build(
 def fit_machines(
     residuals: Residuals, kinds: Sequence[str], fit: Fit, *, between_blocks: float = PAIR_SPREAD
 ) -> MachineNoise:
-    """Fit the noise of a build to the residuals of pairs of machines.
+    """Fit the noise of a build to the residuals [N] of pairs (i, j) of machines with i < j.
 
-    Args:
-        residuals: Residuals [N] of pairs (i, j) with i < j.
-        kinds: Kind of every machine; empty where it is unknown.
-        fit: Function that fits a law to residuals.
-        between_blocks: Spread of ln size of one pair between blocks.
+    ``kinds`` has the kind of every machine, empty where it is unknown. ``between_blocks`` is the spread of ln size of
+    one pair between blocks.
     """
     size = {pair: float(np.median(np.abs(errors_N))) for pair, errors_N in residuals.items()}
     some = {pair: value for pair, value in size.items() if value > 0}
@@ -816,24 +776,14 @@ def leave_out(
 
     Every machine is left out once. Its audits against every other machine draw nonces without replacement, and are
     judged by the law that the other machines give. If no effect is large enough, the last one is returned. With fewer
-    than three machines both values are None.
-
-    Args:
-        residuals: Residuals [N] of pairs (i, j) with i < j.
-        kinds: Kind of every machine.
-        fit: Function that fits a law to residuals.
-        effects: Multiples of the noise that may count as another computation, in ascending order.
-        audits: Number of audits of every ordered pair.
-        between_blocks: Spread of ln size of one pair between blocks.
-        progress: Function that is called with (machines done, machines in all) for every effect.
+    than three machines both values are None. ``audits`` is the number of every ordered pair; ``effects`` ascend. The
+    other arguments are those of :func:`fit_machines`.
     """
     if len(kinds) < FEWEST_MACHINES:
         return None, None
     checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
     for effect in effects:
-        rng = np.random.default_rng(0)
-        shares: list[float] = []
-        left: list[int] = []
+        rng, shares, left = np.random.default_rng(0), list[float](), list[int]()
         for machine in range(len(kinds)):
             rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
             mine = {pair: errors_N for pair, errors_N in residuals.items() if machine in pair and errors_N.any()}
@@ -850,15 +800,8 @@ def leave_out(
         if not shares:
             return None, None
         low, high = stats.grouped_share_interval(shares, left)
-        left_out = LeftOut(
-            accused=float(np.mean(shares)),
-            low=low,
-            high=high,
-            worst=max(shares),
-            pairs=len(shares),
-            audits=audits,
-            checked=checked,
-        )
+        found = {"accused": float(np.mean(shares)), "low": low, "high": high, "worst": max(shares)}
+        left_out = LeftOut(**found, pairs=len(shares), audits=audits, checked=checked)
         if left_out.holds:
             break
     return effect, left_out

@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -120,16 +120,15 @@ TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGE
 """The steps without triggers, for a copy that is filled from an export."""
 
 
-def _table(name: str, *columns: str) -> sa.TableClause:
-    return sa.table(name, *map(sa.column, columns))
-
-
-LEDGER = _table("ledger", "id", "genesis", "count", "hash")
-LAWS = _table("laws", "hash", "law")
-ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
-UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
-
-
+LEDGER, LAWS, ACCOUNTS, UPDATES = (
+    sa.table(name, *map(sa.column, columns.split()))
+    for name, columns in (
+        ("ledger", "id genesis count hash"),
+        ("laws", "hash law"),
+        ("accounts", "id public_key digest build preset"),
+        ("updates", "seq account round name law entry hash"),
+    )
+)
 OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
 """The columns of an :class:`Account`."""
 
@@ -184,30 +183,6 @@ class LedgerAudit:
         return {**asdict(self), "clean": self.clean}
 
 
-def audit_database(database: Database, *, head: str | None = None, whole: bool = True) -> LedgerAudit:
-    """Audit the ledger in a database, with the triggers and indexes of a ledger where it is ``whole``."""
-    with database.read() as connection:
-        changed = list(_changed_schema(connection)) if whole else []
-        if any(fault.reason.startswith("the table") for fault in changed):
-            # Anything may stand in its place, such as a view without an end.
-            return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
-        chain = _Chain(connection, head)
-        changed += _damaged_pages(connection)
-        faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
-        if not faults:
-            faults += _find_unused(connection)
-        if head is not None and not chain.found:
-            seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
-            faults.append(Fault(entry=None, reason=seen))
-        return LedgerAudit(
-            entries=chain.entries,
-            accounts=int(connection.execute(sa.select(sa.func.count()).select_from(ACCOUNTS)).scalar_one()),
-            head=chain.hash,
-            published=head,
-            faults=tuple(sorted(faults, key=lambda fault: math.inf if fault.entry is None else fault.entry)),
-        )
-
-
 class _Chain:
     """The entries in their order, with their form, place, hash and columns, up to the first fault."""
 
@@ -231,7 +206,7 @@ class _Chain:
             self.found = self.found or head == self.hash
         stated = tuple(heads[0]._mapping[name] for name in ("count", "hash"))
         if len(heads) != 1 or stated != (self.entries, self.hash):
-            self._add_fault(other_head(*stated))
+            self._add_fault(_other_head(*stated))
 
     def _add_fault(self, reason: str) -> None:
         self.faults.append(Fault(entry=self.entries + 1, reason=reason))
@@ -257,7 +232,7 @@ class _Chain:
         return None if row.known == entry.law else f"the law {entry.law[:12]} is missing"
 
 
-def other_head(count: object, hash: object) -> str:
+def _other_head(count: object, hash: object) -> str:
     """Return the reason of a fault where the head names other entries than there are."""
     return f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
 
@@ -556,13 +531,13 @@ class Ledger:
         state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
         count, previous = self._head(connection)
         law = _insert_law(connection, dumps(update.noise.as_dict()))
-        values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": law}
-        values |= {"excluded": find_excluded(update.nonces, seen, update.excluded), "outcome": NOTHING}
-        entry = make_entry(update, values)
+        excluded = find_excluded(update.nonces, seen, update.excluded)
+        place = {"seq": count + 1, "previous": previous, "time": time.time()}
+        entry = make_entry(update, law=law, excluded=excluded, outcome=NOTHING, **place)
         # The noise is read back from the law, as an audit reads it.
         entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, law))})
-        _insert_entry(connection, entry.seq, account, entry, entry.line)
-        connection.execute(LEDGER.update().values(count=entry.seq, hash=entry.hash))
+        hash = _insert_entry(connection, entry.seq, account, entry, entry.line)
+        connection.execute(LEDGER.update().values(count=entry.seq, hash=hash))
         seen.update(entry.nonces)
         self._seen[account, update.round] = (entry.seq, seen)
         return self._standing(connection, account)
@@ -747,11 +722,29 @@ class Source:
     stated: tuple[int, str] | None
 
     def audit(self, head: str | None = None) -> LedgerAudit:
-        """Audit the chain, in which a published hash must be."""
-        found = audit_database(self.database, head=head, whole=self.stated is None)
-        if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
-            return found
-        return replace(found, faults=(Fault(entry=found.entries + 1, reason=other_head(*self.stated)),))
+        """Audit the chain, in which a published hash must be; a ledger also has triggers and indexes."""
+        with self.database.read() as connection:
+            changed = list(_changed_schema(connection)) if self.stated is None else []
+            if any(fault.reason.startswith("the table") for fault in changed):
+                # Anything may stand in its place, such as a view without an end.
+                return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
+            chain = _Chain(connection, head)
+            changed += _damaged_pages(connection)
+            faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
+            if not faults:
+                faults += _find_unused(connection)
+            if head is not None and not chain.found:
+                seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
+                faults.append(Fault(entry=None, reason=seen))
+            if not faults and self.stated not in (None, (chain.entries, chain.hash)):
+                faults.append(Fault(entry=chain.entries + 1, reason=_other_head(*self.stated)))
+            return LedgerAudit(
+                entries=chain.entries,
+                accounts=int(connection.execute(sa.select(sa.func.count()).select_from(ACCOUNTS)).scalar_one()),
+                head=chain.hash,
+                published=head,
+                faults=tuple(sorted(faults, key=lambda fault: math.inf if fault.entry is None else fault.entry)),
+            )
 
 
 @contextmanager

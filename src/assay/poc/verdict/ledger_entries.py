@@ -206,11 +206,6 @@ class Entry(_Model):
         return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}))
 
     @property
-    def reasons(self) -> dict[int, str]:
-        """Reasons why nonces do not count, by place."""
-        return dict(self.excluded)
-
-    @property
     def of_response(self) -> bool:
         """Whether the nonces are blocks of a response."""
         return self.account.preset == RESPONSES
@@ -218,7 +213,7 @@ class Entry(_Model):
     @property
     def counted(self) -> list[float] | ResponseBlocks:
         """Residuals that count, NaN for missing ones; or the blocks of a response that count."""
-        out = self.reasons
+        out = dict(self.excluded)
         if self.of_response:
             return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
         return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
@@ -292,19 +287,16 @@ def name_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, st
     return {nonce: reason for nonce, aside in zip(nonces, places.set_aside, strict=True) if aside}
 
 
-def make_entry(update: Update, values: Mapping[str, Any]) -> Entry:
-    """Return the entry of an update, with the fields that the ledger adds.
+def make_entry(update: Update, **added: Any) -> Entry:
+    """Return the entry of an update, with the fields that the ledger adds or changes.
 
     Raises:
         UsageError: A value of the update is not what an entry may hold.
     """
-    names = ("name", "round", "block_hash", "proof", "sample_seed", "fault", "profiles")
-    taken: dict[str, Any] = {name: getattr(update, name) for name in names}
-    taken["account"] = update.account
-    taken["nonces"] = [int(nonce) for nonce in update.nonces]
-    taken["residuals"] = [float(x) if math.isfinite(x) else None for x in update.residuals]
+    nonces, residuals = [*map(int, update.nonces)], [float(x) if math.isfinite(x) else None for x in update.residuals]
+    values = vars(update) | {"nonces": nonces, "residuals": residuals} | added
     try:
-        return Entry.model_validate(taken | dict(values))
+        return Entry.model_validate({name: values[name] for name in Entry.model_fields})
     except ValidationError as error:
         fault = _malformed("an update", error)
         raise UsageError(fault.seen, wanted=fault.wanted, do="correct it before it is recorded") from None
