@@ -504,13 +504,10 @@ class MergeSettings(WeightSettings):
     overwrite: Overwrite = False
 
 
-class SampleCommand(Settings):
+class SampleCommand(WeightSettings):
     """Settings of ``assay vhack sample`` beside those of sampling."""
 
-    model: ModelName
     delta: Delta = None
-    dtype: WeightDtype = None
-    device: Device = None
     output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
     overwrite: Overwrite = False
 

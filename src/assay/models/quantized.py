@@ -241,11 +241,11 @@ OF_A_WORD = 8
 CENTRE = 8
 """The zero of weights that are stored without one."""
 
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_PLACES, _IN_ORDER = (0, 4, 1, 5, 2, 6, 3, 7), tuple(range(OF_A_WORD))
 """Place of each of eight neighbours in a word of AWQ, from the lowest four bits; other layouts keep their order."""
 
 
-def unpack_words(words: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> Tensor:
+def unpack_words(words: Tensor, places: Sequence[int] = _IN_ORDER) -> Tensor:
     """Return the numbers [..., 8 P] that are packed along the last axis of words [..., P] int32, by their places."""
     shifts = torch.tensor([4 * place for place in places], dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & 15).flatten(-2).to(torch.uint8)
@@ -355,45 +355,43 @@ class _Reader:
 
     def read_packed(self, place: str, shape: torch.Size) -> Tensor:
         """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
-        (rows, columns), group = shape, self.form.group or shape[1]
+        (rows, columns), group, packing = shape, self.form.group or shape[1], self.form.packing
         if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
             raise self.refusal(place, f"has {rows} rows of {columns} columns, in groups of {group}")
-        of_rows, groups = rows // OF_A_WORD, columns // group
+        of_rows, of_columns, groups = rows // OF_A_WORD, columns // OF_A_WORD, columns // group
+
+        def unpack(end: str, *packed: int, axis: int = 1) -> Tensor:
+            """Return the numbers that are packed along an axis of the words of a tensor."""
+            words = self.read(f"{place}.{end}", torch.Size(packed))
+            if words.dtype != torch.int32:
+                raise self.refusal(f"{place}.{end}", f"is stored as {words.dtype}, and four bits are packed in int32")
+            places = AWQ_PLACES if packing == "awq" else _IN_ORDER
+            return unpack_words(words, places) if axis else unpack_words(words.t(), places).t()
+
+        def check(end: str, holds: Callable[[], bool], fault: str) -> None:
+            if not self._holds(holds):
+                raise self.refusal(f"{place}.{end}", fault)
+
         zeros: Tensor | int = CENTRE
-        if self.form.packing == "compressed-tensors":
-            numbers = unpack_words(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
-            said = self.read(f"{place}.weight_shape")
-            if not self._holds(lambda: said.tolist() == list(shape)):
-                raise self.refusal(f"{place}.weight_shape", f"is not {list(shape)}")
+        if packing == "compressed-tensors":
+            numbers, said = unpack("weight_packed", rows, of_columns), self.read(f"{place}.weight_shape")
+            check("weight_shape", lambda: said.tolist() == list(shape), f"is not {list(shape)}")
             if self.form.zeros:
-                zeros = unpack_words(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
+                zeros = unpack("weight_zero_point", of_rows, groups, axis=0)
             scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
-        elif self.form.packing == "awq":
-            numbers = unpack_words(self._words(f"{place}.qweight", columns, of_rows), AWQ_PLACES).t()
-            zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows), AWQ_PLACES).t()
-            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
         else:
-            numbers = unpack_words(self._words(f"{place}.qweight", columns // OF_A_WORD, rows).t())
-            self._check_gptq(place, groups, of_rows, columns)
+            stored = unpack("qzeros", groups, of_rows)
             scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+            if packing == "awq":
+                numbers, zeros = unpack("qweight", columns, of_rows).t(), stored.t()
+            else:  # engines with symmetric weights, whose zeros are stored less one, read no other zeros and order
+                numbers = unpack("qweight", of_columns, rows, axis=0).t()
+                check("qzeros", lambda: bool((stored == CENTRE - 1).all()), "has other zeros than symmetric weights")
+                if self.has(f"{place}.g_idx"):
+                    order = self.read(f"{place}.g_idx", torch.Size((columns,)))
+                    in_order = [column * groups // columns for column in range(columns)]
+                    check("g_idx", lambda: order.tolist() == in_order, "has columns out of order")
         return _restore(numbers.contiguous(), zeros, scales, self.dtype)
-
-    def _words(self, name: str, *shape: int) -> Tensor:
-        words = self.read(name, torch.Size(shape))
-        if words.dtype != torch.int32:
-            raise self.refusal(name, f"is stored as {words.dtype}, and four bits are packed in int32")
-        return words
-
-    def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
-        """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
-        zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows))
-        if not self._holds(lambda: bool((zeros == CENTRE - 1).all())):  # stored less one
-            raise self.refusal(f"{place}.qzeros", "has other zeros than symmetric weights")
-        if self.has(f"{place}.g_idx"):
-            order = self.read(f"{place}.g_idx", torch.Size((columns,)))
-            in_order = [column * groups // columns for column in range(columns)]
-            if not self._holds(lambda: order.tolist() == in_order):
-                raise self.refusal(f"{place}.g_idx", "has columns out of order")
 
     def refusal(self, name: str, fault: str) -> BadWeights:
         """Return the error that names a tensor, or all of them without a name, its file, and what is wrong."""
