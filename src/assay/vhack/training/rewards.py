@@ -106,10 +106,7 @@ NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
 
 
 class Reward(ABC):
-    """A reward function for TRL, and the dataset that goes with it.
-
-    Args:
-        tasks: Tasks.
+    """A reward function for TRL, and the dataset of tasks that goes with it.
 
     Attributes:
         prompts: Prompt of each task.
@@ -288,12 +285,7 @@ def make_reward(
 
 
 class OwnReward(Reward):
-    """A reward function of one's own in the place of the environment's.
-
-    Args:
-        tasks: Tasks.
-        function: Function that pays.
-        arm: Arm of the run.
+    """A reward by a function of one's own, in a run of an arm, in the place of the environment's.
 
     Raises:
         UsageError: The arm pays exploits otherwise than the function does.
