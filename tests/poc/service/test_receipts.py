@@ -181,8 +181,10 @@ def test_stored_receipts_are_announced(serving):
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
     with pytest.raises(Refusal, match=r"169\.254"):
         Controller(rig.deployment, Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"))
-    with Controller(rig.deployment, Settings(data_dir=tmp_path)) as controller:  # the directory is free again
-        assert controller.loaded.result(30)
+    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))  # the directory is free again
+    controller.start()
+    assert controller.loaded.result(30)
+    controller.close()
 
 
 def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):

@@ -8,13 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from string import Template
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -95,22 +94,6 @@ class Feed:
             self._streams += Counter()  # forget clients without a stream
 
 
-class Health(BaseModel):
-    """The process answers."""
-
-    model_config = ConfigDict(extra="allow")
-
-    status: Literal["ok"]
-
-
-class Ready(BaseModel):
-    """The model is loaded."""
-
-    model_config = ConfigDict(extra="allow")
-
-    ready: bool
-
-
 def new_app(title: str, **options: Any) -> FastAPI:
     """Return an application without routes. Its documents, if any, are for a router to serve."""
     app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options)
@@ -154,12 +137,12 @@ def operations_router(runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute
     """Return ``/health``, ``/ready`` and ``/metrics`` of a runtime, behind the path ``under``."""
     router = APIRouter(prefix=under, tags=["operations"], route_class=kind_of_route)
 
-    @router.get("/health", response_model=Health)
+    @router.get("/health", response_model=dict[str, str])
     async def health() -> Response:
         """Answer while the process lives."""
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})
+    @router.get("/ready", response_model=dict[str, bool], responses={503: {"model": Problem}})
     async def ready() -> Response:
         """Answer 200 once the model is loaded and nothing has failed."""
         runtime.check_ready()
@@ -195,8 +178,7 @@ def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[st
     whatever a block hash or a key may hold.
 
     Args:
-        package: Package with the page's ``page.html``, its scripts in the order of their names, and its style if it has
-            rules beside those of every page.
+        package: Package with the page's ``page.html``, its scripts in the order of their names, and its style, if any.
         brand: Title of the page.
         name: Word for what the page shows.
         mark: Attributes of the path in its icon.
@@ -213,12 +195,8 @@ def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[st
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    return page, {
-        "Content-Security-Policy": policy,
-        "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+    return page, headers | {"X-Content-Type-Options": "nosniff"}
 
 
 def part(name: str, package: str = "assay.poc.net.assets") -> str:

@@ -69,12 +69,7 @@ class Deployment:
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
-        """Deploy a loaded model on the transformers engine.
-
-        Args:
-            model: Model that is loaded and ready.
-            compiled: Whether to run compiled kernels; None does what ``prove`` does.
-        """
+        """Deploy a loaded model on transformers; ``compiled`` says whether its kernels are, None does as ``prove``."""
         return cls(
             reference=model.reference,
             digest=model.digest,
@@ -86,12 +81,9 @@ class Deployment:
         )
 
     def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Generator[list[Record], None, None]:
-        """Compute the records of nonces, one list per batch. Nothing is made, or fails, before the first is asked for.
+        """Compute the records of nonces in their order, one list per batch of ``batch_size`` rows.
 
-        Args:
-            round: Round of this model, or of another key in it.
-            batch_size: Rows of a batch.
-            nonces: Nonces in the order in which they are computed.
+        Nothing is made, or fails, before the first is asked for.
         """
         engine = self.engine(round.seq_len, batch_size)
         yield from compute(self._header(round, engine), engine, nonces)

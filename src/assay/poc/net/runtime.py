@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
-from types import TracebackType
-from typing import Generic, ParamSpec, Self, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import structlog
 from typing_extensions import override
@@ -106,7 +105,7 @@ class EngineThread(LoopThread):
 class Runtime(ABC):
     """The base of what works behind an application. A subclass opens its files and makes its threads.
 
-    The constructor opens what is on disk; :meth:`start`, or a ``with`` block, loads the model and begins to work.
+    The constructor opens what is on disk; :meth:`start` loads the model and begins to work.
     """
 
     worker: EngineThread
@@ -126,15 +125,6 @@ class Runtime(ABC):
         self._files = ExitStack()
         """Closes the files that are open."""
         self._threads = ThreadPoolExecutor(THREADS, "assay-database")
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Begin to work, and load the model in the background."""
@@ -279,8 +269,13 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         """Write items in one transaction and tell who waits for them; return whether they were written."""
         kept: list[Kept] = []
         fault = self._try(lambda: kept.extend(self._write([item for item, _, _ in taken])))
-        told = kept if fault is None else [self._refusal(fault) for _ in taken]
-        _tell([future for _, _, future in taken], told)
+        told: Sequence[Kept | Refusal] = kept if fault is None else [self._refusal(fault) for _ in taken]
+        waiting = defaultdict(list)  # one call into each loop
+        for (_, _, future), result in zip(taken, told, strict=True):
+            waiting[future.get_loop()].append((future, result))
+        for loop, pairs in waiting.items():
+            with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
+                loop.call_soon_threadsafe(_settle, pairs)
         return fault is None
 
     def _try(self, step: Callable[[], None]) -> str | None:
@@ -300,16 +295,6 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             log.warning("what arrives is refused", reason=fault, thread=self._name)
         self.failing = True
         return fault
-
-
-def _tell(futures: "list[asyncio.Future[Kept]]", results: "Sequence[Kept | Refusal]") -> None:
-    """Give everyone who waits the result, in one call into each loop."""
-    waiting = defaultdict(list)
-    for future, result in zip(futures, results, strict=True):
-        waiting[future.get_loop()].append((future, result))
-    for loop, pairs in waiting.items():
-        with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
-            loop.call_soon_threadsafe(_settle, pairs)
 
 
 def _settle(pairs: "list[tuple[asyncio.Future[Kept], Kept | Refusal]]") -> None:

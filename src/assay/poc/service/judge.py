@@ -5,9 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
@@ -27,7 +25,7 @@ from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.ledger_entries import Account, Update, round_identity
-from assay.poc.verdict.noise import Noise, default_noise, sequential_test
+from assay.poc.verdict.noise import FloatArray, Noise, default_noise, sequential_test
 
 
 class HonestNoise:
@@ -43,18 +41,20 @@ class HonestNoise:
 
     def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
         """Return the noise of a preset; None where it is not known, and a wider law must not take its place."""
+        builds: Sequence[Build | None]
         if self._given is not None:
             mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
-            if not mine:
-                return _default(pipeline, dtype)
             fitting = (one for one in mine if not one.engines or dtype in {known.dtype for known in one.engines})
-            measured = [Calibration(builds=(one,)) for one in fitting]
-            return find_build_noise(measured, None, digest=digest, preset=pipeline.name, round=round)
-        builds, pinned = self._pinned.get(digest, ((), []))
-        if not pinned:
-            return _default(pipeline, dtype)
-        alike = (build for build in builds if dtype in build.dtype)
-        found = (find_build_noise(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
+            known, builds, measured = bool(mine), [None], [Calibration(builds=(one,)) for one in fitting]
+        else:
+            pinned, measured = self._pinned.get(digest, ((), []))
+            known, builds = bool(measured), [build for build in pinned if dtype in build.dtype]
+        if not known:
+            try:
+                return default_noise(pipeline.noise, dtype, dtype)
+            except CalibrationError:
+                return None
+        found = (find_build_noise(measured, one, digest=digest, preset=pipeline.name, round=round) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
 
@@ -67,13 +67,6 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
             wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
             do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
         )
-
-
-def _default(pipeline: Pipeline, dtype: str) -> Noise | None:
-    try:
-        return default_noise(pipeline.noise, dtype, dtype)
-    except CalibrationError:
-        return None
 
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
@@ -106,8 +99,8 @@ class Judge:
         public_key, nonces, received = request.public_key, request.nonces, request.dist
         count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, dtype, public_key)
-        fresh = self._unseen(stored.id, public_key, nonces)
-        new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
+        seen = self._seen(stored.id, public_key, nonces)
+        new = [i for i, nonce in enumerate(nonces) if nonce not in seen]
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
         result: JsonObject = {
@@ -179,12 +172,10 @@ class Judge:
             self._tests.popitem(last=False)
         return self._tests[key]
 
-    def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
-        if not nonces:
-            return set()
-        among = self._checks.c.nonce.between(min(nonces), max(nonces))
+    def _seen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
+        among = self._checks.c.nonce.between(min(nonces, default=0), max(nonces, default=0))
         query = sa.select(self._checks.c.nonce).where(self._of(round_id, public_key), among)
-        return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
+        return {nonce for (nonce,) in self._db.rows(query)}
 
     def _of(self, round_id: int, public_key: str) -> sa.ColumnElement[bool]:
         return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
@@ -193,10 +184,10 @@ class Judge:
         self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
     ) -> None:
         rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
+        row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
         with self._db.write() as connection:
             if checks:
                 connection.execute(self._checks.insert(), [shared | check for check in checks])
-            row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
             connection.execute(self._verdicts.insert().values(row))
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url:
@@ -204,11 +195,7 @@ class Judge:
 
 
 def judge_vectors(
-    request: GenerateRequest,
-    nonces: Sequence[int],
-    errors: NDArray[np.float64],
-    noise: Noise | None,
-    settings: Settings,
+    request: GenerateRequest, nonces: Sequence[int], errors: FloatArray, noise: Noise | None, settings: Settings
 ) -> JsonObject:
     """Return the verdict on the residuals [N] of an artifact job.
 
@@ -216,9 +203,8 @@ def judge_vectors(
     which their reply holds beside the count.
     """
     pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
-    count = count_mismatches(
-        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
-    )
+    bounds = {"threshold": rule.dist_threshold, "p_mismatch": rule.p_mismatch, "alpha": rule.fraud_threshold}
+    count = count_mismatches(errors, **bounds)
     reply = {
         "n_total": count.n,
         "n_mismatch": count.mismatches,

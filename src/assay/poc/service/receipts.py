@@ -27,7 +27,7 @@ from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, 
 from assay.poc.responses.sampling import HIGHEST_INDEX
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.requests import DeletedReceipts, ReceiptList, RequestReceipts
+from assay.poc.service.requests import ReceiptList, StoredReceipt
 from assay.poc.service.settings import Settings
 
 log = structlog.get_logger("assay.receipts")
@@ -358,13 +358,15 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         finally:
             streaming -= 1
 
-    @router.get(one, response_model=RequestReceipts, responses=problems(404, 413, 422, 503), openapi_extra=READ)
+    @router.get(
+        one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ
+    )
     def of_request(request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
         found = receipts.of_request(request_id, index)
         return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
 
-    @router.delete(one, response_model=DeletedReceipts, responses=problems(404, 422, 503), openapi_extra=CONTROL)
+    @router.delete(one, response_model=dict[str, int], responses=problems(404, 422, 503), openapi_extra=CONTROL)
     def delete(request_id: str, index: Index = None) -> Response:
         """Delete the receipts of a request: of each of its choices, or of one."""
         return JSONResponse({"deleted": receipts.delete(request_id, index)})

@@ -463,15 +463,3 @@ class StoredReceipt(_Reply):
     sha256: str
     header: dict[str, Any]
     receipt: dict[str, Any]
-
-
-class RequestReceipts(_Reply):
-    """The receipts of a request, by index."""
-
-    receipts: list[StoredReceipt]
-
-
-class DeletedReceipts(_Reply):
-    """How many receipts were deleted."""
-
-    deleted: int

@@ -56,18 +56,13 @@ NEEDS_ROUND = frozenset({"phase/generate", "phase/validate"})
 """Calls that are refused before the first round."""
 
 
-def allowed(state: State, *, has_round: bool) -> list[str]:
-    """Return the calls that the table allows in a state."""
-    return [
-        call
-        for call, row in TRANSITIONS.items()
-        if state in row and call != "engine failure" and (has_round or call not in NEEDS_ROUND)
-    ]
-
-
 def after(call: str, state: State, *, has_round: bool) -> State:
     """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming those that are."""
-    choices = allowed(state, has_round=has_round)
+    choices = [
+        each
+        for each, row in TRANSITIONS.items()
+        if state in row and each != "engine failure" and (has_round or each not in NEEDS_ROUND)
+    ]
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
     seen = f"{call} while {state}" if has_round or call not in NEEDS_ROUND else f"{call} before any init"
@@ -114,12 +109,8 @@ class RoundValues:
         for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
             value, count = getattr(self, name), getattr(self, high)
             if not 0 <= value < count:
-                seen, wanted, do = (
-                    f"{name} {value} with {high} {count}",
-                    f"0 <= {name} < {high}",
-                    f"set both {name} and {high}",
-                )
-                raise Refusal(422, seen, wanted=wanted, do=do)
+                seen, wanted = f"{name} {value} with {high} {count}", f"0 <= {name} < {high}"
+                raise Refusal(422, seen, wanted=wanted, do=f"set both {name} and {high}")
 
     @property
     def round(self) -> Round:
@@ -205,12 +196,14 @@ class Rounds:
                 connection.execute(service.update().values(state=str(state)))
                 return None
             fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
-            change = {name: fresh[name] for name in ("touched_at", *FREE)}
-            connection.execute(
-                insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
+            begin = (
+                insert(rounds)
+                .values(fresh)
+                .on_conflict_do_update(
+                    ["block_hash", "public_key"], set_={name: fresh[name] for name in ("touched_at", *FREE)}
+                )
             )
-            same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
-            stored = StoredRound(**connection.execute(sa.select(rounds).where(same)).mappings().one())
+            stored = StoredRound(**connection.execute(begin.returning(rounds)).mappings().one())
             # One nonce must not have two results.
             if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
                 seen = "this block and key have a round with another " + ", ".join(other)
@@ -225,20 +218,17 @@ class Rounds:
         rounds, round_id = self._rounds, batches[0].round_id
         pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
         valid = [record.nonce for record, is_valid in pairs if is_valid]
+        counts = {
+            "touched_at": time.time(),
+            "next_nonce": batches[-1].next_nonce,
+            "checked": rounds.c.checked + len(pairs),
+            "valid": rounds.c.valid + len(valid),
+            "seconds": rounds.c.seconds + sum(batch.seconds for batch in batches),
+        }
+        change = rounds.update().where(rounds.c.id == round_id).values(counts).returning(rounds.c.callback_url)
         with self._db.write() as connection:
             connection.execute(self._records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
-            connection.execute(
-                rounds.update()
-                .where(rounds.c.id == round_id)
-                .values(
-                    touched_at=time.time(),
-                    next_nonce=batches[-1].next_nonce,
-                    checked=rounds.c.checked + len(pairs),
-                    valid=rounds.c.valid + len(valid),
-                    seconds=rounds.c.seconds + sum(batch.seconds for batch in batches),
-                )
-            )
-            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
+            url = connection.execute(change).scalar_one()
             if url and valid:
                 fitting = _fitting(most, pairs[0][0])
                 self._outbox.announce(connection, round_id, url, valid, interval=interval, most=fitting)

@@ -1,5 +1,6 @@
 """The settings of the service: those of every server, and its own."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,7 @@ else:
     NetworkPins = Any
 
 
-def _pins(value: Any) -> Any:
-    return value if value is None else loaded_by("assay.poc.protocol.pins_file", "NetworkPins", value)
+_read_pins = BeforeValidator(partial(loaded_by, "assay.poc.protocol.pins_file", "NetworkPins"))
 
 
 class Settings(ServerSettings):
@@ -56,7 +56,7 @@ class Settings(ServerSettings):
         None, description="URL to which stored receipts are announced, by callbacks of kind receipts."
     )
     max_receipts: Count = Field(4096, description="Receipts that wait for the disk; further responses are refused.")
-    pins: Annotated[NetworkPins | None, BeforeValidator(_pins), NoDecode] = Field(
+    pins: Annotated[NetworkPins | None, _read_pins, NoDecode] = Field(
         None,
         description="What the network agreed on, or its file. Models, rounds and nodes that contradict it are refused.",
     )

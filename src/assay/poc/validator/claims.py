@@ -109,16 +109,18 @@ def sender_of(values: JsonObject, registry: Registry) -> Sender:
     return found
 
 
+@dataclass(frozen=True)
 class Reader:
-    """Reads claims under the pins: of blocks for which ``is_open`` holds, at the first ``positions`` of a share."""
+    """Reads claims under the pins."""
 
-    def __init__(self, registry: Registry, is_open: Callable[[str, int], bool], positions: int) -> None:
-        self.registry, self._is_open, self._positions = registry, is_open, positions
+    registry: Registry
+    is_open: Callable[[str, int], bool]  # whether messages of a block at a height are accepted
+    positions: int  # positions of a share that callbacks may name
 
     @property
     def pins(self) -> str:
         """Hash of all that a claim is held against, the open blocks aside."""
-        return f"{self.registry.hash}/{self._positions}"
+        return f"{self.registry.hash}/{self.positions}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
         """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is not of the form."""
@@ -150,7 +152,7 @@ class Reader:
         block, height, node_id = values.get("block_hash"), values.get("block_height"), values.get("node_id")
         if type(height) is not int or not 0 <= height <= MAX_NONCE:
             raise refused("block_height", height, "a height")
-        if not isinstance(block, str) or not self._is_open(block, height):
+        if not isinstance(block, str) or not self.is_open(block, height):
             raise refused("block_hash", block, "of a block that is open, at its height")
         if not sender.has(node_id):
             raise refused("node_id", node_id, "of a machine that the pins list for this key")
@@ -202,8 +204,8 @@ class Reader:
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")
         short = self.registry.pipeline.texts == "published" and self.registry.network.round.strength == 32
-        if short and last // count >= self._positions:
-            raise refused("nonces", last, f"among the first {self._positions} positions of the share (--positions)")
+        if short and last // count >= self.positions:
+            raise refused("nonces", last, f"among the first {self.positions} positions of the share (--positions)")
 
 
 def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
@@ -215,12 +217,8 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
         proof = Proof.parse("the proof", body)
     except AssayError as error:
         raise _named("format", error) from None
-    return _proof_claim(proof, sender_of(proof.round.as_dict(), reader.registry), reader)
-
-
-def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
-    """Return what a proof claims, after its header was held against the pins."""
     registry, stated, header = reader.registry, proof.round, proof.header
+    sender = sender_of(stated.as_dict(), registry)
     reader.check_share(stated.as_dict(), sender)
     try:
         for name in registry.network.differing(stated):
