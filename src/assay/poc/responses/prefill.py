@@ -169,11 +169,16 @@ def _run_model(
         raise ModelError(seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral") from error
     finally:
         hook.remove()
+    check_finite(model, hidden_ND, logits_NV)
+    return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
+
+
+def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
+    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity, with BadWeights."""
     bad_NV = torch.isnan(logits_NV) | (logits_NV == torch.inf)
     if not bool(torch.isfinite(hidden_ND).all()) or bool(bad_NV.any()):
         seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
         raise not_finite(seen, wanted="finite hidden states and logits")
-    return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
 
 
 def sketch_response(

@@ -366,10 +366,8 @@ def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
     described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
     drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
     drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
-    too_old, older = (
-        v2 and minor_version(version) < FIRST_V2,
-        f"on vLLM {version}, whose V2 runner has no logits processors",
-    )
+    too_old = v2 and minor_version(version) < FIRST_V2
+    older = f"on vLLM {version}, whose V2 runner has no logits processors"
     newer, sketched = "vLLM 0.31 or newer, or the V1 runner", "or ASSAY_RESPONSES=sketched"
     noisy, held = reported.startswith("processed"), "those of the model, without the noise"
     other = f"with {', '.join(described)}, which describes another sampler"
