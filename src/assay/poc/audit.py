@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from assay.errors import UsageError
-from assay.models.load import model_info
 from assay.models.checkpoint import load_tokenizer
+from assay.models.load import model_info
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
@@ -88,17 +88,8 @@ class Auditor(Launch):
         with open_judge(self, proof.header, measured) as (loaded, made):
             engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
-                verdict = verify(
-                    proof,
-                    loaded,
-                    engine=engine,
-                    sample=self.sample,
-                    seed=self.seed,
-                    expect=pins,
-                    calibration=measured,
-                    alpha=self.alpha,
-                    progress=self.progress,
-                )
+                drawn = {"sample": self.sample, "seed": self.seed, "alpha": self.alpha, "progress": self.progress}
+                verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
 
@@ -161,8 +152,7 @@ class Auditor(Launch):
         network = None if self.pins is None else NetworkPins.load(self.pins)
         pins = given if network is None else network.for_round(model=header.digest, also=given)
         if positions is not None:
-            named = {"node_id": pins.node_id, "node_count": pins.node_count}
-            share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+            share = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
             nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
             pins = pins.joined(Pins(nonces=nonces), str(self.pins))
         if self.calibration is not None:
@@ -183,8 +173,7 @@ class Auditor(Launch):
             )
         check_ledger(self.ledger, alpha=self.alpha)
 
-    def _ledger(self) -> AbstractContextManager[Ledger | None]:
-        """Open the ledger when nothing can be refused any more, and before anything is computed."""
+    def _ledger(self) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
         return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self.alpha)
 
 

@@ -82,8 +82,7 @@ class MeasuredTarget:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        lists = {"widths": list(self.widths), "factors": list(self.factors)}
-        return {**self.__dict__, **lists, "agrees": self.agrees}
+        return {**vars(self), "widths": [*self.widths], "factors": [*self.factors], "agrees": self.agrees}
 
 
 def measure_r_target(
@@ -164,9 +163,8 @@ def _refuse_different(proofs: Sequence[Proof], factors: Sequence[BlockFactor]) -
     )
     for (block, *_), times in inputs.most_common(1):
         if times > 1:
-            raise ProofMismatch(
-                f"a nonce of block {block} in two proofs", wanted="every nonce once", do="leave one out"
-            )
+            seen = f"a nonce of block {block} in two proofs"
+            raise ProofMismatch(seen, wanted="every nonce once", do="leave one out")
 
 
 def _dimension(proof: Proof, dimension: int | None) -> int:
@@ -199,9 +197,7 @@ def compare_r_target(
     The interval has two parts. That of the nonces runs between the order statistics whose ranks are quantiles of the
     binomial count of N at the rate. That of the blocks runs between the quantiles of the mean factor. At each end, the
     squares of the two lengths are added (Zou and Donner 2008). The standard error of the nonces is √(p(1 − p)/N) over
-    the density of the law.
-
-    Arguments are those of :func:`measure_r_target`; an infinite effective dimension means that blocks have no factor.
+    the density of the law. An infinite effective dimension means that blocks have no factor.
     """
     n = sum(map(len, distances))
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
@@ -330,12 +326,11 @@ def target_for(
     values: dict[str, Any] = {"valid_rate": rate, "dimension": size, "r_target": r_target}
     if size != RANDOM_HEAD_ROWS:
         return values
-    law = stats.BlockLaw(
-        dimension=size, freedom=EFFECTIVE_DIMENSION if effective_dimension is None else effective_dimension
+    freedom, source = (
+        (EFFECTIVE_DIMENSION, "assumed") if effective_dimension is None else (effective_dimension, "given")
     )
-    low, high = law.rate_interval(r_target)
-    source = "assumed" if effective_dimension is None else "given"
-    values |= {"effective_dimension": law.freedom, "effective_dimension_from": source}
+    low, high = BlockLaw(dimension=size, freedom=freedom).rate_interval(r_target)
+    values |= {"effective_dimension": freedom, "effective_dimension_from": source}
     return values | {"block_rate_low": low, "block_rate_high": high}
 
 
@@ -370,25 +365,15 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     engines = [fingerprint.as_dict() for fingerprint in build.engines]
     stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
     other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
-    values: dict[str, Any] = {
-        "preset": build.preset,
-        "checkpoint": build.digest,
-        "output": build.output,
-        "machines": len(build.machines),
-        "law": str(build.law),
-        "typical_residual": build.noise.sizes.typical,
-        "between_machines": build.spread.sd,
-        "n": build.n,
-        "hidden_size": build.hidden_size or None,
-        "effect": build.effect,
-        "engines_differ_in": ", ".join(other) or "nothing",
-    }
+    values: dict[str, Any] = {"preset": build.preset, "checkpoint": build.digest, "output": build.output}
+    values |= {"machines": len(build.machines), "law": str(build.law)}
+    values |= {"typical_residual": build.noise.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
+    values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
+    values["engines_differ_in"] = ", ".join(other) or "nothing"
     if build.mixture is not False and build.n < ENOUGH_OF_MIXTURE and isinstance(build.law, stats.ScaleNoise):
         seen = f"the law rests on {build.n} distances"
         values["advice"] = f"{seen}: for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model"
-    if (left_out := build.left_out) is not None:
-        values["left_out_accused"] = left_out.accused
-        values["left_out_interval"] = [left_out.low, left_out.high]
-        values["left_out_worst_pair"] = left_out.worst
-        values["left_out_audits"] = left_out.pairs * left_out.audits
+    if (left := build.left_out) is not None:
+        values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
+        values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}
     return values

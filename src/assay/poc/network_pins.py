@@ -209,15 +209,9 @@ def write_pins(
     unfilled = [f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED]
     if not unfilled:
         NetworkPins.load(output)  # a file that this version writes is one that it reads
-    return {
-        "path": str(output),
-        "model": model,
-        "digest": digest,
-        **{name: round[name] for name in ("preset", "seq_len", "strength")},
-        "builds": len(headers),
-        "calibrations": len(files),
-        "to_fill_in": ", ".join(unfilled) or "nothing",
-    }
+    stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
+    counts = {"builds": len(headers), "calibrations": len(files), "to_fill_in": ", ".join(unfilled) or "nothing"}
+    return {"path": str(output), "model": model, "digest": digest} | stated | counts
 
 
 def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
@@ -226,11 +220,8 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
     for name in ("preset", "seq_len", "r_target"):
         stated = {getattr(header.round, name) for header in headers}
         if given[name] is None and len(stated) > 1:
-            raise UsageError(
-                f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
-                wanted="proofs of one kind of round",
-                do=f"pass {_flag(name)}",
-            )
+            seen = f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}"
+            raise UsageError(seen, wanted="proofs of one kind of round", do=f"pass {_flag(name)}")
         asked[name] = given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
     asked |= {name: given[name] for name in ("strength", "node_count", "fewest_nonces")}
     asked["preset"] = get_pipeline(asked["preset"]).name
@@ -243,11 +234,8 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
 def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[dict[str, Any]]:
     """Return the builds of the proofs, or one that is to be filled in."""
     if headers and dtype is not None:
-        raise UsageError(
-            f"--dtype {dtype} beside --from-proof",
-            wanted="one of the two: the number format of a build is that of its proof",
-            do="leave --dtype out",
-        )
+        wanted = "one of the two: the number format of a build is that of its proof"
+        raise UsageError(f"--dtype {dtype} beside --from-proof", wanted=wanted, do="leave --dtype out")
     for header in headers:
         Build.of(header.fingerprint)  # an error says what is no build
     agreed = [dtype] if dtype else [*get_pipeline(preset).number_formats, UNFILLED]

@@ -109,15 +109,9 @@ def check_proof(
     sample: int | None = None,
     calibration: Calibration | None = None,
 ) -> Pins:
-    """Refuse a proof as far as that needs no model, and return what is pinned.
+    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are those of `verify`.
 
     :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
-
-    Args:
-        proof: Complete proof.
-        expect: Values that the validator knows.
-        sample: Number of nonces that will be recomputed; 128, or all of a smaller proof, when None.
-        calibration: Measured honest noise that will be used.
 
     Raises:
         ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
@@ -148,15 +142,8 @@ def judging_setup(
 ) -> tuple[Engine, Noise]:
     """Return the engine that recomputes a proof and the honest noise between the prover's engine and it.
 
-    :func:`verify` calls this before it computes anything. To call it before a ledger is begun keeps the disk free of
-    ledgers for proofs that are refused.
-
-    Args:
-        header: Header of the proof.
-        model: Same checkpoint on this machine.
-        engine: Engine that recomputes; when None, the transformers engine with the batch and the kernels of the prover
-            or, where the calibration was measured with others, with these.
-        calibration: Measured honest noise; the stated default when None.
+    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`. To call it before a
+    ledger is begun keeps the disk free of ledgers for proofs that are refused.
 
     Raises:
         ProofMismatch: The proof is of another checkpoint.
@@ -169,15 +156,14 @@ def judging_setup(
             wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
             do="verify with the checkpoint that the network agreed on (--model)",
         )
-    refused: CalibrationError | None = None
+    refused = []
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)
         try:
             return one, noise_for(header, one.fingerprint, calibration)
         except CalibrationError as error:
-            refused = refused or error
-    assert refused is not None, "at least one engine was tried"
-    raise refused
+            refused.append(error)
+    raise refused[0]
 
 
 def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:

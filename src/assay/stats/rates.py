@@ -31,14 +31,12 @@ class CountTest:
     fraud: bool
 
 
-def _check_counts(count: int, n: int) -> None:
+def _check_counts(count: int, n: int, **shares: float) -> None:
     if not 0 <= count <= n:
         raise UsageError(f"{count} of {n}", wanted="0 ≤ count ≤ n", do="check how the two were counted")
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise UsageError(f"{name} {value}", wanted="a number in [0, 1]", do=f"choose another {name}")
+    for name, value in shares.items():
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{name} {value}", wanted="a number in [0, 1]", do=f"choose another {name}")
 
 
 def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> CountTest:
@@ -53,9 +51,7 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
     Raises:
         UsageError: A count or probability is out of range.
     """
-    _check_counts(mismatches, n)
-    _check_share(p_mismatch, "p_mismatch")
-    _check_share(alpha, "alpha")
+    _check_counts(mismatches, n, p_mismatch=p_mismatch, alpha=alpha)
     p_value = float(stats.binomtest(mismatches, n, p_mismatch, "greater").pvalue) if n else 1.0
     return CountTest(n=n, mismatches=mismatches, p_value=p_value, fraud=p_value < alpha)
 
@@ -66,8 +62,7 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
     Raises:
         UsageError: A count or the confidence is out of range.
     """
-    _check_counts(count, n)
-    _check_share(confidence, "confidence")
+    _check_counts(count, n, confidence=confidence)
     if n == 0:
         return 0.0, 1.0
     interval = stats.binomtest(count, n).proportion_ci(confidence)

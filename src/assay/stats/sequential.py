@@ -41,7 +41,6 @@ FAR = 16.0
 NAMED_WEIGHT = 0.25
 """Weight in an e-value of all named alternatives together."""
 
-
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Shares π of a node's nonces that the e-value looks for."""
 
@@ -219,7 +218,7 @@ class SequentialTest:
         rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
         for start in range(0, nodes if checked else 0, rows):
             value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
-            which_RC, steps_U = where.reshape(-1, checked), self._steps(value_U)
+            which_RC, steps_U = where.reshape(-1, checked), self.steps(value_U)
             left_R = np.arange(len(which_RC))  # those that are not accused yet
             path = np.tile(self.prior, (left_R.size, 1))
             for column in range(checked):
@@ -249,11 +248,8 @@ class SequentialTest:
         return int(self._columns[0])
 
     def steps(self, values: npt.ArrayLike) -> FloatArray:
-        """Return what each residual adds to every path, for simulations of many nodes at a time."""
-        return self._steps(self.law.magnitudes(values))
-
-    def _steps(self, size_N: FloatArray) -> FloatArray:
         """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K + A]."""
+        size_N = self.law.magnitudes(values)
         base_N = self.law.log_density(size_N, 1.0)
         shares_P1 = np.array(SHARES)[:-1, None]
         honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
@@ -277,7 +273,7 @@ class SequentialTest:
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
-        path = np.cumsum(np.vstack([self._log_path, self._steps(size_N)]), axis=0)[1:]
+        path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
         self._log_path = path[-1]
         self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
         self._n += size_N.size

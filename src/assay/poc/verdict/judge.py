@@ -92,11 +92,10 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON-ready values; a residual that is not a number is null."""
         header = self.header
-        values = self.__dict__ | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
-        values |= {"noise": self.noise.as_dict()}
-        del values["places"]["set_aside"]
+        values = vars(self) | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
+        values["noise"] = self.noise.as_dict()
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
-        del values["header"], values["pins"]
+        del values["places"]["set_aside"], values["header"], values["pins"]
         stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
         stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
         believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
@@ -124,16 +123,10 @@ def judge(
     test: stats.SequentialTest | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Judge received records against recomputed ones of the same nonces.
+    """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the same order.
 
-    Args:
-        proof: Proof that the received records are a sample of.
-        received: Records of the sample.
-        recomputed: Records of the same nonces in the same order.
-        noise: Honest noise between the two engines.
-        pins: Values that the validator gave, with which the header agrees; nothing when None.
-        test: Fresh test that takes the residuals; one of the honest law at the usual error rates when None.
-        seed: Number that drew the sample.
+    ``test`` is a fresh one; that of the honest noise at the usual error rates when None. The header agrees with
+    ``pins``. ``seed`` drew the sample.
     """
     header = proof.header
     errors = residuals(received, recomputed)
@@ -148,9 +141,8 @@ def judge(
         positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
         batch_size=header.fingerprint.batch_size,
     )
-    if header.pipeline.output != "distance":
-        count = count_mismatches(errors)
-    else:
+    count = count_mismatches(errors)
+    if header.pipeline.output == "distance":
         pairs = [
             (a.distance, b.distance)
             for a, b in zip(received, recomputed, strict=True)
@@ -208,9 +200,6 @@ def judge_residuals(
         test: Fresh test that takes the residuals.
         positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
         batch_size: Batch size that the prover states.
-
-    Returns:
-        The outcome, the numbers of the sequential test and those of the place test.
     """
     places = stats.place_test(
         errors_N,

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -279,9 +279,8 @@ def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesi
         one, other = getattr(stated, name), getattr(outcome, name)
         if not math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE if name in _NUMBERS else 0.0):
             return f"{name} {one!r}, where the evidence gives {other!r}"
-    follows = decide(
-        stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta
-    )  # of the numbers as stated: on the threshold, two machines may differ
+    # Of the numbers as stated: on the threshold, two machines may differ.
+    follows = decide(stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta)
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
@@ -296,9 +295,8 @@ class Noises:
         if law not in self._noises:
             text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
             if sha256(text) != law:
-                raise DataError(
-                    f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it"
-                )
+                seen = f"the law {law[:12]} does not have its hash"
+                raise DataError(seen, wanted="the law as it was", do="restore it")
             if len(self._noises) >= MOST_LAWS:
                 self._noises.clear()
             self._noises[law] = noise_from_dict(loads(text, f"the law {law[:12]}"))
@@ -323,13 +321,10 @@ def _damaged_pages(connection: sa.Connection) -> Iterator[Fault]:
 def _changed_schema(connection: sa.Connection) -> Iterator[Fault]:
     """Yield the triggers, tables and indexes that are missing, added or changed."""
     query = "SELECT type || ' ' || name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND name <> 'migrations'"
-    begun = sqlite3.connect(":memory:")
-    try:
+    with closing(sqlite3.connect(":memory:")) as begun:
         for statement in (statement for step in MIGRATIONS for statement in step):
             begun.execute(statement)
         wanted = dict(begun.execute(query).fetchall())
-    finally:
-        begun.close()
     found = {row[0]: row[1] for row in connection.exec_driver_sql(query)}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -436,9 +431,8 @@ class Ledger:
         with self._db.write() as connection:
             if connection.execute(sa.select(LEDGER.c.id)).first() is None:
                 if not (0 < alpha < 1 and 0 < beta < 1):
-                    raise UsageError(
-                        f"alpha {alpha}, beta {beta}", wanted="two rates in (0, 1)", do="pass --alpha 0.001"
-                    )
+                    seen = f"alpha {alpha}, beta {beta}"
+                    raise UsageError(seen, wanted="two rates in (0, 1)", do="pass --alpha 0.001")
                 made = Genesis(id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta)
                 _insert_head(connection, made, 0, made.hash)
 
@@ -522,9 +516,8 @@ class Ledger:
         known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(known).first()):
             if row.public_key != update.account.public_key:
-                raise UsageError(
-                    f"a second update {update.name!r:.80}", wanted="a name for each", do="name it after its proof"
-                )
+                seen = f"a second update {update.name!r:.80}"
+                raise UsageError(seen, wanted="a name for each", do="name it after its proof")
             # Perhaps under another build, where a validator was stopped after this and its pins were changed.
             return self._standing(connection, row.account)
         account = _insert_account(connection, update.account)
@@ -568,9 +561,8 @@ class Ledger:
     def accounts(self) -> list[Account]:
         """Return all accounts, in the order in which their lives began."""
         with self._db.read() as connection:
-            return [
-                Account(**row._mapping) for row in connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
-            ]
+            found = connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
+            return [Account(**row._mapping) for row in found]
 
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
@@ -626,18 +618,15 @@ class Ledger:
             StorageError: It cannot be written.
         """
         known = set[str]()
-        query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
+        query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text")).order_by(UPDATES.c.seq)
+        query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law))
         with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
             out.restart()
             genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
             out.append_lines([text_of(genesis)])
-            for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
-                for law, entry in rows:
-                    if law not in known:
-                        known.add(law)
-                        text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-                        out.append_lines([f'{{"law":{text}}}'])
-                    out.append_lines([text_of(entry)])
+            for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+                out.append_lines([text_of(entry)] if law in known else [f'{{"law":{text_of(text)}}}', text_of(entry)])
+                known.add(law)
             out.append({"head": {"count": count, "hash": hash}})
             out.commit()
         return int(count), str(hash)
@@ -848,8 +837,7 @@ def _insert_entry(connection: sa.Connection, seq: int, account: int, entry: Entr
 
 def _head(text: str, source: str) -> tuple[int, str]:
     head = loads(text, source)["head"]
-    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
-    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
+    if not isinstance(head, dict) or {name: type(value) for name, value in head.items()} != {"count": int, "hash": str}:
         raise _bad(source, "a head without a count and a hash")
     return head["count"], head["hash"]
 

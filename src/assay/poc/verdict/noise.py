@@ -133,13 +133,9 @@ class Noise:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
-        if self.spread.sd:
-            values["spread"] = asdict(self.spread)
-        if self.effect is not None:
-            values["effect"] = self.effect
-        if self.named:
-            values["named"] = {name: law_as_dict(law) for name, law in self.named.items()}
-        return values
+        values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
+        values |= {"effect": self.effect} if self.effect is not None else {}
+        return values | ({"named": {name: law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
@@ -168,14 +164,13 @@ def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise
     """
     pair = "/".join(sorted((prover_dtype, validator_dtype)))
     laws = _defaults()["laws"].get(output, {})
-    found = laws.get(pair)
-    if found is None:
+    if pair not in laws:
         raise CalibrationError(
             f"no default noise between {prover_dtype} and {validator_dtype}",
             wanted="one of " + ", ".join(laws),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
         )
-    return Noise(read_law(found), f"default for {pair}, of the bundled models")
+    return Noise(read_law(laws[pair]), f"default for {pair}, of the bundled models")
 
 
 def fit_noise(
@@ -218,15 +213,9 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
     """
-    usual = EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
-    return stats.SequentialTest(
-        noise.law,
-        spread=noise.spread,
-        alpha=alpha,
-        beta=beta,
-        effect=noise.effect or usual,
-        named=noise.named,
-    )
+    effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
+    rates = {"alpha": alpha, "beta": beta, "effect": effect}
+    return stats.SequentialTest(noise.law, spread=noise.spread, named=noise.named, **rates)
 
 
 @cache
@@ -427,10 +416,9 @@ class ResponseTest:
 
     def __init__(self, noise: ResponseNoise, *, alpha: float = 1e-3, beta: float = 1e-2) -> None:
         self.noise, self.alpha, self.beta = noise, alpha, beta
+        rates = {"alpha": alpha, "beta": beta}
         self.tokens, self.sketches = (
-            stats.ClusterTest(
-                part.law, spread=part.spread, between=part.between, alpha=alpha, beta=beta, effect=part.effect
-            )
+            stats.ClusterTest(part.law, spread=part.spread, between=part.between, effect=part.effect, **rates)
             for part in (noise.tokens, noise.sketches)
         )
         self._log_e = self._log_e_max = 0.0
