@@ -140,11 +140,8 @@ def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     """
     positive_N, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
     if positive_N.size != negative_N.size:
-        raise UsageError(
-            f"{positive_N.size} positive and {negative_N.size} negative scores",
-            wanted="one of each per pair",
-            do="keep both sides of a pair",
-        )
+        seen = f"{positive_N.size} positive and {negative_N.size} negative scores"
+        raise UsageError(seen, wanted="one of each per pair", do="keep both sides of a pair")
     return float(np.mean(positive_N > negative_N) + np.mean(positive_N == negative_N) / 2)
 
 
@@ -187,11 +184,8 @@ def group_bootstrap(
     arrays = [np.asarray(sample) for sample in samples]
     rows = _rows_of_groups(arrays, groups)
     if n_resamples < 1 or not 0.0 < confidence < 1.0:
-        raise UsageError(
-            f"{n_resamples} resamples, confidence {confidence}",
-            wanted="at least 1 resample and a confidence in (0, 1)",
-            do="use the defaults",
-        )
+        seen = f"{n_resamples} resamples, confidence {confidence}"
+        raise UsageError(seen, wanted="at least 1 resample and a confidence in (0, 1)", do="use the defaults")
     generator = np.random.default_rng(seed)
     found = float(statistic(*arrays))
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
@@ -254,11 +248,8 @@ def _rows_of_groups(
     """Return the rows of every group in every sample."""
     counts = [len(array) for array in arrays], [len(side) for side in groups]
     if counts[0] != counts[1]:
-        raise UsageError(
-            f"{counts[0]} rows with {counts[1]} group labels",
-            wanted="one label per row in every sample",
-            do="pass groups in the order of the samples",
-        )
+        seen = f"{counts[0]} rows with {counts[1]} group labels"
+        raise UsageError(seen, wanted="one label per row in every sample", do="pass groups in the order of the samples")
     rows: dict[object, list[list[int]]] = {}
     for sample, side in enumerate(groups):
         for row, label in enumerate(side):
@@ -276,8 +267,5 @@ def _resample(
         taken = [[row for g in drawn for row in rows[g][sample]] for sample in range(len(arrays))]
         if all(taken):
             return [array[index] for array, index in zip(arrays, taken, strict=True)]
-    raise UsageError(
-        f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty",
-        wanted="samples that share most groups",
-        do="check the group labels of every sample",
-    )
+    seen = f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty"
+    raise UsageError(seen, wanted="samples that share most groups", do="check the group labels of every sample")

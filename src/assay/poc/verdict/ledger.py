@@ -447,11 +447,8 @@ class Ledger:
         query = sa.select(UPDATES.c.seq, UPDATES.c.hash).order_by(UPDATES.c.seq.desc()).limit(1)
         last = connection.execute(query).first() or (0, self.genesis.hash)
         if (count, hash) != tuple(last):
-            raise DataError(
-                f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}",
-                wanted="a ledger that nothing but assay has written to",
-                do=self._find_change,
-            )
+            seen = f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}"
+            raise DataError(seen, wanted="a ledger that nothing but assay has written to", do=self._find_change)
         return int(count), str(hash)
 
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:

@@ -111,11 +111,8 @@ class _Model(BaseModel):
         except ValidationError as error:
             raise _malformed(source, error) from None
         if made.line != text:
-            raise DataError(
-                f"{source}: not in the form in which it is written",
-                wanted=f"{made.line:.60}…",
-                do="ask for the file again, byte for byte",
-            )
+            seen = f"{source}: not in the form in which it is written"
+            raise DataError(seen, wanted=f"{made.line:.60}…", do="ask for the file again, byte for byte")
         return made
 
     @property
