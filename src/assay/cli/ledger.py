@@ -15,7 +15,7 @@ from assay.errors import visible
 from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.poc.verdict.ledger_entries import Account, Entry, Standing
+    from assay.poc.verdict.life import Account, Entry, Standing
 
 ledger = poc.group_of("ledger", "Look at ledgers of nodes' lives.", panel="Validator")
 

@@ -28,7 +28,7 @@ from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.verdict.judge import Verdict
-    from assay.poc.verdict.ledger_entries import Standing
+    from assay.poc.verdict.life import Standing
 
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")

@@ -36,7 +36,7 @@ from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
-from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verdict.life import Standing
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)

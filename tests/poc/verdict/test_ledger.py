@@ -17,7 +17,7 @@ from assay.poc import Build, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
-from assay.poc.verdict.ledger_entries import FAULTY, name_reasons
+from assay.poc.verdict.life import FAULTY, name_reasons
 from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 

@@ -18,7 +18,7 @@ from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampling import ResponseName
 from assay.poc.verdict.judge import EXIT_CODES
-from assay.poc.verdict.ledger_entries import RESPONSES, Account, Update, response_identity
+from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
 
 Evidence = Literal["both", "tokens", "sketches"]

@@ -24,7 +24,7 @@ from assay.poc.service.settings import Settings
 from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Account, Update, round_identity
+from assay.poc.verdict.life import Account, Update, round_identity
 from assay.poc.verdict.noise import FloatArray, Noise, default_noise, sequential_test
 
 

@@ -23,7 +23,7 @@ from assay.poc.validator.registry import Noises, Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import Recomputer, account_id, verdict_of
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verdict.life import Standing
 from assay.poc.verdict.noise import Noise
 
 log = structlog.get_logger("assay.validator")
@@ -105,8 +105,6 @@ class ValidatorController(Runtime):
         assert self._noises is not None  # made before anything is recomputed
         return self._noises.of(build, round)
 
-    # Pins, nodes and blocks
-
     def _read(self) -> Registry:
         return Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
 
@@ -160,8 +158,6 @@ class ValidatorController(Runtime):
         """Heights of the open blocks by hash, the newest first; None where the pins do not say."""
         pinned = self.registry.network.round
         return self._blocks if pinned.block_hash is None else {pinned.block_hash: pinned.block_height}
-
-    # What it says of itself
 
     def blocks(self) -> list[JsonObject]:
         """Return the open blocks, the newest first."""

@@ -35,12 +35,14 @@ from assay.files.database import Database, damaged, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict
-from assay.poc.verdict.ledger_entries import (
+from assay.poc.verdict.life import (
     REPEATED,
     Account,
     Entry,
     EntryOutcome,
+    Evidence,
     Genesis,
+    Life,
     Standing,
     Update,
     make_entry,
@@ -48,7 +50,6 @@ from assay.poc.verdict.ledger_entries import (
     round_identity,
     sha256,
 )
-from assay.poc.verdict.life import Evidence, Life
 from assay.poc.verdict.noise import AnyNoise, noise_from_dict
 from assay.stats.sequential import decide
 
