@@ -23,7 +23,7 @@ class Answering:
             def do_GET(self) -> None:
                 outer.handle(self)
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -97,9 +97,8 @@ class FlakyReceiver(Answering):
             handler.close_connection = True
             handler.connection.close()
             return
-        self.respond(
-            handler, {"error": 500, "busy": 503}.get(mood, 200), **{"Retry-After": "0"} if mood == "busy" else {}
-        )
+        headers = {"Retry-After": "0"} if mood == "busy" else {}
+        self.respond(handler, {"error": 500, "busy": 503}.get(mood, 200), **headers)
 
     def _take(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
         message_id, values = handler.headers["webhook-id"], json.loads(body)

@@ -13,12 +13,10 @@ import torch
 
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.base import HostCopy
 from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import (
     CALLS,
-    FAILURES,
     MOST,
     CallSizer,
     DirectPasses,
@@ -239,25 +237,21 @@ def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
 
 
-def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
-    workers = Workers()
-    assert run(workers, 203) == list(range(203))
-    assert workers.requested == []
-    assert list(chain(*workers.called)) == list(range(203))
-    assert workers.most == CALLS
-    calls = len(workers.called)
-    assert workers.client.direct.describe() == {"now": True, "reason": None, "calls": calls, "nonces": 203}
-    assert workers.client.direct.in_flight == 0
-
-
-@pytest.mark.parametrize("engines", [2, 3])
-def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
+@pytest.mark.parametrize("engines", [1, 2, 3])
+def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(engines: int):
     workers = Workers(engines=engines)
     assert run(workers, 203) == list(range(203))
     assert workers.requested == []
     assert sorted(chain(*workers.called)) == list(range(203))
+    direct = workers.client.direct
+    assert direct.describe() == {"now": True, "reason": None, "calls": direct.calls, "nonces": 203}
+    assert direct.in_flight == 0
+    if engines == 1:
+        assert list(chain(*workers.called)) == list(range(203))
+        assert (workers.most, len(workers.called)) == (CALLS, direct.calls)
+        return
     assert sorted(chain(*chain(*workers.dealt))) == list(range(203))
-    assert len(workers.dealt) == workers.client.direct.calls
+    assert len(workers.dealt) == direct.calls
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
@@ -270,22 +264,6 @@ def worker_of(begin) -> WorkerExtension:
     worker.assay_passes = SimpleNamespace(begin=begin)
     worker.model_runner = SimpleNamespace(device=torch.device("cpu"))
     return worker
-
-
-def test_a_worker_runs_the_share_of_its_engine():
-    ran = []
-
-    def begin(spec, nonces, batch):
-        ran.append((nonces, batch))
-        return HostCopy(torch.tensor(nonces, dtype=torch.float32))
-
-    worker = worker_of(begin)
-    assert worker.assay_pass("a", "key", [[1, 3], [2, 4]], 2, True)[0]["nonces"] == [2, 4]
-    assert worker.assay_pass("b", "key", [[5], []], 1, True) == [{"call": "b"}]
-    one = worker.assay_pass("c", "key", [[6, 7]], 2, True)[0]
-    assert one["nonces"] == [6, 7]  # one engine, whatever it is called
-    assert one["seconds"] > 0
-    assert ran == [([2, 4], 2), ([6, 7], 2)]
 
 
 def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
@@ -319,20 +297,6 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
     assert happened == wanted
 
 
-def test_with_chat_nonces_are_requests_and_calls_come_back_after_it():
-    workers = Workers(quiet=0.0, share=1.0)
-
-    async def chat(done: int) -> None:
-        workers.chat = int(40 <= done < 120)
-
-    assert run(workers, 400, between=chat) == list(range(400))
-    called = sorted(chain(*workers.called))
-    assert called[0] == 0
-    assert called[-1] == 399
-    assert workers.requested
-    assert sorted(workers.requested + called) == list(range(400))
-
-
 @pytest.mark.parametrize(("settings", "batch"), [({"path": "requests"}, 4), ({}, 0)])
 def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(settings, batch):
     workers = Workers(batch=batch, **settings)
@@ -340,21 +304,6 @@ def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(sett
     assert (workers.called, sorted(workers.requested)) == ([], list(range(40)))
     described = workers.client.direct.describe()
     assert (described["now"], described["reason"]) == (False, "a reason" if not batch else "ASSAY_VLLM_PATH=requests")
-
-
-def test_what_a_call_did_not_run_is_requested_and_after_some_failures_there_are_no_calls():
-    async def scenario() -> None:
-        workers = Workers()
-        workers.broken = True
-        assert await values_of(workers, 64) == list(range(64))
-        assert sorted(workers.requested) == list(range(64))
-        assert FAILURES <= len(workers.called) <= FAILURES + CALLS
-        workers.called.clear()
-        assert await values_of(workers, 16) == list(range(16))
-        assert workers.called == []
-        assert workers.client.direct.describe() == {"now": False, "reason": "broken", "calls": 0, "nonces": 0}
-
-    asyncio.run(scenario())
 
 
 def test_an_engine_that_dies_fails_its_nonces_in_words():

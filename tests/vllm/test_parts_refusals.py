@@ -29,15 +29,6 @@ def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: py
         compatibility.check_installed()
 
 
-def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    def absent(name: str) -> str:
-        raise compatibility.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(compatibility.importlib.metadata, "version", absent)
-    with pytest.raises(BackendUnavailable, match=r"'\.\[vllm\]'"):
-        compatibility.check_installed()
-
-
 def test_names_before_03_are_those_of_now():
     for name, now in compatibility.OLD_NAMES.items():
         (old_module, old), (module, new) = name.rsplit(".", 1), now.rsplit(".", 1)

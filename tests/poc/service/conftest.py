@@ -144,6 +144,11 @@ class Service:
         assert answer.status_code == status, (path, answer.status_code, answer.text)
         return answer.json()
 
+    def generate(self, least: int, changes: dict[str, object] | None = None) -> None:
+        """Begin a round, and wait until so many nonces are checked."""
+        self.post("/init/generate", ROUND | (changes or {}))
+        until(lambda: self.checked() >= least)
+
     def status(self):
         return self.client.get(f"{PREFIX}/status").json()
 

@@ -22,8 +22,7 @@ def nonces_on_disk(service) -> list[int]:
 
 @pytest.mark.parametrize("then", ["init/generate", "init/validate", "init", "stop"])
 def test_a_restart_returns_to_state_and_round(service, then):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     if then != "init/generate":
         service.post("/stop")
     if then.startswith("init") and then != "init/generate":
@@ -63,8 +62,7 @@ def test_a_round_cannot_be_begun_again_with_other_values(service, change):
 def test_nodes_and_groups_share_the_nonces(service, share):
     node_id, node_count, group_id, n_groups = share
     names = {"node_id": node_id, "node_count": node_count, "group_id": group_id, "n_groups": n_groups}
-    service.post("/init/generate", ROUND | names)
-    until(lambda: service.checked() >= 12)
+    service.generate(12, names)
     service.post("/stop")
     found = nonces_on_disk(service)
     offset, step = node_id + group_id * node_count, n_groups * node_count
@@ -72,8 +70,7 @@ def test_nodes_and_groups_share_the_nonces(service, share):
 
 
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     limit = cap(service.controller.database)
     until(lambda: service.status()["paused"] == "storage")
     held = service.status()
@@ -90,8 +87,7 @@ def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
 
 
 def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatch):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     full = [True]
     real = Database.write
 
@@ -134,8 +130,7 @@ def test_a_nonce_is_never_written_twice(tmp_path):
 
 
 def test_results_that_collide_end_the_round(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     with service.controller.database.write() as connection:
         connection.exec_driver_sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
@@ -182,8 +177,7 @@ def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
 
 
 def test_a_round_of_another_model_does_not_continue(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     service.close()
     execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
     service._start()

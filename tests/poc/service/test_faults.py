@@ -3,13 +3,10 @@
 import threading
 
 import pytest
-from fastapi import FastAPI
 
 from assay.poc.engines import base as _outputs
-from assay.poc.service import Settings, attach
-from assay.poc.service.controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
@@ -107,20 +104,6 @@ def test_fault_09_failed_callbacks_are_sent_again_and_stop_loses_none(service):
         assert sorted(receiver.nonces()) == sorted(owed)
 
 
-def test_fault_10_generation_and_validation_work_in_process(rig, tmp_path):
-    host = FastAPI()
-    host.get("/v1/models")(lambda: {"data": ["theirs"]})
-    attach(host, Controller(rig.deployment, Settings(data_dir=tmp_path)))
-    with TestClient(host) as client:
-        until(lambda: client.post(f"{PREFIX}/init/generate", json=ROUND).status_code == 200)
-        until(lambda: client.get(f"{PREFIX}/status").json()["total_checked"] > 0)
-        assert client.post(f"{PREFIX}/phase/validate").status_code == 200
-        claim = CLAIM | {"nonces": [0], "dist": [1.4]}
-        assert client.post(f"{PREFIX}/validate", json=claim).status_code == 200
-        assert client.get("/v1/models").json() == {"data": ["theirs"]}
-        assert client.get("/health").status_code == 404
-
-
 def test_fault_11_a_long_batch_blocks_nothing(service):
     service.rig.open.clear()
     service.post("/init/generate", ROUND)
@@ -167,8 +150,7 @@ def test_fault_15_a_received_value_that_is_no_number_is_a_mismatch(service, valu
 
 
 def test_fault_16_generation_after_stop_is_the_same_computation(service):
-    service.post("/init/generate", ROUND | {"use_sign_flips": False, "use_layer_hooks": True})
-    until(lambda: service.checked() > 4)
+    service.generate(5, {"use_sign_flips": False, "use_layer_hooks": True})
     service.post("/stop")
     before = service.checked()
     service.rig.layers.clear()
@@ -271,5 +253,4 @@ def test_a_preset_that_the_engine_does_not_support_is_refused_when_the_round_beg
     refused = service.post("/init/generate", body, status=422)
     assert "on the fake engine" in refused["detail"]
     assert service.status()["state"] == "IDLE"
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)

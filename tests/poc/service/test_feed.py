@@ -16,8 +16,7 @@ from tests.waiting import until
 
 
 def test_a_snapshot_follows_the_round(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 100)
+    service.generate(101)
     service.post("/stop")
     seen = service.controller.snapshot()
     n = seen["checked"]
@@ -100,8 +99,7 @@ def test_streams_are_bounded(serving, bound):
 
 
 def test_metrics_are_valid_and_count(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     service.post("/phase/validate")
     service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
     until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["state"] == "VALIDATING")
@@ -149,6 +147,5 @@ def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch, restored_lo
 
     configure_logs("json")
     monkeypatch.setattr("sys.stderr", Broken())
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 8)
+    service.generate(9)
     assert service.post("/stop")["pow_status"]["state"] == "STOPPED"

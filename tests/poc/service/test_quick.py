@@ -3,8 +3,7 @@
 import pytest
 
 from assay.poc.service.app import QuickStatus
-from tests.poc.service.conftest import PREFIX, ROUND
-from tests.waiting import until
+from tests.poc.service.conftest import PREFIX
 
 KEY = "read-" + "x" * 20
 
@@ -22,8 +21,7 @@ def routed(monkeypatch):
 
 
 def test_it_is_the_answer_of_the_route(service, routed):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     service.post("/stop")
     quick, slow = service.client.get(f"{PREFIX}/status"), routed(service)
     assert quick.json() == slow.json()

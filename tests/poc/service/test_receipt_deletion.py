@@ -7,7 +7,6 @@ import time
 import sqlalchemy as sa
 
 from assay.poc.service import receipts as _receipts
-from assay.poc.service.callbacks import Callback
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.receipts import RECEIPTS, files, get, on_disk, receipt, store
 from tests.waiting import until
@@ -55,7 +54,7 @@ def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
         assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
         query = sa.select(*outbox._columns).where(c.kind == "receipts")
         with service.controller.database.read() as connection:
-            body = outbox._receipts(connection, Callback(*connection.execute(query).one()))
+            body = outbox._receipts(connection, connection.execute(query).one())
         assert [each["index"] for each in body["receipts"]] == [0, 2]
         service.client.delete(f"{RECEIPTS}/chat")
         assert outbox.counts() == {"pending": 0, "dead": 0}

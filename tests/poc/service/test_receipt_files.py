@@ -82,12 +82,6 @@ def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
         Receipts.parse("export", answer.content)
 
 
-def test_only_so_many_files_are_sent_at_once(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 0)
-    store(service, receipt("a"))
-    assert get(service, ".jsonl", 429)["wanted"] == "fewer at once"
-
-
 def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
     monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
     store(service, receipt("a"))

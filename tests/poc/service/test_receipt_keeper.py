@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -86,23 +85,6 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
     times = [entry["stored_at"] for entry in keeper.listed(0, 10)]
     assert len(times) == 4
     assert times[1] == times[2] == times[3]
-
-
-def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
-    keeper, go = held
-    sink = keeper.sink(header())
-    go.set()
-    keeper.start()
-
-    async def ending(number: int) -> None:
-        time.sleep(0.02)  # the thread could begin a transaction here
-        await sink.store(receipt(f"chat-{number}"))
-
-    async def scenario() -> None:
-        await asyncio.gather(*(ending(number) for number in range(3)))
-
-    asyncio.run(scenario())
-    assert len({entry["stored_at"] for entry in keeper.listed(0, 10)}) == 1
 
 
 def test_bytes_that_wait_are_bounded(held, monkeypatch):

@@ -16,9 +16,9 @@ from assay.poc.responses import Prompt
 from assay.poc.service import Settings, attach
 from assay.poc.service.app import PREFIXES
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import MIGRATIONS, open_database
+from assay.poc.service.database import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient, execute
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
 from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
 from tests.waiting import until
 
@@ -209,16 +209,3 @@ def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
             now = connection.exec_driver_sql("SELECT count(*), sum(nonce) FROM records").one()
             assert connection.exec_driver_sql("SELECT count(*) FROM migrations").scalar_one() == len(MIGRATIONS)
     assert tuple(now) == tuple(before)
-
-
-def test_a_database_without_receipts_keeps_its_rounds(serving, tmp_path, monkeypatch):
-    """The schema as it was before receipts: its first step alone."""
-    open_database(tmp_path / "data", migrations=MIGRATIONS[:1]).close()
-    with serving() as service:
-        service.post("/init/generate", ROUND)
-        until(lambda: service.checked() >= 8)
-        service.post("/stop")
-        store(service, receipt("chat"))
-        service.restart()
-        assert get(service, "/chat")
-        assert service.client.get(f"{PREFIX}/status").json()["total_checked"] >= 8

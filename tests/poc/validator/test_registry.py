@@ -47,8 +47,8 @@ def test_nodes_have_their_share_their_build_and_their_secret(files):
 
 def test_a_node_without_a_secret_of_its_own_has_the_shared_one(files):
     nodes = '[[nodes]]\npublic_key = "node_A"\n'
-    assert files(nodes=nodes).is_open
-    assert not files(nodes=nodes, callback_secrets=(secret_of("shared"),)).is_open
+    assert not files(nodes=nodes).senders["node_A"].signatures
+    assert files(nodes=nodes, callback_secrets=(secret_of("shared"),)).senders["node_A"].signatures
 
 
 def test_the_nodes_file_may_list_nodes_that_the_pins_do_not(files, small_model):

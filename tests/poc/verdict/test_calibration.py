@@ -169,7 +169,7 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
             [], [{"name": "\u202e", "kind": "", "fingerprint": None}] * 2, *([made] * 2 for made in fingerprints),
             *([engine(**change)] * 2 for change in changes),
         ),
-        "sizes": ([], [[0, 5, 1.0]], [[1, 0, 1.0]], *([[0, 1, size]] for size in (-1.0, float("nan"), 1e308)), [[0, 1]]),
+        "sizes": ([], [[0, 5, 1.0]], [[1, 0, 1.0]], [[0, 1]], *([[0, 1, x]] for x in (-1.0, float("nan"), 1e308))),
         "spread": ({"sd": 2.0, "dof": 30.0}, {"sd": "0", "dof": 30.0}),
         "known": ({}, {"sd": 0.1}, {"sd": 0.1, "dof": 10**40}),
         "effect": (1.0, "2"),

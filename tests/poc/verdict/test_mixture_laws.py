@@ -1,6 +1,5 @@
 """A law of distances of a mixture of experts has a heavy tail, and the command says when it rests on few distances."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,18 +31,3 @@ def test_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, count,
     made.save(tmp_path / "law.json")
     (build,) = Calibration.load(tmp_path / "law.json").builds
     assert (build.law.dof, bool(build.mixture)) == (dof, bool(mixture))
-
-
-@pytest.mark.parametrize(("preset", "advised"), [("poc-2.0", True), ("hardened", False)])
-def test_the_command_says_it_plainly(preset: str, advised: bool, tmp_path: Path, capsys) -> None:
-    from assay.cli import run
-
-    checkpoint = make_mixture("qwen3-moe", tmp_path / "model", head_dim=64)
-    model, paths = load_model(checkpoint, device="cpu"), [tmp_path / f"{number}.jsonl" for number in range(2)]
-    round = Round(block_hash="block", public_key="key", model="small", preset=preset, seq_len=8)
-    for path in paths:
-        prove(model, round, range(32), batch_size=8, output=path)
-    made = ["poc", "calibrate", *map(str, paths), "-o", str(tmp_path / "law.json"), "--json"]
-    for arguments in (made, [*made, "--model", str(checkpoint)]):
-        assert run(arguments) == 0
-        assert json.loads(capsys.readouterr().out).get("advice", "").startswith("the law rests on 32") == advised

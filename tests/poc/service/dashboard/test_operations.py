@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.poc.service.conftest import ROUND
 from tests.poc.service.series import absent_series
 from tests.waiting import until
 
@@ -62,8 +61,7 @@ def test_no_unit_hides_the_gpu(unit):
 def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serving, tmp_path):
     path, backup = tmp_path / "data" / "service.sqlite3", tmp_path / "backup.sqlite3"
     with serving() as service:
-        service.post("/init/generate", ROUND)
-        until(lambda: service.checked() > 20)
+        service.generate(21)
         with sqlite3.connect(path) as source, sqlite3.connect(backup) as target:
             source.backup(target)
         source.close()
