@@ -10,8 +10,8 @@ import torch
 from assay import streams
 from assay.errors import StorageError, UsageError
 from assay.models import Model, load_model, save_random
-from assay.models import load as _save
 from assay.models import checkpoint as _resolve
+from assay.models import load as _save
 
 
 def bits(model: Model) -> dict[str, list[int]]:

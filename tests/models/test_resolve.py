@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
-from assay.models import list_models, load_model, model_info
 from assay.models import checkpoint as _resolve
-from assay.models.load import identify
+from assay.models import list_models, load_model, model_info
 from assay.models.checkpoint import resolve
+from assay.models.load import identify
 from tests.models.storing import configure
 
 

@@ -207,16 +207,8 @@ def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_t
     for name, pool in zip(("hack", "clean"), pools, strict=True):
         lines = [{"prompt": o.sample.prompt, "completion": o.sample.completion, "group": o.group} for o in pool]
         write(tmp_path / f"{name}.jsonl", lines)
-    asked = [
-        "pools",
-        "--model",
-        "reference:qwen3",
-        "--basis",
-        tmp_path / "basis.safetensors",
-        "--hack",
-        tmp_path / "hack.jsonl",
-    ]
-    asked += ["--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
+    asked = ["pools", "--model", "reference:qwen3", "--basis", tmp_path / "basis.safetensors"]
+    asked += ["--hack", tmp_path / "hack.jsonl", "--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
     result = CliRunner().invoke(vhack, [*map(str, asked), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
