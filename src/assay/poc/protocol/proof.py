@@ -177,7 +177,7 @@ def _printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_printable)]  # A text that a message can show on a terminal
+Text = Annotated[str, AfterValidator(_printable)]  # a text that a message can show on a terminal
 Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 

@@ -217,7 +217,7 @@ def join_prefixed(*parts: object) -> str:
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
 
 
-Row = tuple[Round, int]  # A nonce with its round
+Row = tuple[Round, int]  # a nonce with its round
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,9 +209,6 @@ def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor
     return torch.stack([*columns[::-1], torch.full_like(own_N, -math.log(vocabulary))], dim=1)
 
 
-Progress = Callable[[int, int], None]  # called with (receipts done, receipts in all) after every receipt
-
-
 @dataclass(frozen=True, eq=False)
 class Replayed:
     """A receipt beside what a prefill of it gives.
@@ -249,7 +246,7 @@ def replay(
     prompts: Mapping[str, Prompt] | None = None,
     adapter: Lora | None = None,
     engine: Prefill | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Replayed]:
     """Run the responses of receipts again, each by one prefill.
 

@@ -21,8 +21,6 @@ from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
 from assay.streams.backends import as_tensor
 
-Progress = Callable[[int, int], None]  # called with (tokens made, tokens at most in all) after every token
-
 
 def respond(
     model: Model,
@@ -37,7 +35,7 @@ def respond(
     hash_prompts: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Receipts:
     """Answer prompts with seeded sampling, and return what a server would state about its answers.
 
