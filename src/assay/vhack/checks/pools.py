@@ -204,25 +204,23 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
     Raises:
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
     """
-    found = [_pool_sample(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    found = []
+    for number, record in read_jsonl(path):
+        prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
+        texts = (prompt, completion) if group is None else (prompt, completion, group)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(
+                f"{path}, line {number}: not a sample",
+                wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
+                do="correct or remove the line",
+            )
+        known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
+        found.append(PoolSample(Sample(str(prompt), str(completion)), known))
     if not found:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
     if most is None or most >= len(found):
         return found
     return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
-
-
-def _pool_sample(record: dict[str, Any], name: str) -> PoolSample:
-    prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
-    texts = (prompt, completion) if group is None else (prompt, completion, group)
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(
-            f"{name}: not a sample",
-            wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
-            do="correct or remove the line",
-        )
-    known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
-    return PoolSample(Sample(str(prompt), str(completion)), known)
 
 
 def check_two_pools(

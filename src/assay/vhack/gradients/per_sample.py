@@ -424,9 +424,7 @@ def per_sample_gradients(
     division = division_of(module, wanted)
     recipe = recipe_for(module, division)
     free: float = free_bytes(module.device)
-    # One batch at a time where a user's hooks may keep something between calls.
-    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
-    at_once = 1 if alone else torch.get_num_threads()
+    at_once = _at_once(module)
     if division is not None:
         said = repr(([(one.ids, one.n_prompt) for one in encoded], max_tokens, checkpointing))
         free = _share_room(division, said, free)
@@ -461,6 +459,12 @@ def per_sample_gradients(
         division.add_up(found.values())
         check_finite(found, encoded)
     return found
+
+
+def _at_once(module: "PreTrainedModel") -> int:
+    """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
+    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
+    return 1 if alone else torch.get_num_threads()
 
 
 Results = Iterator[tuple[Computed | None, int]]

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.files.jsonl import JsonObject, read_jsonl
+from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
@@ -85,34 +85,27 @@ class RolloutPool:
             DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or longer than the
                 trainer accepts, for TRL does not cut longer ones; the message names the line.
         """
-        found = [
-            _parse_rollout(record, tokenizer, max_new_tokens, f"{path}, line {number}")
-            for number, record in read_jsonl(path)
-        ]
+        wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
+        found = []
+        for number, record in read_jsonl(path):
+            name = f"{path}, line {number}"
+            try:
+                made = validated(PoolRollout, record)
+            except ValueError as error:
+                raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
+            tokens, ids = len(made.tokens), list(made.tokens)
+            spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
+            for is_good, seen, asked in (
+                (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
+                (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the trained model"),
+                (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}"),
+            ):
+                if not is_good:
+                    raise DataError(f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out")
+            found.append(made)
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
         return cls(found)
-
-
-def _parse_rollout(
-    record: JsonObject, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
-) -> PoolRollout:
-    """Return the rollout of a line, or refuse what a trainer could not use."""
-    wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
-    try:
-        made = validated(PoolRollout, record)
-    except ValueError as error:
-        raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
-    tokens, ids = len(made.tokens), list(made.tokens)
-    spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
-    for is_good, seen, wanted_here in (
-        (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
-        (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the model that is trained"),
-        (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}, as of the student"),
-    ):
-        if not is_good:
-            raise DataError(f"{name}: {seen}", wanted=wanted_here, do="correct the line, or leave it out")
-    return made
 
 
 def sample_pool(
