@@ -64,7 +64,7 @@ class Engine(Protocol):
             UsageError: The engine cannot take a step of the pipeline, or a nonce is longer than it takes.
             BadWeights: The model returned NaN or infinity. On CUDA such a nonce is NaN instead.
             OutOfMemory: The device ran out of memory.
-            ModelError: This architecture cannot be run on input embeddings.
+            ModelError: This architecture cannot be run on input embeddings, or vLLM did not run a nonce.
             EngineEnded: The engine, or another process of it, has ended.
         """
 

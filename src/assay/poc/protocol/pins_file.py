@@ -117,17 +117,6 @@ class ModelPins(Table):
     calibrations: tuple[PinnedFile, ...] = ()  # files with the honest noise of these builds
 
 
-def check_tables(tables: JsonObject, path: str | Path) -> JsonObject:
-    """Return the tables of a file without its schema; a DataError names the key that is still to be filled in."""
-    if type(tables.get("schema")) is not int or tables["schema"] != SCHEMA:
-        do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
-        raise DataError(f"{path}: schema {tables.get('schema')!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
-    for place in _unfilled(tables):
-        do = 'write it there; docs/pins.md says where "*" allows any'
-        raise DataError(f'{path}: {place} is still "{UNFILLED}"', wanted="the value that the network agreed on", do=do)
-    return {name: value for name, value in tables.items() if name != "schema"}
-
-
 def _unfilled(value: Any, place: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -214,9 +203,18 @@ class NetworkPins(Table):
         Raises:
             DataError: A key is unknown, missing or still to be filled in, or a value is impossible; names the key.
         """
-        values = check_tables(tables, path)
+        schema = tables.get("schema")
+        if type(schema) is not int or schema != SCHEMA:
+            do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
+            raise DataError(f"{path}: schema {schema!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
+        for place in _unfilled(tables):
+            wanted, do = (
+                "the value that the network agreed on",
+                'write it there; docs/pins.md says where "*" allows any',
+            )
+            raise DataError(f'{path}: {place} is still "{UNFILLED}"', wanted=wanted, do=do)
         try:
-            read = cls.model_validate(values)
+            read = cls.model_validate({name: value for name, value in tables.items() if name != "schema"})
         except ValidationError as error:
             raise _fault_of(error, path) from None
         except AssayError as error:

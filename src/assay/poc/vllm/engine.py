@@ -108,16 +108,10 @@ def supports_pipeline(pipeline: Pipeline) -> bool:
 class RequestEngine(DecodingEngine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
-    Args:
-        client: Client that runs nonces in its event loop.
-        batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
-        seq_len: T, the number of positions of every nonce.
+    B nonces of T positions are handed out at a time. The throttle of the client decides how many run at once.
 
     Raises:
-        UsageError: The sequence, with the tokens that are decoded, is longer than the engine takes; the batch is out of
-            range; or the engine cannot take a step of a pipeline.
-        ModelError: vLLM did not run a nonce, or has ended.
-        BadWeights: A state is NaN or infinite.
+        UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
     def __init__(self, client: Client, *, batch_size: int, seq_len: int) -> None:
