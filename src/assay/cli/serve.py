@@ -139,7 +139,7 @@ def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         rows, counts = outbox.rows(statuses, chosen.limit), outbox.counts()
     if as_json:
-        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [vars(row) for row in rows]})
+        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [row._asdict() for row in rows]})
         return
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
     table(columns, [[getattr(row, name) for name in columns] for row in rows])

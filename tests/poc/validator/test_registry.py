@@ -76,7 +76,7 @@ def test_the_pins_may_name_the_build_too_and_must_agree(files, small_model):
         f"{table}build = {name!r}\n" if name else table
         for table, name in zip(_tables(), ("cpu", "", "cpu"), strict=True)
     )
-    assert files(pins=pins, nodes=nodes).sender("node_B").build.name == "other"
+    assert files(pins=pins, nodes=nodes).senders["node_B"].build.name == "other"
     with pytest.raises(UsageError, match="cpu, other"):
         files(pins=pins, nodes="".join(f"{table}build = 'cpu'\n" for table in _tables()))
 

@@ -117,10 +117,8 @@ class LocalOnly:
         """Pass a request on, or answer 403."""
         covered = scope["type"] == "http" and route_path(scope).startswith(self._prefix)
         if covered and not _is_local(dict(scope["headers"])):
-            seen, wanted = (
-                "a request for another host, or from another site's page",
-                "Host: 127.0.0.1 and no other origin",
-            )
+            seen = "a request for another host, or from another site's page"
+            wanted = "Host: 127.0.0.1 and no other origin"
             do = "open the service under 127.0.0.1, or start it with an API key"
             await answer(Refusal(403, seen, wanted=wanted, do=do))(scope, receive, send)
             return
@@ -308,10 +306,8 @@ def _parsed(body: bytes) -> Any:
         reason = "it is nested too deeply"
     except ValueError as error:
         reason = str(error)
-    wanted, errors = (
-        "one JSON value in UTF-8, every key once",
-        [{"loc": ["body"], "msg": reason, "type": "json_invalid"}],
-    )
+    wanted = "one JSON value in UTF-8, every key once"
+    errors = [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]
     raise Refusal(422, f"a body that is not JSON: {reason}", wanted=wanted, do="correct it", fields={"errors": errors})
 
 

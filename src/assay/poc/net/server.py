@@ -155,10 +155,8 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
 def check_host(host: str, settings: ServerSettings) -> None:
     """Refuse an address that others reach while requests need no key."""
     if not is_loopback(host) and not settings.has_keys:
-        wanted, do = (
-            "an API key where others reach the port",
-            "pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
-        )
+        wanted = "an API key where others reach the port"
+        do = "pass --api-key-file, set ASSAY_API_KEY, or leave --host out"
         raise UsageError(f"--host {host} without a key", wanted=wanted, do=do)
 
 

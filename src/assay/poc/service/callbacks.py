@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -45,23 +44,8 @@ MAX_RETRY_AFTER = 86_400.0
 SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
 
 
-@dataclass(frozen=True)
-class Callback:
-    """A row of the table ``outbox``, without the body."""
-
-    id: str
-    round_id: int | None
-    kind: str
-    url: str
-    first_nonce: int | None
-    last_nonce: int | None
-    nonces: int
-    status: str
-    created_at: float
-    attempts: int
-    next_attempt_at: float
-    last_error: str | None
-    finished_at: float | None
+Callback = sa.Row[Any]
+"""A row of the table ``outbox``, without number and body."""
 
 
 class Outbox:
@@ -72,7 +56,7 @@ class Outbox:
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._db, self._table = database, database["outbox"]
         self._c = self._table.c
-        self._columns = [self._c[field.name] for field in fields(Callback)]
+        self._columns = [column for column in self._c if column.name not in ("seq", "body")]
 
     def announce(
         self,
@@ -145,10 +129,9 @@ class Outbox:
         ready = (c.status == "pending") & (c.next_attempt_at <= time.time()) & c.id.not_in(list(besides))
         query = sa.select(*self._columns, c.body).where(ready).order_by(c.next_attempt_at, c.seq).limit(limit)
         with self._db.read() as connection:
-            for *values, body in connection.execute(query):
-                callback = Callback(*values)
-                make = self._receipts if callback.kind == RECEIPTS else self._generated
-                found.append((callback, body or dumps(make(connection, callback))))
+            for row in connection.execute(query).all():
+                make = self._receipts if row.kind == RECEIPTS else self._generated
+                found.append((row, row.body or dumps(make(connection, row))))
         return found
 
     def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
@@ -203,10 +186,10 @@ class Outbox:
         query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
         return int(connection.execute(query).scalar_one())
 
-    def rows(self, statuses: Sequence[str], limit: int) -> list[Callback]:
+    def rows(self, statuses: Sequence[str], limit: int) -> Sequence[Callback]:
         """Return the newest callbacks of some statuses."""
         query = sa.select(*self._columns).where(self._c.status.in_(statuses))
-        return [Callback(**row._mapping) for row in self._db.rows(query.order_by(self._c.seq.desc()).limit(limit))]
+        return self._db.rows(query.order_by(self._c.seq.desc()).limit(limit))
 
     def replay(self, ids: Sequence[str] | None = None) -> int:
         """Make dead letters pending again, all or some; return how many."""

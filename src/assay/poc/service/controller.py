@@ -22,6 +22,7 @@ from assay.poc.engines.base import check_supported
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
+from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, is_distance
 from assay.poc.service.callbacks import Outbox
@@ -92,13 +93,11 @@ class Controller(Runtime):
         self.writers = (self.writer, self.receipts)
         self.worker = Worker(
             partial(self.load_model, load),
-            put=self.writer.put,
+            self.writer,
+            self.jobs,
             begins=self._measure_block,
-            background=self.jobs.step,
             failed=self._engine_failed,
         )
-
-    # Calls
 
     def init(self, request: InitRequest | ArtifactInit, call: str) -> None:
         """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``."""
@@ -225,12 +224,12 @@ class Controller(Runtime):
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
         """Measure how wide the distances of a round's block are, once, so that its valid rate can be judged."""
-        progress = self.progress
-        if progress is None or progress.stored.id != stored.id or not progress.wants_block_factor:
+        progress, measurable = self.progress, has_block_factor(get_pipeline(stored.preset))
+        if progress is None or progress.stored.id != stored.id or progress.factor is not None or not measurable:
             return
         factor = deployment.block_factor(stored.round, stored.batch_size)
         if factor is not None:
-            progress.measured(factor)
+            progress.factor = factor
             log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
 
     @override

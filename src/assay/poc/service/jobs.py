@@ -72,10 +72,8 @@ class Jobs:
                 raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
             undelivered = announced + self._outbox.owed(connection, None)
             if request.url is not None and undelivered >= settings.max_pending_jobs:
-                seen, wanted = (
-                    "too many callbacks of artifact jobs are undelivered",
-                    f"fewer than {settings.max_pending_jobs}",
-                )
+                seen = "too many callbacks of artifact jobs are undelivered"
+                wanted = f"fewer than {settings.max_pending_jobs}"
                 do = "repair their receivers, or send the job without a url and ask for its result"
                 raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {

@@ -87,8 +87,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """Return where the receipts go that stand under a header in a file."""
         return ReceiptSink(self, header)
 
-    # Writing
-
     @override
     def _write(self, items: Sequence[NewReceipt]) -> list[bool]:
         """Store receipts in one transaction; return of each whether it is new.
@@ -154,8 +152,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         with self.database.write() as connection:
             connection.exec_driver_sql("DELETE FROM receipt_room")
 
-    # Reading
-
     def of_request(self, request_id: str, index: int | None = None) -> list[str]:
         """Return the receipts of a request, or of one of its choices: each a JSON object as text, with its header.
 
@@ -213,8 +209,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         c = self._c
         query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
         return [(row.tokens, row.line) for row in self.database.rows(query)]
-
-    # Deleting
 
     def delete(self, request_id: str, index: int | None = None) -> int:
         """Delete the receipts of a request, or of one of its choices; return how many. 404 stands for none."""

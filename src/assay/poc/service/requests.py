@@ -263,10 +263,8 @@ def round_values(
         own = {name: getattr(request, name) for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")}
         hooks, flips = request.use_layer_hooks, request.use_sign_flips
         if hooks == flips:
-            seen, do = (
-                f"use_layer_hooks {hooks} with use_sign_flips {flips}",
-                "leave both out: sign flips are the recommendation",
-            )
+            seen = f"use_layer_hooks {hooks} with use_sign_flips {flips}"
+            do = "leave both out: sign flips are the recommendation"
             raise UsageError(seen, wanted="exactly one of the two", do=do)
         own["preset"] = "layer-normalize" if hooks else "poc-2.0"
         if -1 in share.values():

@@ -306,7 +306,8 @@ class Progress:
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
         self._hidden_size = hidden_size
-        self._factor: BlockFactor | None = None
+        self.factor: BlockFactor | None = None
+        """How wide the distances of this block are, by its head and the model's states; None before it was measured."""
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
         if self._dimension:
             mean, spread = chord_mean(self._dimension), SPREAD * chord_std(self._dimension)
@@ -314,18 +315,9 @@ class Progress:
             self._counts = rounds.histogram(stored.id, self._edges)
 
     @property
-    def wants_block_factor(self) -> bool:
-        """Whether the model's states would say more of this block than its head does."""
-        return self._factor is None and has_block_factor(get_pipeline(self.stored.preset))
-
-    def measured(self, factor: BlockFactor) -> None:
-        """Take how wide the distances of this block are, by its head and the model's states."""
-        self._factor = factor
-
-    @property
     def law(self) -> stats.BlockLaw | MeasuredBlockLaw:
         """Law of this block: measured, or what its head alone says under an assumed effective dimension."""
-        return self._assumed if self._factor is None else self._factor.law
+        return self._assumed if self.factor is None else self.factor.law
 
     @cached_property
     def _assumed(self) -> stats.BlockLaw:

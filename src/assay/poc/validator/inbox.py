@@ -142,8 +142,6 @@ class Inbox:
         """Close the file."""
         self.database.close()
 
-    # Taking messages
-
     def is_full(self, public_key: str, size: int) -> bool:
         """Return whether a node's messages leave no room for one of so many bytes."""
         return self._kept[self._senders.get(public_key, 0)] + size > self._most
@@ -165,12 +163,12 @@ class Inbox:
             seen = {(sender, name) for sender, name in rows}
             fresh: list[bool] = []
             added: list[tuple[Any, ...]] = []
-            counts: dict[int, list[int]] = {}
+            changes: list[tuple[float, int, int, int, int]] = []
             for message in messages:
                 sender = senders[message.public_key]
                 new = (sender, message.id) not in seen
                 fresh.append(new)
-                tally = counts.setdefault(sender, [0, 0, 0])
+                changes.append((now, int(new), message.nonces if new else 0, int(not new), sender))
                 if new:
                     seen.add((sender, message.id))
                     digest = hashlib.sha256(message.body).digest()
@@ -178,15 +176,13 @@ class Inbox:
                     about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
                     turn = first_turn(seed, message.nonces, self._sample)
                     added.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
-                for place, number in enumerate((new, message.nonces if new else 0, not new)):
-                    tally[place] += number
             if added:
                 columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
                 connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added)
             change = (
                 "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
             )
-            connection.exec_driver_sql(change, [(now, *tally, sender) for sender, tally in counts.items()])
+            connection.exec_driver_sql(change, changes)
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
@@ -200,8 +196,6 @@ class Inbox:
         query = "SELECT after FROM pulls WHERE public_key = ? AND block_hash = ? AND node_id = ?"
         found = self._rows(query, public_key, block_hash, node_id)
         return int(found[0].after) if found else -1
-
-    # Epochs
 
     def roll(self) -> None:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""
@@ -230,8 +224,6 @@ class Inbox:
         rows = self._rows("SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?", limit)
         return [Epoch(**row._mapping).public() for row in rows]
 
-    # Blocks
-
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block; return whether it is new."""
         row = (block_hash, block_height, time.time())
@@ -243,8 +235,6 @@ class Inbox:
         """Return the heights of the latest blocks, by hash."""
         rows = self._rows("SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?", limit)
         return {row.block_hash: row.block_height for row in rows}
-
-    # Drawing
 
     def unfinished(self, limit: int) -> list[Draw]:
         """Return draws whose evidence may not be in the ledger yet, the oldest first."""
@@ -305,8 +295,6 @@ class Inbox:
                 connection.exec_driver_sql(f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows)
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
-
-    # Looking
 
     def senders(self) -> dict[str, JsonObject]:
         """Return counts of every node that has sent something."""
