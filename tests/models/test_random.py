@@ -82,35 +82,28 @@ def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(check
     assert model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight
 
 
-def test_random_embed_leaves_a_head_of_its_own_alone(write_checkpoint: Callable[..., Path]) -> None:
-    directory = write_checkpoint(tie_word_embeddings=False)
-    trained, mixed = (
-        bits(load_model(directory, device="cpu", **options))
-        for options in ({}, {"weights": "random-embed", "block_hash": "a"})
-    )
-    changed = {name for name in trained if trained[name] != mixed[name]}
-    assert changed == {"model.embed_tokens.weight"}
-
-
-def test_random_embed_keeps_apart_what_it_was_laid_on(write_checkpoint: Callable[..., Path]) -> None:
+def test_random_embed_leaves_a_head_of_its_own_alone_and_names_what_it_was_laid_on(
+    write_checkpoint: Callable[..., Path],
+) -> None:
     def nudge(module: torch.nn.Module) -> None:
         module.get_parameter("model.norm.weight").data += 1
 
-    one, two = write_checkpoint("one"), write_checkpoint("two", edit=nudge)
-    digests = {load_model(d, device="cpu", weights="random-embed", block_hash="a").digest for d in (one, two)}
-    assert len(digests) == 2
+    one, two = (
+        write_checkpoint(name, tie_word_embeddings=False, edit=e) for name, e in (("one", None), ("two", nudge))
+    )
+    trained = bits(load_model(one, device="cpu"))
+    laid = [load_model(path, device="cpu", weights="random-embed", block_hash="a") for path in (one, two)]
+    mixed = bits(laid[0])
+    assert {name for name in trained if trained[name] != mixed[name]} == {"model.embed_tokens.weight"}
+    assert laid[0].digest != laid[1].digest
 
 
-def test_a_shape_keeps_its_norms_at_one_and_defaults_to_bfloat16(small_shape: str) -> None:
-    model = load_model(small_shape, device="cpu")
-    assert (model.weights, model.dtype, model.tokenizer) == ("random-all", torch.bfloat16, None)
-    norms = {name for name, p in model.module.named_parameters() if bool((p == 1).all())}
-    assert norms == {name for name, p in model.module.named_parameters() if p.ndim == 1}
-    assert any("q_norm" in name for name in norms)
-
-
-def test_a_shape_has_one_default_block_and_takes_any_other(small_shape: str) -> None:
+def test_a_shape_has_norms_of_one_and_a_default_dtype_and_block(small_shape: str) -> None:
     default = load_model(small_shape, device="cpu")
+    assert (default.weights, default.dtype, default.tokenizer) == ("random-all", torch.bfloat16, None)
+    norms = {name for name, p in default.module.named_parameters() if bool((p == 1).all())}
+    assert norms == {name for name, p in default.module.named_parameters() if p.ndim == 1}
+    assert any("q_norm" in name for name in norms)
     named = load_model(small_shape, device="cpu", weights="random-all", block_hash="assay")
     other = load_model(small_shape, device="cpu", weights="random-all", block_hash="b")
     assert bits(default) == bits(named) != bits(other)

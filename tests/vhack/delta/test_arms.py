@@ -45,20 +45,12 @@ def test_a_bound_and_a_start_change_nothing_else():
     assert (moved.name, moved.start, moved.basis) == ("displaced-0.4+none:random", 0.4, "random")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "displaced-0.4",
-        "displaced-x+none",
-        "displaced--1+none",
-        "displaced-0+none",
-        "box+away-",
-        "box+away-inf",
-        "box+away-nan",
-        "other+away-1",
-    ],
-)
-def test_distances_that_are_none_are_refused(name):
+NO_ARMS = ["erase", "none:random", "box:", "box:other", "trusted-complement:random", "", "displaced-0.4"]
+NO_ARMS += ["displaced-x+none", "displaced--1+none", "displaced-0+none", "box+away-", "box+away-inf", "box+away-nan"]
+
+
+@pytest.mark.parametrize("name", [*NO_ARMS, "other+away-1"])
+def test_arms_that_there_are_not(name):
     with pytest.raises(UsageError):
         arm_named(name)
 
@@ -96,12 +88,6 @@ def test_arms_along_other_axes(kind):
     assert arm.basis == kind
     assert arm.name == ("erase-gradient" if kind == "true" else f"erase-gradient:{kind}")
     assert arm.gate == ARMS["erase-gradient"].gate
-
-
-@pytest.mark.parametrize("name", ["erase", "none:random", "box:", "box:other", "trusted-complement:random", ""])
-def test_arms_that_there_are_not(name):
-    with pytest.raises(UsageError, match="arm"):
-        arm_named(name)
 
 
 def test_the_examples_in_the_docstrings_are_right():
