@@ -208,11 +208,8 @@ class NetworkPins(Table):
             do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
             raise DataError(f"{path}: schema {schema!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
         for place in _unfilled(tables):
-            wanted, do = (
-                "the value that the network agreed on",
-                'write it there; docs/pins.md says where "*" allows any',
-            )
-            raise DataError(f'{path}: {place} is still "{UNFILLED}"', wanted=wanted, do=do)
+            seen, wanted = f'{path}: {place} is still "{UNFILLED}"', "the value that the network agreed on"
+            raise DataError(seen, wanted=wanted, do='write it there; docs/pins.md says where "*" allows any')
         try:
             read = cls.model_validate({name: value for name, value in tables.items() if name != "schema"})
         except ValidationError as error:
