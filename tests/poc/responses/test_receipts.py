@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from assay.errors import ProofFormatError, UsageError
-from assay.files.jsonl import dumps
 from assay.poc.responses import Prompt, Receipts, Sampling
 from assay.poc.responses.receipts import LONGEST_LINE, parse_receipt
+from tests.poc.lines import edited, put, replaced
 
 
 def test_receipts_read_back_as_they_were(responses: Receipts, tmp_path: Path):
@@ -67,42 +66,6 @@ def test_receipts_without_sampling_or_without_sketches(responses: Receipts, tmp_
         assert read.header.sketched is header.sketched
     with pytest.raises(UsageError, match="0 sketches for 40 tokens"):
         Receipts.build(responses.header, bare, 1.5)
-
-
-def edited(number: int, **changes) -> Callable[[list[str]], list[str]]:
-    """Change fields of one line, addressed with two underscores."""
-
-    def change(lines: list[str]) -> list[str]:
-        value = json.loads(lines[number])
-        for path, new in changes.items():
-            *parents, last = path.split("__")
-            target = value
-            for parent in parents:
-                target = target[parent]
-            target[last] = new
-        return put(number, dumps(value))(lines)
-
-    return change
-
-
-def put(number: int, *texts: str) -> Callable[[list[str]], list[str]]:
-    """Put other lines in the place of one."""
-
-    def change(lines: list[str]) -> list[str]:
-        at = number % len(lines)
-        return [*lines[:at], *texts, *lines[at + 1 :]]
-
-    return change
-
-
-def replaced(number: int, old: str, new: str) -> Callable[[list[str]], list[str]]:
-    """Replace text in one line."""
-
-    def change(lines: list[str]) -> list[str]:
-        assert old in lines[number]
-        return put(number, lines[number].replace(old, new, 1))(lines)
-
-    return change
 
 
 def half(bits: int) -> str:

@@ -215,7 +215,8 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
 
 
 def test_no_callback_announces_more_than_twice_its_bound(service):
-    stored = begun(service)
+    service.post("/init", ROUND)
+    stored = service.controller.progress.stored.id
     with service.controller.database.write() as connection:
         service.controller.outbox.announce(connection, stored, DEAD_END, list(range(2500)), interval=1000.0, most=1000)
     with service.controller.database.read() as connection:

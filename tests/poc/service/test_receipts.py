@@ -3,23 +3,28 @@
 import hashlib
 import json
 import shutil
+import sqlite3
+import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
-from assay.errors import UsageError
+from assay.errors import StorageError, UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import LocalOnly
-from assay.poc.responses import Prompt
+from assay.poc.responses import Prompt, Receipts
 from assay.poc.service import Settings, attach
+from assay.poc.service import receipts as _receipts
 from assay.poc.service.app import PREFIXES
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
-from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
+from tests.poc.service.receipts import RECEIPTS, files, get, header, on_disk, receipt, store
 from tests.waiting import until
 
 FIRST = Path(__file__).parents[2] / "vectors" / "first" / "service" / "service.sqlite3"
@@ -209,3 +214,179 @@ def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
             now = connection.exec_driver_sql("SELECT count(*), sum(nonce) FROM records").one()
             assert connection.exec_driver_sql("SELECT count(*) FROM migrations").scalar_one() == len(MIGRATIONS)
     assert tuple(now) == tuple(before)
+
+
+def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
+    assert files(service) == []
+    made = [receipt(f"chat-{i}") for i in range(25)]
+    store(service, *made)
+    found = files(service, limit=10)
+    assert [len(file.receipts) for file in found] == [10, 10, 5]
+    assert [each.line() for file in found for each in file.receipts] == [each.without_prompt().line() for each in made]
+    assert found[0].header == header()
+    (whole,) = files(service)
+    assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
+
+
+def test_a_file_has_one_header_and_no_response_twice(service):
+    store(service, receipt("a"), receipt("b"))
+    store(service, receipt("c"), under=header(public_key="node_B"))
+    store(service, receipt("a"), receipt("a", output=(1, 2)), receipt("d"))
+    found = [(file.header.public_key, [each.request_id for each in file.receipts]) for file in files(service)]
+    assert found == [("node_A", ["a", "b"]), ("node_B", ["c"]), ("node_A", ["a", "d"])]
+
+
+def test_a_file_of_one_request(service):
+    store(service, receipt("a"), receipt("b", index=1), receipt("b"), receipt("c"))
+    (found,) = files(service, request_id="b")
+    assert [(each.request_id, each.index) for each in found.receipts] == [("b", 1), ("b", 0)]
+    assert files(service, request_id="x") == []
+
+
+def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
+    made = [receipt(f"chat-{i:02}") for i in range(20)]
+    size = len(made[0].without_prompt().line())
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
+    store(service, *made)
+    assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
+    get(service, "/chat-01")
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size // 2)
+    assert "index" in get(service, "/chat-01", 413)["do"]
+    assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
+
+
+def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, *(receipt(f"chat-{i}") for i in range(6)))
+    real = service.controller.receipts.lines
+
+    def lines(low, high, **more):
+        if low == 2:
+            service.controller.receipts.delete("chat-4")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
+    (found,) = files(service)
+    assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
+
+
+def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, receipt("a"), receipt("b"))
+    real = service.controller.receipts.lines
+
+    def lines(low, high, **more):
+        if low:
+            raise StorageError("gone", wanted="a file", do="wait")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
+    answer = service.client.get(f"{RECEIPTS}.jsonl")
+    with pytest.raises(Exception, match="truncated"):
+        Receipts.parse("export", answer.content)
+
+
+def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
+    store(service, receipt("a"))
+    receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
+    page, lines = receipts.page, receipts.lines
+
+    def paged(*given, **more):
+        both.wait(20)
+        return page(*given, **more)
+
+    def read(*given, **more):
+        assert go.wait(20)
+        return lines(*given, **more)
+
+    monkeypatch.setattr(receipts, "page", paged)
+    monkeypatch.setattr(receipts, "lines", read)
+    answers = []
+    calls = [threading.Thread(target=lambda: answers.append(service.client.get(f"{RECEIPTS}.jsonl"))) for _ in "ab"]
+    for call in calls:
+        call.start()
+    try:
+        until(lambda: answers)
+    finally:
+        go.set()
+        for call in calls:
+            call.join()
+    assert [answer.status_code for answer in answers] == [429, 200]
+    assert len(Receipts.parse("export", answers[1].content).receipts) == 1
+
+
+def secret(number: int) -> str:
+    return f"secret-{hashlib.sha256(str(number).encode()).hexdigest()}"
+
+
+def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
+    receiver = FlakyReceiver(trouble=1.0)
+    receiver.close()  # callbacks stay undelivered
+    with serving(receipt_callback_url=receiver.url, callback_attempts=1000) as service:
+        made = [receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90))) for i in range(300)]
+        for start in range(0, 300, 50):
+            store(service, *made[start : start + 50])
+        gone = {i for i in range(300) if i % 3 != 1}
+        assert all(secret(i).encode() in on_disk(service) for i in gone)
+        for i in sorted(gone, key=secret):
+            assert service.client.delete(f"{RECEIPTS}/{secret(i)}").json() == {"deleted": 1}
+        left = on_disk(service)
+        assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
+        (file,) = files(service)
+        assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
+        assert 'receipts_deleted_total{reason="request"} 200.0' in service.client.get("/metrics").text
+
+
+def test_a_reader_delays_the_emptying_of_the_journal_only(service):
+    store(service, receipt(secret(1)))
+    with sqlite3.connect(service.controller.database.path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM receipts").fetchall()
+        assert service.client.delete(f"{RECEIPTS}/{secret(1)}").status_code == 200
+        assert secret(1).encode() in on_disk(service)
+    reader.close()
+    until(lambda: secret(1).encode() not in on_disk(service))
+
+
+def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
+    with serving(receipt_callback_url="http://127.0.0.1:9/", callback_interval=1000.0) as service:
+        store(service, *(receipt("chat", index=index) for index in range(3)))
+        outbox, c = service.controller.outbox, service.controller.outbox._c
+        service.controller.database.change(outbox._table.update().values(status="pending"))
+        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {"deleted": 1}
+        assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
+        query = sa.select(*outbox._columns).where(c.kind == "receipts")
+        with service.controller.database.read() as connection:
+            body = outbox._receipts(connection, connection.execute(query).one())
+        assert [each["index"] for each in body["receipts"]] == [0, 2]
+        service.client.delete(f"{RECEIPTS}/chat")
+        assert outbox.counts() == {"pending": 0, "dead": 0}
+
+
+def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
+    store(service, *(receipt(f"chat-{i}") for i in range(7)))
+    keeper, day = service.controller.receipts, 86_400.0
+    with service.controller.database.write() as connection:
+        connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
+    monkeypatch.setattr(_receipts, "_PRUNED", 3)
+    assert keeper.prune(30 * day) == 0
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 400 * day)
+        assert keeper.prune(30 * day) == 0
+    assert [keeper.prune(28 * day) for _ in range(3)] == [3, 2, 0]
+    assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
+
+
+def test_a_service_deletes_what_is_old_by_itself(serving):
+    with serving() as service:
+        store(service, receipt(secret(1)), receipt("young"))
+        until(lambda: service.controller.receipts._pruned_at > 0)
+        with service.controller.database.write() as connection:
+            connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
+        service.restart()
+        until(lambda: len(get(service, "")["receipts"]) == 1)
+        until(lambda: secret(1).encode() not in on_disk(service))
+        assert 'receipts_deleted_total{reason="age"} 1.0' in service.client.get("/metrics").text
