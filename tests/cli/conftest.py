@@ -2,18 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from assay.cli import run
-from assay.poc import Proof, Round, prove
+from assay.poc import Round, prove
 
 KNOWN = ("--block-hash", "b", "--public-key", "k")
 
 
-def made(model, nonces=range(32), **changed: object) -> Proof:
+def made(model, nonces=range(32), **changed):
     """A proof of the block and key of :data:`KNOWN`, of sixteen positions unless another round is asked for."""
     round = Round(**({"block_hash": "b", "public_key": "k", "seq_len": 16} | changed))
     return prove(model, round, nonces, batch_size=8)
@@ -29,10 +28,10 @@ class Outcome:
 
 
 @pytest.fixture
-def assay(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def assay(capsys):
     """Run ``assay`` with arguments."""
 
-    def call(*arguments: object) -> Outcome:
+    def call(*arguments):
         code = run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
@@ -44,7 +43,7 @@ def assay(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def told(assay):
     """Run a command that succeeds; give what it says as JSON."""
 
-    def call(*arguments: object):
+    def call(*arguments):
         done = assay(*arguments, "--json")
         assert done.code == 0, done.err
         return json.loads(done.out)
@@ -56,7 +55,7 @@ def told(assay):
 def refused(assay):
     """Run a command that cannot work: code 2, an error in three parts, and no traceback; give stderr."""
 
-    def call(*arguments: object) -> str:
+    def call(*arguments):
         found = assay(*arguments)
         assert (found.code, found.out) == (2, ""), found.err
         assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), found.err

@@ -1,14 +1,12 @@
 """``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over blocks."""
 
-from pathlib import Path
-
 import pytest
 
 from assay.poc import Round, prove
 
 
 @pytest.fixture(scope="module")
-def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
+def proofs(tmp_path_factory, small_model):
     """Proofs of one round in two batch sizes."""
     folder = tmp_path_factory.mktemp("proofs")
     round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
@@ -35,7 +33,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("words", FORMS)
-def test_forms_that_do_not_go_together_are_refused_by_name(words: str, refused, proofs, tmp_path: Path):
+def test_forms_that_do_not_go_together_are_refused_by_name(words, refused, proofs, tmp_path):
     known = {"PROOFS": proofs, "PROOF": proofs[:1], "SETS": ["x"]}
     arguments = [value for word in FORMS[words] for value in known.get(str(word), [word])]
     assert words in " ".join(refused("poc", "calibrate", *arguments).split())
@@ -43,7 +41,7 @@ def test_forms_that_do_not_go_together_are_refused_by_name(words: str, refused, 
 
 
 @pytest.fixture
-def blocks(assay, small_checkpoint: Path, tmp_path: Path) -> list[Path]:
+def blocks(assay, small_checkpoint, tmp_path):
     """Proofs of two blocks of the small checkpoint, 32 nonces each."""
     shape = ("--seq-len", 16, "--batch-size", 8, "--device", "cpu", "--nonces", "0:32", "--public-key", "k")
     made = [tmp_path / f"{block}.jsonl" for block in ("one", "two")]
@@ -53,7 +51,7 @@ def blocks(assay, small_checkpoint: Path, tmp_path: Path) -> list[Path]:
     return made
 
 
-def test_proofs_of_several_blocks(told, refused, blocks: list[Path], small_checkpoint: Path):
+def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
     both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks)
     assumed = told(*both)
     assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")

@@ -2,14 +2,13 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from assay.poc import Proof
 
 
-def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path, monkeypatch):
+def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
     result = assay("demo", "-o", tmp_path / "out", "--json")
     assert result.code == 0, result.err
@@ -32,7 +31,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path: Path
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_threads_that_wait_leave_the_cores_to_others(refused, tmp_path: Path, monkeypatch, given: str | None):
+def test_threads_that_wait_leave_the_cores_to_others(refused, tmp_path, monkeypatch, given):
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")

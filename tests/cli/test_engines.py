@@ -1,7 +1,5 @@
 """The flags of ``assay poc prove`` that say how the engine runs."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,10 +9,10 @@ CACHED = "bfloat16+fp8_e4m3-cache"
 
 
 @pytest.fixture
-def command(small_checkpoint: Path, tmp_path: Path):
+def command(small_checkpoint, tmp_path):
     """Words that prove 24 nonces of the small checkpoint, with more flags."""
 
-    def words(*flags: object, batch_size: object = 8):
+    def words(*flags, batch_size=8):
         round = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 16)
         given = ("--model", small_checkpoint, "--batch-size", batch_size, "--device", "cpu", *round, *flags)
         return "poc", "prove", *given, "-o", tmp_path / "proof.jsonl", "--overwrite"
@@ -34,7 +32,7 @@ def test_the_first_batch_is_reported_apart(prove):
     assert made["nonces_per_second"] > 0
 
 
-def test_a_resumed_proof_says_what_was_left_and_how_fast_the_rest_was(prove, tmp_path: Path):
+def test_a_resumed_proof_says_what_was_left_and_how_fast_the_rest_was(prove, tmp_path):
     path = tmp_path / "proof.jsonl"
     assert prove(batch_size=4)["resumed"] == 0
     header, *records = path.read_text().splitlines()[:-1]
@@ -47,14 +45,14 @@ def test_a_resumed_proof_says_what_was_left_and_how_fast_the_rest_was(prove, tmp
     assert prove(batch_size=4)["nonces_per_second"] == 0
 
 
-def test_the_batch_size_can_be_left_to_the_machine(prove, refused, command, tmp_path: Path):
+def test_the_batch_size_can_be_left_to_the_machine(prove, refused, command, tmp_path):
     prove(batch_size="auto")
     assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.batch_size in {2**n for n in range(10)}
     for wrong in ("many", "-1", "0", "1.5"):
         assert "batch" in refused(*command(batch_size=wrong))
 
 
-def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_kernels_are_chosen_by_a_flag(prove, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     libraries = {}
@@ -78,13 +76,11 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path: Path, monkeypatch: pytest
         (("--dtype", "bfloat"), "did you mean --dtype bfloat16?"),
     ],
 )
-def test_what_makes_no_sense_is_refused(flags: tuple[object, ...], words: str, refused, command):
+def test_what_makes_no_sense_is_refused(flags, words, refused, command):
     assert words in refused(*command(*flags))
 
 
-def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
-    refused, prove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(refused, prove, tmp_path, monkeypatch):
     monkeypatch.setattr("assay.poc.launch.vllm_engine", lambda *_, **__: pytest.fail("vLLM starts"))
     prove("--preset", "layer-signs")
     flags = ("--block-hash", "b", "--public-key", "k", "--preset", "layer-signs", "--seq-len", 16, "--engine", "vllm")
@@ -94,7 +90,7 @@ def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
 
 
 def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_begun(
-    refused, prove, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused, prove, small_checkpoint, tmp_path, monkeypatch
 ):
     prove("--model", "reference:qwen3", "--seq-len", 200)
     proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
@@ -117,7 +113,7 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     ],
 )
 def test_what_cannot_be_judged_begins_no_ledger(
-    stated: str, flags, loads: bool, words: str, refused, prove, small_checkpoint: Path, tmp_path: Path, monkeypatch
+    stated, flags, loads, words, refused, prove, small_checkpoint, tmp_path, monkeypatch
 ):
     prove()
     proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"

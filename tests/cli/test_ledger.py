@@ -5,7 +5,6 @@ import json
 import sqlite3
 import sys
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +17,11 @@ PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Path:
+def ledger(tmp_path):
     return filled(tmp_path / "ledger.sqlite3")
 
 
-def test_show(assay, told, ledger: Path):
+def test_show(assay, told, ledger):
     shown = assay("poc", "ledger", "show", ledger)
     assert shown.code == 0, shown.err
     assert "node_2" in shown.out
@@ -39,7 +38,7 @@ def test_show(assay, told, ledger: Path):
     assert "audits of build H100, preset artifact" in text
 
 
-def test_audit_says_which_entry_was_changed(assay, told, refused, ledger: Path, tmp_path: Path):
+def test_audit_says_which_entry_was_changed(assay, told, refused, ledger, tmp_path):
     clean = assay("poc", "ledger", "audit", ledger)
     assert clean.code == 0, clean.err
     assert "clean" in clean.out
@@ -60,7 +59,7 @@ def test_audit_says_which_entry_was_changed(assay, told, refused, ledger: Path, 
         refused("poc", "ledger", "audit", wrong)
 
 
-def test_export_is_audited_elsewhere(assay, told, refused, ledger: Path, tmp_path: Path):
+def test_export_is_audited_elsewhere(assay, told, refused, ledger, tmp_path):
     out = tmp_path / "ledger.jsonl"
     assert told("poc", "ledger", "export", ledger, "-o", out)["entries"] == 9
     refused("poc", "ledger", "export", ledger, "-o", out)
@@ -68,7 +67,7 @@ def test_export_is_audited_elsewhere(assay, told, refused, ledger: Path, tmp_pat
     assert assay("poc", "ledger", "audit", out).code == 0
 
 
-def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path: Path):
+def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path):
     with Ledger(tmp_path / "l.sqlite3") as opened:
         opened.append([update(0, key="\x1b[2Jkey", block_hash="\x1b]0;title\x07", fault="\x1b[31mred")])
     for arguments in ((), ("--public-key", "\x1b[2Jkey")):
@@ -79,7 +78,7 @@ def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def proofs(small_model, tmp_path_factory) -> dict[str, Path]:
+def proofs(small_model, tmp_path_factory):
     """An honest proof, and one that is invented."""
     from assay.poc import Round, prove
 
@@ -91,7 +90,7 @@ def proofs(small_model, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / f"{name}.jsonl" for name in ("honest", "invented")}
 
 
-def test_verify_adds_to_the_life_and_follows_it(assay, told, proofs, small_checkpoint: Path, tmp_path: Path):
+def test_verify_adds_to_the_life_and_follows_it(assay, told, proofs, small_checkpoint, tmp_path):
     path = tmp_path / "life.sqlite3"
     flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
     life = told("poc", "verify", proofs["honest"], *flags)["life"]
@@ -103,7 +102,7 @@ def test_verify_adds_to_the_life_and_follows_it(assay, told, proofs, small_check
     assert assay("poc", "ledger", "audit", path).code == 0
 
 
-def test_a_life_of_fraud_is_not_washed_by_a_good_proof(assay, proofs, small_checkpoint: Path, tmp_path: Path):
+def test_a_life_of_fraud_is_not_washed_by_a_good_proof(assay, proofs, small_checkpoint, tmp_path):
     path = tmp_path / "life.sqlite3"
     flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
     assert assay("poc", "verify", proofs["invented"], *flags).code == 1
@@ -113,7 +112,7 @@ def test_a_life_of_fraud_is_not_washed_by_a_good_proof(assay, proofs, small_chec
     assert "fraud, after 2 audit(s) with 48 nonces that count" in after.out
 
 
-def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, proofs, tmp_path: Path):
+def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, proofs, tmp_path):
     known = ("poc", "verify", proofs["honest"], "--model", "reference:none", "--block-hash", "b", "--seq-len", 16)
     said = refused(*known, "--ledger", tmp_path / "l.sqlite3")
     assert "--ledger with public_key taken on the prover's word" in said
@@ -128,7 +127,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_of_another_encoding_is_no_traceback(tmp_path: Path, monkeypatch, encoding: str):
+def test_a_terminal_of_another_encoding_is_no_traceback(tmp_path, monkeypatch, encoding):
     with Ledger(tmp_path / "l.sqlite3") as ledger:
         ledger.append([update(0, key="Ключ")])
     taken = io.BytesIO()

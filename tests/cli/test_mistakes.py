@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -80,7 +79,7 @@ MISTAKES = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, small_model) -> Path:
+def folder(tmp_path_factory, small_checkpoint, small_model):
     """A folder with a checkpoint, a proof of it, and files that are broken in one way each."""
     made = tmp_path_factory.mktemp("mistakes")
     (made / "model").symlink_to(small_checkpoint)
@@ -124,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, sma
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_answered_in_three_parts(command: str, folder: Path, refused, monkeypatch):
+def test_a_mistake_is_answered_in_three_parts(command, folder, refused, monkeypatch):
     monkeypatch.chdir(folder)
     before = set(folder.rglob("*"))
     refused(*shlex.split(command))

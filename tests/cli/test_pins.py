@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -19,18 +18,18 @@ STRONG = {"strength": 256}
 
 
 @pytest.fixture(scope="module")
-def honest(small_model) -> Proof:
+def honest(small_model):
     return made(small_model, **STRONG)
 
 
 @pytest.fixture
-def new(small_checkpoint: Path, tmp_path: Path):
+def new(small_checkpoint, tmp_path):
     """Words that write pins for the small checkpoint."""
     return "poc", "pins", "new", "--model", small_checkpoint, "-o", tmp_path / "pins.toml"
 
 
 @pytest.fixture
-def pins(told, new, honest: Proof, tmp_path: Path) -> Path:
+def pins(told, new, honest, tmp_path):
     """The pins that the command writes of the honest proof."""
     honest.save(tmp_path / "honest.jsonl")
     told(*new, "--from-proof", tmp_path / "honest.jsonl")
@@ -38,10 +37,10 @@ def pins(told, new, honest: Proof, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def verify(assay, pins: Path, tmp_path: Path):
+def verify(assay, pins, tmp_path):
     """Verify a proof under the pins, as JSON."""
 
-    def call(proof: Proof, *flags: object, model: tuple = ABSENT):
+    def call(proof, *flags, model=ABSENT):
         path = tmp_path / "proof.jsonl"
         proof.save(path, overwrite=True)
         return assay("poc", "verify", path, *model, "--device", "cpu", "--json", "--pins", pins, *flags)
@@ -96,13 +95,13 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("flag", BESIDE)
-def test_a_flag_that_contradicts_the_file_is_refused_by_its_name(flag: str, verify, honest: Proof):
+def test_a_flag_that_contradicts_the_file_is_refused_by_its_name(flag, verify, honest):
     found = verify(honest, *KNOWN, flag, BESIDE[flag])
     assert (found.code, found.out) == (2, "")
     assert f"{flag} {BESIDE[flag]} beside " in found.err
 
 
-def test_flags_that_agree_or_add_are_taken(verify, honest: Proof, pins, small_checkpoint):
+def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoint):
     here = ("--model", small_checkpoint)
     agreed = ("--seq-len", 16, "--strength", 256, "--prover-dtype", "float32", "--nonces", "0:32")
     assert verify(honest, *KNOWN, *agreed, model=here).code == 0
@@ -113,7 +112,7 @@ def test_flags_that_agree_or_add_are_taken(verify, honest: Proof, pins, small_ch
     assert "--block-hash c beside" in verify(honest, "--block-hash", "c", "--public-key", "k").err
 
 
-def test_a_list_of_nodes_says_who_may_prove(verify, honest: Proof, pins, small_model, small_checkpoint):
+def test_a_list_of_nodes_says_who_may_prove(verify, honest, pins, small_model, small_checkpoint):
     nodes = '[[nodes]]\npublic_key = "k"\nnode_id = 0\n[[nodes]]\npublic_key = "k2"\nnode_id = 1\nnode_count = 2\n'
     pins.write_text(pins.read_text().replace("[[models]]", f"{nodes}[[models]]"))
     here = ("--model", small_checkpoint)
@@ -125,7 +124,7 @@ def test_a_list_of_nodes_says_who_may_prove(verify, honest: Proof, pins, small_m
     assert "public_key 'k2'" in verify(second, *KNOWN).err
 
 
-def test_the_calibration_is_that_of_the_build(told, verify, new, honest: Proof, pins, small_checkpoint, tmp_path: Path):
+def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, small_checkpoint, tmp_path):
     path, copy, here = tmp_path / "calibration.json", tmp_path / "copy.jsonl", ("--model", small_checkpoint)
     copy.write_bytes((tmp_path / "honest.jsonl").read_bytes())
     told("poc", "calibrate", tmp_path / "honest.jsonl", copy, "-o", path)
@@ -147,13 +146,13 @@ def test_the_calibration_is_that_of_the_build(told, verify, new, honest: Proof, 
     assert "No such file" in verify(honest, *KNOWN).err
 
 
-def filled_in(path: Path, engine: str) -> NetworkPins:
+def filled_in(path, engine):
     """The pins of a file, in which everything but the engine is left open."""
     path.write_text(path.read_text().replace('engine = "?"', f'engine = "{engine}"').replace('= "?"', '= "*"'))
     return NetworkPins.load(path)
 
 
-def test_pins_without_a_proof_are_to_be_filled_in(assay, told, refused, new, tmp_path: Path):
+def test_pins_without_a_proof_are_to_be_filled_in(assay, told, refused, new, tmp_path):
     path = tmp_path / "pins.toml"
     said = told(*new, "--dtype", "float16")
     assert (said["strength"], said["preset"], said["seq_len"]) == (256, "poc-2.0", 256)
@@ -173,9 +172,7 @@ def test_pins_without_a_proof_are_to_be_filled_in(assay, told, refused, new, tmp
         assert filled_in(path, "hf").round.r_target is None
 
 
-def test_a_file_says_what_it_pins_and_leaves_open(
-    assay, told, refused, pins: Path, honest: Proof, small_model, tmp_path: Path
-):
+def test_a_file_says_what_it_pins_and_leaves_open(assay, told, refused, pins, honest, small_model, tmp_path):
     said = told("poc", "pins", "check", pins)
     assert any(line.startswith("round: preset poc-2.0, seq_len 16, strength 256") for line in said["pinned"])
     assert [line.split(":")[0].split(" of ")[0] for line in said["open"]] == ["block", "key", "nonces", "honest noise"]
@@ -187,7 +184,7 @@ def test_a_file_says_what_it_pins_and_leaves_open(
     assert "a proof with seq_len 8" in refused("poc", "pins", "check", pins, tmp_path / "short.jsonl")
 
 
-def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small_model, tmp_path: Path):
+def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small_model, tmp_path):
     honest.save(tmp_path / "a.jsonl")
     made(small_model, seq_len=8, **STRONG).save(tmp_path / "b.jsonl")
     proofs = ("--from-proof", tmp_path / "a.jsonl", "--from-proof", tmp_path / "b.jsonl")
@@ -200,7 +197,7 @@ def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small
     assert (len(network.models[0].builds), [node.node_id for node in network.nodes]) == (2, [0, 1])
 
 
-def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest: Proof, tmp_path: Path):
+def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest, tmp_path):
     for name, value in (("device", "*"), ("torch", "2.*"), ("dtype", "fp3"), ("kernels", ("*",))):
         fingerprint = replace(honest.header.fingerprint, **{name: value})
         lied = Proof.build(replace(honest.header, fingerprint=fingerprint), honest.records, 1.0)

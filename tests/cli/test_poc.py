@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +15,10 @@ PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "
 
 
 @pytest.fixture
-def prove(assay, small_checkpoint: Path, tmp_path: Path):
+def prove(assay, small_checkpoint, tmp_path):
     """Prove 24 nonces of the small checkpoint into a file; keyword arguments change flags."""
 
-    def call(name: str = "proof.jsonl", *extra: object, **flags: object):
+    def call(name="proof.jsonl", *extra, **flags):
         options = {"model": small_checkpoint, "block_hash": "b", "public_key": "k", "nonces": "0:24", "seq_len": 16}
         options |= {"batch_size": 8, "device": "cpu"} | flags
         given = [item for flag, value in options.items() for item in (f"--{flag.replace('_', '-')}", value)]
@@ -28,7 +27,7 @@ def prove(assay, small_checkpoint: Path, tmp_path: Path):
     return call
 
 
-def test_prove_and_verify(prove, assay, told, small_checkpoint: Path, tmp_path: Path):
+def test_prove_and_verify(prove, assay, told, small_checkpoint, tmp_path):
     made = prove("proof.jsonl", "--json")
     assert made.code == 0, made.err
     summary = json.loads(made.out)
@@ -46,7 +45,7 @@ def test_prove_and_verify(prove, assay, told, small_checkpoint: Path, tmp_path: 
     assert "honest" in text.out
 
 
-def test_fraud_is_code_1_and_too_little_is_code_2(prove, assay, small_checkpoint: Path, tmp_path: Path):
+def test_fraud_is_code_1_and_too_little_is_code_2(prove, assay, small_checkpoint, tmp_path):
     prove()
     path = tmp_path / "proof.jsonl"
     cheats.invented(Proof.load(path)).save(tmp_path / "fake.jsonl")
@@ -58,7 +57,7 @@ def test_fraud_is_code_1_and_too_little_is_code_2(prove, assay, small_checkpoint
     assert "undecided" in few.out
 
 
-def test_hardened_is_proved_in_float16(prove, assay, refused, small_checkpoint: Path, tmp_path: Path):
+def test_hardened_is_proved_in_float16(prove, assay, refused, small_checkpoint, tmp_path):
     assert prove(preset="hardened").code == 0
     options = ("--model", small_checkpoint, "--device", "cpu", "--preset", "hardened", *PINS)
     assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.dtype == "float16"
@@ -68,7 +67,7 @@ def test_hardened_is_proved_in_float16(prove, assay, refused, small_checkpoint: 
     assert assay("poc", "verify", tmp_path / "wider.jsonl", *options, "--prover-dtype", "bfloat16").code == 0
 
 
-def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, small_checkpoint: Path, tmp_path: Path):
+def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, small_checkpoint, tmp_path):
     prove(dtype="bfloat16")
     options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", *PINS, "--prover-dtype")
     assert "made in bfloat16" in refused("poc", "verify", tmp_path / "proof.jsonl", *options, "float16")
@@ -77,7 +76,7 @@ def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, smal
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
 
 
-def test_an_existing_proof_is_not_overwritten(prove, tmp_path: Path):
+def test_an_existing_proof_is_not_overwritten(prove, tmp_path):
     assert prove().code == 0
     before = (tmp_path / "proof.jsonl").read_bytes()
     again = prove(block_hash="other")
@@ -86,7 +85,7 @@ def test_an_existing_proof_is_not_overwritten(prove, tmp_path: Path):
     assert prove("proof.jsonl", "--overwrite", block_hash="other").code == 0
 
 
-def test_calibrate_measures_the_r_target_of_a_proof(prove, told, refused, tmp_path: Path):
+def test_calibrate_measures_the_r_target_of_a_proof(prove, told, refused, tmp_path):
     assert prove("a.jsonl", nonces="0:48").code == 0
     found = told("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl")
     assert (found["n"], found["dimension"], found["confidence"]) == (48, 8192, 0.95)
@@ -96,9 +95,7 @@ def test_calibrate_measures_the_r_target_of_a_proof(prove, told, refused, tmp_pa
         refused("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl", *wrong)
 
 
-def test_calibrate_from_two_proofs_and_use_it(
-    prove, told, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_calibrate_from_two_proofs_and_use_it(prove, told, small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)  # else some CPUs differ in their products as well
     assert prove("a.jsonl", nonces="0:32").code == 0
     assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0
@@ -113,7 +110,7 @@ def test_calibrate_from_two_proofs_and_use_it(
 
 
 def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_loaded(
-    prove, refused, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prove, refused, small_checkpoint, tmp_path, monkeypatch
 ):
     assert prove("hf.jsonl", nonces="0:32").code == 0
     proof, path = Proof.load(tmp_path / "hf.jsonl"), tmp_path / "calibration.json"
@@ -130,14 +127,14 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
         assert f"pass --engine {judge}, or measure" in said
 
 
-def test_an_empty_expectation_is_refused(prove, refused, small_checkpoint: Path, tmp_path: Path):
+def test_an_empty_expectation_is_refused(prove, refused, small_checkpoint, tmp_path):
     """A shell variable that is not set must not switch the check off."""
     assert prove().code == 0
     for flag in ("--block-hash", "--public-key"):
         assert "is ''" in refused("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, flag, "")
 
 
-def test_the_real_command(small_checkpoint: Path, tmp_path: Path):
+def test_the_real_command(small_checkpoint, tmp_path):
     """One run in a process of its own: stdout holds the result alone, even with warnings as errors."""
     command = [sys.executable, "-W", "error", "-m", "assay", "poc", "prove", "--model", str(small_checkpoint)]
     command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:8", "--seq-len", "16", "--json"]
@@ -157,7 +154,7 @@ def test_the_published_rule_is_held_against_published_presets(preset, said, prov
     assert said in next(line for line in seen.out.splitlines() if "published rule" in line)
 
 
-def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint: Path, tmp_path: Path, monkeypatch):
+def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint, tmp_path, monkeypatch):
     assert prove("first.jsonl", nonces="0:32").code == 0
     pins = tmp_path / "pins.toml"
     new = ("poc", "pins", "new", "--model", small_checkpoint, "--from-proof", tmp_path / "first.jsonl", "-o", pins)

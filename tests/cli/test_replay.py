@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ KNOWN = ("--block-hash", "block_alpha", "--public-key", "node_A")
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("replay") / "prompts.jsonl"
     lines = [
         {"prompt": [5 + number, 9, 12, 40], "request_id": f"r{number}", "max_tokens": 36, "user_seed": "mine"}
@@ -27,14 +26,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def receipts(prompts: Path) -> Path:
+def receipts(prompts):
     path = prompts.with_name("receipts.jsonl")
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
     respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=(), output=path)
     return path
 
 
-def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, prompts: Path, tmp_path: Path):
+def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts, prompts, tmp_path):
     ledger = tmp_path / "ledger.sqlite3"
     pinned = (*KNOWN, "--requests", prompts, "--ledger", ledger)
     result = assay("poc", "replay", receipts, *MODEL, *pinned, "--json")
@@ -50,9 +49,7 @@ def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, 
 
 
 @pytest.mark.parametrize("kept", [{}, {"output": (), "sketches": (), "finish": "abort"}])
-def test_answers_that_are_not_shown_cost_exit_code_zero(
-    assay, told, receipts: Path, prompts: Path, tmp_path: Path, kept
-):
+def test_answers_that_are_not_shown_cost_exit_code_zero(assay, told, receipts, prompts, tmp_path, kept):
     """Otherwise a node would show the answers that it computed honestly, and no others."""
     whole = Receipts.load(receipts)
     hidden = [replace(one, **kept) for one in whole.receipts[6:]] if kept else []
@@ -67,7 +64,7 @@ def test_answers_that_are_not_shown_cost_exit_code_zero(
     assert told("poc", "replay", receipts, *MODEL, *flags)["unanswered"] == 0
 
 
-def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts: Path, tmp_path: Path):
+def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts, tmp_path):
     result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
     assert result.code == 2
     assert "block_hash, public_key, requests" in result.out
@@ -85,7 +82,7 @@ def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, rec
         (("--sample", "9"), "--sample"),
     ],
 )
-def test_another_value_fails_by_name_before_a_model_is_loaded(refused, receipts: Path, flags, name: str):
+def test_another_value_fails_by_name_before_a_model_is_loaded(refused, receipts, flags, name):
     assert name in refused("poc", "replay", receipts, "--model", "no/such/model", *flags)
 
 
@@ -98,7 +95,7 @@ def test_another_value_fails_by_name_before_a_model_is_loaded(refused, receipts:
         ('"index":0', '"index":70000'),
     ],
 )
-def test_edited_and_truncated_receipts_are_refused(refused, receipts: Path, tmp_path: Path, old: str, new: str):
+def test_edited_and_truncated_receipts_are_refused(refused, receipts, tmp_path, old, new):
     text = receipts.read_text()
     assert old in text
     for changed in (text.replace(old, new, 1), text[: len(text) // 2], text.rsplit("\n", 2)[0] + "\n"):
@@ -106,9 +103,7 @@ def test_edited_and_truncated_receipts_are_refused(refused, receipts: Path, tmp_
         assert "bad.jsonl, line" in refused("poc", "replay", tmp_path / "bad.jsonl", *MODEL)
 
 
-def test_a_replay_that_is_refused_begins_no_ledger(
-    refused, receipts: Path, prompts: Path, small_checkpoint: Path, tmp_path: Path
-):
+def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, small_checkpoint, tmp_path):
     whole, strange, other, ledger = (Receipts.load(receipts), *(tmp_path / name for name in ("strange", "other", "l")))
     outside = [replace(one, output=(*one.output[:-1], 10**6)) for one in whole.receipts]
     Receipts.build(whole.header, outside, 1.0).save(strange)
@@ -123,7 +118,7 @@ def test_a_replay_that_is_refused_begins_no_ledger(
     assert not ledger.exists()
 
 
-def test_noise_is_calibrated_and_used(assay, told, refused, receipts: Path, prompts: Path, tmp_path: Path):
+def test_noise_is_calibrated_and_used(assay, told, refused, receipts, prompts, tmp_path):
     output = tmp_path / "responses.json"
     assert told("poc", "calibrate-responses", receipts, *MODEL, "-o", output)["matching"] == 1.0
     flags = (*KNOWN, "--requests", prompts, "--calibration", output)
@@ -132,7 +127,7 @@ def test_noise_is_calibrated_and_used(assay, told, refused, receipts: Path, prom
     assert "dtype than the verifier's" in refused("poc", "replay", receipts, *MODEL, *flags, "--dtype", "bfloat16")
 
 
-def test_what_cannot_be_calibrated_is_refused_before_the_replay(refused, receipts: Path, tmp_path: Path, monkeypatch):
+def test_what_cannot_be_calibrated_is_refused_before_the_replay(refused, receipts, tmp_path, monkeypatch):
     monkeypatch.setattr("assay.poc.responses.replay", None)
     read = Receipts.load(receipts)
     tuned, other, output = tmp_path / "tuned.jsonl", tmp_path / "other.jsonl", tmp_path / "responses.json"
@@ -149,7 +144,7 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(refused, receipt
     assert not output.exists()
 
 
-def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, refused, prompts: Path, tmp_path: Path):
+def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, refused, prompts, tmp_path):
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
     directory = write_adapter(tmp_path / "adapter", model)
     adapter = load_adapter(directory)

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,13 @@ ROUND = ["--block-hash", "block_alpha", "--public-key", "node_A"]
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
+def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt":[1,2,3],"request_id":"r1"}\n{"prompt":[4],"temperature":0,"max_tokens":3}\n')
     return path
 
 
-def test_receipts_are_written(told, refused, small_checkpoint, prompts: Path, tmp_path: Path):
+def test_receipts_are_written(told, refused, small_checkpoint, prompts, tmp_path):
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     sampling = ["--temperature", "0.7", "--top-k", "50", "--max-tokens", "6", "--user-seed", "u", "--hash-prompts"]
@@ -36,7 +35,7 @@ def test_receipts_are_written(told, refused, small_checkpoint, prompts: Path, tm
     assert "--overwrite" in refused(*command)
 
 
-def test_an_example_runs_as_text(assay, tmp_path: Path):
+def test_an_example_runs_as_text(assay, tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "receipts.jsonl"
     prompts.write_text('{"prompt":"def add(a, b):"}\n')
     result = assay("poc", "respond", "--model", "reference:qwen3", "--prompts", prompts, *ROUND, "-o", out,
@@ -66,7 +65,7 @@ def test_an_example_runs_as_text(assay, tmp_path: Path):
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
-    content: str, flags: list, seen: str, refused, small_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content, flags, seen, refused, small_checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.jsonl").write_text(content)
@@ -75,16 +74,14 @@ def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_missing_file_or_directory_is_named(refused, small_checkpoint, prompts: Path, tmp_path: Path):
+def test_a_missing_file_or_directory_is_named(refused, small_checkpoint, prompts, tmp_path):
     command = ["poc", "respond", "--model", small_checkpoint, *ROUND]
     assert "none.jsonl" in refused(*command, "--prompts", tmp_path / "none.jsonl", "-o", tmp_path / "receipts.jsonl")
     nowhere = refused(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
     assert "create the directory" in nowhere
 
 
-def test_a_stopped_run_says_that_it_continues_and_does(
-    assay, small_checkpoint, prompts: Path, tmp_path: Path, monkeypatch
-):
+def test_a_stopped_run_says_that_it_continues_and_does(assay, small_checkpoint, prompts, tmp_path, monkeypatch):
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
@@ -92,7 +89,7 @@ def test_a_stopped_run_says_that_it_continues_and_does(
     module = sys.modules["assay.poc.responses.respond"]
     make = module.Receipt
 
-    def stop(**made: object):
+    def stop(**made):
         receipts.append(make(**made))
         os.kill(os.getpid(), signal.SIGTERM)
         return receipts[-1]

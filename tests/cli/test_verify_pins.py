@@ -3,21 +3,19 @@
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from assay.files.jsonl import dumps
-from assay.poc import Proof
 
 from .conftest import KNOWN, made
 
 
 @pytest.fixture
-def verify(assay, small_checkpoint: Path, tmp_path: Path):
+def verify(assay, small_checkpoint, tmp_path):
     """Verify a proof with flags, as JSON; the proof of a round and its nonces is made first."""
 
-    def call(proof: Proof, *flags: object):
+    def call(proof, *flags):
         path = tmp_path / "proof.jsonl"
         proof.save(path, overwrite=True)
         return assay("poc", "verify", path, "--model", small_checkpoint, "--device", "cpu", "--json", *flags)
@@ -50,7 +48,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_what_the_prover_chose_is_named_and_never_code_0(name: str, verify, small_model):
+def test_what_the_prover_chose_is_named_and_never_code_0(name, verify, small_model):
     changed, nonces, flags = ATTACKS[name]
     found = verify(made(small_model, nonces, **changed), *KNOWN, *flags)
     said = json.loads(found.out)
@@ -73,7 +71,7 @@ PINS = {
 
 
 @pytest.mark.parametrize("flag", PINS)
-def test_a_header_that_contradicts_a_pin_is_refused(flag: str, verify, small_model):
+def test_a_header_that_contradicts_a_pin_is_refused(flag, verify, small_model):
     changed, wanted = PINS[flag]
     nonces = range(1, 65, 2) if "node_count" in changed else range(32)
     found = verify(made(small_model, nonces, **changed), flag, wanted)
@@ -83,7 +81,7 @@ def test_a_header_that_contradicts_a_pin_is_refused(flag: str, verify, small_mod
     assert ("made in float32" if flag == "--prover-dtype" else f"a proof with {name}") in found.err
 
 
-def test_the_published_round_needs_block_and_key_alone(verify, reference_model, assay, tmp_path: Path):
+def test_the_published_round_needs_block_and_key_alone(verify, reference_model, assay, tmp_path):
     proof = made(reference_model, range(7, 39), seq_len=256)
     path = tmp_path / "published.jsonl"
     proof.save(path)
@@ -102,7 +100,7 @@ def test_a_share_is_pinned_by_its_positions(verify, small_model):
     assert verify(share, *pins, "--nonces", "1:33").code == 2
 
 
-def edited(proof: Proof, path: Path, **changed: object) -> Path:
+def edited(proof, path, **changed):
     """Write a proof whose header says something else than its prover wrote."""
     lines = "".join(f"{proof.header.line(record)}\n" for record in proof.records)
     header = replace(proof.header, **changed)
@@ -110,7 +108,7 @@ def edited(proof: Proof, path: Path, **changed: object) -> Path:
     return path
 
 
-def test_refusals_come_before_the_model_is_loaded(refused, small_model, tmp_path: Path):
+def test_refusals_come_before_the_model_is_loaded(refused, small_model, tmp_path):
     proof = made(small_model)
     long = {
         "round": replace(proof.round, seq_len=2**20),
@@ -136,7 +134,7 @@ def test_refusals_come_before_the_model_is_loaded(refused, small_model, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "long.jsonl", "taken.jsonl"]
 
 
-def test_files_that_are_no_files_are_refused(refused, small_model, tmp_path: Path):
+def test_files_that_are_no_files_are_refused(refused, small_model, tmp_path):
     good = edited(made(small_model), tmp_path / "good.jsonl")
     fifo, sparse = tmp_path / "fifo", tmp_path / "sparse"
     os.mkfifo(fifo)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.mark.slow
-def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_own_pairs(tmp_path, capsys):
     import_module("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     assert (tmp_path / "hack.safetensors").stat().st_size > 10_000
@@ -39,7 +39,7 @@ def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.slow
-def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
+def test_own_trainer(tmp_path, fork_server):
     pytest.importorskip("trl")
     command = [*fork_server, "python", str(EXAMPLES / "own_trainer.py"), "run"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -56,14 +56,14 @@ def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
 
 
 @pytest.mark.slow
-def test_own_transform(capsys: pytest.CaptureFixture):
+def test_own_transform(capsys):
     import_module("own_transform").main(16)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["artifact", "wide"]
     assert all(float(line.split("4 bits ")[1].split()[0]) > 4 for line in lines)
 
 
-def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mount(tmp_path, small_checkpoint, monkeypatch):
     monkeypatch.setenv("MODEL", str(small_checkpoint))
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
     app = import_module("mount").app
@@ -74,14 +74,14 @@ def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.Monke
         assert client.get("/status").status_code == 404
 
 
-def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
     """The answers are those of a real application; only the socket between them is left out."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     (tmp_path / "nodes.toml").write_text(nodes_text())
     proof_of(small_model, "node_A").save(tmp_path / "proof.jsonl")
     running = Running(small_model, tmp_path, {}, {})
 
-    def urlopen(request: urllib.request.Request, timeout: float):
+    def urlopen(request, timeout):
         path = request.full_url.removeprefix("http://127.0.0.1:8090")
         answer = running.client.post(path, content=request.data, headers=dict(request.header_items()))
         if answer.status_code != 200:
@@ -108,7 +108,7 @@ def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, fork_server: tuple[str, ...]):
+def test_validator_cron(tmp_path, small_model, small_checkpoint, fork_server):
     inbox, tools = tmp_path / "inbox", tmp_path / "bin"
     inbox.mkdir()
     tools.mkdir()
@@ -133,14 +133,14 @@ def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, for
     assert again.stdout == ""
 
 
-def results(database: Path, script: str) -> list[list[tuple]]:
+def results(database, script):
     """The rows of every query of a script, run as a reader that may not write."""
     text = "\n".join(line for line in (EXAMPLES / script).read_text().splitlines() if not line.startswith("--"))
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         return [connection.execute(query).fetchall() for query in text.split(";") if query.strip()]
 
 
-def test_service_sql(tmp_path: Path):
+def test_service_sql(tmp_path):
     shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", tmp_path)
     rounds, smallest, callbacks, checks = results(tmp_path / "service.sqlite3", "service.sql")
     assert len(rounds) == 1
@@ -150,7 +150,7 @@ def test_service_sql(tmp_path: Path):
     assert isinstance(checks, list)
 
 
-def test_ledger_sql(tmp_path: Path):
+def test_ledger_sql(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
         ledger.append([update(0, nonces=range(8)), update(1, key="node_B", nonces=range(8, 16))])
         head = ledger.head
@@ -160,7 +160,7 @@ def test_ledger_sql(tmp_path: Path):
     assert [tuple(row) for row in found] == [head]
 
 
-def test_receipts_in_typescript(tmp_path: Path):
+def test_receipts_in_typescript(tmp_path):
     missing = [tool for tool in ("node", "tsc") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}: apt-get install node-typescript")

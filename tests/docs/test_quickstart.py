@@ -21,7 +21,7 @@ MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
 
 
 @pytest.mark.slow
-def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,9 +48,7 @@ def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_commands_of_calibration_run_and_their_answer_has_the_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```sh\n(.*?)^```$", CALIBRATION, flags=re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("MODEL", "reference:qwen3").splitlines()

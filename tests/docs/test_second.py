@@ -28,18 +28,18 @@ sys.path.insert(0, str(ROOT / "docs"))
 import second  # noqa: E402
 
 
-def checkpoint(name: str) -> Path:
+def checkpoint(name):
     return ROOT / ("src/assay/models/reference" if name == "qwen3" else "tests/data/models") / name
 
 
-def close(values, published, scale: float = 1.0) -> bool:
+def close(values, published, scale=1.0):
     """Within 8 ulp or 4e-6, as the page on streams says of the published normals."""
     wanted = np.asarray(published, np.float32)
     allowed = np.maximum(8 * np.spacing(np.abs(wanted)), 4e-6 * scale)
     return bool((np.abs(np.asarray(values, np.float64) - wanted) <= allowed).all())
 
 
-def sha256(array: np.ndarray) -> str:
+def sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
@@ -60,7 +60,7 @@ def test_normals_of_the_published_streams():
 
 
 @pytest.mark.parametrize("number", [*range(21), *range(25, 500, 25)])
-def test_normals_to_the_bit(number: int):
+def test_normals_to_the_bit(number):
     group = Group(number)
     made = [
         second.normals(second.seed_words(f"draw_{number}_{i}")[: group.strength // 32], group.n)
@@ -86,24 +86,24 @@ def test_noise_of_tokens_to_the_bit():
 class Bare:
     """A checkpoint of which only the hidden size is asked."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim):
         self.config, self.dtype = SimpleNamespace(hidden_size=dim), torch.float32
 
-    def eval(self) -> "Bare":
+    def eval(self):
         return self
 
-    def get_output_embeddings(self) -> SimpleNamespace:
+    def get_output_embeddings(self):
         return SimpleNamespace(weight=None)
 
 
-def without_model(monkeypatch: pytest.MonkeyPatch, row: dict, preset: str = "poc-2.0"):
+def without_model(monkeypatch, row, preset="poc-2.0"):
     loaded = SimpleNamespace(from_pretrained=lambda path, dtype: Bare(row["dim"]))
     monkeypatch.setattr(second, "AutoModelForCausalLM", loaded)
     round = {"block_hash": row["block_hash"], "public_key": row["public_key"], "preset": preset, "strength": 32}
     return second.Recomputation("", {"round": round, "pipeline": {}}, "float32")
 
 
-def test_known_answers_of_a_nonce(monkeypatch: pytest.MonkeyPatch):
+def test_known_answers_of_a_nonce(monkeypatch):
     for row in KNOWN["signs"]:
         engine = without_model(monkeypatch, row, "artifact")
         assert sha256(second.signs(engine.words("signs", row["nonce"])[0], row["dim"])) == row["sha256_i8"]
@@ -129,12 +129,12 @@ def test_known_answers_of_a_nonce(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_digests(name: str):
+def test_digests(name):
     assert second.digest(checkpoint(name)) == assay.load_model(f"reference:{name}", device="cpu").digest
 
 
 @pytest.mark.parametrize("family", LAWS)
-def test_evidence_of_every_default_law(family: str):
+def test_evidence_of_every_default_law(family):
     for pair, law in LAWS[family].items():
         noise = default_noise(family, *pair.split("/"))
         rng = np.random.default_rng(len(pair))
@@ -155,7 +155,7 @@ def test_evidence_of_every_default_law(family: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("preset", [*PIPELINES, "decode-32"])
-def test_every_preset_is_recomputed(preset: str, name: str, tmp_path: Path):
+def test_every_preset_is_recomputed(preset, name, tmp_path):
     if preset == "decode":
         pytest.skip("decode-32 takes the same steps, eight times fewer")
     model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")
@@ -177,7 +177,7 @@ def test_every_preset_is_recomputed(preset: str, name: str, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "decode-32"])
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", "honest"), ("bfloat16", "fraud")])
-def test_the_verdict_is_that_of_verify(preset: str, dtype: str, wanted: str, tmp_path: Path):
+def test_the_verdict_is_that_of_verify(preset, dtype, wanted, tmp_path):
     """A proof in float32, and one that was made in bfloat16 and says float32."""
     round = Round(block_hash="block_alpha", public_key="node_A", preset=preset, seq_len=16)
     proof = prove(assay.load_model("reference:qwen3", dtype=dtype, device="cpu"), round, range(40))

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ HAS_TORCHAO = pytest.mark.skipif("not __import__('importlib.util').util.find_spe
 ROUNDED = [("float8", "bfloat16"), pytest.param(("int8", "float32"), marks=HAS_TORCHAO)]
 
 
-def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(BackendUnavailable, match="eight-bit weights") as refused:
         load_model(small_checkpoint, device="cpu", quantise="int8")
@@ -26,7 +25,7 @@ def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, mo
     assert "'.[quant]'" in refused.value.do
 
 
-def test_float8_needs_a_device_that_has_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_float8_needs_a_device_that_has_it(small_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(BackendUnavailable, match="float8 on cuda"):
         check_quantisation("float8", torch.device("cuda"))
@@ -44,7 +43,7 @@ def test_a_row_is_rounded_by_its_own_largest_magnitude():
     assert round_rows(torch.tensor([[1.0, torch.nan], [1.0, torch.inf]])).values.float().isnan().any(dim=1).all()
 
 
-def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint: Path, monkeypatch):
+def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint, monkeypatch):
     model = load_model(small_checkpoint, device="cpu")
     monkeypatch.setattr(_quantise, "WIDTHS", 48)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
@@ -54,7 +53,7 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
 
 
 @pytest.fixture(params=ROUNDED, ids=("float8", "int8"))
-def pair(request: pytest.FixtureRequest, small_checkpoint: Path):
+def pair(request, small_checkpoint):
     """The small checkpoint as it is and rounded, and the name of the format."""
     form, dtype = request.param
     return *(load_model(small_checkpoint, device="cpu", dtype=dtype, quantise=q) for q in (None, form)), form

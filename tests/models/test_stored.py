@@ -31,11 +31,11 @@ GROUP = 32
 
 
 @pytest.fixture(scope="module")
-def written(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def written(small_checkpoint, tmp_path_factory):
     """A function that gives the small checkpoint in a format, written once."""
     paths: dict[str, Path] = {}
 
-    def write(form: str) -> Path:
+    def write(form):
         if form not in paths:
             paths[form] = store(small_checkpoint, tmp_path_factory.mktemp("stored") / "model", form)
         return paths[form]
@@ -44,13 +44,13 @@ def written(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(params=NAMES)
-def stored(request: pytest.FixtureRequest, written):
+def stored(request, written):
     """A small checkpoint in each format, and the name of the format."""
     return written(request.param), NAMES[request.param]
 
 
 @pytest.fixture(scope="module")
-def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixture_checkpoint(tmp_path_factory):
     """A mixture of random weights, whose experts are stacked in the file."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -81,7 +81,7 @@ def test_a_layer_multiplies_by_what_is_stored(stored):
 
 
 @pytest.mark.parametrize("form", ["channel", "block", "int8"])
-def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint: Path, tmp_path: Path, form: str):
+def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint, tmp_path, form):
     path = store(mixture_checkpoint, tmp_path / "model", form)
     model, plain = load_model(path, device="cpu"), load_model(mixture_checkpoint, device="cpu", dtype="float32")
     experts = model.module.model.layers[0].mlp.experts
@@ -115,7 +115,7 @@ def entry(tensors, form, row, column):
 
 
 @pytest.mark.parametrize("form", FOUR_BITS)
-def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint: Path):
+def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint):
     path = written(form)
     model = load_model(path, device="cpu", dtype="float32")
     assert (model.quantised, model.dtype) == ("int4-groups", torch.float32)
@@ -148,7 +148,7 @@ def test_packing_and_unpacking_are_inverse_also_for_words_with_the_highest_bit()
 
 
 @pytest.mark.parametrize("form", ["packed", "gptq"])
-def test_experts_in_four_bits_are_restored_one_by_one(mixture_checkpoint: Path, tmp_path: Path, form: str):
+def test_experts_in_four_bits_are_restored_one_by_one(mixture_checkpoint, tmp_path, form):
     model = load_model(store(mixture_checkpoint, tmp_path / "model", form), device="cpu", dtype="float32")
     plain = load_model(mixture_checkpoint, device="cpu", dtype="float32")
     for name in ("gate_up_proj", "down_proj"):
@@ -156,7 +156,7 @@ def test_experts_in_four_bits_are_restored_one_by_one(mixture_checkpoint: Path, 
         assert 0.02 < (ours - theirs).norm() / theirs.norm() < 0.15
 
 
-def test_the_digest_covers_the_scales_and_the_configuration(stored, tmp_path: Path):
+def test_the_digest_covers_the_scales_and_the_configuration(stored, tmp_path):
     path, _ = stored
     digest = load_model(path, device="cpu").digest
     assert identify(path, dtype="bfloat16").digest == digest
@@ -190,7 +190,7 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
 
 
 @pytest.mark.parametrize("stored", FORMATS, indirect=True)
-def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch):
     monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
     model = load_model(stored[0], device="cpu")
     engine = HFEngine(model, batch_size=4, seq_len=8)
@@ -282,21 +282,21 @@ def left_out(name):
         ("packed-zeros", left_out(f"{LAYER}.weight_zero_point"), "is missing"),
     ],
 )
-def test_damaged_checkpoints_are_refused(small_checkpoint: Path, tmp_path: Path, form: str, change, said: str):
+def test_damaged_checkpoints_are_refused(small_checkpoint, tmp_path, form, change, said):
     path = store(small_checkpoint, tmp_path / "model", form)
     rewrite(path, change)
     with pytest.raises(BadWeights, match=said):
         load_model(path, device="cpu")
 
 
-def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint: Path, tmp_path: Path):
+def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint, tmp_path):
     path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
     configure(path, tie_word_embeddings=False)
     with pytest.raises(BadWeights, match=r"'lm_head\.weight' is missing"):
         load_model(path, device="cpu")
 
 
-def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint: Path, tmp_path: Path):
+def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint, tmp_path):
     path = store(small_checkpoint, tmp_path / "model", "packed")
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 48
@@ -305,7 +305,7 @@ def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint: Pat
         load_model(path, device="cpu")
 
 
-def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint: Path):
+def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint):
     with pytest.raises(UsageError, match="stored in"):
         load_model(stored[0], device="cpu", quantise="int8")
     with pytest.raises(UsageError, match="stored in"):
@@ -314,21 +314,21 @@ def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(sto
         load_model(small_checkpoint, device="cpu", quantise="float8-block")
 
 
-def cuda(monkeypatch: pytest.MonkeyPatch, *capability: int) -> torch.device:
+def cuda(monkeypatch, *capability):
     """A CUDA device of that capability, where triton is installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(_formats, "find_spec", lambda name: object())
     return torch.device("cuda")
 
 
-def form_of(name: str, **more: int) -> _formats.StoredFormat:
+def form_of(name, **more):
     form = read_format("model", {"quantization_config": described(name, **more)})
     assert form is not None
     return form
 
 
 @pytest.mark.parametrize("form", [form_of("block", block=128), form_of("int8")], ids=lambda form: form.name)
-def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch: pytest.MonkeyPatch):
+def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch):
     check_device(form, cuda(monkeypatch, 9, 0))
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
         check_device(form, cuda(monkeypatch, 10, 0))
@@ -339,7 +339,7 @@ def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch: pytest.M
     check_device(form, torch.device("cpu"))
 
 
-def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch):
+def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch):
     with pytest.raises(BackendUnavailable, match="a scale for 64 x 64 numbers, on cuda") as refused:
         check_device(form_of("block", block=64), cuda(monkeypatch, 9, 0))
     assert "128 x 128" in refused.value.wanted
