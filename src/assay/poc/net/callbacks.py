@@ -138,12 +138,9 @@ def _is_public(address: Address) -> bool:
 
 
 def _refusal(seen: str) -> Refusal:
-    return Refusal(
-        422,
-        seen,
-        wanted="an http or https URL to a public address, without credentials",
-        do="correct the URL; for receivers in a private network start the service with --allow-private-callbacks",
-    )
+    wanted = "an http or https URL to a public address, without credentials"
+    do = "correct the URL; for receivers in a private network start the service with --allow-private-callbacks"
+    return Refusal(422, seen, wanted=wanted, do=do)
 
 
 LONGEST_ID = 128

@@ -261,13 +261,10 @@ class Controller(Runtime):
         assert self.progress is not None
         stored, deployment = self.progress.stored, self.ready()
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
-            raise Refusal(
-                409,
-                f"a round of {stored.reference} ({stored.digest[:12]})",
-                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
-                do="start the service with that model, or begin another round",
-                fields={"state": str(self.state)},
-            )
+            seen = f"a round of {stored.reference} ({stored.digest[:12]})"
+            wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
+            do, fields = "start the service with that model, or begin another round", {"state": str(self.state)}
+            raise Refusal(409, seen, wanted=wanted, do=do, fields=fields)
         check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 

@@ -62,11 +62,9 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
     """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
     if calibration is not None and deployment.digest not in calibration.digests:
         measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
-        raise CalibrationError(
-            f"a calibration of a checkpoint {measured}",
-            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
+        wanted = f"one of {deployment.reference} ({deployment.digest[:12]})"
+        do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
+        raise CalibrationError(f"a calibration of a checkpoint {measured}", wanted=wanted, do=do)
 
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed

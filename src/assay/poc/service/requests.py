@@ -198,12 +198,12 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
         ("seq_len", "--seq-len", length, [pins.round.seq_len]),
     ):
         if deployed not in agreed:
-            wanted = " or ".join(map(str, agreed))
-            raise UsageError(
+            seen, wanted = (
                 f"a service with {name} {deployed}, which its pins do not allow",
-                wanted=f"{name} {wanted}",
-                do=f"start it with {flag}, or with the pins of this network",
+                " or ".join(map(str, agreed)),
             )
+            do = f"start it with {flag}, or with the pins of this network"
+            raise UsageError(seen, wanted=f"{name} {wanted}", do=do)
 
 
 def check_round(round: Round, settings: Settings, *, share: bool) -> None:
@@ -314,12 +314,9 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
         raise Refusal(422, seen, wanted=wanted, do=do)
     foreign = [n for n in request.nonces if request.node_id >= 0 and n % stored.node_count != request.node_id]
     if foreign and stored.node_count > 1:
-        raise Refusal(
-            422,
-            f"nonce {foreign[0]} of node {request.node_id}",
-            wanted=f"nonces of its share: every one leaves {request.node_id} when divided by {stored.node_count}",
-            do="send the node_id that proved, to a round with the network's node_count",
-        )
+        wanted = f"nonces of its share: every one leaves {request.node_id} when divided by {stored.node_count}"
+        do = "send the node_id that proved, to a round with the network's node_count"
+        raise Refusal(422, f"nonce {foreign[0]} of node {request.node_id}", wanted=wanted, do=do)
     check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
 
 
@@ -343,13 +340,10 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
     requested, pipeline = params.model_dump(exclude={"preset"}), get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
-        raise Refusal(
-            409,
-            f"preset {pipeline.name} on an engine that does not decode proofs",
-            wanted="a preset of one forward pass, such as artifact or hardened",
-            do="prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers",
-            fields={"fields": ["preset"]},
-        )
+        seen = f"preset {pipeline.name} on an engine that does not decode proofs"
+        wanted = "a preset of one forward pass, such as artifact or hardened"
+        do = "prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
     deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": pipeline.vector_size}
     other = sorted(name for name, value in deployed.items() if requested[name] != value)
     if other:

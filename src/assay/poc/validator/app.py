@@ -366,11 +366,12 @@ def validate(
     check_host(host, server)
     registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
     if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
-        raise UsageError(
+        seen, wanted = (
             f"--host {host} with nodes that sign nothing",
-            wanted="a secret of every node where others reach the port",
-            do="pass --callback-secret, or give each node its secrets in the file of --nodes",
+            "a secret of every node where others reach the port",
         )
+        do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
+        raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
         controller = ValidatorController(load, settings, server, reference=reference)
         run_app(create_app(controller), server, listener, runtime=controller)

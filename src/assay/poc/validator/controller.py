@@ -94,11 +94,9 @@ class ValidatorController(Runtime):
     def _check_model(self, deployment: Deployment) -> None:
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
-            raise UsageError(
-                f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})",
-                wanted=f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})",
-                do="pass the --model that the network agreed on",
-            )
+            seen = f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})"
+            wanted = f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})"
+            raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
 
     def _noise(self, build: Build, round: Round) -> Noise:

@@ -127,21 +127,18 @@ class Registry:
         names = sorted(stated - {None}, key=str)
         found = [build for build in self.model.builds if not names or build.name == names[0]]
         if len(names) > 1 or len(found) != 1:
-            raise UsageError(
-                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}",
-                wanted="one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines",
-                do="name the node's build in the pins, and give machines of another build a key of their own",
-            )
+            seen = f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+            wanted = "one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines"
+            do = "name the node's build in the pins, and give machines of another build a key of their own"
+            raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
 
     def _check_url(self, url: str, settings: ServerSettings) -> None:
         check_url(url, allow_private=settings.allow_private_callbacks)
         if self.pipeline.output != "distance":
-            raise UsageError(
-                f"the url {url!r:.80} with preset {self.pipeline.name}",
-                wanted="nodes that are polled only where they publish distances: /status does not hold vectors",
-                do="leave the url out, and let the node send callbacks",
-            )
+            seen = f"the url {url!r:.80} with preset {self.pipeline.name}"
+            wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
+            raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:
@@ -197,9 +194,7 @@ class Noises:
             return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
         noise = find_build_noise(self._measured, build, digest=registry.model.digest, preset=preset, round=round)
         if noise is None:
-            raise CalibrationError(
-                f"no calibration of the build {build.name!r} with preset {preset}",
-                wanted="one of this model, preset and build",
-                do="measure it with `assay poc calibrate`, and pin the file or pass --calibration",
-            )
+            do = "measure it with `assay poc calibrate`, and pin the file or pass --calibration"
+            seen = f"no calibration of the build {build.name!r} with preset {preset}"
+            raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
         return noise
