@@ -222,16 +222,6 @@ def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
     assert sizer.next(0.1, 5) == 4
 
 
-@pytest.mark.parametrize("batch", [1, 20, 100, MOST, 10 * MOST])
-def test_calls_have_few_sizes(batch: int):
-    sizer, sizes = CallSizer(batch, seconds=0.001, nonces=MOST), set()
-    for fitting in range(1, MOST + 1):
-        sizes.add(sizer.next((fitting + 0.5) / 1000, MOST))
-        assert sizer.next((fitting + 0.5) / 1000, MOST) <= fitting
-    assert len({size for size in sizes if size < batch}) <= 2 * batch.bit_length()
-    assert all(size % batch == 0 for size in sizes if size > batch)
-
-
 @pytest.fixture(autouse=True)
 def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
@@ -311,25 +301,6 @@ def test_an_engine_that_dies_fails_its_nonces_in_words():
     workers.dead = True
     with pytest.raises(ModelError, match="EngineCore died"):
         run(workers, 64)
-
-
-def test_the_rest_of_a_stream_says_nothing_about_the_next_call():
-    workers = Workers(batch=16)
-    run(workers, 500)
-    sizer = workers.client.direct._sizers[8]
-    before = (sizer.seconds, sizer.nonces, set(sizer.tried))
-    assert before[1] > 3
-    workers.called.clear()
-    assert run(workers, 3) == list(range(3))
-    assert workers.called == [[0, 1, 2]]
-    assert (sizer.seconds, sizer.nonces, sizer.tried) == before
-
-
-def test_values_are_asked_for_alone_only_where_no_call_follows():
-    workers = Workers(batch=16)
-    assert run(workers, 16 * 100) == list(range(16 * 100))
-    assert len(workers.called) > 20
-    assert workers.flushed <= 2
 
 
 def test_values_that_the_workers_have_lost_are_computed_again():

@@ -182,20 +182,11 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
     assert engine.fingerprint.as_dict()["library"] == ", ".join(("vllm 0", *engine.fingerprint.kernels))
 
 
-@pytest.mark.parametrize(
-    ("engines", "workers", "dealt", "said"),
-    [
-        (1, 1, False, []),
-        (1, 2, False, []),
-        (1, 1, True, []),
-        (1, 2, True, ["ep 2"]),
-        (2, 1, False, ["dp 2"]),
-        (2, 2, True, ["dp 2", "ep 4"]),
-    ],
-)
-def test_the_fingerprint_says_over_what_experts_are_spread(engines: int, workers: int, dealt: bool, said: list[str]):
-    parallel = SimpleNamespace(data_parallel_size=engines, tensor_parallel_size=workers, enable_expert_parallel=dealt)
-    assert _rows.experts_over(parallel) == said
+def test_the_fingerprint_says_over_what_experts_are_spread():
+    said = {(1, 2, True): ["ep 2"], (2, 1, False): ["dp 2"], (2, 2, True): ["dp 2", "ep 4"]}
+    for engines, workers, dealt in ((1, 1, False), (1, 2, False), (1, 1, True), *said):
+        sizes = {"data_parallel_size": engines, "tensor_parallel_size": workers, "enable_expert_parallel": dealt}
+        assert _rows.experts_over(SimpleNamespace(**sizes)) == said.get((engines, workers, dealt), [])
 
 
 class Engine:

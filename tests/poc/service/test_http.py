@@ -208,20 +208,10 @@ def test_a_client_that_leaves_causes_no_traceback(service):
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "query_string": b"",
-        "path": f"{PREFIX}/init",
-        "raw_path": b"",
-        "root_path": "",
-        "scheme": "http",
-        "server": ("x", 1),
-        "client": ("x", 1),
-        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
-    }
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    scope |= {"path": f"{PREFIX}/init", "raw_path": b"", "root_path": "", "query_string": b""}
+    scope |= {"server": ("x", 1), "client": ("x", 1)}
+    scope["headers"] = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 400
 

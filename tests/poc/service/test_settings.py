@@ -51,9 +51,7 @@ def test_the_keys_of_a_file_are_added(tmp_path):
         {"alpha": 0.0},
         {"unknown": 1},
         {"api_keys": 5},
-        {"calibration": "/nowhere"},
-        {"pins": "/nowhere"},
-        {"api_key_file": "/nowhere"},
+        *({name: "/nowhere"} for name in ("calibration", "pins", "api_key_file")),
     ],
 )
 def test_a_wrong_value_is_an_error_in_three_parts(values):
