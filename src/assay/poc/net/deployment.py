@@ -35,26 +35,17 @@ MakeEngine = Callable[[int, int], Engine]
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model that is ready to run.
+    """A model that is ready to run."""
 
-    Args:
-        reference: Name of the model. Artifact requests must use it.
-        digest: SHA-256 of its tensors.
-        weights: Weight mode of the model.
-        dtype: Number format of its weights.
-        max_positions: Positions of the longest sequence.
-        decodes: Whether its engines take the presets that decode.
-        engine: Makes an engine from ``(seq_len, batch_size)``, and raises an :class:`~assay.errors.AssayError` if that
-            shape does not fit. The latest engines are kept, so that it is called once per shape.
-    """
-
-    reference: str
-    digest: str
-    weights: str
-    dtype: str
-    max_positions: int
+    reference: str  # name of the model, which artifact requests must use
+    digest: str  # SHA-256 of its tensors
+    weights: str  # weight mode of the model
+    dtype: str  # number format of its weights
+    max_positions: int  # positions of the longest sequence
     engine: MakeEngine
-    decodes: bool = False
+    """Makes an engine from ``(seq_len, batch_size)``, once per shape, and raises an
+    :class:`~assay.errors.AssayError` if that shape does not fit."""
+    decodes: bool = False  # whether its engines take the presets that decode
 
     def __post_init__(self) -> None:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks

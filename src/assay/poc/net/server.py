@@ -168,7 +168,11 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         UsageError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    _allow_connections()
+    # The soft limit on open files, which shells set to 1024, is raised: a thousand readers would use it up.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits 40 ms.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -180,11 +184,3 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             seen, do = f"{host}:{port}: {error.strerror}", f"pass another {flag}"
             raise UsageError(seen, wanted=f"{wanted} of this machine", do=do) from None
         yield listener
-
-
-def _allow_connections() -> None:
-    """Raise the soft limit on open files, which shells set to 1024: a thousand readers would use it up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

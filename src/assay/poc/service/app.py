@@ -19,19 +19,10 @@ from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, pr
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.service import requests
 from assay.poc.service.callbacks import Delivery
 from assay.poc.service.controller import Controller
 from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
-from assay.poc.service.requests import (
-    AnyInit,
-    GenerateRequest,
-    InitReply,
-    InitRequest,
-    JobReply,
-    Status,
-    ValidateReply,
-    ValidateRequest,
-)
 from assay.poc.service.settings import Settings
 
 PREFIX = "/api/v1/pow"
@@ -184,26 +175,26 @@ def _pow_router(
     """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
-    change: dict[str, Any] = {"response_model": InitReply, "openapi_extra": CONTROL}
+    change: dict[str, Any] = {"response_model": requests.InitReply, "openapi_extra": CONTROL}
     change["responses"] = problems(400, 409, 413, 422, 503)
-    of_job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
+    of_job: dict[str, Any] = {"response_model": requests.JobReply, "openapi_extra": VALIDATE}
 
     def moved(call: Callable[..., None], *given: object) -> Response:
         call(*given)
         return JSONResponse({"status": "OK", "pow_status": describe_status(controller)})
 
     @router.post("/init", **change)
-    def init(body: InitRequest) -> Response:
+    def init(body: requests.InitRequest) -> Response:
         """Begin a round, and stay idle."""
         return moved(controller.init, body, "init")
 
     @router.post("/init/generate", **change)
-    def init_generate(body: AnyInit) -> Response:
+    def init_generate(body: requests.AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
         return moved(controller.init, body, "init/generate")
 
     @router.post("/init/validate", **change)
-    def init_validate(body: InitRequest) -> Response:
+    def init_validate(body: requests.InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
         return moved(controller.init, body, "init/validate")
 
@@ -222,13 +213,13 @@ def _pow_router(
         """Stop generating and validating. Callbacks that are owed are still delivered."""
         return moved(controller.stop)
 
-    @router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)
-    async def validate(body: ValidateRequest) -> Response:
+    @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
+    async def validate(body: requests.ValidateRequest) -> Response:
         """Recompute distances and judge them."""
         future = await controller.call(controller.validate, body)
         return JSONResponse(await asyncio.wrap_future(future))
 
-    @router.get("/status", response_model=Status, responses=problems(422), openapi_extra=READ)
+    @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
     async def status(
         after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
@@ -248,8 +239,8 @@ def _pow_router(
         """Stream a snapshot per second as server-sent events."""
         return await feed.respond(request)
 
-    @router.post("/generate", responses=works | {202: {"model": JobReply}}, **of_job)
-    async def generate(body: GenerateRequest) -> Response:
+    @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
+    async def generate(body: requests.GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
         queued = await controller.call(controller.submit, body)
         if not body.wait:

@@ -25,24 +25,13 @@ from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, is_distance
+from assay.poc.service import requests
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.receipts import ReceiptKeeper
-from assay.poc.service.requests import (
-    ArtifactInit,
-    GenerateRequest,
-    InitRequest,
-    ValidateRequest,
-    check_build,
-    check_deployed,
-    check_job,
-    check_round,
-    check_validation,
-    round_values,
-)
 from assay.poc.service.rounds import EXPECTED, Batch, Progress, Rounds, State, StoredRound, after
 from assay.poc.service.settings import Settings
 from assay.poc.service.worker import ShareDone, Worker, Writer
@@ -99,16 +88,16 @@ class Controller(Runtime):
             failed=self._engine_failed,
         )
 
-    def init(self, request: InitRequest | ArtifactInit, call: str) -> None:
+    def init(self, request: requests.InitRequest | requests.ArtifactInit, call: str) -> None:
         """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``."""
         generates = self._after(call) is State.GENERATING
         deployment = self.ready()
-        values = round_values(request, deployment, self.settings, needs_share=generates)
+        values = requests.round_values(request, deployment, self.settings, needs_share=generates)
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
             log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
         engine = deployment.engine(values.seq_len, values.batch_size)
-        check_build(engine.fingerprint, deployment, self.settings)
+        requests.check_build(engine.fingerprint, deployment, self.settings)
         check_supported(engine, pipeline)
         with self._lock:
             state = self._after(call)
@@ -131,12 +120,12 @@ class Controller(Runtime):
             self._persist(state)
             self._move(state)
 
-    def validate(self, request: ValidateRequest) -> "Future[JsonObject]":
+    def validate(self, request: requests.ValidateRequest) -> "Future[JsonObject]":
         """Recompute and judge distances of the round's block; the future has the response."""
         with self._lock:
             self._after("validate")
             stored, epoch = self._check_same_model(self.state), self._epoch
-        check_validation(request, stored, self.settings)
+        requests.check_validation(request, stored, self.settings)
         future: Future[JsonObject] = Future()
 
         def task(deployment: Deployment) -> None:
@@ -155,9 +144,9 @@ class Controller(Runtime):
             raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         return future
 
-    def submit(self, request: GenerateRequest) -> JsonObject:
+    def submit(self, request: requests.GenerateRequest) -> JsonObject:
         """Queue an artifact job."""
-        check_job(request, self.ready(), self.settings)
+        requests.check_job(request, self.ready(), self.settings)
         queued = self.jobs.submit(request)
         self.worker.wake()
         return queued
@@ -235,7 +224,7 @@ class Controller(Runtime):
     @override
     def _check_model(self, deployment: Deployment) -> None:
         check_calibration(self.settings.calibration, deployment)
-        check_deployed(deployment, self.settings)
+        requests.check_deployed(deployment, self.settings)
 
     @override
     def _loading_failed(self, error: Exception) -> None:
@@ -265,7 +254,7 @@ class Controller(Runtime):
             wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
             do, fields = "start the service with that model, or begin another round", {"state": str(self.state)}
             raise Refusal(409, seen, wanted=wanted, do=do, fields=fields)
-        check_round(stored.round, self.settings, share=state is State.GENERATING)
+        requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
     def _engine_failed(self, error: Exception) -> None:
@@ -344,7 +333,7 @@ class Controller(Runtime):
         self.outbox.notify()
 
     def _validate(
-        self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
+        self, request: requests.ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
     ) -> JsonObject:
         started = time.perf_counter()
         computed: list[float] = []

@@ -275,7 +275,7 @@ class Rounds:
 
 
 def _fitting(most: int, record: Record) -> int:
-    """Return ``most``, or as many records with tokens that twice as many fit into a callback that receivers take."""
+    """Return ``most``, or as many records with tokens as fill half of a callback that receivers take."""
     if not isinstance(record, TokenRecord):
         return most
     return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
