@@ -399,8 +399,9 @@ class HFEngine(StateEngine, DecodingEngine):
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
         stream = "layer_signs" if step == "signs" else "layer_reflection"
+        layers = [] if step == "none" else list(decoder_layers(self.model.module))
         with ExitStack() as hooks:
-            for index, layer in enumerate(() if step == "none" else decoder_layers(self.model.module)):
+            for index, layer in enumerate(layers):
                 seeds = streams.seeds([round.block_text(stream, index)])
                 if step == "signs":
                     drawn_D = as_tensor(self._streams.signs(seeds, self.hidden_size))[0]
