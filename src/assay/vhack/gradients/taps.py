@@ -256,24 +256,19 @@ class _Tapped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
-        with wide_products(*gradients):
-            return _left_with_tap(ctx, *gradients), None, None, None
-
-
-def _left_with_tap(ctx: Any, gradient: Tensor) -> Tensor | None:
-    """Leave the gradient of δS with the tap; return that of the inputs, if it is wanted."""
-    (kept,) = ctx.saved_tensors
-    tap, way = ctx.tap, ctx.way
-    gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-    tap.fetch("left", *(() if way.early else ("right",)))
-    from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
-    # First what needs no factors: they are gathered meanwhile.
-    result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
-    projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
-    tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
-    if way.input and is_wanted and projected_NR is not None:
-        result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
-    return None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1)
+        (gradient,), (kept,) = gradients, ctx.saved_tensors
+        tap, way = ctx.tap, ctx.way
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        tap.fetch("left", *(() if way.early else ("right",)))
+        from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
+        with wide_products(gradient):
+            # First what needs no factors: they are gathered meanwhile.
+            result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
+            projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+            tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
+            if way.input and is_wanted and projected_NR is not None:
+                result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
+        return None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1), None, None, None
 
 
 class _Behind(torch.autograd.Function):

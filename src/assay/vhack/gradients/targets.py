@@ -67,24 +67,19 @@ def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
     for own in fused_names(experts):
         weights, biases = getattr(experts, own), getattr(experts, f"{own}_bias", None)
         for expert, weight in enumerate(weights.detach()):
-            weight_OI = weight.T if experts.is_transposed else weight
-            found[f"{name}.{own}.{expert}"] = _linear(weight_OI, None if biases is None else biases.detach()[expert])
+            # Not by its own constructor, which fills weights with random numbers; there may be ten thousand of these.
+            made = found[f"{name}.{own}.{expert}"] = nn.Linear.__new__(nn.Linear)
+            nn.Module.__init__(made)
+            made.weight = nn.Parameter(weight.T if experts.is_transposed else weight, requires_grad=False)
+            made.out_features, made.in_features = made.weight.shape
+            bias = None if biases is None else nn.Parameter(biases.detach()[expert], requires_grad=False)
+            made.register_parameter("bias", bias)
     return found
 
 
 def fused_names(experts: nn.Module) -> tuple[str, str]:
     """Return the names of the two tensors that hold the experts of a module."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
-
-
-def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
-    # Not by its own constructor, which fills weights with random numbers first; there may be ten thousand of these.
-    made = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(made)
-    made.out_features, made.in_features = weight_OI.shape
-    made.weight = nn.Parameter(weight_OI, requires_grad=False)
-    made.register_parameter("bias", None if bias_O is None else nn.Parameter(bias_O, requires_grad=False))
-    return made
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
