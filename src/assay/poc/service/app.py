@@ -164,9 +164,8 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
-    run_with(
-        app, controller, feed, Delivery(controller.outbox, controller, controller.settings, controller.metrics).run
-    )
+    delivery = Delivery(controller.outbox, controller, controller.settings, controller.metrics)
+    run_with(app, controller, feed, delivery.run)
 
 
 def _pow_router(

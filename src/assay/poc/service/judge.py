@@ -158,9 +158,9 @@ class Judge:
         key = (stored.id, public_key)
         if key not in self._tests:
             noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
-            test = _residual_test(noise, self._settings)
-            if test is None:
+            if noise is None:
                 return None
+            test = sequential_test(noise, alpha=self._settings.alpha, beta=self._settings.beta)
             c = self._checks.c
             query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
             old = [math.nan if row.received is None else row.received - row.computed for row in self._db.rows(query)]
@@ -212,16 +212,9 @@ def judge_vectors(
     }
     if pipeline.texts == "published":
         return reply
-    test = _residual_test(noise, settings)
-    if test is not None:
-        test.update(errors)
+    test = None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta).update(errors)
     residual = _residual(test)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
-
-
-def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialTest | None:
-    """Return a test under the honest noise; None where that is not known."""
-    return None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
 
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:

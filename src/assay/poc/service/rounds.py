@@ -196,14 +196,9 @@ class Rounds:
                 connection.execute(service.update().values(state=str(state)))
                 return None
             fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
-            begin = (
-                insert(rounds)
-                .values(fresh)
-                .on_conflict_do_update(
-                    ["block_hash", "public_key"], set_={name: fresh[name] for name in ("touched_at", *FREE)}
-                )
-            )
-            stored = StoredRound(**connection.execute(begin.returning(rounds)).mappings().one())
+            change = {name: fresh[name] for name in ("touched_at", *FREE)}
+            begin = insert(rounds).on_conflict_do_update(["block_hash", "public_key"], set_=change).returning(rounds)
+            stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
             # One nonce must not have two results.
             if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
                 seen = "this block and key have a round with another " + ", ".join(other)

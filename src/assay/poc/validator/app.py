@@ -167,10 +167,8 @@ class Poller:
         """Poll until cancelled."""
         async with new_client(self._server.callback_timeout, self._server.callback_concurrency) as client:
             while True:
-                senders = self._controller.registry.senders.values()
-                await asyncio.gather(
-                    *(self._poll(client, sender) for sender in senders if sender.entry.url is not None)
-                )
+                polled = [each for each in self._controller.registry.senders.values() if each.entry.url is not None]
+                await asyncio.gather(*(self._poll(client, sender) for sender in polled))
                 await asyncio.sleep(self._controller.settings.poll_interval)
 
     async def _poll(self, client: httpx.AsyncClient, sender: Sender) -> None:
@@ -269,9 +267,8 @@ def create_app(controller: ValidatorController) -> FastAPI:
     app.include_router(_validator_router(controller, feed, kind_of_route))
     app.include_router(operations_router(controller, feed, kind_of_route))
     mark = "d='M3 8.5 7 12l6-8' stroke-width='1.8'"
-    app.include_router(
-        page_router(*assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark))
-    )
+    page = assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark)
+    app.include_router(page_router(*page))
     app.add_middleware(Intake, controller=controller)
     if not server.has_keys:
         app.add_middleware(LocalOnly)
@@ -366,10 +363,8 @@ def validate(
     check_host(host, server)
     registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
     if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
-        seen, wanted = (
-            f"--host {host} with nodes that sign nothing",
-            "a secret of every node where others reach the port",
-        )
+        seen = f"--host {host} with nodes that sign nothing"
+        wanted = "a secret of every node where others reach the port"
         do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
         raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:

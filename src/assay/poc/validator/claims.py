@@ -223,12 +223,8 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
     try:
         for name in registry.network.differing(stated):
             raise refused(name, getattr(stated, name), getattr(registry.network.round, name, "of a node of the pins"))
-        pins = registry.network.for_round(
-            block_hash=stated.block_hash,
-            public_key=stated.public_key,
-            node_id=stated.node_id,
-            model=registry.model.digest,
-        )
+        key, block, digest = stated.public_key, stated.block_hash, registry.model.digest
+        pins = registry.network.for_round(block_hash=block, public_key=key, node_id=stated.node_id, model=digest)
         check_proof(proof, expect=pins, sample=1)
     except Refusal:
         raise

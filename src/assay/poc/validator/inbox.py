@@ -179,10 +179,8 @@ class Inbox:
             if added:
                 columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
                 connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added)
-            change = (
-                "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
-            )
-            connection.exec_driver_sql(change, changes)
+            counts = "messages=messages+?, nonces=nonces+?, repeated=repeated+?"
+            connection.exec_driver_sql(f"UPDATE senders SET last_at=?, {counts} WHERE id=?", changes)
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
@@ -257,11 +255,10 @@ class Inbox:
             for key in public_keys:
                 if most <= 0:
                     break
-                row = connection.exec_driver_sql(
-                    "SELECT seq, min(?, nonces - drawn) FROM inbox WHERE sender = ? AND drawn < nonces "
-                    "AND planned = drawn ORDER BY turn LIMIT 1",
-                    (min(self._sample, most), self._senders.get(key, 0)),
-                ).first()
+                waits = "sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT 1"
+                values = (min(self._sample, most), self._senders.get(key, 0))
+                query = f"SELECT seq, min(?, nonces - drawn) FROM inbox WHERE {waits}"
+                row = connection.exec_driver_sql(query, values).first()
                 if row is not None:
                     change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
                     connection.exec_driver_sql(change, (row[1], row[0]))
