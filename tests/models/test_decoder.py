@@ -20,16 +20,7 @@ from assay.models.decoder import (
     rotate,
 )
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 32,
-    "tie_word_embeddings": True,
-}
+from .conftest import SIZES
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
