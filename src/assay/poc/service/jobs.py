@@ -153,7 +153,7 @@ class Jobs:
             log.exception("job failed")
             self._finish(job.id, "failed", error=str(error))
         else:
-            self._finish(job.id, "completed", result, job.request)
+            self._finish(job.id, "completed", result)
         self._running = None
 
     def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
@@ -191,25 +191,19 @@ class Jobs:
                 batches = deployment.recompute(round, request.batch_size, request.received())
             return _Running(row.id, request, batches, [])
 
-    def _finish(
-        self,
-        job_id: str,
-        status: str,
-        result: JsonObject | None = None,
-        request: GenerateRequest | None = None,
-        error: str | None = None,
-    ) -> None:
+    def _finish(self, job_id: str, status: str, result: JsonObject | None = None, error: str | None = None) -> None:
         """End a job that has not ended, owe its callback, and tell who waits for it."""
         values = {"status": status, "result": dumps(result) if result else None, "error": error}
         change = self._table.update().where(self._c.id == job_id, self._is_open)
         with self._db.write() as connection:
             ended = change.values(finished_at=time.time(), **values).returning(self._table)
             row = connection.execute(ended).first()
-            if row is not None and request is not None and request.url and result is not None:
+            request = {} if row is None or result is None else loads(row.request, "job")
+            if result is not None and request.get("url"):
                 names = ("block_hash", "block_height", "public_key", "node_id")
-                about = {"request_id": job_id} | {name: getattr(request, name) for name in names}
-                kind = "generated" if request.validation is None else "validated"
-                self._outbox.add(connection, None, kind, request.url, about | result)
+                about = {"request_id": job_id} | {name: request[name] for name in names}
+                kind = "generated" if request["validation"] is None else "validated"
+                self._outbox.add(connection, None, kind, request["url"], about | result)
         if row is not None:
             self._tell(job_id, _state(row))
 

@@ -76,13 +76,9 @@ class Claim:
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
     """Return the refusal of a value that contradicts the pins, by its name."""
-    return Refusal(
-        status,
-        f"{name} {seen!r:.80}",
-        wanted=f"{name} {wanted}" if isinstance(wanted, str) else f"{name} {wanted!r:.80}",
-        do="send what the network agreed on; GET /api/v1/validator/status shows it",
-        fields={"fields": [name]},
-    )
+    agreed = wanted if isinstance(wanted, str) else f"{wanted!r:.80}"
+    do = "send what the network agreed on; GET /api/v1/validator/status shows it"
+    return Refusal(status, f"{name} {seen!r:.80}", wanted=f"{name} {agreed}", do=do, fields={"fields": [name]})
 
 
 def _named(name: str, error: AssayError) -> Refusal:

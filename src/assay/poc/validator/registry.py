@@ -104,11 +104,9 @@ class Registry:
     def check_length(self, model: ModelInfo | Deployment) -> None:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
         if self.network.round.seq_len > model.max_positions:
-            raise UsageError(
-                f"seq_len {self.network.round.seq_len} with {model.reference}",
-                wanted=f"at most its {model.max_positions} positions",
-                do="correct seq_len in the file of --pins",
-            )
+            seen, wanted = f"seq_len {self.network.round.seq_len} with {model.reference}", model.max_positions
+            do = "correct seq_len in the file of --pins"
+            raise UsageError(seen, wanted=f"at most its {wanted} positions", do=do)
 
     def _sender(self, entry: NodeEntry, shared: Signatures, settings: ServerSettings) -> Sender:
         if entry.url is not None:
@@ -185,10 +183,10 @@ class Noises:
     def _find(self, build: Build, round: Round | None) -> Noise:
         registry, preset = self._registry, self._registry.pipeline.name
         if len(build.dtype) > 1:
+            seen = f"the build {build.name!r} of {' and '.join(build.dtype)}"
+            wanted = "one number format for each build: callbacks do not say in which they were computed"
             raise CalibrationError(
-                f"the build {build.name!r} of {' and '.join(build.dtype)}",
-                wanted="one number format for each build: callbacks do not say in which they were computed",
-                do="list the build once for each format, and name it for each node",
+                seen, wanted=wanted, do="list the build once for each format, and name it for each node"
             )
         if not self._measured:
             return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
