@@ -239,7 +239,8 @@ class Delivery:
                         log.warning("outbox not readable", reason=error.seen)
                         await asyncio.sleep(1.0)
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), TICK)
+                        async with asyncio.timeout(TICK):  # wait_for may lose a cancellation
+                            await self._wake.wait()
             finally:
                 self._outbox.notify = lambda: None
                 await asyncio.gather(*self._sending.values(), return_exceptions=True)
