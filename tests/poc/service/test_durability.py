@@ -58,17 +58,6 @@ def test_a_round_cannot_be_begun_again_with_other_values(service, change):
     service.post("/init/generate", ROUND | {"callback_url": "http://127.0.0.1:9/", "fraud_threshold": 0.05})
 
 
-@pytest.mark.parametrize("share", [(0, 3, 0, 1), (2, 3, 0, 1), (0, 1, 1, 2), (1, 2, 2, 3)])
-def test_nodes_and_groups_share_the_nonces(service, share):
-    node_id, node_count, group_id, n_groups = share
-    names = {"node_id": node_id, "node_count": node_count, "group_id": group_id, "n_groups": n_groups}
-    service.generate(12, names)
-    service.post("/stop")
-    found = nonces_on_disk(service)
-    offset, step = node_id + group_id * node_count, n_groups * node_count
-    assert found == [offset + i * step for i in range(len(found))]
-
-
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
     service.generate(1)
     limit = cap(service.controller.database)

@@ -34,34 +34,6 @@ def test_a_snapshot_follows_the_round(service):
     json.dumps(seen, allow_nan=False)
 
 
-def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
-    async def drive() -> list[bytes]:
-        feed = Feed(service.controller)
-        await feed.refresh()
-        events = []
-        stream = await feed.stream()
-        events.append(await anext(stream))
-        events.append(await anext(stream))
-        following = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0)
-        await feed.refresh()
-        events.append(await following)
-        service.controller.closing.set()
-        last = asyncio.ensure_future(anext(stream, None))
-        await asyncio.sleep(0)
-        await feed.refresh()
-        events.append(await last)
-        return events
-
-    first, second, third, end = asyncio.run(drive())
-    assert first == b"retry: 2000\n\n"
-    for event in (second, third):
-        head, data, *_ = event.decode().split("\n")
-        assert head == "event: snapshot"
-        assert json.loads(data.removeprefix("data: "))["schema"] == "assay.poc.snapshot/1"
-    assert end is None
-
-
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
     monkeypatch.setattr("assay.poc.net.app.PAUSE", 0.0)
     counts, failed = service.controller.outbox.counts, []

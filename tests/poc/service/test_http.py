@@ -151,21 +151,11 @@ def test_a_proxy_on_this_machine_may_hold_all_requests():
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize(
-    ("address", "client"),
-    [
-        ("127.0.0.1", None),
-        ("::1", None),
-        ("::ffff:127.0.0.1", None),
-        ("", None),
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-    ],
-)
-def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str | None):
-    assert _server.client_of(address) == client
+def test_a_client_is_an_address_or_a_network_of_ipv6():
+    here = dict.fromkeys(("127.0.0.1", "::1", "::ffff:127.0.0.1", ""))
+    known = {"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::/64"}
+    for address, client in (here | known | {"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"}).items():
+        assert _server.client_of(address) == client
 
 
 # Bodies

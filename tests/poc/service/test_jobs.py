@@ -103,15 +103,6 @@ def test_jobs_wait_for_a_round_and_survive_a_restart(service):
     assert finished(service, queued["request_id"])["status"] == "completed"
 
 
-def test_a_job_that_runs_is_done_again_after_a_restart(service):
-    service.rig.pause = 0.2
-    queued = service.post("/generate", JOB)
-    until(lambda: finished(service, queued["request_id"]) is None and service.rig.entered.is_set())
-    service.restart()
-    until(lambda: finished(service, queued["request_id"]))
-    assert len(finished(service, queued["request_id"])["artifacts"]) == 5
-
-
 def test_a_job_that_another_version_stored_fails_by_name_and_the_next_one_runs(service):
     service.post("/init/generate", ROUND)  # jobs wait for it
     old, new = service.post("/generate", JOB), service.post("/generate", JOB | {"nonces": [9]})

@@ -94,19 +94,8 @@ def test_the_list_is_paged(service):
 
 def test_ids_of_any_form_are_found_and_deleted_and_what_is_no_id_is_unknown(service):
     store(service, receipt("another"))
-    names = (
-        "a/b",
-        "../../etc/passwd",
-        "a%b",
-        "a?b=c#d",
-        "a b",
-        "x' OR 1=1 --",
-        "é🂡",
-        "receipts.jsonl",
-        ".jsonl",
-        "{a}",
-    )
-    for request_id in (*names, "x" * 1024):
+    names = ["a/b", "../../etc/passwd", "a%b", "a?b=c#d", "a b", "x' OR 1=1 --", "é🂡", "receipts.jsonl", ".jsonl"]
+    for request_id in (*names, "{a}", "x" * 1024):
         store(service, receipt(request_id))
         path = f"{RECEIPTS}/{quote(request_id, safe='')}"
         found = service.client.get(path).json()["receipts"]
