@@ -88,7 +88,7 @@ class Auditor(Launch):
         with open_judge(self, proof.header, measured) as (loaded, made):
             engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
-                drawn = {"sample": self.sample, "seed": self.seed, "alpha": self.alpha, "progress": self.progress}
+                drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
@@ -152,7 +152,7 @@ class Auditor(Launch):
         network = None if self.pins is None else NetworkPins.load(self.pins)
         pins = given if network is None else network.for_round(model=header.digest, also=given)
         if positions is not None:
-            share = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
+            share: dict[str, Any] = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
             nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
             pins = pins.joined(Pins(nonces=nonces), str(self.pins))
         if self.calibration is not None:
@@ -179,12 +179,7 @@ class Auditor(Launch):
 
 @dataclass(frozen=True)
 class Audit(Generic[V]):
-    """What an audit found.
-
-    Args:
-        verdict: Verdict on the proof or the receipts.
-        standing: What the whole life of the node says; None without a ledger.
-    """
+    """The verdict on a proof or on receipts, and what the whole life of the node says; None without a ledger."""
 
     verdict: V
     standing: Standing | None
@@ -218,10 +213,5 @@ def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
     info = model_info(model)
     has_text = any(isinstance(request.prompt, str) for request in requests)
-    return encode_requests(
-        requests,
-        load_tokenizer(model) if has_text else None,
-        reference=model,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-    )
+    limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
+    return encode_requests(requests, load_tokenizer(model) if has_text else None, reference=model, **limits)

@@ -174,8 +174,7 @@ def _dimension(proof: Proof, dimension: int | None) -> int:
     if known is not None and dimension not in (None, known):
         seen = f"--dimension {dimension} with preset {pipeline.name}"
         raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
-    size = known or dimension
-    if size is None:
+    if (size := known or dimension) is None:
         raise UsageError(
             f"a proof of preset {pipeline.name}",
             wanted="the dimension of its output",
@@ -300,14 +299,8 @@ def target_for(
     """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they measure beside it.
 
     Without proofs it is what holds over blocks and, with a random head, where 95 % of the blocks have their own rate.
-
-    Args:
-        rate: Share of valid nonces that is wanted, in (0, 1).
-        paths: Proof files.
-        dimension: As of :func:`measure_r_target`; without proofs that of the random head when None.
-        effective_dimension: As of :func:`measure_r_target`.
-        model: Model of the proofs, whose states say how wide the distances of their blocks are.
-        device: Device of that model.
+    The dimensions are those of :func:`measure_r_target`, by default that of the random head. The states of the
+    ``model`` of the proofs say how wide the distances of their blocks are.
 
     Raises:
         UsageError: A value is out of range, or two of them exclude each other.

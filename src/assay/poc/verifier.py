@@ -182,11 +182,8 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
 def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibration | None = None) -> int:
     """Return the batch size of a validator: that of the header, which may claim any, or one that was measured.
 
-    Args:
-        header: Header of the proof.
-        engine: Kind of the validator's engine, ``hf`` or ``vllm``.
-        calibration: Measured honest noise; if no engine of this kind that may judge the prover was measured with the
-            batch of the header, that of the first one is taken.
+    If no engine of the validator's kind, ``hf`` or ``vllm``, that may judge the prover was measured with the batch of
+    the header, that of the first one is taken.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build than the proof.

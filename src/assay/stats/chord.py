@@ -3,7 +3,8 @@
     (x/2)² ~ Beta(a, a),    a = (d − 1)/2
 
 The direction is uniform on the unit sphere, at angle θ from the fixed one, with (1 + cos θ)/2 ~ Beta(a, a) (Fang, Kotz
-and Ng 1990, §3.1) and x = √(2 − 2 cos θ). Everything below is exact. For large d the law is close to N(√2, 1/√(2d)).
+and Ng 1990, §3.1) and x = √(2 − 2 cos θ). This is exact. For large d the law is close to N(√2, 1/√(2d)). A dimension
+below 2 is a UsageError.
 
 The law of a block has all cosines of the block wider or narrower by one factor γ:
 
@@ -61,20 +62,12 @@ def _log_mean_over_sqrt2(d: int) -> float:
 
 
 def chord_mean(d: int) -> float:
-    """Return the mean distance of a random direction in R^d, in closed form; it tends to √2.
-
-    Raises:
-        UsageError: The dimension is below 2.
-    """
+    """Return the mean distance of a random direction in R^d, in closed form; it tends to √2."""
     return math.sqrt(2) * math.exp(_log_mean_over_sqrt2(d))
 
 
 def chord_std(d: int) -> float:
-    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d).
-
-    Raises:
-        UsageError: The dimension is below 2.
-    """
+    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d)."""
     return math.sqrt(-2 * math.expm1(2 * _log_mean_over_sqrt2(d)))
 
 
@@ -101,9 +94,13 @@ def valid_rate(r_target: float, d: int) -> float:
     Raises:
         UsageError: ``r_target`` is outside (0, 2], or the dimension is below 2.
     """
+    return float(chord_cdf(_checked(r_target), d))
+
+
+def _checked(r_target: float) -> float:
     if not 0.0 < r_target <= 2.0:
         raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
-    return float(chord_cdf(r_target, d))
+    return r_target
 
 
 def r_target_for(rate: float, d: int) -> float:
@@ -146,9 +143,7 @@ class _Rates:
         Raises:
             UsageError: ``r_target`` is outside (0, 2].
         """
-        if not 0.0 < r_target <= 2.0:
-            raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
-        return float(self._rates(np.asarray(r_target)).mean())
+        return float(self._rates(np.asarray(_checked(r_target))).mean())
 
     def rate_error(self, r_target: float, n: int | None = None) -> float:
         """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.

@@ -320,12 +320,9 @@ class BuildNoise:
     def between(
         self, prover: Fingerprint | None, validator: Fingerprint | None, *, round: Round | None = None
     ) -> Noise:
-        """Return the noise between a prover's machine and a validator's.
+        """Return the noise between a prover's machine and a validator's, each any machine of the build when None.
 
-        Args:
-            prover: Description of the prover's engine; None for any machine of the build.
-            validator: Description of the validator's engine; None for any.
-            round: Round whose block scales a law that is relative to it.
+        The block of ``round`` scales a law that is relative to it.
         """
         row, mine = self._row(validator), self._row(prover)
         law = self.noise.predict_law(_kind(prover) if prover is not None else "", row)
@@ -410,11 +407,7 @@ class Calibration:
         raise reasons[0]
 
     def check_kind(self, header: Header, engine: str) -> None:
-        """Refuse a validator on a kind of engine that was not measured beside the prover's, before one starts.
-
-        Args:
-            header: Header of the proof.
-            engine: Kind of the validator's engine, ``hf`` or ``vllm``.
+        """Refuse a validator on a kind of engine, ``hf`` or ``vllm``, that was not measured beside the prover's.
 
         Raises:
             CalibrationError: Names the kind that was measured; or as of :meth:`find_build`.
@@ -422,11 +415,9 @@ class Calibration:
         kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
-            raise CalibrationError(
-                f"a calibration by which {measured} judges this prover",
-                wanted=f"one by which {engine} does",
-                do=f"pass --engine {measured}, or measure this pair with `assay poc calibrate A.jsonl B.jsonl`",
-            )
+            seen = f"a calibration by which {measured} judges this prover"
+            do = f"pass --engine {measured}, or measure this pair with `assay poc calibrate A.jsonl B.jsonl`"
+            raise CalibrationError(seen, wanted=f"one by which {engine} does", do=do)
 
     def fixes_format(self, header: Header) -> bool:
         """Return whether every build of a proof's checkpoint and preset was measured in the number format it states.
@@ -487,12 +478,7 @@ def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...
 
 
 def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise:
-    """Return the honest noise between the engine of a proof and the engine of its validator.
-
-    Args:
-        header: Header of the proof.
-        validator: Description of the validator's engine.
-        calibration: Measured honest noise; the stated default when None.
+    """Return the honest noise between the engine of a proof and that of its validator; the default without one.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build; names what differs.
@@ -525,14 +511,9 @@ def find_build_noise(
 
 
 def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
-    """Return the first calibration of the proof's model that was measured with its preset and build.
+    """Return the first pinned calibration of the proof's model that was measured with its preset and build.
 
-    Args:
-        network: Pins whose files are read, each after its hash was compared.
-        header: Header of the proof, which the pins allow.
-
-    Returns:
-        The calibration; None where the network pins none for this model, so that the stated default holds.
+    It is None where the network pins none for this model, so that the stated default holds.
 
     Raises:
         CalibrationError: There are calibrations, and none is of this proof: a wider law must not take its place.
@@ -548,13 +529,11 @@ def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration
             reason = error.with_traceback(None)
         else:
             return calibration
-    if reason is not None:
-        raise CalibrationError(
-            f"no pinned calibration of this proof; the last has: {reason.seen}",
-            wanted=reason.wanted,
-            do="measure this build with `assay poc calibrate`, and pin the file; or pass --calibration",
-        )
-    return None
+    if reason is None:
+        return None
+    seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
+    do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
+    raise CalibrationError(seen, wanted=reason.wanted, do=do)
 
 
 def _kind(engine: Fingerprint) -> str:

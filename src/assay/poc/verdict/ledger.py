@@ -71,7 +71,8 @@ def _never(table: str, what: str) -> str:
 
 # Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
 # repeat parts of it, for searching; an audit compares them.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
+Migrations = tuple[tuple[str, ...], ...]
+MIGRATIONS: Migrations = (
     (
         """CREATE TABLE ledger (
             id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -345,8 +346,6 @@ MAGIC = b"SQLite format 3\0"
 
 K = TypeVar("K")
 V = TypeVar("V")
-Migrations = tuple[tuple[str, ...], ...]
-
 
 NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
 
@@ -466,9 +465,7 @@ class Ledger:
                 not begin a new life.
 
         Raises:
-            UsageError: A value is out of range.
-            DataError: The ledger was changed by something else; an audit names the place.
-            StorageError: The entry is not on disk, and nothing has changed.
+            AssayError: As of :meth:`append`.
         """
         header, places = verdict.header, verdict.places
         account = Account(

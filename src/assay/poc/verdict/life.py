@@ -143,16 +143,7 @@ class Life:
 
 @dataclass
 class LifeTest:
-    """A test of a life, and its numbers after the last residual.
-
-    Args:
-        test: Test of residuals or of responses.
-        log_weight: Logarithm of its share of the error rates.
-        log_e: Logarithm of its e-value.
-        log_e_max: Running maximum of that.
-        log_honest: Logarithm of its evidence for honesty.
-        n: Number of residuals that count.
-    """
+    """A test of a life, the logarithm of its share of the error rates, and its numbers after the last residual."""
 
     test: stats.SequentialTest | ResponseTest
     log_weight: float
@@ -395,10 +386,8 @@ class Entry(_Model):
         Otherwise a node that cheats at half of its places would be judged by the other half alone, as long as each
         audit checks too few nonces to show a fault.
         """
-        if self.of_response:
-            return []
-        chosen = (self.residuals[place] for place, reason in self.excluded if reason == SUSPECTED)
-        return [math.nan if x is None else x for x in chosen]
+        chosen = [self.residuals[place] for place, reason in self.excluded if reason == SUSPECTED]
+        return [] if self.of_response else [math.nan if x is None else x for x in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,8 +420,8 @@ class Standing:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        rest = {name: value for name, value in self.__dict__.items() if name not in ("account", "evidence")}
-        return {**asdict(self.account), **asdict(self.evidence), **rest}
+        rest = {name: value for name, value in vars(self).items() if name not in ("account", "evidence")}
+        return asdict(self.account) | asdict(self.evidence) | rest
 
 
 def round_identity(round: Round) -> str:

@@ -227,8 +227,6 @@ KIND = "responses"
 RESPONSE_TEST = 1
 """Version of the test of responses: its cheats, their weights and its scales."""
 
-PartLaw = stats.TokenNoise | stats.LogNoise
-
 
 @dataclass(frozen=True, eq=False)
 class ResponseBlocks:
@@ -317,7 +315,7 @@ class PartNoise:
 
     __pydantic_config__: ClassVar = STRICT
 
-    law: Annotated[PartLaw, PlainValidator(_read_part_law)]
+    law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
     between: float = 0.0
     effect: float = 2.0
