@@ -250,13 +250,7 @@ def compiles(model: Model, kernels: Kernels) -> bool:
 
 @contextmanager
 def vllm_engine(chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int) -> Iterator[tuple[Model, Engine]]:
-    """Start vLLM with a model; yield the model's identity and the engine.
-
-    Raises:
-        UsageError: A device was named, or an argument that vLLM does not have.
-        BackendUnavailable: vLLM is not installed, or was not tested in this version.
-        ModelError: The model cannot be loaded.
-    """
+    """Start vLLM with a model; yield the model's identity and the engine. It raises what :func:`open_prover` raises."""
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
 
