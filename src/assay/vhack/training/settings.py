@@ -98,7 +98,8 @@ class SampleSettings(TaskSettings):
     @property
     def how(self) -> "Sampling":
         """The part that says how each completion is sampled."""
-        return cast("Sampling", self.model_dump(include={"temperature", "max_new_tokens", "seed", "batch"}))
+        names = ("temperature", "max_new_tokens", "seed", "batch")  # in the order of lines in a file
+        return cast("Sampling", {name: getattr(self, name) for name in names})
 
 
 class TrainSettings(TaskSettings):
