@@ -92,12 +92,6 @@ def test_hooks_are_removed_after_an_error(engine: HFEngine, round_: Round):
     assert torch.equal(engine.read(engine.inputs(round_, range(4))), before)
 
 
-def test_trained_head_is_the_model_s(engine: HFEngine):
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        torch.testing.assert_close(engine.trained_head(x), engine.model.module.lm_head(x), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 9, 11, 32])
 def test_a_projected_row_does_not_depend_on_its_place(rows: int):
     generator = torch.Generator().manual_seed(rows)

@@ -1,7 +1,6 @@
 """Draws of many nodes in one batch give the records that each node's own proof has."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,11 +85,3 @@ def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
         wrong = body_of(honest)
         wrong["encoding"]["tokens"] = 64
         running.send(wrong, status=422)
-
-
-def test_a_validator_takes_whole_proofs(validating, small_model, tmp_path: Path):
-    proof = proof_of(small_model, "node_A", range(40), preset=PRESET)
-    proof.save(tmp_path / "proof.jsonl")
-    with validating(preset=PRESET) as running:
-        running.send((tmp_path / "proof.jsonl").read_text(), key="node_A", path="proofs")
-        until(lambda: running.verdict("node_A") == "honest")

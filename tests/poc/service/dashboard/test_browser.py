@@ -85,19 +85,6 @@ def test_a_fault_of_the_page_is_reported_and_does_not_end_the_connection(live, s
     assert len(stand_in.asked) == 1
 
 
-def test_a_service_without_a_round_and_one_with_vectors(live, stand_in):
-    nothing = dict.fromkeys(("valid_rate", "valid_rate_error", "expected_rate", "expected_rate_error", "histogram"))
-    empty = {"state": "IDLE", "round": None, "checked": 0, "valid": 0, "next_nonce": None, "nonces_per_second": 0.0}
-    watched = live(snapshot(**nothing, **empty))
-    assert watched.text("sentence") == "Waiting for a round."
-    assert watched.page.locator("#round").is_hidden()
-    assert watched.text("histogram-reading") == "No round yet."
-    stand_in.send(snapshot(**(nothing | {"valid_rate": 1.0, "valid": 10_000})))
-    watched.wait_text("histogram-reading", "publishes vectors")
-    assert watched.page.locator("#histogram rect").count() == 0
-    assert watched.errors == []
-
-
 def test_silence_is_shown_and_so_is_the_end_of_it(watch, stand_in):
     watched = watch("about:blank")
     watched.page.clock.install()
@@ -180,17 +167,3 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(watch):
         assert watched.errors_besides("401") == []
     finally:
         stand_in.close()
-
-
-def test_what_a_screen_reader_gets(live, stand_in):
-    watched = live(snapshot(verdicts=[VERDICT]))
-    tree = watched.page.locator("body").aria_snapshot()
-    assert 'heading "Generating" [level=1]' in tree
-    assert re.search(r'img "Valid rate 59\.0\d\s%', tree)
-    assert 'columnheader "Key and block"' in tree
-    assert watched.page.locator("#spoken").text_content() == "Connected."
-    # Figures change every second and are not announced; a lost connection is, once.
-    assert watched.page.locator("[aria-live], [role=status]").count() == 1
-    stand_in.refuse = (503, {}, {})
-    stand_in.send(None)
-    watched.wait("document.getElementById('spoken').textContent === 'Disconnected.'")
