@@ -61,8 +61,8 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         audits = {one.account: list(opened.entries(one.account, newest=chosen.limit)) for one in listed}
     if as_json:
         accounts = [one.as_dict() for one in found]
-        for account, entries in zip(accounts, audits.values(), strict=False):  # of all accounts, or of none
-            account["entries"] = [entry.model_dump() for entry in entries]
+        for shown, entries in zip(accounts, audits.values(), strict=False):  # of all accounts, or of none
+            shown["entries"] = [entry.model_dump() for entry in entries]
         values = {"path": str(chosen.ledger), "count": count, "head": head, "accounts": accounts}
         emit_json("assay.poc.ledger/1", values)
         return
