@@ -125,11 +125,11 @@ class Outbox:
 
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
         """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
-        c, found = self._c, []
+        c, found = self._c, list[tuple[Callback, str]]()
         ready = (c.status == "pending") & (c.next_attempt_at <= time.time()) & c.id.not_in(list(besides))
-        query = sa.select(*self._columns, c.body).where(ready).order_by(c.next_attempt_at, c.seq).limit(limit)
+        query: sa.Select[Any] = sa.select(*self._columns, c.body).where(ready)
         with self._db.read() as connection:
-            for row in connection.execute(query).all():
+            for row in connection.execute(query.order_by(c.next_attempt_at, c.seq).limit(limit)).all():
                 make = self._receipts if row.kind == RECEIPTS else self._generated
                 found.append((row, row.body or dumps(make(connection, row))))
         return found

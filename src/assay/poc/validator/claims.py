@@ -230,8 +230,8 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):
         raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
-    values = [
+    published = [
         r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records
     ]
-    return Claim(stated, [record.nonce for record in proof.records], values)
+    return Claim(stated, [record.nonce for record in proof.records], published)

@@ -15,8 +15,8 @@ class ValidatorMetrics(Exported):
     def __init__(self) -> None:
         super().__init__("assay_validator")
         counter, histogram, shown = self.counter, self.histogram, self.shown
-        kept, labels = "Messages on disk, by kind; repeated ones were there already.", {"as": ("new", "repeated")}
-        self.messages = counter("messages", kept, {"kind": KINDS} | labels)
+        kept = "Messages on disk, by kind; repeated ones were there already."
+        self.messages = counter("messages", kept, {"kind": KINDS, "as": ("new", "repeated")})
         self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS})
         self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
         self.dropped = counter("dropped_draws", "Draws without evidence, because the pins have changed.")
