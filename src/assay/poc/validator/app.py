@@ -105,8 +105,9 @@ class Intake:
         if kind == "proof":
             try:
                 header = loads(body[: min(max(0, body.find(b"\n")), LONGEST_HEADER)], "line 1")
-                values = header.get("round")
-                sender = sender_of(values if isinstance(values, dict) else {}, registry)
+                stated = header.get("round")
+                values: JsonObject = stated if isinstance(stated, dict) else {}
+                sender = sender_of(values, registry)
                 text = body.decode()
             except (DataError, UnicodeDecodeError):
                 raise refused("format", "another body", "that of a proof file", status=400) from None
