@@ -363,20 +363,11 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
         before_start()
 
 
-@pytest.mark.parametrize(("name", "dtype", "words"), [("vllm", "int8", "int8 on vLLM")])
-def test_what_cannot_recompute_a_proof_is_refused(name: str, dtype, words: str):
-    from assay.poc.launch import Launch, open_judge
+def test_a_format_that_cannot_recompute_a_proof_and_a_device_for_vllm_are_refused():
+    from assay.poc.launch import Launch, open_judge, vllm_engine
 
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
-    with pytest.raises(UsageError, match=words), open_judge(Launch(model="m", engine=name, dtype=dtype), header):
-        pass
-
-
-def test_a_device_for_vllm_is_refused():
-    from assay.poc.launch import Launch, vllm_engine
-
-    with (
-        pytest.raises(UsageError, match="--device"),
-        vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16),
-    ):
-        pass
+    with pytest.raises(UsageError, match="int8 on vLLM"):
+        open_judge(Launch(model="m", engine="vllm", dtype="int8"), header).__enter__()
+    with pytest.raises(UsageError, match="--device"):
+        vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16).__enter__()

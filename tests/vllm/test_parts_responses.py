@@ -28,15 +28,8 @@ DIGEST = "0" * 64
 
 def params(**values):
     given = {"n": 1, "seed": None, "extra_args": None, "logit_bias": None, "max_tokens": 9, "detokenize": True}
-    given |= {
-        "temperature": 0.7,
-        "top_k": -1,
-        "top_p": 0.9,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-    }
+    given |= {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": 0.0}
+    given |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     return SimpleNamespace(output_kind=SimpleNamespace(name="DELTA"), **given | values)
 
 

@@ -201,7 +201,7 @@ def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_inp
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(_compiled, "_stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     for _ in range(2):
         graph = _compiled._Graph(lambda x: 2 * x)
         for _ in range(2):

@@ -30,11 +30,7 @@ def test_a_restart_returns_to_state_and_round(service, then):
     before = service.status()
     service.restart()
     after = service.status()
-    assert (after["state"], after["config"], after["r_target"]) == (
-        before["state"],
-        before["config"],
-        before["r_target"],
-    )
+    assert {name: after[name] for name in ("state", "config", "r_target")}.items() <= before.items()
     assert after["total_checked"] >= before["total_checked"]
     if then == "init/generate":
         until(lambda: service.checked() > after["total_checked"])

@@ -194,14 +194,8 @@ def test_a_round_of_vectors(service):
         service.post("/stop")
         until(lambda: service.controller.outbox.counts()["pending"] == 0)
     status = service.status()
-    assert status["config"] == BLOCK | {
-        "node_id": 0,
-        "node_count": 1,
-        "group_id": 1,
-        "n_groups": 2,
-        "seq_len": 4,
-        "k_dim": 12,
-    }
+    share = {"node_id": 0, "node_count": 1, "group_id": 1, "n_groups": 2}
+    assert status["config"] == BLOCK | share | {"seq_len": 4, "k_dim": 12}
     assert status["stats"]["total_processed"] == status["total_valid"]
     sent = [artifact for body in receiver.taken.values() for artifact in body["artifacts"]]
     assert sorted(a["nonce"] for a in sent) == list(range(1, 1 + 2 * status["total_checked"], 2))

@@ -237,35 +237,24 @@ def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
     assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
 
 
-def test_what_is_deleted_while_a_file_is_sent_is_missing_from_it(service, monkeypatch):
+def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(service, monkeypatch):
     monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
     store(service, *(receipt(f"chat-{i}") for i in range(6)))
-    real = service.controller.receipts.lines
+    real, failing = service.controller.receipts.lines, []
 
     def lines(low, high, **more):
         if low == 2:
             service.controller.receipts.delete("chat-4")
+        if low and failing:
+            raise StorageError("gone", wanted="a file", do="wait")
         return real(low, high, **more)
 
     monkeypatch.setattr(service.controller.receipts, "lines", lines)
     (found,) = files(service)
     assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
-
-
-def test_a_file_whose_reading_fails_has_no_footer(service, monkeypatch):
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
-    store(service, receipt("a"), receipt("b"))
-    real = service.controller.receipts.lines
-
-    def lines(low, high, **more):
-        if low:
-            raise StorageError("gone", wanted="a file", do="wait")
-        return real(low, high, **more)
-
-    monkeypatch.setattr(service.controller.receipts, "lines", lines)
-    answer = service.client.get(f"{RECEIPTS}.jsonl")
+    failing.append(True)
     with pytest.raises(Exception, match="truncated"):
-        Receipts.parse("export", answer.content)
+        Receipts.parse("export", service.client.get(f"{RECEIPTS}.jsonl").content)
 
 
 def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
