@@ -185,18 +185,18 @@ def nothing(*_):
 
 
 REFUSED = [
-    *((count_test, given, {}, "") for given in ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1))),
-    (count_test, (1, 2, 0.1, math.nan), {}, ""),
-    (proportion_interval, (1, 0), {}, ""),
-    (group_bootstrap, (nothing, [[1, 2]], [["a"]]), {}, ""),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "a"]]), {}, ""),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"n_resamples": 0}, ""),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"confidence": 1.0}, ""),
-    (group_bootstrap, (nothing, [[1, 2], []], [["a", "b"], []]), {}, ""),
+    *((count_test, given, {}, None) for given in ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1))),
+    (count_test, (1, 2, 0.1, math.nan), {}, None),
+    (proportion_interval, (1, 0), {}, None),
+    (group_bootstrap, (nothing, [[1, 2]], [["a"]]), {}, None),
+    (group_bootstrap, (nothing, [[1, 2]], [["a", "a"]]), {}, None),
+    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"n_resamples": 0}, None),
+    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"confidence": 1.0}, None),
+    (group_bootstrap, (nothing, [[1, 2], []], [["a", "b"], []]), {}, None),
     # A statistic that some draws do not have, or none.
     (group_bootstrap, (spread, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 50}, r"not a number in \d+ of 50 draws"),
     (group_bootstrap, (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 1}, "not a number"),
-    *((grouped_proportion_interval, given, {}, "") for given in (([1, 0], ["a", "a"]), ([1, 0], ["a"]), ([], []))),
+    *((grouped_proportion_interval, given, {}, None) for given in (([1, 0], ["a", "a"]), ([1, 0], ["a"]), ([], []))),
     (grouped_share_interval, ([0.5, 0.5], ["a"]), {}, "outside"),
     (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}, "outside"),
     (grouped_share_interval, ([math.nan], ["a"]), {}, "outside"),
