@@ -5,7 +5,9 @@ from operator import attrgetter
 
 import pytest
 
-import assay
+import assay.poc.responses
+import assay.vhack.checks
+import assay.vhack.pairs
 
 NAMES = (
     "models.load_model",
