@@ -193,7 +193,7 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     half, wide = (load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32"))
     round = Round(block_hash="b", public_key="k", seq_len=64, preset=preset)
     honest = prove(half, round, range(32))
-    agreed = {"expect": Pins(prover_dtype="float16"), "seed": 1}  # the order of the nonces may decide the verdict of few
+    agreed = {"expect": Pins(prover_dtype="float16"), "seed": 1}  # the order may decide the verdict of few nonces
     assert verify(honest, wide, **agreed).honest
     cheat = prove(cheats.rounded(half, 8), round, range(32))
     assert verify(cheat, wide, **agreed).fraud
