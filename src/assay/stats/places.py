@@ -266,8 +266,8 @@ class _Sample:
         tried += [Places(high=count) for count in _FIRST if count == 1 or 2 * count <= end]
         held_PN = np.stack([part.contain(self.positions) for part in tried])
         large_PN = np.stack([self.largest(int(held)) for held in held_PN.sum(axis=1)])
-        counts = (np.count_nonzero(some, axis=1) for some in (held_PN & large_PN, held_PN, large_PN))
-        logs = log_fisher(*counts, self.sizes.size)
+        hits_P, held_P, large_P = (np.count_nonzero(some, axis=1) for some in (held_PN & large_PN, held_PN, large_PN))
+        logs = log_fisher(hits_P, held_P, large_P, self.sizes.size)
         best = int(logs.argmin())
         return _among(len(self.moduli) + 1, replace(tried[best], log_p=float(logs[best]) + math.log(len(tried))))
 

@@ -511,8 +511,8 @@ class Ledger:
         known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(known).first()):
             if row.public_key != update.account.public_key:
-                seen = f"a second update {update.name!r:.80}"
-                raise UsageError(seen, wanted="a name for each", do="name it after its proof")
+                named_twice = f"a second update {update.name!r:.80}"
+                raise UsageError(named_twice, wanted="a name for each", do="name it after its proof")
             # Perhaps under another build, where a validator was stopped after this and its pins were changed.
             return self._standing(connection, row.account)
         account = _insert_account(connection, update.account)
