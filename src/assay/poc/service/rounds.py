@@ -294,7 +294,8 @@ class Progress:
     def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
         self._lock = threading.Lock()
         self.stored = stored
-        self.checked, self.valid, self.seconds = stored.checked, stored.valid, stored.seconds
+        self.checked, self.valid = stored.checked, stored.valid
+        self.seconds = float(stored.seconds)  # SQLite hands a default of 0 back as an integer
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
         self.publishes_vectors = pipeline.output != "distance"
