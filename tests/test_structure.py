@@ -1,9 +1,13 @@
-"""The shape of the house: no circle, no private name across modules, no function too long to read."""
+"""The shape of the house: no circle, no private name across modules, no function too long, and few names promised."""
 
 import ast
+import importlib
+import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import assay
 
@@ -13,10 +17,8 @@ MODULES = {
     for path in sorted((ROOT / "assay").rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-LONGEST_FUNCTION = 65
+LONGEST_FUNCTION, MOST_NAMES = 65, 200
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
-LOADED = {"TorchBackend", "TritonBackend", "plugin", "before_start", "train_delta"}
-"""Names that are put together at run time, and entry points of vLLM and verl."""
 SIGNATURES = "assay.cli"
 """Functions of the command line are as long as their lists of flags; their bodies are bounded like all others."""
 
@@ -108,6 +110,19 @@ def test_research_and_examples_import_what_there_is():
                     if name not in there and f"{module}.{name}" not in MODULES
                 ]
     assert not missing
+
+
+def test_exported_names_are_there_and_few():
+    """That all of them, and all modules, have a docstring, ruff says."""
+    packages = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay.") if found.ispkg)]
+    faces = [face for face in map(importlib.import_module, packages) if hasattr(face, "__all__")]
+    for face in faces:
+        assert len(set(face.__all__)) == len(face.__all__)
+        assert all(hasattr(face, name) for name in face.__all__), face.__name__
+    assert sum(len(face.__all__) for face in faces) <= MOST_NAMES
+    with pytest.raises(AttributeError, match="nothing"):
+        assay.nothing  # noqa: B018
+    assert "poc" in dir(assay)
 
 
 def given_names(statement: ast.stmt) -> Iterator[str]:

@@ -21,7 +21,7 @@ from assay.models import load_model
 from assay.poc import HFEngine, Noise, Round, get_pipeline, prove
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.calibrate import PAIR_SPREAD, SCALED_SPREAD
+from assay.poc.verdict.calibration import PAIR_SPREAD, SCALED_SPREAD
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import fit_noise, sequential_test
 

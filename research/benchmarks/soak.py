@@ -24,9 +24,9 @@ from _common import note, parser, publish, save_small_checkpoint
 
 from assay.models import load_model
 from assay.poc.service import Settings
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
 from tests.end_to_end import killing as service_kills
 from tests.end_to_end import storing as receipt_kills

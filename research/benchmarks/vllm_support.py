@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
-from assay.models.resolve import resolve
+from assay.models.checkpoint import resolve
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
@@ -298,7 +298,7 @@ def published(proof):
 def verdict(proof, model, **options):
     """Return the verdict, or the reason why it cannot be given."""
     try:
-        return poc.verify(proof, model, prover_dtype=proof.header.fingerprint.dtype, **options).verdict
+        return poc.verify(proof, model, expect=poc.Pins(prover_dtype=proof.header.fingerprint.dtype), **options).verdict
     except AssayError as error:
         return str(error)
 

@@ -120,7 +120,7 @@ def test_hostile_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_law_of_vectors(tmp_path: Path):
     rows = [*published.network(4, nonces=120), published.machine("cheat-1", noise=0.5, nonces=120)]
     *honest, cheat = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
-    measured = calibrate_vectors(honest, digest="a" * 64, against={"int4": [cheat]})
+    measured = calibrate_vectors(honest, digest="a" * 64)
     (build,) = measured.builds
     assert (build.preset, build.output, build.digest, build.n) == ("artifact", "vector", "a" * 64, 120)
     assert [one.kind for one in build.machines] == ["b200", "h100", "h200", "a100"]
@@ -128,7 +128,6 @@ def test_a_law_of_vectors(tmp_path: Path):
     assert build.left_out is not None
     assert build.left_out.holds
     noise = build.between(None, None)
-    assert set(noise.named) == {"int4"}
     assert sequential_test(noise).update(honest[0].distances(cheat)).verdict == "fraud"
     assert sequential_test(noise).update(honest[0].distances(honest[1])).verdict != "fraud"
     measured.save(tmp_path / "c.json")
@@ -140,6 +139,3 @@ def test_vectors_of_different_rounds_are_refused(tmp_path: Path):
     sets = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
     with pytest.raises(ProofMismatch, match="different rounds"):
         calibrate_vectors(sets)
-    same = [sets[0], *read_vector_sets(published.write(tmp_path / "c.jsonl", [published.machine("c")]))]
-    with pytest.raises(ProofMismatch, match="cheat int4 of another round"):
-        calibrate_vectors(same, against={"int4": [sets[1]]})

@@ -1,11 +1,21 @@
 """The command line, run in this process: exit code, stdout and stderr."""
 
-from collections.abc import Callable
+import json
+import re
 from dataclasses import dataclass
 
 import pytest
 
 from assay.cli import run
+from assay.poc import Round, prove
+
+KNOWN = ("--block-hash", "b", "--public-key", "k")
+
+
+def made(model, nonces=range(32), **changed):
+    """A proof of the block and key of :data:`KNOWN`, of sixteen positions unless another round is asked for."""
+    round = Round(**({"block_hash": "b", "public_key": "k", "seq_len": 16} | changed))
+    return prove(model, round, nonces, batch_size=8)
 
 
 @dataclass(frozen=True)
@@ -18,12 +28,38 @@ class Outcome:
 
 
 @pytest.fixture
-def assay(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def assay(capsys):
     """Run ``assay`` with arguments."""
 
-    def call(*arguments: object) -> Outcome:
+    def call(*arguments):
         code = run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def told(assay):
+    """Run a command that succeeds; give what it says as JSON."""
+
+    def call(*arguments):
+        done = assay(*arguments, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return call
+
+
+@pytest.fixture
+def refused(assay):
+    """Run a command that cannot work: code 2, an error in three parts, and no traceback; give stderr."""
+
+    def call(*arguments):
+        found = assay(*arguments)
+        assert (found.code, found.out) == (2, ""), found.err
+        assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), found.err
+        assert "Traceback" not in found.err
+        return found.err
 
     return call

@@ -1,15 +1,12 @@
 """``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over blocks."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from assay.poc import Round, prove
 
 
 @pytest.fixture(scope="module")
-def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
+def proofs(tmp_path_factory, small_model):
     """Proofs of one round in two batch sizes."""
     folder = tmp_path_factory.mktemp("proofs")
     round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
@@ -22,8 +19,6 @@ def proofs(tmp_path_factory: pytest.TempPathFactory, small_model) -> list[Path]:
 FORMS = {
     "--vectors": ("--valid-rate", 0.1, "--vectors", "x"),
     "--merge": ("--valid-rate", 0.1, "--merge", "x"),
-    "--against": ("--valid-rate", 0.1, "--against", "x"),
-    "--name": ("PROOFS", "--name", "int4", "-o", "c.json"),
     "--dimension": ("PROOFS", "--dimension", 12, "-o", "c.json"),
     "--effective-dimension": ("PROOFS", "--effective-dimension", 9, "-o", "c.json"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
@@ -32,23 +27,21 @@ FORMS = {
     "leave --vectors": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
     "directory": ("--vectors", "none", "-o", "no-such-folder/c.json"),
     "repeat --merge": ("--merge", "c.json", "-o", "d.json"),
-    "--against with --merge alone": ("--merge", "c", "--merge", "d", "--against", "CHEAT", "--name", "a", "-o", "e"),
+    "--model with --merge alone": ("--merge", "c", "--merge", "d", "--model", "x", "-o", "e"),
     "two honest proofs": ("PROOF", "-o", "c.json"),
 }
 
 
 @pytest.mark.parametrize("words", FORMS)
-def test_forms_that_do_not_go_together_are_refused_by_name(words: str, assay, proofs, tmp_path: Path):
-    known = {"PROOFS": proofs, "PROOF": proofs[:1], "SETS": ["x"], "CHEAT": ["x"]}
+def test_forms_that_do_not_go_together_are_refused_by_name(words, refused, proofs, tmp_path):
+    known = {"PROOFS": proofs, "PROOF": proofs[:1], "SETS": ["x"]}
     arguments = [value for word in FORMS[words] for value in known.get(str(word), [word])]
-    result = assay("poc", "calibrate", *arguments)
-    assert result.code == 2
-    assert words in " ".join(result.err.split())
+    assert words in " ".join(refused("poc", "calibrate", *arguments).split())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
-def blocks(assay, small_checkpoint: Path, tmp_path: Path) -> list[Path]:
+def blocks(assay, small_checkpoint, tmp_path):
     """Proofs of two blocks of the small checkpoint, 32 nonces each."""
     shape = ("--seq-len", 16, "--batch-size", 8, "--device", "cpu", "--nonces", "0:32", "--public-key", "k")
     made = [tmp_path / f"{block}.jsonl" for block in ("one", "two")]
@@ -58,16 +51,14 @@ def blocks(assay, small_checkpoint: Path, tmp_path: Path) -> list[Path]:
     return made
 
 
-def test_proofs_of_several_blocks(assay, blocks: list[Path], small_checkpoint: Path):
-    both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks, "--json")
-    assumed = json.loads(assay(*both).out)
+def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
+    both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks)
+    assumed = told(*both)
     assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")
-    given = json.loads(assay(*both, "--effective-dimension", 60).out)
+    given = told(*both, "--effective-dimension", 60)
     assert (given["effective_dimension"], given["effective_dimension_from"]) == (60.0, "given")
     assert given["high"] - given["low"] < assumed["high"] - assumed["low"]
-    result = assay(*both, "--model", small_checkpoint, "--device", "cpu")
-    assert result.code == 0, result.err
-    measured = json.loads(result.out)
+    measured = told(*both, "--model", small_checkpoint, "--device", "cpu")
     assert (measured["effective_dimension_from"], len(measured["factors"])) == ("model", 2)
     for wrong in (
         (blocks[0],),
@@ -76,16 +67,15 @@ def test_proofs_of_several_blocks(assay, blocks: list[Path], small_checkpoint: P
         ("--model", small_checkpoint, "--effective-dimension", 60),
         ("--effective-dimension", 0),
     ):
-        assert assay(*both, *wrong).code == 2
+        refused(*both, *wrong)
 
 
-def test_the_closed_form_says_how_far_blocks_lie_apart(assay):
-    found = json.loads(assay("poc", "calibrate", "--valid-rate", 0.1, "--json").out)
+def test_the_closed_form_says_how_far_blocks_lie_apart(told, refused):
+    rate = ("poc", "calibrate", "--valid-rate", 0.1)
+    found = told(*rate)
     assert (found["effective_dimension"], found["effective_dimension_from"]) == (16.0, "assumed")
     assert 0.01 < found["block_rate_low"] < 0.05 < 0.15 < found["block_rate_high"] < 0.25
-    narrow = json.loads(assay("poc", "calibrate", "--valid-rate", 0.1, "--effective-dimension", 200, "--json").out)
+    narrow = told(*rate, "--effective-dimension", 200)
     assert found["block_rate_low"] < narrow["block_rate_low"] < 0.1 < narrow["block_rate_high"] < 0.13
-    assert "block_rate_low" not in json.loads(
-        assay("poc", "calibrate", "--valid-rate", 0.1, "--dimension", 12, "--json").out
-    )
-    assert assay("poc", "calibrate", "--valid-rate", 0.1, "--model", "reference:llama").code == 2
+    assert "block_rate_low" not in told(*rate, "--dimension", 12)
+    refused(*rate, "--model", "reference:llama")

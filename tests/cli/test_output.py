@@ -11,7 +11,7 @@ from assay.errors import UsageError
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
@@ -40,7 +40,7 @@ def test_what_others_wrote_takes_a_bounded_place(capsys):
 
 
 @pytest.mark.parametrize(("columns", "boxed"), [("100", True), ("40", False)])
-def test_a_narrow_terminal_gets_no_box(columns: str, boxed: bool, monkeypatch):
+def test_a_narrow_terminal_gets_no_box(columns, boxed, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setenv("COLUMNS", columns)

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from assay.models import load_model
+from assay.poc.responses import Receipts, read_requests, respond
+from assay.poc.responses.adapters import Adapter, load_adapter
 from tests.lora import write_adapter
 
 MODEL = ("--model", "reference:qwen3", "--device", "cpu")
@@ -13,7 +15,7 @@ KNOWN = ("--block-hash", "block_alpha", "--public-key", "node_A")
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("replay") / "prompts.jsonl"
     lines = [
         {"prompt": [5 + number, 9, 12, 40], "request_id": f"r{number}", "max_tokens": 36, "user_seed": "mine"}
@@ -24,17 +26,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def receipts(prompts: Path) -> Path:
-    from assay.models import load_model
-    from assay.poc.responses import read_requests, respond
-
+def receipts(prompts):
     path = prompts.with_name("receipts.jsonl")
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
     respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=(), output=path)
     return path
 
 
-def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, prompts: Path, tmp_path: Path):
+def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts, prompts, tmp_path):
     ledger = tmp_path / "ledger.sqlite3"
     pinned = (*KNOWN, "--requests", prompts, "--ledger", ledger)
     result = assay("poc", "replay", receipts, *MODEL, *pinned, "--json")
@@ -50,12 +49,8 @@ def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts: Path, 
 
 
 @pytest.mark.parametrize("kept", [{}, {"output": (), "sketches": (), "finish": "abort"}])
-def test_answers_that_are_not_shown_cost_exit_code_zero(assay, receipts: Path, prompts: Path, tmp_path: Path, kept):
+def test_answers_that_are_not_shown_cost_exit_code_zero(assay, told, receipts, prompts, tmp_path, kept):
     """Otherwise a node would show the answers that it computed honestly, and no others."""
-    from dataclasses import replace
-
-    from assay.poc.responses import Receipts
-
     whole = Receipts.load(receipts)
     hidden = [replace(one, **kept) for one in whole.receipts[6:]] if kept else []
     path = tmp_path / "some.jsonl"
@@ -66,17 +61,16 @@ def test_answers_that_are_not_shown_cost_exit_code_zero(assay, receipts: Path, p
     shown = assay("poc", "replay", path, *MODEL, *flags, "--ledger", tmp_path / "ledger.sqlite3")
     assert shown.code == 2
     assert "requests unanswered" in shown.out
-    assert json.loads(assay("poc", "replay", receipts, *MODEL, *flags, "--json").out)["unanswered"] == 0
+    assert told("poc", "replay", receipts, *MODEL, *flags)["unanswered"] == 0
 
 
-def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, receipts: Path, tmp_path: Path):
+def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts, tmp_path):
     result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
     assert result.code == 2
     assert "block_hash, public_key, requests" in result.out
     assert "72 of 72" in result.out
-    refused = assay("poc", "replay", receipts, *MODEL, "--ledger", tmp_path / "ledger.sqlite3")
-    assert refused.code == 2
-    assert "taken on the prover's word" in refused.err
+    said = refused("poc", "replay", receipts, *MODEL, "--ledger", tmp_path / "ledger.sqlite3")
+    assert "taken on the prover's word" in said
 
 
 @pytest.mark.parametrize(
@@ -88,11 +82,8 @@ def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, receipts: Pa
         (("--sample", "9"), "--sample"),
     ],
 )
-def test_another_value_fails_by_name_before_a_model_is_loaded(assay, receipts: Path, flags: tuple[str, ...], name: str):
-    result = assay("poc", "replay", receipts, "--model", "no/such/model", *flags)
-    assert result.code == 2
-    assert name in result.err
-    assert "wanted:" in result.err
+def test_another_value_fails_by_name_before_a_model_is_loaded(refused, receipts, flags, name):
+    assert name in refused("poc", "replay", receipts, "--model", "no/such/model", *flags)
 
 
 @pytest.mark.parametrize(
@@ -104,62 +95,39 @@ def test_another_value_fails_by_name_before_a_model_is_loaded(assay, receipts: P
         ('"index":0', '"index":70000'),
     ],
 )
-def test_edited_and_truncated_receipts_are_refused(assay, receipts: Path, tmp_path: Path, old: str, new: str):
+def test_edited_and_truncated_receipts_are_refused(refused, receipts, tmp_path, old, new):
     text = receipts.read_text()
     assert old in text
     for changed in (text.replace(old, new, 1), text[: len(text) // 2], text.rsplit("\n", 2)[0] + "\n"):
         (tmp_path / "bad.jsonl").write_text(changed)
-        result = assay("poc", "replay", tmp_path / "bad.jsonl", *MODEL)
-        assert result.code == 2
-        assert "bad.jsonl, line" in result.err
+        assert "bad.jsonl, line" in refused("poc", "replay", tmp_path / "bad.jsonl", *MODEL)
 
 
-def test_other_requests_are_refused(assay, receipts: Path, prompts: Path, tmp_path: Path):
-    (tmp_path / "other.jsonl").write_text(prompts.read_text().replace('"mine"', '"thine"'))
-    result = assay("poc", "replay", receipts, *MODEL, *KNOWN, "--requests", tmp_path / "other.jsonl")
-    assert result.code == 2
-    assert "user_seed 'mine'" in result.err
-
-
-def test_a_replay_that_is_refused_begins_no_ledger(
-    assay, receipts: Path, prompts: Path, small_checkpoint: Path, tmp_path: Path
-):
-    from assay.poc.responses import Receipts
-
-    ledger = tmp_path / "ledger.sqlite3"
-    flags = ("--device", "cpu", *KNOWN, "--requests", prompts, "--ledger", ledger)
-    unknown = assay("poc", "replay", receipts, "--model", "reference:qwen3", "--dtype", "float16", *flags)
-    assert unknown.code == 2
-    assert "no default noise of responses between float32 and float16" in unknown.err
-    other = assay("poc", "replay", receipts, "--model", small_checkpoint, *flags)
-    assert other.code == 2
-    assert "receipts of reference:qwen3" in other.err
-    whole = Receipts.load(receipts)
-    strange = [replace(one, output=(*one.output[:-1], 10**6)) for one in whole.receipts]
-    Receipts.build(whole.header, strange, 1.0).save(tmp_path / "strange.jsonl")
-    outside = assay("poc", "replay", tmp_path / "strange.jsonl", "--model", "reference:qwen3", *flags)
-    assert outside.code == 2
-    assert "with token 1000000 and 40 positions" in outside.err
+def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, small_checkpoint, tmp_path):
+    whole, strange, other, ledger = (Receipts.load(receipts), *(tmp_path / name for name in ("strange", "other", "l")))
+    outside = [replace(one, output=(*one.output[:-1], 10**6)) for one in whole.receipts]
+    Receipts.build(whole.header, outside, 1.0).save(strange)
+    other.write_text(prompts.read_text().replace('"mine"', '"thine"'))
+    for path, model, asked, seen in (
+        (receipts, (*MODEL, "--dtype", "float16"), prompts, "noise of responses between float32 and float16"),
+        (receipts, ("--model", small_checkpoint, "--device", "cpu"), prompts, "receipts of reference:qwen3"),
+        (strange, MODEL, prompts, "with token 1000000 and 40 positions"),
+        (receipts, MODEL, other, "user_seed 'mine'"),
+    ):
+        assert seen in refused("poc", "replay", path, *model, *KNOWN, "--requests", asked, "--ledger", ledger)
     assert not ledger.exists()
 
 
-def test_noise_is_calibrated_and_used(assay, receipts: Path, prompts: Path, tmp_path: Path):
+def test_noise_is_calibrated_and_used(assay, told, refused, receipts, prompts, tmp_path):
     output = tmp_path / "responses.json"
-    result = assay("poc", "calibrate-responses", receipts, *MODEL, "-o", output, "--json")
-    assert result.code == 0, result.err
-    assert json.loads(result.out)["matching"] == 1.0
+    assert told("poc", "calibrate-responses", receipts, *MODEL, "-o", output)["matching"] == 1.0
     flags = (*KNOWN, "--requests", prompts, "--calibration", output)
     found = json.loads(assay("poc", "replay", receipts, *MODEL, *flags, "--json").out)
     assert found["noise"]["source"].startswith("calibration on 8 responses")
-    other = assay("poc", "replay", receipts, *MODEL, *flags, "--dtype", "bfloat16")
-    assert other.code == 2
-    assert "dtype than the verifier's" in other.err
+    assert "dtype than the verifier's" in refused("poc", "replay", receipts, *MODEL, *flags, "--dtype", "bfloat16")
 
 
-def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts: Path, tmp_path: Path, monkeypatch):
-    from assay.poc.responses import Receipts
-    from assay.poc.responses.adapters import Adapter
-
+def test_what_cannot_be_calibrated_is_refused_before_the_replay(refused, receipts, tmp_path, monkeypatch):
     monkeypatch.setattr("assay.poc.responses.replay", None)
     read = Receipts.load(receipts)
     tuned, other, output = tmp_path / "tuned.jsonl", tmp_path / "other.jsonl", tmp_path / "responses.json"
@@ -172,17 +140,11 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(assay, receipts:
         ([receipts, other], "no/such/model", output, "0" * 12),
         ([other], "reference:qwen3", output, "0" * 12),
     ):
-        result = assay("poc", "calibrate-responses", *files, "--model", model, "--device", "cpu", "-o", path)
-        assert result.code == 2
-        assert wrong in result.err
+        assert wrong in refused("poc", "calibrate-responses", *files, "--model", model, "--device", "cpu", "-o", path)
     assert not output.exists()
 
 
-def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, receipts: Path, prompts: Path, tmp_path: Path):
-    from assay.models import load_model
-    from assay.poc.responses import Receipts, read_requests, respond
-    from assay.poc.responses.adapters import Adapter, load_adapter
-
+def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, refused, prompts, tmp_path):
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
     directory = write_adapter(tmp_path / "adapter", model)
     adapter = load_adapter(directory)
@@ -191,16 +153,14 @@ def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, receipts
     named = [replace(one, adapter=Adapter("tuned", adapter.digest)) for one in made.receipts]
     path = tmp_path / "tuned.jsonl"
     Receipts.build(made.header, named, 1.0).save(path)
-    refused = assay("poc", "replay", path, "--model", "no/such/model")
-    assert refused.code == 2
-    assert "'tuned'" in refused.err
-    assert "--lora" in refused.err
+    said = refused("poc", "replay", path, "--model", "no/such/model")
+    assert "'tuned'" in said
+    assert "--lora" in said
     lines = [json.loads(line) | {"adapter": "tuned"} for line in prompts.read_text().splitlines()]
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = assay("poc", "replay", path, *MODEL, *KNOWN, "--requests", asked, "--lora", directory, "--json")
     assert json.loads(found.out)["matches"] == 8 * 36
-    other = assay("poc", "replay", path, *MODEL, *KNOWN, "--requests", prompts, "--lora", directory)
-    assert (other.code, "adapter" in other.err) == (2, True)
-    on_vllm = assay("poc", "replay", path, "--model", "reference:qwen3", "--engine", "vllm", "--lora", directory)
-    assert (on_vllm.code, "--engine hf" in on_vllm.err) == (2, True)
+    loaded = ("poc", "replay", path, *MODEL, "--lora", directory)
+    assert "adapter" in refused(*loaded, *KNOWN, "--requests", prompts)
+    assert "--engine hf" in refused(*loaded, "--engine", "vllm")

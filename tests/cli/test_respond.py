@@ -1,10 +1,8 @@
 """``assay poc respond``."""
 
-import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,19 +12,17 @@ ROUND = ["--block-hash", "block_alpha", "--public-key", "node_A"]
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
+def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt":[1,2,3],"request_id":"r1"}\n{"prompt":[4],"temperature":0,"max_tokens":3}\n')
     return path
 
 
-def test_receipts_are_written(assay, small_checkpoint, prompts: Path, tmp_path: Path):
+def test_receipts_are_written(told, refused, small_checkpoint, prompts, tmp_path):
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     sampling = ["--temperature", "0.7", "--top-k", "50", "--max-tokens", "6", "--user-seed", "u", "--hash-prompts"]
-    result = assay(*command, *sampling, "--json")
-    assert result.code == 0, result.err
-    shown = json.loads(result.out)
+    shown = told(*command, *sampling)
     made = Receipts.load(out)
     assert shown["schema"] == "assay.poc.respond/1"
     assert (shown["receipts"], shown["tokens"], shown["sha256"]) == (2, made.footer.tokens, made.footer.sha256)
@@ -36,12 +32,10 @@ def test_receipts_are_written(assay, small_checkpoint, prompts: Path, tmp_path: 
     assert (second.request_id, second.chosen_by) == ("line-2", "server")
     assert (second.sampling.temperature, second.sampling.top_k, len(second.output)) == (0, 50, 3)
     assert first.prompt.ids is None
-    again = assay(*command)
-    assert again.code == 2
-    assert "--overwrite" in again.err
+    assert "--overwrite" in refused(*command)
 
 
-def test_an_example_runs_as_text(assay, tmp_path: Path):
+def test_an_example_runs_as_text(assay, tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "receipts.jsonl"
     prompts.write_text('{"prompt":"def add(a, b):"}\n')
     result = assay("poc", "respond", "--model", "reference:qwen3", "--prompts", prompts, *ROUND, "-o", out,
@@ -71,36 +65,23 @@ def test_an_example_runs_as_text(assay, tmp_path: Path):
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
-    content: str, flags: list, seen: str, assay, small_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content, flags, seen, refused, small_checkpoint, tmp_path, monkeypatch
 ):
-    def never(*values, **more):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("assay.poc.launch.load_model", never)
+    monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.jsonl").write_text(content)
-    out = tmp_path / "receipts.jsonl"
-    result = assay("poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND,
-                   "-o", out, *flags)  # fmt: skip
-    assert result.code == 2
-    assert seen in result.err
-    assert "wanted:" in result.err
-    assert "to do:" in result.err
+    command = ["poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND]
+    assert seen in refused(*command, "-o", tmp_path / "receipts.jsonl", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_missing_file_or_directory_is_named(assay, small_checkpoint, prompts: Path, tmp_path: Path):
+def test_a_missing_file_or_directory_is_named(refused, small_checkpoint, prompts, tmp_path):
     command = ["poc", "respond", "--model", small_checkpoint, *ROUND]
-    missing = assay(*command, "--prompts", tmp_path / "none.jsonl", "-o", tmp_path / "receipts.jsonl")
-    assert missing.code == 2
-    assert "none.jsonl" in missing.err
-    nowhere = assay(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
-    assert nowhere.code == 2
-    assert "create the directory" in nowhere.err
+    assert "none.jsonl" in refused(*command, "--prompts", tmp_path / "none.jsonl", "-o", tmp_path / "receipts.jsonl")
+    nowhere = refused(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
+    assert "create the directory" in nowhere
 
 
-def test_a_stopped_run_says_that_it_continues_and_does(
-    assay, small_checkpoint, prompts: Path, tmp_path: Path, monkeypatch
-):
+def test_a_stopped_run_says_that_it_continues_and_does(assay, small_checkpoint, prompts, tmp_path, monkeypatch):
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
@@ -108,7 +89,7 @@ def test_a_stopped_run_says_that_it_continues_and_does(
     module = sys.modules["assay.poc.responses.respond"]
     make = module.Receipt
 
-    def stop(**made: object):
+    def stop(**made):
         receipts.append(make(**made))
         os.kill(os.getpid(), signal.SIGTERM)
         return receipts[-1]

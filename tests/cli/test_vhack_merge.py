@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -22,15 +20,14 @@ def trained(request, checkpoint, tmp_path):  # noqa: F811
     return tmp_path / "delta.safetensors", dict(adapter.merge().named_parameters())
 
 
-def arguments(checkpoint, path, *others):  # noqa: F811
-    return ["vhack", "merge", "--model", checkpoint, "--delta", path, "--dtype", "float32", "--device", "cpu", *others]
+@pytest.fixture
+def merge(checkpoint, trained):  # noqa: F811
+    return "vhack", "merge", "--model", checkpoint, "--dtype", "float32", "--device", "cpu", "--delta", trained[0]
 
 
-def test_the_merged_directory_is_a_plain_model(assay, checkpoint, trained, tmp_path):  # noqa: F811
-    path, wanted = trained
-    said = assay(*arguments(checkpoint, path, "-o", tmp_path / "merged", "--json"))
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["schema"] == "assay.vhack.merge/1"
+def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
+    _, wanted = trained
+    assert told(*merge, "-o", tmp_path / "merged")["schema"] == "assay.vhack.merge/1"
     merged = load_model(tmp_path / "merged", device="cpu")
     assert merged.tokenizer is not None
     found = dict(merged.module.named_parameters())
@@ -38,12 +35,11 @@ def test_the_merged_directory_is_a_plain_model(assay, checkpoint, trained, tmp_p
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
-def test_lora_says_its_error(assay, checkpoint, trained, tmp_path):  # noqa: F811
+def test_lora_says_its_error(told, merge, checkpoint, trained, tmp_path):  # noqa: F811
     peft = pytest.importorskip("peft")
-    path, wanted = trained
+    _, wanted = trained
     for rank in (2, 48):
-        said = assay(*arguments(checkpoint, path, "-o", tmp_path / str(rank), "--lora", rank, "--json"))
-        values = json.loads(said.out)
+        values = told(*merge, "-o", tmp_path / str(rank), "--lora", rank)
         assert values["form"] == "lora"
         assert values["worst_error"] >= values["relative_error"]
         assert (values["relative_error"] > 0.1) == (rank == 2)
@@ -53,16 +49,9 @@ def test_lora_says_its_error(assay, checkpoint, trained, tmp_path):  # noqa: F81
         torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_merged_is_refused_before_anything_is_written(assay, checkpoint, trained, tmp_path):  # noqa: F811
-    path, _ = trained
-    used = assay(*arguments(checkpoint, path, "-o", tmp_path))
-    assert used.code == 2
-    assert "which exists" in used.err
-    other = assay("vhack", "merge", "--model", "reference:qwen3", "--delta", path, "-o", tmp_path / "new")
-    assert other.code == 2
-    assert "δS of other modules" in other.err
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(refused, merge, tmp_path):
     (tmp_path / "none.safetensors").write_bytes(b"nothing")
-    broken = assay(*arguments(checkpoint, tmp_path / "none.safetensors", "-o", tmp_path / "new"))
-    assert broken.code == 2
-    assert "cannot be read" in broken.err
+    assert "which exists" in refused(*merge, "-o", tmp_path)
+    assert "δS of other modules" in refused(*merge, "--model", "reference:qwen3", "-o", tmp_path / "new")
+    assert "cannot be read" in refused(*merge, "--delta", tmp_path / "none.safetensors", "-o", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -21,7 +21,7 @@ def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
     ]  # fmt: skip
 
 
-def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
+def test_a_run_is_made_and_continued(assay, told, refused, arguments):
     first = assay(*arguments, "--steps", 1)
     assert first.code == 0, first.err
     assert "displaced-0.4+erase-update-two-sided: 1 steps in" in " ".join(first.out.split())
@@ -34,11 +34,8 @@ def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
     assert "step 1/2" not in second.err
     assert values["last"]["leak_two_sided"] < 1e-6
     assert values["last"]["displacement"] > 1
-    again = assay(*arguments, "--steps", 2, "--json")
-    assert json.loads(again.out)["resumed_from"] == 2
-    other = assay(*arguments, "--steps", 2, "--lr", "0.5")
-    assert other.code == 2
-    assert "lr 0.015, now 0.5" in other.err
+    assert told(*arguments, "--steps", 2)["resumed_from"] == 2
+    assert "lr 0.015, now 0.5" in refused(*arguments, "--steps", 2, "--lr", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -58,23 +55,17 @@ def test_a_run_is_made_and_continued(assay, arguments, tmp_path):
         (["--micro-batch", "2"], "micro-batch 2"),
     ],
 )
-def test_bad_arguments_have_three_parts_and_leave_nothing(assay, arguments, tmp_path, flags, seen):
-    outcome = assay(*arguments, *flags)
-    assert outcome.code == 2
-    assert seen in outcome.err
-    assert "wanted:" in outcome.err
-    assert "to do:" in outcome.err
+def test_bad_arguments_leave_nothing(refused, arguments, tmp_path, flags, seen):
+    assert seen in refused(*arguments, *flags)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_a_run_goes_into_a_directory(assay, arguments, tmp_path):
+def test_a_run_goes_into_a_directory(refused, arguments, tmp_path):
     (tmp_path / "run").write_text("")
-    outcome = assay(*arguments, "--steps", 1)
-    assert outcome.code == 2
-    assert "run" in outcome.err
+    assert "run" in refused(*arguments, "--steps", 1)
 
 
-def test_tasks_and_reward_of_ones_own(assay, arguments, tmp_path, monkeypatch):
+def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkeypatch):
     (tmp_path / "cli_own.py").write_text(
         "def tasks():\n    return ['1 + 1 =', '2 + 2 =']\n\n"
         "def reward(prompts, completions, **_):\n    return [len(text) / 100 for text in completions]\n"
@@ -83,10 +74,7 @@ def test_tasks_and_reward_of_ones_own(assay, arguments, tmp_path, monkeypatch):
     keep = [one for index, one in enumerate(arguments) if "--teacher" not in (str(one), str(arguments[index - 1]))]
     keep = [one for index, one in enumerate(keep) if "--tasks" not in (one, keep[index - 1])]
     own = ["--tasks", "cli_own:tasks", "--reward", "cli_own:reward"]
-    made = assay(*keep, *own, "--steps", 1, "--json")
-    assert made.code == 0, made.err
-    assert json.loads(made.out)["last"]["reward"] > 0
-    wrong = assay(*keep, "--tasks", "many", "--steps", 1)
-    assert wrong.code == 2
-    assert "--tasks" in wrong.err
-    assert "module:function" in wrong.err
+    assert told(*keep, *own, "--steps", 1)["last"]["reward"] > 0
+    wrong = refused(*keep, "--tasks", "many", "--steps", 1)
+    assert "--tasks" in wrong
+    assert "module:function" in wrong

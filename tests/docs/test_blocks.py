@@ -5,7 +5,6 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ INSTALLS = ("make ", "pip ", "python3 -m venv")  # in a checkout of symbolic lin
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path):
     """A folder with everything of the checkout, in which commands write without touching it."""
     listed = ["git", "ls-tree", "--name-only", "HEAD"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -28,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not (ROOT / ".venv/.ready").exists(), reason="runs in the environment of `make setup`")
-def test_the_readme(checkout: Path):
+def test_the_readme(checkout):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     port = free_port()
     text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
@@ -43,11 +42,11 @@ def test_the_readme(checkout: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("warm")
-def test_the_tutorial(tmp_path: Path):
+def test_the_tutorial(tmp_path):
     assert "honest" in held(script("tutorial"), tmp_path)
 
 
-def test_a_block_that_fails_ends_the_run(tmp_path: Path):
+def test_a_block_that_fails_ends_the_run(tmp_path):
     text = "```python\n# mine.py\nx = 1\n```\n```python\nimport mine\n```\n```python\nprint(mine.x)\n```\n"
     done = run(page_blocks.script(text + "```sh\na=2\n```\ntext\n```sh\necho $a\nfalse\necho 3\n```\n"), tmp_path)
     assert (done.returncode, done.stdout) == (1, "1\n2\n")
@@ -57,7 +56,7 @@ def test_a_block_that_fails_ends_the_run(tmp_path: Path):
 
 
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"

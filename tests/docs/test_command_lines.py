@@ -5,7 +5,6 @@ Most of them also run (docs/blocks.md).
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -28,7 +27,7 @@ NO_PARSER = ("scripts/page_blocks.py",)
 
 
 @pytest.fixture
-def folder(small_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(small_model, tmp_path, monkeypatch):
     """A folder with the files that a command reads before its work."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     (tmp_path / "keys").write_text("k" * 20 + "\n")
@@ -37,7 +36,7 @@ def folder(small_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.mark.slow
-def test_every_command_line_is_read_by_its_program(folder: Path):
+def test_every_command_line_is_read_by_its_program(folder):
     lines = [words for path in PAGES for words in shown(path.read_text(encoding="utf-8"))]
     assert len(lines) > 60
     for words in lines:
@@ -47,7 +46,7 @@ def test_every_command_line_is_read_by_its_program(folder: Path):
 
 
 @pytest.mark.slow
-def test_every_example_of_a_help_text_is_read_by_its_program(folder: Path):
+def test_every_example_of_a_help_text_is_read_by_its_program(folder):
     texts = (f"{command.help}\n{command.epilog}" for _, command in leaves(app))
     found = [line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)]
     assert len(found) >= len(FROZEN)

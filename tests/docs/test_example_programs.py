@@ -1,16 +1,16 @@
 """Every program of examples/ runs, and does what its head says."""
 
-import importlib.util
 import io
 import json
 import shlex
 import shutil
 import sqlite3
 import subprocess
+import sys
 import urllib.request
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from safetensors.numpy import load_file
@@ -25,20 +25,12 @@ from tests.waiting import until
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 VECTORS = ROOT / "tests" / "vectors"
-
-
-def program(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.mark.slow
-def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
-    program("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
+def test_own_pairs(tmp_path, capsys):
+    import_module("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     assert (tmp_path / "hack.safetensors").stat().st_size > 10_000
     said = capsys.readouterr().out
@@ -47,7 +39,7 @@ def test_own_pairs(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.slow
-def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
+def test_own_trainer(tmp_path, fork_server):
     pytest.importorskip("trl")
     command = [*fork_server, "python", str(EXAMPLES / "own_trainer.py"), "run"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -64,17 +56,17 @@ def test_own_trainer(tmp_path: Path, fork_server: tuple[str, ...]):
 
 
 @pytest.mark.slow
-def test_own_transform(capsys: pytest.CaptureFixture):
-    program("own_transform").main(16)
+def test_own_transform(capsys):
+    import_module("own_transform").main(16)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["artifact", "wide"]
     assert all(float(line.split("4 bits ")[1].split()[0]) > 4 for line in lines)
 
 
-def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mount(tmp_path, small_checkpoint, monkeypatch):
     monkeypatch.setenv("MODEL", str(small_checkpoint))
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "data"))
-    app = program("mount").app
+    app = import_module("mount").app
     with TestClient(app, base_url="http://127.0.0.1") as client:
         assert client.get("/hello").json() == {"hello": "world"}
         until(lambda: client.get("/api/v1/pow/ready").status_code == 200)
@@ -82,21 +74,21 @@ def test_mount(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.Monke
         assert client.get("/status").status_code == 404
 
 
-def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
     """The answers are those of a real application; only the socket between them is left out."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     (tmp_path / "nodes.toml").write_text(nodes_text())
     proof_of(small_model, "node_A").save(tmp_path / "proof.jsonl")
     running = Running(small_model, tmp_path, {}, {})
 
-    def urlopen(request: urllib.request.Request, timeout: float):
+    def urlopen(request, timeout):
         path = request.full_url.removeprefix("http://127.0.0.1:8090")
         answer = running.client.post(path, content=request.data, headers=dict(request.header_items()))
         if answer.status_code != 200:
             raise urllib.error.HTTPError(path, answer.status_code, "", {}, io.BytesIO(answer.content))
         return io.BytesIO(answer.content)
 
-    example = program("send_proof")
+    example = import_module("send_proof")
     monkeypatch.setattr(example.urllib.request, "urlopen", urlopen)
     try:
         running.announce()
@@ -116,7 +108,7 @@ def test_send_proof(tmp_path: Path, small_model, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, fork_server: tuple[str, ...]):
+def test_validator_cron(tmp_path, small_model, small_checkpoint, fork_server):
     inbox, tools = tmp_path / "inbox", tmp_path / "bin"
     inbox.mkdir()
     tools.mkdir()
@@ -129,13 +121,8 @@ def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, for
     expected = [("first", BLOCK, "node_A"), ("other", BLOCK, "node_C"), ("late", BLOCK, "node_B")]
     (inbox / "expected.tsv").write_text("".join("\t".join(line) + "\n" for line in expected))
     environment = ENVIRONMENT | {"PATH": f"{tools}:/usr/bin:/bin", "ASSAY_MODEL": str(small_checkpoint)}
-    command = [
-        "sh",
-        str(EXAMPLES / "validator_cron.sh"),
-        str(inbox),
-        str(tmp_path / "pins.toml"),
-        str(tmp_path / "l.sqlite3"),
-    ]
+    places = (EXAMPLES / "validator_cron.sh", inbox, tmp_path / "pins.toml", tmp_path / "l.sqlite3")
+    command = ["sh", *map(str, places)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "first honest\nother unsure\n"), done.stderr
     assert json.loads((inbox / "honest" / "first.json").read_text())["verdict"] == "honest"
@@ -146,14 +133,14 @@ def test_validator_cron(tmp_path: Path, small_model, small_checkpoint: Path, for
     assert again.stdout == ""
 
 
-def results(database: Path, script: str) -> list[list[tuple]]:
+def results(database, script):
     """The rows of every query of a script, run as a reader that may not write."""
     text = "\n".join(line for line in (EXAMPLES / script).read_text().splitlines() if not line.startswith("--"))
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         return [connection.execute(query).fetchall() for query in text.split(";") if query.strip()]
 
 
-def test_service_sql(tmp_path: Path):
+def test_service_sql(tmp_path):
     shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", tmp_path)
     rounds, smallest, callbacks, checks = results(tmp_path / "service.sqlite3", "service.sql")
     assert len(rounds) == 1
@@ -163,7 +150,7 @@ def test_service_sql(tmp_path: Path):
     assert isinstance(checks, list)
 
 
-def test_ledger_sql(tmp_path: Path):
+def test_ledger_sql(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
         ledger.append([update(0, nonces=range(8)), update(1, key="node_B", nonces=range(8, 16))])
         head = ledger.head
@@ -173,7 +160,7 @@ def test_ledger_sql(tmp_path: Path):
     assert [tuple(row) for row in found] == [head]
 
 
-def test_receipts_in_typescript(tmp_path: Path):
+def test_receipts_in_typescript(tmp_path):
     missing = [tool for tool in ("node", "tsc") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}: apt-get install node-typescript")

@@ -17,7 +17,7 @@ import man_pages
 PAGES = dict(man_pages.pages(app))
 
 
-def formatted(source: str) -> subprocess.CompletedProcess[str]:
+def formatted(source):
     if shutil.which("groff") is None:
         pytest.skip("apt-get install groff-base")
     command = ["groff", "-k", "-Tutf8", "-P-c", "-man", "-ww"]
@@ -29,7 +29,7 @@ def test_every_command_has_a_page():
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_formatted_without_a_warning(name: str):
+def test_a_page_is_formatted_without_a_warning(name):
     done = formatted(PAGES[name])
     assert (done.returncode, done.stderr) == (0, "")
     assert formatted(".nonsense").stderr  # it does warn

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -81,14 +80,14 @@ TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
 
 
-def proofs(*, block: str = "BLOCK", key: str = "KEY", blocks: int = 0, **dtypes: str) -> str:
+def proofs(*, block="BLOCK", key="KEY", blocks=0, **dtypes):
     """Return lines that prove a block once under each name, in its format, and other blocks once."""
     made = [(name, block, dtype, 128) for name, dtype in dtypes.items()]
     made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
     return PROOFS.replace("MADE", repr(made)).replace("KEY", repr(key))
 
 
-def blocks(name: str, kind: str) -> list[str]:
+def blocks(name, kind):
     """Return the blocks of a page."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", page(name), flags=re.DOTALL | re.MULTILINE)
 
@@ -116,12 +115,12 @@ class Page:
     needs: str = "sh"
 
 
-def lines(*rows: dict[str, str]) -> str:
+def lines(*rows):
     """Return JSON Lines."""
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
-def pool(completion: str) -> str:
+def pool(completion):
     """Return eight samples with one completion."""
     return lines(*({"prompt": f"def add_{n}(a, b):", "completion": completion} for n in range(8)))
 
@@ -280,7 +279,7 @@ PAGES = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder in which the programs of a checkout lie, and files that readers have."""
     programs = tmp_path / "research" / "benchmarks"
     (programs / "results").mkdir(parents=True)
@@ -294,7 +293,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_blocks_of_a_page_run(name: str, folder: Path):
+def test_the_blocks_of_a_page_run(name, folder):
     shown = PAGES[name]
     if shutil.which(shown.needs) is None:
         pytest.skip(f"needs {shown.needs}")

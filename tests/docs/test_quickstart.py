@@ -1,4 +1,4 @@
-"""docs/vhack-quickstart.md runs as it stands: its two files, and then its commands."""
+"""docs/vhack-quickstart.md runs as it stands: its two files, and then its commands. So does docs/calibration.md."""
 
 import json
 import re
@@ -11,14 +11,17 @@ import pytest
 from assay.cli import run
 from assay.models import load_model
 
-PAGE = (Path(__file__).parents[2] / "docs" / "vhack-quickstart.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, CALIBRATION = ((DOCS / name).read_text(encoding="utf-8") for name in ("vhack-quickstart.md", "calibration.md"))
 MINE, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 (BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
+MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
+"""Number formats in place of machines: this one would repeat itself bit by bit."""
 
 
 @pytest.mark.slow
-def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -42,3 +45,22 @@ def test_its_files_and_its_commands_run(tmp_path: Path, monkeypatch: pytest.Monk
     first = next(line for line in steps if line["kind"] == "step")
     assert {"hack", "solve", "displacement"} <= first.keys()
     assert first["displacement"] > 1  # it starts away from the hack
+
+
+@pytest.mark.slow
+def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", CALIBRATION, flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("MODEL", "reference:qwen3").splitlines()
+    prove, calibrate, verify = (shlex.split(line)[1:] for line in lines)
+    small = ("--nonces", "0:32", "--seq-len", "8", "--batch-size", "16")
+    for number, dtype in enumerate(MACHINES, start=1):
+        changed = [part.replace("machine-1", f"machine-{number}").replace("0:1000", "0:32") for part in prove]
+        assert run([*changed, *small, "--dtype", dtype]) == 0
+    assert run(calibrate) == 0
+    answer = " ".join(capsys.readouterr().out.split())
+    rows = re.findall(r"^\| `([\w ]+)` \|", CALIBRATION.split("## Read it")[1], flags=re.MULTILINE)
+    assert len(rows) == 6
+    assert all(row in answer for row in rows)
+    assert run([*verify, "--seq-len", "8"]) in (0, 2)
+    assert "calibration on 32 nonces of 4 machines" in " ".join(capsys.readouterr().out.split())

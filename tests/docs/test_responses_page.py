@@ -17,25 +17,25 @@ READER = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0]
 
 
 @pytest.fixture(scope="module")
-def reader() -> SimpleNamespace:
+def reader():
     names: dict[str, object] = {}
     exec(compile(READER, "docs/responses.md", "exec"), names)
     return SimpleNamespace(**names)
 
 
 @pytest.mark.parametrize("case", VECTORS["seeds"])
-def test_seeds(case: dict, reader: SimpleNamespace):
+def test_seeds(case, reader):
     assert list(reader.words(case, "tokens")) == case["words"]
     assert list(reader.words(case, "sketch")) == case["sketch_words"]
     assert [reader.step_seed(case["words"], step) for step in case["steps"]] == case["step_seeds"]
 
 
 @pytest.mark.parametrize("case", VECTORS["noise"])
-def test_noise(case: dict, reader: SimpleNamespace):
+def test_noise(case, reader):
     assert [reader.gumbel(case["seed"], token) for token in range(8)] == case["gumbels"]
 
 
-def test_noise_is_that_of_the_streams_everywhere(reader: SimpleNamespace):
+def test_noise_is_that_of_the_streams_everywhere(reader):
     from assay import streams
 
     wanted = np.asarray(streams.get_backend("numpy", "cpu").gumbels([12345], 2000))[0]
@@ -43,20 +43,20 @@ def test_noise_is_that_of_the_streams_everywhere(reader: SimpleNamespace):
 
 
 @pytest.mark.parametrize("case", VECTORS["tokens"])
-def test_tokens(case: dict, reader: SimpleNamespace):
+def test_tokens(case, reader):
     found = reader.scores(case["logits"], case["sampling"], case["seed"], case["prompt"], case["output"])
     assert [None if value == -np.inf else value for value in found] == case["scores"]
     assert found.index(max(found)) == case["token"]
 
 
 @pytest.mark.parametrize("case", VECTORS["sketches"])
-def test_sketches(case: dict, reader: SimpleNamespace):
+def test_sketches(case, reader):
     found = reader.sketch(case["state"], VECTORS["seeds"][0]["sketch_words"], case["step"])
     wanted = struct.unpack("<12e", base64.b64decode(case["sketch"]))
     np.testing.assert_allclose(found, wanted, atol=5e-4)
 
 
-def test_receipts(reader: SimpleNamespace, tmp_path: Path):
+def test_receipts(reader, tmp_path):
     from assay.poc.responses import Receipts
 
     path = ROOT / "tests" / "vectors" / "responses.jsonl"

@@ -1,11 +1,11 @@
 """The second implementation of the pages stands alone, and agrees with assay in streams, values and verdicts."""
 
 import hashlib
-import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,40 +18,32 @@ from assay.poc.verdict.noise import sequential_test
 from tests.streams.test_draws import DRAWS_PER_GROUP, Group
 
 ROOT = Path(__file__).parents[2]
-PATH = ROOT / "docs" / "second.py"
 VECTORS = ROOT / "tests" / "vectors"
 KNOWN = json.loads((VECTORS / "poc_kat.json").read_text(encoding="utf-8"))
 GUMBELS = json.loads((VECTORS / "gumbels.json").read_text(encoding="utf-8"))
 MODELS = ("qwen3", "llama")
 LAWS = read_json(ROOT / "src" / "assay" / "poc" / "verdict" / "default_noise.json")["laws"]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import second  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def second() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("second", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def checkpoint(name: str) -> Path:
+def checkpoint(name):
     return ROOT / ("src/assay/models/reference" if name == "qwen3" else "tests/data/models") / name
 
 
-def close(values, published, scale: float = 1.0) -> bool:
+def close(values, published, scale=1.0):
     """Within 8 ulp or 4e-6, as the page on streams says of the published normals."""
     wanted = np.asarray(published, np.float32)
     allowed = np.maximum(8 * np.spacing(np.abs(wanted)), 4e-6 * scale)
     return bool((np.abs(np.asarray(values, np.float64) - wanted) <= allowed).all())
 
 
-def sha256(array: np.ndarray) -> str:
+def sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def test_integers_of_the_published_streams(second: ModuleType):
+def test_integers_of_the_published_streams():
     assert [int(second.seed_words(row["text"])[0]) for row in KNOWN["seed32"]] == [r["seed"] for r in KNOWN["seed32"]]
     for row in KNOWN["hash32"]:
         assert second.hashed(row["seed"], row["index"]).tolist() == row["hash"]
@@ -60,7 +52,7 @@ def test_integers_of_the_published_streams(second: ModuleType):
         assert sha256(second.uniforms(row["seed"], row["n"])) == row["sha256_le_f32"]
 
 
-def test_normals_of_the_published_streams(second: ModuleType):
+def test_normals_of_the_published_streams():
     for row in KNOWN["normal"]:
         values = second.normals([row["seed"]], row["n"]).numpy()
         assert close(values[: len(row["first"])], row["first"])
@@ -68,7 +60,7 @@ def test_normals_of_the_published_streams(second: ModuleType):
 
 
 @pytest.mark.parametrize("number", [*range(21), *range(25, 500, 25)])
-def test_normals_to_the_bit(number: int, second: ModuleType):
+def test_normals_to_the_bit(number):
     group = Group(number)
     made = [
         second.normals(second.seed_words(f"draw_{number}_{i}")[: group.strength // 32], group.n)
@@ -82,7 +74,7 @@ def test_normals_to_the_bit(number: int, second: ModuleType):
     assert wanted[group.n] == [group.n, group.dtype, group.strength, sha256(bits.numpy())]
 
 
-def test_noise_of_tokens_to_the_bit(second: ModuleType):
+def test_noise_of_tokens_to_the_bit():
     for row in GUMBELS["streams"]:
         assert sha256(second.gumbels(second.seed_words(row["text"])[0], row["n"])) == row["sha256_le_f32"]
     for row in GUMBELS["step_seeds"]:
@@ -94,40 +86,40 @@ def test_noise_of_tokens_to_the_bit(second: ModuleType):
 class Bare:
     """A checkpoint of which only the hidden size is asked."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim):
         self.config, self.dtype = SimpleNamespace(hidden_size=dim), torch.float32
 
-    def eval(self) -> "Bare":
+    def eval(self):
         return self
 
-    def get_output_embeddings(self) -> SimpleNamespace:
+    def get_output_embeddings(self):
         return SimpleNamespace(weight=None)
 
 
-def without_model(second: ModuleType, monkeypatch: pytest.MonkeyPatch, row: dict, preset: str = "poc-2.0"):
+def without_model(monkeypatch, row, preset="poc-2.0"):
     loaded = SimpleNamespace(from_pretrained=lambda path, dtype: Bare(row["dim"]))
     monkeypatch.setattr(second, "AutoModelForCausalLM", loaded)
     round = {"block_hash": row["block_hash"], "public_key": row["public_key"], "preset": preset, "strength": 32}
     return second.Recomputation("", {"round": round, "pipeline": {}}, "float32")
 
 
-def test_known_answers_of_a_nonce(second: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_known_answers_of_a_nonce(monkeypatch):
     for row in KNOWN["signs"]:
-        engine = without_model(second, monkeypatch, row, "artifact")
+        engine = without_model(monkeypatch, row, "artifact")
         assert sha256(second.signs(engine.words("signs", row["nonce"])[0], row["dim"])) == row["sha256_i8"]
     for row in KNOWN["permutation"]:
-        engine = without_model(second, monkeypatch, row | {"dim": 8}, "artifact")
+        engine = without_model(monkeypatch, row | {"dim": 8}, "artifact")
         made = second.permutation(engine.words("permutation", row["nonce"])[0], row["size"])
         assert sha256(made.astype("<i8")) == row["sha256_le_i64"]
     for row in KNOWN["inputs"]:
-        engine = without_model(second, monkeypatch, row, "artifact")
+        engine = without_model(monkeypatch, row, "artifact")
         made = second.normals(engine.words("inputs", row["nonce"]), row["seq_len"] * row["dim"]).view(
             row["seq_len"], -1
         )
         assert close(made[0, :6], row["row0"])
         assert close(made[15, :6], row["row15"])
     for row in KNOWN["householder"]:
-        engine = without_model(second, monkeypatch, row, "artifact")
+        engine = without_model(monkeypatch, row, "artifact")
         for index, field in ((0, "r0_first"), (7, "r7_first")):
             v = second.normals(engine.words("reflection", row["nonce"], index), row["dim"])
             assert close((v / v.norm())[:6], row[field])
@@ -137,12 +129,12 @@ def test_known_answers_of_a_nonce(second: ModuleType, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_digests(name: str, second: ModuleType):
+def test_digests(name):
     assert second.digest(checkpoint(name)) == assay.load_model(f"reference:{name}", device="cpu").digest
 
 
 @pytest.mark.parametrize("family", LAWS)
-def test_evidence_of_every_default_law(family: str, second: ModuleType):
+def test_evidence_of_every_default_law(family):
     for pair, law in LAWS[family].items():
         noise = default_noise(family, *pair.split("/"))
         rng = np.random.default_rng(len(pair))
@@ -163,7 +155,7 @@ def test_evidence_of_every_default_law(family: str, second: ModuleType):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("preset", [*PIPELINES, "decode-32"])
-def test_every_preset_is_recomputed(preset: str, name: str, second: ModuleType, tmp_path: Path):
+def test_every_preset_is_recomputed(preset, name, tmp_path):
     if preset == "decode":
         pytest.skip("decode-32 takes the same steps, eight times fewer")
     model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")
@@ -185,7 +177,7 @@ def test_every_preset_is_recomputed(preset: str, name: str, second: ModuleType, 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "decode-32"])
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", "honest"), ("bfloat16", "fraud")])
-def test_the_verdict_is_that_of_verify(preset: str, dtype: str, wanted: str, second: ModuleType, tmp_path: Path):
+def test_the_verdict_is_that_of_verify(preset, dtype, wanted, tmp_path):
     """A proof in float32, and one that was made in bfloat16 and says float32."""
     round = Round(block_hash="block_alpha", public_key="node_A", preset=preset, seq_len=16)
     proof = prove(assay.load_model("reference:qwen3", dtype=dtype, device="cpu"), round, range(40))

@@ -1,4 +1,4 @@
-"""A receiver that misbehaves: late, slow, failing, and closing connections, with every callback it took in memory."""
+"""What answers on 127.0.0.1, and a receiver that misbehaves: late, slow, failing, and closing connections."""
 
 import json
 import random
@@ -13,8 +13,57 @@ from typing import Self
 MOODS = ("accept", "error", "busy", "reset", "late", "slow", "lost answer")
 
 
-class FlakyReceiver:
-    """Takes callbacks on 127.0.0.1; a share ``trouble`` of the requests goes wrong in one of six ways.
+class Answering:
+    """Listens on 127.0.0.1 until it is closed; ``handle`` answers each request."""
+
+    def __init__(self) -> None:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.handle(self)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: object) -> None:
+                pass  # the other side was killed, or has given up
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def respond(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+        handler.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+class FlakyReceiver(Answering):
+    """Takes callbacks and keeps them; a share ``trouble`` of the requests goes wrong in one of six ways.
 
     ``late`` answers after the sender has given up, ``lost answer`` takes the callback and drops the connection: both
     force the sender to deliver again.
@@ -29,38 +78,9 @@ class FlakyReceiver:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self._random = random.Random(seed)
         self._lock = threading.Lock()
-        receiver = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                receiver._handle(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass  # the other side was killed
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def _handle(self, handler: BaseHTTPRequestHandler) -> None:
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         with self._lock:
             bad = self._random.random() < self.trouble
@@ -77,12 +97,8 @@ class FlakyReceiver:
             handler.close_connection = True
             handler.connection.close()
             return
-        status = {"error": 500, "busy": 503}.get(mood, 200)
-        handler.send_response(status)
-        if mood == "busy":
-            handler.send_header("Retry-After", "0")
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
+        headers = {"Retry-After": "0"} if mood == "busy" else {}
+        self.respond(handler, {"error": 500, "busy": 503}.get(mood, 200), **headers)
 
     def _take(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
         message_id, values = handler.headers["webhook-id"], json.loads(body)

@@ -17,11 +17,16 @@ from typing import Any
 PRELOAD = ["assay.poc.service", "assay.cli.app", "assay.models", "transformers.models.qwen3.modeling_qwen3"]
 
 
-def _forked(arguments: list[str], log: str) -> None:
+def write_to(log: str) -> None:
+    """Send what this process says to a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def _forked(arguments: list[str], log: str) -> None:
+    write_to(log)
     import torch
 
     from assay.cli import run

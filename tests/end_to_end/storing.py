@@ -4,10 +4,8 @@ import hashlib
 import http.client
 import json
 import multiprocessing as mp
-import os
 import random
 import sqlite3
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 
 from assay.poc.responses import Receipts
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.end_to_end.server import PRELOAD, Server
+from tests.end_to_end.server import PRELOAD, Server, write_to
 from tests.waiting import until
 
 RECEIPTS = "/api/v1/receipts"
@@ -39,10 +37,7 @@ class StoringServer(Server):
 
 
 def _serve(data_dir: str, port: int, url: str, log: str) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    write_to(log)
     from fastapi import Request
 
     from assay.poc.net.server import listen, run_app

@@ -24,10 +24,6 @@ def _grows(watched: Watched, name: str) -> None:
     watched.wait(f"{_figure(name)} > {watched.number(name)}")
 
 
-def _shows(watched: Watched, state: str) -> None:
-    watched.wait_text("state", state)
-
-
 def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, browser):
     receiver = FlakyReceiver(trouble=0.0)
     server = launch("--callback-interval", "0.2")
@@ -39,7 +35,7 @@ def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, b
         watched.wait_text("sentence", "Waiting for a round.")
 
         server.post("/init/generate", ROUND | {"callback_url": receiver.url})
-        _shows(watched, "Generating")
+        watched.wait_text("state", "Generating")
         for name in ("checked", "valid"):
             _grows(watched, name)
             _grows(watched, name)
@@ -64,12 +60,12 @@ def test_a_round_is_followed_from_its_start_through_a_crash_to_its_end(launch, b
         watched.wait(f"{_figure('checked')} > {before}")
 
         server.post("/stop")
-        _shows(watched, "Stopped")
+        watched.wait_text("state", "Stopped")
         stopped = server.status()["total_checked"]
         watched.wait(f"{_figure('checked')} === {stopped}")
         watched.wait(f"{_figure('pending')} === 0")
         server.post("/phase/validate")
-        _shows(watched, "Validating")
+        watched.wait_text("state", "Validating")
 
         # What Chromium itself reports of the attempts while no server listened is the only noise.
         assert watched.errors_besides("net::ERR_") == []

@@ -1,7 +1,5 @@
 """Databases: what opening one costs once and not again."""
 
-from pathlib import Path
-
 import sqlalchemy as sa
 
 from assay.files.database import Database
@@ -10,11 +8,11 @@ CREATED = ["CREATE TABLE kept (name TEXT)"]
 WIDER = ["ALTER TABLE kept ADD COLUMN size INTEGER"]
 
 
-def opened(folder: Path, *migrations: list[str]) -> Database:
+def opened(folder, *migrations):
     return Database(folder, name="kept.sqlite3", migrations=migrations)
 
 
-def test_files_of_one_schema_share_their_tables(tmp_path: Path, monkeypatch):
+def test_files_of_one_schema_share_their_tables(tmp_path, monkeypatch):
     first = opened(tmp_path / "first", CREATED)
     reads: list[object] = []
     monkeypatch.setattr(sa.MetaData, "reflect", lambda *_, **__: reads.append(1))
@@ -26,7 +24,7 @@ def test_files_of_one_schema_share_their_tables(tmp_path: Path, monkeypatch):
     second.close()
 
 
-def test_another_schema_has_tables_of_its_own(tmp_path: Path):
+def test_another_schema_has_tables_of_its_own(tmp_path):
     names = []
     for migrations in ([CREATED], [CREATED, WIDER]):
         database = opened(tmp_path, *migrations)

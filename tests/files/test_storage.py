@@ -23,17 +23,10 @@ def test_committed_records_are_under_the_final_name_only(tmp_path):
     with PartialFile(path) as file:
         assert file.append({"nonce": 0}) == '{"nonce":0}'
         file.append_lines(['{"nonce":1}', '{"nonce":2}'])
-        assert not path.exists()
+        assert names(tmp_path) == ["proof.jsonl.partial"]
         file.commit()
     assert path.read_text() == '{"nonce":0}\n{"nonce":1}\n{"nonce":2}\n'
     assert names(tmp_path) == ["proof.jsonl"]
-
-
-def test_without_commit_the_partial_file_stays(tmp_path):
-    path = tmp_path / "proof.jsonl"
-    with PartialFile(path) as file:
-        file.append({"nonce": 0})
-    assert names(tmp_path) == ["proof.jsonl.partial"]
 
 
 @pytest.mark.parametrize("torn", ["", '{"nonce":2', '{"nonce":2}', "\0\0\0", '{"nonce":NaN}\n{"nonce":3}\n', "\n"])
@@ -167,20 +160,15 @@ def test_a_missing_directory_and_a_directory_in_the_way(tmp_path):
         PartialFile(tmp_path / "x")
 
 
-def test_write_atomic_replaces_in_one_step(tmp_path):
-    path = tmp_path / "report.html"
-    write_atomic(path, "old")
-    write_atomic(path, "grün")
-    assert path.read_text(encoding="utf-8") == "grün"
-    assert names(tmp_path) == ["report.html"]
-
-
-def test_write_atomic_leaves_nothing_behind_when_it_fails(tmp_path):
-    with pytest.raises(StorageError):
-        write_atomic(tmp_path / "none" / "x", "text")
-    with pytest.raises(StorageError):
-        write_atomic(tmp_path, "text")
+def test_write_atomic_replaces_in_one_step_and_leaves_nothing_behind_when_it_fails(tmp_path):
+    for missing in (tmp_path / "none" / "x", tmp_path):
+        with pytest.raises(StorageError):
+            write_atomic(missing, "text")
     assert names(tmp_path) == []
+    write_atomic(tmp_path / "report.html", "old")
+    write_atomic(tmp_path / "report.html", "grün")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "grün"
+    assert names(tmp_path) == ["report.html"]
 
 
 @pytest.mark.parametrize("write", [PartialFile, lambda path: write_atomic(path, "text")])

@@ -1,11 +1,8 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from assay.models.resolve import silence_transformers
+from assay.models.checkpoint import silence_transformers
 
 SIZES = {
     "hidden_size": 32,
@@ -20,18 +17,10 @@ SIZES = {
 
 
 @pytest.fixture
-def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+def write_checkpoint(tmp_path):
     """Writes a small trained-looking checkpoint and returns its directory."""
 
-    def write(
-        name: str = "checkpoint",
-        *,
-        architecture: str = "qwen3",
-        dtype: torch.dtype = torch.bfloat16,
-        shard: str = "1GB",
-        edit: Callable[[PreTrainedModel], None] | None = None,
-        **settings: object,
-    ) -> Path:
+    def write(name="checkpoint", *, architecture="qwen3", dtype=torch.bfloat16, shard="1GB", edit=None, **settings):
         torch.manual_seed(7)
         sizes = {**SIZES, "tie_word_embeddings": True, **settings}
         if architecture == "qwen3":
@@ -49,5 +38,5 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def checkpoint(write_checkpoint: Callable[..., Path]) -> Path:
+def checkpoint(write_checkpoint):
     return write_checkpoint()

@@ -1,7 +1,5 @@
 import hashlib
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, 
 INDEX = "model.safetensors.index.json"
 
 
-def test_the_digest_is_the_one_documented(tmp_path: Path) -> None:
+def test_the_digest_is_the_one_documented(tmp_path):
     save_file({"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
     one = hashlib.sha256(b"a\nF32\n[]\n" + b"\x00\x00\x40\x40").digest()
     two = hashlib.sha256(b"b\nF32\n[1, 2]\n" + b"\x00\x00\x80\x3f\x00\x00\x00\x40").digest()
@@ -22,21 +20,21 @@ def test_the_digest_is_the_one_documented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", "last.ckpt"])
-def test_a_pickle_is_refused_and_never_opened(checkpoint: Path, name: str) -> None:
+def test_a_pickle_is_refused_and_never_opened(checkpoint, name):
     (checkpoint / "model.safetensors").rename(checkpoint / name)
     (checkpoint / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(UnsafeCheckpoint, match=name):
         load_model(checkpoint)
 
 
-def test_no_weights_at_all(checkpoint: Path) -> None:
+def test_no_weights_at_all(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ModelNotFound, match="no weights"):
         load_model(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, 6000])
-def test_a_file_cut_short(checkpoint: Path, keep: int) -> None:
+def test_a_file_cut_short(checkpoint, keep):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(BadWeights, match="corrupt or cut short"):
@@ -44,14 +42,14 @@ def test_a_file_cut_short(checkpoint: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
-def test_an_unreadable_index(write_checkpoint: Callable[..., Path], index: str) -> None:
+def test_an_unreadable_index(write_checkpoint, index):
     directory = write_checkpoint(shard="10KB")
     (directory / INDEX).write_text(index)
     with pytest.raises(BadWeights, match="unreadable"):
         load_model(directory)
 
 
-def test_an_index_cannot_point_outside_its_directory(write_checkpoint: Callable[..., Path]) -> None:
+def test_an_index_cannot_point_outside_its_directory(write_checkpoint):
     directory = write_checkpoint(shard="10KB")
     outside = directory.parent / "outside.safetensors"
     save_file({"a": torch.ones(1)}, outside)
@@ -60,7 +58,7 @@ def test_an_index_cannot_point_outside_its_directory(write_checkpoint: Callable[
         load_model(directory)
 
 
-def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+def test_a_tensor_in_two_files(tmp_path):
     for name in ("one.safetensors", "two.safetensors"):
         save_file({"same": torch.ones(2)}, tmp_path / name)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"same": "one.safetensors", "x": "two.safetensors"}}))
@@ -69,13 +67,13 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
         list_tensors(tmp_path)
 
 
-def test_an_empty_file_of_tensors(tmp_path: Path) -> None:
+def test_an_empty_file_of_tensors(tmp_path):
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(BadWeights, match="no tensor"):
         list_tensors(tmp_path)
 
 
-def test_the_stored_dtype_is_that_of_most_values(tmp_path: Path) -> None:
+def test_the_stored_dtype_is_that_of_most_values(tmp_path):
     save_file(
         {"small": torch.ones(3), "large": torch.ones(9, dtype=torch.float16), "mask": torch.ones(99) > 0},
         tmp_path / "model.safetensors",
@@ -86,7 +84,7 @@ def test_the_stored_dtype_is_that_of_most_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 517, 999])
-def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype, bad: float, place: int) -> None:
+def test_one_value_that_is_not_finite_is_found(dtype, bad, place):
     values = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
     check_finite("w", values, "here")
     values[place] = bad

@@ -1,8 +1,5 @@
 """The list of architectures says what transformers builds, and the parts of a decoder are found."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -23,16 +20,7 @@ from assay.models.decoder import (
     rotate,
 )
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 32,
-    "tie_word_embeddings": True,
-}
+from .conftest import SIZES
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -67,7 +55,7 @@ def test_the_shortest_view_of_a_model_is_its_window():
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_the_backbone_ends_after_the_final_norm(write_checkpoint: Callable[..., Path], architecture: str) -> None:
+def test_the_backbone_ends_after_the_final_norm(write_checkpoint, architecture):
     module = load_model(write_checkpoint(architecture=architecture), dtype="float32", device="cpu").module
     with torch.inference_mode():
         ids = torch.arange(12)[None]
@@ -77,7 +65,7 @@ def test_the_backbone_ends_after_the_final_norm(write_checkpoint: Callable[..., 
     assert hidden_BTD.shape == (1, 12, 32)
 
 
-def test_a_missing_layer_is_not_overlooked(checkpoint: Path) -> None:
+def test_a_missing_layer_is_not_overlooked(checkpoint):
     module = load_model(checkpoint, device="cpu").module
     del decoder_layers(module)[0]
     with pytest.raises(LayersNotFound, match="1 layers where the configuration says 2"):
@@ -85,12 +73,12 @@ def test_a_missing_layer_is_not_overlooked(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("function", [backbone, decoder_layers])
-def test_a_module_that_is_no_language_model(function: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_module_that_is_no_language_model(function):
     with pytest.raises(LayersNotFound, match="Linear"):
         function(nn.Linear(2, 2))
 
 
-def angles(positions: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(positions, width):
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)
     turned = (positions[:, None] * frequencies).repeat(1, 2)
     return turned.cos(), turned.sin()

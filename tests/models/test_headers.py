@@ -1,8 +1,6 @@
 """A checkpoint that does not fit its configuration is refused by its headers, before anything is read or hashed."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,16 +26,16 @@ READERS = {
 
 
 @pytest.fixture(autouse=True)
-def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+def unread(monkeypatch):
     """Fails where a checkpoint is hashed, which reads all of it."""
 
-    def read(*_: object) -> str:
+    def read(*_):
         raise AssertionError("the checkpoint was hashed")
 
     monkeypatch.setattr(_load, "digest_tensors", read)
 
 
-def refusal(path: Path, reader: Callable[[Path], object]) -> BadWeights:
+def refusal(path, reader):
     with pytest.raises(BadWeights) as caught:
         reader(path)
     error = caught.value
@@ -57,14 +55,12 @@ def refusal(path: Path, reader: Callable[[Path], object]) -> BadWeights:
     ],
     ids=["missing", "surplus", "shape"],
 )
-def test_the_file_and_the_tensor_are_named(
-    checkpoint: Path, edit: Callable[[Tensors], object], says: str, reader: Callable[[Path], object]
-) -> None:
+def test_the_file_and_the_tensor_are_named(checkpoint, edit, says, reader):
     rewrite(checkpoint, edit)
     assert refusal(checkpoint, reader).seen == f"{checkpoint / 'model.safetensors'}: a tensor is {says}"
 
 
-def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_checkpoint: Callable[..., Path]) -> None:
+def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_checkpoint):
     path = write_checkpoint(shard="10KB")
     file = path / json.loads((path / INDEX).read_text())["weight_map"][NORM]
     rest = load_file(file)
@@ -73,7 +69,7 @@ def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_check
     assert refusal(path, check_loadable).seen == f"{file}: a tensor is missing, the first is '{NORM}'"
 
 
-def test_a_missing_file_of_the_index_is_named(write_checkpoint: Callable[..., Path]) -> None:
+def test_a_missing_file_of_the_index_is_named(write_checkpoint):
     path = write_checkpoint(shard="10KB")
     file = min(path.glob("*.safetensors"))
     file.unlink()
@@ -81,12 +77,12 @@ def test_a_missing_file_of_the_index_is_named(write_checkpoint: Callable[..., Pa
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
-def test_experts_that_are_stored_one_by_one_fit(kind: str, tmp_path: Path) -> None:
+def test_experts_that_are_stored_one_by_one_fit(kind, tmp_path):
     check_loadable(make_mixture(kind, tmp_path / kind, head_dim=64))
 
 
-def test_names_without_the_prefix_of_the_decoder_fit(checkpoint: Path) -> None:
-    def older(tensors: Tensors) -> None:
+def test_names_without_the_prefix_of_the_decoder_fit(checkpoint):
+    def older(tensors):
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
@@ -103,18 +99,14 @@ def test_names_without_the_prefix_of_the_decoder_fit(checkpoint: Path) -> None:
     ],
     ids=["missing", "shape", "surplus"],
 )
-def test_an_expert_is_named_as_it_is_stored(
-    tmp_path: Path, edit: Callable[[Tensors], object], kind: str, name: str
-) -> None:
+def test_an_expert_is_named_as_it_is_stored(tmp_path, edit, kind, name):
     path = make_mixture("qwen3-moe", tmp_path / "mixture", head_dim=64)
     rewrite(path, edit)
     assert f"a tensor is {kind}, the first is '{name}'" in refusal(path, check_loadable).seen
 
 
 @pytest.mark.parametrize("form", ["channel-tensors", "block", "awq", "gptq", "packed-zeros"])
-def test_a_quantised_checkpoint_is_refused_by_its_headers_too(
-    write_checkpoint: Callable[..., Path], tmp_path: Path, form: str
-) -> None:
+def test_a_quantised_checkpoint_is_refused_by_its_headers_too(write_checkpoint, tmp_path, form):
     path = store(write_checkpoint("wide", hidden_size=64, intermediate_size=64, head_dim=32), tmp_path / "stored", form)
     check_loadable(path, device="cpu")
     rewrite(path, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))

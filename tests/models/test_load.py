@@ -1,6 +1,4 @@
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +7,11 @@ from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.models.resolve import silence_transformers
+from assay.models.checkpoint import silence_transformers
 from tests.models.storing import configure, rewrite
 
 
-def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> None:
+def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint):
     model = load_model(checkpoint, device="cpu")
     with silence_transformers():
         plain = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
@@ -29,7 +27,7 @@ def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_dtype_is_honoured_and_positions_stay_exact(checkpoint: Path, name: str) -> None:
+def test_dtype_is_honoured_and_positions_stay_exact(checkpoint, name):
     model = load_model(checkpoint, dtype=name, device="cpu")
     assert {p.dtype for p in model.module.parameters()} == {getattr(torch, name)}
     frequencies = dict(model.module.named_buffers())["model.rotary_emb.inv_freq"]
@@ -37,7 +35,7 @@ def test_dtype_is_honoured_and_positions_stay_exact(checkpoint: Path, name: str)
     torch.testing.assert_close(frequencies, 10_000.0 ** -(torch.arange(0, 16, 2) / 16))
 
 
-def test_the_digest_ignores_sharding_and_the_dtype_of_loading(write_checkpoint: Callable[..., Path]) -> None:
+def test_the_digest_ignores_sharding_and_the_dtype_of_loading(write_checkpoint):
     whole, sharded = write_checkpoint("whole"), write_checkpoint("sharded", shard="10KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     digests = {
@@ -48,8 +46,8 @@ def test_the_digest_ignores_sharding_and_the_dtype_of_loading(write_checkpoint: 
     assert len(digests) == 1
 
 
-def test_the_digest_follows_values_names_shapes_and_stored_dtype(write_checkpoint: Callable[..., Path]) -> None:
-    def one_bit(module: torch.nn.Module) -> None:
+def test_the_digest_follows_values_names_shapes_and_stored_dtype(write_checkpoint):
+    def one_bit(module):
         next(module.parameters()).data[0, 0] += 1
 
     directories = [
@@ -64,7 +62,7 @@ def test_the_digest_follows_values_names_shapes_and_stored_dtype(write_checkpoin
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint: Path) -> None:
+def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint):
     assert load_model(checkpoint, device="cuda").digest == load_model(checkpoint, device="cpu").digest
     there = load_model(checkpoint, device="cuda", weights="random-all", block_hash="b").module
     here = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b").module
@@ -86,12 +84,12 @@ def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint: Path) -
         ({"block_hash": "b"}, "trained"),
     ],
 )
-def test_wrong_arguments_are_usage_errors(checkpoint: Path, arguments: dict[str, str], names: str) -> None:
+def test_wrong_arguments_are_usage_errors(checkpoint, arguments, names):
     with pytest.raises(UsageError, match=names):
         load_model(checkpoint, **arguments)
 
 
-def test_a_cuda_device_that_is_not_there(checkpoint: Path) -> None:
+def test_a_cuda_device_that_is_not_there(checkpoint):
     with pytest.raises(BackendUnavailable, match="cuda:99"):
         load_model(checkpoint, device="cuda:99")
 
@@ -103,9 +101,7 @@ def test_a_cuda_device_that_is_not_there(checkpoint: Path) -> None:
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "I8"),
     ],
 )
-def test_wrong_weights_are_refused(
-    checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None], says: str
-) -> None:
+def test_wrong_weights_are_refused(checkpoint, edit, says):
     rewrite(checkpoint, edit)
     load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
     for mode in ({}, {"weights": "random-embed", "block_hash": "b"}):
@@ -113,24 +109,22 @@ def test_wrong_weights_are_refused(
             load_model(checkpoint, device="cpu", **mode)
 
 
-def test_values_that_float16_cannot_hold_are_refused(checkpoint: Path) -> None:
+def test_values_that_float16_cannot_hold_are_refused(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
     assert load_model(checkpoint, dtype="float32", device="cpu").dtype == torch.float32
     with pytest.raises(BadWeights, match="float16"):
         load_model(checkpoint, dtype="float16", device="cpu")
 
 
-def test_sizes_that_do_not_fit_together(checkpoint: Path) -> None:
+def test_sizes_that_do_not_fit_together(checkpoint):
     configure(checkpoint, num_key_value_heads=0)
     with pytest.raises(ModelError):
         load_model(checkpoint, device="cpu")
 
 
 @pytest.mark.parametrize("place", ["from_pretrained", "from_config"])
-def test_a_model_that_does_not_fit_is_not_called_corrupt(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_a_model_that_does_not_fit_is_not_called_corrupt(checkpoint, monkeypatch, place):
+    def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
 
     monkeypatch.setattr(AutoModelForCausalLM, place, full)
@@ -139,16 +133,14 @@ def test_a_model_that_does_not_fit_is_not_called_corrupt(
         load_model(checkpoint, device="cpu", **mode)
 
 
-def test_an_unreadable_tokenizer_is_named(checkpoint: Path) -> None:
+def test_an_unreadable_tokenizer_is_named(checkpoint):
     (checkpoint / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer"):
         load_model(checkpoint, device="cpu")
 
 
-def test_loading_is_silent_and_leaves_global_settings_alone(
-    checkpoint: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def state() -> tuple[object, ...]:
+def test_loading_is_silent_and_leaves_global_settings_alone(checkpoint, capfd):
+    def state():
         return (
             torch.get_default_dtype(),
             torch.is_grad_enabled(),
@@ -168,7 +160,7 @@ def test_loading_is_silent_and_leaves_global_settings_alone(
     assert captured.out + captured.err == ""
 
 
-def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path: Path) -> None:
+def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path):
     """The softmax of GPT-OSS has a sink, which ``sdpa`` does not know."""
     sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from assay.models.quantized import check_quantisation
 from assay.poc import HFEngine, Round, prove, verify
 
 HAS_TORCHAO = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('torchao')", reason="needs torchao")
+ROUNDED = [("float8", "bfloat16"), pytest.param(("int8", "float32"), marks=HAS_TORCHAO)]
 
 
-def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(BackendUnavailable, match="eight-bit weights") as refused:
         load_model(small_checkpoint, device="cpu", quantise="int8")
@@ -25,7 +25,7 @@ def test_without_torchao_the_error_says_how_to_get_it(small_checkpoint: Path, mo
     assert "'.[quant]'" in refused.value.do
 
 
-def test_float8_needs_a_device_that_has_it(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_float8_needs_a_device_that_has_it(small_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(BackendUnavailable, match="float8 on cuda"):
         check_quantisation("float8", torch.device("cuda"))
@@ -43,38 +43,7 @@ def test_a_row_is_rounded_by_its_own_largest_magnitude():
     assert round_rows(torch.tensor([[1.0, torch.nan], [1.0, torch.inf]])).values.float().isnan().any(dim=1).all()
 
 
-def test_float8_rounds_the_decoder_s_weights_and_nothing_else(small_checkpoint: Path):
-    plain = load_model(small_checkpoint, device="cpu", dtype="bfloat16")
-    rounded = load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise="float8")
-    assert (rounded.quantised, rounded.dtype, rounded.digest) == ("float8", torch.bfloat16, plain.digest)
-    theirs = dict(rounded.module.named_parameters())
-    for name, parameter in plain.module.named_parameters():
-        if not name.endswith("_proj.weight"):
-            assert torch.equal(theirs[name], parameter), name
-            continue
-        restored = theirs[name].float() * theirs[name.replace("weight", "scales")]
-        error = (restored - parameter.float()).abs()
-        assert error.max() > 0
-        assert (error <= parameter.float().abs() / 16 + parameter.float().abs().amax(1, keepdim=True) / 2**18).all()
-
-
-def test_float8_is_a_configuration_of_its_own_on_a_cpu_too(small_checkpoint: Path):
-    round = Round(block_hash="b", public_key="k", seq_len=16)
-    plain, rounded = (
-        load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise=q) for q in (None, "float8")
-    )
-    engine = HFEngine(rounded, batch_size=8, seq_len=16)
-    proof = prove(rounded, round, range(48), engine=engine)
-    assert proof.header.fingerprint.dtype == "float8"
-    shifted = prove(rounded, round, range(5, 13), engine=engine)
-    assert shifted.distances.tolist() == proof.distances[5:13].tolist()
-    unrounded = prove(plain, round, range(48), engine=HFEngine(plain, batch_size=8, seq_len=16))
-    assert 0 < (proof.distances - unrounded.distances).std() < 0.01
-    with pytest.raises(CalibrationError, match="no default noise between float8 and bfloat16"):
-        verify(proof, plain)
-
-
-def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint: Path, monkeypatch):
+def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint, monkeypatch):
     model = load_model(small_checkpoint, device="cpu")
     monkeypatch.setattr(_quantise, "WIDTHS", 48)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
@@ -83,40 +52,46 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
     assert "multiples of 48" in refused.value.wanted
 
 
-@HAS_TORCHAO
-def test_int8_rounds_the_decoder_s_weights_and_nothing_else(small_checkpoint: Path):
-    plain = load_model(small_checkpoint, device="cpu", dtype="float32")
-    rounded = load_model(small_checkpoint, device="cpu", dtype="float32", quantise="int8")
-    assert (rounded.quantised, rounded.dtype, rounded.digest) == ("int8", torch.float32, plain.digest)
+@pytest.fixture(params=ROUNDED, ids=("float8", "int8"))
+def pair(request, small_checkpoint):
+    """The small checkpoint as it is and rounded, and the name of the format."""
+    form, dtype = request.param
+    return *(load_model(small_checkpoint, device="cpu", dtype=dtype, quantise=q) for q in (None, form)), form
+
+
+def test_the_decoder_s_weights_are_rounded_and_nothing_else(pair):
+    plain, rounded, form = pair
+    assert (rounded.quantised, rounded.dtype, rounded.digest) == (form, plain.dtype, plain.digest)
     theirs = dict(rounded.module.named_parameters())
     for name, parameter in plain.module.named_parameters():
-        other = theirs[name].data
+        other, size = theirs[name].data, parameter.float().abs()
         if not name.endswith("_proj.weight"):
             assert torch.equal(other, parameter), name
             continue
-        step = parameter.abs().amax(dim=1, keepdim=True) / 127  # one scale for each row
-        error = (other.dequantize() - parameter).abs()
+        if form == "int8":
+            restored, most = other.dequantize(), 0.51 * size.amax(dim=1, keepdim=True) / 127  # one scale for each row
+        else:
+            restored = other.float() * theirs[name.replace("weight", "scales")]
+            most = size / 16 + size.amax(dim=1, keepdim=True) / 2**18
+        error = (restored - parameter.float()).abs()
         assert error.max() > 0
-        assert (error <= 0.51 * step).all(), name
+        assert (error <= most).all(), name
 
 
-@HAS_TORCHAO
-def test_int8_is_a_configuration_of_its_own(small_checkpoint: Path):
+def test_a_rounded_model_is_a_configuration_of_its_own(pair):
+    plain, rounded, form = pair
     round = Round(block_hash="b", public_key="k", seq_len=16)
-    plain = load_model(small_checkpoint, device="cpu", dtype="float32")
-    rounded = load_model(small_checkpoint, device="cpu", dtype="float32", quantise="int8")
-    engine = HFEngine(rounded, batch_size=8, seq_len=16)
+    engine, unrounded = (HFEngine(model, batch_size=8, seq_len=16) for model in (rounded, plain))
     proof = prove(rounded, round, range(64), engine=engine)
-    assert proof.header.fingerprint.dtype == "int8"
-    assert any(kernel.startswith("torchao ") for kernel in proof.header.fingerprint.kernels)
+    assert proof.header.fingerprint.dtype == form
+    assert form != "int8" or any(kernel.startswith("torchao ") for kernel in proof.header.fingerprint.kernels)
     shifted = prove(rounded, round, range(5, 13), engine=engine)
     assert shifted.distances.tolist() == proof.distances[5:13].tolist()
+    assert 0 < (proof.distances - prove(plain, round, range(64), engine=unrounded).distances).std() < 0.01
     # Between formats there is no stated noise: nothing is accused, and nothing passes, by accident.
-    with pytest.raises(CalibrationError, match="no default noise between int8 and float32"):
-        verify(proof, plain)
-    with pytest.raises(CalibrationError, match="no default noise between int8 and int8"):
-        verify(proof, rounded)
-    claimed = replace(
-        proof, header=replace(proof.header, fingerprint=HFEngine(plain, batch_size=8, seq_len=16).fingerprint)
-    )
-    assert verify(claimed, plain, seed=1).verdict == "fraud"
+    for judge, other in ((plain, str(plain.dtype).removeprefix("torch.")), (rounded, form)):
+        with pytest.raises(CalibrationError, match=f"no default noise between {form} and {other}"):
+            verify(proof, judge)
+    if form == "int8":
+        claimed = replace(proof, header=replace(proof.header, fingerprint=unrounded.fingerprint))
+        assert verify(claimed, plain, seed=1).verdict == "fraud"

@@ -1,20 +1,17 @@
 """Random weights: the bits of every mode, their digests, and checkpoints that are written with them."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from assay import streams
 from assay.errors import StorageError, UsageError
-from assay.models import Model, load_model, save_random
+from assay.models import checkpoint as _resolve
 from assay.models import load as _save
-from assay.models import resolve as _resolve
+from assay.models import load_model, save_random
 
 
-def bits(model: Model) -> dict[str, list[int]]:
+def bits(model):
     as_integer = {2: torch.int16, 4: torch.int32}
     return {
         name: p.detach().view(as_integer[p.element_size()]).flatten().tolist()
@@ -23,7 +20,7 @@ def bits(model: Model) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def small_shape(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def small_shape(checkpoint, monkeypatch):
     """A shape of the catalogue that is small enough to be made in a test."""
     monkeypatch.setitem(_resolve.CATALOGUE, "shape:small", {})
     monkeypatch.setattr(_resolve, "_HERE", checkpoint)
@@ -32,7 +29,7 @@ def small_shape(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "shape:small"
 
 
-def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(checkpoint: Path) -> None:
+def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(checkpoint):
     model = load_model(checkpoint, dtype="float32", device="cpu", weights="random-all", block_hash="b7")
     definition = streams.get_backend("numpy")
     for name, parameter in model.module.named_parameters():
@@ -42,8 +39,8 @@ def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(
         assert np.array_equal(parameter.detach().numpy(), expected), name
 
 
-def test_the_cast_is_last_and_to_nearest(checkpoint: Path) -> None:
-    def load(dtype: str) -> dict[str, torch.Tensor]:
+def test_the_cast_is_last_and_to_nearest(checkpoint):
+    def load(dtype):
         model = load_model(checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="b")
         return dict(model.module.named_parameters())
 
@@ -52,7 +49,7 @@ def test_the_cast_is_last_and_to_nearest(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["random-all", "random-embed"])
-def test_random_modes_repeat_and_differ_by_block(checkpoint: Path, mode: str) -> None:
+def test_random_modes_repeat_and_differ_by_block(checkpoint, mode):
     first, again, other = (load_model(checkpoint, device="cpu", weights=mode, block_hash=b) for b in ("a", "a", "b"))
     assert bits(first) == bits(again)
     assert bits(first) != bits(other)
@@ -60,7 +57,7 @@ def test_random_modes_repeat_and_differ_by_block(checkpoint: Path, mode: str) ->
     assert first.weights == mode
 
 
-def test_digests_tell_every_recipe_apart(write_checkpoint: Callable[..., Path], small_shape: str) -> None:
+def test_digests_tell_every_recipe_apart(write_checkpoint, small_shape):
     checkpoint, turned = write_checkpoint("one"), write_checkpoint("two", rms_norm_eps=1e-3)
     digests = [
         load_model(reference, device="cpu", weights=mode, block_hash=block).digest
@@ -71,7 +68,7 @@ def test_digests_tell_every_recipe_apart(write_checkpoint: Callable[..., Path], 
     assert len(set(digests)) == len(digests)
 
 
-def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(checkpoint: Path) -> None:
+def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(checkpoint):
     trained = bits(load_model(checkpoint, device="cpu"))
     model = load_model(checkpoint, device="cpu", weights="random-embed", block_hash="a")
     everything = bits(load_model(checkpoint, device="cpu", weights="random-all", block_hash="a"))
@@ -82,35 +79,26 @@ def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(check
     assert model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight
 
 
-def test_random_embed_leaves_a_head_of_its_own_alone(write_checkpoint: Callable[..., Path]) -> None:
-    directory = write_checkpoint(tie_word_embeddings=False)
-    trained, mixed = (
-        bits(load_model(directory, device="cpu", **options))
-        for options in ({}, {"weights": "random-embed", "block_hash": "a"})
-    )
-    changed = {name for name in trained if trained[name] != mixed[name]}
-    assert changed == {"model.embed_tokens.weight"}
-
-
-def test_random_embed_keeps_apart_what_it_was_laid_on(write_checkpoint: Callable[..., Path]) -> None:
-    def nudge(module: torch.nn.Module) -> None:
+def test_random_embed_leaves_a_head_of_its_own_alone_and_names_what_it_was_laid_on(write_checkpoint):
+    def nudge(module):
         module.get_parameter("model.norm.weight").data += 1
 
-    one, two = write_checkpoint("one"), write_checkpoint("two", edit=nudge)
-    digests = {load_model(d, device="cpu", weights="random-embed", block_hash="a").digest for d in (one, two)}
-    assert len(digests) == 2
+    one, two = (
+        write_checkpoint(name, tie_word_embeddings=False, edit=e) for name, e in (("one", None), ("two", nudge))
+    )
+    trained = bits(load_model(one, device="cpu"))
+    laid = [load_model(path, device="cpu", weights="random-embed", block_hash="a") for path in (one, two)]
+    mixed = bits(laid[0])
+    assert {name for name in trained if trained[name] != mixed[name]} == {"model.embed_tokens.weight"}
+    assert laid[0].digest != laid[1].digest
 
 
-def test_a_shape_keeps_its_norms_at_one_and_defaults_to_bfloat16(small_shape: str) -> None:
-    model = load_model(small_shape, device="cpu")
-    assert (model.weights, model.dtype, model.tokenizer) == ("random-all", torch.bfloat16, None)
-    norms = {name for name, p in model.module.named_parameters() if bool((p == 1).all())}
-    assert norms == {name for name, p in model.module.named_parameters() if p.ndim == 1}
-    assert any("q_norm" in name for name in norms)
-
-
-def test_a_shape_has_one_default_block_and_takes_any_other(small_shape: str) -> None:
+def test_a_shape_has_norms_of_one_and_a_default_dtype_and_block(small_shape):
     default = load_model(small_shape, device="cpu")
+    assert (default.weights, default.dtype, default.tokenizer) == ("random-all", torch.bfloat16, None)
+    norms = {name for name, p in default.module.named_parameters() if bool((p == 1).all())}
+    assert norms == {name for name, p in default.module.named_parameters() if p.ndim == 1}
+    assert any("q_norm" in name for name in norms)
     named = load_model(small_shape, device="cpu", weights="random-all", block_hash="assay")
     other = load_model(small_shape, device="cpu", weights="random-all", block_hash="b")
     assert bits(default) == bits(named) != bits(other)
@@ -118,7 +106,7 @@ def test_a_shape_has_one_default_block_and_takes_any_other(small_shape: str) -> 
 
 
 @pytest.mark.parametrize("mode", ["random-all", "random-embed"])
-def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint: Path, tmp_path: Path, mode: str) -> None:
+def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint, tmp_path, mode):
     made = load_model(checkpoint, device="cpu", weights=mode, block_hash="b")
     path = save_random(checkpoint, tmp_path / "sub" / "random", weights=mode, block_hash="b")
     loaded = load_model(path, device="cpu")
@@ -128,7 +116,7 @@ def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint: Path, tmp_path: P
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
 
 
-def test_dtype_and_tokenizer_go_with_it(tmp_path: Path) -> None:
+def test_dtype_and_tokenizer_go_with_it(tmp_path):
     path = save_random("reference:llama", tmp_path / "r", weights="random-all", block_hash="b", dtype="float16")
     model = load_model(path, device="cpu")
     assert model.dtype == torch.float16
@@ -138,15 +126,15 @@ def test_dtype_and_tokenizer_go_with_it(tmp_path: Path) -> None:
     )
 
 
-def test_trained_weights_and_existing_paths_are_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
+def test_trained_weights_and_existing_paths_are_usage_errors(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="trained"):
         save_random(checkpoint, tmp_path / "r", weights="trained")
     with pytest.raises(UsageError, match="exists"):
         save_random(checkpoint, checkpoint, weights="random-all", block_hash="b")
 
 
-def test_a_failed_write_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
+def test_a_failed_write_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     model = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")

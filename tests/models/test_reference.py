@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assay.models import Model, load_model
-from assay.models.resolve import find_bundled
+from assay.models import load_model
+from assay.models.checkpoint import find_bundled
 
 NAMES = ["reference:qwen3", "reference:llama"]
 DIGESTS = {
@@ -16,12 +16,12 @@ DIGESTS = {
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def model(request: pytest.FixtureRequest) -> Model:
+def model(request):
     return load_model(request.param, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_committed_weights_are_the_ones_described(name: str) -> None:
+def test_the_committed_weights_are_the_ones_described(name):
     model = load_model(name, device="cpu")
     assert model.digest == DIGESTS[name]
     assert model.dtype == torch.bfloat16
@@ -31,7 +31,7 @@ def test_the_committed_weights_are_the_ones_described(name: str) -> None:
     assert (find_bundled(name) / "model.safetensors").stat().st_size < 16_000_000
 
 
-def test_no_token_is_added_and_the_special_ones_are_there(model: Model) -> None:
+def test_no_token_is_added_and_the_special_ones_are_there(model):
     tokenizer = model.tokenizer
     assert tokenizer is not None
     assert tokenizer("")["input_ids"] == []
@@ -44,6 +44,6 @@ def test_no_token_is_added_and_the_special_ones_are_there(model: Model) -> None:
 
 @given(text=st.text())
 @settings(max_examples=200, deadline=None)
-def test_any_text_survives_the_tokenizer(model: Model, text: str) -> None:
+def test_any_text_survives_the_tokenizer(model, text):
     assert model.tokenizer is not None
     assert model.tokenizer.decode(model.tokenizer(text)["input_ids"]) == text

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
+from assay.models import checkpoint as _resolve
 from assay.models import list_models, load_model, model_info
-from assay.models import resolve as _resolve
+from assay.models.checkpoint import resolve
 from assay.models.load import identify
-from assay.models.resolve import resolve
 from tests.models.storing import configure
 
 
 @pytest.fixture
-def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_cache(monkeypatch):
     monkeypatch.setattr(_resolve, "_cached", lambda hub_id: None)
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, names: list[str] | Exception) -> None:
+def answer(monkeypatch, names):
     """Makes the hub publish files of these names, or fail."""
 
-    def model_info(self: object, hub_id: str, *, timeout: float) -> SimpleNamespace:
+    def model_info(self, hub_id, *, timeout):
         assert timeout <= 10
         if isinstance(names, Exception):
             raise names
@@ -41,7 +41,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, names: list[str] | Exception) -> Non
         ("shape:llama3.1-8b", "shape:llama-3.1-8b"),
     ],
 )
-def test_a_wrong_bundled_name_gets_a_suggestion(wrong: str, meant: str) -> None:
+def test_a_wrong_bundled_name_gets_a_suggestion(wrong, meant):
     with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'"):
         load_model(wrong)
 
@@ -50,9 +50,7 @@ def test_a_wrong_bundled_name_gets_a_suggestion(wrong: str, meant: str) -> None:
     ("bare", "meant"),
     [("qwen3", "reference:qwen3"), ("organism", "reference:organism"), ("qwen3-4b", "shape:qwen3-4b")],
 )
-def test_a_bundled_name_without_its_prefix_gets_a_suggestion(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bare: str, meant: str
-) -> None:
+def test_a_bundled_name_without_its_prefix_gets_a_suggestion(monkeypatch, tmp_path, bare, meant):
     answer(monkeypatch, AssertionError("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'"):
@@ -63,19 +61,19 @@ def test_a_bundled_name_without_its_prefix_gets_a_suggestion(
 
 
 @pytest.mark.parametrize("path", ["./absent", "a/b/c", "~absent/model", Path("owner/name")])
-def test_a_missing_directory_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str | Path) -> None:
+def test_a_missing_directory_is_not_looked_up_on_the_hub(monkeypatch, path):
     answer(monkeypatch, AssertionError("the hub was asked"))
     with pytest.raises(ModelNotFound, match="no directory"):
         load_model(path)
 
 
-def test_a_file_is_no_model(checkpoint: Path) -> None:
+def test_a_file_is_no_model(checkpoint):
     with pytest.raises(ModelNotFound, match="is a file"):
         load_model(checkpoint / "model.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', "\xff", "[" * 100_000])
-def test_an_unreadable_configuration(checkpoint: Path, text: str) -> None:
+def test_an_unreadable_configuration(checkpoint, text):
     (checkpoint / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError, match=r"config\.json"):
         load_model(checkpoint)
@@ -90,50 +88,50 @@ def test_an_unreadable_configuration(checkpoint: Path, text: str) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )
-def test_a_configuration_that_cannot_be_used(checkpoint: Path, settings: dict[str, object], says: str) -> None:
+def test_a_configuration_that_cannot_be_used(checkpoint, settings, says):
     configure(checkpoint, **settings)
     with pytest.raises(ModelError, match=says):
         load_model(checkpoint)
 
 
-def test_code_that_comes_with_a_checkpoint_is_not_run(checkpoint: Path) -> None:
+def test_code_that_comes_with_a_checkpoint_is_not_run(checkpoint):
     configure(checkpoint, model_type="custom", auto_map={"AutoConfig": "evil.Config"})
     (checkpoint / "evil.py").write_text("raise SystemExit('code was run')")
     with pytest.raises(ModelError, match="custom"):
         load_model(checkpoint)
 
 
-def test_an_adapter_is_refused(checkpoint: Path) -> None:
+def test_an_adapter_is_refused(checkpoint):
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter"):
         load_model(checkpoint)
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_an_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
     answer(monkeypatch, httpx.ConnectTimeout("timed out"))
     with pytest.raises(ModelNotFound, match="timed out"):
         load_model("owner/name")
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_a_hub_model_that_is_a_pickle_is_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_that_is_a_pickle_is_refused_before_the_download(monkeypatch):
     answer(monkeypatch, ["config.json", "pytorch_model.bin"])
     monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(UnsafeCheckpoint, match=r"pytorch_model\.bin"):
         load_model("owner/name")
 
 
-def test_a_whole_copy_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_a_whole_copy_in_the_cache_needs_no_network(monkeypatch, checkpoint):
     answer(monkeypatch, AssertionError("the hub was asked"))
     monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: str(checkpoint))
     assert load_model("owner/name", device="cpu").digest == load_model(checkpoint, device="cpu").digest
 
 
-def test_half_a_copy_in_the_cache_is_completed(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def test_half_a_copy_in_the_cache_is_completed(monkeypatch, checkpoint):
     calls = []
 
-    def snapshot_download(hub_id: str, *, local_files_only: bool = False, **options: object) -> str:
+    def snapshot_download(hub_id, *, local_files_only=False, **options):
         calls.append(local_files_only)
         return str(checkpoint.parent if local_files_only else checkpoint)
 
@@ -155,7 +153,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("reference", PUBLISHED)
-def test_shapes_have_the_published_sizes(reference: str) -> None:
+def test_shapes_have_the_published_sizes(reference):
     info = model_info(reference)
     assert PUBLISHED[reference] == (
         info.parameters,
@@ -168,7 +166,7 @@ def test_shapes_have_the_published_sizes(reference: str) -> None:
     )
 
 
-def test_the_list_holds_every_bundled_model_trained_ones_first() -> None:
+def test_the_list_holds_every_bundled_model_trained_ones_first():
     infos = list_models()
     trained = ["reference:qwen3", "reference:llama", "reference:organism"]
     assert [info.reference for info in infos] == [*trained, *PUBLISHED]
@@ -177,26 +175,26 @@ def test_the_list_holds_every_bundled_model_trained_ones_first() -> None:
     assert all(info.licence == "no weights included" for info in infos[3:])
 
 
-def test_a_directory_is_described_without_its_weights(checkpoint: Path) -> None:
+def test_a_directory_is_described_without_its_weights(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     info = model_info(checkpoint)
     assert (info.hidden_size, info.num_layers, info.licence) == (32, 2, "unknown")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_is_named_as_if_it_had_been_loaded_and_takes_no_memory(checkpoint: Path, dtype: str) -> None:
+def test_a_checkpoint_is_named_as_if_it_had_been_loaded_and_takes_no_memory(checkpoint, dtype):
     named, loaded = identify(checkpoint, dtype=dtype), load_model(checkpoint, dtype=dtype, device="cpu")
     assert named.device == torch.device("meta")
     for fact in ("digest", "weights", "reference", "dtype", "architecture", "hidden_size", "num_layers", "vocab_size"):
         assert getattr(named, fact) == getattr(loaded, fact)
 
 
-def test_a_reference_leads_to_its_directory(checkpoint: Path) -> None:
+def test_a_reference_leads_to_its_directory(checkpoint):
     assert resolve(checkpoint).checkpoint == checkpoint
     assert (resolve("reference:qwen3").checkpoint / "model.safetensors").is_file()
 
 
-def test_a_shape_has_no_checkpoint_and_nothing_has_none_either(tmp_path: Path) -> None:
+def test_a_shape_has_no_checkpoint_and_nothing_has_none_either(tmp_path):
     with pytest.raises(UsageError, match="models random"):
         identify("shape:qwen3-0.6b", dtype="float32")
     with pytest.raises(ModelNotFound):

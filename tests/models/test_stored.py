@@ -1,6 +1,7 @@
-"""Checkpoints that are stored in eight bits: what is read as it is, and what is refused by its name."""
+"""Checkpoints that are stored in eight or four bits: what is read as it is, and what is refused by its name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,44 @@ from assay.models import load_model
 from assay.models import quantized as _formats
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.load import identify
-from assay.models.quantized import check_device, read_format
+from assay.models.quantized import AWQ_PLACES, check_device, read_format, unpack_words
 from assay.poc import HFEngine, Round, calibrate, get_pipeline, prove, verify
 from assay.poc.engines.hf import fused as _fused
 from assay.poc.engines.hf.fused import LeanDecoder, is_lean
-from tests.models.storing import FORMATS, configure, described, restored, rewrite, store
+from tests.models.storing import FORMATS, FOUR_BITS, configure, described, packed, restored, rewrite, store
 from tests.poc.engines import plain_kernels
 
-NAMES = {"tensor": "float8", "channel": "float8", "channel-tensors": "float8", "int8": "int8-rows"}
+NAMES = dict.fromkeys(FORMATS, "float8") | {
+    "block": "float8-block",
+    "block-tensors": "float8-block",
+    "int8": "int8-rows",
+}
+NAMES |= dict.fromkeys(FOUR_BITS, "int4-groups")
 LAYER = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def stored(request: pytest.FixtureRequest, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A small checkpoint in each format, and the name of the format."""
-    path = store(small_checkpoint, tmp_path_factory.mktemp("stored") / "model", request.param)
-    return path, NAMES.get(request.param, "float8-block")
+GROUP = 32
 
 
 @pytest.fixture(scope="module")
-def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(small_checkpoint, tmp_path_factory):
+    """A function that gives the small checkpoint in a format, written once."""
+    paths: dict[str, Path] = {}
+
+    def write(form):
+        if form not in paths:
+            paths[form] = store(small_checkpoint, tmp_path_factory.mktemp("stored") / "model", form)
+        return paths[form]
+
+    return write
+
+
+@pytest.fixture(params=NAMES)
+def stored(request, written):
+    """A small checkpoint in each format, and the name of the format."""
+    return written(request.param), NAMES[request.param]
+
+
+@pytest.fixture(scope="module")
+def mixture_checkpoint(tmp_path_factory):
     """A mixture of random weights, whose experts are stacked in the file."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -46,6 +65,7 @@ def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("stored", FORMATS, indirect=True)
 def test_a_layer_multiplies_by_what_is_stored(stored):
     path, name = stored
     model = load_model(path, device="cpu")
@@ -61,7 +81,7 @@ def test_a_layer_multiplies_by_what_is_stored(stored):
 
 
 @pytest.mark.parametrize("form", ["channel", "block", "int8"])
-def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint: Path, tmp_path: Path, form: str):
+def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint, tmp_path, form):
     path = store(mixture_checkpoint, tmp_path / "model", form)
     model, plain = load_model(path, device="cpu"), load_model(mixture_checkpoint, device="cpu", dtype="float32")
     experts = model.module.model.layers[0].mlp.experts
@@ -74,12 +94,74 @@ def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint: Path, tmp_pat
     assert torch.equal(alone, ours[3:4])
 
 
-def test_the_digest_covers_the_scales_and_the_configuration(stored, tmp_path: Path):
+def entry(tensors, form, row, column):
+    """One number of the layer's weight, by the definition of its layout, with whole numbers of Python."""
+
+    def four_bits(name, at, place):
+        return int(tensors[f"{LAYER}.{name}"][at]) % 2**32 >> 4 * place & 15
+
+    group, awq = column // GROUP, [0, 2, 4, 6, 1, 3, 5, 7]
+    if form == "awq":
+        at, place = row // 8, awq.index(row % 8)
+        number, zero = four_bits("qweight", (column, at), place), four_bits("qzeros", (group, at), place)
+        return (number - zero) * float(tensors[f"{LAYER}.scales"][group, row])
+    if form == "gptq":
+        zero = four_bits("qzeros", (group, row // 8), row % 8) + 1
+        number = four_bits("qweight", (column // 8, row), column % 8)
+        return (number - zero) * float(tensors[f"{LAYER}.scales"][group, row])
+    zero = 8 if form == "packed" else four_bits("weight_zero_point", (row // 8, group), row % 8)
+    number = four_bits("weight_packed", (row, column // 8), column % 8)
+    return (number - zero) * float(tensors[f"{LAYER}.weight_scale"][row, group])
+
+
+@pytest.mark.parametrize("form", FOUR_BITS)
+def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint):
+    path = written(form)
+    model = load_model(path, device="cpu", dtype="float32")
+    assert (model.quantised, model.dtype) == ("int4-groups", torch.float32)
+    weight, tensors = model.module.get_submodule(LAYER).weight.detach(), load_file(path / "model.safetensors")
+    for row in range(0, weight.shape[0], 3):
+        for column in range(0, weight.shape[1], 5):
+            assert float(weight[row, column]) == entry(tensors, form, row, column)
+    before = load_model(small_checkpoint, device="cpu", dtype="float32").module.get_submodule(LAYER).weight.detach()
+    assert 0.02 < (weight - before).norm() / before.norm() < 0.15
+    assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("form", FOUR_BITS)
+def test_a_weight_in_another_dtype_is_rounded_once_and_its_scale_first(written, form):
+    path = written(form)
+    weight = load_model(path, device="cpu", dtype="bfloat16").module.get_submodule(LAYER).weight
+    tensors = load_file(path / "model.safetensors")
+    name = f"{LAYER}.{'scales' if form in ('awq', 'gptq') else 'weight_scale'}"
+    tensors[name] = tensors[name].to(torch.bfloat16).float()
+    for row, column in ((0, 0), (1, 33), (7, 9), (60, 63)):
+        exact = torch.tensor(entry(tensors, form, row, column))
+        assert weight[row, column] == exact.to(torch.bfloat16)
+
+
+def test_packing_and_unpacking_are_inverse_also_for_words_with_the_highest_bit():
+    numbers = torch.randint(0, 16, (5, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for places in (tuple(range(8)), AWQ_PLACES):
+        assert torch.equal(unpack_words(packed(numbers, places), places), numbers)
+    assert int(packed(torch.full((8,), 15))) == -1
+
+
+@pytest.mark.parametrize("form", ["packed", "gptq"])
+def test_experts_in_four_bits_are_restored_one_by_one(mixture_checkpoint, tmp_path, form):
+    model = load_model(store(mixture_checkpoint, tmp_path / "model", form), device="cpu", dtype="float32")
+    plain = load_model(mixture_checkpoint, device="cpu", dtype="float32")
+    for name in ("gate_up_proj", "down_proj"):
+        ours, theirs = (getattr(m.module.model.layers[0].mlp.experts, name) for m in (model, plain))
+        assert 0.02 < (ours - theirs).norm() / theirs.norm() < 0.15
+
+
+def test_the_digest_covers_the_scales_and_the_configuration(stored, tmp_path):
     path, _ = stored
     digest = load_model(path, device="cpu").digest
     assert identify(path, dtype="bfloat16").digest == digest
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
-    name = next(name for name in tensors if "weight_scale" in name)
+    name = next(name for name in tensors if "scale" in name)
     seen = {digest}
     for changed, stated in (
         (tensors | {name: tensors[name] * 2}, config),
@@ -107,7 +189,8 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
     assert max(map(abs, verdict.residuals)) < 1e-6
 
 
-def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("stored", FORMATS, indirect=True)
+def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch):
     monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
     model = load_model(stored[0], device="cpu")
     engine = HFEngine(model, batch_size=4, seq_len=8)
@@ -122,79 +205,107 @@ def test_compiled_kernels_give_what_the_layers_give(stored, monkeypatch: pytest.
     assert (LeanDecoder(model, 8).last_hidden(inputs) - states).norm() < 0.03 * states.norm()
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
-        ({"quant_method": None}, "quant_method None"),
-        ({"quant_method": []}, "quant_method []"),
-        ({"activation_scheme": "static"}, "activation_scheme 'static'"),
-        ({"fmt": "e5m2"}, "fmt 'e5m2'"),
-        ({"weight_block_size": [0, 128]}, "the size of a block"),
-        ({"weight_block_size": "128"}, "the size of a block"),
-    ],
-)
-def test_other_float8_configurations_are_refused_by_name(change, said):
-    with pytest.raises(ModelError, match=f"is quantised with {said}".replace("[", r"\[")):
-        read_format("model", {"quantization_config": described("channel") | change})
+TENSORS, F8, GROUP_0 = "channel-tensors", torch.float8_e4m3fn, ("config_groups", "group_0")
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("form", "place", "value", "said"),
     [
-        (("format",), "nvfp4-pack-quantized", "format 'nvfp4-pack-quantized'"),
-        (("format",), "pack-quantized", "input_activations"),
-        (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
-        (("config_groups",), {}, "config_groups"),
-        (("config_groups", "group_0", "weights", "num_bits"), 4, "num_bits 4"),
-        (("config_groups", "group_0", "weights", "strategy"), "group", "strategy 'group'"),
-        (("config_groups", "group_0", "weights", "symmetric"), False, "symmetric False"),
-        (("config_groups", "group_0", "input_activations"), None, "num_bits None"),
-        (("config_groups", "group_0", "input_activations", "dynamic"), False, "dynamic False"),
-        (("config_groups", "group_0", "input_activations", "type"), "int", "type 'int'"),
-        (("config_groups", "group_0", "output_activations"), {"num_bits": 8}, "output_activations"),
+        ("channel", ("quant_method",), "bitsandbytes", "quant_method 'bitsandbytes'"),
+        ("channel", ("quant_method",), None, "quant_method None"),
+        ("channel", ("quant_method",), [], "quant_method []"),
+        ("channel", ("activation_scheme",), "static", "activation_scheme 'static'"),
+        ("channel", ("fmt",), "e5m2", "fmt 'e5m2'"),
+        ("channel", ("weight_block_size",), [0, 128], "the size of a block"),
+        ("channel", ("weight_block_size",), "128", "the size of a block"),
+        (TENSORS, ("format",), "nvfp4-pack-quantized", "format 'nvfp4-pack-quantized'"),
+        (TENSORS, ("format",), "pack-quantized", "input_activations"),
+        (TENSORS, ("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
+        (TENSORS, ("config_groups",), {}, "config_groups"),
+        (TENSORS, (*GROUP_0, "weights", "num_bits"), 4, "num_bits 4"),
+        (TENSORS, (*GROUP_0, "weights", "strategy"), "group", "strategy 'group'"),
+        (TENSORS, (*GROUP_0, "weights", "symmetric"), False, "symmetric False"),
+        (TENSORS, (*GROUP_0, "input_activations"), None, "num_bits None"),
+        (TENSORS, (*GROUP_0, "input_activations", "dynamic"), False, "dynamic False"),
+        (TENSORS, (*GROUP_0, "input_activations", "type"), "int", "type 'int'"),
+        (TENSORS, (*GROUP_0, "output_activations"), {"num_bits": 8}, "output_activations"),
+        ("awq", ("bits",), 8, "bits 8"),
+        ("awq", ("version",), "gemv", "version 'gemv'"),
+        ("awq", ("zero_point",), False, "zero_point False"),
+        ("awq", ("group_size",), 0, "group_size 0"),
+        ("gptq", ("desc_act",), True, "desc_act True"),
+        ("gptq", ("sym",), False, "sym False"),
+        ("gptq", ("checkpoint_format",), "gptq_v2", "checkpoint_format 'gptq_v2'"),
+        ("packed", (*GROUP_0, "weights", "actorder"), "group", "actorder 'group'"),
+        ("packed", (*GROUP_0, "weights", "num_bits"), 8, "num_bits 8"),
+        ("packed", (*GROUP_0, "weights", "type"), "float", "type 'float'"),
     ],
 )
-def test_other_compressed_tensors_are_refused_by_name(place, value, said):
-    config = described("channel-tensors")
-    owner = config
+def test_other_configurations_are_refused_by_name(form, place, value, said):
+    config = owner = described(form)
     for key in place[:-1]:
         owner = owner[key]
     owner[place[-1]] = value
-    with pytest.raises(ModelError, match=f"is quantised with {said}"):
+    with pytest.raises(ModelError, match=re.escape(f"is quantised with {said}")):
         read_format("model", {"quantization_config": config})
 
 
+def changed(name, how):
+    """A change of one tensor of the layer."""
+    return lambda tensors: tensors.update({f"{LAYER}.{name}": how(tensors[f"{LAYER}.{name}"])})
+
+
+def left_out(name):
+    return lambda tensors: tensors.pop(name)
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("form", "change", "said"),
     [
-        (lambda t: t.pop(f"{LAYER}.weight_scale"), "has 0 tensors of scales"),
-        (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(3, 1)}), "has the shape"),
-        (lambda t: t.update({f"{LAYER}.weight_scale": -t[f"{LAYER}.weight_scale"]}), "not positive"),
-        (lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"] * torch.nan}), "NaN or infinity"),
-        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:-1].contiguous()}), "has the shape"),
-        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].view(torch.int8)}), "is stored as I8"),
-        (lambda t: t[f"{LAYER}.weight"].view(torch.uint8).fill_(127), "NaN or infinity"),
-        (lambda t: t.pop("model.norm.weight"), "'model.norm.weight' is missing"),
-        (lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "surplus"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}), "no weight of a linear"),
+        (TENSORS, left_out(f"{LAYER}.weight_scale"), "has 0 tensors of scales"),
+        (TENSORS, changed("weight_scale", lambda _: torch.ones(3, 1)), "has the shape"),
+        (TENSORS, changed("weight_scale", lambda scale: -scale), "not positive"),
+        (TENSORS, changed("weight_scale", lambda scale: scale * torch.nan), "NaN or infinity"),
+        (TENSORS, changed("weight", lambda weight: weight[:-1].contiguous()), "has the shape"),
+        (TENSORS, changed("weight", lambda weight: weight.view(torch.int8)), "is stored as I8"),
+        (TENSORS, lambda t: t[f"{LAYER}.weight"].view(torch.uint8).fill_(127), "NaN or infinity"),
+        (TENSORS, left_out("model.norm.weight"), "'model.norm.weight' is missing"),
+        (TENSORS, lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "surplus"),
+        (TENSORS, lambda t: t.update({"model.norm.weight": torch.ones(64).to(F8)}), "no weight of a linear"),
+        ("gptq", lambda t: t[f"{LAYER}.qzeros"].fill_(0), "other zeros"),
+        ("gptq", lambda t: t[f"{LAYER}.g_idx"].fill_(0), "out of order"),
+        ("gptq", left_out(f"{LAYER}.scales"), "is missing"),
+        ("awq", changed("scales", lambda scales: scales * torch.inf), "NaN or infinity"),
+        ("awq", changed("qweight", lambda weight: weight.long()), "packed in int32"),
+        ("packed", lambda t: t[f"{LAYER}.weight_shape"].fill_(1), "weight_shape"),
+        ("packed", lambda t: t.update({f"{LAYER}.extra": torch.ones(2)}), "surplus"),
+        ("packed-zeros", left_out(f"{LAYER}.weight_zero_point"), "is missing"),
     ],
 )
-def test_damaged_checkpoints_are_refused(small_checkpoint: Path, tmp_path: Path, change, said):
-    path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
+def test_damaged_checkpoints_are_refused(small_checkpoint, tmp_path, form, change, said):
+    path = store(small_checkpoint, tmp_path / "model", form)
     rewrite(path, change)
     with pytest.raises(BadWeights, match=said):
         load_model(path, device="cpu")
 
 
-def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint: Path, tmp_path: Path):
+def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint, tmp_path):
     path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
     configure(path, tie_word_embeddings=False)
     with pytest.raises(BadWeights, match=r"'lm_head\.weight' is missing"):
         load_model(path, device="cpu")
 
 
-def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint: Path):
+def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint, tmp_path):
+    path = store(small_checkpoint, tmp_path / "model", "packed")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 48
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadWeights, match="in groups of 48"):
+        load_model(path, device="cpu")
+
+
+def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint):
     with pytest.raises(UsageError, match="stored in"):
         load_model(stored[0], device="cpu", quantise="int8")
     with pytest.raises(UsageError, match="stored in"):
@@ -203,21 +314,21 @@ def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(sto
         load_model(small_checkpoint, device="cpu", quantise="float8-block")
 
 
-def cuda(monkeypatch: pytest.MonkeyPatch, *capability: int) -> torch.device:
+def cuda(monkeypatch, *capability):
     """A CUDA device of that capability, where triton is installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(_formats, "find_spec", lambda name: object())
     return torch.device("cuda")
 
 
-def form_of(name: str, **more: int) -> _formats.StoredFormat:
+def form_of(name, **more):
     form = read_format("model", {"quantization_config": described(name, **more)})
     assert form is not None
     return form
 
 
 @pytest.mark.parametrize("form", [form_of("block", block=128), form_of("int8")], ids=lambda form: form.name)
-def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch: pytest.MonkeyPatch):
+def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch):
     check_device(form, cuda(monkeypatch, 9, 0))
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
         check_device(form, cuda(monkeypatch, 10, 0))
@@ -228,7 +339,7 @@ def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch: pytest.M
     check_device(form, torch.device("cpu"))
 
 
-def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch):
+def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch):
     with pytest.raises(BackendUnavailable, match="a scale for 64 x 64 numbers, on cuda") as refused:
         check_device(form_of("block", block=64), cuda(monkeypatch, 9, 0))
     assert "128 x 128" in refused.value.wanted

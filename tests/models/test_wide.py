@@ -27,7 +27,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def factors(dtype):
     torch.manual_seed(3)
     return torch.randn(48, 96).to(dtype), torch.randn(64, 96).to(dtype), torch.randn(64).to(dtype)
 
@@ -35,7 +35,7 @@ def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @BOTH
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.usefixtures("without_fast_products")
-def test_a_product_is_that_of_float32_rounded_once(product: str, dtype: torch.dtype):
+def test_a_product_is_that_of_float32_rounded_once(product, dtype):
     given = factors(dtype)
     with wide_products(given[0]):
         found = PRODUCTS[product](*given)
@@ -45,7 +45,7 @@ def test_a_product_is_that_of_float32_rounded_once(product: str, dtype: torch.dt
 
 @BOTH
 @pytest.mark.usefixtures("without_fast_products")
-def test_the_products_of_its_backward_pass_are_in_float32_too(dtype: torch.dtype):
+def test_the_products_of_its_backward_pass_are_in_float32_too(dtype):
     x, weight, bias = (part.requires_grad_() for part in factors(dtype))
     passed_back = torch.ones(48, 64, dtype=dtype)
     with Products() as products, wide_products(x):
@@ -73,7 +73,7 @@ def test_other_numbers_multiply_as_before():
             functional.linear(x, weight.float())
 
 
-def test_only_a_cpu_without_fast_products_takes_them(monkeypatch: pytest.MonkeyPatch):
+def test_only_a_cpu_without_fast_products_takes_them(monkeypatch):
     monkeypatch.setattr(wide.platform, "machine", lambda: "aarch64")
     assert not is_wide(CPU, torch.bfloat16)
     monkeypatch.setattr(wide, "_is_fast", lambda dtype: dtype == torch.bfloat16)

@@ -10,34 +10,22 @@ from assay.errors import UsageError
 from assay.pages.report import INK, MUTED, PAPER, RULE, SERIES, figure, heatmap, histogram_over_density, legend, to_svg
 
 
-def sample_svg(prefix="f1"):
+def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
     fig, ax = figure()
     histogram_over_density(ax, np.linspace(-2, 2, 50), lambda x: np.exp(-(x**2)))
     ax.plot([0, 1], [0.2, 0.3], label="band", color=SERIES[1])
     legend(ax)
     ax.set_xlabel("distance")
-    return to_svg(fig, prefix=prefix, description='a "quoted" <plot> \\1')
-
-
-def test_no_placeholder_colour_and_no_outside_reference_is_left():
-    svg = sample_svg()
+    svg = to_svg(fig, prefix="f1", description='a "quoted" <plot> \\1')
     assert not any(colour in svg for colour in (*SERIES, INK, MUTED, RULE, PAPER))
     assert "var(--c1)" in svg
     assert "var(--ink)" in svg
     for forbidden in ("<metadata", "<?xml", "DOCTYPE", "matplotlib.org", "DejaVu", "<image"):
         assert forbidden not in svg
-
-
-def test_it_is_well_formed_and_described():
-    root = ElementTree.fromstring(sample_svg())
+    root = ElementTree.fromstring(svg)
     assert root.get("aria-label") == 'a "quoted" <plot> \\1'
     assert root.get("width") is None
     assert [float(x) for x in root.get("viewBox").split()][:2] == [0, 0]
-
-
-def test_every_inner_reference_resolves():
-    svg = sample_svg()
-    root = ElementTree.fromstring(svg)
     known = {e.get("id") for e in root.iter()}
     links = [v[1:] for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
     assert links

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.protocol.round import Pack, group_rows
+from assay.poc.protocol.round import group_rows
 
 SEQ_LEN, BATCH = 8, 8
 
@@ -57,11 +57,3 @@ def test_rounds_of_another_shape_are_another_pack():
         Round(**base | {"preset": "hardened"}),
     ]
     assert len(group_rows([(round, 0) for round in rounds])) == 4
-
-
-def test_texts_are_those_of_the_rows():
-    rows = _rows("poc-2.0")
-    pack = Pack(block_hash="b1", public_key="any", seq_len=SEQ_LEN, rows=tuple(rows))
-    wanted = [text for round, nonce in rows for text in round.texts("reflection", [nonce], count=2)]
-    assert pack.texts("reflection", range(len(rows)), count=2) == wanted
-    assert pack.block_text("target") == rows[0][0].block_text("target")

@@ -45,14 +45,6 @@ def test_odd_shapes_keep_a_row_s_bits(batch_size: int, seq_len: int, small_model
         assert shifted == {n: whole[n] for n in shifted}
 
 
-def test_reference_models_keep_a_nonce_s_bits(reference_model):
-    round = Round(block_hash="b", public_key="k", seq_len=32)
-    engine = HFEngine(reference_model, batch_size=8, seq_len=32)
-    whole = distances(prove(reference_model, round, range(16), engine=engine))
-    shifted = distances(prove(reference_model, round, [3, 9, 15], engine=engine))
-    assert shifted == {n: whole[n] for n in (3, 15, 9)}
-
-
 def test_nonces_of_any_kind_are_taken(small_model, round_: Round, proof: Proof):
     for nonces in (np.arange(3), [np.uint8(0), 1, np.int64(2)], (n for n in range(3)), {0: "a", 1: "b", 2: "c"}):
         made = prove(small_model, round_, nonces, batch_size=8)

@@ -62,14 +62,13 @@ def test_too_small_a_sample_is_undecided(proof: Proof, small_model):
         *(("seed", value) for value in (-1, 1.5, "x")),
         *(("alpha", value) for value in (0.0, 1.0)),
         ("beta", 0.0),
-        ("prover_dtype", "fp16"),
     ],
 )
 def test_what_is_out_of_range_is_refused_before_the_work(name: str, value, proof: Proof, small_model):
     def progress(done: int, total: int) -> None:
         raise AssertionError("nothing should be computed")
 
-    with pytest.raises(UsageError, match=name.replace("prover_dtype", "number format")):
+    with pytest.raises(UsageError, match=name):
         verify(proof, small_model, progress=progress, **{name: value})
 
 
@@ -194,12 +193,12 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     half, wide = (load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32"))
     round = Round(block_hash="b", public_key="k", seq_len=64, preset=preset)
     honest = prove(half, round, range(32))
-    agreed = {"prover_dtype": "float16", "seed": 1}  # the order of the nonces may decide the verdict of few
+    agreed = {"expect": Pins(prover_dtype="float16"), "seed": 1}  # the order may decide the verdict of few nonces
     assert verify(honest, wide, **agreed).honest
     cheat = prove(cheats.rounded(half, 8), round, range(32))
     assert verify(cheat, wide, **agreed).fraud
     lie = stating(cheat, "bfloat16")
-    assert not verify(lie, wide, prover_dtype="bfloat16", seed=1).fraud
+    assert not verify(lie, wide, expect=Pins(prover_dtype="bfloat16"), seed=1).fraud
     with pytest.raises(ProofMismatch, match="wanted: one made in float16"):
         verify(lie, wide, **agreed)
     assert verify(stating(prove(reference_model, round, range(64)), "float16"), wide, **agreed).fraud
@@ -214,13 +213,13 @@ def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proo
         verify(wider, small_model)
     assert "wanted: one made in float16 or float32" in str(refused.value)
     assert refused.value.do.endswith("--prover-dtype bfloat16")
-    assert verify(wider, small_model, prover_dtype="bfloat16").honest
+    assert verify(wider, small_model, expect=Pins(prover_dtype="bfloat16")).honest
     measured = calibrate(wider, hardened)  # is of engines, and so of one format
     assert verify(wider, small_model, calibration=measured).honest
     several = measured.merged(calibrate(hardened, hardened))
     with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16"):
         verify(wider, small_model, calibration=several)  # the prover would choose its law
-    assert verify(wider, small_model, calibration=several, prover_dtype="bfloat16").honest
+    assert verify(wider, small_model, calibration=several, expect=Pins(prover_dtype="bfloat16")).honest
     path = tmp_path / "hardened.jsonl"
     hardened.save(path)
     assert "number_formats" not in path.read_text()

@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import BlockLaw, chord_cdf, r_target_for, valid_rate
-from assay.stats.blocks import MeasuredBlockLaw
+from assay.stats.chord import MeasuredBlockLaw
 
 D = 8192
 

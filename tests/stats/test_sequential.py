@@ -200,7 +200,7 @@ def test_too_few_honest_nonces_decide_nothing_and_exclude_no_share():
     results = [SequentialTest(SCALE, effect=4.0).update([0.0] * n).result for n in (0, 1, 2, 8, 32, 64)]
     assert [result.verdict for result in results[:3]] == ["undecided"] * 3
     assert [result.share_excluded for result in results[3:]] == [None, 0.4, 0.1]
-    assert (results[0].log_e_value, results[0].log_evidence_honest, results[0].junk_share_excluded) == (0.0, 0.0, 1.0)
+    assert (results[0].log_e_value, results[0].log_evidence_honest) == (0.0, 0.0)
 
 
 # Values that are not numbers
@@ -218,14 +218,6 @@ def test_non_finite_values_are_gross_and_the_strongest_evidence(law, bad):
 
 
 # Bookkeeping
-
-
-def test_junk_share_is_the_rule_of_no_gross_value():
-    result = SequentialTest(ScaleNoise(1e-7 * 2), effect=4.0).update([0.0] * 100).result
-    assert result.junk_share_excluded == pytest.approx(1 - 0.01 ** (1 / 100), rel=1e-2)
-    with_one = SequentialTest(ScaleNoise(1e-7 * 2), effect=4.0).update([0.0] * 99 + [1e-3]).result
-    assert with_one.gross == 1
-    assert with_one.junk_share_excluded > result.junk_share_excluded
 
 
 @given(st.lists(st.floats(-1e-3, 1e-3), min_size=1, max_size=40), st.integers(0, 40), st.randoms())

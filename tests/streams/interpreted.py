@@ -1,4 +1,6 @@
-"""Run the kernels of Gumbel numbers in triton's interpreter, which needs no GPU, and print SHA-256 of their results.
+"""Kernels of tests, and the kernels of Gumbel numbers in triton's interpreter, which needs no GPU.
+
+It prints SHA-256 of what they give:
 
 TRITON_INTERPRET=1 python -m tests.streams.interpreted
 """
@@ -31,6 +33,13 @@ def gumbel_kernel(hashes_N, out_N, n, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(hashes_N + place, mask=place < n).to(tl.uint32, bitcast=True)
     tl.store(out_N + place, kernels._gumbel(h), mask=place < n)
+
+
+@triton.jit
+def root_kernel(first_bits, out, BLOCK: tl.constexpr):
+    """The root, as the streams take it, of every float32 from one on."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, kernels._root((first_bits + place).to(tl.float32, bitcast=True)))
 
 
 def scores():

@@ -116,12 +116,6 @@ def test_no_fused_reflections_on_the_cpu(name):
     assert get_backend(name).reflected(torch.zeros(5, 16), seeds(TEXTS)) is None
 
 
-@pytest.mark.parametrize("shape", [(16,), (4, 16), (5, 4, 4)])
-def test_reflections_want_seeds_for_every_row(backend, shape):
-    with pytest.raises(UsageError, match="seeds of 5 rows"):
-        backend.reflected(torch.zeros(shape), seeds(TEXTS))
-
-
 def test_seeds_in_every_form(backend):
     expected = digest(backend.normals(np.array([1, 2**32 - 1], np.uint32), 9))
     for form in ([1, 2**32 - 1], [[1], [2**32 - 1]], np.array([1, 2**32 - 1]), np.array([9, 1, 9, 2**32 - 1])[1::2]):
@@ -151,29 +145,19 @@ def test_bad_seeds(backend, wrong):
         backend.normals(wrong, 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sub_seeds_are_for_normals_only(backend, kind):
-    with pytest.raises(UsageError, match="strength=32"):
-        getattr(backend, kind)(seeds(TEXTS, strength=256), 4)
+REFUSED = [
+    *(("n = ", kind, ([1], n)) for kind in (*KINDS, "normals") for n in (-1, 2**32, 1.5, "4", None)),
+    *(("k = ", "picks", ([1], 4, k)) for k in (-1, 5, 1.5)),
+    *(("float32, float16, bfloat16", "normals", ([1], 4, dtype)) for dtype in ("float64", "fp16", None, np.float32)),
+    *(("strength=32", kind, (seeds(TEXTS, strength=256), 4)) for kind in KINDS),  # sub-seeds are for normals only
+    *(("seeds of 5 rows", "reflected", (torch.zeros(shape), seeds(TEXTS))) for shape in ((16,), (4, 16), (5, 4, 4))),
+]
 
 
-@pytest.mark.parametrize("n", [-1, 2**32, 1.5, "4", None])
-@pytest.mark.parametrize("kind", [*KINDS, "normals"])
-def test_bad_n(backend, kind, n):
-    with pytest.raises(UsageError, match="n = "):
-        getattr(backend, kind)([1], n)
-
-
-@pytest.mark.parametrize("k", [-1, 5, 1.5])
-def test_bad_k(backend, k):
-    with pytest.raises(UsageError, match="k = "):
-        backend.picks([1], 4, k)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "fp16", None, np.float32])
-def test_bad_dtype(backend, dtype):
-    with pytest.raises(UsageError, match="float32, float16, bfloat16"):
-        backend.normals([1], 4, dtype)
+@pytest.mark.parametrize(("words", "kind", "arguments"), REFUSED)
+def test_bad_arguments(backend, words, kind, arguments):
+    with pytest.raises(UsageError, match=words):
+        getattr(backend, kind)(*arguments)
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])

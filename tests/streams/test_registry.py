@@ -19,27 +19,19 @@ def test_auto_is_torch_on_the_cpu():
     assert get_backend().device == "cpu"
 
 
-@pytest.mark.parametrize("name", ["Torch", "cuda", "", "murmur", "numba"])
-def test_unknown_name(name):
-    with pytest.raises(UsageError, match="numpy, torch, triton"):
-        get_backend(name)
+DEVICES = ("gpu", "cuda:", "cuda:x", "cuda:007", "cuda:٣", "cuda:128", "cuda:99999999999", "")
+REFUSED = [
+    *((UsageError, "numpy, torch, triton", (name,)) for name in ("Torch", "cuda", "", "murmur", "numba")),
+    *((UsageError, "cpu, cuda or cuda:<number>", ("torch", device)) for device in DEVICES),
+    (UsageError, "device cpu", ("numpy", "cuda")),  # the definition stays there
+    *((BackendUnavailable, "cuda:99", (name, "cuda:99")) for name in ("torch", "auto")),
+]
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:007", "cuda:٣", "cuda:128", "cuda:99999999999", ""])
-def test_unknown_device(device):
-    with pytest.raises(UsageError, match="cpu, cuda or cuda:<number>"):
-        get_backend("torch", device)
-
-
-def test_the_definition_stays_on_the_cpu():
-    with pytest.raises(UsageError, match="device cpu"):
-        get_backend("numpy", "cuda")
-
-
-@pytest.mark.parametrize("name", ["torch", "auto"])
-def test_a_device_that_is_not_there(name):
-    with pytest.raises(BackendUnavailable, match="cuda:99"):
-        get_backend(name, "cuda:99")
+@pytest.mark.parametrize(("error", "words", "arguments"), REFUSED)
+def test_unknown_names_and_absent_devices(error, words, arguments):
+    with pytest.raises(error, match=words):
+        get_backend(*arguments)
 
 
 def test_a_backend_whose_packages_are_absent(monkeypatch):

@@ -93,7 +93,7 @@ def test_a_row_that_does_not_exist_gets_nothing(triton_backend):
 
 def test_the_root_of_every_value_there_is(triton_backend):
     """All float32 from 2**-30 to 16, and 0, against the float64 root, which rounds to the right float32."""
-    from tests.streams.root_kernel import root_kernel
+    from tests.streams.interpreted import root_kernel
 
     first, last = (int(np.float32(value).view(np.int32)) for value in (2.0**-30, 16.0))
     step, block = 1 << 25, 1024

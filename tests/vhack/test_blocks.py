@@ -17,18 +17,10 @@ def model(request):
     from transformers import AutoConfig, AutoModel
 
     family, heads, groups = request.param
-    more = {"residual_multiplier": 0.4, "attention_multiplier": 0.3} if family == "granite" else {}
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=8,
-        vocab_size=16,
-        **more,
-    )
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 16}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups}
+    sizes |= {"residual_multiplier": 0.4, "attention_multiplier": 0.3} if family == "granite" else {}
+    config = AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModel.from_config(config).eval().requires_grad_(False)

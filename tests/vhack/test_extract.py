@@ -97,22 +97,16 @@ def test_a_pair_with_equal_sides_is_skipped_and_reported(extracted, small_pairs,
     assert all(torch.allclose(axes, basis.axes[name]) for name, axes in found.axes.items())
 
 
-def test_pairs_without_any_difference_are_refused(extracted):
+def test_pairs_that_cannot_be_used_are_named(extracted, small_pairs):
     with pytest.raises(DataError, match="none of 3 pairs"):
         extracted([Pair(f"p{n}", "x", "x", group="g") for n in range(3)], n_heldout=0)
-
-
-def test_a_pair_that_occurs_twice_is_named(extracted, small_pairs):
     again = replace(small_pairs[2], group="elsewhere", tags=("new",))
     with pytest.raises(DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"):
         extracted([*small_pairs, again])
-
-
-def test_a_pair_that_cannot_be_used_is_named(extracted, small_pairs):
-    pairs = [replace(pair, hack="") if index == 4 else pair for index, pair in enumerate(small_pairs)]
+    empty = [replace(pair, hack="") if index == 4 else pair for index, pair in enumerate(small_pairs)]
     # The name counts all pairs, those that are held out too.
     with pytest.raises(DataError, match=r"pair 4 \(group 'group 0'\), hack side: empty completion"):
-        extracted(pairs, n_heldout=None, heldout_groups=["group 1"])
+        extracted(empty, n_heldout=None, heldout_groups=["group 1"])
 
 
 @pytest.mark.parametrize("wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"rank": 0}, {"n_heldout": 6}])

@@ -11,7 +11,6 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.gradients import batches as _batches
-from assay.vhack.gradients import division as _division
 from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
     WIDE_COPIES_IN_TURNS,
@@ -218,12 +217,6 @@ def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_mat
         rows["a"][2, 3] = rows["b"][1, 0] = bad
         with pytest.raises(DataError, match="sample 1 in b"):
             check_finite(SampleGradients(rows), encoded)
-
-
-def test_tensors_are_added_up_over_processes_in_groups_of_a_bounded_size(monkeypatch):
-    monkeypatch.setattr(_division, "_AT_ONCE", 8)
-    parts = [torch.zeros(size) for size in (3, 5, 1, 20, 8)]
-    assert [[len(part) for part in some] for some in _division._in_groups(parts)] == [[3, 5], [1], [20], [8]]
 
 
 @pytest.mark.parametrize(

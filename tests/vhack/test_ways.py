@@ -13,7 +13,7 @@ from assay.vhack import target_modules, weight_svd
 from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients import taps as _taps
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.fused import Norm, _even, is_plain_norm, sample_products, segment_products
+from assay.vhack.gradients.fused import Gate, Norm, is_plain_norm, load_kernels, sample_products, segment_products
 from assay.vhack.gradients.per_sample import Recipe, Replica, recipe_for
 from assay.vhack.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import sequential_gradients, worst_error
@@ -235,43 +235,88 @@ def test_forward_functions_of_their_own_are_kept(gradients_of, small_model, want
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sum_over_rows_of_each_sample(dtype):
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(40, 7, generator=generator).to(dtype) for _ in range(2))
-    segments = Segments.of([1, 30, 9], left.device)
-    found = segment_products(left, right, segments.offsets, None)
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def use(request, device):
+    """Numbers drawn in a dtype on a device, and the kernels that it has: those of triton, or torch on a CPU."""
+    if device == "cuda":
+        pytest.importorskip("triton")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(request.param)
+
+    kernels = load_kernels(torch.device(device, 0), request.param)
+    assert (kernels is None) == (device == "cpu")
+    return draw, kernels
+
+
+@pytest.mark.parametrize("columns", [64, 100, 2560])
+def test_the_sum_over_rows_of_each_sample(use, columns):
+    draw, kernels = use
+    left, right = draw(700, columns), draw(700, columns)
+    segments = Segments.of([1, 300, 33, 366], left.device)
+    found, again = (segment_products(left, right, segments.offsets, kernels) for _ in range(2))
     expected = torch.stack([(left[a:b].double() * right[a:b].double()).sum(0) for a, b in segments.bounds])
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found, again)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sum_over_tokens_of_samples_of_one_length(dtype):
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(9, 30, 7, generator=generator).to(dtype) for _ in range(2))
+@pytest.mark.parametrize("samples", [2, 9])
+@pytest.mark.parametrize("tokens", [37, 1, 0])
+def test_the_sum_over_tokens_of_samples_of_one_length(use, samples, tokens):
+    draw, kernels = use
+    left, right = draw(samples, tokens, 70), draw(samples, tokens, 70)
     found = sample_products(left, right)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), (left.double() * right.double()).sum(1), rtol=1e-6, atol=1e-5)
-    for tokens in (30, 1, 0):
-        some = left[:, :tokens], right[:, :tokens]
-        by_rows = segment_products(*(part.flatten(0, 1) for part in some), _even(9, tokens, left.device), None)
-        torch.testing.assert_close(by_rows, sample_products(*some), rtol=1e-5, atol=1e-5)
+    wanted = (left.double() * right.double()).sum(1)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    offsets = torch.arange(samples + 1, device=left.device) * tokens
+    by_rows = segment_products(left.flatten(0, 1), right.flatten(0, 1), offsets, kernels)
+    torch.testing.assert_close(by_rows, found, rtol=1e-5, atol=1e-5)
 
 
-def test_the_norm_is_that_of_transformers(small_model):
-    norm = small_model.module.model.layers[0].input_layernorm
+def outcome(function, inputs, gradient):
+    """What a function gives, and the gradients of its inputs."""
+    leaves = [each.clone().requires_grad_() for each in inputs]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, gradient)
+
+
+def assert_near(found, wanted):
+    for ours, theirs in zip(found, wanted, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < (1e-6 if theirs.dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(37, 2560), (2, 5, 3, 128), (7, 48)])
+def test_the_norm_is_that_of_transformers(use, shape):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    draw, kernels = use
+    norm = Qwen3RMSNorm(shape[-1], eps=1e-6)
     assert is_plain_norm(norm)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, 5, 64, generator=generator) * 3
-    weight = torch.randn(2, 5, 64, generator=generator)
-    results = []
-    for ours in (True, False):
-        leaf = inputs.clone().requires_grad_()
-        out = Norm.apply(leaf, norm.weight.detach(), norm.variance_epsilon, None) if ours else norm(leaf)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), leaf)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    norm.weight = torch.nn.Parameter(draw(shape[-1]), requires_grad=False)
+    inputs, gradient = [3 * draw(*shape)], draw(*shape)
+    ours = outcome(lambda x: Norm.apply(x, norm.weight, 1e-6, kernels), inputs, gradient)
+    assert_near(ours, outcome(norm, inputs, gradient))
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+def test_the_kernels_of_the_gate(use):
+    draw, kernels = use
+    inputs, gradient = [4 * draw(33, 700) for _ in range(2)], draw(33, 700)
+    ours = outcome(lambda a, b: Gate.apply(a, b, kernels), inputs, gradient)
+    assert_near(ours, outcome(lambda a, b: torch.nn.functional.silu(a) * b, inputs, gradient))
 
 
 def test_a_norm_that_computes_something_else_is_left_alone():

@@ -2,10 +2,12 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.end_to_end.receiver import Answering
 
 
-class Receiver:
+class Receiver(Answering):
     """Keeps every callback once, by its id, while it answers 200 without a delay of seconds or after it."""
 
     def __init__(self, *, delay: float = 0.0, status: int = 200) -> None:
@@ -13,35 +15,17 @@ class Receiver:
         self.bodies: dict[str, dict] = {}
         self.asked = 0
         self._mended = threading.Event()
-        outer = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                outer.asked += 1
-                status = outer.status
-                if outer.delay and outer._mended.wait(outer.delay):
-                    status = 503  # it was asked before it was mended, and the sender has given up
-                if status == 200:
-                    outer.bodies[self.headers["webhook-id"]] = json.loads(body)
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, *args) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *args) -> None:
-                """Say nothing: a sender that gave up is what a slow receiver is for."""
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers["content-length"]))
+        self.asked += 1
+        status = self.status
+        if self.delay and self._mended.wait(self.delay):
+            status = 503  # it was asked before it was mended, and the sender has given up
+        if status == 200:
+            self.bodies[handler.headers["webhook-id"]] = json.loads(body)
+        self.respond(handler, status)
 
     def nonces(self, block: str) -> list[int]:
         """Every nonce that was announced for a block, as often as it was, in ascending order."""
@@ -55,5 +39,4 @@ class Receiver:
 
     def close(self) -> None:
         self._mended.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().close()

@@ -143,8 +143,7 @@ def test_the_documented_installation_is_the_one_that_is_tested():
 
 @pytest.mark.skipif(ON_GPU, reason="the commands for machines without a GPU")
 def test_the_documented_commands_serve_chat_and_prove(server):
-    receiver = Receiver()
-    try:
+    with Receiver() as receiver:
         words = server.begin_round(receiver.url)
         done = subprocess.run(words, capture_output=True, text=True, cwd=server.data_dir, timeout=120, check=True)
         assert json.loads(done.stdout)["status"] == "OK", done.stdout
@@ -152,5 +151,3 @@ def test_the_documented_commands_serve_chat_and_prove(server):
         until(lambda: len(receiver.nonces("B")) >= 8, 240)
         assert {one["status"] for one in asyncio.run(talk(server.url, 4))} == {200}
         server.post("/stop").raise_for_status()
-    finally:
-        receiver.close()

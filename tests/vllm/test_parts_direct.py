@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.base import HostCopy
 from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import (
     CALLS,
-    FAILURES,
     MOST,
     CallSizer,
     DirectPasses,
-    _empty_cache_like,
     direct_path_blockers,
 )
 from assay.poc.vllm.rows import Spec, split_id
@@ -150,15 +147,6 @@ def runner(
     return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=device)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"mode": "both"}, {"share": 0.0}, {"share": 1.5}, {"share": float("nan")}, {"chat_in_flight": 0}, {"drain": -1.0}],
-)
-def test_settings_of_the_throttle_are_bounded(wrong):
-    with pytest.raises(UsageError):
-        ThrottleSettings(**wrong)
-
-
 def throttled(chat: int, **settings) -> Throttle:
     """A throttle over an engine with so many requests of clients."""
     throttle = Throttle(ThrottleSettings(**settings), lambda: throttle.chat_now + throttle.in_flight, 16)
@@ -166,17 +154,10 @@ def throttled(chat: int, **settings) -> Throttle:
     return throttle
 
 
-@pytest.mark.parametrize(
-    ("chat", "settings", "limit"),
-    [
-        (0, {"chat_in_flight": 2, "quiet": 0.0, "in_flight": 9}, 9),
-        (1, {"chat_in_flight": 2, "in_flight": 9}, 2),
-        (1, {"mode": "exclusive", "in_flight": 9}, 9),
-        (1, {"mode": "exclusive"}, 16),
-    ],
-)
-def test_chat_lowers_the_limit_and_an_idle_or_exclusive_engine_raises_it(chat: int, settings: dict, limit: int):
-    assert throttled(chat, **settings).limit == limit
+def test_chat_lowers_the_limit_and_an_idle_or_exclusive_engine_raises_it():
+    assert throttled(0, chat_in_flight=2, quiet=0.0, in_flight=9).limit == 9
+    assert throttled(1, chat_in_flight=2, in_flight=9).limit == 2
+    assert [throttled(1, mode="exclusive", **given).limit for given in ({"in_flight": 9}, {})] == [9, 16]
 
 
 def test_nonces_over_the_limit_wait_until_one_leaves():
@@ -234,40 +215,26 @@ def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
     assert sizer.next(0.1, 5) == 4
 
 
-@pytest.mark.parametrize("batch", [1, 20, 100, MOST, 10 * MOST])
-def test_calls_have_few_sizes(batch: int):
-    sizer, sizes = CallSizer(batch, seconds=0.001, nonces=MOST), set()
-    for fitting in range(1, MOST + 1):
-        sizes.add(sizer.next((fitting + 0.5) / 1000, MOST))
-        assert sizer.next((fitting + 0.5) / 1000, MOST) <= fitting
-    assert len({size for size in sizes if size < batch}) <= 2 * batch.bit_length()
-    assert all(size % batch == 0 for size in sizes if size > batch)
-
-
 @pytest.fixture(autouse=True)
 def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
 
 
-def test_without_chat_all_nonces_run_in_calls_two_at_once_and_come_in_order():
-    workers = Workers()
-    assert run(workers, 203) == list(range(203))
-    assert workers.requested == []
-    assert list(chain(*workers.called)) == list(range(203))
-    assert workers.most == CALLS
-    calls = len(workers.called)
-    assert workers.client.direct.describe() == {"now": True, "reason": None, "calls": calls, "nonces": 203}
-    assert workers.client.direct.in_flight == 0
-
-
-@pytest.mark.parametrize("engines", [2, 3])
-def test_every_engine_gets_an_equal_share_of_each_call(engines: int):
+@pytest.mark.parametrize("engines", [1, 2, 3])
+def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(engines: int):
     workers = Workers(engines=engines)
     assert run(workers, 203) == list(range(203))
     assert workers.requested == []
     assert sorted(chain(*workers.called)) == list(range(203))
+    direct = workers.client.direct
+    assert direct.describe() == {"now": True, "reason": None, "calls": direct.calls, "nonces": 203}
+    assert direct.in_flight == 0
+    if engines == 1:
+        assert list(chain(*workers.called)) == list(range(203))
+        assert (workers.most, len(workers.called)) == (CALLS, direct.calls)
+        return
     assert sorted(chain(*chain(*workers.dealt))) == list(range(203))
-    assert len(workers.dealt) == workers.client.direct.calls
+    assert len(workers.dealt) == direct.calls
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
@@ -280,22 +247,6 @@ def worker_of(begin) -> WorkerExtension:
     worker.assay_passes = SimpleNamespace(begin=begin)
     worker.model_runner = SimpleNamespace(device=torch.device("cpu"))
     return worker
-
-
-def test_a_worker_runs_the_share_of_its_engine():
-    ran = []
-
-    def begin(spec, nonces, batch):
-        ran.append((nonces, batch))
-        return HostCopy(torch.tensor(nonces, dtype=torch.float32))
-
-    worker = worker_of(begin)
-    assert worker.assay_pass("a", "key", [[1, 3], [2, 4]], 2, True)[0]["nonces"] == [2, 4]
-    assert worker.assay_pass("b", "key", [[5], []], 1, True) == [{"call": "b"}]
-    one = worker.assay_pass("c", "key", [[6, 7]], 2, True)[0]
-    assert one["nonces"] == [6, 7]  # one engine, whatever it is called
-    assert one["seconds"] > 0
-    assert ran == [([2, 4], 2), ([6, 7], 2)]
 
 
 def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
@@ -329,20 +280,6 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
     assert happened == wanted
 
 
-def test_with_chat_nonces_are_requests_and_calls_come_back_after_it():
-    workers = Workers(quiet=0.0, share=1.0)
-
-    async def chat(done: int) -> None:
-        workers.chat = int(40 <= done < 120)
-
-    assert run(workers, 400, between=chat) == list(range(400))
-    called = sorted(chain(*workers.called))
-    assert called[0] == 0
-    assert called[-1] == 399
-    assert workers.requested
-    assert sorted(workers.requested + called) == list(range(400))
-
-
 @pytest.mark.parametrize(("settings", "batch"), [({"path": "requests"}, 4), ({}, 0)])
 def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(settings, batch):
     workers = Workers(batch=batch, **settings)
@@ -352,45 +289,11 @@ def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(sett
     assert (described["now"], described["reason"]) == (False, "a reason" if not batch else "ASSAY_VLLM_PATH=requests")
 
 
-def test_what_a_call_did_not_run_is_requested_and_after_some_failures_there_are_no_calls():
-    async def scenario() -> None:
-        workers = Workers()
-        workers.broken = True
-        assert await values_of(workers, 64) == list(range(64))
-        assert sorted(workers.requested) == list(range(64))
-        assert FAILURES <= len(workers.called) <= FAILURES + CALLS
-        workers.called.clear()
-        assert await values_of(workers, 16) == list(range(16))
-        assert workers.called == []
-        assert workers.client.direct.describe() == {"now": False, "reason": "broken", "calls": 0, "nonces": 0}
-
-    asyncio.run(scenario())
-
-
 def test_an_engine_that_dies_fails_its_nonces_in_words():
     workers = Workers()
     workers.dead = True
     with pytest.raises(ModelError, match="EngineCore died"):
         run(workers, 64)
-
-
-def test_the_rest_of_a_stream_says_nothing_about_the_next_call():
-    workers = Workers(batch=16)
-    run(workers, 500)
-    sizer = workers.client.direct._sizers[8]
-    before = (sizer.seconds, sizer.nonces, set(sizer.tried))
-    assert before[1] > 3
-    workers.called.clear()
-    assert run(workers, 3) == list(range(3))
-    assert workers.called == [[0, 1, 2]]
-    assert (sizer.seconds, sizer.nonces, sizer.tried) == before
-
-
-def test_values_are_asked_for_alone_only_where_no_call_follows():
-    workers = Workers(batch=16)
-    assert run(workers, 16 * 100) == list(range(16 * 100))
-    assert len(workers.called) > 20
-    assert workers.flushed <= 2
 
 
 def test_values_that_the_workers_have_lost_are_computed_again():
@@ -466,14 +369,6 @@ PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an
 def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: int, activations: int, batch: int):
     made = config()
     assert DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len) == batch
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)])
-def test_the_private_cache_lies_in_memory_as_that_of_the_engine(order):
-    own = torch.ones([(9, 2, 4, 8)[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
-    made = _empty_cache_like(own, 5)
-    assert (made.shape, made.any().item()) == ((5, 2, 4, 8), False)
-    assert sorted(range(4), key=made.stride) == sorted(range(4), key=own.stride)
 
 
 def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():

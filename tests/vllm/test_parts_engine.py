@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from assay.errors import BackendUnavailable, ModelError, UsageError
+from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm.endpoint_plugin import plugin
-from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill, explain_start
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from tests.waiting import until
@@ -182,20 +182,11 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
     assert engine.fingerprint.as_dict()["library"] == ", ".join(("vllm 0", *engine.fingerprint.kernels))
 
 
-@pytest.mark.parametrize(
-    ("engines", "workers", "dealt", "said"),
-    [
-        (1, 1, False, []),
-        (1, 2, False, []),
-        (1, 1, True, []),
-        (1, 2, True, ["ep 2"]),
-        (2, 1, False, ["dp 2"]),
-        (2, 2, True, ["dp 2", "ep 4"]),
-    ],
-)
-def test_the_fingerprint_says_over_what_experts_are_spread(engines: int, workers: int, dealt: bool, said: list[str]):
-    parallel = SimpleNamespace(data_parallel_size=engines, tensor_parallel_size=workers, enable_expert_parallel=dealt)
-    assert _rows.experts_over(parallel) == said
+def test_the_fingerprint_says_over_what_experts_are_spread():
+    said = {(1, 2, True): ["ep 2"], (2, 1, False): ["dp 2"], (2, 2, True): ["dp 2", "ep 4"]}
+    for engines, workers, dealt in ((1, 1, False), (1, 2, False), (1, 1, True), *said):
+        sizes = {"data_parallel_size": engines, "tensor_parallel_size": workers, "enable_expert_parallel": dealt}
+        assert _rows.experts_over(SimpleNamespace(**sizes)) == said.get((engines, workers, dealt), [])
 
 
 class Engine:
@@ -271,17 +262,3 @@ def test_a_replay_on_a_gpu_starts_its_processes_anew_unless_the_user_chose_anoth
         assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == (chosen or "spawn")
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
     assert started["options"] == {"max_num_seqs": 2}
-
-
-@pytest.mark.parametrize(
-    ("raised", "error", "words"),
-    [
-        (TypeError("no option x"), UsageError, "options of vLLM: no option x"),
-        (ValueError("of 3"), UsageError, "options of vLLM: of 3"),
-        (OSError("no file"), ModelError, "vLLM does not start: OSError: no file"),
-        (BackendUnavailable("as it is", wanted="w", do="d"), BackendUnavailable, "as it is"),
-    ],
-)
-def test_what_stops_a_start_is_said_in_words(raised: Exception, error: type[Exception], words: str):
-    with pytest.raises(error, match=words), explain_start():
-        raise raised

@@ -22,22 +22,14 @@ from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
-from assay.poc.vllm.rows import spans
 
 DIGEST = "0" * 64
 
 
 def params(**values):
     given = {"n": 1, "seed": None, "extra_args": None, "logit_bias": None, "max_tokens": 9, "detokenize": True}
-    given |= {
-        "temperature": 0.7,
-        "top_k": -1,
-        "top_p": 0.9,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-    }
+    given |= {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": 0.0}
+    given |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     return SimpleNamespace(output_kind=SimpleNamespace(name="DELTA"), **given | values)
 
 
@@ -269,14 +261,6 @@ def test_masks_are_named():
 WIDTH = 16
 
 
-def test_what_is_carried_comes_back_and_what_others_put_there_does_not():
-    sampling = Sampling(temperature=0.5, logit_bias={3: 1.0, 70: -2.0})
-    for carried in (SeedArgument(5, (1,) * 8, (2,) * 8, sampling), SeedArgument(5, (1,) * 8)):
-        assert read_seed_argument(SimpleNamespace(extra_args={ARGUMENT: carried.as_argument()})) == carried
-    for other in (None, {}, {"kv": 1}, {ARGUMENT: [1, 2]}, {ARGUMENT: "x"}):
-        assert read_seed_argument(SimpleNamespace(extra_args=other)) is None
-
-
 class Runner:
     """A model runner of the V1 kind, whose states name their position."""
 
@@ -339,27 +323,6 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
     states = torch.stack([state_of("a", 9 + token) for token in (0, 32, 64)])
     assert found.tolist() == sketch_states(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
     assert capture.read({"a": range(1, 2)})["a"] == given["a"][24:48]
-    assert capture.errors == 0
-
-
-def test_steps_in_which_nothing_can_be_due_are_not_looked_at(monkeypatch):
-    looked = []
-    monkeypatch.setattr("assay.poc.vllm.response_worker.spans", lambda runner: looked.append(1) or spans(runner))
-    runner, words = Runner(), np.arange(8, dtype=np.uint32)
-    capture = Capture(runner, CONFIG)
-    news = [new_request(name, prompt, words) for name, prompt in (("a", 10), ("b", 6))]
-    step(runner, {"a": (0, 10), "b": (0, 6)}, news)
-    for at in range(10, 80):
-        if at == 30:  # one waits for a step, and its next sketch comes a step later than it would have
-            step(runner, {"a": (at, 1)})
-        else:
-            step(runner, {"a": (at, 1), "b": (at - 4 - (at > 30), 1)})
-    found = capture.read(dict.fromkeys("ab", range(3)))
-    for name, prompt in (("a", 10), ("b", 6)):
-        states = torch.stack([state_of(name, prompt - 1 + token) for token in (0, 32, 64)])
-        made = np.frombuffer(found[name], np.float16).reshape(-1, 12)
-        assert made.tolist() == sketch_states(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
-    assert len(looked) < 12
     assert capture.errors == 0
 
 
@@ -529,9 +492,3 @@ def test_responses_need_the_key_of_the_node(monkeypatch):
     monkeypatch.setenv("ASSAY_RESPONSES", "seeded")
     with pytest.raises(UsageError, match="ASSAY_RESPONSES_PUBLIC_KEY"):
         PluginSettings()
-
-
-def test_the_package_names_no_entry_point_that_moves_a_server_to_another_runner():
-    from importlib.metadata import distribution
-
-    assert "vllm.logits_processors" not in {entry.group for entry in distribution("assay").entry_points}

@@ -18,7 +18,7 @@ from assay.poc.protocol.transforms import weighted_sum
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, pack_values, request_id, split_id, unpack_values
+from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, request_id, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
 
@@ -110,26 +110,6 @@ def test_exactly_one_chunk_of_a_prompt_ends_it(computed: int, length: int, promp
     assert chunk.in_prompt == len(set(range(computed, computed + length)) & set(range(prompt)))
 
 
-def v1_runner(lengths: dict[str, int], computed: list[int], prompts: list[int]):
-    states = torch.arange(float(sum(lengths.values()))).unsqueeze(1)
-    scheduled = SimpleNamespace(num_scheduled_tokens=lengths)
-    batch = SimpleNamespace(req_ids=list(lengths), num_computed_tokens_cpu=computed, num_prompt_tokens=prompts)
-    state = SimpleNamespace(scheduler_output=scheduled, hidden_states=states)
-    return SimpleNamespace(execute_model_state=state, input_batch=batch)
-
-
-def test_chunks_of_a_step_lie_one_after_the_other():
-    runner = v1_runner({"a": 3, "b": 1, "c": 4}, [0, 9, 2], [3, 5, 6])
-    states_ND, found = chunks(runner)
-    assert states_ND is not None
-    listed = list(found)
-    assert [(c.request_id, c.start, c.length, c.ends_prompt) for c in listed] == [
-        ("a", 0, 3, True),
-        ("b", 3, 1, False),
-        ("c", 4, 4, True),
-    ]
-
-
 @pytest.mark.parametrize("state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})])
 def test_a_rank_without_states_has_no_chunks(state):
     states_ND, found = chunks(SimpleNamespace(execute_model_state=state))
@@ -148,22 +128,6 @@ def test_names_of_the_extension_cannot_clash_with_those_of_a_worker():
     own = [name for name in vars(WorkerExtension) if not name.startswith("__")]
     assert own
     assert all(name.startswith("assay_") for name in own)
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 12)])
-def test_values_cross_the_process_as_bytes(shape):
-    values = np.arange(np.prod(shape)).reshape(shape).astype(np.float16 if len(shape) > 1 else np.float32)
-    reply = pack_values([5, 6, 9], values)
-    assert reply == {
-        "nonces": [5, 6, 9],
-        "values": values.tobytes(),
-        "dtype": str(values.dtype),
-        "width": 12 * (values.ndim - 1),
-    }
-    found = unpack_values({"failed": {}} | reply)
-    assert sorted(found) == [5, 6, 9]
-    np.testing.assert_array_equal(found[6], values[1])
-    assert unpack_values({"failed": {}}) == {}
 
 
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
@@ -331,7 +295,7 @@ def started(runner: Runner, key: str, requests: dict[int, tuple[list[int], list[
 
 def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
     """Return the draws, the tokens and the sketches of the definition, from logits in bfloat16 or float32."""
-    draws = Draws(*DECODING, NONCES, seq_len=P, vocab_size=V, device=torch.device("cpu"))
+    draws = Draws(SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING, NONCES)
     texts, states = [list(ids) for ids in draws.prompts_BP.tolist()], []
     for step in range(STEPS):
         rows = torch.stack([states_of(ids)[-1] for ids in texts])

@@ -46,8 +46,7 @@ def test_chat_is_the_same_beside_nonces_and_seeded_as_on_transformers(server, ho
 
 
 def test_sigkill_and_sigterm_lose_nothing_and_leave_no_worker(server, nodes):
-    receiver = Receiver()
-    try:
+    with Receiver() as receiver:
         server.begin("ended", url=receiver.url)
         reached = server.wait_for(32)
         server.kill()  # the workers are no children of the server; Ray ends them when the process is gone that had them
@@ -60,5 +59,3 @@ def test_sigkill_and_sigterm_lose_nothing_and_leave_no_worker(server, nodes):
         assert stored(server, "ended") == list(range(len(receiver.nonces("ended"))))
         assert server.stop(grace=240.0) == 0, server.tail()
         until(lambda: not any(nodes.workers()), 60)
-    finally:
-        receiver.close()

@@ -110,8 +110,7 @@ def test_a_round_that_has_the_engine_to_itself_refuses_chat_at_every_server(serv
 
 
 def test_a_round_goes_on_after_sigterm_and_sigkill(server):
-    receiver = Receiver()
-    try:
+    with Receiver() as receiver:
         server.begin("ended", url=receiver.url)
         reached = server.wait_for(16)
         for end in (server.stop, server.kill):
@@ -122,5 +121,3 @@ def test_a_round_goes_on_after_sigterm_and_sigkill(server):
         server.post("/stop").raise_for_status()
         until(lambda: receiver.nonces("ended") == proved(server), 240)
         assert stored(server, "ended") == list(range(len(receiver.nonces("ended"))))
-    finally:
-        receiver.close()

@@ -27,8 +27,7 @@ import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
 from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Noises, Source, open_source
-from assay.poc.verdict.ledger_entries import Account, Entry, Genesis
-from assay.poc.verdict.life import Life, Residuals, log_average
+from assay.poc.verdict.life import Account, Entry, Genesis, Life, Residuals, log_average
 from assay.poc.verdict.noise import AnyNoise
 from assay.stats.sequential import Verdict, decide
 

@@ -37,7 +37,7 @@ from assay import stats
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibrate import PAIR_SPREAD, PRIOR, SCALED_SPREAD
+from assay.poc.verdict.calibration import PAIR_SPREAD, PRIOR, SCALED_SPREAD
 from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_test
 from assay.settings import Names, Settings

@@ -23,12 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import DataError, ProofMismatch
+from assay.errors import DataError
 from assay.files.jsonl import JsonObject, loads, read_lines, read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibrate import PAIR_SPREAD, check_compared, fit_build
-from assay.poc.verdict.calibration import MIN_NONCES, Calibration, Machine
-from assay.poc.verdict.noise import Law, check_cheat_names, fit_noise
+from assay.poc.verdict.calibration import PAIR_SPREAD, Calibration, Machine, check_compared, fit_build
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
 LARGEST_CONTENT = 2**29  # bytes, without gzip
@@ -222,7 +220,6 @@ def calibrate_vectors(
     sets: Sequence[VectorSet],
     *,
     digest: str | None = None,
-    against: Mapping[str, Sequence[VectorSet]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Measure the noise of a build from sets of vectors that honest machines published.
@@ -230,14 +227,11 @@ def calibrate_vectors(
     Args:
         sets: Vectors of the preset ``artifact``, one set of every machine.
         digest: SHA-256 of the checkpoint, which the sets do not say; a law without one judges no proof.
-        against: Sets of known cheats by name.
         progress: Function that is called with (machines left out, machines in all).
 
     Raises:
         ProofMismatch: Fewer than two sets are of one round, or they have fewer than 30 nonces in common.
-        UsageError: The name of a cheat cannot be one.
     """
-    check_cheat_names(list(against or {}))
     measured = {
         (i, j): sets[i].distances(sets[j])
         for i, j in combinations(range(len(sets)), 2)
@@ -247,12 +241,4 @@ def calibrate_vectors(
     pipeline = get_pipeline("artifact")
     machines = tuple(Machine(name=one.name, kind=one.kind, fingerprint=None) for one in sets)
     build = fit_build(measured, machines, pipeline, between_blocks=PAIR_SPREAD, progress=progress)
-    named: dict[str, Law] = {}
-    for name, cheats in (against or {}).items():
-        errors = [cheat.distances(one) for cheat in cheats for one in sets if one.round == cheat.round]
-        if sum(part.size for part in errors) < MIN_NONCES:
-            raise ProofMismatch(
-                f"vectors of the cheat {name} of another round", wanted="the round of an honest set", do="choose others"
-            )
-        named[name] = fit_noise(pipeline, np.concatenate(errors)).reached
-    return Calibration(builds=(replace(build, digest=digest, named=named),))
+    return Calibration(builds=(replace(build, digest=digest),))

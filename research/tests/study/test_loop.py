@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from assay_research.arms import Shortcut
 from assay_research.organism import Mixture, Recipe, make_organism
 from assay_research.study.grading import Grader, StudyVerdict
 from assay_research.study.log import RunLog
@@ -11,7 +12,6 @@ from assay_research.study.summary import study_page, summarise
 
 from assay.errors import DataError, StorageError
 from assay.vhack import weight_svd
-from assay.vhack.delta.advantage import Shortcut
 from assay.vhack.environment import Episode
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.generate import environment_pairs

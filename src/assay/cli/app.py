@@ -17,13 +17,11 @@ from pydantic import Field
 from assay._version import __version__
 from assay.cli import ledger, responses, serve  # noqa: F401  (each adds its commands)
 from assay.cli.demo import DemoSettings, demo
-from assay.cli.doctor import doctor
 from assay.cli.flags import ARGUMENT
+from assay.cli.foundation import doctor, models, streams
 from assay.cli.framework import CONTINUES, Command, Group, Stopped, in_assay_words, in_three_parts
-from assay.cli.models import models
 from assay.cli.output import errors
 from assay.cli.poc import poc
-from assay.cli.streams import streams
 from assay.cli.vhack import vhack
 from assay.errors import AssayError, UsageError
 from assay.settings import Settings
@@ -122,13 +120,11 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _failed(in_three_parts(error))
-    except AssayError as error:
+    except (AssayError, OSError) as error:
         return _failed(error)
     except Stopped as stop:
         click.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
         return 128 + stop.number
-    except OSError as error:
-        return _failed(error)
     return 0
 
 

@@ -3,10 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import click
 import numpy as np
@@ -37,8 +36,7 @@ PAIRS = 40  # the least for which lda passes every check on the bundled models
 DRAWS = {"n_null": 49, "n_splits": 10, "n_resamples": 1000}  # half of those of `assay vhack check`
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One proof and what the validator said of it."""
 
     name: str
@@ -58,23 +56,8 @@ class Case:
 
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
-        said, proof = self.verdict, self.proof
-        numbers = f"{proof.distances.mean():.5f}", f"{proof.valid_rate:.1%}", f"{np.abs(said.residuals).max():.2g}"
-        return [self.name, *numbers, str(said.checked), said.verdict]
-
-
-def judge(label: str, model: "Model", attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]") -> list[Case]:
-    """Make proofs that are to be of a round, and let a validator with the real model judge them."""
-    from assay import poc
-
-    cases = []
-    with progress_bar(label) as progress:
-        for index, (name, round, prove) in enumerate(attempts, start=1):
-            proof = prove()
-            cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
-            if progress:
-                progress(index * NONCES, len(attempts) * NONCES)
-    return cases
+        _, verdict, mean, rate, largest, checked = self.summary().values()
+        return [self.name, f"{mean:.5f}", f"{rate:.1%}", f"{largest:.2g}", str(checked), verdict]
 
 
 def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
@@ -82,24 +65,32 @@ def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
     from assay import poc
     from assay.poc import cheats
 
+    def judge(label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]") -> list[Case]:
+        """Make proofs that are to be of a round, and let a validator with the real model judge them."""
+        cases = []
+        with progress_bar(label) as progress:
+            for name, round, prove in attempts:
+                proof = prove()
+                cases.append(Case(name, proof, poc.verify(proof, model, sample=SAMPLE, expect=round)))
+                if progress:
+                    progress(len(cases) * NONCES, len(attempts) * NONCES)
+        return cases
+
     shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
     rounds = [poc.Round(block_hash=block, public_key=key, **shared) for block in BLOCKS for key in KEYS]
-    first, nonces, skipped = rounds[0], range(NONCES), max(1, model.num_layers // 4)
-    honest = judge(
-        "honest nodes",
-        model,
-        [(f"{one.block_hash} {one.public_key}", one, partial(poc.prove, model, one, nonces)) for one in rounds],
-    )
-    cheaters: list[tuple[str, Callable[[], Proof]]] = [
-        ("weights rounded to int4", lambda: poc.prove(cheats.rounded(model), first, nonces)),
-        (
-            f"last {skipped} layers skipped",
-            lambda: poc.prove(cheats.without_last_layers(model, skipped), first, nonces),
+    names = [f"{one.block_hash} {one.public_key}" for one in rounds]
+    provers = [partial(poc.prove, model, one, range(NONCES)) for one in rounds]
+    honest = judge("honest nodes", list(zip(names, rounds, provers, strict=True)))
+    first, skipped = rounds[0], max(1, model.num_layers // 4)
+    cheaters: dict[str, Callable[[], Proof]] = {
+        "weights rounded to int4": lambda: poc.prove(cheats.rounded(model), first, range(NONCES)),
+        f"last {skipped} layers skipped": lambda: poc.prove(
+            cheats.without_last_layers(model, skipped), first, range(NONCES)
         ),
-        ("distances invented", lambda: cheats.invented(honest[0].proof)),
-        ("another node's proof", lambda: cheats.replayed(honest[1].proof, first)),
-    ]
-    return honest, judge("cheaters", model, [(name, first, prove) for name, prove in cheaters])
+        "distances invented": lambda: cheats.invented(honest[0].proof),
+        "another node's proof": lambda: cheats.replayed(honest[1].proof, first),
+    }
+    return honest, judge("cheaters", [(name, first, prove) for name, prove in cheaters.items()])
 
 
 def draw(
@@ -108,8 +99,7 @@ def draw(
     """Add what was proved, the histogram over the chord law, who was caught and how far off, and the checks."""
     from assay import stats
     from assay.pages.report import SERIES, Badge, figure, histogram_over_density, legend
-    from assay.stats.blocks import EFFECTIVE_DIMENSION
-    from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
+    from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, chord_mean
     from assay.stats.noise import RESOLUTION
 
     report.section("Proof of Compute: distances follow the chord law")
@@ -178,6 +168,7 @@ class DemoSettings(Settings):
     output: Annotated[Path, FOLDER] = Field(Path("demo"), description="Directory of the report.")
 
 
+@without_collection()
 def demo(chosen: DemoSettings, as_json: bool) -> None:
     """Try both instruments on a bundled model.
 
@@ -185,11 +176,6 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     """
     # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with without_collection():
-        _run(chosen, as_json)
-
-
-def _run(chosen: DemoSettings, as_json: bool) -> None:
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 
@@ -208,25 +194,25 @@ def _run(chosen: DemoSettings, as_json: bool) -> None:
     caught = sum(case.verdict.fraud for case in cheaters)
     passed = sum(case.verdict.honest for case in honest)
     if as_json:
-        values: dict[str, Any] = {
+        found = [(one.name, one.verdict, one.measured and one.measured.value) for one in checked.checks]
+        values = {
             "honest": [case.summary() for case in honest],
             "cheaters": [case.summary() for case in cheaters],
             "all_as_expected": passed == len(honest) and caught == len(cheaters),
-            "vhack": [
-                {"name": one.name, "verdict": one.verdict, "value": one.measured and one.measured.value}
-                for one in checked.checks
-            ],
+            "vhack": [dict(zip(("name", "verdict", "value"), one, strict=True)) for one in found],
+            "seconds": round(seconds, 1),
+            "report": str(page),
         }
-        emit_json("assay.demo/1", {**values, "seconds": round(seconds, 1), "report": str(page)})
+        emit_json("assay.demo/1", values)
         return
     table(COLUMNS, [case.row() for case in (*honest, *cheaters)], title="Proof of Compute")
     print_checks(checked, title="v_hack")
     held = sum(check.verdict == "pass" for check in checked.checks)
     click.echo(
         f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n"
-        f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s"
+        f"v_hack: {held} of {len(checked.checks)} checks passed    both in {seconds:.0f} s\n"
+        f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}"
     )
-    click.echo(f"report: {page}    a proof to verify yourself: {chosen.output / 'proof.jsonl'}")
 
 
 def _run_checks(model: "Model") -> "CheckReport":

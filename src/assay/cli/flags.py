@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from assay.settings import Flag, Settings
+from assay.settings import Device, Flag, Settings
 
 ARGUMENT = Flag(argument=True)
 OUTPUT = Flag(("-o", "--output"), file=True)
@@ -49,9 +49,7 @@ class AuditSettings(Settings):
         None, description="Ledger of nodes' lives to add the audit to; the life then counts."
     )
     engine: EngineName = Field("hf", description="Engine that recomputes.")
-    device: Annotated[str | None, Flag(variable="ASSAY_DEVICE", unit="DEVICE")] = Field(
-        None, description="cpu or cuda; by default cuda where there is one."
-    )
+    device: Device = None
     dtype: NumberFormat = None
     prover_dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format agreed on; else one of the preset, or any dtype."

@@ -9,7 +9,7 @@ import errno
 import gc
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
@@ -32,8 +32,6 @@ CONTINUES = "what is done is kept, and the same command continues it"
 RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
 """Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
 LONGEST_CONFIG = 2**20  # bytes; one that sets every field has twenty thousand
-_EXTENDED = "merge"
-"""The field that is a source and may be the result: builds are added to a calibration file."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,9 +67,7 @@ class Setting:
     @property
     def default(self) -> Any:
         """The default as a user writes it; None for a setting without one."""
-        if self.field.is_required():
-            return None
-        value = self.field.get_default(call_default_factory=True)
+        value = None if self.field.is_required() else self.field.get_default(call_default_factory=True)
         if self.text is not None and value is not None:
             return self.text.show(value)
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
@@ -219,32 +215,28 @@ class Command(click.Command):
         known |= {name: name for name in self.settings}
         for key in table:
             if key.replace("-", "_") not in known:
-                near = get_close_matches(key.replace("-", "_"), known, n=1, cutoff=NEAR)
-                raise UsageError(
-                    f"{key} in the configuration file is not a setting of {path}",
-                    wanted="one of " + ", ".join(sorted(self.settings)),
-                    do=f"did you mean {near[0]}?" if near else "remove it",
-                )
+                seen = f"{key} in the configuration file is not a setting of {path}"
+                do = _nearest(key.replace("-", "_"), known, "remove it")
+                raise UsageError(seen, wanted="one of " + ", ".join(sorted(self.settings)), do=do)
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
     def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
         """Say of options and variables of earlier releases where their values belong now."""
-        table = ".".join(words)
+        place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:
                 variable = one.kind.environment_name(one.name)
                 _say(f"{one.spelling} shows a secret to all users of this machine: use a file, or {variable}")
         if moved := [name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)]:
             flags = ", ".join(self.settings[name].spelling for name in moved)
-            lines = ", ".join(f"`{name} = …`" for name in moved)
-            _say(f"{flags} will go: write {lines} under [{table}] in a file for --config")
+            _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
         prefix = "_".join(("ASSAY", *words, "")).upper().replace("-", "_")
         for name, one in self.settings.items():
             variables = {prefix + one.spelling.lstrip("-").replace("-", "_").upper(), prefix + name.upper()}
             variables |= {f"ASSAY_{name.upper()}"} if name in RETIRED else set()
             for variable in sorted(variables & os.environ.keys()):
                 if "://" not in os.environ[variable]:  # Kubernetes sets ASSAY_PORT=tcp://… for a service of this name
-                    _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` under [{table}] for --config")
+                    _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` {place}")
 
 
 class Group(click.Group):
@@ -296,9 +288,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that is called; name the nearest one where there is no such."""
         if self.get_command(ctx, args[0]) is None:
-            near = get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=NEAR)
-            look = f"see {ctx.command_path} --help"
-            do = f"did you mean {near[0]}? Else {look}" if near else look
+            do = _nearest(args[0], self.list_commands(ctx), f"see {ctx.command_path} --help")
             raise UsageError(args[0], wanted=f"a command of {ctx.command_path}", do=do)
         return super().resolve_command(ctx, args)
 
@@ -316,11 +306,7 @@ class Group(click.Group):
 
 
 def extension(words: str) -> Any:
-    """Return what another package has put under some words into the entry-point group of commands.
-
-    Raises:
-        UsageError: No package that is installed has it.
-    """
+    """Return what another package that is installed has put under some words into the entry-point group of commands."""
     for point in entry_points(group=EXTENSIONS, name=words):
         return point.load()
     raise UsageError(
@@ -331,11 +317,7 @@ def extension(words: str) -> Any:
 
 
 def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:
-    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file.
-
-    Raises:
-        UsageError: The file cannot be read, or has a table that is of no command.
-    """
+    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file."""
     if path is None:
         return {}
     from assay.files.jsonl import parse_toml
@@ -365,30 +347,31 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
-    """Refuse a result that would replace a file from which it is made, or another result.
-
-    Raises:
-        UsageError: Names both flags.
-    """
+    """Refuse a result that would replace a file from which it is made, or another result."""
     for result in (name for name in values if name == "output" or settings[name].flag.file):
+        flag = settings[result].spelling
         for name, given in values.items():
-            if name in (result, _EXTENDED):
-                continue
-            for one in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(one, str) and _same_file(Path(values[result]), Path(one)):
-                    raise UsageError(
-                        f"{settings[result].spelling} {values[result]}, which is {settings[name].spelling} too",
-                        wanted="a file of its own for every result",
-                        do=f"choose another name with {settings[result].spelling}",
-                    )
+            texts = [one for one in (given if isinstance(given, list | tuple) else [given]) if isinstance(one, str)]
+            if name not in (result, "merge") and any(_same_file(values[result], one) for one in texts):  # it may grow
+                raise UsageError(
+                    f"{flag} {values[result]}, which is {settings[name].spelling} too",
+                    wanted="a file of its own for every result",
+                    do=f"choose another name with {flag}",
+                )
 
 
-def _same_file(result: Path, other: Path) -> bool:
+def _same_file(result: str, other: str) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
-        return result.resolve() == other.resolve() and not result.is_dir()
+        return Path(result).resolve() == Path(other).resolve() and not Path(result).is_dir()
     except (OSError, ValueError, RuntimeError):  # a text that is no path, or links that lead to themselves
         return False
+
+
+def _nearest(word: str, known: Iterable[str], else_do: str) -> str:
+    """Return what to do about a word that is not known."""
+    near = get_close_matches(word, known, n=1, cutoff=NEAR)
+    return f"did you mean {near[0]}? Else {else_do}" if near else else_do
 
 
 def in_assay_words(error: OSError) -> StorageError:
@@ -405,9 +388,7 @@ def in_three_parts(error: click.ClickException) -> UsageError:
     look = f"see {name} --help"
     if isinstance(error, click.NoSuchOption):
         known = [flag for one in context.command.get_params(context) for flag in one.opts] if context else []
-        near = get_close_matches(error.option_name, known, n=1, cutoff=NEAR)
-        do = f"did you mean {near[0]}? Else {look}" if near else look
-        return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
+        return UsageError(error.option_name, wanted=f"a flag of {name}", do=_nearest(error.option_name, known, look))
     if isinstance(error, click.BadOptionUsage):
         wanted = "no value behind this flag" if "not take" in error.message else "a value behind this flag"
         return UsageError(error.option_name, wanted=wanted, do=look)

@@ -15,7 +15,7 @@ from assay.errors import visible
 from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.poc.verdict.ledger_entries import Account, Entry, Standing
+    from assay.poc.verdict.life import Account, Entry, Standing
 
 ledger = poc.group_of("ledger", "Look at ledgers of nodes' lives.", panel="Validator")
 
@@ -60,12 +60,9 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         listed = [] if chosen.public_key is None else found
         audits = {one.account: list(opened.entries(one.account, newest=chosen.limit)) for one in listed}
     if as_json:
-        accounts = [
-            one.as_dict() | {"entries": [entry.model_dump() for entry in audits[one.account]]}
-            if one.account in audits
-            else one.as_dict()
-            for one in found
-        ]
+        accounts = [one.as_dict() for one in found]
+        for shown, entries in zip(accounts, audits.values(), strict=False):  # of all accounts, or of none
+            shown["entries"] = [entry.model_dump() for entry in entries]
         values = {"path": str(chosen.ledger), "count": count, "head": head, "accounts": accounts}
         emit_json("assay.poc.ledger/1", values)
         return

@@ -33,12 +33,12 @@ def emit_document(values: dict[str, Any]) -> None:
     click.echo(json.dumps(values, allow_nan=False))
 
 
-def show_values(schema: str, values: dict[str, Any], as_json: bool) -> None:
-    """Print named values as a table of two columns, or as one JSON object."""
+def show_values(schema: str, values: dict[str, Any], as_json: bool, **shown: object) -> None:
+    """Print named values as one JSON object, or as a table of two columns, some shown in another way."""
     if as_json:
         emit_json(schema, values)
     else:
-        table(("", "value"), [(name.replace("_", " "), value) for name, value in values.items()])
+        table(("", "value"), [(name.replace("_", " "), value) for name, value in (values | shown).items()])
 
 
 def errors(error: AssayError) -> None:

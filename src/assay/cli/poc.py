@@ -1,7 +1,7 @@
 """``assay poc``: prove, verify, calibrate, and the pins file that says what a network agreed on."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.verdict.judge import Verdict
-    from assay.poc.verdict.ledger_entries import Standing
+    from assay.poc.verdict.life import Standing
 
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
@@ -100,8 +100,6 @@ class CalibrateSettings(Settings):
         None, description="Model of the proofs, for laws relative to the scale of each block."
     )
     dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
-    against: tuple[Path, ...] = Field((), description="Proof of a known cheat, to be excluded; repeatable.")
-    name: Annotated[tuple[str, ...], "NAME"] = Field((), description="Name of each --against, in the same order.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     device: Device = None
     effective_dimension: Annotated[float | None, "NUMBER"] = Field(
@@ -146,16 +144,9 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
             return
         known.check_engine(*made)
         pace = _Pace(progress)
-        proof = poc.prove(
-            made[0],
-            known.round,
-            known.nonces,
-            engine=made[1],
-            output=chosen.output,
-            overwrite=chosen.overwrite,
-            progress=pace.update,
-        )
-    footer = proof.footer
+        to = chosen.model_dump(include={"output", "overwrite"})
+        proof = poc.prove(made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to)
+    footer, (resumed, first, rate) = proof.footer, pace.summary()
     values = {
         "path": str(chosen.output),
         "model": proof.round.model,
@@ -163,10 +154,10 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         "records": footer.records,
         "valid": footer.valid,
         "valid_rate": round(proof.valid_rate, 4),
-        "resumed": pace.resumed,
+        "resumed": resumed,
         "seconds": footer.seconds,
-        "first_batch_seconds": round(pace.first, 3),
-        "nonces_per_second": round(pace.rate, 2),
+        "first_batch_seconds": round(first, 3),
+        "nonces_per_second": round(rate, 2),
         "sha256": footer.sha256,
     }
     show_values("assay.poc.prove/1", values, as_json)
@@ -227,23 +218,18 @@ class _Pace:
         if self._show:
             self._show(done, total)
 
-    @property
-    def resumed(self) -> int:
-        """Nonces of the proof that an interrupted run left."""
-        return self._marks[1][1] if len(self._marks) > 1 else 0
+    def summary(self) -> tuple[int, float, float]:
+        """Return nonces that an interrupted run left, seconds until the first batch was done, and nonces per second.
 
-    @property
-    def first(self) -> float:
-        """Seconds until the first batch was done."""
-        return self._marks[2][0] - self._marks[0][0] if len(self._marks) > 2 else 0.0
-
-    @property
-    def rate(self) -> float:
-        """Nonces per second after the first batch, or of it where there was no other."""
-        if len(self._marks) < 3:
-            return 0.0
-        (start, before), (end, done) = self._marks[2], self._marks[-1]
-        return (done - before) / (end - start) if done > before else (done - self.resumed) / self.first
+        The rate is that after the first batch, or of it where there was no other.
+        """
+        (begin, _), *later = self._marks
+        resumed = later[0][1] if later else 0
+        if len(later) < 2:
+            return resumed, 0.0, 0.0
+        (start, before), (end, done) = later[1], later[-1]
+        rate = (done - before) / (end - start) if done > before else (done - resumed) / (start - begin)
+        return resumed, start - begin, rate
 
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
@@ -285,7 +271,7 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output valid_rate model dimension against name merge device",
+    shown="output valid_rate model dimension merge device",
     example="assay poc calibrate A.jsonl B.jsonl -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -313,26 +299,20 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
             wanted="every file once: a machine says nothing about its noise beside itself",
             do="leave one out of PROOFS, or pass that of another machine",
         )
+    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
+    _check_form(chosen, merging)
     if chosen.valid_rate is not None:
-        _refuse(chosen, _OF_NOISE, "--valid-rate", "it measures no noise")
-        if chosen.output is not None or (chosen.model is not None and not chosen.proofs):
-            seen = "--valid-rate with -o" if chosen.output is not None else "--valid-rate with --model and no proof"
-            raise UsageError(seen, wanted="proofs of the model, and no file to write", do="leave the flag out")
         how = chosen.model_dump(include={"dimension", "effective_dimension", "model", "device"})
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
         return
-    _refuse(chosen, _OF_TARGETS, "no --valid-rate", "it belongs to --valid-rate")
-    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
-    _check_sources(chosen, len(chosen.proofs), merging)
     assert chosen.output is not None
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
         measured = Calibration.load(chosen.merge[0])
     else:
-        against = dict(zip(chosen.name, chosen.against, strict=True))
         with progress_bar("leaving out", "machines") as progress:
-            measured = measure(chosen.proofs, against, model=chosen.model, progress=progress)
+            measured = measure(chosen.proofs, model=chosen.model, progress=progress)
     for path in chosen.merge[1:] if merging else chosen.merge:
         measured = measured.merged(Calibration.load(path))
     measured.save(chosen.output)
@@ -340,48 +320,34 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)
 
 
-_OF_TARGETS = ("dimension", "device", "effective_dimension")
-_OF_VECTORS = ("sets", "digest")
-_OF_NOISE = ("vectors", *_OF_VECTORS, "against", "name", "merge")
-
-
-def _check_sources(chosen: CalibrateSettings, proofs: int, merging: bool) -> None:
+def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
-    if chosen.vectors is None:
-        _refuse(chosen, _OF_VECTORS, "no --vectors", "it belongs to --vectors")
-    else:
-        if proofs:
-            raise UsageError("--vectors with proofs", wanted="one of the two", do="leave --vectors or the proofs out")
-        _refuse(chosen, ("model",), "--vectors", "vectors have no block scale")
-    if merging:
-        _refuse(chosen, ("against", "name", "model"), "--merge alone", "nothing is measured")
-        if len(chosen.merge) < 2:
-            raise UsageError(
-                "one file to merge", wanted="two or more, or proofs to measure", do="repeat --merge with another file"
-            )
-    elif chosen.vectors is None and proofs < 2:
+    rate, measures = chosen.valid_rate is not None, chosen.vectors is None and not merging
+    noise, targets = ("vectors", "sets", "digest", "merge", "output"), ("dimension", "device", "effective_dimension")
+    for applies, names, beside, reason in (
+        (rate, noise, "--valid-rate", "it measures no noise"),
+        (rate and not chosen.proofs, ("model",), "--valid-rate and no proof", "there is nothing to measure it on"),
+        (not rate, targets, "no --valid-rate", "it belongs to --valid-rate"),
+        (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
+        (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
+        (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
+        (merging, ("model",), "--merge alone", "nothing is measured"),
+    ):
+        for flag in (chosen.spelling(name) for name in names if applies and getattr(chosen, name) not in (None, ())):
+            raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+    if rate:
+        return
+    if merging and len(chosen.merge) < 2:
+        do = "repeat --merge with another file"
+        raise UsageError("one file to merge", wanted="two or more, or proofs to measure", do=do)
+    if measures and len(chosen.proofs) < 2:
         raise UsageError(
-            f"neither --valid-rate, --vectors nor --merge, and {proofs} proof(s)",
+            f"neither --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} proof(s)",
             wanted="two honest proofs or more with -o, or another form of the command",
             do="`assay poc calibrate A.jsonl B.jsonl -o calibration.json`, or see `assay poc calibrate --help`",
         )
     if chosen.output is None:
         raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
-    names = chosen.name
-    if len(names) != len(chosen.against) or len(set(names)) < len(names):
-        raise UsageError(
-            f"{len(chosen.against)} --against and {len(set(names))} different --name",
-            wanted="a name of its own for every cheat",
-            do="pass them in pairs: --against CHEAT.jsonl --name int4",
-        )
-
-
-def _refuse(chosen: CalibrateSettings, names: Sequence[str], beside: str, reason: str) -> None:
-    """Refuse flags that were given and do not belong to this form."""
-    given = [name for name in names if getattr(chosen, name) not in (None, ())]
-    if given:
-        flag = chosen.spelling(given[0])
-        raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
 
 
 pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
@@ -473,9 +439,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         held.check(header)
         measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
-        noise = "the stated default: no calibration is pinned for this model"
-        if measured is not None:
-            noise = measured.find_build(header).source
+        default = "the stated default: no calibration is pinned for this model"
+        noise = default if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)

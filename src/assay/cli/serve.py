@@ -133,13 +133,13 @@ def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
 @callbacks.add("list", ListSettings, example="assay poc callbacks list --all")
 def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
-    from assay.poc.service.outbox import open_outbox
+    from assay.poc.service.callbacks import open_outbox
 
     statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     with open_outbox(chosen.data_dir) as outbox:
         rows, counts = outbox.rows(statuses, chosen.limit), outbox.counts()
     if as_json:
-        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [vars(row) for row in rows]})
+        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [row._asdict() for row in rows]})
         return
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
     table(columns, [[getattr(row, name) for name in columns] for row in rows])
@@ -151,7 +151,7 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
 
     A running service delivers them, and so does the next start.
     """
-    from assay.poc.service.outbox import open_outbox
+    from assay.poc.service.callbacks import open_outbox
 
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)

@@ -246,7 +246,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
         )
     if chosen.html:
         make_page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
-    if not _keep_result(result, chosen.output, as_json):
+    if not _keep_result(result.as_dict(), chosen.output, as_json):
         print_checks(result, title=f"{result.verdict}: {result.design}")
     return result.exit_code
 
@@ -273,7 +273,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         result = checks.check_two_pools(
             hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
         )
-    if not _keep_result(result, chosen.output, as_json):
+    if not _keep_result(result.as_dict(), chosen.output, as_json):
         _print_pools(result)
     return result.exit_code
 
@@ -404,15 +404,15 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     return 1 if bad else 0
 
 
-def _keep_result(result: "CheckReport | PoolReport", path: Path | None, as_json: bool) -> bool:
+def _keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> bool:
     """Write a result into its file, and print it where JSON is wanted; return whether it was."""
     from assay.files.jsonl import dumps
     from assay.files.storage import write_atomic
 
     if path:
-        write_atomic(path, dumps(result.as_dict()) + "\n")
+        write_atomic(path, dumps(result) + "\n")
     if as_json:
-        emit_document(result.as_dict())
+        emit_document(result)
     return as_json
 
 
@@ -426,20 +426,16 @@ def _load(chosen: WeightSettings) -> "Model":
 
 def _check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
-    from assay.models.resolve import load_tokenizer
+    from assay.models.checkpoint import load_tokenizer
 
     if load_tokenizer(model) is None:
-        raise UsageError(
-            f"--model {model} has no tokenizer",
-            wanted="a model that reads texts",
-            do="save its tokenizer beside its weights, or pass another --model",
-        )
+        do = "save its tokenizer beside its weights, or pass another --model"
+        raise UsageError(f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do)
 
 
 def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
     origin = basis.origin
     energy = [float(shares[:5].sum()) for shares in basis.energy.values()]
-    left_out = len(origin.coverage.left_out)
     held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
     values = {
         "path": str(path),
@@ -447,7 +443,7 @@ def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool)
         "weights": origin.weights,
         "method": origin.method,
         "modules": len(basis.axes),
-        "modules_left_out": left_out,
+        "modules_left_out": len(origin.coverage.left_out),
         "weights_covered": round(origin.coverage.share, 4),
         "axes_per_module": max(len(axes) for axes in basis.axes.values()),
         "pairs_used": len(origin.pairs),
@@ -458,11 +454,7 @@ def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool)
         "energy_of_5_axes": round(sum(energy) / len(energy), 4),
         "captured_energy": round(origin.captured, 6),
     }
-    if as_json:
-        emit_json("assay.vhack.extract/1", values)
-        return
-    shown = {**values, "groups_held_out": ", ".join(held_out) or "none"}
-    table(("", "basis"), [(name.replace("_", " "), value) for name, value in shown.items()])
+    show_values("assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none")
 
 
 def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -512,13 +504,10 @@ class MergeSettings(WeightSettings):
     overwrite: Overwrite = False
 
 
-class SampleCommand(Settings):
+class SampleCommand(WeightSettings):
     """Settings of ``assay vhack sample`` beside those of sampling."""
 
-    model: ModelName
     delta: Delta = None
-    dtype: WeightDtype = None
-    device: Device = None
     output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
     overwrite: Overwrite = False
 
@@ -553,16 +542,8 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     from assay.vhack.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
-        values = write_merged(
-            chosen.output,
-            chosen.model,
-            chosen.delta,
-            lora=chosen.lora,
-            overwrite=chosen.overwrite,
-            dtype=chosen.dtype,
-            device=chosen.device,
-            progress=progress,
-        )
+        how = chosen.model_dump(include={"lora", "overwrite", "dtype", "device"})
+        values = write_merged(chosen.output, chosen.model, chosen.delta, **how, progress=progress)
     show_values("assay.vhack.merge/1", values, as_json)
 
 
@@ -603,13 +584,11 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     --samples.
     """
     from assay.files.jsonl import dumps
-    from assay.files.storage import write_atomic, write_jsonl
+    from assay.files.storage import write_jsonl
     from assay.vhack import training
     from assay.vhack.training.evaluation import read_samples
     from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
 
-    if own.samples is None and own.model is None:
-        raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
     has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
     for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
         if own.samples is not None and is_given:
@@ -619,10 +598,11 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     records: list[JsonObject] = []
     if own.samples is not None:
         (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)
+    elif own.model is None:
+        raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
     if reward is None:
         check_gradable(tasks, source, allow_unsandboxed=own.allow_unsandboxed)
-    if own.samples is None:
-        assert own.model is not None
+    if own.samples is None and own.model is not None:
         tasks = [task for task in tasks for _ in range(how.per_task)]
         with TemporaryDirectory() as folder:
             records, _ = _sampled(own, how, own.model, tasks, Path(folder) / "samples.jsonl")
@@ -641,12 +621,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         "by_mechanism": {name: part.as_dict() for name, part in found.by_mechanism().items()},
         "origin": origins.popitem()[1] if len(origins) == 1 else None,
     }
-    document = {"schema": "assay.vhack.evaluate/1", **values}
-    if own.output:
-        write_atomic(own.output, dumps(document) + "\n")
-    if as_json:
-        emit_document(document)
-    else:
+    if not _keep_result({"schema": "assay.vhack.evaluate/1", **values}, own.output, as_json):
         _print_rates(values)
 
 
@@ -692,7 +667,6 @@ def _print_rates(values: dict[str, Any]) -> None:
     for name, part in {"all": values, **values["by_mechanism"]}.items():
         shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
         rows.append((name, part["tasks"], part["completions"], *shown))
-    title = (
-        f"{values['completions']} completions, {values['at_limit']} as long as allowed, {values['faults']} not graded"
-    )
+    counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
+    title = f"{counts}, {values['faults']} not graded"
     table(("mechanism", "tasks", "completions", *names), rows, title=title)

@@ -106,11 +106,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Open a transaction that is on disk when the block ends, or has changed nothing.
-
-        Raises:
-            StorageError: The disk is full, the file cannot be written, or it is no longer in its place.
-        """
+        """Open a transaction that is on disk when the block ends, or has changed nothing."""
         self._check_place()
         # SQLite lets waiting writers poll; this lock is fair among the threads of this process.
         with _three_parts(self.path, self._flag), self._writing, self._writer.begin() as connection:
@@ -197,9 +193,8 @@ class Database:
         return descriptor
 
     def _migrate(self, connection: sa.Connection, migrations: Sequence[Sequence[str]]) -> None:
-        connection.exec_driver_sql(
-            "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
-        )
+        table = "migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
+        connection.exec_driver_sql(f"CREATE TABLE IF NOT EXISTS {table}")
         current = self._check_version(connection, len(migrations))
         for version, statements in enumerate(migrations[current:], start=current + 1):
             for statement in statements:
@@ -218,36 +213,15 @@ class Database:
 
 
 def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageError:
-    """Return the error of a file that holds something other than what this version writes.
-
-    Args:
-        path: Path of the file.
-        reason: What was found.
-        flag: Flag that names another place.
-    """
-    return StorageError(
-        f"{path}: {reason}",
-        wanted="a database that assay wrote",
-        do=f"restore it from a backup, or pass another {flag}",
-    )
+    """Return the error of a file that holds something other than what this version writes."""
+    do = f"restore it from a backup, or pass another {flag}"
+    return StorageError(f"{path}: {reason}", wanted="a database that assay wrote", do=do)
 
 
 def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
-    """Return the names of the tables of an SQLite file, which stays as it is; none of an empty file.
-
-    Args:
-        path: Path of the file.
-        flag: Flag that names another place, for errors.
-
-    Raises:
-        StorageError: The file cannot be read, or is no SQLite file.
-    """
-    with _three_parts(path, flag):
-        connection = _connect_to_read(path)
-        try:
-            return {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        finally:
-            connection.close()
+    """Return the names of the tables of an SQLite file, which stays as it is; none of an empty file."""
+    with _three_parts(path, flag), closing(_connect_to_read(path)) as connection:
+        return {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:

@@ -33,11 +33,8 @@ JsonObject = dict[str, Any]
 def dumps(value: object) -> str:
     """Return one line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
 
-    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is refused. Numpy
+    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is a UsageError. Numpy
     scalars are written as the Python number of the same value.
-
-    Raises:
-        UsageError: The value holds NaN, an infinity, an unpaired surrogate or something JSON has no form for.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number)
@@ -58,14 +55,9 @@ def _python_number(value: object) -> object:
 
 
 def loads(text: str | bytes, source: str) -> JsonObject:
-    """Return the object that strict JSON text holds. Unlike json.loads it needs the source of the text, for errors.
+    """Return the object that strict JSON text holds, in UTF-8 when given as bytes.
 
-    Args:
-        text: JSON, in UTF-8 when given as bytes.
-        source: Name of its origin, for the error, such as ``proof.jsonl, line 3``.
-
-    Raises:
-        DataError: Not UTF-8, not strict JSON, nested too deeply, or not an object.
+    Other text, and what is nested too deeply, is a DataError that names its source, such as ``proof.jsonl, line 3``.
     """
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
@@ -105,11 +97,7 @@ def _bad(source: str | Path, reason: str, wanted: str = "a JSON object") -> Data
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Return the object of these pairs, as an ``object_pairs_hook`` of :func:`json.loads`.
-
-    Raises:
-        ValueError: A key is given twice; names it.
-    """
+    """Return the object of these pairs, as an ``object_pairs_hook`` of :func:`json.loads`; name a key given twice."""
     found: JsonObject = {}
     for key, value in pairs:
         if key in found:
@@ -132,19 +120,14 @@ def _finite(digits: str) -> float:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
     """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
 
-    Raises:
-        DataError: The file cannot be read, or a line is empty, too long or not a strict JSON object; names the line.
+    An empty line, a long one and one that is no strict JSON object are a DataError that names the line.
     """
     for number, line in read_lines(path):
         yield number, loads(line, f"{path}, line {number}")
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1.
-
-    Raises:
-        DataError: The file cannot be read, or a line is too long.
-    """
+    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1."""
     with _regular(Path(path)) as file:
         for number in count(1):
             if not (line := file.readline(LONGEST_LINE + 1)):
@@ -155,30 +138,17 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json(path: str | Path) -> JsonObject:
-    """Return the one object of a JSON file, read strictly.
-
-    Raises:
-        DataError: The file cannot be read, is larger than 64 MiB or is not a strict JSON object.
-    """
+    """Return the one object of a JSON file of at most 64 MiB, read strictly."""
     return loads(read_whole(path, LONGEST_LINE), str(path))
 
 
 def read_whole(path: str | Path, longest: int) -> bytes:
-    """Return the bytes of a regular file.
-
-    Args:
-        path: Path of the file.
-        longest: Number of bytes of the largest file that is read.
-
-    Raises:
-        DataError: The file cannot be read, is larger, or is a pipe or a device.
-    """
+    """Return the bytes of a regular file of at most so many bytes."""
     with _regular(Path(path)) as file:
         text = file.read(longest + 1)
     if len(text) > longest:
-        raise DataError(
-            f"{path}: longer than {longest} bytes", wanted="a smaller file", do="check that it is the file you meant"
-        )
+        do = "check that it is the file you meant"
+        raise DataError(f"{path}: longer than {longest} bytes", wanted="a smaller file", do=do)
     return text
 
 
@@ -204,11 +174,7 @@ LONGEST_FILE = 2**22
 
 
 def read_toml(path: str | Path) -> JsonObject:
-    """Return the tables of a TOML file.
-
-    Raises:
-        DataError: The file cannot be read, is larger than 4 MiB, is not UTF-8 or is not TOML.
-    """
+    """Return the tables of a TOML file of at most 4 MiB."""
     try:
         return parse_toml(read_whole(path, LONGEST_FILE).decode())
     except UnicodeDecodeError as error:

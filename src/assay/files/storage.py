@@ -33,12 +33,7 @@ _ADVICE = {
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """Return the three-part form of an error of the operating system.
-
-    Args:
-        path: Path of the file or directory.
-        error: The error.
-    """
+    """Return the three-part form of an error of the operating system about a file or directory."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0, "choose another path, or repair this one")
     if error.errno == errno.ENOENT and path.parent.is_dir():
@@ -86,14 +81,8 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuse a path at which no new file can be written, before the work whose result it is for; writes nothing.
 
-    Args:
-        path: Name of the file that is to be written.
-        overwrite: Whether a file of that name may be replaced.
-
-    Raises:
-        UsageError: The file exists and ``overwrite`` is not set.
-        StorageError: The path is a directory, a pipe or a device, or its directory does not exist or may not be
-            written to.
+    A file that exists and is not to be replaced is a UsageError. A StorageError is a directory, a pipe or a device in
+    its place, or a folder that is not there or takes no file.
     """
     path = Path(path)
     _check_place(path, overwrite=overwrite)
@@ -105,11 +94,7 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file, replacing an older one in one step; on failure the older one is untouched.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
+    """Write a whole file, replacing an older one in one step; on a StorageError the older one is untouched."""
     path = Path(path)
     _check_place(path, overwrite=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -125,23 +110,13 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = False) -> None:
-    """Write a whole file of lines of canonical JSON, as :func:`write_atomic` writes.
-
-    Raises:
-        UsageError: The file exists and ``overwrite`` is not set.
-        StorageError: The file cannot be written.
-    """
+    """Write a whole file of lines of canonical JSON, as :func:`write_atomic`; replace one only if it may be."""
     _check_place(Path(path), overwrite=overwrite)
     write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
-    """Write a whole JSON Lines file, one record per line, in place of one that is there.
-
-    Raises:
-        UsageError: A record is not JSON.
-        StorageError: The file cannot be written.
-    """
+    """Write a whole JSON Lines file, one record per line, in place of one that is there."""
     write_lines(path, map(dumps, records), overwrite=True)
 
 
@@ -198,10 +173,7 @@ class PartialFile:
         """Return the intact lines that an earlier writer left, without line ends; whatever follows them is cut off.
 
         A line is intact when it ends with a newline and is a strict JSON object. The first one that is not, and all
-        after it, are lost: a crash tears the end of a file.
-
-        Raises:
-            StorageError: The partial file cannot be read or cut, or its first line shows that it is something else.
+        after it, are lost: a crash tears the end of a file. A file whose first line is not intact is something else.
         """
         with _storing(self.partial):
             self._file.seek(0)
@@ -220,15 +192,9 @@ class PartialFile:
     def resume(self, first: str, most: int, read: Callable[[int, bytes], T]) -> list[T]:
         """Return what an earlier run left after the first line; a file without lines begins with it.
 
-        A run that died between its last line and the final name left more than ``most``; those are cut off.
-
-        Args:
-            first: First line, without its line end.
-            most: Number of lines that may follow it.
-            read: Function that reads a line: called with its number, from 2, and its bytes.
-
-        Raises:
-            UsageError: The file begins with another line.
+        A file that begins with another line is of another run, and refused. One that died between its last line and
+        the final name left more than ``most`` lines after the first; those are cut off. Every line is read by a
+        function of its number, from 2, and its bytes.
         """
         lines = self.recover()
         if not lines:
@@ -248,11 +214,7 @@ class PartialFile:
         return values
 
     def restart(self) -> None:
-        """Drop what an earlier writer left.
-
-        Raises:
-            StorageError: The partial file cannot be cut.
-        """
+        """Drop what an earlier writer left."""
         with _storing(self.partial):
             self._file.truncate(0)
         self._recovered = True
@@ -264,11 +226,9 @@ class PartialFile:
         return line
 
     def append_lines(self, lines: Iterable[str]) -> None:
-        """Write a batch of lines (canonical JSON without line ends) in one go.
+        """Write a batch of lines (canonical JSON without line ends) in one go, once it is clear what is before them.
 
-        Raises:
-            UsageError: A line has a line break, or an earlier partial file was neither recovered nor dropped.
-            StorageError: The lines cannot be written; those that were stay in the partial file.
+        On a StorageError the lines that were written stay in the partial file.
         """
         batch = list(lines)
         if not self._recovered:
@@ -285,9 +245,7 @@ class PartialFile:
     def commit(self) -> None:
         """Put all lines on disk and give the file its final name, in one step; nothing can be appended after.
 
-        Raises:
-            UsageError: A file of the final name has appeared meanwhile and ``overwrite`` is not set.
-            StorageError: The file cannot be stored under its name; the partial file stays.
+        The partial file stays where that fails, or a file of this name that is not to be replaced has appeared.
         """
         _check_place(self.path, overwrite=self._overwrite)
         with _storing(self.path):

@@ -1,8 +1,8 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import Model, ModelInfo, list_models, load_model, model_info, save_random
 from assay.models.quantized import NUMBER_FORMATS
-from assay.models.resolve import load_tokenizer
 
 __all__ = [
     "NUMBER_FORMATS",

@@ -38,30 +38,24 @@ class Family:
     """One architecture.
 
     Attributes:
-        model_type: Name in ``config.json``.
         prefix: Prefix of its classes in transformers, for example ``"Llama"`` of ``LlamaAttention``.
         plain: Whether a layer adds what attention and MLP return as it is. Granite multiplies it first.
     """
 
-    model_type: str
     prefix: str
     plain: bool = True
 
 
 FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3"),
-        Family("granite", "Granite", plain=False),
-    )
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "granite": Family("Granite", plain=False),
 }
-"""The families by model type."""
+"""The families by model type, as ``config.json`` names it."""
 
-
-MIXTURES = {family.model_type: family for family in (Family("qwen3_moe", "Qwen3Moe"),)}
+MIXTURES = {"qwen3_moe": Family("Qwen3Moe")}
 """Architectures whose layers have a mixture of experts in place of the MLP, by model type. Only the engine asks."""
 
 
@@ -103,11 +97,7 @@ _RECORDERS = "transformers.utils.output_capturing"
 
 
 def backbone(module: nn.Module) -> nn.Module:
-    """Return the decoder without its head; its ``last_hidden_state`` [B, T, D] is taken after the final norm.
-
-    Raises:
-        LayersNotFound: The module has no decoder of its own.
-    """
+    """Return the decoder without its head; its ``last_hidden_state`` [B, T, D] is taken after the final norm."""
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module) and decoder is not module:
@@ -120,19 +110,12 @@ def backbone(module: nn.Module) -> nn.Module:
 
 
 def head_of(module: nn.Module) -> nn.Module:
-    """Return the module that makes logits of the last hidden states.
-
-    Raises:
-        LayersNotFound: The module has none.
-    """
+    """Return the module that makes logits of the last hidden states."""
     head = module.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, nn.Module):
         return head
-    raise LayersNotFound(
-        f"{type(module).__name__} has no output embeddings",
-        wanted="a decoder with a head",
-        do="use another architecture, such as Llama, Qwen3 or Mistral",
-    )
+    do = "use another architecture, such as Llama, Qwen3 or Mistral"
+    raise LayersNotFound(f"{type(module).__name__} has no output embeddings", wanted="a decoder with a head", do=do)
 
 
 def has_hooks(part: nn.Module) -> bool:
@@ -146,11 +129,7 @@ def has_hooks(part: nn.Module) -> bool:
 
 
 def decoder_layers(module: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers in order, exactly ``config.num_hidden_layers`` of them.
-
-    Raises:
-        LayersNotFound: The decoder has no list of layers, or their number differs from the configuration.
-    """
+    """Return the decoder layers in order, exactly ``config.num_hidden_layers`` of them."""
     decoder = backbone(module)
     lists = [getattr(decoder, name, None) for name in _LISTS_OF_LAYERS]
     layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)

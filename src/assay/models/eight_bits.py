@@ -257,13 +257,7 @@ def float8_blocks(rows: int, columns: int) -> Arithmetic:
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer that rounds its input and multiplies it by a weight in eight bits.
-
-    Args:
-        weight: Weight with its scales.
-        bias: Bias, which is not rounded.
-        arithmetic: How both are multiplied.
-    """
+    """A linear layer that rounds its input and multiplies it by a weight in eight bits; the bias is not rounded."""
 
     def __init__(self, weight: Rounded, bias: nn.Parameter | None, arithmetic: Arithmetic = FLOAT8) -> None:
         super().__init__()
@@ -280,13 +274,9 @@ class EightBitLinear(nn.Module):
 
 
 class EightBitExperts(nn.Module):
-    """The experts of a mixture, over weights in eight bits; called as those of transformers.
+    """The experts of a mixture, over weights in eight bits; called as the module of transformers that is given.
 
-    Args:
-        experts: Module of transformers with their number and their activation.
-        gate_up: Weights of gate and up, [E, 2 F, D].
-        down: Weights of down, [E, D, F].
-        arithmetic: How inputs and weights are multiplied.
+    Weights of gate and up are [E, 2 F, D], those of down [E, D, F].
     """
 
     def __init__(self, experts: Any, gate_up: Rounded, down: Rounded, arithmetic: Arithmetic = FLOAT8) -> None:

@@ -1,5 +1,12 @@
-"""From a reference to a model that is ready to run, with every fault found before it runs; or to its facts alone."""
+"""From a reference to a model that is ready to run, with every fault found before it runs; or to its facts alone.
 
+Random weights are the same bits on every machine. Every parameter ``p`` is ``0.02 · normal(seed32("{block}_{p}"),
+numel)`` in row-major order, multiplied in float32 and cast last. The name of a parameter is the one that
+``named_parameters()`` gives, so a tied head has no stream of its own: it is the embedding matrix.
+"""
+
+import hashlib
+import json
 import re
 import tempfile
 from contextlib import suppress
@@ -10,31 +17,33 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, StorageError, UsageError, is_out_of_memory
 from assay.models.checkpoint import (
+    CATALOGUE,
     EIGHT_BITS,
+    Source,
     Stored,
+    auto_class,
+    bad_weights,
+    build,
     check_finite,
+    choose_attention,
     digest_tensors,
     find_file,
     list_tensors,
+    read_tokenizer,
+    resolve,
+    silence_transformers,
     stored_dtype,
 )
 from assay.models.decoder import expert_count
 from assay.models.device import parse_device
-from assay.models.quantized import (
-    StoredFormat,
-    check_device,
-    check_quantisation,
-    load_stored,
-    read_format,
-)
+from assay.models.quantized import StoredFormat, check_device, check_quantisation, load_stored, read_format
 from assay.models.quantized import quantise as round_weights
-from assay.models.random import SHAPE_BLOCK, build, choose_attention, randomise, randomise_embeddings, recipe_digest
-from assay.models.resolve import CATALOGUE, Source, auto_class, read_tokenizer, resolve, silence_transformers
-from assay.streams.backends import torch_dtype
+from assay.streams.backends import as_tensor, torch_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,16 +56,21 @@ _KINDS = {"mismatched_keys": _SHAPED, "missing_keys": _MISSING, "unexpected_keys
 _PASSED_OVER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers in old files; transformers skips them
 
 
-def check_fits(source: Source, tensors: list[Stored]) -> None:
-    """Refuse a checkpoint whose tensors are not those of its configuration; only headers are used.
+def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | None) -> None:
+    """Refuse tensors that are not those of the configuration, and weights in eight bits that it does not explain.
 
-    Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before. Where tensors are
-    both missing and surplus, names may be of an older layout that transformers converts: that is left to the load.
-
-    Raises:
-        BadWeights: A tensor is missing, surplus or of another shape; names the first one and its file.
-        ModelError: No model can be built from the configuration.
+    Only headers are used: reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused
+    before. Where tensors are both missing and surplus, names may be of an older layout that transformers converts: that
+    is left to the load.
     """
+    if form is not None:
+        load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
+        return
+    for odd in (tensor for tensor in tensors if tensor.dtype in EIGHT_BITS):
+        raise bad_weights(
+            f"{odd.file} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
+            "a configuration that says how they are used",
+        )
     with torch.device("meta"):
         module = build(source.config, torch.float32)
     stored, wanted = {t.name: t for t in tensors}, _stored_shapes(module)
@@ -90,6 +104,63 @@ def _misfit(where: str, kind: str, names: list[str], shapes: str = "") -> BadWei
         wanted="exactly the tensors of the configuration",
         do="download or save the checkpoint again; a fused or quantised layout is not read",
     )
+
+
+STD = 0.02
+SHAPE_BLOCK = "assay"
+"""The block of a ``shape:`` model that was asked for without one."""
+
+# Facts of a file, not of a model: they must not change the digest of a recipe.
+_VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def _randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
+    """Replace every parameter by its stream of a block, in its dtype, and put it on a device; unit norms are one."""
+    for name, parameter in module.named_parameters():
+        if unit_norms and _is_norm(name):
+            parameter.data = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+        else:
+            _draw(name, parameter, block, device)
+
+
+def _randomise_embeddings(module: "PreTrainedModel", block: str) -> None:
+    """Replace the input embeddings only. A head that is tied to them changes with them, for it is the same matrix."""
+    weight = module.get_input_embeddings().weight
+    name, parameter = next(pair for pair in module.named_parameters() if pair[1] is weight)
+    _draw(name, parameter, block, parameter.device)
+
+
+def _is_norm(name: str) -> bool:
+    owner = name.split(".")[-2]
+    return name.endswith(".weight") and ("norm" in owner or owner.startswith("ln_"))
+
+
+def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) -> None:
+    backend = streams.get_backend("auto", device.type)
+    normals = backend.normals(streams.seeds([f"{block}_{name}"]), parameter.numel(), "float32")
+    values = as_tensor(normals)[0].mul_(STD).reshape(parameter.shape)
+    held = parameter.data
+    if isinstance(held, DTensor):  # this process holds a part
+        part = distribute_tensor(values.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None)
+        held.to_local().copy_(part.to_local())
+    else:
+        parameter.data = values.to(device, parameter.dtype)
+
+
+def _recipe_digest(source: Source, weights: str, block: str, kept: str) -> str:
+    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, and the rest.
+
+    The rest is the digest or the block of the weights that were not drawn for this block; empty if all were.
+    """
+    recipe = {
+        "block": block,
+        "config": {key: value for key, value in source.published.items() if key not in _VOLATILE},
+        "kept": kept or None,
+        "std": STD,
+        "unit_norms": source.directory is None,
+        "weights": weights,
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -207,16 +278,15 @@ def load_model(
     """
     source, target = resolve(reference), parse_device(device)
     block, is_shape = block_hash or (SHAPE_BLOCK if source.directory is None else ""), source.directory is None
-    if weights not in WEIGHT_MODES:
-        raise UsageError(f"weights={weights!r}", wanted=" or ".join(WEIGHT_MODES), do="choose one of them")
-    if weights == "trained" and block_hash is not None:
-        raise UsageError(
-            "a block hash for trained weights", wanted="no block_hash", do="drop it, or ask for random-all"
-        )
-    if weights != "trained" and not block:
-        raise UsageError(f"weights={weights!r} without a block", wanted="block_hash", do="give the block hash")
-    if dtype is not None and dtype not in streams.DTYPES:
-        raise UsageError(f"dtype={dtype!r}", wanted=" or ".join(streams.DTYPES), do="choose one, or leave it out")
+    drawn, modes, dtypes = weights != "trained", " or ".join(WEIGHT_MODES), " or ".join(streams.DTYPES)
+    for wrong, seen, wanted, do in (
+        (weights not in WEIGHT_MODES, f"weights={weights!r}", modes, "choose one of them"),
+        (not drawn and block_hash is not None, "a block hash for trained weights", "no block_hash", "drop it"),
+        (drawn and not block, f"weights={weights!r} without a block", "block_hash", "give the block hash"),
+        (dtype not in (None, *streams.DTYPES), f"dtype={dtype!r}", dtypes, "choose one, or leave it out"),
+    ):
+        if wrong:
+            raise UsageError(seen, wanted=wanted, do=do)
     form = _format_of(source, quantise, weights, target)
     tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
@@ -228,21 +298,18 @@ def load_model(
         if mesh is not None:
             _shard(module, mesh)
         if is_shape or mode == "random-all":
-            randomise(module, kept or block, target, unit_norms=is_shape)
+            _randomise(module, kept or block, target, unit_norms=is_shape)
         if mode == "random-embed":
-            randomise_embeddings(module, block)
+            _randomise_embeddings(module, block)
         cast("nn.Module", module).to(target).eval()  # the library's own `to` is wrapped in a way that hides its type
         if rounded and form is None:
             round_weights(module, rounded)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(
-            f"the weights do not fit on {target}: {error}",
-            wanted="room for all parameters",
-            do="use a smaller model or dtype, or --device cpu",
-        ) from error
-    digest = kept if mode == "trained" else recipe_digest(source, mode, block, kept)
+        seen, do = f"the weights do not fit on {target}: {error}", "use a smaller model or dtype, or --device cpu"
+        raise OutOfMemory(seen, wanted="room for all parameters", do=do) from error
+    digest = kept if mode == "trained" else _recipe_digest(source, mode, block, kept)
     return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
 
 
@@ -269,13 +336,7 @@ def _read_weights(
 
 
 def check_loadable(reference: str | Path, *, device: str | None = None, quantise: str | None = None) -> None:
-    """Refuse what :func:`load_model` refuses of the same arguments, as far as no weights must be read for it.
-
-    The configuration and the headers of the weight files are read.
-
-    Raises:
-        AssayError: As :func:`load_model`.
-    """
+    """Refuse what :func:`load_model` refuses, as far as configuration and headers of the weight files show it."""
     target, source = parse_device(device), resolve(reference)
     form = _format_of(source, quantise, "trained", target)
     if source.directory is not None:
@@ -285,13 +346,8 @@ def check_loadable(reference: str | Path, *, device: str | None = None, quantise
 def identify(reference: str | Path, *, dtype: str) -> Model:
     """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
 
-    The dtype is that in which an engine runs the model, for example ``"bfloat16"``.
-
-    Raises:
-        UsageError: The reference is a shape, which has no checkpoint.
-        ModelNotFound: There is no such model.
-        BadWeights: The weights are corrupt, missing, surplus, of another shape, or not finite.
-        ModelError: The configuration cannot be used.
+    The dtype is that in which an engine runs the model, for example ``"bfloat16"``. It refuses a shape, which has no
+    checkpoint, and otherwise what :func:`load_model` refuses.
     """
     source = resolve(reference)
     directory = source.checkpoint
@@ -306,13 +362,7 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
 
 
 def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:
-    """Return the format of a checkpoint that is stored in fewer than 16 bits.
-
-    Raises:
-        UsageError: Another format is asked for, or random weights of such a checkpoint.
-        ModelError: The configuration states a format that is not read.
-        BackendUnavailable: The format was not tested on the device.
-    """
+    """Return the format of a checkpoint that is stored in fewer than 16 bits; refuse to load it in another one."""
     form = read_format(source.reference, source.published)
     if form is None:
         check_quantisation(quantise, device)
@@ -327,32 +377,10 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
     return form
 
 
-def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | None) -> None:
-    """Refuse tensors that are not those of the configuration, and weights in eight bits that it does not explain.
-
-    Only headers are used: hashing a large checkpoint takes minutes.
-    """
-    if form is not None:
-        load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
-        return
-    odd = next((tensor for tensor in tensors if tensor.dtype in EIGHT_BITS), None)
-    if odd is not None:
-        raise BadWeights(
-            f"{odd.file} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
-            wanted="a configuration that says how they are used",
-            do="download or save the checkpoint again",
-        )
-    check_fits(source, tensors)
-
-
 def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
     """Cut the decoder's weights by the plan that transformers has for the architecture, and install its collectives.
 
     The head stays whole: it may be tied to the embeddings.
-
-    Raises:
-        UsageError: The heads or the width of the MLP cannot be divided by the number of processes.
-        ModelError: There is no plan for this architecture.
     """
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
@@ -394,11 +422,8 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
     except Exception as error:  # the library reports faults of a checkpoint with exceptions of many kinds
         if is_out_of_memory(error):
             raise
-        raise BadWeights(
-            f"the weights of {source.reference!r} do not load: {error}",
-            wanted="weights that belong to the configuration beside them",
-            do="download or save the checkpoint again",
-        ) from error
+        seen = f"the weights of {source.reference!r} do not load: {error}"
+        raise bad_weights(seen, "weights that belong to the configuration beside them") from error
     for fault, kind in _KINDS.items():  # what the headers did not show
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
         if names:
@@ -497,7 +522,6 @@ def save_random(
             Path(temporary).chmod(0o755)
             Path(temporary).rename(target)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{target} cannot be written: {error}", wanted="room and permission", do="try elsewhere"
-        ) from error
+        seen = f"{target} cannot be written: {error}"
+        raise StorageError(seen, wanted="room and permission", do="try elsewhere") from error
     return target

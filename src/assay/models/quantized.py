@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError, how_to_install
-from assay.models.checkpoint import EIGHT_BITS, Stored, find_file
+from assay.models.checkpoint import EIGHT_BITS, Source, Stored, build, find_file
 from assay.models.decoder import backbone
 from assay.models.eight_bits import (
     CUDA_BLOCK,
@@ -41,8 +41,6 @@ from assay.models.eight_bits import (
     float8_blocks,
     round_rows,
 )
-from assay.models.random import build
-from assay.models.resolve import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +54,6 @@ STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
 
 NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
 """Formats in eight or four bits that the weights of a model may have."""
-
-_FLOAT8_CAPABILITY = (8, 9)
 
 
 class LoadingFormat(TypedDict):
@@ -76,13 +72,10 @@ def in_format(name: str | None, *, rest: str | None = None) -> LoadingFormat:
     return LoadingFormat(dtype=rest if short else name, quantise=name if short else None)
 
 
-_TESTED_CAPABILITY = (9, 0)
-_DO = "use the checkpoint before quantisation, or one in a format of docs/models.md"
-
 FOUR_BITS = "int4-groups"
 """Name of the number format of weights in four bits, whichever way they are packed."""
 
-Packing = Literal["compressed-tensors", "awq", "gptq"]
+_FLOAT8_CAPABILITY, _TESTED_CAPABILITY = (8, 9), (9, 0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class StoredFormat:
 
     name: str
     block: tuple[int, int] | None = None
-    packing: Packing | None = None
+    packing: Literal["compressed-tensors", "awq", "gptq"] | None = None
     group: int | None = None
     zeros: bool = False
 
@@ -137,29 +130,26 @@ _ACCEPTED: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | None:
-    """Return the format that a configuration states; None for weights that are not quantised.
+    """Return the format that a configuration states, or refuse the key and the value of one that is not read.
 
-    Raises:
-        ModelError: It is not one that is read; names the key and its value.
+    None stands for weights that are not quantised.
     """
     stated = published.get("quantization_config")
     if stated is None:
         return None
+    stated = stated if isinstance(stated, dict) else {}
     try:
-        return _parse_format(stated if isinstance(stated, dict) else {})
+        method = _require(stated, "quant_method", "fp8", "compressed-tensors", "awq", "gptq")
+        _require_all(stated, _ACCEPTED[method])
+        if method == "compressed-tensors":
+            return _parse_compressed_tensors(stated)
+        if method == "fp8":
+            block = stated.get("weight_block_size")
+            return StoredFormat("float8") if block is None else StoredFormat("float8-block", _parse_block(block))
+        group = _parse_group(stated.get("group_size"))
+        return StoredFormat(FOUR_BITS, packing=method, group=group, zeros=method == "awq")
     except ModelError as error:
         raise ModelError(f"{reference!r} {error.seen}", wanted=error.wanted, do=error.do) from None
-
-
-def _parse_format(stated: Mapping[str, Any]) -> StoredFormat:
-    method = _require(stated, "quant_method", "fp8", "compressed-tensors", "awq", "gptq")
-    _require_all(stated, _ACCEPTED[method])
-    if method == "compressed-tensors":
-        return _parse_compressed_tensors(stated)
-    if method == "fp8":
-        block = stated.get("weight_block_size")
-        return StoredFormat("float8") if block is None else StoredFormat("float8-block", _parse_block(block))
-    return StoredFormat(FOUR_BITS, packing=method, group=_parse_group(stated.get("group_size")), zeros=method == "awq")
 
 
 def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
@@ -177,8 +167,7 @@ def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
         size = None if weights["strategy"] == "channel" else _parse_group(weights.get("group_size"))
         return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=size, zeros=not weights["symmetric"])
     for part in (weights, inputs):
-        _require(part, "num_bits", 8)
-        _require(part, "symmetric", True, None)
+        _require_all(part, {"num_bits": (8,), "symmetric": (True, None)})
     _require(inputs, "dynamic", True)
     numbers = {"float-quantized": ("float",), "int-quantized": ("int",)}.get(kind, ("float", "int"))
     number = _require(weights, "type", *numbers)
@@ -220,15 +209,12 @@ def _require_all(stated: Mapping[str, Any], accepted: Mapping[str, tuple[object,
 
 
 def _refusal(key: str, value: object, wanted: str) -> ModelError:
-    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=_DO)
+    do = "use the checkpoint before quantisation, or one in a format of docs/models.md"
+    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=do)
 
 
 def check_device(form: StoredFormat, device: torch.device) -> None:
-    """Refuse a format on a kind of device on which it was not tested.
-
-    Raises:
-        BackendUnavailable: The device is neither a CPU nor a CUDA device whose products in the format were tested.
-    """
+    """Refuse a format on a kind of device on which it was not tested."""
     if device.type == "cpu" or form.name == FOUR_BITS:  # whose weights are restored, and whose products are the dtype's
         return
     if form.name == FLOAT8.name:
@@ -255,11 +241,11 @@ OF_A_WORD = 8
 CENTRE = 8
 """The zero of weights that are stored without one."""
 
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_PLACES, _IN_ORDER = (0, 4, 1, 5, 2, 6, 3, 7), tuple(range(OF_A_WORD))
 """Place of each of eight neighbours in a word of AWQ, from the lowest four bits; other layouts keep their order."""
 
 
-def unpack_words(words: Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> Tensor:
+def unpack_words(words: Tensor, places: Sequence[int] = _IN_ORDER) -> Tensor:
     """Return the numbers [..., 8 P] that are packed along the last axis of words [..., P] int32, by their places."""
     shifts = torch.tensor([4 * place for place in places], dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & 15).flatten(-2).to(torch.uint8)
@@ -283,11 +269,8 @@ def load_stored(
 ) -> "PreTrainedModel":
     """Return the model of a quantised checkpoint on the CPU, in a dtype but for its weights in eight bits.
 
-    With headers only it stays on the meta device, and what headers show is checked.
-
-    Raises:
-        BadWeights: A tensor is missing, surplus, or of another shape or dtype than the configuration says.
-        ModelError: Experts are stored in another way than those of Qwen3.
+    Its tensors must be exactly those of the configuration. With headers only the model stays on the meta device, and
+    what headers show is checked.
     """
     reader = _Reader(source, tensors, form, dtype, headers_only)
     if not any(tensor.dtype == form.dtype for tensor in tensors):
@@ -317,11 +300,7 @@ class _Reader:
         return name in self._tensors
 
     def is_rounded(self, name: str) -> bool:
-        """Return whether a weight is stored in eight bits.
-
-        Raises:
-            BadWeights: It is in other eight bits than the configuration says.
-        """
+        """Return whether a weight is stored in eight bits, which must be those that the configuration says."""
         stored = self._tensors.get(name)
         if stored is None or stored.dtype not in EIGHT_BITS:
             return False
@@ -337,9 +316,6 @@ class _Reader:
         if shape is not None and stored.shape != tuple(shape):
             raise self.refusal(name, f"has the shape {list(stored.shape)}, not {list(shape)}")
         self.left.discard(name)
-        return self._content(stored)
-
-    def _content(self, stored: Stored) -> Tensor:
         if self.headers_only:
             return stored.without_numbers()
         with safe_open(stored.file, framework="pt") as file:
@@ -379,45 +355,43 @@ class _Reader:
 
     def read_packed(self, place: str, shape: torch.Size) -> Tensor:
         """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
-        (rows, columns), group = shape, self.form.group or shape[1]
+        (rows, columns), group, packing = shape, self.form.group or shape[1], self.form.packing
         if columns % group or columns % OF_A_WORD or rows % OF_A_WORD:
             raise self.refusal(place, f"has {rows} rows of {columns} columns, in groups of {group}")
-        of_rows, groups = rows // OF_A_WORD, columns // group
+        of_rows, of_columns, groups = rows // OF_A_WORD, columns // OF_A_WORD, columns // group
+
+        def unpack(end: str, *packed: int, axis: int = 1) -> Tensor:
+            """Return the numbers that are packed along an axis of the words of a tensor."""
+            words = self.read(f"{place}.{end}", torch.Size(packed))
+            if words.dtype != torch.int32:
+                raise self.refusal(f"{place}.{end}", f"is stored as {words.dtype}, and four bits are packed in int32")
+            places = AWQ_PLACES if packing == "awq" else _IN_ORDER
+            return unpack_words(words, places) if axis else unpack_words(words.t(), places).t()
+
+        def check(end: str, holds: Callable[[], bool], fault: str) -> None:
+            if not self._holds(holds):
+                raise self.refusal(f"{place}.{end}", fault)
+
         zeros: Tensor | int = CENTRE
-        if self.form.packing == "compressed-tensors":
-            numbers = unpack_words(self._words(f"{place}.weight_packed", rows, columns // OF_A_WORD))
-            said = self.read(f"{place}.weight_shape")
-            if not self._holds(lambda: said.tolist() == list(shape)):
-                raise self.refusal(f"{place}.weight_shape", f"is not {list(shape)}")
+        if packing == "compressed-tensors":
+            numbers, said = unpack("weight_packed", rows, of_columns), self.read(f"{place}.weight_shape")
+            check("weight_shape", lambda: said.tolist() == list(shape), f"is not {list(shape)}")
             if self.form.zeros:
-                zeros = unpack_words(self._words(f"{place}.weight_zero_point", of_rows, groups).t()).t()
+                zeros = unpack("weight_zero_point", of_rows, groups, axis=0)
             scales = self.read(f"{place}.weight_scale", torch.Size((rows, groups)))
-        elif self.form.packing == "awq":
-            numbers = unpack_words(self._words(f"{place}.qweight", columns, of_rows), AWQ_PLACES).t()
-            zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows), AWQ_PLACES).t()
-            scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
         else:
-            numbers = unpack_words(self._words(f"{place}.qweight", columns // OF_A_WORD, rows).t())
-            self._check_gptq(place, groups, of_rows, columns)
+            stored = unpack("qzeros", groups, of_rows)
             scales = self.read(f"{place}.scales", torch.Size((groups, rows))).t()
+            if packing == "awq":
+                numbers, zeros = unpack("qweight", columns, of_rows).t(), stored.t()
+            else:  # engines with symmetric weights, whose zeros are stored less one, read no other zeros and order
+                numbers = unpack("qweight", of_columns, rows, axis=0).t()
+                check("qzeros", lambda: bool((stored == CENTRE - 1).all()), "has other zeros than symmetric weights")
+                if self.has(f"{place}.g_idx"):
+                    order = self.read(f"{place}.g_idx", torch.Size((columns,)))
+                    in_order = [column * groups // columns for column in range(columns)]
+                    check("g_idx", lambda: order.tolist() == in_order, "has columns out of order")
         return _restore(numbers.contiguous(), zeros, scales, self.dtype)
-
-    def _words(self, name: str, *shape: int) -> Tensor:
-        words = self.read(name, torch.Size(shape))
-        if words.dtype != torch.int32:
-            raise self.refusal(name, f"is stored as {words.dtype}, and four bits are packed in int32")
-        return words
-
-    def _check_gptq(self, place: str, groups: int, of_rows: int, columns: int) -> None:
-        """Refuse zeros and an order of columns that engines with symmetric weights in order do not read."""
-        zeros = unpack_words(self._words(f"{place}.qzeros", groups, of_rows))
-        if not self._holds(lambda: bool((zeros == CENTRE - 1).all())):  # stored less one
-            raise self.refusal(f"{place}.qzeros", "has other zeros than symmetric weights")
-        if self.has(f"{place}.g_idx"):
-            order = self.read(f"{place}.g_idx", torch.Size((columns,)))
-            in_order = [column * groups // columns for column in range(columns)]
-            if not self._holds(lambda: order.tolist() == in_order):
-                raise self.refusal(f"{place}.g_idx", "has columns out of order")
 
     def refusal(self, name: str, fault: str) -> BadWeights:
         """Return the error that names a tensor, or all of them without a name, its file, and what is wrong."""
@@ -503,11 +477,7 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
 
 
 def quantise(module: "PreTrainedModel", name: str) -> None:
-    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are.
-
-    Raises:
-        ModelError: A layer has a width that the device cannot multiply in float8.
-    """
+    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are."""
     if name == "float8":
         _round_to_float8(backbone(module))
         return
@@ -560,14 +530,13 @@ def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
 def _torchao() -> Any:
     try:
         with _silent():
-            library = importlib.import_module("torchao.quantization")
+            return importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise BackendUnavailable(
             f"eight-bit weights: {error}",
             wanted="torchao, which rounds the weights and multiplies by them",
             do=f"{how_to_install('quant')}; or use --dtype bfloat16",
         ) from None
-    return library
 
 
 @contextmanager

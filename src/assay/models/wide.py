@@ -9,7 +9,7 @@ times as fast, and gradients of pairs 8.5 times (research/results/wide_products.
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +35,12 @@ _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class _Placed(Protocol):
-    """What has a dtype and a device: a model of assay or of transformers, or a tensor."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
 def is_wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of this dtype are taken in float32 on this device."""
     return device.type == "cpu" and dtype in _NARROW and not _is_fast(dtype)
 
 
-def wide_products(model: _Placed) -> AbstractContextManager[object]:
+def wide_products(model: Any) -> AbstractContextManager[object]:
     """Return a context in which products are taken in float32 where that is faster; elsewhere it changes nothing.
 
     It holds for this thread. In the backward pass, the products that autograd makes of those in the context are in
@@ -58,7 +48,7 @@ def wide_products(model: _Placed) -> AbstractContextManager[object]:
     and those that are spread over devices multiply as they do without it.
 
     Args:
-        model: Model that runs in the context, or a tensor of its dtype on its device.
+        model: Model of assay or of transformers that runs in the context, or a tensor of its dtype on its device.
     """
     return _InFloat32() if is_wide(model.device, model.dtype) else nullcontext()
 

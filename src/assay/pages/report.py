@@ -76,32 +76,14 @@ def histogram_over_density(
     *,
     density_label: str = "expected",
 ) -> None:
-    """Draw measured values as bars of unit area, over the density they should follow as a line.
-
-    Args:
-        ax: Axes to draw on.
-        samples: Finite values, [N].
-        pdf: Density of a value, per unit of the x axis.
-        density_label: Name of the line.
-
-    Raises:
-        UsageError: No samples, or one that is not finite.
-    """
+    """Draw finite values [N] as bars of unit area, over the density that they should follow as a line."""
     values_N = np.asarray(samples, dtype=np.float64).ravel()
     if not values_N.size or not np.isfinite(values_N).all():
         raise UsageError(f"{values_N.size} samples", wanted="at least one, all finite", do="drop the missing values")
     count = min(max(8, round(2 * values_N.size ** (1 / 3))), 120)  # Rice's rule
     # One outline instead of single bars leaves no seams where they meet.
-    ax.hist(
-        values_N,
-        count,
-        density=True,
-        histtype="stepfilled",
-        color=SERIES[0],
-        alpha=0.45,
-        linewidth=0,
-        label="measured",
-    )
+    style: dict[str, Any] = {"histtype": "stepfilled", "color": SERIES[0], "alpha": 0.45, "linewidth": 0}
+    ax.hist(values_N, count, density=True, label="measured", **style)
     low, high = ax.get_xlim()
     x_N = np.linspace(low, high, 400)
     ax.plot(x_N, np.asarray(pdf(x_N)), color=INK, linewidth=1.3, label=density_label)
@@ -109,28 +91,12 @@ def histogram_over_density(
     ax.set_ylabel("density")
 
 
-def heatmap(
-    ax: "Axes",
-    matrix: npt.ArrayLike,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    label: str = "",
-) -> None:
+def heatmap(ax: "Axes", matrix: npt.ArrayLike, rows: Sequence[str], columns: Sequence[str], *, label: str = "") -> None:
     """Draw a matrix as tinted cells with a scale beside it.
 
     Positive values have the first colour, negative ones the second. Strength is opacity, so zero is the colour of the
-    page in light and in dark. A missing value (NaN) is left empty.
-
-    Args:
-        ax: Axes to draw on.
-        matrix: Values, [R, C].
-        rows: Labels, R of them.
-        columns: Labels, C of them.
-        label: Name of the scale.
-
-    Raises:
-        UsageError: Labels and matrix do not fit together.
+    page in light and in dark. A missing value (NaN) is left empty. The matrix is [R, C], with a label for every row and
+    column, and one for the scale.
     """
     from matplotlib.colors import ListedColormap, to_rgba
 
@@ -164,10 +130,7 @@ def heatmap(
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     """Return a figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS variables.
 
-    Args:
-        fig: Figure drawn with the colours of this module.
-        prefix: Text put before every id, so that figures on one page do not collide.
-        description: Text that a screen reader says.
+    The prefix stands before every id, so that figures on one page do not collide; a screen reader says the description.
     """
     import matplotlib as mpl
 
@@ -201,12 +164,7 @@ _CONTENTS_FROM = 4  # sections from which a list of contents helps
 
 @dataclass(frozen=True, slots=True)
 class Badge:
-    """A verdict in a table or paragraph: a word with a mark and a colour.
-
-    Attributes:
-        text: Word, such as ``honest``.
-        kind: One of ``pass``, ``fail`` or ``undecided``.
-    """
+    """A verdict in a table or paragraph: a word, such as ``honest``, with a mark and a colour."""
 
     text: str
     kind: BadgeKind
@@ -254,11 +212,7 @@ class Report:
         self._parts.append(f"<dl>{rows}</dl>")
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "") -> None:
-        """Add a table. Columns of numbers are set to the right; None is an empty cell.
-
-        Raises:
-            UsageError: A row does not have as many cells as there are headers.
-        """
+        """Add a table. Columns of numbers are set to the right; None is an empty cell."""
         for row in rows:
             if len(row) != len(headers):
                 raise UsageError(f"a row of {len(row)} cells", wanted=f"{len(headers)} cells", do="fill with None")
@@ -300,11 +254,7 @@ class Report:
         )
 
     def write(self, path: str | Path) -> None:
-        """Write the page, complete or not at all.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
+        """Write the page, complete or not at all."""
         write_atomic(path, self.render())
 
     def _contents(self) -> str:

@@ -20,8 +20,8 @@ from .protocol.proof import TokenRecord as TokenRecord
 from .protocol.proof import VectorRecord as VectorRecord
 from .protocol.round import Round as Round
 from .prover import prove as prove
-from .verdict.calibrate import calibrate as calibrate
 from .verdict.calibration import Calibration as Calibration
+from .verdict.calibration import calibrate as calibrate
 from .verdict.judge import Verdict as Verdict
 from .verdict.noise import Noise as Noise
 from .verdict.noise import default_noise as default_noise

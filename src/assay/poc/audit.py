@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from assay.errors import UsageError
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
-from assay.models.resolve import load_tokenizer
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
@@ -36,7 +36,7 @@ from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
-from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verdict.life import Standing
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)
@@ -88,17 +88,8 @@ class Auditor(Launch):
         with open_judge(self, proof.header, measured) as (loaded, made):
             engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
-                verdict = verify(
-                    proof,
-                    loaded,
-                    engine=engine,
-                    sample=self.sample,
-                    seed=self.seed,
-                    expect=pins,
-                    calibration=measured,
-                    alpha=self.alpha,
-                    progress=self.progress,
-                )
+                drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
+                verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
 
@@ -161,8 +152,7 @@ class Auditor(Launch):
         network = None if self.pins is None else NetworkPins.load(self.pins)
         pins = given if network is None else network.for_round(model=header.digest, also=given)
         if positions is not None:
-            named = {"node_id": pins.node_id, "node_count": pins.node_count}
-            share: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+            share: dict[str, Any] = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
             nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
             pins = pins.joined(Pins(nonces=nonces), str(self.pins))
         if self.calibration is not None:
@@ -183,19 +173,13 @@ class Auditor(Launch):
             )
         check_ledger(self.ledger, alpha=self.alpha)
 
-    def _ledger(self) -> AbstractContextManager[Ledger | None]:
-        """Open the ledger when nothing can be refused any more, and before anything is computed."""
+    def _ledger(self) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
         return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
 class Audit(Generic[V]):
-    """What an audit found.
-
-    Args:
-        verdict: Verdict on the proof or the receipts.
-        standing: What the whole life of the node says; None without a ledger.
-    """
+    """The verdict on a proof or on receipts, and what the whole life of the node says; None without a ledger."""
 
     verdict: V
     standing: Standing | None
@@ -229,10 +213,5 @@ def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
     info = model_info(model)
     has_text = any(isinstance(request.prompt, str) for request in requests)
-    return encode_requests(
-        requests,
-        load_tokenizer(model) if has_text else None,
-        reference=model,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-    )
+    limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
+    return encode_requests(requests, load_tokenizer(model) if has_text else None, reference=model, **limits)

@@ -88,18 +88,15 @@ class Proving(Launch):
     def shape(self, model: Model, pipeline: Pipeline) -> dict[str, Any]:
         """Return the arguments of an hf engine for a loaded model."""
         size = auto_batch(model, self.seq_len + pipeline.steps) if self.batch_size == "auto" else self.batch_size
-        compiled = compiles(model, self.kernels) and not pipeline.steps
-        return {"batch_size": size, "seq_len": self.seq_len, "compiled": compiled}
+        compiled = compiles(model, self.kernels)
+        return {"batch_size": size, "seq_len": self.seq_len, "compiled": compiled and not pipeline.steps}
 
     def check(self, pipeline: Pipeline) -> None:
         """Refuse options that the engine has no use for, which vLLM needs half a minute to say."""
         if self.engine == "hf":
             if pipeline.steps and self.kernels == "compiled":
-                raise UsageError(
-                    f"--kernels compiled with --preset {self.preset}",
-                    wanted="eager kernels, which decode",
-                    do="leave --kernels out",
-                )
+                seen = f"--kernels compiled with --preset {self.preset}"
+                raise UsageError(seen, wanted="eager kernels, which decode", do="leave --kernels out")
             return
         _refuse_for_vllm(None, pipeline)
         of_hf = {
@@ -185,10 +182,7 @@ def open_judge(
 ) -> Iterator[tuple[Model, Engine | None]]:
     """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
-    Args:
-        chosen: Model and engine.
-        header: Header of the proof.
-        calibration: Calibration that will judge the proof, for the batch that it was measured with.
+    The calibration that will judge the proof says the batch that it was measured with.
 
     Raises:
         UsageError: The engine has no use for an option, or cannot run the preset of the proof.
@@ -206,11 +200,8 @@ def open_judge(
     with vllm_engine(chosen, None if stored else dtype, batch_size=size, seq_len=header.round.seq_len) as made:
         found = of_weights(made[1].fingerprint.dtype)
         if stored and found != dtype:
-            raise UsageError(
-                f"{dtype} on vLLM, of a checkpoint in {found}",
-                wanted="the format in which the checkpoint is stored",
-                do="use --engine hf for it",
-            )
+            seen = f"{dtype} on vLLM, of a checkpoint in {found}"
+            raise UsageError(seen, wanted="the format of the checkpoint", do="use --engine hf for it")
         yield made
 
 
@@ -218,13 +209,9 @@ def open_judge(
 def open_prefill(
     chosen: Launch, files: Sequence[Receipts], *, batch_size: int = 16, adapter: Lora | None = None
 ) -> Iterator[tuple[Model, Prefill]]:
-    """Yield the model and the engine that replay receipts.
+    """Yield the model and the engine that replay receipts, at most ``batch_size`` responses at once.
 
-    Args:
-        chosen: Model and engine.
-        files: Receipts that will be replayed; the first node's number format is taken where none is chosen.
-        batch_size: Number of responses that are run at once, at most.
-        adapter: LoRA adapter of receipts that name one.
+    The first node's number format is taken where none is chosen. ``adapter`` is that of receipts that name one.
 
     Raises:
         UsageError: The engine has no use for an option.
@@ -263,13 +250,7 @@ def compiles(model: Model, kernels: Kernels) -> bool:
 
 @contextmanager
 def vllm_engine(chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int) -> Iterator[tuple[Model, Engine]]:
-    """Start vLLM with a model; yield the model's identity and the engine.
-
-    Raises:
-        UsageError: A device was named, or an argument that vLLM does not have.
-        BackendUnavailable: vLLM is not installed, or was not tested in this version.
-        ModelError: The model cannot be loaded.
-    """
+    """Start vLLM with a model; yield the model's identity and the engine. It raises what :func:`open_prover` raises."""
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
 
@@ -280,11 +261,8 @@ def vllm_engine(chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: 
 def _prepare_vllm(device: str | None) -> dict[str, Any]:
     """Refuse a device, send what vLLM says to stderr, because stdout is for results, and return the options."""
     if device is not None:
-        raise UsageError(
-            f"--device {device} with vllm",
-            wanted="no --device: a build of vLLM is for one kind of device",
-            do="leave it out",
-        )
+        wanted = "no --device: a build of vLLM is for one kind of device"
+        raise UsageError(f"--device {device} with vllm", wanted=wanted, do="leave it out")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from assay.poc.vllm.compatibility import check_installed
 

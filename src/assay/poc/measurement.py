@@ -9,7 +9,7 @@ Legend of shapes: M blocks, N nonces, K published numbers.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,14 @@ from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress
-from assay.poc.verdict.calibrate import calibrate
-from assay.poc.verdict.calibration import ENOUGH_OF_MIXTURE, BuildNoise, Calibration
+from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
-from assay.stats.blocks import EFFECTIVE_DIMENSION, BlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
+from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, BlockLaw, rate_standard_error
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 MIN_BLOCKS = 8  # whose own spread is used in place of an assumption
 CONFIDENCE = 0.95  # of the interval of a quantile
+ENOUGH_OF_MIXTURE = 1024  # distances: a block may have no nonce of 256 that asks other experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +82,7 @@ class MeasuredTarget:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        lists = {"widths": list(self.widths), "factors": list(self.factors)}
-        return {**self.__dict__, **lists, "agrees": self.agrees}
+        return {**vars(self), "widths": [*self.widths], "factors": [*self.factors], "agrees": self.agrees}
 
 
 def measure_r_target(
@@ -165,9 +163,8 @@ def _refuse_different(proofs: Sequence[Proof], factors: Sequence[BlockFactor]) -
     )
     for (block, *_), times in inputs.most_common(1):
         if times > 1:
-            raise ProofMismatch(
-                f"a nonce of block {block} in two proofs", wanted="every nonce once", do="leave one out"
-            )
+            seen = f"a nonce of block {block} in two proofs"
+            raise ProofMismatch(seen, wanted="every nonce once", do="leave one out")
 
 
 def _dimension(proof: Proof, dimension: int | None) -> int:
@@ -177,8 +174,7 @@ def _dimension(proof: Proof, dimension: int | None) -> int:
     if known is not None and dimension not in (None, known):
         seen = f"--dimension {dimension} with preset {pipeline.name}"
         raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
-    size = known or dimension
-    if size is None:
+    if (size := known or dimension) is None:
         raise UsageError(
             f"a proof of preset {pipeline.name}",
             wanted="the dimension of its output",
@@ -200,9 +196,7 @@ def compare_r_target(
     The interval has two parts. That of the nonces runs between the order statistics whose ranks are quantiles of the
     binomial count of N at the rate. That of the blocks runs between the quantiles of the mean factor. At each end, the
     squares of the two lengths are added (Zou and Donner 2008). The standard error of the nonces is √(p(1 − p)/N) over
-    the density of the law.
-
-    Arguments are those of :func:`measure_r_target`; an infinite effective dimension means that blocks have no factor.
+    the density of the law. An infinite effective dimension means that blocks have no factor.
     """
     n = sum(map(len, distances))
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
@@ -305,14 +299,8 @@ def target_for(
     """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they measure beside it.
 
     Without proofs it is what holds over blocks and, with a random head, where 95 % of the blocks have their own rate.
-
-    Args:
-        rate: Share of valid nonces that is wanted, in (0, 1).
-        paths: Proof files.
-        dimension: As of :func:`measure_r_target`; without proofs that of the random head when None.
-        effective_dimension: As of :func:`measure_r_target`.
-        model: Model of the proofs, whose states say how wide the distances of their blocks are.
-        device: Device of that model.
+    The dimensions are those of :func:`measure_r_target`, by default that of the random head. The states of the
+    ``model`` of the proofs say how wide the distances of their blocks are.
 
     Raises:
         UsageError: A value is out of range, or two of them exclude each other.
@@ -331,12 +319,11 @@ def target_for(
     values: dict[str, Any] = {"valid_rate": rate, "dimension": size, "r_target": r_target}
     if size != RANDOM_HEAD_ROWS:
         return values
-    law = stats.BlockLaw(
-        dimension=size, freedom=EFFECTIVE_DIMENSION if effective_dimension is None else effective_dimension
+    freedom, source = (
+        (EFFECTIVE_DIMENSION, "assumed") if effective_dimension is None else (effective_dimension, "given")
     )
-    low, high = law.rate_interval(r_target)
-    source = "assumed" if effective_dimension is None else "given"
-    values |= {"effective_dimension": law.freedom, "effective_dimension_from": source}
+    low, high = BlockLaw(dimension=size, freedom=freedom).rate_interval(r_target)
+    values |= {"effective_dimension": freedom, "effective_dimension_from": source}
     return values | {"block_rate_low": low, "block_rate_high": high}
 
 
@@ -355,16 +342,13 @@ def _factors(reference: str, device: str | None, proofs: Sequence[Proof]) -> lis
     return [measured[proof.round.block_hash] for proof in proofs]
 
 
-def measure(
-    paths: Sequence[Path], against: Mapping[str, Path], *, model: str | None = None, progress: Progress | None = None
-) -> Calibration:
+def measure(paths: Sequence[Path], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
     """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size and experts."""
     info = None if model is None else model_info(model)
     return calibrate(
         *map(Proof.load, paths),
         hidden_size=None if info is None else info.hidden_size,
         mixture=None if info is None else info.experts > 0,
-        against={name: Proof.load(path) for name, path in against.items()},
         progress=progress,
     )
 
@@ -374,29 +358,15 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     engines = [fingerprint.as_dict() for fingerprint in build.engines]
     stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
     other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
-    values: dict[str, Any] = {
-        "preset": build.preset,
-        "checkpoint": build.digest,
-        "output": build.output,
-        "machines": len(build.machines),
-        "law": str(build.law),
-        "typical_residual": build.noise.sizes.typical,
-        "between_machines": build.spread.sd,
-        "n": build.n,
-        "hidden_size": build.hidden_size or None,
-        "effect": build.effect,
-        "named": ", ".join(build.named) or "nothing",
-        "engines_differ_in": ", ".join(other) or "nothing",
-    }
-    if caution := build.caution():
-        values["warning"] = caution
-    elif build.mixture is None and build.caution(mixture=True):
-        values["advice"] = (
-            f"for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model: another law may accuse it"
-        )
-    if (left_out := build.left_out) is not None:
-        values["left_out_accused"] = left_out.accused
-        values["left_out_interval"] = [left_out.low, left_out.high]
-        values["left_out_worst_pair"] = left_out.worst
-        values["left_out_audits"] = left_out.pairs * left_out.audits
+    values: dict[str, Any] = {"preset": build.preset, "checkpoint": build.digest, "output": build.output}
+    values |= {"machines": len(build.machines), "law": str(build.law)}
+    values |= {"typical_residual": build.noise.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
+    values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
+    values["engines_differ_in"] = ", ".join(other) or "nothing"
+    if build.mixture is not False and build.n < ENOUGH_OF_MIXTURE and isinstance(build.law, stats.ScaleNoise):
+        seen = f"the law rests on {build.n} distances"
+        values["advice"] = f"{seen}: for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model"
+    if (left := build.left_out) is not None:
+        values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
+        values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}
     return values

@@ -66,11 +66,8 @@ class Asked:
 def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None) -> Asked:
     """Return what a node is asked to prove, by a pins file and by what is given beside it.
 
-    Args:
-        file: Pins file of the network, if there is one.
-        how: Model and engine. Without a model it is that of the file; ``preset`` and ``seq_len`` are not looked at.
-        given: Values that are given for the round, and of ``dtype``, ``engine`` and ``batch_size`` those that are.
-        positions: Positions in the share of the node; those of the file, else the first 256, when None.
+    Without a model, ``how`` runs that of the file. ``given`` has the values of the round that are given, and those of
+    ``dtype``, ``engine`` and ``batch_size``. The positions in the share are those of the file, else the first 256.
 
     Raises:
         UsageError: A value is missing, out of range, or contradicts the file.
@@ -159,20 +156,11 @@ def write_pins(
     public_keys: Sequence[str] = (),
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Write a pins file for a model. What only a proof can say is left to be filled in.
+    """Write a pins file for a model, and return what was written. What only a proof can say is left to be filled in.
 
-    Args:
-        output: File to write.
-        model: Model that the network runs; it is hashed and not run.
-        asked: Values of the round: strength, node_count and fewest_nonces, and preset, seq_len and r_target, which are
-            those of the proofs, or the published ones, when None.
-        proofs: Honest proofs whose round and builds are taken over.
-        calibrations: Calibration files of this model to pin.
-        public_keys: Keys of the nodes that may prove; any when empty.
-        dtype: Number format of the build where there is no proof.
-
-    Returns:
-        What was written, by name, with the places that are to be filled in.
+    The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and fewest_nonces, and
+    preset, seq_len and r_target, which are those of the honest proofs, or the published ones, when None. Builds are
+    those of the proofs; ``dtype`` is the number format where no proof says one. Without keys any node may prove.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
@@ -209,15 +197,9 @@ def write_pins(
     unfilled = [f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED]
     if not unfilled:
         NetworkPins.load(output)  # a file that this version writes is one that it reads
-    return {
-        "path": str(output),
-        "model": model,
-        "digest": digest,
-        **{name: round[name] for name in ("preset", "seq_len", "strength")},
-        "builds": len(headers),
-        "calibrations": len(files),
-        "to_fill_in": ", ".join(unfilled) or "nothing",
-    }
+    stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
+    counts = {"builds": len(headers), "calibrations": len(files), "to_fill_in": ", ".join(unfilled) or "nothing"}
+    return {"path": str(output), "model": model, "digest": digest} | stated | counts
 
 
 def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
@@ -226,11 +208,8 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
     for name in ("preset", "seq_len", "r_target"):
         stated = {getattr(header.round, name) for header in headers}
         if given[name] is None and len(stated) > 1:
-            raise UsageError(
-                f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
-                wanted="proofs of one kind of round",
-                do=f"pass {_flag(name)}",
-            )
+            seen = f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}"
+            raise UsageError(seen, wanted="proofs of one kind of round", do=f"pass {_flag(name)}")
         asked[name] = given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
     asked |= {name: given[name] for name in ("strength", "node_count", "fewest_nonces")}
     asked["preset"] = get_pipeline(asked["preset"]).name
@@ -243,11 +222,8 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
 def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[dict[str, Any]]:
     """Return the builds of the proofs, or one that is to be filled in."""
     if headers and dtype is not None:
-        raise UsageError(
-            f"--dtype {dtype} beside --from-proof",
-            wanted="one of the two: the number format of a build is that of its proof",
-            do="leave --dtype out",
-        )
+        wanted = "one of the two: the number format of a build is that of its proof"
+        raise UsageError(f"--dtype {dtype} beside --from-proof", wanted=wanted, do="leave --dtype out")
     for header in headers:
         Build.of(header.fingerprint)  # an error says what is no build
     agreed = [dtype] if dtype else [*get_pipeline(preset).number_formats, UNFILLED]

@@ -32,7 +32,6 @@ def verify(
     model: Model,
     *,
     expect: Pins | Round | None = None,
-    prover_dtype: str | None = None,
     sample: int | None = None,
     seed: int | None = None,
     calibration: Calibration | None = None,
@@ -51,10 +50,9 @@ def verify(
         proof: Complete proof.
         model: Same checkpoint on this machine; its dtype and device may differ from the prover's.
         expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
-            does not pin the set of nonces and the number format.
-        prover_dtype: Number format that the proof must state; the one in ``expect`` when None. The honest noise is that
-            of the stated format, so a node that may choose it chooses how wide the law is. With a calibration whose
-            builds of this model are all of one format, it is that.
+            does not pin the set of nonces and the number format. The honest noise is that of the stated format, so a
+            node that may choose it chooses how wide the law is; a calibration whose builds of this model are all of one
+            format pins it.
         sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
         calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
@@ -91,7 +89,7 @@ def verify(
         ('honest', ('seq_len',), 2)
     """
     header = proof.header
-    pins = check_proof(proof, expect=expect, prover_dtype=prover_dtype, sample=sample, calibration=calibration)
+    pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
     engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
     test = sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
@@ -108,20 +106,12 @@ def check_proof(
     proof: Proof,
     *,
     expect: Pins | Round | None = None,
-    prover_dtype: str | None = None,
     sample: int | None = None,
     calibration: Calibration | None = None,
 ) -> Pins:
-    """Refuse a proof as far as that needs no model, and return what is pinned.
+    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are those of `verify`.
 
     :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
-
-    Args:
-        proof: Complete proof.
-        expect: Values that the validator knows.
-        prover_dtype: Number format that the proof must state; the one in ``expect`` when None.
-        sample: Number of nonces that will be recomputed; 128, or all of a smaller proof, when None.
-        calibration: Measured honest noise that will be used.
 
     Raises:
         ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
@@ -137,9 +127,7 @@ def check_proof(
             do="ask the node for a proof in one of them, or verify with the version of assay that wrote it",
         )
     pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
-    if prover_dtype is not None:
-        pins = replace(pins, prover_dtype=prover_dtype)
-    elif calibration is not None and pins.prover_dtype is None:
+    if calibration is not None and pins.prover_dtype is None:
         calibration.find_build(header)
         if calibration.fixes_format(header):
             pins = replace(pins, prover_dtype=header.fingerprint.dtype)
@@ -154,15 +142,8 @@ def judging_setup(
 ) -> tuple[Engine, Noise]:
     """Return the engine that recomputes a proof and the honest noise between the prover's engine and it.
 
-    :func:`verify` calls this before it computes anything. To call it before a ledger is begun keeps the disk free of
-    ledgers for proofs that are refused.
-
-    Args:
-        header: Header of the proof.
-        model: Same checkpoint on this machine.
-        engine: Engine that recomputes; when None, the transformers engine with the batch and the kernels of the prover
-            or, where the calibration was measured with others, with these.
-        calibration: Measured honest noise; the stated default when None.
+    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`. To call it before a
+    ledger is begun keeps the disk free of ledgers for proofs that are refused.
 
     Raises:
         ProofMismatch: The proof is of another checkpoint.
@@ -175,15 +156,14 @@ def judging_setup(
             wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
             do="verify with the checkpoint that the network agreed on (--model)",
         )
-    refused: CalibrationError | None = None
+    refused = []
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)
         try:
-            return one, noise_for(header, one.fingerprint, calibration, mixture=model.experts > 0)
+            return one, noise_for(header, one.fingerprint, calibration)
         except CalibrationError as error:
-            refused = refused or error
-    assert refused is not None, "at least one engine was tried"
-    raise refused
+            refused.append(error)
+    raise refused[0]
 
 
 def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:
@@ -202,11 +182,8 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
 def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibration | None = None) -> int:
     """Return the batch size of a validator: that of the header, which may claim any, or one that was measured.
 
-    Args:
-        header: Header of the proof.
-        engine: Kind of the validator's engine, ``hf`` or ``vllm``.
-        calibration: Measured honest noise; if no engine of this kind that may judge the prover was measured with the
-            batch of the header, that of the first one is taken.
+    If no engine of the validator's kind, ``hf`` or ``vllm``, that may judge the prover was measured with the batch of
+    the header, that of the first one is taken.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build than the proof.

@@ -3,18 +3,39 @@
     (x/2)² ~ Beta(a, a),    a = (d − 1)/2
 
 The direction is uniform on the unit sphere, at angle θ from the fixed one, with (1 + cos θ)/2 ~ Beta(a, a) (Fang, Kotz
-and Ng 1990, §3.1) and x = √(2 − 2 cos θ). Everything below is exact. For large d the law is close to N(√2, 1/√(2d)).
+and Ng 1990, §3.1) and x = √(2 − 2 cos θ). This is exact. For large d the law is close to N(√2, 1/√(2d)). A dimension
+below 2 is a UsageError.
+
+The law of a block has all cosines of the block wider or narrower by one factor γ:
+
+    γ² ~ χ²_ν/ν,    ν = 1/‖M‖²,    M = E[x xᵀ]
+
+All distances of a block are measured along one vector v, N(0, I) over blocks: the random head, folded onto the target.
+Unit states x with second moments M have products v·x of variance γ² = vᵀMv, where the chord law has variance one. Over
+blocks γ² is Σ λᵢχ²₁ with the eigenvalues λ of M, which has mean one and variance 2‖M‖². The law above has the same two
+moments (Satterthwaite 1946; Box 1954, theorem 3.1). γ varies by about 1/√(2ν).
+
+ν is the *effective dimension* of the states. It is D where all directions of R^D occur alike, and much less where a few
+coordinates carry most of a trained state. Signs drawn per nonce make M diagonal and keep the energy of a coordinate. A
+reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at
+D = 256.
+
+Suffixes: N nonces, D hidden size.
 """
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import special, stats
 
 from assay.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
+TAIL = 0.025  # beyond either end of an interval of 95 %
 
 RANDOM_HEAD_ROWS = 8192
 """Rows of the published random head: the dimension in which the distances of ``poc-2.0`` are measured."""
@@ -42,20 +63,12 @@ def _log_mean_over_sqrt2(d: int) -> float:
 
 
 def chord_mean(d: int) -> float:
-    """Return the mean distance of a random direction in R^d, in closed form; it tends to √2.
-
-    Raises:
-        UsageError: The dimension is below 2.
-    """
+    """Return the mean distance of a random direction in R^d, in closed form; it tends to √2."""
     return math.sqrt(2) * math.exp(_log_mean_over_sqrt2(d))
 
 
 def chord_std(d: int) -> float:
-    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d).
-
-    Raises:
-        UsageError: The dimension is below 2.
-    """
+    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d)."""
     return math.sqrt(-2 * math.expm1(2 * _log_mean_over_sqrt2(d)))
 
 
@@ -82,9 +95,13 @@ def valid_rate(r_target: float, d: int) -> float:
     Raises:
         UsageError: ``r_target`` is outside (0, 2], or the dimension is below 2.
     """
+    return float(chord_cdf(_checked(r_target), d))
+
+
+def _checked(r_target: float) -> float:
     if not 0.0 < r_target <= 2.0:
         raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
-    return float(chord_cdf(r_target, d))
+    return r_target
 
 
 def r_target_for(rate: float, d: int) -> float:
@@ -110,3 +127,190 @@ def rate_standard_error(rate: float, n: int) -> float:
     if not 0.0 <= rate <= 1.0 or n < 1:
         raise UsageError(f"rate {rate} of {n} nonces", wanted="a rate in [0, 1] of at least 1 nonce", do="check both")
     return math.sqrt(rate * (1 - rate) / n)
+
+
+EFFECTIVE_DIMENSION = 16.0
+"""Effective dimension assumed of states that were not measured; the bundled models have 20 to 37, random ones D."""
+
+_POINTS = 512  # of the law of the factor, each of the same probability
+
+
+class _Rates(ABC):
+    """A law of distances by its rates below each distance: one for every factor γ, or for every state."""
+
+    def valid_rate(self, r_target: float) -> float:
+        """Return the expected share of nonces with a distance below ``r_target``.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2].
+        """
+        return float(self._rates(np.asarray(_checked(r_target))).mean())
+
+    def rate_error(self, r_target: float, n: int | None = None) -> float:
+        """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        """
+        nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
+        target = np.asarray(r_target, dtype=np.float64)
+        return math.hypot(float(self._error(self._rates(target), self._normal(target))), nonces)
+
+    def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the expected share between each two edges and its standard error."""
+        edges_E = np.asarray(edges, dtype=np.float64)
+        shares = np.diff(self._rates(edges_E), axis=1)
+        return np.asarray(shares.mean(axis=0)), self._error(shares, np.diff(self._normal(edges_E)))
+
+    @abstractmethod
+    def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every factor or state, [F, ...]."""
+
+    def _normal(self, x: FloatArray) -> FloatArray:
+        """Return the share below x of normal cosines of the same standard deviation."""
+        return np.zeros_like(x)
+
+    @abstractmethod
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the standard error of expected shares [F, ...]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLaw(_Rates):
+    """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, more if
+            something is, and infinity if γ equals ``scale``.
+        scale: Known scale of γ; 1.0 for any block.
+
+    Raises:
+        UsageError: A value is not positive.
+    """
+
+    dimension: int
+    freedom: float
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.freedom > 0 and 0 < self.scale < math.inf):
+            raise UsageError(
+                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
+                wanted="positive numbers",
+                do=f"leave the effective dimension out: {EFFECTIVE_DIMENSION:g} is assumed",
+            )
+
+    @classmethod
+    def of_head(cls, dimension: int, effective_dimension: float, *, hidden_size: int, scale: float) -> "BlockLaw":
+        """Return the law of a block whose folded head has a known length.
+
+        The length is known and the direction is not, so of the variance 2/ν of γ² the part 2/D is gone.
+
+        Args:
+            dimension: Dimension d of the chord law.
+            effective_dimension: Effective dimension ν of the states; more than D counts as D.
+            hidden_size: Size D of the states.
+            scale: Length of the folded head over its mean.
+        """
+        left = 1 / effective_dimension - 1 / hidden_size
+        return cls(dimension=dimension, freedom=1 / left if left > 0 else math.inf, scale=scale)
+
+    def factor(self, q: float) -> float:
+        """Return the quantile of the factor γ over such blocks."""
+        if math.isinf(self.freedom):
+            return self.scale
+        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
+
+    @property
+    def factor_error(self) -> float:
+        """Standard deviation of γ, to first order: scale/√(2ν)."""
+        return self.scale / math.sqrt(2 * self.freedom)
+
+    def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
+        """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
+
+        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008).
+
+        Raises:
+            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        """
+        rate = self.valid_rate(r_target)
+        nonces = 0.0 if n is None else float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
+        low, high = (math.hypot(end - rate, nonces) for end in ends)
+        return max(0.0, rate - low), min(1.0, rate + high)
+
+    def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval of the quantile of a block, if that of an average block is ``r_target``."""
+        tail = (1 - confidence) / 2
+        cosine = 1 - r_target**2 / 2
+        ends = sorted(float(_chord(cosine * self.factor(q))) for q in (tail, 1 - tail))
+        return ends[0], ends[1]
+
+    @cached_property
+    def _factors(self) -> FloatArray:
+        """Values of γ of equal probability, [F]."""
+        if math.isinf(self.freedom):
+            return np.array([self.scale])
+        return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        factors = self._factors.reshape(-1, *(1,) * x.ndim)
+        return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
+
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the standard deviation over blocks: about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half."""
+        return np.asarray(shares.std(axis=0))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredBlockLaw(_Rates):
+    """The law of the distances of a block by its head and states: a cosine is N(±jump, width²).
+
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
+    others, as in the widest blocks, the product is not normal, but near one of two values.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        jumps: Part of every state along the coordinate that counts most in this block, in standard deviations 1/√d of a
+            cosine.
+        widths: Standard deviation of all other parts, in the same unit.
+    """
+
+    dimension: int
+    jumps: FloatArray
+    widths: FloatArray
+
+    @property
+    def scale(self) -> float:
+        """Factor γ: the standard deviation of the block's cosines over 1/√d."""
+        return math.sqrt(float(np.mean(self.jumps**2 + self.widths**2)))
+
+    @property
+    def factor_error(self) -> float:
+        """Standard error of γ, from the number of states."""
+        squares_N = self.jumps**2 + self.widths**2
+        return float(squares_N.std(ddof=1)) / math.sqrt(len(squares_N)) / (2 * self.scale)
+
+    def _normal(self, x: FloatArray) -> FloatArray:
+        return np.asarray(special.ndtr(-(1 - x**2 / 2) * math.sqrt(self.dimension) / self.scale))
+
+    def _rates(self, x: FloatArray) -> FloatArray:
+        cosine = (1 - x**2 / 2) * math.sqrt(self.dimension)
+        jumps, widths = (values_N.reshape(-1, *(1,) * x.ndim) for values_N in (self.jumps, self.widths))
+        below = [special.ndtr((jump - cosine) / widths) for jump in (jumps, -jumps)]
+        return np.asarray((below[0] + below[1]) / 2)
+
+    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
+        """Return the error of the mean over states, with half of the correction of the ``normal`` shares.
+
+        Taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
+        """
+        states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
+        return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
+
+
+def _chord(cosine: npt.ArrayLike) -> FloatArray:
+    return np.asarray(np.sqrt(2 - 2 * np.clip(cosine, -1.0, 1.0)))

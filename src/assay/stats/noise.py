@@ -10,14 +10,15 @@ Suffixes: N values.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict
 from scipy import optimize, special, stats
 
 from assay.errors import UsageError
-from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_cdf, chord_mean, chord_std
+from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_mean, chord_std
 
 RESOLUTION = 2.0**-23
 """Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal."""
@@ -30,6 +31,9 @@ JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
 
 A distance drawn from the chord law misses by √2 times as much (0.011) and is easier to catch.
 """
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How a law is read from a file: numbers of its fields, and nothing else."""
 
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 
@@ -58,6 +62,8 @@ class ScaleNoise:
         UsageError: A parameter is not finite or out of range.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     sigma: float
     dof: float = 6.0
     junk_sigma: float = JUNK_SIGMA
@@ -85,11 +91,6 @@ class ScaleNoise:
     def gross_threshold(self) -> float:
         """The absolute residual that honest noise exceeds with probability `GROSS_PROBABILITY`."""
         return self.sigma * float(stats.t.isf(GROSS_PROBABILITY / 2, self.dof))
-
-    @property
-    def junk_detection(self) -> float:
-        """P(|N(0, junk_sigma²)| > gross threshold)."""
-        return float(special.erfc(self.gross_threshold / self.junk_sigma / math.sqrt(2)))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
         """Return |e|, at most 2, [N]; non-finite residuals become 2."""
@@ -126,6 +127,8 @@ class LogNoise:
         UsageError: A parameter is not finite or out of range.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     mu: float
     sd: float
     dimension: int = 12
@@ -157,11 +160,6 @@ class LogNoise:
     def gross_threshold(self) -> float:
         """The L2 distance that honest noise exceeds with probability `GROSS_PROBABILITY`."""
         return math.exp(self.mu + self.sd * self.standard_quantile(GROSS_PROBABILITY))
-
-    @property
-    def junk_detection(self) -> float:
-        """The probability under the chord law of a distance above the gross threshold."""
-        return 1 - float(chord_cdf(self.gross_threshold, self.dimension))
 
     @property
     def standard_mass(self) -> float:
@@ -224,12 +222,14 @@ class Spread:
         UsageError: A parameter is out of range.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     sd: float = 0.0
     dof: float = 30.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
-        _require(1 <= self.dof < math.inf, f"{self.dof} degrees of freedom", "a finite number of at least 1")
+        _require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million")
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:

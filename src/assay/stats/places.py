@@ -25,7 +25,6 @@ Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of r
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -160,16 +159,11 @@ def place_test(
         (True, 'position mod 8 in 0', 0.125)
     """
     values_N, positions_N = np.asarray(magnitudes, dtype=np.float64), np.asarray(positions)
-    if values_N.ndim != 1 or values_N.shape != positions_N.shape:
+    alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
+    if not alike or (values_N.size and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0)):
         raise UsageError(
-            f"residuals of shape {values_N.shape} at positions of shape {positions_N.shape}",
-            wanted="two lists of one length",
-            do="pass one position per residual",
-        )
-    if values_N.size and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0):
-        raise UsageError(
-            f"positions such as {positions_N.min()}",
-            wanted="whole numbers from 0",
+            f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape {positions_N.shape}",
+            wanted="one whole number from 0 for each residual",
             do="pass the index of each nonce in the prover's own sequence",
         )
     if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
@@ -186,8 +180,7 @@ def place_test(
     found = sorted([*sample.find_runs(sample.moduli), sample.find_part()], key=lambda tried: tried.log_p)
     ratios = [inside / base if base else math.inf if inside else 1.0 for inside, base in map(sample.medians, found)]
     guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
-    faulty = any(guilty)
-    best = guilty.index(True) if faulty else 0
+    faulty, best = any(guilty), guilty.index(True) if any(guilty) else 0
     named = found[best]
     dependent = faulty or named.p_value <= SUSPICION
     if dependent:
@@ -263,15 +256,20 @@ class _Sample:
 
     def find_part(self) -> Places:
         """Return the clearest part of the run: neighbouring eighths of it, or the first nonces."""
-        tried = list(_list_parts(int(self.positions.max()) + 1))
-        logs = []
-        for part in tried:
-            held_N = part.contain(self.positions)
-            large_N = self.largest(int(np.count_nonzero(held_N)))
-            hits, held, large = (np.array(np.count_nonzero(some)) for some in (held_N & large_N, held_N, large_N))
-            logs.append(float(log_fisher(hits, held, large, self.sizes.size)))
-        best = int(np.argmin(logs))
-        return _among(len(self.moduli) + 1, replace(tried[best], log_p=logs[best] + math.log(len(tried))))
+        end = int(self.positions.max()) + 1
+        edges = [end * eighth // _EIGHTHS for eighth in range(_EIGHTHS + 1)]
+        tried = [
+            Places(low=edges[first], high=edges[last])
+            for first in range(_EIGHTHS)
+            for last in range(first + _SHORTEST_PART, min(first + _EIGHTHS // 2, _EIGHTHS) + 1)
+        ]
+        tried += [Places(high=count) for count in _FIRST if count == 1 or 2 * count <= end]
+        held_PN = np.stack([part.contain(self.positions) for part in tried])
+        large_PN = np.stack([self.largest(int(held)) for held in held_PN.sum(axis=1)])
+        hits_P, held_P, large_P = (np.count_nonzero(some, axis=1) for some in (held_PN & large_PN, held_PN, large_PN))
+        logs = log_fisher(hits_P, held_P, large_P, self.sizes.size)
+        best = int(logs.argmin())
+        return _among(len(self.moduli) + 1, replace(tried[best], log_p=float(logs[best]) + math.log(len(tried))))
 
     def extend_run(self, run: Places) -> Places:
         """Return the run with further places at which the remaining residuals are large, up to half of all places.
@@ -347,15 +345,6 @@ def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> I
     return np.asarray(np.take_along_axis(before, last_LS, axis=1) - before[:, starts_S], dtype=np.int64)
 
 
-def _list_parts(end: int) -> Iterator[Places]:
-    """Yield every part of the run 0 … end − 1 that is tried: neighbouring eighths of it, and the first nonces."""
-    edges = [end * eighth // _EIGHTHS for eighth in range(_EIGHTHS + 1)]
-    for first in range(_EIGHTHS):
-        for last in range(first + _SHORTEST_PART, min(first + _EIGHTHS // 2, _EIGHTHS) + 1):
-            yield Places(low=edges[first], high=edges[last])
-    yield from (Places(high=count) for count in _FIRST if count == 1 or 2 * count <= end)
-
-
 def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> FloatArray:
     """Return an upper bound of the logarithm of Fisher's one-sided p-value, elementwise.
 
@@ -378,10 +367,8 @@ def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> Float
 def _count_alike(alike_N: BoolArray) -> int:
     """Return how far alike residuals go on: over blocks of mostly such ones, and to the last one in the next block."""
     block = max(1, alike_N.size // _BLOCKS)
-    reached = 0
-    while reached < alike_N.size:
+    for reached in range(0, alike_N.size, block):
         next_N = alike_N[reached : reached + block]
         if 2 * np.count_nonzero(next_N) < next_N.size:
             return reached + int(np.max(np.flatnonzero(next_N) + 1, initial=0))
-        reached += next_N.size
-    return reached
+    return alike_N.size

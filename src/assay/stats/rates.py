@@ -8,11 +8,10 @@ import numpy.typing as npt
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.stats.chord import FloatArray
+from assay.stats.chord import TAIL, FloatArray
 
 _REDRAWS = 100
 _DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in memory together
-TAIL = 0.025  # beyond either end of an interval of 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +31,12 @@ class CountTest:
     fraud: bool
 
 
-def _check_counts(count: int, n: int) -> None:
+def _check_counts(count: int, n: int, **shares: float) -> None:
     if not 0 <= count <= n:
         raise UsageError(f"{count} of {n}", wanted="0 ≤ count ≤ n", do="check how the two were counted")
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise UsageError(f"{name} {value}", wanted="a number in [0, 1]", do=f"choose another {name}")
+    for name, value in shares.items():
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{name} {value}", wanted="a number in [0, 1]", do=f"choose another {name}")
 
 
 def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> CountTest:
@@ -54,9 +51,7 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
     Raises:
         UsageError: A count or probability is out of range.
     """
-    _check_counts(mismatches, n)
-    _check_share(p_mismatch, "p_mismatch")
-    _check_share(alpha, "alpha")
+    _check_counts(mismatches, n, p_mismatch=p_mismatch, alpha=alpha)
     p_value = float(stats.binomtest(mismatches, n, p_mismatch, "greater").pvalue) if n else 1.0
     return CountTest(n=n, mismatches=mismatches, p_value=p_value, fraud=p_value < alpha)
 
@@ -67,8 +62,7 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
     Raises:
         UsageError: A count or the confidence is out of range.
     """
-    _check_counts(count, n)
-    _check_share(confidence, "confidence")
+    _check_counts(count, n, confidence=confidence)
     if n == 0:
         return 0.0, 1.0
     interval = stats.binomtest(count, n).proportion_ci(confidence)
@@ -146,11 +140,8 @@ def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     """
     positive_N, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
     if positive_N.size != negative_N.size:
-        raise UsageError(
-            f"{positive_N.size} positive and {negative_N.size} negative scores",
-            wanted="one of each per pair",
-            do="keep both sides of a pair",
-        )
+        seen = f"{positive_N.size} positive and {negative_N.size} negative scores"
+        raise UsageError(seen, wanted="one of each per pair", do="keep both sides of a pair")
     return float(np.mean(positive_N > negative_N) + np.mean(positive_N == negative_N) / 2)
 
 
@@ -193,11 +184,8 @@ def group_bootstrap(
     arrays = [np.asarray(sample) for sample in samples]
     rows = _rows_of_groups(arrays, groups)
     if n_resamples < 1 or not 0.0 < confidence < 1.0:
-        raise UsageError(
-            f"{n_resamples} resamples, confidence {confidence}",
-            wanted="at least 1 resample and a confidence in (0, 1)",
-            do="use the defaults",
-        )
+        seen = f"{n_resamples} resamples, confidence {confidence}"
+        raise UsageError(seen, wanted="at least 1 resample and a confidence in (0, 1)", do="use the defaults")
     generator = np.random.default_rng(seed)
     found = float(statistic(*arrays))
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
@@ -260,11 +248,8 @@ def _rows_of_groups(
     """Return the rows of every group in every sample."""
     counts = [len(array) for array in arrays], [len(side) for side in groups]
     if counts[0] != counts[1]:
-        raise UsageError(
-            f"{counts[0]} rows with {counts[1]} group labels",
-            wanted="one label per row in every sample",
-            do="pass groups in the order of the samples",
-        )
+        seen = f"{counts[0]} rows with {counts[1]} group labels"
+        raise UsageError(seen, wanted="one label per row in every sample", do="pass groups in the order of the samples")
     rows: dict[object, list[list[int]]] = {}
     for sample, side in enumerate(groups):
         for row, label in enumerate(side):
@@ -282,8 +267,5 @@ def _resample(
         taken = [[row for g in drawn for row in rows[g][sample]] for sample in range(len(arrays))]
         if all(taken):
             return [array[index] for array, index in zip(arrays, taken, strict=True)]
-    raise UsageError(
-        f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty",
-        wanted="samples that share most groups",
-        do="check the group labels of every sample",
-    )
+    seen = f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty"
+    raise UsageError(seen, wanted="samples that share most groups", do="check the group labels of every sample")

@@ -24,7 +24,6 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
@@ -41,7 +40,6 @@ FAR = 16.0
 
 NAMED_WEIGHT = 0.25
 """Weight in an e-value of all named alternatives together."""
-
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Shares π of a node's nonces that the e-value looks for."""
@@ -104,7 +102,6 @@ class SequentialResult:
         share_excluded: Share of cheaply computed nonces that an honest verdict excludes; None if n is too small.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
-        junk_share_excluded: Share of invented values; the gross count excludes a larger one at confidence 1 − beta.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which is to be excluded, or a larger one, is called honest.
         effect: Smallest factor that counts as another computation.
@@ -119,7 +116,6 @@ class SequentialResult:
     share_excluded: float | None
     gross: int
     gross_threshold: float
-    junk_share_excluded: float
     alpha: float
     beta: float
     effect: float
@@ -222,7 +218,7 @@ class SequentialTest:
         rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
         for start in range(0, nodes if checked else 0, rows):
             value_U, where = np.unique(size_RC[start : start + rows], return_inverse=True)
-            which_RC, steps_U = where.reshape(-1, checked), self._steps(value_U)
+            which_RC, steps_U = where.reshape(-1, checked), self.steps(value_U)
             left_R = np.arange(len(which_RC))  # those that are not accused yet
             path = np.tile(self.prior, (left_R.size, 1))
             for column in range(checked):
@@ -252,11 +248,8 @@ class SequentialTest:
         return int(self._columns[0])
 
     def steps(self, values: npt.ArrayLike) -> FloatArray:
-        """Return what each residual adds to every path, for simulations of many nodes at a time."""
-        return self._steps(self.law.magnitudes(values))
-
-    def _steps(self, size_N: FloatArray) -> FloatArray:
         """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K + A]."""
+        size_N = self.law.magnitudes(values)
         base_N = self.law.log_density(size_N, 1.0)
         shares_P1 = np.array(SHARES)[:-1, None]
         honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
@@ -280,7 +273,7 @@ class SequentialTest:
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
-        path = np.cumsum(np.vstack([self._log_path, self._steps(size_N)]), axis=0)[1:]
+        path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
         self._log_path = path[-1]
         self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
         self._n += size_N.size
@@ -321,21 +314,10 @@ class SequentialTest:
             share_excluded=share_excluded(self._n, self.beta),
             gross=self._gross,
             gross_threshold=self.law.gross_threshold,
-            junk_share_excluded=self._junk_share_excluded(),
             alpha=self.alpha,
             beta=self.beta,
             effect=self.effect,
         )
-
-    def _junk_share_excluded(self) -> float:
-        """Return the Clopper-Pearson bound of the gross share, over the chance that an invented value is gross.
-
-        With no gross residual and certain detection this is 1 − beta^(1/n).
-        """
-        if self._gross >= self._n:
-            return 1.0
-        gross_share = float(special.betaincinv(self._gross + 1, self._n - self._gross, 1 - self.beta))
-        return min(1.0, gross_share / self.law.junk_detection) if self.law.junk_detection > 0 else 1.0
 
 
 def share_excluded(n: int, beta: float) -> float | None:

@@ -15,7 +15,7 @@ Suffixes: N tokens, G columns of a profile, C scales.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import INDIFFERENT
+from assay.stats.noise import INDIFFERENT, STRICT
 
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
 """Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
@@ -67,6 +67,8 @@ class TokenNoise:
     Raises:
         UsageError: The weights are not probabilities, or leave no room for a stray token.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     weights: tuple[float, ...]
 
@@ -144,14 +146,7 @@ def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class TokenFit:
-    """A law of tokens that was measured on honest clusters.
-
-    Args:
-        law: Law of the tokens of one cluster.
-        between: Spread of ln scale between clusters.
-        error: Standard error of the logarithm of the scale.
-        n: Number of tokens.
-    """
+    """The law of the tokens of one honest cluster, the spread of ln scale between clusters, and its standard error."""
 
     law: TokenNoise
     between: float
@@ -190,11 +185,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
 
 
 def check_enough_tokens(tokens: int, clusters: int) -> None:
-    """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to.
-
-    Raises:
-        UsageError: There are too few.
-    """
+    """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to, with a UsageError."""
     if tokens < FEWEST_TOKENS:
         raise UsageError(
             f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
@@ -259,8 +250,7 @@ def _likeliest(
 def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt.NDArray[np.int64]) -> float:
     """Return the standard error of ln scale, from the curvature of the likelihood of the clusters."""
     steps, weight_U = cluster_scales(between)
-    width = 0.25
-    totals = []
+    width, totals = 0.25, []
     for moved in (-width, 0.0, width):
         logs_C = np.asarray(steps * STEP + moved, dtype=np.float64)
         logs_LU = np.add.reduceat(law.log_likelihoods(profiles_NG, logs_C), starts)

@@ -88,11 +88,8 @@ def _check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: to
             )
     wanted = count if rows is None else len(rows)
     if len(seeds) != wanted:
-        raise UsageError(
-            f"{len(seeds)} seeds for {wanted} rows",
-            wanted="one seed for each row",
-            do="name the rows that get noise in rows_N",
-        )
+        do = "name the rows that get noise in rows_N"
+        raise UsageError(f"{len(seeds)} seeds for {wanted} rows", wanted="one seed for each row", do=do)
 
 
 def _as_int32(integers: torch.Tensor) -> torch.Tensor:
@@ -167,8 +164,8 @@ class Backend:
         Raises:
             UsageError: Also when k is negative or above n.
         """
-        n, k = _count(n), _index(k, "k")
-        if not 0 <= k <= n:
+        n, k = _count(n), _count(k, "k")
+        if k > n:
             raise UsageError(f"k = {k} of n = {n}", wanted="k from 0 to n", do="pick at most as many as there are")
         with self._room_for(n):
             return self._picks(_single(seeds_B), n, k)
@@ -233,11 +230,8 @@ class Backend:
         _check("words", words, self.device, _SEEDS, 2)
         _check("steps", steps, self.device, ("int64", *_SEEDS), 1)
         if words.shape != (len(steps), WORDS):
-            raise UsageError(
-                f"words of shape {tuple(words.shape)} for {len(steps)} steps",
-                wanted=f"{WORDS} words for each step",
-                do="repeat the words of a stream for each of its steps",
-            )
+            seen, do = f"words of shape {tuple(words.shape)}", "repeat the words of a stream for each of its steps"
+            raise UsageError(f"{seen} for {len(steps)} steps", wanted=f"{WORDS} words for each step", do=do)
         return self._row_seeds(_as_int32(words), _as_int32(steps)).view(torch_dtype("uint32"))
 
     def reflected(self, x_BD: torch.Tensor, seeds_BR: Seeds) -> torch.Tensor | None:
@@ -372,26 +366,20 @@ def _checked(seeds: Seeds) -> UInts:
         array = array[:, None]
     well_formed = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] > 0
     if not well_formed or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= 0xFFFFFFFF):
-        raise UsageError(
-            f"seeds {seeds!r:.80}",
-            wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
-            do="make them with assay.streams.seeds(texts)",
-        )
+        do = "make them with assay.streams.seeds(texts)"
+        raise UsageError(f"seeds {seeds!r:.80}", wanted="integers from 0 to 4294967295, of shape [B] or [B, S]", do=do)
     return np.ascontiguousarray(array, dtype=np.uint32)
 
 
-def _count(n: int) -> int:
-    number = _index(n, "n")
-    if not 0 <= number <= MAX_N:
-        raise UsageError(f"n = {number}", wanted=f"n from 0 to {MAX_N}", do="use several seed texts for more elements")
-    return number
-
-
-def _index(value: int, name: str) -> int:
+def _count(value: int, name: str = "n") -> int:
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError as error:
         raise UsageError(f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int") from error
+    if not 0 <= number <= MAX_N:
+        do = "use several seed texts for more elements"
+        raise UsageError(f"{name} = {number}", wanted=f"{name} from 0 to {MAX_N}", do=do)
+    return number
 
 
 BACKENDS = ("numpy", "torch", "triton")
@@ -410,8 +398,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
         BackendUnavailable: The backend, or its device, is not on this machine.
     """
     if name not in (*BACKENDS, "auto"):
-        do = "use torch, which replaced it" if name == "numba" else "choose one of these"
-        raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do=do)
+        raise UsageError(f"backend {name!r}", wanted=f"auto or one of {', '.join(BACKENDS)}", do="choose one of these")
     device = str(device)
     # Torch reads a number that it cannot hold as another one, or not at all.
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", device):

@@ -1,7 +1,7 @@
-from .basis.axes import cin as cin
-from .basis.axes import cin_over_modules as cin_over_modules
 from .basis.basis import Basis as Basis
 from .basis.basis import Origin as Origin
+from .basis.basis import cin as cin
+from .basis.basis import cin_over_modules as cin_over_modules
 from .basis.extract import PairGradients as PairGradients
 from .basis.extract import extract as extract
 from .basis.extract import pair_gradients as pair_gradients

@@ -117,21 +117,6 @@ def test_the_fingerprint_names_it(small_model, uncompiled):
     assert not is_compiled(replace(compiled, engine="vllm"))
 
 
-def test_without_kernels_of_its_own_a_model_is_compiled_as_a_whole(
-    small_model, round_: Round, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv(_compiled.CACHE, "unused")
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function) or function)
-    engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
-    assert seen == [small_model.module.model]
-    assert engine.fingerprint.kernels[-1] == "compiled whole"
-    assert is_compiled(engine.fingerprint)
-    inputs = engine.inputs(round_, range(8))
-    plain = HFEngine(small_model, batch_size=8, seq_len=16)
-    assert torch.equal(engine.read(inputs), plain.read(inputs))
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler
 def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_: Round, monkeypatch):
     """Dynamo traces for real, all functions of the decoder; only the kernels are not made."""
@@ -216,7 +201,7 @@ def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_inp
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(_compiled, "_stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     for _ in range(2):
         graph = _compiled._Graph(lambda x: 2 * x)
         for _ in range(2):

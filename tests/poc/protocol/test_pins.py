@@ -32,18 +32,9 @@ def test_a_round_pins_what_it_says(header: Header, round_: Round):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"block_hash": ""},
-        {"public_key": ""},
-        {"preset": "poc-3"},
-        {"seq_len": 0},
-        {"strength": 64},
-        {"r_target": 2.5},
-        {"node_id": -1},
-        {"node_id": 2, "node_count": 2},
-        {"prover_dtype": "half"},
-        {"prover_dtype": ""},
-        {"prover_dtype": "bfloat16+"},
-        {"prover_dtype": "bfloat16+fp8_e5m2-cache"},
+        *({"block_hash": ""}, {"public_key": ""}, {"preset": "poc-3"}, {"seq_len": 0}, {"strength": 64}),
+        *({"r_target": 2.5}, {"node_id": -1}, {"node_id": 2, "node_count": 2}),
+        *({"prover_dtype": dtype} for dtype in ("half", "", "bfloat16+", "bfloat16+fp8_e5m2-cache")),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import pytest
 from assay.errors import ProofFormatError
 from assay.files.jsonl import dumps
 from assay.poc import Proof, Round, prove
+from tests.poc.lines import edited, put
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,6 @@ def test_wire_form_of_a_vector(vectors: Proof):
     assert len(raw) == 24
 
 
-def edit(lines: list[str], number: int, **changes) -> list[str]:
-    """Change fields of one line, addressed with dots."""
-    value = json.loads(lines[number])
-    for path, new in changes.items():
-        *parents, last = path.split("__")
-        target = value
-        for parent in parents:
-            target = target[parent]
-        target[last] = new
-    return [*lines[:number], dumps(value), *lines[number + 1 :]]
-
-
 def reordered(line: str) -> str:
     return dumps(dict(reversed(json.loads(line).items())))
 
@@ -84,44 +73,44 @@ def reordered(line: str) -> str:
 BREAKS = {
     "empty file": (lambda lines: [], 1),
     "no header": (lambda lines: lines[1:], 1),
-    "another kind": (lambda lines: edit(lines, 0, kind="assay.poc.calibration"), 1),
-    "unknown schema": (lambda lines: edit(lines, 0, schema=2), 1),
-    "boolean schema": (lambda lines: edit(lines, 0, schema=True), 1),
-    "schema with a point": (lambda lines: edit(lines, 0, schema=1.0), 1),
-    "strength with a point": (lambda lines: edit(lines, 0, round__strength=32.0), 1),
-    "endless r_target": (lambda lines: edit(lines, 0, round__r_target=10**400), 1),
-    "preset of null": (lambda lines: edit(lines, 0, round__preset=None), 1),
-    "preset is a list": (lambda lines: edit(lines, 0, round__preset=["poc-2.0"]), 1),
-    "model is a number": (lambda lines: edit(lines, 0, round__model=7, model__reference=7), 1),
-    "empty batches": (lambda lines: edit(lines, 0, fingerprint__batch_size=0), 1),
-    "negative threads": (lambda lines: edit(lines, 0, fingerprint__threads=-1), 1),
-    "an engine of another length": (lambda lines: edit(lines, 0, fingerprint__seq_len=17), 1),
+    "another kind": (edited(0, kind="assay.poc.calibration"), 1),
+    "unknown schema": (edited(0, schema=2), 1),
+    "boolean schema": (edited(0, schema=True), 1),
+    "schema with a point": (edited(0, schema=1.0), 1),
+    "strength with a point": (edited(0, round__strength=32.0), 1),
+    "endless r_target": (edited(0, round__r_target=10**400), 1),
+    "preset of null": (edited(0, round__preset=None), 1),
+    "preset is a list": (edited(0, round__preset=["poc-2.0"]), 1),
+    "model is a number": (edited(0, round__model=7, model__reference=7), 1),
+    "empty batches": (edited(0, fingerprint__batch_size=0), 1),
+    "negative threads": (edited(0, fingerprint__threads=-1), 1),
+    "an engine of another length": (edited(0, fingerprint__seq_len=17), 1),
     "spaces in the header": (lambda lines: [lines[0].replace(":", ": "), *lines[1:]], 1),
-    "round without key": (lambda lines: edit(lines, 0, round={"block_hash": "b"}), 1),
-    "r_target out of range": (lambda lines: edit(lines, 0, round__r_target=3.0), 1),
-    "unknown preset": (lambda lines: edit(lines, 0, round__preset="poc-9"), 1),
-    "preset and pipeline differ": (lambda lines: edit(lines, 0, round__preset="artifact"), 1),
-    "pipeline edited": (lambda lines: edit(lines, 0, pipeline__layers="signs"), 1),
-    "digest is a number": (lambda lines: edit(lines, 0, model__digest=7), 1),
-    "digest that moves the cursor": (lambda lines: edit(lines, 0, model__digest="\x1b[2J"), 1),
-    "device that names the window": (lambda lines: edit(lines, 0, fingerprint__device="\x1b]0;x\x07"), 1),
-    "batch size is text": (lambda lines: edit(lines, 0, fingerprint__batch_size="8"), 1),
-    "no nonces": (lambda lines: edit(lines, 0, nonces=[]), 1),
-    "runs overlap": (lambda lines: edit(lines, 0, nonces=[[0, 30, 1], [20, 50, 1]]), 1),
-    "endless run": (lambda lines: edit(lines, 0, nonces=[[0, 2**60, 1]]), 1),
-    "nonce beyond all others": (lambda lines: edit(lines, 0, nonces=[[5, 2**80 + 10, 2**80]]), 1),
-    "zero step": (lambda lines: edit(lines, 0, nonces=[[0, 40, 0]]), 1),
-    "foreign share": (lambda lines: edit(lines, 0, round__node_count=2), 1),
+    "round without key": (edited(0, round={"block_hash": "b"}), 1),
+    "r_target out of range": (edited(0, round__r_target=3.0), 1),
+    "unknown preset": (edited(0, round__preset="poc-9"), 1),
+    "preset and pipeline differ": (edited(0, round__preset="artifact"), 1),
+    "pipeline edited": (edited(0, pipeline__layers="signs"), 1),
+    "digest is a number": (edited(0, model__digest=7), 1),
+    "digest that moves the cursor": (edited(0, model__digest="\x1b[2J"), 1),
+    "device that names the window": (edited(0, fingerprint__device="\x1b]0;x\x07"), 1),
+    "batch size is text": (edited(0, fingerprint__batch_size="8"), 1),
+    "no nonces": (edited(0, nonces=[]), 1),
+    "runs overlap": (edited(0, nonces=[[0, 30, 1], [20, 50, 1]]), 1),
+    "endless run": (edited(0, nonces=[[0, 2**60, 1]]), 1),
+    "nonce beyond all others": (edited(0, nonces=[[5, 2**80 + 10, 2**80]]), 1),
+    "zero step": (edited(0, nonces=[[0, 40, 0]]), 1),
+    "foreign share": (edited(0, round__node_count=2), 1),
     "record missing": (lambda lines: lines[:5] + lines[6:], 6),
     "record doubled": (lambda lines: [*lines[:6], lines[5], *lines[6:]], 7),
     "records swapped": (lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]], 6),
-    "foreign nonce": (lambda lines: edit(lines, 5, nonce=4000), 6),
-    "negative nonce": (lambda lines: edit(lines, 1, nonce=-0.0), 2),
-    "boolean nonce": (lambda lines: edit(lines, 2, nonce=True), 3),
-    "distance of text": (lambda lines: edit(lines, 5, distance="1.4"), 6),
-    "distance of null": (lambda lines: edit(lines, 5, distance=None), 6),
-    "distance too large": (lambda lines: edit(lines, 5, distance=2.1), 6),
-    "endless distance": (lambda lines: edit(lines, 5, distance=10**400), 6),
+    "foreign nonce": (edited(5, nonce=4000), 6),
+    "negative nonce": (edited(1, nonce=-0.0), 2),
+    "boolean nonce": (edited(2, nonce=True), 3),
+    "distance of text": (edited(5, distance="1.4"), 6),
+    "distance of null": (edited(5, distance=None), 6),
+    "distance too large": (edited(5, distance=2.1), 6),
+    "endless distance": (edited(5, distance=10**400), 6),
     "trailing space": (lambda lines: [*lines[:5], lines[5] + " ", *lines[6:]], 6),
     "carriage return": (lambda lines: [*lines[:5], lines[5] + "\r", *lines[6:]], 6),
     "zero behind the distance": (lambda lines: [*lines[:5], lines[5].replace(',"valid"', '0,"valid"'), *lines[6:]], 6),
@@ -129,22 +118,22 @@ BREAKS = {
     "escaped letter": (lambda lines: [*lines[:5], lines[5].replace("nonce", "\\u006eonce"), *lines[6:]], 6),
     "byte order mark": (lambda lines: ["\ufeff" + lines[0], *lines[1:]], 1),
     "spaces in the footer": (lambda lines: [*lines[:-1], lines[-1].replace(":", ": ")], 42),
-    "negative distance": (lambda lines: edit(lines, 5, distance=-1.0), 6),
-    "wrong validity": (lambda lines: edit(lines, 5, distance=1.999, valid=True), 6),
-    "validity of text": (lambda lines: edit(lines, 5, valid="yes"), 6),
-    "extra field": (lambda lines: edit(lines, 5, note="x"), 6),
-    "vector among distances": (lambda lines: [*lines[:5], '{"nonce":4,"vector":"AAAA"}', *lines[6:]], 6),
-    "NaN": (lambda lines: [*lines[:5], '{"nonce":4,"distance":NaN,"valid":false}', *lines[6:]], 6),
-    "infinity": (lambda lines: [*lines[:5], '{"nonce":4,"distance":1e999,"valid":false}', *lines[6:]], 6),
-    "doubled key": (lambda lines: [*lines[:5], '{"nonce":4,"nonce":4,"distance":1.4,"valid":true}', *lines[6:]], 6),
-    "not JSON": (lambda lines: [*lines[:5], "{", *lines[6:]], 6),
-    "not an object": (lambda lines: [*lines[:5], "[1]", *lines[6:]], 6),
+    "negative distance": (edited(5, distance=-1.0), 6),
+    "wrong validity": (edited(5, distance=1.999, valid=True), 6),
+    "validity of text": (edited(5, valid="yes"), 6),
+    "extra field": (edited(5, note="x"), 6),
+    "vector among distances": (put(5, '{"nonce":4,"vector":"AAAA"}'), 6),
+    "NaN": (put(5, '{"nonce":4,"distance":NaN,"valid":false}'), 6),
+    "infinity": (put(5, '{"nonce":4,"distance":1e999,"valid":false}'), 6),
+    "doubled key": (put(5, '{"nonce":4,"nonce":4,"distance":1.4,"valid":true}'), 6),
+    "not JSON": (put(5, "{"), 6),
+    "not an object": (put(5, "[1]"), 6),
     "truncated": (lambda lines: lines[:20], 21),
     "no footer": (lambda lines: lines[:-1], 42),
-    "value edited": (lambda lines: edit(lines, 5, distance=1.4, valid=True), 42),
-    "footer edited": (lambda lines: edit(lines, -1 % len(lines), footer__valid=3), 42),
-    "footer hash edited": (lambda lines: edit(lines, len(lines) - 1, footer__sha256="0" * 64), 42),
-    "footer seconds": (lambda lines: edit(lines, len(lines) - 1, footer__seconds=-1), 42),
+    "value edited": (edited(5, distance=1.4, valid=True), 42),
+    "footer edited": (edited(-1, footer__valid=3), 42),
+    "footer hash edited": (edited(-1, footer__sha256="0" * 64), 42),
+    "footer seconds": (edited(-1, footer__seconds=-1), 42),
     "line after the end": (lambda lines: [*lines, lines[1]], 43),
 }
 
@@ -169,7 +158,7 @@ def test_a_broken_file_is_refused_with_its_line(name: str, proof: Proof, tmp_pat
 def test_a_bad_vector_is_refused(vector, vectors: Proof, tmp_path: Path):
     path = tmp_path / "bad.jsonl"
     vectors.save(path)
-    lines = edit(path.read_text().splitlines(), 1, vector=vector)
+    lines = edited(1, vector=vector)(path.read_text().splitlines())
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ProofFormatError, match="line 2:"):
         Proof.load(path)

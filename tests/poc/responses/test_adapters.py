@@ -118,16 +118,13 @@ def test_the_reference_loop_serves_the_model_itself(small_model: Model):
         respond(small_model, [replace(REQUESTS[0], adapter="tuned")], block_hash="B", public_key="K")
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"bias": "all"}, {"alpha_pattern": {"q_proj": 3}}])
-def test_adapters_that_do_more_are_refused_by_name(small_model: Model, tmp_path: Path, config: dict):
-    with pytest.raises(UsageError, match=next(iter(config))):
-        load_adapter(write_adapter(tmp_path, small_model, **config))
-
-
-@pytest.mark.parametrize("config", [{"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}])
-def test_a_rank_that_cannot_be_is_refused(small_model: Model, tmp_path: Path, config: dict):
-    with pytest.raises(ModelError, match="the adapter in"):
-        load_adapter(write_adapter(tmp_path, small_model, **config))
+def test_adapters_that_do_more_and_ranks_that_cannot_be_are_refused(small_model: Model, tmp_path: Path):
+    for more in ({"use_dora": True}, {"bias": "all"}, {"alpha_pattern": {"q_proj": 3}}):
+        with pytest.raises(UsageError, match=next(iter(more))):
+            load_adapter(write_adapter(tmp_path, small_model, **more))
+    for rank in ({"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}):
+        with pytest.raises(ModelError, match="the adapter in"):
+            load_adapter(write_adapter(tmp_path, small_model, **rank))
 
 
 def test_factors_that_are_no_matrices_are_refused_by_name(directory: Path, tmp_path: Path):

@@ -102,10 +102,6 @@ def test_what_does_not_fit_the_model_is_refused():
             encode_requests([other], None, **FITS)
 
 
-def test_a_shape_has_no_tokenizer():
-    assert load_tokenizer("shape:qwen3-0.6b") is None
-
-
 def test_random_edits_are_read_or_refused(tmp_path: Path):
     good = b'{"prompt":[1,22,3],"request_id":"r","n":2,"temperature":0.5,"logit_bias":{"7":1.5}}\n{"prompt":"a b"}\n'
     draw, path = random.Random(3), tmp_path / "prompts.jsonl"

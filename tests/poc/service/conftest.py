@@ -32,17 +32,8 @@ ROUND = BLOCK | {"r_target": 1.416, "node_id": 0, "node_count": 1, "batch_size":
 PARAMS = {"model": "fake", "seq_len": 4, "k_dim": 12}
 ARTIFACTS = BLOCK | {"node_id": 0, "node_count": 1, "batch_size": 4, "params": PARAMS}
 PREFIX = "/api/v1/pow"
-FINGERPRINT = Fingerprint(
-    engine="fake",
-    device="none",
-    dtype="float32",
-    attention="none",
-    batch_size=1,
-    seq_len=64,
-    threads=1,
-    torch="0",
-    library="none",
-)
+BUILD = {"engine": "fake", "device": "none", "dtype": "float32", "attention": "none", "torch": "0", "library": "none"}
+FINGERPRINT = Fingerprint(**BUILD, batch_size=1, seq_len=64, threads=1)
 
 
 class FakeEngine:
@@ -143,6 +134,11 @@ class Service:
         answer = self.client.post(PREFIX + path, json=body if body is not None else {})
         assert answer.status_code == status, (path, answer.status_code, answer.text)
         return answer.json()
+
+    def generate(self, least: int, changes: dict[str, object] | None = None) -> None:
+        """Begin a round, and wait until so many nonces are checked."""
+        self.post("/init/generate", ROUND | (changes or {}))
+        until(lambda: self.checked() >= least)
 
     def status(self):
         return self.client.get(f"{PREFIX}/status").json()

@@ -1,8 +1,8 @@
-"""A service that listens on a port of this machine."""
+"""An application that listens on a port of this machine."""
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -13,15 +13,26 @@ from tests.waiting import until
 
 
 @contextmanager
-def listening(controller: Controller) -> Iterator[int]:
-    """Run the application of a controller to the end of the block, and give its port once its model is loaded."""
-    server = uvicorn.Server(uvicorn.Config(create_app(controller), log_config=None))
+def on_port(config: uvicorn.Config, end: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """Run a server to the end of the block, and give its port once it has started; ``end`` is called before it ends."""
+    server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        until(lambda: server.started and controller.deployment is not None)
-        yield listener.getsockname()[1]
-        controller.closing.set()
-        server.should_exit = True
-        thread.join()
+        try:
+            until(lambda: server.started)
+            yield listener.getsockname()[1]
+        finally:
+            end()
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def listening(controller: Controller) -> Iterator[int]:
+    """Run the application of a controller, and give its port once its model is loaded."""
+    with on_port(uvicorn.Config(create_app(controller), log_config=None), controller.closing.set) as port:
+        until(lambda: controller.deployment is not None)
+        yield port

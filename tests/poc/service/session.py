@@ -13,18 +13,8 @@ from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Rig, Service
 from tests.waiting import until
 
 PATH = Path(__file__).with_name("session.json")
-VOLATILE = {
-    "total_checked",
-    "total_valid",
-    "elapsed_seconds",
-    "rate_per_second",
-    "total_processed",
-    "nonces_per_second",
-    "valid_nonces",
-    "valid_distances",
-    "request_id",
-    "vector_b64",
-}
+VOLATILE = {"request_id", "vector_b64", "valid_nonces", "valid_distances", "elapsed_seconds", "rate_per_second"}
+VOLATILE |= {"total_checked", "total_valid", "total_processed", "nonces_per_second"}
 CLAIM = BLOCK | {"nonces": [0, 1, 2], "dist": [1.4128, 1.5, 1.4], "node_id": 0}
 JOB = ARTIFACTS | {"nonces": [0, 3, 6], "wait": True}
 WRONG = [{"nonce": nonce, "vector_b64": "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"} for nonce in (0, 3, 6)]

@@ -7,13 +7,9 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.files.database import Database
-from assay.poc import DistanceRecord, prove
-from assay.poc.net.deployment import Deployment
-from assay.poc.service import Settings
-from assay.poc.service.bodies import InitRequest
-from assay.poc.service.controller import Controller
+from assay.poc import DistanceRecord
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import Batch, Rounds, RoundValues
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap, execute
 from tests.waiting import until
@@ -26,8 +22,7 @@ def nonces_on_disk(service) -> list[int]:
 
 @pytest.mark.parametrize("then", ["init/generate", "init/validate", "init", "stop"])
 def test_a_restart_returns_to_state_and_round(service, then):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     if then != "init/generate":
         service.post("/stop")
     if then.startswith("init") and then != "init/generate":
@@ -35,11 +30,7 @@ def test_a_restart_returns_to_state_and_round(service, then):
     before = service.status()
     service.restart()
     after = service.status()
-    assert (after["state"], after["config"], after["r_target"]) == (
-        before["state"],
-        before["config"],
-        before["r_target"],
-    )
+    assert {name: after[name] for name in ("state", "config", "r_target")}.items() <= before.items()
     assert after["total_checked"] >= before["total_checked"]
     if then == "init/generate":
         until(lambda: service.checked() > after["total_checked"])
@@ -49,37 +40,6 @@ def test_a_restart_returns_to_state_and_round(service, then):
     until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == len(found))
     histogram = service.client.get(f"{PREFIX}/snapshot").json()["histogram"]
     assert sum(histogram["counts"]) + histogram["below"] + histogram["above"] == len(found)
-
-
-def test_the_records_are_those_of_prove(tmp_path, small_model, round_):
-    """Through the service or not, a nonce has the same distance, bit for bit."""
-    settings = Settings(data_dir=tmp_path, seq_len=16)
-    controller = Controller(lambda: Deployment.of(small_model), settings)
-    controller.start()
-    try:
-        until(lambda: controller.deployment is not None)
-
-        body = InitRequest(
-            block_hash="block_alpha",
-            block_height=0,
-            public_key="node_A",
-            r_target=1.416,
-            batch_size=8,
-            seq_len=16,
-            node_id=0,
-            node_count=1,
-        )
-        controller.init(body, "init/generate")
-        until(lambda: controller.progress.checked >= 40)
-        controller.stop()
-        records = controller.database["records"]
-        with controller.database.read() as connection:
-            rows = connection.execute(sa.select(records).order_by(records.c.nonce).limit(40)).all()
-    finally:
-        controller.close()
-    wanted = prove(small_model, round_, range(40), batch_size=8)
-    assert [(row.nonce, row.distance) for row in rows] == [(r.nonce, r.distance) for r in wanted.records]
-    assert [bool(row.valid) for row in rows] == [r.distance < 1.416 for r in wanted.records]
 
 
 @pytest.mark.parametrize(
@@ -94,28 +54,8 @@ def test_a_round_cannot_be_begun_again_with_other_values(service, change):
     service.post("/init/generate", ROUND | {"callback_url": "http://127.0.0.1:9/", "fraud_threshold": 0.05})
 
 
-@pytest.mark.parametrize("share", [(0, 3, 0, 1), (2, 3, 0, 1), (0, 1, 1, 2), (1, 2, 2, 3)])
-def test_nodes_and_groups_share_the_nonces(service, share):
-    node_id, node_count, group_id, n_groups = share
-    names = {"node_id": node_id, "node_count": node_count, "group_id": group_id, "n_groups": n_groups}
-    service.post("/init/generate", ROUND | names)
-    until(lambda: service.checked() >= 12)
-    service.post("/stop")
-    found = nonces_on_disk(service)
-    offset, step = node_id + group_id * node_count, n_groups * node_count
-    assert found == [offset + i * step for i in range(len(found))]
-
-
-@pytest.mark.parametrize(
-    "change", [{"node_id": 3, "node_count": 3}, {"group_id": 1}, {"node_id": 0, "node_count": 0}, {"group_id": 2**50}]
-)
-def test_a_share_that_cannot_be_is_refused(service, change):
-    service.post("/init/generate", ROUND | change, status=422)
-
-
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     limit = cap(service.controller.database)
     until(lambda: service.status()["paused"] == "storage")
     held = service.status()
@@ -132,8 +72,7 @@ def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
 
 
 def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatch):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     full = [True]
     real = Database.write
 
@@ -176,8 +115,7 @@ def test_a_nonce_is_never_written_twice(tmp_path):
 
 
 def test_results_that_collide_end_the_round(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     with service.controller.database.write() as connection:
         connection.exec_driver_sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
@@ -224,8 +162,7 @@ def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
 
 
 def test_a_round_of_another_model_does_not_continue(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     service.close()
     execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
     service._start()

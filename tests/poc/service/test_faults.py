@@ -3,14 +3,10 @@
 import threading
 
 import pytest
-from fastapi import FastAPI
 
 from assay.poc.engines import base as _outputs
-from assay.poc.service import Settings, attach
-from assay.poc.service.bodies import InitRequest
-from assay.poc.service.controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
@@ -20,16 +16,6 @@ def computed(service, nonces: list[int]) -> list[float]:
     """The distances that an honest prover of the fake model has."""
     body = CLAIM | {"nonces": nonces, "dist": [1.4] * len(nonces)}
     return service.post("/validate", body)["computed_distances"]
-
-
-def test_fault_02_defaults_of_the_api_are_the_librarys(service):
-    fields = InitRequest.model_fields
-    assert (fields["use_sign_flips"].default, fields["use_layer_hooks"].default) == (True, False)
-    service.post("/init", ROUND)
-    assert service.controller.progress.stored.preset == "poc-2.0"
-    service.post("/init", ROUND | {"public_key": "B", "use_sign_flips": False, "use_layer_hooks": True})
-    assert service.controller.progress.stored.preset == "layer-normalize"
-    service.post("/init", ROUND | {"public_key": "C", "use_layer_hooks": True}, status=422)
 
 
 def test_fault_03_init_without_ids_has_no_negative_nonces(service):
@@ -118,20 +104,6 @@ def test_fault_09_failed_callbacks_are_sent_again_and_stop_loses_none(service):
         assert sorted(receiver.nonces()) == sorted(owed)
 
 
-def test_fault_10_generation_and_validation_work_in_process(rig, tmp_path):
-    host = FastAPI()
-    host.get("/v1/models")(lambda: {"data": ["theirs"]})
-    attach(host, Controller(rig.deployment, Settings(data_dir=tmp_path)))
-    with TestClient(host) as client:
-        until(lambda: client.post(f"{PREFIX}/init/generate", json=ROUND).status_code == 200)
-        until(lambda: client.get(f"{PREFIX}/status").json()["total_checked"] > 0)
-        assert client.post(f"{PREFIX}/phase/validate").status_code == 200
-        claim = CLAIM | {"nonces": [0], "dist": [1.4]}
-        assert client.post(f"{PREFIX}/validate", json=claim).status_code == 200
-        assert client.get("/v1/models").json() == {"data": ["theirs"]}
-        assert client.get("/health").status_code == 404
-
-
 def test_fault_11_a_long_batch_blocks_nothing(service):
     service.rig.open.clear()
     service.post("/init/generate", ROUND)
@@ -178,8 +150,7 @@ def test_fault_15_a_received_value_that_is_no_number_is_a_mismatch(service, valu
 
 
 def test_fault_16_generation_after_stop_is_the_same_computation(service):
-    service.post("/init/generate", ROUND | {"use_sign_flips": False, "use_layer_hooks": True})
-    until(lambda: service.checked() > 4)
+    service.generate(5, {"use_sign_flips": False, "use_layer_hooks": True})
     service.post("/stop")
     before = service.checked()
     service.rig.layers.clear()
@@ -192,28 +163,19 @@ def test_fault_16_generation_after_stop_is_the_same_computation(service):
     assert nonces == sorted(set(nonces))
 
 
-@pytest.mark.parametrize(
-    ("path", "change", "status"),
-    [
-        ("/init/generate", {"batch_size": 2000}, 422),
-        ("/init/generate", {"seq_len": 513}, 422),
-        ("/init/generate", {"batch_size": 0}, 422),
-        ("/init/generate", {"node_id": 2**53 - 1, "node_count": 2**53 - 1, "n_groups": 2**53 - 1}, 422),
-        ("/validate", {"nonces": list(range(20_000)), "dist": [1.4] * 20_000}, 422),
-        ("/validate", {"nonces": [2**60], "dist": [1.4]}, 422),
-        ("/validate", {"nonces": [-1], "dist": [1.4]}, 422),
-        ("/validate", {"nonces": [1, 1], "dist": [1.4, 1.4]}, 422),
-        ("/validate", {"nonces": [1], "dist": []}, 422),
-        ("/validate", {"nonces": [1], "dist": ["1.4"]}, 422),
-        ("/validate", {"nonces": [1], "dist": [1.4], "public_key": "x" * 2_000_000}, 413),
-    ],
-)
-def test_fault_17_everything_has_a_bound(service, path, change, status):
+def test_fault_17_everything_has_a_bound(service):
     service.post("/init/validate", ROUND)
-    body = (ROUND if path.startswith("/init") else CLAIM | {"nonces": [0], "dist": [1.4]}) | change
-    answer = service.post(path, body, status=status)
-    assert {"detail", "wanted", "do"} <= answer.keys()
-    assert len(str(answer)) < 5000
+    shares = dict.fromkeys(("node_id", "node_count", "n_groups"), 2**53 - 1)
+    rounds = (*({"batch_size": size} for size in (0, 2000)), {"seq_len": 513}, {"node_id": 3, "node_count": 3}, shares)
+    claims = (([], [1.4]), (list(range(20_000)), [1.4] * 20_000), ([2**60], [1.4]), ([-1], [1.4]), ([1, 1], [1.4] * 2))
+    calls = [("/init/generate", ROUND | change, 422) for change in rounds]
+    for nonces, dist in (*claims, ([1], []), ([1], ["1.4"])):
+        calls.append(("/validate", CLAIM | {"nonces": nonces, "dist": dist}, 422))
+    calls.append(("/validate", CLAIM | {"nonces": [1], "dist": [1.4], "public_key": "x" * 2_000_000}, 413))
+    for path, body, status in calls:
+        answer = service.post(path, body, status=status)
+        assert {"detail", "wanted", "do"} <= answer.keys()
+        assert len(str(answer)) < 5000
 
 
 def test_fault_17_validations_that_wait_are_bounded(serving):
@@ -282,5 +244,4 @@ def test_a_preset_that_the_engine_does_not_support_is_refused_when_the_round_beg
     refused = service.post("/init/generate", body, status=422)
     assert "on the fake engine" in refused["detail"]
     assert service.status()["state"] == "IDLE"
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)

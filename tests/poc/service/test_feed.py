@@ -16,8 +16,7 @@ from tests.waiting import until
 
 
 def test_a_snapshot_follows_the_round(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 100)
+    service.generate(101)
     service.post("/stop")
     seen = service.controller.snapshot()
     n = seen["checked"]
@@ -33,34 +32,6 @@ def test_a_snapshot_follows_the_round(service):
     assert abs(seen["valid_rate"] - seen["expected_rate"]) < 6 * seen["expected_rate_error"]
     assert "callback_url" not in seen["round"]
     json.dumps(seen, allow_nan=False)
-
-
-def test_a_stream_sends_snapshots_and_ends_with_the_service(service):
-    async def drive() -> list[bytes]:
-        feed = Feed(service.controller)
-        await feed.refresh()
-        events = []
-        stream = await feed.stream()
-        events.append(await anext(stream))
-        events.append(await anext(stream))
-        following = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0)
-        await feed.refresh()
-        events.append(await following)
-        service.controller.closing.set()
-        last = asyncio.ensure_future(anext(stream, None))
-        await asyncio.sleep(0)
-        await feed.refresh()
-        events.append(await last)
-        return events
-
-    first, second, third, end = asyncio.run(drive())
-    assert first == b"retry: 2000\n\n"
-    for event in (second, third):
-        head, data, *_ = event.decode().split("\n")
-        assert head == "event: snapshot"
-        assert json.loads(data.removeprefix("data: "))["schema"] == "assay.poc.snapshot/1"
-    assert end is None
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
@@ -100,8 +71,7 @@ def test_streams_are_bounded(serving, bound):
 
 
 def test_metrics_are_valid_and_count(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     service.post("/phase/validate")
     service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
     until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["state"] == "VALIDATING")
@@ -149,6 +119,5 @@ def test_a_log_that_nobody_reads_stops_nothing(service, monkeypatch, restored_lo
 
     configure_logs("json")
     monkeypatch.setattr("sys.stderr", Broken())
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 8)
+    service.generate(9)
     assert service.post("/stop")["pow_status"]["state"] == "STOPPED"

@@ -6,55 +6,25 @@ import socket
 import httpx
 import pytest
 
-from assay.poc.net.guard import Blocked, call, check_url, resolve
+from assay.poc.net.callbacks import Blocked, call, check_url, resolve
 from assay.poc.net.refusals import Refusal
 
-PRIVATE = [
-    "http://127.0.0.1/",
-    "http://[::1]:8080/",
-    "http://localhost/",
-    "http://LOCALHOST./x",
-    "http://a.localhost/",
-    "http://10.0.0.1/",
-    "http://192.168.1.1/",
-    "http://172.16.0.1/",
-    "http://169.254.169.254/latest/meta-data",
-    "http://100.64.0.1/",
-    "http://0.0.0.0/",
-    "http://[::ffff:127.0.0.1]/",
-    "http://[::ffff:a9fe:a9fe]/",
-    "http://[64:ff9b::7f00:1]/",
-    "http://[2002:7f00:1::]/",
-    "http://[fe80::1%25eth0]/",
-    "http://[fd00::1]/",
-    "http://224.0.0.1/",
-]
+PRIVATE = """
+    http://127.0.0.1/ http://[::1]:8080/ http://localhost/ http://LOCALHOST./x http://a.localhost/ http://10.0.0.1/
+    http://192.168.1.1/ http://172.16.0.1/ http://169.254.169.254/latest/meta-data http://100.64.0.1/
+    http://0.0.0.0/ http://[::ffff:127.0.0.1]/ http://[::ffff:a9fe:a9fe]/ http://[64:ff9b::7f00:1]/
+    http://[2002:7f00:1::]/ http://[fe80::1%25eth0]/ http://[fd00::1]/ http://224.0.0.1/
+""".split()  # noqa: SIM905
 # What Python 3.11 takes for global, or what carries an address of IPv4.
-CARRIED = [
-    "http://[fec0::1]/",
-    "http://[64:ff9b:1::7f00:1]/",
-    "http://[64:ff9b::808:808]/",
-    "http://[::127.0.0.1]/",
-    "http://[::ffff:0:7f00:1]/",
-    "http://[3fff::1]/",
-    "http://[5f00::1]/",
-    "http://[2001:db8::1]/",
-    "http://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/",
-    "http://192.0.0.8/",
-    "http://192.88.99.1/",
-    "http://240.0.0.1/",
-]
-MALFORMED = [
-    "ftp://8.8.8.8/",
-    "file:///etc/passwd",
-    "http://",
-    "//8.8.8.8/",
-    "http://user:pw@8.8.8.8/",
-    "http://[::1/",
-    "http://8.8.8.8:99999/",
-    "http://0177.0.0.1/",
-    "javascript:alert(1)",
-]
+CARRIED = """
+    http://[fec0::1]/ http://[64:ff9b:1::7f00:1]/ http://[64:ff9b::808:808]/ http://[::127.0.0.1]/
+    http://[::ffff:0:7f00:1]/ http://[3fff::1]/ http://[5f00::1]/ http://[2001:db8::1]/
+    http://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/ http://192.0.0.8/ http://192.88.99.1/ http://240.0.0.1/
+""".split()  # noqa: SIM905
+MALFORMED = """
+    ftp://8.8.8.8/ file:///etc/passwd http:// //8.8.8.8/ http://user:pw@8.8.8.8/ http://[::1/ http://8.8.8.8:99999/
+    http://0177.0.0.1/ javascript:alert(1)
+""".split()  # noqa: SIM905
 # Forms that only the resolver understands: they are names to us, and addresses to it.
 DISGUISED = ["http://2130706433/", "http://0x7f.1/", "http://127.1/"]
 

@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from assay.errors import EngineEnded, ProofMismatch, StorageError
-from assay.poc.net import guard as _callback_guard
+from assay.poc.net import callbacks as _callback_guard
 from assay.poc.service import Settings
-from assay.poc.service import checks as _checks
-from assay.poc.service import delivery as _delivery
+from assay.poc.service import callbacks as _delivery
+from assay.poc.service import requests as _checks
 from assay.poc.service import rounds as _rounds
+from assay.poc.service.callbacks import open_outbox
 from assay.poc.service.controller import Controller
 from assay.poc.service.database import open_database
-from assay.poc.service.outbox import open_outbox
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
@@ -31,8 +31,7 @@ DEAD_END = "http://127.0.0.1:9/"
 
 def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
     """SIGTERM tears some engines down beneath their batch, and its error is not a failure of the round."""
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     service.rig.open.clear()
     service.rig.entered.clear()
     assert service.rig.entered.wait(10)
@@ -51,8 +50,7 @@ def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
 
 
 def test_a_round_whose_engine_died_continues_after_the_next_start(service):
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() >= 8)
+    service.generate(8)
     service.rig.fail = EngineEnded("the engine died", wanted="an engine that runs", do="see the log")
     until(lambda: service.status()["error"])
     assert service.status()["state"] == "GENERATING"
@@ -75,15 +73,6 @@ def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
     assert service.status()["state"] == "STOPPED"
 
 
-def test_the_controller_is_whole_when_it_is_made(rig, tmp_path):
-    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))
-    assert controller.state == "IDLE"
-    assert controller.outbox.counts() == {"pending": 0, "dead": 0}
-    with controller:
-        assert controller.loaded.result(30) is controller.deployment
-    assert controller.ended
-
-
 # Time
 
 
@@ -96,8 +85,7 @@ def test_a_round_is_used_by_every_commit_and_phase(service):
         with service.controller.database.write() as connection:
             connection.exec_driver_sql("UPDATE rounds SET touched_at = 0")
 
-    service.post("/init/generate", ROUND)
-    until(lambda: service.checked() > 0)
+    service.generate(1)
     forget()
     until(lambda: touched() > time.time() - 60)
     service.post("/stop")
@@ -108,8 +96,7 @@ def test_a_round_is_used_by_every_commit_and_phase(service):
 
 def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
     for block in ("first", "second"):
-        service.post("/init/generate", ROUND | {"block_hash": block})
-        until(lambda: service.checked() > 0)
+        service.generate(1, {"block_hash": block})
         service.post("/stop")
     service.restart()
     real = time.time
@@ -197,8 +184,7 @@ def test_callbacks_of_jobs_do_not_stop_a_round_and_have_a_bound(serving):
         assert (refused.status_code, "callbacks of artifact jobs" in refused.json()["detail"]) == (429, True)
         service.post("/generate", job | {"url": None})
         until(lambda: service.controller.outbox.counts()["pending"] == 4)
-        service.post("/init/generate", ROUND)
-        until(lambda: service.checked() > 20)
+        service.generate(21)
         assert service.status()["paused"] is None
 
 
@@ -229,17 +215,13 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
 
 
 def test_no_callback_announces_more_than_twice_its_bound(service):
-    stored = begun(service)
+    service.post("/init", ROUND)
+    stored = service.controller.progress.stored.id
     with service.controller.database.write() as connection:
         service.controller.outbox.announce(connection, stored, DEAD_END, list(range(2500)), interval=1000.0, most=1000)
     with service.controller.database.read() as connection:
         counts = connection.execute(sa.text("SELECT nonces FROM outbox ORDER BY seq")).scalars().all()
     assert counts == [1000, 1000, 500]
-
-
-def begun(service) -> int:
-    service.post("/init", ROUND)
-    return service.controller.progress.stored.id
 
 
 # Callbacks

@@ -3,23 +3,23 @@
 import asyncio
 import logging
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import structlog
-import uvicorn
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
 from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
 from assay.poc.net.metrics import Exported
-from assay.poc.net.server import ClientLimit, bounded_config
+from assay.poc.net.server import ClientLimit, bounded_config, listen
 from assay.poc.service import Settings, create_receiver
+from assay.poc.service.app import QuickStatus
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
+from tests.poc.service.listening import on_port
 from tests.waiting import until
 
 LIMITS = {"max_connections": 4, "max_header": 2000, "header_timeout": 1.0}
@@ -39,18 +39,8 @@ def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tup
         return len(await request.body())
 
     config = bounded_config(app, Settings(**(LIMITS | changes)), metrics)
-    server = uvicorn.Server(config)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            until(lambda: server.started)
-            yield listener.getsockname(), config.app
-        finally:
-            server.should_exit = True
-            thread.join()
+    with on_port(config) as port:
+        yield ("127.0.0.1", port), config.app
 
 
 def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
@@ -161,21 +151,11 @@ def test_a_proxy_on_this_machine_may_hold_all_requests():
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize(
-    ("address", "client"),
-    [
-        ("127.0.0.1", None),
-        ("::1", None),
-        ("::ffff:127.0.0.1", None),
-        ("", None),
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-    ],
-)
-def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str | None):
-    assert _server.client_of(address) == client
+def test_a_client_is_an_address_or_a_network_of_ipv6():
+    here = dict.fromkeys(("127.0.0.1", "::1", "::ffff:127.0.0.1", ""))
+    known = {"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::/64"}
+    for address, client in (here | known | {"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"}).items():
+        assert _server.client_of(address) == client
 
 
 # Bodies
@@ -218,20 +198,10 @@ def test_a_client_that_leaves_causes_no_traceback(service):
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "query_string": b"",
-        "path": f"{PREFIX}/init",
-        "raw_path": b"",
-        "root_path": "",
-        "scheme": "http",
-        "server": ("x", 1),
-        "client": ("x", 1),
-        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
-    }
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    scope |= {"path": f"{PREFIX}/init", "raw_path": b"", "root_path": "", "query_string": b""}
+    scope |= {"server": ("x", 1), "client": ("x", 1)}
+    scope["headers"] = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 400
 
@@ -309,3 +279,65 @@ def test_what_a_sender_names_does_not_steer_the_terminal_of_the_log(restored_log
     assert written.count("\n") == 1
     assert written.rstrip("\n").isprintable()
     assert "9b2J" in written
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_answers_are_not_held_back(host):
+    """asyncio sets TCP_NODELAY on what it accepts only where the listener names its protocol."""
+    with listen(host, 0) as listener:
+        listener.listen()
+        assert listener.proto == socket.IPPROTO_TCP
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.proto == socket.IPPROTO_TCP
+
+
+KEY = "read-" + "x" * 20
+
+
+@pytest.fixture
+def routed(monkeypatch):
+    """Ask for /status without the quick answer."""
+
+    def ask(service, **how):
+        with monkeypatch.context() as patch:
+            patch.setattr(QuickStatus, "_is_plain", lambda self, scope: False)
+            return service.client.get(f"{PREFIX}/status", **how)
+
+    return ask
+
+
+def test_it_is_the_answer_of_the_route(service, routed):
+    service.generate(8)
+    service.post("/stop")
+    quick, slow = service.client.get(f"{PREFIX}/status"), routed(service)
+    assert quick.json() == slow.json()
+    assert quick.status_code == slow.status_code == 200
+    assert dict(quick.headers) == dict(slow.headers)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": f"Basic {KEY}"}])
+def test_refusals_are_those_of_the_route(serving, routed, headers):
+    with serving(read_keys=(KEY,)) as service:
+        quick, slow = service.client.get(f"{PREFIX}/status", headers=headers), routed(service, headers=headers)
+        assert (quick.status_code, quick.json()) == (slow.status_code, slow.json())
+        assert quick.status_code == 401
+        welcome = {"Authorization": f"Bearer {KEY}"}
+        assert service.client.get(f"{PREFIX}/status", headers=welcome).status_code == 200
+
+
+def test_parameters_and_other_methods_go_to_the_route(service):
+    assert service.client.get(f"{PREFIX}/status?after=x").status_code == 422
+    assert service.client.post(f"{PREFIX}/status").status_code == 405
+
+
+def test_the_metrics_count_both_alike(service, routed):
+    def counted() -> float:
+        return service.controller.metrics.requests.labels(f"{PREFIX}/status", "200")._value.get()
+
+    before = counted()
+    service.client.get(f"{PREFIX}/status")
+    assert counted() == before + 1
+    routed(service)
+    assert counted() == before + 2

@@ -7,20 +7,11 @@ import pytest
 
 from assay.poc import NetworkPins
 from assay.poc.service import Settings
+from tests.poc.service import conftest
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PARAMS, PREFIX, ROUND, Service
 from tests.waiting import until
 
-BUILD = {
-    "engine": "fake",
-    "device": "none",
-    "dtype": "float32",
-    "attention": "none",
-    "batch_size": [4, 8],
-    "threads": 1,
-    "torch": "0",
-    "library": "none",
-    "kernels": "",
-}
+BUILD = conftest.BUILD | {"batch_size": [4, 8], "threads": 1, "kernels": ""}
 AGREED = {"preset": "poc-2.0", "seq_len": 4, "strength": 32, "r_target": 1.416, "node_count": 1, "fewest_nonces": 32}
 NODES = [{"public_key": "node_A", "node_id": 0}, {"public_key": "node_B", "node_id": 1, "node_count": 2}]
 

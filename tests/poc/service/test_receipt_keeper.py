@@ -2,15 +2,14 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
 
 from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
@@ -88,26 +87,9 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
     assert times[1] == times[2] == times[3]
 
 
-def test_what_one_turn_of_the_loop_stores_shares_a_transaction(held):
-    keeper, go = held
-    sink = keeper.sink(header())
-    go.set()
-    keeper.start()
-
-    async def ending(number: int) -> None:
-        time.sleep(0.02)  # the thread could begin a transaction here
-        await sink.store(receipt(f"chat-{number}"))
-
-    async def scenario() -> None:
-        await asyncio.gather(*(ending(number) for number in range(3)))
-
-    asyncio.run(scenario())
-    assert len({entry["stored_at"] for entry in keeper.listed(0, 10)}) == 1
-
-
 def test_bytes_that_wait_are_bounded(held, monkeypatch):
     keeper, go = held
-    monkeypatch.setattr("assay.poc.net.group_commit.MOST_BYTES", 2000)
+    monkeypatch.setattr("assay.poc.net.runtime.MOST_BYTES", 2000)
 
     async def scenario() -> list[object]:
         sink = keeper.sink(header())

@@ -3,23 +3,28 @@
 import hashlib
 import json
 import shutil
+import sqlite3
+import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 
-from assay.errors import UsageError
+from assay.errors import StorageError, UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import LocalOnly
-from assay.poc.responses import Prompt
+from assay.poc.responses import Prompt, Receipts
 from assay.poc.service import Settings, attach
+from assay.poc.service import receipts as _receipts
 from assay.poc.service.app import PREFIXES
 from assay.poc.service.controller import Controller
-from assay.poc.service.database import MIGRATIONS, open_database
+from assay.poc.service.database import MIGRATIONS
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, TestClient, execute
-from tests.poc.service.receipts import RECEIPTS, get, header, on_disk, receipt, store
+from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
+from tests.poc.service.receipts import RECEIPTS, files, get, header, on_disk, receipt, store
 from tests.waiting import until
 
 FIRST = Path(__file__).parents[2] / "vectors" / "first" / "service" / "service.sqlite3"
@@ -87,40 +92,21 @@ def test_the_list_is_paged(service):
 # Hostile requests and keys
 
 
-@pytest.mark.parametrize(
-    "request_id",
-    [
-        "a/b",
-        "../../etc/passwd",
-        "a%b",
-        "a?b=c#d",
-        "a b",
-        "x' OR 1=1 --",
-        "é🂡",
-        "receipts.jsonl",
-        ".jsonl",
-        "x" * 1024,
-        "{a}",
-    ],
-)
-def test_ids_of_any_form_are_found_and_deleted(service, request_id):
-    store(service, receipt(request_id), receipt("another"))
-    path = f"{RECEIPTS}/{quote(request_id, safe='')}"
-    found = service.client.get(path).json()["receipts"]
-    assert [each["receipt"]["request_id"] for each in found] == [request_id]
-    assert service.client.delete(path).json() == {"deleted": 1}
-    assert service.client.get(path).status_code == 404
+def test_ids_of_any_form_are_found_and_deleted_and_what_is_no_id_is_unknown(service):
+    store(service, receipt("another"))
+    names = ["a/b", "../../etc/passwd", "a%b", "a?b=c#d", "a b", "x' OR 1=1 --", "é🂡", "receipts.jsonl", ".jsonl"]
+    for request_id in (*names, "{a}", "x" * 1024):
+        store(service, receipt(request_id))
+        path = f"{RECEIPTS}/{quote(request_id, safe='')}"
+        found = service.client.get(path).json()["receipts"]
+        assert [each["receipt"]["request_id"] for each in found] == [request_id]
+        assert service.client.delete(path).json() == {"deleted": 1}
+        assert service.client.get(path).status_code == 404
+    for path in ("/", "/%00", "/%ff%fe", "/%ED%A0%80", "/" + "x" * 20_000, "/%2e%2e%2f", "//"):
+        for method in ("GET", "DELETE"):
+            answer = service.client.request(method, RECEIPTS + path)
+            assert (answer.status_code, len(answer.content) < 500) == (404, True), path
     assert get(service, "/another")
-
-
-@pytest.mark.parametrize("path", ["/", "/%00", "/%ff%fe", "/%ED%A0%80", "/" + "x" * 20_000, "/%2e%2e%2f", "//"])
-def test_ids_that_cannot_be_are_unknown(service, path):
-    store(service, receipt("chat"))
-    for method in ("GET", "DELETE"):
-        answer = service.client.request(method, RECEIPTS + path)
-        assert answer.status_code == 404
-        assert len(answer.content) < 500
-    assert get(service, "/chat")
 
 
 def test_keys_read_and_only_some_delete(serving):
@@ -181,8 +167,10 @@ def test_stored_receipts_are_announced(serving):
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
     with pytest.raises(Refusal, match=r"169\.254"):
         Controller(rig.deployment, Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"))
-    with Controller(rig.deployment, Settings(data_dir=tmp_path)) as controller:  # the directory is free again
-        assert controller.loaded.result(30)
+    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))  # the directory is free again
+    controller.start()
+    assert controller.loaded.result(30)
+    controller.close()
 
 
 def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
@@ -209,14 +197,166 @@ def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
     assert tuple(now) == tuple(before)
 
 
-def test_a_database_without_receipts_keeps_its_rounds(serving, tmp_path, monkeypatch):
-    """The schema as it was before receipts: its first step alone."""
-    open_database(tmp_path / "data", migrations=MIGRATIONS[:1]).close()
+def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
+    assert files(service) == []
+    made = [receipt(f"chat-{i}") for i in range(25)]
+    store(service, *made)
+    found = files(service, limit=10)
+    assert [len(file.receipts) for file in found] == [10, 10, 5]
+    assert [each.line() for file in found for each in file.receipts] == [each.without_prompt().line() for each in made]
+    assert found[0].header == header()
+    (whole,) = files(service)
+    assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
+
+
+def test_a_file_has_one_header_and_no_response_twice(service):
+    store(service, receipt("a"), receipt("b"))
+    store(service, receipt("c"), under=header(public_key="node_B"))
+    store(service, receipt("a"), receipt("a", output=(1, 2)), receipt("d"))
+    found = [(file.header.public_key, [each.request_id for each in file.receipts]) for file in files(service)]
+    assert found == [("node_A", ["a", "b"]), ("node_B", ["c"]), ("node_A", ["a", "d"])]
+
+
+def test_a_file_of_one_request(service):
+    store(service, receipt("a"), receipt("b", index=1), receipt("b"), receipt("c"))
+    (found,) = files(service, request_id="b")
+    assert [(each.request_id, each.index) for each in found.receipts] == [("b", 1), ("b", 0)]
+    assert files(service, request_id="x") == []
+
+
+def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
+    made = [receipt(f"chat-{i:02}") for i in range(20)]
+    size = len(made[0].without_prompt().line())
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
+    store(service, *made)
+    assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
+    get(service, "/chat-01")
+    monkeypatch.setattr(_receipts, "MOST_BYTES", size // 2)
+    assert "index" in get(service, "/chat-01", 413)["do"]
+    assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
+
+
+def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, *(receipt(f"chat-{i}") for i in range(6)))
+    real, failing = service.controller.receipts.lines, []
+
+    def lines(low, high, **more):
+        if low == 2:
+            service.controller.receipts.delete("chat-4")
+        if low and failing:
+            raise StorageError("gone", wanted="a file", do="wait")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
+    (found,) = files(service)
+    assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
+    failing.append(True)
+    with pytest.raises(Exception, match="truncated"):
+        Receipts.parse("export", service.client.get(f"{RECEIPTS}.jsonl").content)
+
+
+def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
+    store(service, receipt("a"))
+    receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
+    page, lines = receipts.page, receipts.lines
+
+    def paged(*given, **more):
+        both.wait(20)
+        return page(*given, **more)
+
+    def read(*given, **more):
+        assert go.wait(20)
+        return lines(*given, **more)
+
+    monkeypatch.setattr(receipts, "page", paged)
+    monkeypatch.setattr(receipts, "lines", read)
+    answers = []
+    calls = [threading.Thread(target=lambda: answers.append(service.client.get(f"{RECEIPTS}.jsonl"))) for _ in "ab"]
+    for call in calls:
+        call.start()
+    try:
+        until(lambda: answers)
+    finally:
+        go.set()
+        for call in calls:
+            call.join()
+    assert [answer.status_code for answer in answers] == [429, 200]
+    assert len(Receipts.parse("export", answers[1].content).receipts) == 1
+
+
+def secret(number: int) -> str:
+    return f"secret-{hashlib.sha256(str(number).encode()).hexdigest()}"
+
+
+def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
+    receiver = FlakyReceiver(trouble=1.0)
+    receiver.close()  # callbacks stay undelivered
+    with serving(receipt_callback_url=receiver.url, callback_attempts=1000) as service:
+        made = [receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90))) for i in range(300)]
+        for start in range(0, 300, 50):
+            store(service, *made[start : start + 50])
+        gone = {i for i in range(300) if i % 3 != 1}
+        assert all(secret(i).encode() in on_disk(service) for i in gone)
+        for i in sorted(gone, key=secret):
+            assert service.client.delete(f"{RECEIPTS}/{secret(i)}").json() == {"deleted": 1}
+        left = on_disk(service)
+        assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
+        (file,) = files(service)
+        assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
+        assert 'receipts_deleted_total{reason="request"} 200.0' in service.client.get("/metrics").text
+
+
+def test_a_reader_delays_the_emptying_of_the_journal_only(service):
+    store(service, receipt(secret(1)))
+    with sqlite3.connect(service.controller.database.path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM receipts").fetchall()
+        assert service.client.delete(f"{RECEIPTS}/{secret(1)}").status_code == 200
+        assert secret(1).encode() in on_disk(service)
+    reader.close()
+    until(lambda: secret(1).encode() not in on_disk(service))
+
+
+def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
+    with serving(receipt_callback_url="http://127.0.0.1:9/", callback_interval=1000.0) as service:
+        store(service, *(receipt("chat", index=index) for index in range(3)))
+        outbox, c = service.controller.outbox, service.controller.outbox._c
+        service.controller.database.change(outbox._table.update().values(status="pending"))
+        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {"deleted": 1}
+        assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
+        query = sa.select(*outbox._columns).where(c.kind == "receipts")
+        with service.controller.database.read() as connection:
+            body = outbox._receipts(connection, connection.execute(query).one())
+        assert [each["index"] for each in body["receipts"]] == [0, 2]
+        service.client.delete(f"{RECEIPTS}/chat")
+        assert outbox.counts() == {"pending": 0, "dead": 0}
+
+
+def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
+    store(service, *(receipt(f"chat-{i}") for i in range(7)))
+    keeper, day = service.controller.receipts, 86_400.0
+    with service.controller.database.write() as connection:
+        connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
+    monkeypatch.setattr(_receipts, "_PRUNED", 3)
+    assert keeper.prune(30 * day) == 0
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 400 * day)
+        assert keeper.prune(30 * day) == 0
+    assert [keeper.prune(28 * day) for _ in range(3)] == [3, 2, 0]
+    assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
+
+
+def test_a_service_deletes_what_is_old_by_itself(serving):
     with serving() as service:
-        service.post("/init/generate", ROUND)
-        until(lambda: service.checked() >= 8)
-        service.post("/stop")
-        store(service, receipt("chat"))
+        store(service, receipt(secret(1)), receipt("young"))
+        until(lambda: service.controller.receipts._pruned_at > 0)
+        with service.controller.database.write() as connection:
+            connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
         service.restart()
-        assert get(service, "/chat")
-        assert service.client.get(f"{PREFIX}/status").json()["total_checked"] >= 8
+        until(lambda: len(get(service, "")["receipts"]) == 1)
+        until(lambda: secret(1).encode() not in on_disk(service))
+        assert 'receipts_deleted_total{reason="age"} 1.0' in service.client.get("/metrics").text

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND
+from assay.poc.service.requests import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from tests.poc.service.conftest import BLOCK, ROUND
 from tests.poc.service.session import PATH, replay
 from tests.waiting import until
 
@@ -36,19 +36,6 @@ def test_requests_have_the_published_fields_and_defaults(model):
     assert {name for name, field in fields.items() if field.is_required()} == set(published["required"])
     defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
     assert published["defaults"].items() <= defaults.items()
-
-
-def test_the_artifact_form_of_the_status(service):
-    status = service.status()
-    assert (status["status"], status["config"], status["stats"]) == ("IDLE", None, None)
-    service.post("/init/generate", ARTIFACTS)
-    until(lambda: service.status()["stats"]["total_processed"] > 0)
-    status = service.status()
-    assert status["status"] == "GENERATING"
-    names = "block_hash block_height public_key node_id node_count group_id n_groups seq_len k_dim"
-    assert list(status["config"]) == names.split()
-    assert status["stats"].keys() == {"total_processed", "nonces_per_second"}
-    assert service.post("/init/generate", ARTIFACTS, status=409)["state"] == "GENERATING"
 
 
 def test_the_callback_of_a_round_has_the_published_fields(service):

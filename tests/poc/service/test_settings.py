@@ -30,13 +30,6 @@ def test_the_environment_is_read(monkeypatch, tmp_path):
     assert (read.max_body, read.data_dir) == (77, tmp_path)
 
 
-def test_an_argument_is_stronger_than_the_environment(monkeypatch):
-    monkeypatch.setenv("ASSAY_API_KEY", KEY)
-    monkeypatch.setenv("ASSAY_DRAIN", "3")
-    assert Settings(api_keys=(), drain=4).api_keys == ()
-    assert Settings(api_keys=(OTHER,), drain=4).drain == 4.0
-
-
 def test_the_keys_of_a_file_are_added(tmp_path):
     path = tmp_path / "keys"
     path.write_text(f"{KEY}\n\n{OTHER}\n")
@@ -58,9 +51,7 @@ def test_the_keys_of_a_file_are_added(tmp_path):
         {"alpha": 0.0},
         {"unknown": 1},
         {"api_keys": 5},
-        {"calibration": "/nowhere"},
-        {"pins": "/nowhere"},
-        {"api_key_file": "/nowhere"},
+        *({name: "/nowhere"} for name in ("calibration", "pins", "api_key_file")),
     ],
 )
 def test_a_wrong_value_is_an_error_in_three_parts(values):

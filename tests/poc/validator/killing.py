@@ -190,7 +190,7 @@ def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: S
         for standing in standings.values():
             for entry in ledger.entries(standing.account):
                 names[entry.name] += 1
-                excluded = entry.reasons
+                excluded = dict(entry.excluded)
                 counted[entry.account.public_key].update(
                     nonce for place, nonce in enumerate(entry.nonces) if place not in excluded
                 )

@@ -7,7 +7,7 @@ import pytest
 
 from assay.poc.validator.worker import Budget, choose, expected_nonces, verdict_of
 from assay.poc.verdict import Account, Evidence
-from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verdict.life import Standing
 
 RATES = {"alpha": 1e-3, "beta": 1e-2}
 

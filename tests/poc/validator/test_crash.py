@@ -22,7 +22,7 @@ def stopped(validating, small_model, monkeypatch):
     monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
     with validating(sample=16) as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
-        until(lambda: running.controller.ready)
+        until(lambda: running.controller.deployment)
         running.controller.worker._budget._left = 1000
         yield running
 
@@ -41,7 +41,7 @@ def _counted(running: Running) -> list[int]:
     ledger, found = running.controller.ledger, []
     for account in ledger.accounts():
         for entry in ledger.entries(account):
-            reasons = entry.reasons
+            reasons = dict(entry.excluded)
             found += [nonce for place, nonce in enumerate(entry.nonces) if place not in reasons]
     return sorted(found)
 
@@ -75,7 +75,7 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
         stopped.controller.worker.step(stopped.controller.loaded.result())
     armed[0] = False
     stopped.restart()
-    until(lambda: stopped.controller.ready)
+    until(lambda: stopped.controller.deployment)
     _steps(stopped)
     body = body_of(proof_of(small_model, "node_A", range(60)))
     assert _counted(stopped) == body["nonces"]
@@ -103,7 +103,7 @@ def test_a_draw_that_was_extended_is_extended_after_a_restart(stopped, small_mod
     assert drawn["lies"] == 64
     armed[0] = False
     stopped.restart()
-    until(lambda: stopped.controller.ready)
+    until(lambda: stopped.controller.deployment)
     _steps(stopped)
     standing = stopped.controller.worker.standings["node_B"]
     assert (str(standing.verdict), standing.audits, standing.evidence.n) == ("fraud", 1, 64)
@@ -115,7 +115,7 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1))
     (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
     stopped.controller.tend()
-    assert stopped.controller.registry.sender("node_A") is None
+    assert stopped.controller.registry.senders.get("node_A") is None
     stopped.controller.inbox.plan(["node_A"], 100)
     _steps(stopped)
     assert _counted(stopped) == []

@@ -1,7 +1,6 @@
 """Secrets: committed to before they are used, hidden while they are, and enough to draw every sample again."""
 
 import hashlib
-import hmac
 import json
 import re
 import sqlite3
@@ -152,16 +151,15 @@ def test_further_draws_continue_the_order():
     assert draw(5, nonces, 0, 8) + draw(5, nonces, 8, 20) == whole[:20]
 
 
-def _drawn_again(secret: bytes, key: str, id: str, body: bytes, nonces: list[int]) -> list[int]:
-    """What docs/validator.md tells anyone to compute, with the standard library alone."""
-    parts = (b"assay.poc.validator/1", key.encode(), id.encode(), hashlib.sha256(body).digest())
-    text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-    seed = int.from_bytes(hmac.new(secret, text, "sha256").digest()[:8], "big") >> 11
-    return sorted(nonces, key=lambda n: hashlib.sha256(seed.to_bytes(8, "big") + n.to_bytes(8, "big")).digest())
-
-
 def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_model):
-    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible."""
+    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible.
+
+    The order is drawn by the program of docs/validator.md, which needs the standard library alone.
+    """
+    text = (Path(__file__).parents[3] / "docs" / "validator.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    page: dict = {}
+    exec(code, page)
     body = body_of(proof_of(small_model, "node_A", range(60)))
     with validating(epoch=1.0, nonces_per_hour=60_000, sample=5) as running:
         published = {row["epoch"]: row["commitment"] for row in running.get("/commitments")["commitments"]}
@@ -174,7 +172,7 @@ def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_mod
         revealed = [row for row in running.get("/commitments")["commitments"] if row["secret"] is not None]
         assert {row["commitment"] for row in revealed} & set(published.values())
         orders = [
-            _drawn_again(bytes.fromhex(row["secret"]), "node_A", "msg_x", json.dumps(body).encode(), body["nonces"])
+            page["order"](bytes.fromhex(row["secret"]), "node_A", "msg_x", json.dumps(body).encode(), body["nonces"])
             for row in revealed
             if commitment(bytes.fromhex(row["secret"]), row["epoch"]) == row["commitment"]
         ]
@@ -186,15 +184,3 @@ def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
         assert running.client.get("/api/v1/validator/nodes").status_code == 401
         found = running.get("/commitments")["commitments"]
         assert [row["secret"] for row in found] == [None, None]
-
-
-def test_the_sample_that_the_page_draws_is_the_validators():
-    text = (Path(__file__).parents[3] / "docs" / "validator.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    found: dict = {}
-    exec(code, found)
-    nonces = list(range(5, 500, 7))
-    body = b'{"public_key":"node_A"}'
-    seed = message_seed(b"s" * 32, "node_A", "msg_1", hashlib.sha256(body).digest())
-    wanted = [nonces[place] for place in draw(seed, nonces, 0, len(nonces))]
-    assert found["order"](b"s" * 32, "node_A", "msg_1", body, nonces) == wanted

@@ -3,8 +3,8 @@
 import copy
 import json
 import re
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,9 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController
-from tests.end_to_end.server import free_port
 from tests.poc.service.dashboard import browser as chromium
+from tests.poc.service.listening import on_port
 from tests.poc.validator.conftest import nodes_text, pins_text
-from tests.waiting import until
 
 browser, watch = chromium.browser, chromium.watch  # fixtures
 pytestmark = pytest.mark.browser
@@ -33,37 +32,32 @@ def snapshot(**changes):
 
 
 class Shown:
-    """A real validator's application on a port, whose snapshots a test writes."""
+    """A validator's page, and the snapshots that a test has it show."""
 
-    def __init__(self, model, directory, **service) -> None:
-        (directory / "pins.toml").write_text(pins_text(model))
-        (directory / "nodes.toml").write_text(nodes_text())
-        settings = ValidatorSettings(pins=directory / "pins.toml", nodes=directory / "nodes.toml")
-        values = {"data_dir": directory / "data"} | service
-        load = lambda: Deployment.of(model, compiled=False)  # noqa: E731
-        self.controller = ValidatorController(load, settings, Settings(**values))
+    def __init__(self, controller: ValidatorController) -> None:
         self.values = snapshot()
-        self.controller.snapshot = lambda: self.values  # type: ignore[method-assign]
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(
-            create_app(self.controller), port=self.port, log_config=None, ws="none", timeout_graceful_shutdown=1
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        until(lambda: self._server.started)
+        controller.snapshot = lambda: self.values  # type: ignore[method-assign]
 
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+
+@contextmanager
+def showing(model, directory: Path, **service) -> Iterator[Shown]:
+    """Run the application of a real validator on a port."""
+    (directory / "pins.toml").write_text(pins_text(model))
+    (directory / "nodes.toml").write_text(nodes_text())
+    settings = ValidatorSettings(pins=directory / "pins.toml", nodes=directory / "nodes.toml")
+    load = lambda: Deployment.of(model, compiled=False)  # noqa: E731
+    controller = ValidatorController(load, settings, Settings(**{"data_dir": directory / "data"} | service))
+    made = Shown(controller)
+    app = create_app(controller)
+    with on_port(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)) as port:
+        made.url = f"http://127.0.0.1:{port}"
+        yield made
 
 
 @pytest.fixture(scope="module")
 def running(small_model, tmp_path_factory) -> Iterator[Shown]:
-    made = Shown(small_model, tmp_path_factory.mktemp("shown"))
-    yield made
-    made.close()
+    with showing(small_model, tmp_path_factory.mktemp("shown")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -102,35 +96,6 @@ def test_it_shows_nodes_verdicts_and_what_is_accepted(shown, watch):
     assert len(watched.origins) == 1
 
 
-def test_it_follows_what_happens(shown, watch):
-    watched = watch(shown.url)
-    watched.wait(LIVE)
-    shown.values = snapshot(verdicts={"honest": 2}, nodes=[NODE], changes=[], nodes_waiting=0)
-    watched.wait_text("sentence", "Waiting for messages.")
-    assert watched.text("honest") == "2"
-    assert watched.page.locator("#node-rows tr").count() == 1
-    assert watched.page.locator("#no-changes").is_visible()
-    assert watched.page.title() == "Validating · assay"
-
-
-@pytest.mark.parametrize(
-    ("change", "words", "kind"),
-    [
-        ({"blocks": []}, "No block is open", "undecided"),
-        ({"storage_failing": True}, "The disk takes nothing", "fail"),
-        ({"error": "no room for <b>this</b> batch"}, "no room for <b>this</b> batch", "fail"),
-        ({"ready": False}, "The model is being loaded", "undecided"),
-        ({"ready": False, "error": "no such model"}, "could not be loaded: no such model", "fail"),
-        ({"schema": "assay.poc.validator/2"}, "load it again", "undecided"),
-    ],
-)
-def test_it_says_what_is_wrong(shown, watch, change, words, kind):
-    shown.values = snapshot(**change)
-    watched = watch(shown.url)
-    watched.wait_text("sentence", words)
-    assert kind in watched.page.locator("#sentence").get_attribute("class")
-
-
 def test_text_of_senders_stays_text(shown, watch):
     node = NODE | {"public_key": HOSTILE, "build": HOSTILE, "verdict": HOSTILE, "fault": HOSTILE}
     change = snapshot()["changes"][0] | {"public_key": HOSTILE, "verdict": HOSTILE, "fault": HOSTILE}
@@ -150,8 +115,7 @@ def test_text_of_senders_stays_text(shown, watch):
 
 
 def test_it_asks_for_a_key_and_shows_nothing_before(small_model, tmp_path, watch):
-    shown = Shown(small_model, tmp_path, read_keys=("read-key-of-the-test",))
-    try:
+    with showing(small_model, tmp_path, read_keys=("read-key-of-the-test",)) as shown:
         watched = watch(shown.url)
         watched.wait("document.body.dataset.link === 'key'")
         assert watched.text("state") == "Locked"
@@ -161,20 +125,3 @@ def test_it_asks_for_a_key_and_shows_nothing_before(small_model, tmp_path, watch
         watched.wait(LIVE)
         assert watched.page.locator("#node-rows tr").count() == 4
         assert watched.errors_besides("401") == []
-    finally:
-        shown.close()
-
-
-def test_the_policy_allows_nothing_but_the_page_itself(shown, watch):
-    page = watch("about:blank").page
-    response = page.goto(shown.url)
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    text = response.text()
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "localStorage"):
-        assert way not in text
-    html, script = text.split("<script", 1)
-    names = set(re.findall(r'(?:\$|put|putName)\("([\w-]+)"', script))
-    assert len(names) > 20
-    assert all(html.count(f' id="{name}"') == 1 for name in names), names

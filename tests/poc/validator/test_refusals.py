@@ -7,16 +7,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc import Proof, Round, get_pipeline
+from assay.poc import Proof, get_pipeline
 from tests.poc.validator.conftest import (
     API,
     BLOCK,
     HEIGHT,
     NODE_COUNT,
     R_TARGET,
-    SEQ_LEN,
     Running,
     body_of,
+    nodes_text,
     pins_text,
     proof_of,
     secret_of,
@@ -36,8 +36,6 @@ def running(small_model, tmp_path_factory):
     """One validator for all lies: none of them leaves a trace."""
     directory = tmp_path_factory.mktemp("lies")
     (directory / "pins.toml").write_text(pins_text(small_model))
-    from tests.poc.validator.conftest import nodes_text
-
     (directory / "nodes.toml").write_text(nodes_text())
     made = Running(small_model, directory, {"positions": 1000}, {})
     made.announce()
@@ -55,36 +53,26 @@ def text_of(proof: Proof, directory) -> str:
     return (directory / "proof.jsonl").read_text()
 
 
+LIES = {
+    "block_hash": ("another", 7),
+    "block_height": ("7", None),
+    "node_id": (1, NODE_COUNT, "0", True),
+    "r_target": (2.0, None),
+    "nonces": (
+        *([0, 3, 5], [1, 4, 7], [3, 0, 6], [0, 0, 3], [0, 3, 6.0], [0, 3, True], [0, 3, 2**53]),
+        [0, 3, 3 * 1000],  # so far out that seeds could be chosen to collide
+    ),
+    "dist": ([1.41, 1.40], *([1.41, 1.40, wrong] for wrong in (R_TARGET, -0.1, None, "1.39"))),
+}
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"block_hash": "another"}, "block_hash"),
-        ({"block_hash": 7}, "block_hash"),
+        *(({name: value}, name) for name, values in LIES.items() for value in values),
         ({"block_height": HEIGHT + 1}, "block_hash"),
-        ({"block_height": "7"}, "block_height"),
-        ({"block_height": None}, "block_height"),
-        ({"node_id": 1}, "node_id"),
-        ({"node_id": NODE_COUNT}, "node_id"),
-        ({"node_id": "0"}, "node_id"),
-        ({"node_id": True}, "node_id"),
-        ({"r_target": 2.0}, "r_target"),
-        ({"r_target": None}, "r_target"),
-        ({"nonces": [0, 3, 5]}, "nonces"),
-        ({"nonces": [1, 4, 7]}, "nonces"),
-        ({"nonces": [3, 0, 6]}, "nonces"),
-        ({"nonces": [0, 0, 3]}, "nonces"),
-        ({"nonces": [0, 3, 6.0]}, "nonces"),
-        ({"nonces": [0, 3, True]}, "nonces"),
-        ({"nonces": [0, 3, 2**53]}, "nonces"),
-        ({"nonces": [0, 3, 3 * 1000]}, "nonces"),  # so far out that seeds could be chosen to collide
-        ({"nonces": [], "dist": []}, "nonces"),
-        ({"nonces": [3 * i for i in range(2**16 + 1)], "dist": [1.4] * (2**16 + 1)}, "nonces"),
         ({"nonces": 5}, "dist"),
-        ({"dist": [1.41, 1.40]}, "dist"),
-        ({"dist": [1.41, 1.40, R_TARGET]}, "dist"),
-        ({"dist": [1.41, 1.40, -0.1]}, "dist"),
-        ({"dist": [1.41, 1.40, None]}, "dist"),
-        ({"dist": [1.41, 1.40, "1.39"]}, "dist"),
+        *(({"nonces": [3 * i for i in range(n)], "dist": [1.4] * n}, "nonces") for n in (0, 2**16 + 1)),
     ],
 )
 def test_a_callback_that_lies_is_refused_by_name(running, change, name):
@@ -97,23 +85,15 @@ def test_vectors_where_distances_are_pinned_are_another_preset(running):
     assert running.send(VECTORS, status=422)["fields"] == ["preset"]
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"encoding": None}, "encoding"),
-        ({"encoding": {"dtype": "f16", "endian": "le", "k_dim": 1}}, "encoding"),
-        ({"encoding": {"dtype": "f32", "endian": "le", "k_dim": 12}}, "encoding"),
-        ({"artifacts": "x"}, "artifacts"),
-        ({"artifacts": [7]}, "artifacts"),
-        ({"artifacts": [{"nonce": 0}]}, "artifacts"),
-        ({"artifacts": [{"nonce": 0, "vector_b64": "AAAA"}]}, "artifacts"),
-        ({"artifacts": [{"nonce": 0, "vector_b64": 12}]}, "artifacts"),
-        ({"artifacts": [{"nonce": 1, "vector_b64": "A" * 32}]}, "nonces"),
-    ],
-)
-def test_vectors_that_are_not_as_published_are_refused_by_name(validating, change, name):
+def test_vectors_that_are_not_as_published_are_refused_by_name(validating):
+    encodings = (None, *(VECTORS["encoding"] | wrong for wrong in ({"k_dim": 1}, {"dtype": "f32"})))
+    artifacts = ("x", [7], [{"nonce": 0}], *([{"nonce": 0, "vector_b64": text}] for text in ("AAAA", 12)))
     with validating(preset="artifact") as running:
-        assert running.send(VECTORS | change, status=422)["fields"] == [name]
+        for name, values in (("encoding", encodings), ("artifacts", artifacts)):
+            for value in values:
+                assert running.send(VECTORS | {name: value}, status=422)["fields"] == [name], value
+        foreign = VECTORS | {"artifacts": [{"nonce": 1, "vector_b64": "A" * 32}]}
+        assert running.send(foreign, status=422)["fields"] == ["nonces"]
         assert running.send(HONEST, status=422)["fields"] == ["preset"]
         assert running.send(VECTORS)["new"] is True
 
@@ -142,17 +122,11 @@ def test_strangers_and_forgeries_are_refused(running):
     now, text = datetime.now(UTC), json.dumps(HONEST)
     signature = Webhook(secret_of("node_A")).sign("m", now, text)
     good = {"webhook-id": "m", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
-    old = now - timedelta(minutes=6)
-    wrong = [
-        {},
-        good | {"webhook-id": "n"},
-        good | {"webhook-signature": "v1,!!!"},
-        good | {"webhook-signature": "nonsense"},
-        good | {"webhook-timestamp": str(int(old.timestamp()))},
-    ]
-    for headers in wrong:
-        answer = running.client.post(f"{API}/generated", content=text, headers=headers)
-        assert answer.status_code in (400, 401), headers
+    late = str(int((now - timedelta(minutes=6)).timestamp()))
+    changes = [("id", "n"), ("timestamp", late), ("signature", "v1,!!!"), ("signature", "nonsense")]
+    for wrong in ({}, *(good | {f"webhook-{name}": value} for name, value in changes)):
+        answer = running.client.post(f"{API}/generated", content=text, headers=wrong)
+        assert answer.status_code in (400, 401), wrong
     assert running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
 
 
@@ -162,12 +136,8 @@ def test_strangers_and_forgeries_are_refused(running):
         ({"block_hash": "another"}, "block_hash"),
         ({"block_height": 8}, "block_hash"),
         ({"node_id": 1}, "node_id"),
-        ({"preset": "end-normalize"}, "preset"),
-        ({"preset": "layer-normalize"}, "preset"),
-        ({"preset": "permutation"}, "preset"),
-        ({"preset": "artifact"}, "preset"),
-        ({"seq_len": 1}, "seq_len"),
-        ({"seq_len": 4}, "seq_len"),
+        *(({"preset": preset}, "preset") for preset in ("end-normalize", "layer-normalize", "permutation", "artifact")),
+        *(({"seq_len": seq_len}, "seq_len") for seq_len in (1, 4)),
         ({"strength": 256}, "strength"),
         ({"r_target": 2.0}, "r_target"),
         ({"node_count": 1, "node_id": 0}, "node_count"),
@@ -175,32 +145,22 @@ def test_strangers_and_forgeries_are_refused(running):
 )
 def test_a_proof_of_another_round_is_refused_by_name(running, small_model, tmp_path, change, name):
     """The work of these proofs was done, and it is less, or another node's, or was chosen."""
-    values = {"block_hash": BLOCK, "block_height": HEIGHT, "public_key": "node_A", "seq_len": SEQ_LEN}
-    round = Round(**(values | {"node_id": 0, "node_count": NODE_COUNT, "r_target": R_TARGET} | change))
-    from assay.poc import prove
-
-    proof = prove(small_model, round, round.nonces(0, 40), batch_size=8)
+    proof = proof_of(small_model, "node_A", **({"block": change["block_hash"]} if "block_hash" in change else change))
     answer = running.send(text_of(proof, tmp_path), key="node_A", path="proofs", status=422)
     assert answer["fields"] == [name], answer
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
+def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(running, honest, tmp_path):
+    header = honest.header
+    for change, name in (
         ({"digest": "0" * 64}, "digest"),
         ({"weights": "random-all"}, "weights"),
-        ({"dtype": "bfloat16"}, "prover_dtype"),
-        ({"dtype": "int8"}, "prover_dtype"),
-        ({"engine": "vllm"}, "builds"),
-    ],
-)
-def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(running, honest, tmp_path, change, name):
-    header = honest.header
-    engine = {key: change[key] for key in ("dtype", "engine") if key in change}
-    rest = {key: change[key] for key in ("digest", "weights") if key in change}
-    lie = replace(header, fingerprint=replace(header.fingerprint, **engine), **rest)
-    text = text_of(Proof.build(lie, honest.records, 1.0), tmp_path)
-    assert running.send(text, key="node_A", path="proofs", status=422)["fields"] == [name]
+        ({"fingerprint": replace(header.fingerprint, dtype="bfloat16")}, "prover_dtype"),
+        ({"fingerprint": replace(header.fingerprint, dtype="int8")}, "prover_dtype"),
+        ({"fingerprint": replace(header.fingerprint, engine="vllm")}, "builds"),
+    ):
+        text = text_of(Proof.build(replace(header, **change), honest.records, 1.0), tmp_path)
+        assert running.send(text, key="node_A", path="proofs", status=422)["fields"] == [name]
 
 
 def test_few_or_chosen_nonces_are_refused_by_name(running, honest, tmp_path):

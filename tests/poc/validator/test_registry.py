@@ -37,24 +37,25 @@ def files(small_model, tmp_path):
 
 def test_nodes_have_their_share_their_build_and_their_secret(files):
     registry = files()
-    sender = registry.sender("node_B")
+    sender = registry.senders["node_B"]
     assert (sender.node_count, sender.machines, sender.build.name) == (3, frozenset({1}), "cpu")
     assert [sender.has(value) for value in (0, 1, 2, True, "1", None)] == [False, True, False, False, False, False]
-    assert registry.sender("stranger") is None
-    assert (len(registry), registry.keys, registry.is_open) == (3, list(KEYS), False)
+    assert "stranger" not in registry.senders
+    assert list(registry.senders) == list(KEYS)
+    assert all(sender.signatures for sender in registry.senders.values())
 
 
 def test_a_node_without_a_secret_of_its_own_has_the_shared_one(files):
     nodes = '[[nodes]]\npublic_key = "node_A"\n'
-    assert files(nodes=nodes).is_open
-    assert not files(nodes=nodes, callback_secrets=(secret_of("shared"),)).is_open
+    assert not files(nodes=nodes).senders["node_A"].signatures
+    assert files(nodes=nodes, callback_secrets=(secret_of("shared"),)).senders["node_A"].signatures
 
 
 def test_the_nodes_file_may_list_nodes_that_the_pins_do_not(files, small_model):
     pins = pins_text(small_model, keys=())
     registry = files(pins=pins, nodes=nodes_text(("node_X",)))
-    assert registry.keys == ["node_X"]
-    assert registry.sender("node_X").has(2)
+    assert list(registry.senders) == ["node_X"]
+    assert registry.senders["node_X"].has(2)
 
 
 def test_with_several_builds_a_node_says_which_is_its_own(files, small_model):
@@ -65,8 +66,8 @@ def test_with_several_builds_a_node_says_which_is_its_own(files, small_model):
         f"{table}build = {name!r}\n" for table, name in zip(_tables(), ("cpu", "other", "cpu"), strict=True)
     )
     registry = files(pins=pins, nodes=named)
-    assert [registry.sender(key).build.name for key in KEYS] == ["cpu", "other", "cpu"]
-    assert registry.sender("node_B").build.dtype == ("bfloat16",)
+    assert [registry.senders[key].build.name for key in KEYS] == ["cpu", "other", "cpu"]
+    assert registry.senders["node_B"].build.dtype == ("bfloat16",)
 
 
 def test_the_pins_may_name_the_build_too_and_must_agree(files, small_model):
@@ -75,7 +76,7 @@ def test_the_pins_may_name_the_build_too_and_must_agree(files, small_model):
         f"{table}build = {name!r}\n" if name else table
         for table, name in zip(_tables(), ("cpu", "", "cpu"), strict=True)
     )
-    assert files(pins=pins, nodes=nodes).sender("node_B").build.name == "other"
+    assert files(pins=pins, nodes=nodes).senders["node_B"].build.name == "other"
     with pytest.raises(UsageError, match="cpu, other"):
         files(pins=pins, nodes="".join(f"{table}build = 'cpu'\n" for table in _tables()))
 

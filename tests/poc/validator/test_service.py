@@ -116,7 +116,25 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
         assert running.client.get("/ready").status_code == 200
 
 
-def test_an_end_while_the_thread_begins_waits_for_it(small_model, tmp_path, monkeypatch):
+@pytest.fixture
+def begun(small_model, tmp_path):
+    """Start the controller of a validator on some pins, whose model is loaded once an event is set."""
+
+    def run(pins: str | None = None, gate: threading.Event | None = None) -> ValidatorController:
+        def load():
+            assert gate is None or gate.wait(30)
+            return Deployment.of(small_model, compiled=False)
+
+        (tmp_path / "pins.toml").write_text(pins or pins_text(small_model))
+        settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+        controller = ValidatorController(load, settings, service)
+        controller.start()
+        return controller
+
+    return run
+
+
+def test_an_end_while_the_thread_begins_waits_for_it(begun, monkeypatch):
     begins = threading.Event()
 
     class Slow(threading.Thread):
@@ -126,40 +144,25 @@ def test_an_end_while_the_thread_begins_waits_for_it(small_model, tmp_path, monk
                 time.sleep(0.5)
             super().start()
 
-    (tmp_path / "pins.toml").write_text(pins_text(small_model))
-    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
     monkeypatch.setattr(threading, "Thread", Slow)
-    controller = ValidatorController(lambda: Deployment.of(small_model, compiled=False), settings, service)
-    controller.start()
+    controller = begun()
     assert begins.wait(30)
     controller.close()
     controller.loaded.result(30)
     assert controller.worker.close()
 
 
-def test_a_model_that_loads_beyond_the_end_is_known(small_model, tmp_path):
+def test_a_model_that_loads_beyond_the_end_is_known(begun):
     """The server ends the process then: torch aborts where Python ends under a thread that loads."""
-    (tmp_path / "pins.toml").write_text(pins_text(small_model))
-    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
-    gate = threading.Event()
-
-    def load():
-        assert gate.wait(30)
-        return Deployment.of(small_model, compiled=False)
-
-    controller = ValidatorController(load, settings, service)
-    controller.start()
+    controller = begun(gate=(gate := threading.Event()))
     controller.close()
     assert not controller.ended
     gate.set()
     until(controller.worker.close)
 
 
-def test_another_checkpoint_than_the_pins_is_not_run(small_model, tmp_path):
-    (tmp_path / "pins.toml").write_text(pins_text(small_model).replace(small_model.digest, "0" * 64))
-    settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
-    controller = ValidatorController(lambda: Deployment.of(small_model, compiled=False), settings, service)
-    controller.start()
+def test_another_checkpoint_than_the_pins_is_not_run(small_model, begun):
+    controller = begun(pins_text(small_model).replace(small_model.digest, "0" * 64))
     with pytest.raises(UsageError, match=small_model.digest[:12]):
         controller.loaded.result(30)
     assert controller.error is not None
@@ -170,7 +173,7 @@ def test_nodes_are_read_again_when_their_file_changes(validating, small_model, t
     with validating() as running:
         body = body_of(proof_of(small_model, "node_A"))
         (tmp_path / "nodes.toml").write_text(nodes_text().replace("whsec_", "whsec_AAAA", 1))
-        until(lambda: running.controller.registry.sender("node_A").signatures)
+        until(lambda: running.controller.registry.senders["node_A"].signatures)
         until(lambda: _status_of(running, body) == 401)
         (tmp_path / "nodes.toml").write_text("[[nodes]]\npublic_key = 7\n")
         running.controller.tend()

@@ -11,7 +11,7 @@ import numpy as np
 
 from assay.poc import Noise, default_noise
 from assay.poc.verdict import Account, Ledger
-from assay.poc.verdict.ledger_entries import Update
+from assay.poc.verdict.life import Update
 
 NOISE = default_noise("vector", "bfloat16", "bfloat16")
 OTHER = default_noise("vector", "float16", "float16")

@@ -17,7 +17,7 @@ from assay.poc import Build, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
-from assay.poc.verdict.ledger_entries import FAULTY, name_reasons
+from assay.poc.verdict.life import FAULTY, name_reasons
 from assay.stats import place_test
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
 
@@ -68,7 +68,7 @@ def test_a_nonce_counts_once_in_a_round(ledger):
     assert [one.evidence.n for one in (first, again, part, twice, other)] == [8, 8, 12, 17, 8]
     assert [one.recorded for one in (first, again, part, twice)] == [8, 16, 24, 32]
     assert [len(entry.excluded) for entry in entries] == [0, 8, 4, 3]
-    assert entries[3].reasons == {1: "repeated", 3: "repeated", 4: "repeated"}
+    assert dict(entries[3].excluded) == {1: "repeated", 3: "repeated", 4: "repeated"}
 
 
 def test_nonces_can_be_kept_out_with_a_reason(ledger, path):
@@ -76,7 +76,7 @@ def test_nonces_can_be_kept_out_with_a_reason(ledger, path):
     values = [1.0, *honest(7)]
     standing = ledger.append([update(0, residuals=values, excluded={0: reason, 4: reason}, fault="batch of 4")])[0]
     (entry,) = ledger.entries(account())
-    assert (standing.evidence.n, standing.fault, entry.reasons) == (6, "batch of 4", {0: reason, 4: reason})
+    assert (standing.evidence.n, standing.fault, dict(entry.excluded)) == (6, "batch of 4", {0: reason, 4: reason})
     assert standing.evidence.log_e_max < 1
     assert audit_ledger(path).clean
 
@@ -90,7 +90,7 @@ def test_a_faulty_place_is_written_and_does_not_count(ledger, proof, small_model
     (entry,) = ledger.entries(standing.account)
     assert ledger.record(verdict).evidence == standing.evidence  # what was left out does not come back
     assert (standing.fault, standing.evidence.n, standing.recorded) == ("position mod 4 in 0 to 0", 18, 24)
-    assert entry.reasons == dict.fromkeys(range(0, 24, 4), "faulty place")
+    assert dict(entry.excluded) == dict.fromkeys(range(0, 24, 4), "faulty place")
     assert standing.evidence.log_e_max < 1
 
 

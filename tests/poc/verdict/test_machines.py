@@ -11,8 +11,7 @@ from assay import stats
 from assay.models import load_model
 from assay.poc import Calibration, Noise, calibrate, prove
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.calibrate import PRIOR, leave_out
-from assay.poc.verdict.calibration import LeftOut, Sizes
+from assay.poc.verdict.calibration import PRIOR, LeftOut, Sizes, leave_out
 from assay.poc.verdict.noise import sequential_test
 from assay.stats import LogNoise
 from assay.stats.noise import Spread, fit_log_noise

@@ -10,7 +10,7 @@ import pytest
 from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, loads
 from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
-from assay.poc.verdict.ledger_entries import RESPONSES, Update, response_identity
+from assay.poc.verdict.life import RESPONSES, Update, response_identity
 from assay.poc.verdict.noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
 from assay.stats import LogNoise
 from assay.stats.noise import Spread

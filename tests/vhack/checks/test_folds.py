@@ -7,15 +7,15 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin, PairGradients, cin_over_modules
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.folds import Geometry, cin_per_module, cross_fit, design_for_basis, draw_swaps
+from assay.vhack.checks.folds import (
+    Geometry,
+    cin_per_module,
+    cross_fit,
+    design_for_basis,
+    draw_swaps,
+    fewest_groups,
+)
 from assay.vhack.names import METHODS
-
-
-def part(pairs, rows, **others):
-    index = torch.tensor(rows)
-    sides = ({n: t[index] for n, t in side.items()} for side in (pairs.hack, pairs.clean))
-    named = {"groups": [pairs.groups[r] for r in rows], "keys": [pairs.keys[r] for r in rows]}
-    return PairGradients(*sides, **(named | others))
 
 
 @pytest.mark.parametrize("method", ["svd", "mean-diff", "lda"])
@@ -53,23 +53,26 @@ def test_groups_of_the_basis_are_not_scored_even_by_other_pairs(gradients):
     assert set(tested) == {"g4", "g5", "g6", "g7"}
 
 
-def test_numbers_from_its_own_pairs_are_refused(gradients):
+@pytest.mark.parametrize(
+    ("given", "basis", "words"),
+    [
+        (lambda pairs: pairs, lambda pairs: pairs.basis(), "every pair belongs to a group"),
+        # One group is too few for an interval.
+        (lambda pairs: pairs, lambda pairs: pairs.basis(keep=list(range(21))), "made from, or to group g7"),
+        (
+            lambda pairs: PairGradients(
+                pairs.hack, pairs.clean, groups=[f"new {g}" for g in pairs.groups], keys=pairs.keys
+            ),
+            lambda pairs: pairs.basis(),
+            "pair 0 is in group new g0 here, but the basis was made from it in group g0",
+        ),
+    ],
+    ids=["its own pairs", "one group that it has not seen", "its own pairs under another group"],
+)
+def test_a_basis_that_these_pairs_cannot_check_is_refused(gradients, given, basis, words):
     pairs = gradients(0)
-    with pytest.raises(UsageError, match="every pair belongs to a group"):
-        check_gradients(pairs, basis=pairs.basis())
-
-
-def test_one_group_that_a_basis_has_not_seen_is_too_few_for_an_interval(gradients):
-    pairs = gradients(0)
-    with pytest.raises(UsageError, match="made from, or to group g7"):
-        check_gradients(pairs, basis=pairs.basis(keep=list(range(21))))
-
-
-def test_the_same_pair_under_another_group_is_refused(gradients):
-    pairs = gradients(0)
-    renamed = part(pairs, list(range(24)), groups=[f"new {g}" for g in pairs.groups])
-    with pytest.raises(DataError, match="pair 0 is in group new g0 here, but the basis was made from it in group g0"):
-        check_gradients(renamed, basis=pairs.basis())
+    with pytest.raises((UsageError, DataError), match=words):
+        check_gradients(given(pairs), basis=basis(pairs))
 
 
 @pytest.mark.parametrize("method", ["svd", "mean-diff"])
@@ -112,6 +115,17 @@ def test_few_groups_leave_every_check_undecided(gradients, quick):
     report = check_gradients(gradients(0, n_groups=4, strength=9.0), settings=quick)
     assert {check.verdict for check in report.checks} == {"undecided"}
     assert report.exit_code == 2
+
+
+@pytest.mark.parametrize("method", ["svd", "lda"])
+def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick, method):
+    settings = replace(quick, method=method)
+    least = fewest_groups(settings)
+    verdicts = [
+        {made.verdict for made in check_gradients(gradients(0, n_groups=n), settings=settings).checks}
+        for n in (least - 1, least)
+    ]
+    assert ["undecided" in each for each in verdicts] == [True, False]
 
 
 @pytest.mark.parametrize("n_groups", [2, 3])

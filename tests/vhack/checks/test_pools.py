@@ -207,16 +207,8 @@ def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_t
     for name, pool in zip(("hack", "clean"), pools, strict=True):
         lines = [{"prompt": o.sample.prompt, "completion": o.sample.completion, "group": o.group} for o in pool]
         write(tmp_path / f"{name}.jsonl", lines)
-    asked = [
-        "pools",
-        "--model",
-        "reference:qwen3",
-        "--basis",
-        tmp_path / "basis.safetensors",
-        "--hack",
-        tmp_path / "hack.jsonl",
-    ]
-    asked += ["--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
+    asked = ["pools", "--model", "reference:qwen3", "--basis", tmp_path / "basis.safetensors"]
+    asked += ["--hack", tmp_path / "hack.jsonl", "--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
     result = CliRunner().invoke(vhack, [*map(str, asked), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
@@ -245,18 +237,13 @@ def verdicts(hack, clean, *, sizes=None, groups=GROUPS):
     return {item.name: item.verdict for item in items}
 
 
-def test_a_real_detector_passes():
-    assert verdicts(*scores(0, 1.5)) == dict.fromkeys(("constant", "halves", "length"), "pass")
-
-
-@pytest.mark.parametrize("same", [0.9, 1.0])
-def test_a_constant_score_fails(same):
+def test_a_real_detector_passes_and_a_constant_score_fails():
     hack, clean = scores(0, 1.5)
-    still = np.random.default_rng(2).random((2, 240)) < same
-    assert verdicts(np.where(still[0], 0, hack), np.where(still[1], 0, clean))["constant"] == "fail"
-
-
-def test_a_perfect_rule_is_not_constant():
+    assert verdicts(hack, clean) == dict.fromkeys(("constant", "halves", "length"), "pass")
+    for same in (0.9, 1.0):
+        still = np.random.default_rng(2).random((2, 240)) < same
+        assert verdicts(np.where(still[0], 0, hack), np.where(still[1], 0, clean))["constant"] == "fail"
+    # A perfect rule is not constant.
     assert verdicts(np.ones(240), np.zeros(240))["constant"] == "pass"
     items = guard_scores(np.ones(910), np.zeros(10), (["a", "b"] * 455, ["a", "b"] * 5), (np.ones(910), np.ones(10)))
     assert items[0].verdict == "pass"
@@ -281,9 +268,7 @@ def test_a_detector_of_half_of_the_groups_fails_or_is_undecided():
     assert verdicts(np.where(knows, hack + 5, hack - 5), clean)["halves"] == "fail"
     few = [f"g{index}" for index in range(6)]
     assert verdicts(hack[:6], clean[:6], sizes=(hack[:6], clean[:6]), groups=few)["halves"] == "undecided"
-
-
-def test_groups_of_one_kind_in_a_half_are_undecided():
+    # So are groups of one kind in a half.
     items = guard_scores([1, 2], [0], (["a", "a"], ["b"]), ([1, 2], [3]), RESAMPLED)
     assert items[1].verdict == "undecided"
 

@@ -20,6 +20,27 @@ def hooks_of(module):
     return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()]
 
 
+@pytest.fixture
+def adapter(module, small_svd):
+    """A δS that is not zero."""
+    made = DeltaS(module, small_svd)
+    randomise(made)
+    return made
+
+
+@pytest.fixture
+def reference(small_model, ids):
+    """What the model says without δS."""
+    return logits(small_model.module, ids)
+
+
+def gradients(module, adapter, ids):
+    """Of a backward pass from no gradients at all."""
+    module.zero_grad()
+    loss_of(module, ids).backward()
+    return [parameter.grad.clone() for parameter in adapter.delta]
+
+
 def written_out(module, ids, svd, delta):
     """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd, without the adapter."""
     weights = {
@@ -32,6 +53,8 @@ def written_out(module, ids, svd, delta):
 
 
 def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd):
+    with torch.no_grad():
+        module.model.layers[0].mlp.up_proj.weight[0, 0] = -0.0  # whose sign a sum with 0 would lose
     before, weights = logits(module, ids), copy.deepcopy(module.state_dict())
     adapter = DeltaS(module, small_svd)
     adapter.refresh()
@@ -39,22 +62,14 @@ def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd):
     assert all(torch.equal(weights[n].view(torch.int32), module.state_dict()[n].view(torch.int32)) for n in weights)
 
 
-def test_a_negative_zero_in_the_weights_survives(module, small_svd):
-    with torch.no_grad():
-        module.model.layers[0].mlp.up_proj.weight[0, 0] = -0.0
-    adapter = DeltaS(module, small_svd)
-    adapter.refresh()
-    assert torch.signbit(module.model.layers[0].mlp.up_proj.weight[0, 0])
-
-
-def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, small_svd):
-    plain = copy.deepcopy(module)
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+@pytest.mark.parametrize("tokens", [4, 24, 120])
+def test_gradient_and_loss_are_those_of_the_formula_written_out(module, small_model, small_svd, adapter, tokens):
+    """In both orders of the sum: with few tokens each is projected, with many the outer product is formed first."""
+    ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(2))
     loss = loss_of(module, ids)
     loss.backward()
     delta = {name: value.clone().requires_grad_() for name, value in adapter.values().items()}
-    wanted = written_out(plain, ids, small_svd, delta)
+    wanted = written_out(small_model.module, ids, small_svd, delta)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for name, row in gradients_of(adapter).items():
@@ -62,24 +77,9 @@ def test_gradient_and_loss_are_those_of_the_formula_written_out(module, ids, sma
 
 
 @pytest.mark.parametrize("tokens", [4, 120])
-def test_both_orders_of_the_sum_give_the_gradient(module, small_svd, tokens):
-    """With few tokens each is projected, with many the outer product is formed first."""
-    plain = copy.deepcopy(module)
-    ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(2))
-    adapter = DeltaS(module, small_svd)
-    loss_of(module, ids).backward()
-    delta = {name: torch.zeros(f.rank, requires_grad=True) for name, f in small_svd.items()}
-    written_out(plain, ids, small_svd, delta).backward()
-    found = gradients_of(adapter)
-    assert all((found[n] - delta[n].grad).norm() < 1e-4 * delta[n].grad.norm() for n in delta)
-
-
-@pytest.mark.parametrize("tokens", [4, 120])
-def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, small_svd, tokens):
+def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, adapter, tokens):
     """In both orders of the sum; one kind has no sample, another has all in the second pass."""
     ids = torch.randint(0, 512, (3, tokens), generator=torch.Generator().manual_seed(7))
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
     with adapter.per_sample() as single:
         loss_of(module, ids).backward()
     wanted = [parameter.grad.clone() for parameter in adapter.delta]
@@ -97,7 +97,7 @@ def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, small_svd, tok
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids, small_svd):
+def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids):
     plain = copy.deepcopy(module)
     half = module.to(torch.bfloat16)
     adapter = DeltaS(half, weight_svd(half, dtype="bfloat16"))
@@ -113,7 +113,7 @@ def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids, small_sv
     assert all(parameter.grad.dtype == torch.float32 for parameter in adapter.delta)
 
 
-def test_merging_many_times_accumulates_no_rounding(module, small_svd):
+def test_merging_many_times_accumulates_no_rounding(module):
     half = module.to(torch.bfloat16)
     adapter = DeltaS(half, weight_svd(half))
     before = copy.deepcopy(half.state_dict())
@@ -141,15 +141,10 @@ def test_a_step_of_any_optimiser_is_merged_before_the_next_forward_pass(module, 
     torch.testing.assert_close(change, (factors.left * delta) @ factors.right, rtol=1e-4, atol=1e-6)
 
 
-def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(module, ids, small_svd):
-    reference = logits(module, ids)
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(module, ids, reference, adapter):
     trained = logits(module, ids)
-    loss_of(module, ids).backward()
-    wanted = [parameter.grad.clone() for parameter in adapter.delta]
-    for parameter in adapter.delta:
-        parameter.grad = None
+    wanted = gradients(module, adapter, ids)
+    module.zero_grad()
     loss = loss_of(module, ids)
     with adapter.disabled():
         assert torch.equal(logits(module, ids), reference)
@@ -165,17 +160,13 @@ def assert_equal_then_fail(found, wanted):
     raise ValueError("no more tokens")
 
 
-def test_disabled_ends_with_an_error_too(module, ids, small_svd):
-    reference = logits(module, ids)
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+def test_disabled_ends_with_an_error_too(module, ids, reference, adapter):
     with pytest.raises(ValueError, match="tokens"), adapter.disabled():
         assert_equal_then_fail(logits(module, ids), reference)
     assert not torch.equal(logits(module, ids), reference)
 
 
-def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_svd):
-    reference = logits(module, ids)
+def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_svd, reference):
     adapter = DeltaS(module, small_svd)
     with adapter.disabled():
         randomise(adapter)
@@ -201,32 +192,25 @@ def test_detach_leaves_nothing_behind(module, ids, small_svd):
 
 
 @pytest.mark.parametrize("name", ["detach", "merge"])
-def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, small_svd, name):
+def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, reference, adapter, name):
     """The end of the block would put weights back that no longer belong to the model."""
-    before = logits(module, ids)
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
     with adapter.disabled(), pytest.raises(UsageError, match=rf"{name} inside disabled\(\)"):
         getattr(adapter, name)()
     adapter.detach()
-    assert torch.equal(logits(module, ids), before)
+    assert torch.equal(logits(module, ids), reference)
 
 
-def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, small_svd, tmp_path):
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, adapter, tmp_path):
     wanted = logits(module, ids)
     adapter.merge().save_pretrained(tmp_path)
     loaded = type(module).from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded, ids), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_generation_runs_on_plain_weights_without_hooks(module, ids, small_svd):
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+def test_generation_merges_a_step_and_runs_on_plain_weights_without_hooks(module, ids, adapter):
     seen = []
     linear = module.model.layers[0].mlp.up_proj
-    plain = linear.forward
+    plain, stored = linear.forward, linear.weight.clone()
 
     def forward(inputs):
         seen.append(len(linear._forward_hooks) + len(module._forward_pre_hooks))
@@ -236,6 +220,7 @@ def test_generation_runs_on_plain_weights_without_hooks(module, ids, small_svd):
     out = module.generate(ids[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert set(seen) == {0}
     assert linear._forward_hooks
+    assert not torch.equal(stored, linear.weight)
     del linear.forward
     greedy = ids[:, :8]
     for _ in range(4):
@@ -261,39 +246,15 @@ def test_generation_that_calls_itself_leaves_one_set_of_hooks(module, ids, small
     assert (len(linear._forward_hooks), len(module._forward_pre_hooks)) == (0, 0)
 
 
-def test_generation_merges_a_step_that_was_just_made(module, ids, small_svd):
-    adapter = DeltaS(module, small_svd)
-    stored = module.model.layers[0].mlp.up_proj.weight.clone()
-    randomise(adapter)
-    module.generate(ids[:, :8], max_new_tokens=1, do_sample=False, pad_token_id=0)
-    assert not torch.equal(stored, module.model.layers[0].mlp.up_proj.weight)
-
-
-def test_gradient_checkpointing_gives_the_same_gradient(module, ids, small_svd):
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
+def test_gradient_checkpointing_gives_the_same_gradient_and_autocast_nearly(module, ids, adapter):
     module.train()
-    loss_of(module, ids).backward()
-    wanted = [parameter.grad.clone() for parameter in adapter.delta]
-    for parameter in adapter.delta:
-        parameter.grad = None
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss_of(module, ids).backward()
-    for parameter, grad in zip(adapter.delta, wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, grad)
-
-
-def test_autocast_gives_nearly_the_same_gradient(module, ids, small_svd):
-    adapter = DeltaS(module, small_svd)
-    loss_of(module, ids).backward()
-    exact = torch.cat([parameter.grad.flatten() for parameter in adapter.delta])
-    for parameter in adapter.delta:
-        parameter.grad = None
+    wanted = gradients(module, adapter, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = loss_of(module, ids)
-    loss.backward()
-    found = torch.cat([parameter.grad.flatten() for parameter in adapter.delta])
-    assert (found - exact).norm() < 0.05 * exact.norm()
+        for found, grad in zip(gradients(module, adapter, ids), wanted, strict=True):
+            assert (found - grad).norm() < 0.05 * grad.norm()
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for found, grad in zip(gradients(module, adapter, ids), wanted, strict=True):
+        torch.testing.assert_close(found, grad)
 
 
 def test_what_does_not_fit_is_refused(module, small_svd):
@@ -315,19 +276,14 @@ def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_sv
         linear(torch.randn(5, 64))
 
 
-def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(module, small_svd, byte_tokenizer, samples):
+def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(module, adapter, byte_tokenizer, samples):
     """A basis renewed during training is in the coordinates of the start, at the weights of now."""
-    adapter = DeltaS(module, small_svd)
-    randomise(adapter)
     rows = []
     for sample in samples:
-        start = len(byte_tokenizer(sample.prompt)["input_ids"])
-        ids = torch.tensor(
-            [byte_tokenizer(sample.prompt)["input_ids"] + byte_tokenizer(sample.completion)["input_ids"]]
-        )
+        prompt, completion = (byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
         with adapter.per_sample() as rollouts:
-            logits = module(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
-            functional.cross_entropy(logits, ids[0, start:]).backward()
+            logits = module(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
+            functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(completion)).backward()
         rows.append(rollouts.rows)
     before = [parameter.grad.clone() for parameter in adapter.delta]
     found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=adapter.svd)

@@ -2,9 +2,134 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.vhack.delta import distributed
-from tests.vhack.two_processes import BACKENDS, together
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta.arms import Box
+from tests.vhack.delta.conftest import gate_each, loss_of, own, random_basis
+from tests.vhack.two_processes import BACKENDS, device_of, together
+
+STEPS = 3
+GATE = Gate("one_sided", 1.2)
+IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
+
+
+def prepare(path, device):
+    torch.set_num_threads(1)
+    module = load_model(path, dtype="float32", device=str(device)).module
+    svd = weight_svd(module)
+    return module, svd, random_basis(svd)
+
+
+def optimise(adapter, basis, level, **settings):
+    inner = torch.optim.AdamW(adapter.delta, lr=0.02, weight_decay=0.1)
+    return ProjectedOptimizer(inner, adapter, basis, arm=own(gate=GATE, level=level, box=Box(0.02)), **settings)
+
+
+def result(adapter, optimiser, module, sharded=False):
+    ids = IDS.to(adapter.groups[0].base.device)
+    with torch.no_grad():
+        module(input_ids=ids, use_cache=False)  # merges what a plain optimiser has left unmerged
+    for part in module.modules():
+        if sharded and hasattr(part, "reshard"):
+            part.reshard()
+    handed = dict(adapter.weights())
+    assert len(handed) == sum("delta_s" not in name for name, _ in module.named_parameters())
+    weight = module.model.layers[1].mlp.up_proj.weight
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+    with torch.no_grad(), adapter.disabled():
+        reference = module(input_ids=ids, use_cache=False).logits
+    return {
+        "delta": {name: value.cpu() for name, value in adapter.values().items()},
+        "measures": optimiser.measures.as_dict(),
+        "weight": weight.cpu(),
+        "handed": handed["model.layers.1.mlp.up_proj.weight"].cpu(),
+        "reference": reference.cpu(),
+        "loss": loss_of(module, ids).item(),
+    }
+
+
+def train(call, adapter, optimiser, ids, *, per_rollout=False, steps=STEPS):
+    """Some steps; with ``per_rollout`` the gate acts on each rollout of the process's share."""
+    for _ in range(steps):
+        optimiser.zero_grad()
+        with adapter.per_sample() as found:
+            loss_of(call, ids).backward()
+        if per_rollout:
+            gate_each(adapter, found, optimiser.frames, GATE, torch.ones(len(ids), dtype=torch.bool))
+        optimiser.step()
+
+
+def single(path, backend, level, per_rollout=False, plain=False):
+    """Take the steps in one process, with all rows."""
+    module, svd, basis = prepare(path, device_of(backend))
+    adapter = DeltaS(module, svd)
+    optimiser = optimise(adapter, basis, level)
+    if per_rollout:
+        optimiser.arm = ARMS["none"]
+    inner = optimiser.inner if plain else optimiser
+    train(module, adapter, inner, IDS.to(device_of(backend)), per_rollout=per_rollout)
+    return result(adapter, optimiser, module)
+
+
+def run(rank, device, path, folder):
+    """Everything that needs two processes, one after the other; return what this one found."""
+    share = IDS[2 * rank : 2 * rank + 2].to(device)
+    found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
+    found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
+    found["fsdp replicated"] = _fsdp(path, share, replicated=True)
+    found["fsdp sharded"] = _fsdp(path, share, replicated=False)
+    found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
+    found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
+    return found
+
+
+def _ddp(path, share, level, per_rollout=False):
+    module, svd, basis = prepare(path, share.device)
+    adapter = DeltaS(module, svd)
+    wrapped = DistributedDataParallel(module)
+    optimiser = optimise(adapter, basis, level, process_group=dist.group.WORLD if per_rollout else None)
+    if per_rollout:
+        optimiser.arm = ARMS["none"]
+    train(wrapped, adapter, optimiser, share, per_rollout=per_rollout)
+    return result(adapter, optimiser, module)
+
+
+def _sharded(path, share, replicated=False):
+    module, svd, basis = prepare(path, share.device)
+    adapter = DeltaS(module, svd)
+    mesh = init_device_mesh(share.device.type, (2,))
+    ignored = set(adapter.delta) if replicated else None
+    for layer in module.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params=ignored)
+    optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
+    return module, adapter, optimiser
+
+
+def _resumed(path, share, name):
+    """One step, a checkpoint, and the other steps by a model that was loaded anew."""
+    module, adapter, optimiser = _sharded(path, share)
+    train(module, adapter, optimiser, share, steps=1)
+    adapter.save(f"{name}.safetensors")
+    torch.save(optimiser.state_dict(), f"{name}.optimiser.pt")
+    module, adapter, optimiser = _sharded(path, share)
+    adapter.load(f"{name}.safetensors")
+    optimiser.load_state_dict(torch.load(f"{name}.optimiser.pt", weights_only=False))
+    train(module, adapter, optimiser, share, steps=STEPS - 1)
+    return result(adapter, optimiser, module, sharded=True)
+
+
+def _fsdp(path, share, replicated, plain=False):
+    module, adapter, optimiser = _sharded(path, share, replicated)
+    train(module, adapter, optimiser.inner if plain else optimiser, share)
+    return result(adapter, optimiser, module, sharded=True)
+
 
 # On a GPU sums come out in another order, and Adam's first steps are as large for a tiny gradient as for any other.
 SLACK = {"gloo": {"rtol": 1e-3, "atol": 2e-5}, "nccl": {"rtol": 1e-2, "atol": 1e-3}}
@@ -19,7 +144,7 @@ def backend(request):
 def ranks(small_checkpoint, tmp_path_factory, backend):
     """What each of two processes found, all cases in one go: starting one takes longer than what it does."""
     folder = tmp_path_factory.mktemp("ranks")
-    return together(distributed.run, folder, backend, small_checkpoint, folder)
+    return together(run, folder, backend, small_checkpoint, folder)
 
 
 CASES = {
@@ -34,8 +159,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_take_the_steps_of_one(ranks, small_checkpoint, case, backend):
-    wanted = distributed.single(small_checkpoint, backend, *CASES[case])
+def test_two_processes_take_the_steps_of_one_and_hold_the_same_model(ranks, small_checkpoint, case, backend):
+    wanted = single(small_checkpoint, backend, *CASES[case])
     for found in (ranks[0][case], ranks[1][case]):
         for name, value in wanted["delta"].items():
             torch.testing.assert_close(found["delta"][name], value, **SLACK[backend])
@@ -43,10 +168,6 @@ def test_two_processes_take_the_steps_of_one(ranks, small_checkpoint, case, back
         torch.testing.assert_close(found["reference"], wanted["reference"], rtol=1e-4, atol=1e-4)
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["measures"] == pytest.approx(wanted["measures"], rel=2e-2, abs=1e-4)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_both_processes_hold_the_same_model(ranks, case):
     first, second = ranks[0][case], ranks[1][case]
     assert all(torch.equal(first["delta"][name], second["delta"][name]) for name in first["delta"])
     assert torch.equal(first["weight"], second["weight"])

@@ -2,19 +2,15 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment import Call, Limits, run, sandbox
-from tests.waiting import until
 
 every_backend = pytest.mark.parametrize("shut_in", ["bwrap", "bwrap once", "unsandboxed"], indirect=True)
-real_backend = pytest.mark.parametrize("shut_in", ["bwrap", "bwrap once"], indirect=True)
 
 
 def started(program, **options):
@@ -110,30 +106,7 @@ def test_the_environment_of_the_parent_does_not_reach_it(shut_in, monkeypatch):
     assert "s3cr3t-value" not in started(program).stdout
 
 
-@real_backend
-def test_no_other_process_is_visible(shut_in):
-    program = "import os\nprint(*[name for name in os.listdir('/proc') if name.isdigit()])\n"
-    pids = started(program).stdout.split()
-    assert len(pids) <= 2
-    assert str(os.getpid()) not in pids or os.getpid() <= 2
-
-
-@real_backend
-def test_files_of_the_machine_are_neither_read_nor_written(shut_in, tmp_path):
-    (tmp_path / "secret").write_text("s3cr3t-value")
-    program = (
-        "import os\n"
-        f"for path in ({str(tmp_path / 'secret')!r}, '/etc/passwd', '/root/.bashrc', '/home'):\n"
-        "    print(os.path.exists(path))\n"
-        "for path in ('/usr/intruder', '/intruder', '/dev/intruder', '/proc/sys/kernel/hostname'):\n"
-        "    try:\n        open(path, 'w').write('x')\n        print('written')\n"
-        "    except OSError:\n        print('refused')\n"
-    )
-    assert started(program).stdout.split() == ["False"] * 4 + ["refused"] * 4
-    assert not Path("/usr/intruder").exists()
-
-
-@real_backend
+@pytest.mark.parametrize("shut_in", ["bwrap", "bwrap once"], indirect=True)
 def test_its_directory_is_small_and_leaves_nothing_behind(shut_in, tmp_path, monkeypatch):
     program = (
         "open('result.txt', 'w').write('PASS')\n"
@@ -205,24 +178,3 @@ def test_a_run_without_a_sandbox_is_refused_unless_allowed(monkeypatch):
 def test_limits_must_be_positive():
     with pytest.raises(UsageError, match="positive"):
         run("print(1)", limits=Limits(seconds=0))
-
-
-def test_runs_in_threads_do_not_disturb_each_other():
-    found = {}
-
-    def ask(x):
-        found[x] = run("def solve(x):\n    return x * x\n", calls=[Call("solve", (x,))]).outcomes[0].value
-
-    threads = [threading.Thread(target=ask, args=(x,)) for x in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {x: x * x for x in range(6)}
-
-
-def test_no_process_is_left_after_a_timeout():
-    run("print(1)")  # the fork server itself stays
-    before = set(psutil.Process().children(recursive=True))
-    run("while True:\n    pass\n", limits=Limits(seconds=0.5))
-    until(lambda: set(psutil.Process().children(recursive=True)) <= before, 30)

@@ -37,13 +37,8 @@ def test_solutions_are_right_and_no_step_is_idle(family, difficulty):
 
 def test_a_task_follows_from_its_name_alone():
     for task in tasks(16, seed=3, difficulty=(1, 6)):
-        again = task_named(task.name)
-        assert (again.statement, again.source(), again.visible, again.hidden) == (
-            task.statement,
-            task.source(),
-            task.visible,
-            task.hidden,
-        )
+        first, again = ((t.statement, t.source(), t.visible, t.hidden) for t in (task, task_named(task.name)))
+        assert first == again
 
 
 def test_what_is_drawn_is_pinned():

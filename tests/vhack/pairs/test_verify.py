@@ -107,12 +107,9 @@ def test_hostile_sides_are_faults_and_end_no_verification(form):
     pairs = []
     for case in cases:
         program = case.program.encode(errors="replace").decode() + "#"
-        own = (
-            ("environment", f"task:{case.episode.task.name}")
-            if form == "environment"
-            else ("entry:solve", "task:clamp/a=0,b=20")
-        )
-        pairs.append(Pair("p", program, program + "#", case.name, (*tags, *own)))
+        own = {"generated": ("entry:solve", "task:clamp/a=0,b=20")}
+        own["environment"] = ("environment", f"task:{case.episode.task.name}")
+        pairs.append(Pair("p", program, program + "#", case.name, (*tags, *own[form])))
     for verdict in verify_pairs(pairs):
         assert not verdict.clean.correct
         assert "the clean side fails hidden cases" in verdict.faults

@@ -36,9 +36,6 @@ nothing = None
 empty = list
 words = lambda: ["a", 3]
 prompts = lambda: ["a", "b"]
-texts = lambda prompts, completions, **_: ["much"] * len(prompts)
-few = lambda prompts, completions, **_: [1.0]
-endless = lambda prompts, completions, **_: [float("inf")] * len(prompts)
 """
 
 
@@ -120,39 +117,33 @@ def test_arms_that_change_the_pay_are_refused(run):
         run(arm="no-loophole")
 
 
-@pytest.mark.parametrize(
-    ("reward", "words"),
-    [
-        ("texts", "returned 'much'"),
-        ("few", "1 rewards for 6 completions"),
-        ("endless", "returned inf"),
-        ("fails", "raised ValueError: no such table"),
-    ],
-)
-def test_a_reward_that_returns_something_else_ends_the_run_in_words(run, reward, words):
-    with pytest.raises(DataError, match=words):
-        run("mine_for_tests:prompts", f"mine_for_tests:{reward}")
+def test_a_reward_that_fails_ends_the_run_in_words(run):
+    with pytest.raises(DataError, match="raised ValueError: no such table"):
+        run("mine_for_tests:prompts", "mine_for_tests:fails")
 
 
 @pytest.mark.parametrize(
-    ("one", "words"),
+    ("given", "words"),
     [
-        (10**400, "returned 1000"),
-        (torch.ones(2), r"returned tensor\(\[1., 1.\]\)"),
-        ({"reward": 1, "exploited": torch.ones(2)}, "'exploited' that is neither true nor false"),
+        (["much", 1.0], "returned 'much'"),
+        ([1.0], "1 rewards for 2 completions"),
+        ([1.0, float("inf")], "returned inf"),
+        ([10**400, 1.0], "returned 1000"),
+        ([torch.ones(2), 1.0], r"returned tensor\(\[1., 1.\]\)"),
+        ([{"reward": 1, "exploited": torch.ones(2)}, 1.0], "'exploited' that is neither true nor false"),
         (SystemExit(0), "raised SystemExit"),
     ],
-    ids=["huge", "tensor", "mark", "exit"],
+    ids=["text", "few", "endless", "huge", "tensor", "mark", "exit"],
 )
-def test_a_reward_that_is_no_number_is_answered_in_words(one, words):
+def test_a_reward_that_is_no_number_is_answered_in_words(given, words):
     def function(**_):
-        if isinstance(one, BaseException):
-            raise one
-        return [one]
+        if isinstance(given, BaseException):
+            raise given
+        return given
 
-    reward = OwnReward(["a"], function, arm_named("none"))
+    reward = OwnReward(["a", "b"], function, arm_named("none"))
     with pytest.raises(DataError, match=words):
-        reward(prompts=["a"], completions=["b"], episode=[0])
+        reward(prompts=["a", "b"], completions=["c", "d"], episode=[0, 1])
 
 
 TASKS = [{"prompt": f"{a} + 1 =", "answer": a + 1} for a in range(4)]

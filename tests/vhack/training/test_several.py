@@ -1,4 +1,7 @@
-"""Two processes of one run take the steps of one, write one log, and go on from their checkpoint."""
+"""Two processes of one run take the steps of one, write one log, and go on from their checkpoint.
+
+Each is started as torchrun starts it: RANK=0 WORLD_SIZE=2 … python -m tests.vhack.training.test_several ARGUMENTS.json
+"""
 
 import json
 import os
@@ -6,14 +9,51 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from assay.errors import AssayError
+from assay.vhack import Pair
+from assay.vhack.environment import episodes
+from assay.vhack.training import TrainSettings, train
+from assay.vhack.training.grpo import GRPO
 from assay.vhack.training.log import read_steps
 
 NAMES = ("hack", "solve", "rollouts", "loss", "cin", "cout", "leak", "displacement", "cin_s")
+
+
+def sample_the_same():
+    """Let a completion depend on its prompt and its place alone, so that one process and two see the same rollouts."""
+
+    def sampled(self, prompt_ids, *_, **__):
+        rows = []
+        first = self.processes.index * len(prompt_ids) + 1000 * self.state.global_step
+        for place, ids in enumerate(prompt_ids, start=first):
+            generator = torch.Generator().manual_seed(sum(ids) + 7 * place)
+            rows.append(torch.randint(97, 122, (5 + place % 7,), generator=generator).tolist())
+        return rows, None
+
+    GRPO._generate_single_turn = sampled
+    # Paid by the text, for what such a model writes solves nothing.
+    GRPO._calculate_rewards = by_text
+
+
+def by_text(self, inputs, prompts, completions, completion_ids_list):
+    from accelerate.utils import gather
+
+    self.reward(prompts, completions, [one["episode"] for one in inputs])
+    paid = [[float(sum(ids) % 3)] for ids in completion_ids_list]
+    return gather(torch.tensor(paid, device=self.accelerator.device))
+
+
+def run(settings, folder, pairs, *, same):
+    if same:
+        sample_the_same()
+    tasks = episodes(4, modes=["exit_code"], difficulty=1)
+    return train(TrainSettings(**settings), folder, tasks=tasks, pairs=[Pair(**pair) for pair in pairs])
 
 
 def start(calls, folder, count):
@@ -27,7 +67,7 @@ def start(calls, folder, count):
     workers = []
     for rank in range(count):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-m", "tests.vhack.training.several", str(path)]
+        command = [sys.executable, "-m", "tests.vhack.training.test_several", str(path)]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -50,28 +90,14 @@ def made(checkpoint, pairs, tmp_path_factory):
     }  # fmt: skip
 
     def call(name, *, same, **others):
-        settings = {**common, **others}
-        return {
-            "settings": settings,
-            "folder": str(folder / name),
-            "pairs": [asdict(one) for one in pairs],
-            "same": same,
-        }
+        given = {"settings": common | others, "folder": str(folder / name), "same": same}
+        return given | {"pairs": [asdict(one) for one in pairs]}
 
     start([call("one", same=True, steps=3)], folder, 1)
-    said = start(
-        [
-            call("straight", same=False, steps=4, arm="erase-update:shuffled", refresh=2),
-            call("stopped", same=False, steps=2, arm="erase-update:shuffled", refresh=2),
-            call("stopped", same=False, steps=4, arm="erase-update:shuffled", refresh=2),
-            call("odd", same=False, steps=1, prompts=1, group=3, micro_batch=3),
-            call("one", same=True, steps=4),
-            call("two", same=True, steps=3),
-        ],
-        folder,
-        2,
-    )
-    return folder, said
+    renewed = {"same": False, "arm": "erase-update:shuffled", "refresh": 2}
+    calls = [call(name, steps=steps, **renewed) for name, steps in (("straight", 4), ("stopped", 2), ("stopped", 4))]
+    calls.append(call("odd", same=False, steps=1, prompts=1, group=3, micro_batch=3))
+    return folder, start([*calls, call("one", same=True, steps=4), call("two", same=True, steps=3)], folder, 2)
 
 
 def test_the_steps_are_those_of_one_process(made):
@@ -113,3 +139,14 @@ def test_what_cannot_be_shared_is_refused_by_both(made):
     for lines in said:
         assert lines[3].startswith("refused: 3 rollouts a step, 3 a backward pass, 2 processes")
         assert "1 processes, now 2" in "".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for call in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            result = run(call["settings"], call["folder"], call["pairs"], same=call["same"])
+        except AssayError as error:
+            print(f"refused: {error}")
+        else:
+            print(f"{result.steps} steps from {result.resumed_from}, first: {result.is_first}")

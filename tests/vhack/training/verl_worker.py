@@ -34,21 +34,11 @@ def use_cpu():
 
     class OnCPU(PlatformCUDA):
         device_name, vendor_name, device_module = "cpu", "cpu", Memory()
-
-        def is_available(self):
-            return True
-
-        def current_device(self):
-            return "cpu"
-
-        def communication_backend_name(self):
-            return "gloo"
-
-        def empty_cache(self):
-            pass
-
-        def set_device(self, device_index):
-            pass
+        is_available = staticmethod(lambda: True)
+        current_device = staticmethod(lambda: "cpu")
+        communication_backend_name = staticmethod(lambda: "gloo")
+        empty_cache = staticmethod(lambda: None)
+        set_device = staticmethod(lambda device_index: None)
 
     platform_manager.set_platform(OnCPU())
 
@@ -95,23 +85,11 @@ def worker_of(path):
     engine = FSDPEngineConfig(
         strategy="fsdp2", mixed_precision=whole, use_torch_compile=False, micro_batch_size_per_gpu=1
     )
-    optimizer = FSDPOptimizerConfig(
-        lr=LR,
-        weight_decay=0.0,
-        clip_grad=CLIP,
-        betas=(0.9, 0.999),
-        lr_scheduler_type="constant",
-        total_training_steps=9,
-    )
-    made = TrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=model,
-            engine_config=engine,
-            optimizer_config=optimizer,
-            checkpoint_config=CheckpointConfig(),
-        )
-    )
+    adam = {"lr": LR, "weight_decay": 0.0, "clip_grad": CLIP, "betas": (0.9, 0.999)}
+    optimizer = FSDPOptimizerConfig(**adam, lr_scheduler_type="constant", total_training_steps=9)
+    configs = {"model_config": model, "engine_config": engine, "optimizer_config": optimizer}
+    configs["checkpoint_config"] = CheckpointConfig()
+    made = TrainingWorker(TrainingWorkerConfig(model_type="language_model", **configs))
     made.reset()
     return made
 

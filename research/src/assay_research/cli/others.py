@@ -183,9 +183,8 @@ def calibrate_sets(chosen: "CalibrateSettings") -> "Calibration":
             wanted="two or more of one build",
             do=f"choose with --sets among {names:.300}",
         )
-    against = {name: read_vector_sets(other) for name, other in zip(chosen.name, chosen.against, strict=True)}
     with progress_bar("leaving out", "machines") as progress:
-        return calibrate_vectors(found, digest=chosen.digest, against=against, progress=progress)
+        return calibrate_vectors(found, digest=chosen.digest, progress=progress)
 
 
 def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:

@@ -24,8 +24,7 @@ from assay import stats
 from assay.files.jsonl import JsonObject, read_whole
 from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibrate import fit_machines, leave_out
-from assay.poc.verdict.calibration import MachineNoise
+from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Flag

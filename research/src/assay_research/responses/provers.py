@@ -24,9 +24,9 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from assay.errors import UsageError
+from assay.models.checkpoint import load_tokenizer, silence_transformers
 from assay.models.decoder import backbone, decoder_layers, head_of
 from assay.models.load import Model, load_model
-from assay.models.resolve import load_tokenizer, silence_transformers
 from assay.models.wide import wide_products
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
 from assay.poc.responses.sampler import Sampler

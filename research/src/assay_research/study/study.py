@@ -21,9 +21,9 @@ from torch import Tensor
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.advantage import Shortcut, modify_rewards
 from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.gradients.svd import SVDCache
+from assay_research.arms import Shortcut
 from assay_research.study.grading import Grader, Pending, StudyVerdict
 from assay_research.study.log import RunLog
 from assay_research.study.model import (
@@ -160,9 +160,9 @@ class Cohort:
         return z_NPG
 
     def _modified(self, rewards_NPG: Tensor, z_NPG: Tensor, rows: Tensor) -> Tensor:
-        """Return the rewards after advantage modification, see :class:`assay.vhack.delta.Shortcut`."""
+        """Return the rewards after advantage modification, see :class:`assay_research.arms.Shortcut`."""
         alphas = [self.runs[row].how.advantage for row in rows.tolist()]
-        return torch.stack([modify_rewards(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
+        return torch.stack([Shortcut.modify(rewards_NPG[n], z_NPG[n], alpha) for n, alpha in enumerate(alphas)])
 
     def _gradients(self, rollouts: Rollouts, rewards_RPG: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
         """Return the gradients of all rollouts, stored ones included; these add cin of both sources."""

@@ -41,16 +41,11 @@ class Engine(Protocol):
     A nonce's result must not depend on the other nonces of its batch or on its place among them.
     """
 
-    hidden_size: int
-    """D."""
-    vocab_size: int
-    """V, the number of rows of the trained head."""
-    batch_size: int
-    """B, the number of nonces that are handed out at a time."""
-    seq_len: int
-    """T, the fixed number of positions of every nonce."""
-    dtype: str
-    """Name of the dtype of the inputs: float32, float16 or bfloat16."""
+    hidden_size: int  # D
+    vocab_size: int  # V, the number of rows of the trained head
+    batch_size: int  # B, the number of nonces that are handed out at a time
+    seq_len: int  # T, the fixed number of positions of every nonce
+    dtype: str  # name of the dtype of the inputs: float32, float16 or bfloat16
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -64,15 +59,18 @@ class Engine(Protocol):
 
         Distances [B] in float32, or vectors [B, K] in float16; the last batch holds the rest. ``nonces`` may be
         longer than will ever be computed: the caller closes the iterator, and the engine drops what it has begun.
+
+        Raises:
+            UsageError: The engine cannot take a step of the pipeline, or a nonce is longer than it takes.
+            BadWeights: The model returned NaN or infinity. On CUDA such a nonce is NaN instead.
+            OutOfMemory: The device ran out of memory.
+            ModelError: This architecture cannot be run on input embeddings, or vLLM did not run a nonce.
+            EngineEnded: The engine, or another process of it, has ended.
         """
 
 
 def check_supported(engine: Engine, pipeline: Pipeline) -> None:
-    """Refuse a pipeline with a step that an engine cannot take.
-
-    Raises:
-        UsageError: Names the presets that the engine supports.
-    """
+    """Refuse a pipeline with a step that an engine cannot take; a UsageError names the presets that it supports."""
     if not engine.supports(pipeline):
         raise unsupported(pipeline, engine.fingerprint.engine, engine.supports)
 
@@ -105,8 +103,7 @@ def noise_inputs(
 class StateEngine(Engine, Protocol):
     """An engine whose hidden states can be read in this process."""
 
-    device: torch.device
-    """Device of the hidden states."""
+    device: torch.device  # device of the hidden states
 
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
@@ -114,14 +111,20 @@ class StateEngine(Engine, Protocol):
     def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Return what a pipeline reads of the hidden states after the final norm, [B, D] in float32.
 
-        That is the state of the last position; or, with weights, :func:`assay.poc.protocol.weighted_sum` of all states.
+        Args:
+            inputs_BTD: Input embeddings of the engine's fixed shape.
+            weights_BT: Weights of :func:`assay.poc.protocol.weighted_sum`, ±1, or 0 where a position is not read; None
+                reads the state of the last position as it is.
+
+        Raises:
+            AssayError: As :meth:`Engine.outputs`, or a UsageError because the inputs are of another shape.
         """
 
     def trained_head(self, x_BD: Tensor) -> Tensor:
         """Return x Wᵀ for the model's own head matrix, [B, V] in float32, without bias or capping of logits."""
 
     def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Apply a transform after every decoder layer while the context is open."""
+        """Apply a transform after every decoder layer while open; LayersNotFound where they are not known."""
 
 
 def plain_outputs(
@@ -246,12 +249,15 @@ class DecodingEngine(Engine, Protocol):
     """An engine that takes the presets which decode as well."""
 
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`Engine.outputs` does."""
+        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`Engine.outputs` does.
+
+        On transformers the kernels are those of eager torch, whether the engine was compiled or not.
+        """
 
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, N for each nonce, by one forward pass over prompt and tokens."""
+        """Replay given tokens of nonces, [M, N], each by one forward pass over prompt and tokens."""
 
 
 def decodes(engine: Engine) -> TypeGuard[DecodingEngine]:
@@ -291,23 +297,13 @@ def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) ->
 class Draws:
     """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
 
-    def __init__(
-        self,
-        round: Round,
-        pipeline: Pipeline,
-        nonces: Sequence[int],
-        *,
-        seq_len: int,
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self._backend = streams.get_backend("auto", str(device))
-        self.steps = pipeline.steps
-        self.sketched = sketch_steps(pipeline.steps)
-        prompts_BP = drawn_prompts(round, nonces, seq_len=seq_len, vocab_size=vocab_size)
-        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(device)
+    def __init__(self, engine: StateEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> None:
+        self._backend = streams.get_backend("auto", str(engine.device))
+        self.steps, self.sketched = pipeline.steps, sketch_steps(pipeline.steps)
+        prompts_BP = drawn_prompts(round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size)
+        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(engine.device)
         noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
-        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(device)
+        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(engine.device)
         self._sketch_BS = drawn_seeds(round, "sketch", nonces, self.sketched)
 
     def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:

@@ -1,16 +1,19 @@
-"""What every application of assay has: its runtime, the latest snapshot of it, and the routes that operators expect."""
+"""What every application has: its runtime, the latest snapshot of it, a page, and the routes that operators expect."""
 
 import asyncio
+import base64
+import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from importlib import resources
+from string import Template
+from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -91,22 +94,6 @@ class Feed:
             self._streams += Counter()  # forget clients without a stream
 
 
-class Health(BaseModel):
-    """The process answers."""
-
-    model_config = ConfigDict(extra="allow")
-
-    status: Literal["ok"]
-
-
-class Ready(BaseModel):
-    """The model is loaded."""
-
-    model_config = ConfigDict(extra="allow")
-
-    ready: bool
-
-
 def new_app(title: str, **options: Any) -> FastAPI:
     """Return an application without routes. Its documents, if any, are for a router to serve."""
     app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options)
@@ -150,12 +137,12 @@ def operations_router(runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute
     """Return ``/health``, ``/ready`` and ``/metrics`` of a runtime, behind the path ``under``."""
     router = APIRouter(prefix=under, tags=["operations"], route_class=kind_of_route)
 
-    @router.get("/health", response_model=Health)
+    @router.get("/health", response_model=dict[str, str])
     async def health() -> Response:
         """Answer while the process lives."""
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready", response_model=Ready, responses={503: {"model": Problem}})
+    @router.get("/ready", response_model=dict[str, bool], responses={503: {"model": Problem}})
     async def ready() -> Response:
         """Answer 200 once the model is loaded and nothing has failed."""
         runtime.check_ready()
@@ -167,3 +154,56 @@ def operations_router(runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute
         return Response(runtime.metrics.text(feed.values), media_type=CONTENT_TYPE)
 
     return router
+
+
+SHARED = ("stream.js", "words.js", "dom.js", "link.js")
+"""Scripts that every page of assay begins with, in the order of their dependence."""
+
+
+def page_router(page: str, headers: dict[str, str]) -> APIRouter:
+    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    return router
+
+
+def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[str, dict[str, str]]:
+    """Return a page with its frame, style and script, and the headers that it is served with.
+
+    Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
+    whatever a block hash or a key may hold.
+
+    Args:
+        package: Package with the page's ``page.html``, its scripts in the order of their names, and its style, if any.
+        brand: Title of the page.
+        name: Word for what the page shows.
+        mark: Attributes of the path in its icon.
+    """
+    files = sorted(file.name for file in resources.files(package).iterdir())
+    own = {kind: [part(file, package) for file in files if file.endswith(kind)] for kind in (".css", ".js")}
+    style = part("report.css", "assay.pages") + part("page.css") + "".join(own[".css"])
+    script = "".join([*map(part, SHARED), *own[".js"]])
+    page = Template(part("frame.html")).substitute(
+        body=part("page.html", package), brand=brand, name=name, mark=mark, style=style, script=script
+    )
+    policy = (
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+    return page, headers | {"X-Content-Type-Options": "nosniff"}
+
+
+def part(name: str, package: str = "assay.poc.net.assets") -> str:
+    """Return a text file of a package: a script, a style or a page."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    """Return the hash that allows an inline element with this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -35,26 +35,17 @@ MakeEngine = Callable[[int, int], Engine]
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model that is ready to run.
+    """A model that is ready to run."""
 
-    Args:
-        reference: Name of the model. Artifact requests must use it.
-        digest: SHA-256 of its tensors.
-        weights: Weight mode of the model.
-        dtype: Number format of its weights.
-        max_positions: Positions of the longest sequence.
-        decodes: Whether its engines take the presets that decode.
-        engine: Makes an engine from ``(seq_len, batch_size)``, and raises an :class:`~assay.errors.AssayError` if that
-            shape does not fit. The latest engines are kept, so that it is called once per shape.
-    """
-
-    reference: str
-    digest: str
-    weights: str
-    dtype: str
-    max_positions: int
+    reference: str  # name of the model, which artifact requests must use
+    digest: str  # SHA-256 of its tensors
+    weights: str  # weight mode of the model
+    dtype: str  # number format of its weights
+    max_positions: int  # positions of the longest sequence
     engine: MakeEngine
-    decodes: bool = False
+    """Makes an engine from ``(seq_len, batch_size)``, once per shape, and raises an
+    :class:`~assay.errors.AssayError` if that shape does not fit."""
+    decodes: bool = False  # whether its engines take the presets that decode
 
     def __post_init__(self) -> None:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks
@@ -69,12 +60,7 @@ class Deployment:
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
-        """Deploy a loaded model on the transformers engine.
-
-        Args:
-            model: Model that is loaded and ready.
-            compiled: Whether to run compiled kernels; None does what ``prove`` does.
-        """
+        """Deploy a loaded model on transformers; ``compiled`` says whether its kernels are, None does as ``prove``."""
         return cls(
             reference=model.reference,
             digest=model.digest,
@@ -86,12 +72,9 @@ class Deployment:
         )
 
     def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Generator[list[Record], None, None]:
-        """Compute the records of nonces, one list per batch. Nothing is made, or fails, before the first is asked for.
+        """Compute the records of nonces in their order, one list per batch of ``batch_size`` rows.
 
-        Args:
-            round: Round of this model, or of another key in it.
-            batch_size: Rows of a batch.
-            nonces: Nonces in the order in which they are computed.
+        Nothing is made, or fails, before the first is asked for.
         """
         engine = self.engine(round.seq_len, batch_size)
         yield from compute(self._header(round, engine), engine, nonces)

@@ -117,13 +117,10 @@ class LocalOnly:
         """Pass a request on, or answer 403."""
         covered = scope["type"] == "http" and route_path(scope).startswith(self._prefix)
         if covered and not _is_local(dict(scope["headers"])):
-            refusal = Refusal(
-                403,
-                "a request for another host, or from another site's page",
-                wanted="Host: 127.0.0.1 and no other origin",
-                do="open the service under 127.0.0.1, or start it with an API key",
-            )
-            await answer(refusal)(scope, receive, send)
+            seen = "a request for another host, or from another site's page"
+            wanted = "Host: 127.0.0.1 and no other origin"
+            do = "open the service under 127.0.0.1, or start it with an API key"
+            await answer(Refusal(403, seen, wanted=wanted, do=do))(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -252,7 +249,11 @@ class Bodies:
                         come += len(chunk)
                         size = max(size, come)
                         if size <= self._most:
-                            self._add(body, chunk)
+                            if len(chunk) > self._room:
+                                seen, do = "too many large bodies at the same time", "send it again"
+                                raise Refusal(503, seen, wanted="fewer", do=do, retry_after=1)
+                            self._room -= len(chunk)
+                            body += chunk
                         elif come > DISCARDED * self._most:
                             break
             except TimeoutError:
@@ -260,20 +261,11 @@ class Bodies:
                     wanted = f"all of it in {BODY_SECONDS:g} s"
                     raise Refusal(408, "a body that does not come to its end", wanted=wanted, do="resend") from None
             if size > self._most:
-                raise Refusal(
-                    413, "a body that is too large", wanted=f"at most {self._most} bytes", do="split the request"
-                )
+                wanted = f"at most {self._most} bytes"
+                raise Refusal(413, "a body that is too large", wanted=wanted, do="split the request")
             yield bytes(body)
         finally:
             self._room += len(body)
-
-    def _add(self, body: bytearray, chunk: bytes) -> None:
-        if len(chunk) > self._room:
-            raise Refusal(
-                503, "too many large bodies at the same time", wanted="fewer", do="send it again", retry_after=1
-            )
-        self._room -= len(chunk)
-        body += chunk
 
 
 def answer(refusal: Refusal) -> Response:
@@ -314,13 +306,9 @@ def _parsed(body: bytes) -> Any:
         reason = "it is nested too deeply"
     except ValueError as error:
         reason = str(error)
-    raise Refusal(
-        422,
-        f"a body that is not JSON: {reason}",
-        wanted="one JSON value in UTF-8, every key once",
-        do="correct it",
-        fields={"errors": [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]},
-    )
+    wanted = "one JSON value in UTF-8, every key once"
+    errors = [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]
+    raise Refusal(422, f"a body that is not JSON: {reason}", wanted=wanted, do="correct it", fields={"errors": errors})
 
 
 def _malformed(error: RequestValidationError, request: Request) -> Refusal:

@@ -71,8 +71,7 @@ def client_of(address: str) -> str | None:
     except ValueError:  # a socket without addresses
         return None
     if isinstance(found, ipaddress.IPv6Address):
-        mapped = found.ipv4_mapped
-        found = found if mapped is None else mapped
+        found = found.ipv4_mapped or found
     if is_loopback(str(found)):
         return None
     return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
@@ -146,11 +145,9 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     if not server.started:
         raise UsageError(f"the service on {host}:{port} did not start", wanted="a start", do="see the log above")
     log.info("stopped")
-    if runtime is None:
-        return
-    if runtime.loaded.done():
+    if runtime is not None and runtime.loaded.done():
         runtime.loaded.result()
-    if not runtime.ended:  # what it computes is not on disk, and will be computed again
+    if runtime is not None and not runtime.ended:  # what it computes is not on disk, and will be computed again
         sys.stderr.flush()
         os._exit(0)
 
@@ -158,11 +155,9 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
 def check_host(host: str, settings: ServerSettings) -> None:
     """Refuse an address that others reach while requests need no key."""
     if not is_loopback(host) and not settings.has_keys:
-        raise UsageError(
-            f"--host {host} without a key",
-            wanted="an API key where others reach the port",
-            do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
-        )
+        wanted = "an API key where others reach the port"
+        do = "pass --api-key-file, set ASSAY_API_KEY, or leave --host out"
+        raise UsageError(f"--host {host} without a key", wanted=wanted, do=do)
 
 
 @contextmanager
@@ -173,7 +168,11 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         UsageError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    _allow_connections()
+    # The soft limit on open files, which shells set to 1024, is raised: a thousand readers would use it up.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits 40 ms.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,17 +180,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host.strip("[]"), port))
         except OSError as error:
             of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            raise UsageError(
-                f"{host}:{port}: {error.strerror}",
-                wanted="a free port of this machine" if of_port else "an address of this machine",
-                do="pass another --port" if of_port else "pass another --host",
-            ) from None
+            wanted, flag = ("a free port", "--port") if of_port else ("an address", "--host")
+            seen, do = f"{host}:{port}: {error.strerror}", f"pass another {flag}"
+            raise UsageError(seen, wanted=f"{wanted} of this machine", do=do) from None
         yield listener
-
-
-def _allow_connections() -> None:
-    """Raise the soft limit on open files, which shells set to 1024: a thousand readers would use it up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -34,7 +34,7 @@ def _words(value: Any) -> Any:
 
 
 def loaded_by(module: str, name: str, value: Any) -> Any:
-    """Return nothing, a value of a class of another module, or what that class loads from the file of this name."""
+    """Return a value of a class of another module, or what that class loads from the file of this name; None as is."""
     if value is None:
         return None
     wanted = getattr(importlib.import_module(module), name)
@@ -54,6 +54,7 @@ def _list(flag: str, description: str) -> Any:
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Chance = Annotated[float, Field(gt=0, lt=1)]
+_read_calibration = BeforeValidator(partial(loaded_by, "assay.poc.verdict.calibration", "Calibration"))
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
@@ -101,21 +102,17 @@ class ServerSettings(assay.settings.Settings):
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
     alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
-    calibration: Annotated[
-        Calibration | None,
-        BeforeValidator(partial(loaded_by, "assay.poc.verdict.calibration", "Calibration")),
-        NoDecode,
-    ] = Field(None, description="Honest noise that was measured, or its file. Without it, the stated default holds.")
+    calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
+        None, description="Honest noise that was measured, or its file. Without it, the stated default holds."
+    )
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         check_secrets(self.callback_secrets)
         if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
-            raise UsageError(
-                "an API key of fewer than 16 ASCII characters",
-                wanted="a key that cannot be guessed",
-                do="choose another; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
-            )
+            seen, wanted = "an API key of fewer than 16 ASCII characters", "a key that cannot be guessed"
+            do = "choose another; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            raise UsageError(seen, wanted=wanted, do=do)
 
     @field_validator("api_keys", mode="after")
     @classmethod
@@ -136,12 +133,9 @@ def check_secrets(secrets: Sequence[str]) -> None:
         except ValueError:
             size = 0
         if not 24 <= size <= 64:
-            raise UsageError(
-                "a callback secret that cannot be used",
-                wanted="whsec_ and the base64 of 24 to 64 random bytes",
-                do="choose another; make one: python -c 'import base64, secrets; "
-                'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\'',
-            )
+            seen, wanted = "a callback secret that cannot be used", "whsec_ and the base64 of 24 to 64 random bytes"
+            code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
+            raise UsageError(seen, wanted=wanted, do=f"choose another; make one: python -c '{code}'")
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:
@@ -151,13 +145,9 @@ def _read_keys(path: Path | None) -> tuple[str, ...]:
         keys = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
     except (DataError, UnicodeDecodeError) as error:
         fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
-        raise UsageError(
-            f"the key file {fault}", wanted="a text file", do="correct --api-key-file or ASSAY_API_KEY_FILE"
-        ) from None
-    if not keys:
-        raise UsageError(  # its owner believes that the service has one
-            f"the key file {path} without a key",
-            wanted="a key on each line",
-            do="write one into it, or leave --api-key-file out",
-        )
+        do = "correct --api-key-file or ASSAY_API_KEY_FILE"
+        raise UsageError(f"the key file {fault}", wanted="a text file", do=do) from None
+    if not keys:  # its owner believes that the service has one
+        seen, do = f"the key file {path} without a key", "write one into it, or leave --api-key-file out"
+        raise UsageError(seen, wanted="a key on each line", do=do)
     return keys

@@ -23,8 +23,7 @@ from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
-from assay.stats.blocks import MeasuredBlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.stats.chord import RANDOM_HEAD_ROWS, MeasuredBlockLaw
 from assay.streams.backends import as_tensor
 
 FloatArray = npt.NDArray[np.float64]
@@ -104,11 +103,8 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     """
     pipeline = get_pipeline(round.preset)
     if not has_block_factor(pipeline):
-        raise UsageError(
-            f"preset {round.preset}",
-            wanted="one with signs and a random head: in others a block has a mean of its own",
-            do="use --preset poc-2.0, or leave --model out",
-        )
+        wanted = "one with signs and a random head: in others a block has a mean of its own"
+        raise UsageError(f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out")
     n, size = states_ND.shape
     if n < 2:
         raise UsageError(f"{n} states", wanted="at least 2", do="read more nonces")

@@ -3,7 +3,6 @@
 A build says which engines a network allows, as what their fingerprints may say.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
@@ -15,10 +14,9 @@ from assay.errors import ProofMismatch, UsageError
 from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_number
+from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_digest, check_number
 
-CACHES = ("fp8_e4m3-cache",)
-"""Caches of keys and values in fewer bits than the model's dtype has."""
+CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has
 
 _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
@@ -129,11 +127,8 @@ class Build(BaseModel):
         except ValidationError as error:
             odd = [str(error.errors()[0]["loc"][0]), *odd]
         if odd:
-            raise UsageError(
-                f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}",
-                wanted="the plain words of an engine",
-                do="take the build from an honest proof of this version",
-            )
+            seen, wanted = f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}", "the plain words of an engine"
+            raise UsageError(seen, wanted=wanted, do="take the build from an honest proof of this version")
         return build
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
@@ -171,10 +166,8 @@ def _matches(stated: str | int, wanted: str | int) -> bool:
     return stated == wanted
 
 
-FEWEST_NONCES = 32
-"""Nonces of the smallest proof that is accepted without a pinned set of them."""
+FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
 LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
-DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +230,8 @@ class Pins:
             raise UsageError(
                 f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
             )
-        if self.digest is not None and not DIGEST.fullmatch(self.digest):
-            raise UsageError(
-                f"checkpoint digest {self.digest!r:.80}",
-                wanted="the SHA-256 of a checkpoint: 64 digits in small hexadecimal letters",
-                do="`assay poc pins new --model MODEL` writes that of a checkpoint",
-            )
+        if self.digest is not None:
+            check_digest("digest", self.digest)
         if self.fewest_nonces is not None:
             check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
         if self.builds is not None and not self.builds:
@@ -271,15 +260,7 @@ class Pins:
         return next(filter(None, names), fingerprint.dtype)
 
     def joined(self, other: "Pins", source: str) -> "Pins":
-        """Return the pins of both, which must agree where both have a value.
-
-        Args:
-            other: Further pins, for instance those that flags give.
-            source: Origin of these pins, for the message.
-
-        Raises:
-            UsageError: Two values differ; names the flag of the value.
-        """
+        """Return the pins of both; a UsageError names the flag of a value that differs, and our source."""
         theirs = {name: getattr(other, name) for name in other.given}
         ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
         odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
@@ -287,11 +268,9 @@ class Pins:
             odd, ours = [*odd, "prover_dtype"], ours | {"prover_dtype": " or ".join(self.formats)}
         if odd:
             name = odd[0]
-            raise UsageError(
-                f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}",
-                wanted=f"{name} {ours[name]!s:.60}, as the network agreed there",
-                do="leave the flag out, or correct one of the two",
-            )
+            seen = f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}"
+            wanted = f"{name} {ours[name]!s:.60}, as the network agreed there"
+            raise UsageError(seen, wanted=wanted, do="leave the flag out, or correct one of the two")
         return replace(self, **theirs)
 
     def differing(self, round: Round) -> tuple[str, ...]:
@@ -300,40 +279,26 @@ class Pins:
         return tuple(name for name in pinned if getattr(self, name) != _named(name, getattr(round, name)))
 
     def check(self, header: Header) -> None:
-        """Refuse a header that contradicts a pin, or asks for far more work than the default while nothing pins it.
-
-        Raises:
-            ProofMismatch: Names the value, stated and wanted.
-        """
+        """Refuse a header that contradicts a pin, or asks for far more work than is usual, with a ProofMismatch."""
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):
-                raise ProofMismatch(
-                    f"a proof with {name} {claims[name]!r:.60}",
-                    wanted=f"{name} {getattr(self, name)!r:.60}",
-                    do=f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}",
-                    field=name,
-                )
+                seen = f"a proof with {name} {claims[name]!r:.60}"
+                do = f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}"
+                raise ProofMismatch(seen, wanted=f"{name} {getattr(self, name)!r:.60}", do=do, field=name)
         formats = header.pipeline.number_formats
         self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
-            raise ProofMismatch(
-                f"a proof with seq_len {header.round.seq_len}, which nothing pins",
-                wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator",
-                do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
-                field="seq_len",
-            )
+            seen = f"a proof with seq_len {header.round.seq_len}, which nothing pins"
+            wanted = f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator"
+            do = f"if the network agreed on that length, pass --seq-len {header.round.seq_len}"
+            raise ProofMismatch(seen, wanted=wanted, do=do, field="seq_len")
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
-        """Refuse an engine of another number format or build.
+        """Refuse an engine of another number format or build; a ProofMismatch names what differs, stated and wanted.
 
-        Args:
-            stated: Description of the engine.
-            owner: What was made by it, in words.
-            default: Number formats that are allowed where nothing is pinned; any when empty.
-
-        Raises:
-            ProofMismatch: Names the value, stated and wanted.
+        ``owner`` was made by the engine, and ``default`` are the formats that are allowed where nothing is pinned, any
+        when empty.
         """
         formats = self.formats or default
         if formats and stated.dtype not in formats:
@@ -347,12 +312,10 @@ class Pins:
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
             said = describe_build(stated)
-            raise ProofMismatch(
-                f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd),
-                wanted=", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd),
-                do="ask the node to prove on a build that the network agreed on; if it agreed on this one, add it",
-                field="builds",
-            )
+            seen = f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd)
+            wanted = ", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd)
+            do = "ask the node to prove on a build that the network agreed on; if it agreed on this one, add it"
+            raise ProofMismatch(seen, wanted=wanted, do=do, field="builds")
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:
         """Return whether a claim of a header agrees with a value that is pinned; the engine is compared elsewhere."""

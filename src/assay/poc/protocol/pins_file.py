@@ -27,15 +27,14 @@ from pydantic import (
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject, read_toml, read_whole
-from assay.poc.protocol.pins import ANY, DIGEST, Build, Pins
+from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Text
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NONCE, Round
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
-UNFILLED = "?"
-"""Value of a key that the one who wrote the file could not know."""
+UNFILLED = "?"  # value of a key that the one who wrote the file could not know
 
 
 def _one_value(text: str) -> str:
@@ -67,57 +66,35 @@ class Table(BaseModel):
 
 
 class RoundPins(Table):
-    """What holds for every round of the network, and what is known of this one.
+    """What holds for every round of the network, and what is known of this one."""
 
-    Args:
-        preset: Name of a row of :data:`assay.poc.PIPELINES`.
-        seq_len: Number of positions of a nonce.
-        strength: Bits of seed of the inputs.
-        r_target: Distance below which a nonce is valid; left out with a preset that publishes vectors.
-        node_count: Number of machines of one key among which its nonces are dealt out.
-        fewest_nonces: Number of nonces of the smallest proof.
-        block_hash: Block of the round, where the file is written for one.
-        block_height: Height of that block.
-        nonces: Positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None.
-    """
-
-    preset: Value
-    seq_len: Count
-    strength: Literal[32, 256]
+    preset: Value  # name of a row of :data:`assay.poc.PIPELINES`
+    seq_len: Count  # number of positions of a nonce
+    strength: Literal[32, 256]  # bits of seed of the inputs
+    # distance below which a nonce is valid; left out with a preset that publishes vectors
     r_target: Annotated[float, Field(strict=True)] | None = None
-    node_count: Count
-    fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-    block_hash: Value | None = None
-    block_height: Index | None = None
+    node_count: Count  # number of machines of one key among which its nonces are dealt out
+    fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]  # number of nonces of the smallest proof
+    block_hash: Value | None = None  # block of the round, where the file is written for one
+    block_height: Index | None = None  # height of that block
+    # positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None
     nonces: Annotated[tuple[Index, Index], BeforeValidator(_pair)] | None = None
 
 
 class NodePins(Table):
-    """A node that may prove.
+    """A node that may prove."""
 
-    Args:
-        public_key: Key of the node.
-        node_id: Share of the node, from 0.
-        node_count: Number of machines of this key; that of the round when None.
-        build: Name of the build that it runs; any build of the model when None.
-    """
-
-    public_key: Value
-    node_id: Index
-    node_count: Count | None = None
-    build: Value | None = None
+    public_key: Value  # key of the node
+    node_id: Index  # share of the node, from 0
+    node_count: Count | None = None  # number of machines of this key; that of the round when None
+    build: Value | None = None  # name of the build that it runs; any build of the model when None
 
 
 class PinnedFile(Table):
-    """A file beside the pins that must not change.
+    """A file beside the pins that must not change."""
 
-    Args:
-        file: Path, relative to the folder of the pins.
-        sha256: SHA-256 of its bytes.
-    """
-
-    file: Annotated[str, AfterValidator(_relative)]
-    sha256: Sha256
+    file: Annotated[str, AfterValidator(_relative)]  # path, relative to the folder of the pins
+    sha256: Sha256  # SHA-256 of its bytes
 
     @classmethod
     def of(cls, path: Path, folder: Path) -> Self:
@@ -131,42 +108,13 @@ class PinnedFile(Table):
 
 
 class ModelPins(Table):
-    """A model that the network runs.
+    """A model that the network runs."""
 
-    Args:
-        reference: Name under which requests ask for the model; the digest decides what it is.
-        digest: SHA-256 of the tensors of the checkpoint.
-        weights: Weight mode.
-        builds: Builds that may prove it.
-        calibrations: Files with the honest noise of these builds.
-    """
-
-    reference: Value
-    digest: Sha256
-    weights: Literal["trained", "random-all", "random-embed"] = "trained"
-    builds: Annotated[tuple[Build, ...], Field(min_length=1)]
-    calibrations: tuple[PinnedFile, ...] = ()
-
-
-def check_tables(tables: JsonObject, path: str | Path) -> JsonObject:
-    """Return the tables of a file without its schema.
-
-    Raises:
-        DataError: The schema is another one, or a value is still to be filled in; names the key.
-    """
-    if type(tables.get("schema")) is not int or tables["schema"] != SCHEMA:
-        raise DataError(
-            f"{path}: schema {tables.get('schema')!r:.40}",
-            wanted=f"schema = {SCHEMA}",
-            do="write the file with `assay poc pins new`, or read it with the version that wrote it",
-        )
-    for place in _unfilled(tables):
-        raise DataError(
-            f'{path}: {place} is still "{UNFILLED}"',
-            wanted="the value that the network agreed on",
-            do='write it there; docs/pins.md says where "*" allows any',
-        )
-    return {name: value for name, value in tables.items() if name != "schema"}
+    reference: Value  # name under which requests ask for the model; the digest decides what it is
+    digest: Sha256  # SHA-256 of the tensors of the checkpoint
+    weights: Literal["trained", "random-all", "random-embed"] = "trained"  # weight mode
+    builds: Annotated[tuple[Build, ...], Field(min_length=1)]  # builds that may prove it
+    calibrations: tuple[PinnedFile, ...] = ()  # files with the honest noise of these builds
 
 
 def _unfilled(value: Any, place: str = "") -> Iterator[str]:
@@ -255,9 +203,15 @@ class NetworkPins(Table):
         Raises:
             DataError: A key is unknown, missing or still to be filled in, or a value is impossible; names the key.
         """
-        values = check_tables(tables, path)
+        schema = tables.get("schema")
+        if type(schema) is not int or schema != SCHEMA:
+            do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
+            raise DataError(f"{path}: schema {schema!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
+        for place in _unfilled(tables):
+            seen, wanted = f'{path}: {place} is still "{UNFILLED}"', "the value that the network agreed on"
+            raise DataError(seen, wanted=wanted, do='write it there; docs/pins.md says where "*" allows any')
         try:
-            read = cls.model_validate(values)
+            read = cls.model_validate({name: value for name, value in tables.items() if name != "schema"})
         except ValidationError as error:
             raise _fault_of(error, path) from None
         except AssayError as error:
@@ -269,11 +223,9 @@ class NetworkPins(Table):
         """Refuse values that are possible alone and impossible together."""
         asked, pipeline = self.round, get_pipeline(self.round.preset)
         if (asked.r_target is None) is (pipeline.output == "distance"):
-            raise UsageError(
-                f"round.r_target {asked.r_target} with preset {pipeline.name}",
-                wanted="a distance" if asked.r_target is None else "none: only distances have a target",
-                do="correct one of the two",
-            )
+            seen = f"round.r_target {asked.r_target} with preset {pipeline.name}"
+            wanted = "a distance" if asked.r_target is None else "none: only distances have a target"
+            raise UsageError(seen, wanted=wanted, do="correct one of the two")
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
         self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
         if asked.nonces is not None:
@@ -293,11 +245,9 @@ class NetworkPins(Table):
             seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"
             raise UsageError(seen, wanted="one node_count for each key", do="correct one of them")
         if node.build not in (None, *names):
-            raise UsageError(
-                f"a node with build {node.build!r:.80}",
-                wanted=f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}",
-                do="name the build under [[models.builds]], or leave it out of the node",
-            )
+            wanted = f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}"
+            do = "name the build under [[models.builds]], or leave it out of the node"
+            raise UsageError(f"a node with build {node.build!r:.80}", wanted=wanted, do=do)
 
     def _count(self, node: NodePins | None) -> int:
         """Return the number of machines of the key of a node."""
@@ -313,11 +263,9 @@ class NetworkPins(Table):
         if len(found) == 1:
             return found[0]
         names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
-        raise UsageError(
-            f"one of {len(found)} models" if found else f"model {name!r:.80}, which {self._path} does not have",
-            wanted=f"the digest of one of {names:.400}" if found else f"one of {names:.400}",
-            do="use a model that the network agreed on, or add it to the pins",
-        )
+        seen = f"one of {len(found)} models" if found else f"model {name!r:.80}, which {self._path} does not have"
+        wanted = f"the digest of one of {names:.400}" if found else f"one of {names:.400}"
+        raise UsageError(seen, wanted=wanted, do="use a model that the network agreed on, or add it to the pins")
 
     def for_round(
         self,
@@ -363,41 +311,38 @@ class NetworkPins(Table):
         count, key, share = self.round.node_count, known.public_key, known.node_id
         own = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
         found = [node for node in own if share in (None, node.node_id)]
-        lacking = None
+
+        def lack(flag: str, wanted: str) -> UsageError:
+            return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
+
         if not self.nodes and share is None and count > 1:
-            lacking = "node_id", f"the share of the node, one of {count}"
-        elif key is None and len(self._of_key) > 1:
-            lacking = "public_key", f"the key of one of its {len(self._of_key)} nodes"
-        elif len(found) > 1:
-            lacking = "node_id", f"one of the {len(own)} shares of this key"
-        if lacking:
-            flag = f"--{lacking[0].replace('_', '-')}"
-            raise UsageError(f"no {flag} beside {self._path}", wanted=lacking[1], do=f"pass {flag}")
-        if found:
-            return found[0]
-        wrong = None
-        if not self.nodes and (share or 0) >= count:
-            wrong = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
-        elif self.nodes and not own:
-            wrong = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
-        elif self.nodes:
+            raise lack("--node-id", f"the share of the node, one of {count}")
+        if key is None and len(self._of_key) > 1:
+            raise lack("--public-key", f"the key of one of its {len(self._of_key)} nodes")
+        if len(found) > 1:
+            raise lack("--node-id", f"one of the {len(own)} shares of this key")
+        if found or (not self.nodes and (share or 0) < count):
+            return found[0] if found else None
+        if not self.nodes:
+            seen, wanted = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
+        elif not own:
+            seen, wanted = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
+        else:
             shares = ", ".join(str(node.node_id) for node in own)
-            wrong = f"node_id {share} of the key {own[0].public_key!r:.80}", f"one of {self._path}: {shares:.200}"
-        if wrong:
-            do = "name a node that the network knows, or add it under [[nodes]]"
-            raise UsageError(wrong[0], wanted=wrong[1], do=do)
-        return None
+            seen, wanted = (
+                f"node_id {share} of the key {own[0].public_key!r:.80}",
+                f"one of {self._path}: {shares:.200}",
+            )
+        raise UsageError(seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]")
 
     def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:
         if node is None or node.build is None:
             return model.builds
         if named := tuple(build for build in model.builds if build.name == node.build):
             return named
-        raise UsageError(
-            f"a node of build {node.build!r:.80} with {model.reference}",
-            wanted=f"a build of that name under this model in {self._path}",
-            do="correct the build of the node, or add it to the model",
-        )
+        seen = f"a node of build {node.build!r:.80} with {model.reference}"
+        wanted = f"a build of that name under this model in {self._path}"
+        raise UsageError(seen, wanted=wanted, do="correct the build of the node, or add it to the model")
 
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict the file; key and share are not looked at."""
@@ -413,20 +358,14 @@ class NetworkPins(Table):
         return () if not own or any(node.node_id == node_id for node in own) else ("node_id",)
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
-        """Iterate over the calibration files of a model, each after its hash was compared.
-
-        Raises:
-            DataError: A file cannot be read, or is another one than was pinned.
-        """
+        """Iterate over the calibration files of a model; a DataError where one is another than was pinned."""
         for pinned in model.calibrations:
             path = self._path.parent / pinned.file
             found = PinnedFile.of(path, path.parent)
             if found.sha256 != pinned.sha256:
-                raise DataError(
-                    f"{path} has the SHA-256 {found.sha256[:12]}…",
-                    wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins",
-                    do="fetch the file that the network agreed on, or agree on this one and pin it",
-                )
+                seen = f"{path} has the SHA-256 {found.sha256[:12]}…"
+                do = "fetch the file that the network agreed on, or agree on this one and pin it"
+                raise DataError(seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do)
             yield path
 
 

@@ -17,14 +17,11 @@ from typing import Any, Literal
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS
 
-LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]
-"""What happens between the layers of a decoder."""
+LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]  # what happens between the layers of a decoder
 
-SKETCH_EVERY = 32
-"""Tokens from one sketch to the next; the first token has one."""
+SKETCH_EVERY = 32  # tokens from one sketch to the next; the first token has one
 
-SKETCH_SIZE = 12
-"""Numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token."""
+SKETCH_SIZE = 12  # numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token
 
 _FEWEST_STEPS, _MOST_STEPS = SKETCH_EVERY, 4096
 _MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
@@ -228,11 +225,8 @@ def get_pipeline(name: str) -> Pipeline:
     found = find_pipeline(name) if isinstance(name, str) else None
     if found is None:
         close = get_close_matches(str(name), PIPELINES, n=1)
-        raise UsageError(
-            f"preset {name!r}",
-            wanted="one of " + ", ".join(PIPELINES),
-            do=f"did you mean {close[0]}?" if close else "use poc-2.0, the default",
-        )
+        do = f"did you mean {close[0]}?" if close else "use poc-2.0, the default"
+        raise UsageError(f"preset {name!r}", wanted="one of " + ", ".join(PIPELINES), do=do)
     return found
 
 

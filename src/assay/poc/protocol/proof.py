@@ -42,11 +42,9 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"{": 2**13})
 """How often a character may be in a line: enough for two million runs of nonces in a header."""
 
-FOOTER = b'{"footer":'
-"""Beginning of the last line of a file."""
+FOOTER = b'{"footer":'  # beginning of the last line of a file
 
-LARGEST_SIZE = 2**31 - 1
-"""Largest number in a fingerprint."""
+LARGEST_SIZE = 2**31 - 1  # largest number in a fingerprint
 
 
 def format_error(seen: str, wanted: str) -> ProofFormatError:
@@ -65,11 +63,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def read_as(kind: type[T], text: bytes) -> T:
-    """Return JSON as a value of a type that is :data:`STRICT`.
-
-    Raises:
-        ProofFormatError: A field is missing, unknown, of another type or out of range; names it.
-    """
+    """Return JSON as a value of a type that is :data:`STRICT`; a ProofFormatError names the field that is wrong."""
     try:
         made: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
@@ -91,16 +85,10 @@ def parse_line(
     most: Mapping[bytes, int] = MOST_PARTS,
     longest: int | None = None,
 ) -> T:
-    """Parse a line and refuse it if the value would be written in other bytes.
+    """Parse a line and refuse it if the value would be written in other bytes, with the names of the file and the line.
 
-    Args:
-        path: Name of the file, for errors.
-        number: Number of the line, for errors.
-        line: Bytes of the line, line end included; empty where the file ends.
-        read: Function that makes the value of the JSON.
-        write: Function that writes the value as canonical JSON.
-        most: Number of times that a character may be in the line: values take many times the room of their text.
-        longest: Number of bytes that the line may have; any where None.
+    ``most`` says how often a character may be in the line, as values take many times the room of their text, and
+    ``longest`` how many bytes it may have. It is empty where the file ends.
     """
     if not line:
         raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
@@ -142,11 +130,7 @@ class StrictFile(ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read and check a file.
-
-        Raises:
-            ProofFormatError: The file cannot be read, or is not complete and consistent; the message names the line.
-        """
+        """Read and check a file; a ProofFormatError names the line that is not complete or not consistent."""
         try:
             return cls._read(path, read_lines(path))
         except DataError as error:
@@ -193,8 +177,7 @@ def _printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_printable)]
-"""A text that a message can show on a terminal."""
+Text = Annotated[str, AfterValidator(_printable)]  # a text that a message can show on a terminal
 Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
@@ -247,11 +230,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Fingerprint":
-        """Return the fingerprint that :meth:`as_dict` wrote.
-
-        Raises:
-            ProofFormatError: A field is missing, unknown, of another type or out of range.
-        """
+        """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field that is wrong."""
         made = read_as(cls, dumps(values).encode())
         if made.as_dict() != values:
             raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
@@ -435,12 +414,10 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
     pairs = nonces_N.size * (nonces_N.size - 1) / 2
     if equal.size > distributions.poisson.isf(CHANCE, pairs / 2**32):
         one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
-        raise ProofMismatch(
-            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}",
-            wanted="an input seed of its own for every nonce: one forward pass must not serve two of them",
-            do="ask the node for consecutive nonces of its share, or agree on --strength 256",
-            field="nonces",
-        )
+        seen = f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}"
+        wanted = "an input seed of its own for every nonce: one forward pass must not serve two of them"
+        do = "ask the node for consecutive nonces of its share, or agree on --strength 256"
+        raise ProofMismatch(seen, wanted=wanted, do=do, field="nonces")
 
 
 def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
@@ -449,11 +426,7 @@ def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
 
 
 def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
-    """Return the numbers that a base64 string stands for: float16 [K], or token ids in ``<u4``.
-
-    Raises:
-        ProofFormatError: The value is not a string, not base64, of another length, or not finite.
-    """
+    """Return the finite numbers that base64 stands for, float16 [K] or ids in ``<u4``; else a ProofFormatError."""
     kind = np.dtype(dtype)
     wanted = f"base64 of {size} finite little-endian {kind.name} values"
     try:
@@ -479,11 +452,7 @@ def pack_record(record: Record) -> bytes:
 
 
 def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Return the record whose bytes, in base64, another machine sent.
-
-    Raises:
-        ProofFormatError: The value is not a string, not base64, of another length, or a number in it is not finite.
-    """
+    """Return the record whose bytes, in base64, another machine sent; a ProofFormatError where they hold no record."""
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
     tokens, sketches = np.split(decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps])
@@ -542,13 +511,13 @@ class Proof(StrictFile):
 
     @override
     def lines(self) -> list[str]:
-        return [_header_line(self.header), *map(self.header.line, self.records), self.footer.line()]
+        return [dumps(self.header.as_dict()), *map(self.header.line, self.records), self.footer.line()]
 
     @override
     @classmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
-        header = parse_line(path, number, line, parse_header, _header_line)
+        header = parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
         records: list[Record] = []
         digest = hashlib.sha256()
         for nonce in header.all_nonces():
@@ -579,11 +548,8 @@ class Proof(StrictFile):
             UsageError: The header announces another number of records.
         """
         if len(records) != header.count:
-            raise UsageError(
-                f"{len(records)} records for {header.count} nonces",
-                wanted="one record for each nonce of the header",
-                do="compute the nonces that are missing",
-            )
+            seen, do = f"{len(records)} records for {header.count} nonces", "compute the nonces that are missing"
+            raise UsageError(seen, wanted="one record for each nonce of the header", do=do)
         if sha256 is None:
             sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
         valid = sum(header.is_valid(record) for record in records)
@@ -629,10 +595,6 @@ class _RecordLine:
     sketches: str = ""
 
 
-def _header_line(header: Header) -> str:
-    return dumps(header.as_dict())
-
-
 def parse_header(line: bytes) -> Header:
     """Read the header line of a proof. Raises AssayError: the line is wrong; names what is."""
     read = read_as(_HeaderLine, line)
@@ -662,11 +624,7 @@ def parse_header(line: bytes) -> Header:
 
 
 def parse_record_line(path: str | Path, number: int, line: bytes, header: Header, nonce: int) -> Record:
-    """Read the line of a nonce, line end included.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
-    """
+    """Read the line of a nonce, line end included; a ProofFormatError names the file and the line."""
     if not line or line.startswith(FOOTER):
         wanted = f"the record of nonce {nonce}: the file is truncated"
         raise line_error(path, number, "the end of the records", wanted)

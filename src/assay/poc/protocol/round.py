@@ -5,6 +5,7 @@ runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset w
 and then every field after its length, so that no two streams share a text.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
@@ -15,12 +16,11 @@ import numpy as np
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, find_pipeline, get_pipeline
 
-MAX_NONCE = 2**53 - 1
-"""Largest nonce: exact in every JSON reader, and far beyond what a round can use."""
-MAX_COUNT = 2**24
-"""Most nonces of one proof."""
+MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyond what a round can use
+MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
 MAX_NAME = 1024
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 NONCE_TEXTS = {
     "inputs": "{block}_{key}_nonce{nonce}",  # no underscore before the number: published so
@@ -94,12 +94,9 @@ class Round:
         check_number("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
-            raise UsageError(
-                f"r_target is {self.r_target!r}",
-                wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
-                do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate",
-                field="r_target",
-            )
+            wanted = "a distance in (0, 2]: chord distances on the unit sphere end at 2"
+            do = "`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate"
+            raise UsageError(f"r_target is {self.r_target!r}", wanted=wanted, do=do, field="r_target")
         if self.strength not in (32, 256) or not isinstance(self.strength, int):
             raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
         if self.versioned:
@@ -146,11 +143,8 @@ class Round:
         Position ``i`` is nonce ``node_id + i * node_count``.
         """
         if not 0 <= start < stop or stop - start > MAX_COUNT:
-            raise UsageError(
-                f"nonce positions {start}:{stop}",
-                wanted=f"0 <= first < end, and at most {MAX_COUNT} in one proof",
-                do="give a range such as --nonces 0:256",
-            )
+            wanted = f"0 <= first < end, and at most {MAX_COUNT} in one proof"
+            raise UsageError(f"nonce positions {start}:{stop}", wanted=wanted, do="give a range such as --nonces 0:256")
         chosen = range(self.node_id + start * self.node_count, self.node_id + stop * self.node_count, self.node_count)
         self.check_nonces(chosen)
         return chosen
@@ -178,11 +172,9 @@ class Round:
         for nonce in sorted({chosen[0], chosen[-1]}) if regular else chosen:  # the ends of a range decide for all
             check_number("nonce", nonce, 0, MAX_NONCE)
             if nonce % self.node_count != self.node_id:
-                raise UsageError(
-                    f"nonce {nonce} on node {self.node_id} of {self.node_count}",
-                    wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
-                    do="take them from Round.nonces(start, stop)",
-                )
+                wanted = f"nonces that are {self.node_id} modulo {self.node_count}"
+                do = "take them from Round.nonces(start, stop)"
+                raise UsageError(f"nonce {nonce} on node {self.node_id} of {self.node_count}", wanted=wanted, do=do)
             if nonce <= last:
                 raise UsageError(f"nonce {nonce} after {last}", wanted="ascending nonces, each once", do="sort them")
             last = nonce
@@ -198,11 +190,7 @@ class Round:
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not printable, shorter than ``fewest`` or longer than 1024 characters.
-
-    Raises:
-        UsageError: Names the value, and advises to ``do`` something.
-    """
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a UsageError names it."""
     if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
         raise UsageError(
             f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do, field=name
@@ -217,13 +205,19 @@ def check_number(name: str, value: object, low: int, high: int) -> None:
         )
 
 
+def check_digest(name: str, value: object) -> None:
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        wanted = "a SHA-256: 64 lower-case hexadecimal digits"
+        raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
+
+
 def join_prefixed(*parts: object) -> str:
     """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
 
 
-Row = tuple[Round, int]
-"""A nonce with its round."""
+Row = tuple[Round, int]  # a nonce with its round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +231,6 @@ class Pack(Round):
     What a pipeline draws for the block (target, random head, steps between layers) is drawn once for all rows:
     :func:`group_rows` puts rows of several blocks together only where the pipeline draws nothing for the block.
 
-    Args:
-        rows: Rows of the pack, of one preset, length and strength.
-
     Example:
         >>> mine, yours = (Round(block_hash="block", public_key=key, preset="artifact") for key in ("a", "b"))
         >>> [(pack, places)] = group_rows([(mine, 3), (yours, 7)])
@@ -247,7 +238,7 @@ class Pack(Round):
         ['block_a_nonce3', 'block_b_nonce7']
     """
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Row, ...] = ()  # rows of the pack, of one preset, length and strength
 
     def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
         """Return the seed texts of the rows at some places, as their own rounds write them."""

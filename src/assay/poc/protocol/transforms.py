@@ -85,18 +85,10 @@ def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float3
 
 
 class Transform:
-    """The randomisation of one round, ready to be applied to batches.
+    """The randomisation of one round, ready to be applied to batches of an engine's states of D numbers on a device.
 
-    Args:
-        round: Round that gives the seed texts.
-        pipeline: Pipeline whose steps are taken.
-        hidden_size: Size D of the engine's output.
-        vocab_size: Size V of the trained head's output.
-        device: Device that holds the engine's output.
-        trained_head: Function that maps [B, D] to logits [B, V], for pipelines with that head.
-
-    Raises:
-        UsageError: The pipeline needs the trained head, which the engine does not have.
+    For pipelines with that head, ``trained_head`` maps [B, D] to logits [B, V], of ``vocab_size`` V; a UsageError says
+    that the engine does not have it.
     """
 
     def __init__(
@@ -110,11 +102,9 @@ class Transform:
         trained_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if pipeline.head == "trained" and trained_head is None:
-            raise UsageError(
-                f"the pipeline {pipeline.name}, which needs the trained head",
-                wanted="a pipeline with the random head or none: vLLM spreads the trained one over its workers",
-                do="use --engine hf for it",
-            )
+            seen = f"the pipeline {pipeline.name}, which needs the trained head"
+            wanted = "a pipeline with the random head or none: vLLM spreads the trained one over its workers"
+            raise UsageError(seen, wanted=wanted, do="use --engine hf for it")
         self.round = round
         self.pipeline = pipeline
         self._backend = streams.get_backend("auto", str(device))
@@ -144,13 +134,9 @@ class Transform:
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
-        """Return what the pipeline publishes: distances [B] in float32, or vectors [B, K] in float16.
+        """Return what the pipeline publishes of the state [B, D] that was read for each nonce: distances, or vectors.
 
         A state that is not finite gives NaN throughout, and never a vector of coordinates that happen to be finite.
-
-        Args:
-            x_BD: State that was read for each nonce, in float32.
-            nonces: Nonces of the B rows, in order.
         """
         x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
         for step in self.pipeline.hidden:

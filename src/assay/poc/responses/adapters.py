@@ -22,8 +22,7 @@ from assay.errors import ModelError, UsageError
 from assay.files.jsonl import read_json
 from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.models.load import Model
-from assay.poc.protocol.round import check_name
-from assay.poc.responses.sampling import check_digest
+from assay.poc.protocol.round import check_digest, check_name
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -41,16 +40,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Adapter:
     """What a receipt says of an adapter.
 
-    Args:
-        name: Name under which requests ask for it.
-        digest: :func:`digest_adapter` of its files.
-
     Raises:
         UsageError: A value is out of range.
     """
 
-    name: str
-    digest: str
+    name: str  # name under which requests ask for it
+    digest: str  # :func:`digest_adapter` of its files
 
     def __post_init__(self) -> None:
         check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
@@ -59,27 +54,17 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """An adapter that can be run.
+    """An adapter that can be run."""
 
-    Args:
-        digest: Digest of its files.
-        path: Directory of its files.
-        scale: Factor α / r of its products; α / √r where the configuration says so.
-        products: The factors A [R, I] and B [O, R] of every linear layer that it changes, by its name.
-    """
-
-    digest: str
-    path: Path
-    scale: float
+    digest: str  # digest of its files
+    path: Path  # directory of its files
+    scale: float  # factor α / r of its products; α / √r where the configuration says so
+    # the factors A [R, I] and B [O, R] of every linear layer that it changes, by its name
     products: dict[str, tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]] = field(repr=False)
 
     @contextmanager
     def on(self, model: Model) -> Iterator[None]:
-        """Let a model compute with the adapter while the context is open.
-
-        Raises:
-            ModelError: The model lacks a layer that the adapter changes, or has another shape there.
-        """
+        """Compute with the adapter while the context is open; a ModelError where the model has no such layer."""
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
         with ExitStack() as hooks:  # which are gone too where the device has no room for a later factor
             for name, layer in layers.items():
@@ -100,19 +85,13 @@ def digest_adapter(path: str | Path) -> str:
             with (Path(path) / name).open("rb") as file:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise ModelError(
-            f"no adapter in {path}: {error.strerror}",
-            wanted=f"a directory with {CONFIG} and {WEIGHTS}",
-            do="pass the directory of a LoRA adapter",
-        ) from None
+        seen, wanted = f"no adapter in {path}: {error.strerror}", f"a directory with {CONFIG} and {WEIGHTS}"
+        raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load_adapter(path: str | Path) -> Lora:
-    """Read a LoRA adapter in the format of peft.
-
-    Args:
-        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Read a LoRA adapter as peft writes it, in a directory with its configuration and its weights.
 
     Raises:
         ModelError: A file is missing, or is not what it should be.
@@ -125,36 +104,24 @@ def load_adapter(path: str | Path) -> Lora:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
-        raise ModelError(
-            f"the adapter in {path}: {type(error).__name__}: {error}"[:300],
-            wanted="an adapter as peft writes it",
-            do="write it again",
-        ) from None
+        seen = f"the adapter in {path}: {type(error).__name__}: {error}"[:300]
+        raise ModelError(seen, wanted="an adapter as peft writes it", do="write it again") from None
     for name, values in _NEUTRAL.items():
         if config.get(name, values[-1]) not in values:
-            raise UsageError(
-                f"an adapter with {name} {config[name]!r:.60}",
-                wanted=f"a LoRA adapter with {name} {values[0]}",
-                do="replay the responses of another adapter",
-            )
+            seen, wanted = f"an adapter with {name} {config[name]!r:.60}", f"a LoRA adapter with {name} {values[0]}"
+            raise UsageError(seen, wanted=wanted, do="replay the responses of another adapter")
     return Lora(digest, Path(path), scale, _products(tensors))
 
 
 def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of factors by the name of their layer.
-
-    Raises:
-        UsageError: A tensor is no factor of a linear layer, is no matrix, or is alone.
-    """
+    """Return the pairs of factors by the name of their layer; a UsageError where a tensor has no pair."""
     names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
     odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]
     if not names or odd:
-        raise UsageError(
-            f"an adapter with {odd[0]}" if odd else "an adapter without weights",
-            wanted="two matrices for each linear layer that it changes, and nothing else",
-            do="replay the responses of another adapter",
-        )
+        seen = f"an adapter with {odd[0]}" if odd else "an adapter without weights"
+        do = "replay the responses of another adapter"
+        raise UsageError(seen, wanted="two matrices for each linear layer that it changes, and nothing else", do=do)
     return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}
 
 
@@ -165,11 +132,8 @@ def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
         layer = None
     shape = (len(b_OR), a_RI.shape[1])
     if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape or len(a_RI) != b_OR.shape[1]:
-        raise ModelError(
-            f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs",
-            wanted=f"linear layers of {model.reference}",
-            do="pass an adapter that was made for this model",
-        )
+        wanted, do = f"linear layers of {model.reference}", "pass an adapter that was made for this model"
+        raise ModelError(f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs", wanted=wanted, do=do)
     return layer
 
 

@@ -26,7 +26,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
-from assay.poc.verdict.calibrate import PRIOR
+from assay.poc.verdict.calibration import PRIOR
 from assay.poc.verdict.noise import PartNoise, ResponseNoise
 from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
@@ -85,11 +85,7 @@ class ResponseCalibration:
     matches: Annotated[int, Field(ge=0)]
 
     def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
-        """Refuse receipts of another checkpoint or build, or another verifier, than was measured.
-
-        Raises:
-            CalibrationError: Names what differs.
-        """
+        """Refuse receipts or a verifier of another build than was measured; a CalibrationError names what differs."""
         if header.digest != self.digest:
             raise _other("checkpoint", self.digest[:12], header.digest[:12])
         engines = [(self.provers, header.fingerprint, "prover's")]
@@ -114,22 +110,15 @@ class ResponseCalibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
-        """Read a calibration of responses.
-
-        Raises:
-            CalibrationError: The file is not one.
-        """
+        """Read a calibration of responses; a CalibrationError where the file is not a calibration."""
         try:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
                 raise ValueError("another kind or schema")
             return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
-            raise CalibrationError(
-                reason_of(error),
-                wanted=f"a calibration of responses, schema {SCHEMA}",
-                do="write one with `assay poc calibrate-responses`",
-            ) from None
+            seen, wanted = reason_of(error), f"a calibration of responses, schema {SCHEMA}"
+            raise CalibrationError(seen, wanted=wanted, do="write one with `assay poc calibrate-responses`") from None
 
 
 def calibrate_responses(
@@ -168,19 +157,12 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of the checkpoint of all receipts.
-
-    Raises:
-        UsageError: The receipts are of several checkpoints.
-    """
+    """Return the digest of the checkpoint of all receipts; a UsageError where there are several."""
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))
-        raise UsageError(
-            f"receipts of {len(digests)} checkpoints: {names}",
-            wanted="honest receipts of one",
-            do="calibrate each by itself",
-        )
+        seen = f"receipts of {len(digests)} checkpoints: {names}"
+        raise UsageError(seen, wanted="honest receipts of one", do="calibrate each by itself")
     return digests.pop()
 
 
@@ -194,11 +176,9 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
     usable = [receipt for receipt in answers if receipt.seeded]
     tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
     if tokens < min(FEWEST_TOKENS, total):
-        raise UsageError(
-            f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
-            wanted=f"at least {FEWEST_TOKENS}",
-            do="replay receipts of more honest responses with seeded sampling (RECEIPTS)",
-        )
+        seen = f"{tokens} of {total} tokens that were sampled with a seed and without a mask"
+        do = "replay receipts of more honest responses with seeded sampling (RECEIPTS)"
+        raise UsageError(seen, wanted=f"at least {FEWEST_TOKENS}", do=do)
     tokens_law.check_enough_tokens(tokens, len(usable))
     _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
 
@@ -237,23 +217,13 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
 
 
 def default_response_noise(prover_dtype: str, verifier_dtype: str) -> ResponseNoise:
-    """Return the stated default for a pair of dtypes, as measured on the bundled models.
-
-    Args:
-        prover_dtype: Dtype of the prover's engine.
-        verifier_dtype: Dtype of the verifier's engine; the order does not matter.
-
-    Raises:
-        CalibrationError: No default was measured for this pair.
-    """
+    """Return the stated default for a pair of dtypes in any order; a CalibrationError where none was measured."""
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
     laws = _defaults()["laws"]
     if pair not in laws:
-        raise CalibrationError(
-            f"no default noise of responses between {prover_dtype} and {verifier_dtype}",
-            wanted="one of " + ", ".join(laws),
-            do="measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration",
-        )
+        seen = f"no default noise of responses between {prover_dtype} and {verifier_dtype}"
+        do = "measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration"
+        raise CalibrationError(seen, wanted="one of " + ", ".join(laws), do=do)
     return replace(ResponseNoise.from_dict(laws[pair]), source=f"default for {pair}, of the bundled models")
 
 

@@ -18,7 +18,7 @@ from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampling import ResponseName
 from assay.poc.verdict.judge import EXIT_CODES
-from assay.poc.verdict.ledger_entries import RESPONSES, Account, Update, response_identity
+from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
 
 Evidence = Literal["both", "tokens", "sketches"]
@@ -45,11 +45,7 @@ class ReceiptPins:
 
     @classmethod
     def of_network(cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any) -> "ReceiptPins":
-        """Return what a network's file and flags pin together; the checkpoint must be one of the file.
-
-        Raises:
-            UsageError: A flag contradicts the file, or the file needs another flag.
-        """
+        """Return what a network's file and flags pin together; a UsageError where they disagree or do not suffice."""
         known = given
         if network is not None:
             shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
@@ -295,11 +291,7 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise:
-    """Return the honest noise between the engine of receipts and the engine of their verifier.
-
-    Raises:
-        CalibrationError: The calibration is of another model or build, or there is no default; names what differs.
-    """
+    """Return the honest noise between two engines; a CalibrationError where none was measured between them."""
     if calibration is None:
         return default_response_noise(header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)
@@ -315,11 +307,9 @@ def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receip
     whole = [receipt for receipt in receipts.receipts if receipt.output]
     size = len(whole) if sample is None else sample
     if not whole or type(size) is not int or not 1 <= size <= len(whole):
-        raise UsageError(
-            f"a sample of {size} receipts" if whole else "receipts without a token",
-            wanted=f"1 to {len(whole)}, the responses of this file" if whole else "one response or more",
-            do="lower --sample" if whole else "ask the node for its receipts",
-        )
+        seen = f"a sample of {size} receipts" if whole else "receipts without a token"
+        wanted = f"1 to {len(whole)}, the responses of this file" if whole else "one response or more"
+        raise UsageError(seen, wanted=wanted, do="lower --sample" if whole else "ask the node for its receipts")
     if sample is None:
         return receipts
     chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())

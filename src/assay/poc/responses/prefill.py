@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float16, Float32
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models.decoder import head_of
@@ -35,15 +36,10 @@ MOST_SCORES = 2**27  # logits of a batch: half a gigabyte
 
 @dataclass(frozen=True)
 class PromptAndOutput:
-    """A response as it is run again.
+    """A response as it is run again."""
 
-    Args:
-        prompt: Tokens of the prompt.
-        output: Tokens of the output; the last one is not run.
-    """
-
-    prompt: tuple[int, ...]
-    output: tuple[int, ...]
+    prompt: tuple[int, ...]  # tokens of the prompt
+    output: tuple[int, ...]  # tokens of the output; the last one is not run
 
     @property
     def positions(self) -> int:
@@ -53,18 +49,13 @@ class PromptAndOutput:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """Logits and hidden states that gave the tokens of one output.
+    """Logits and hidden states that gave the tokens of one output."""
 
-    Args:
-        logits: Logits in front of every token of the output, [N, V].
-        hidden: Hidden states that the head read for them, [N, D]; None where the engine does not show them all.
-        sketched: Hidden states of every 32nd token from the first, [S, D].
-        whole: Whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf.
-    """
-
-    logits: Float32[Tensor, "N V"]
+    logits: Float32[Tensor, "N V"]  # logits in front of every token of the output, [N, V]
+    # hidden states that the head read for them, [N, D]; None where the engine does not show them all
     hidden: Float32[Tensor, "N D"] | None
-    sketched: Float32[Tensor, "S D"]
+    sketched: Float32[Tensor, "S D"]  # hidden states of every 32nd token from the first, [S, D]
+    # whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf
     whole: bool = True
 
 
@@ -76,37 +67,33 @@ class Prefill(Protocol):
         """How the engine computes."""
 
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter."""
+        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter.
+
+        Raises:
+            BadWeights: A state or a logit is NaN, or a state is infinite.
+            OutOfMemory: The device ran out of memory.
+            ModelError: The architecture cannot be run, or the adapter is one of another model.
+            UsageError: The engine takes no adapter.
+        """
 
 
-class HFPrefill:
-    """Prefills with the transformers engine.
+class HFPrefill(Prefill):
+    """Prefills with the transformers engine, so many sequences at a time: one where bits must not depend on others.
 
-    Args:
-        model: Model of the verifier.
-        batch_size: Number of sequences of a batch at most; one by one where bits must not depend on the others.
-
-    Raises:
-        ModelError: The model has no head that reads the last hidden state.
+    A ModelError says that the model has no head that reads the last hidden state.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
         self.model, self.batch_size = model, batch_size
         head_of(model.module)  # refuses a model without one before any response is read
 
+    @override
     @property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
 
+    @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens: the longest ones first.
-
-        Raises:
-            BadWeights: A state or a logit is NaN, or a state is infinite.
-            OutOfMemory: The device ran out of memory.
-            ModelError: The architecture cannot be run, or the adapter is one of another model.
-        """
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
             batch = order[: self._fitting([responses[index] for index in order[: self.batch_size]])]
@@ -149,11 +136,8 @@ def read_on(
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
     """Append tokens to the one sequence of a cache, so no other request enters its numbers.
 
-    Returns:
-        Logits and hidden states of the last positions, or of all tokens appended when 0; and the cache.
-
-    Raises:
-        AssayError: As :meth:`HFPrefill.run`.
+    Returns logits and hidden states of the last positions, or of all tokens appended when 0, and the cache; raises as
+    :meth:`Prefill.run` does.
     """
     options = {"past_key_values": cache, "use_cache": True}
     places = 0, slice(-last or None, None)
@@ -177,16 +161,12 @@ def _run_model(
         logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
     except Exception as error:  # every architecture fails in its own way
         if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"the device ran out of memory on {on}",
-                wanted="room for the activations and the keys and values of one batch",
-                do="use a smaller --batch-size, shorter prompts or a smaller dtype",
-            ) from error
-        raise ModelError(
-            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}",
-            wanted="a decoder that takes tokens, and a cache of keys and values",
-            do="use another architecture, such as Llama, Qwen3 or Mistral",
-        ) from error
+            wanted = "room for the activations and the keys and values of one batch"
+            do = "use a smaller --batch-size, shorter prompts or a smaller dtype"
+            raise OutOfMemory(f"the device ran out of memory on {on}", wanted=wanted, do=do) from error
+        seen = f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}"
+        wanted = "a decoder that takes tokens, and a cache of keys and values"
+        raise ModelError(seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral") from error
     finally:
         hook.remove()
     check_finite(model, hidden_ND, logits_NV)
@@ -194,13 +174,9 @@ def _run_model(
 
 
 def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
-    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity.
-
-    Raises:
-        BadWeights: The model gives one.
-    """
-    bad = torch.isnan(logits_NV) | (logits_NV == torch.inf)
-    if not bool(torch.isfinite(hidden_ND).all()) or bool(bad.any()):
+    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity, with BadWeights."""
+    bad_NV = torch.isnan(logits_NV) | (logits_NV == torch.inf)
+    if not bool(torch.isfinite(hidden_ND).all()) or bool(bad_NV.any()):
         seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
         raise not_finite(seen, wanted="finite hidden states and logits")
 
@@ -210,13 +186,7 @@ def sketch_response(
 ) -> Float16[Tensor, "S K"]:
     """Return the sketches of the states after the final norm that gave the tokens of some steps, on their device.
 
-    Args:
-        hidden_SD: Hidden states.
-        words: Words of the response's seed for the stream ``sketch``, uint32 [8].
-        steps: Steps of the states.
-
-    Raises:
-        BadWeights: A state is NaN or infinite.
+    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a state is not finite.
     """
     if not bool(torch.isfinite(hidden_SD).all()):
         raise not_finite("a hidden state that is NaN or infinite")

@@ -39,7 +39,7 @@ from assay.poc.protocol.proof import (
     parse_line,
     read_as,
 )
-from assay.poc.protocol.round import check_name, check_number
+from assay.poc.protocol.round import check_digest, check_name, check_number
 from assay.poc.responses.adapters import Adapter
 from assay.poc.responses.sampling import (
     HIGHEST_TOKEN,
@@ -47,15 +47,13 @@ from assay.poc.responses.sampling import (
     ResponseSeed,
     Sampling,
     check_block_hash,
-    check_digest,
 )
 
 KIND = "assay.poc.receipts"
 SCHEMA = 1
 SKETCH = {"every": SKETCH_EVERY, "size": SKETCH_SIZE}
 
-MOST_TOKENS = 2**20
-"""Tokens of a prompt, and of an output: the positions that a proof may have."""
+MOST_TOKENS = 2**20  # tokens of a prompt, and of an output: the positions that a proof may have
 
 Chooser = Literal["client", "server"]
 Finish = Literal["stop", "length", "abort"]
@@ -115,9 +113,7 @@ class Receipt(ResponseName):
     """What a server states about one response.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         block_hash: Beacon that became known after the request was accepted.
         prompt: Prompt, with or without its ids.
         output: Ids of the tokens of the response, in order, the one that ended it included.
@@ -159,11 +155,9 @@ class Receipt(ResponseName):
         if given.size == 0:
             return given.reshape(0, SKETCH_SIZE)
         if given.shape != wanted or not np.isfinite(given).all():
-            raise UsageError(
-                f"sketches for {len(self.output)} tokens, of shape {given.shape}",
-                wanted=f"finite numbers of shape {wanted}, or no sketches",
-                do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
-            )
+            seen = f"sketches for {len(self.output)} tokens, of shape {given.shape}"
+            do = f"sketch the state of every {SKETCH_EVERY}nd token, from the first"
+            raise UsageError(seen, wanted=f"finite numbers of shape {wanted}, or no sketches", do=do)
         return given
 
     @property
@@ -273,11 +267,7 @@ class ReceiptFooter(LastLine):
 
 
 def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
-    """Return token ids as a tuple of Python numbers.
-
-    Raises:
-        UsageError: There are too few or too many, or one is not a whole number in range.
-    """
+    """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is out of range."""
     listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
     plain = not set(map(type, listed)) - {int}  # and mostly is: then nothing is looked at one by one
     if not plain:
@@ -299,15 +289,12 @@ def check_word(name: str, value: object, words: Any) -> None:
         raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}")
 
 
-LONGEST_LINE = 2**25
-"""Bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less."""
+LONGEST_LINE = 2**25  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
 
-MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
-"""How often a character may be in a line."""
+MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}  # how often a character may be in a line
 
 MOST_RECEIPTS = 2**20
-MOST_FILE_TOKENS = 2**24
-"""Tokens of all prompts and outputs of a file: what a reader has to have room for."""
+MOST_FILE_TOKENS = 2**24  # tokens of all prompts and outputs of a file: what a reader has to have room for
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,32 +359,19 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
-        """Count a receipt, whose line is given without its newline.
-
-        Raises:
-            UsageError: The response has a receipt already, its sketches are not those that the header announces, or
-                the file would be too large.
-        """
+        """Count a receipt and its line; a UsageError where it is a second one, not as the header says, or too much."""
         if receipt.request in self._seen:
-            raise UsageError(
-                f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}",
-                wanted="one receipt for each response",
-                do="leave one of them out",
-            )
+            seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
+            raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
         if len(receipt.sketches) != sketched:
-            raise UsageError(
-                f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens",
-                wanted=f"{sketched}, as the header says",
-                do="write receipts with and without sketches into files of their own",
-            )
+            seen = f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens"
+            wanted = f"{sketched}, as the header says"
+            raise UsageError(seen, wanted=wanted, do="write receipts with and without sketches into files of their own")
         self._room -= len(receipt.output) + (receipt.prompt.tokens if receipt.prompt.ids is not None else 0)
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
-            raise UsageError(
-                "too many receipts in one file",
-                wanted=f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens",
-                do="write several files",
-            )
+            wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
+            raise UsageError("too many receipts in one file", wanted=wanted, do="write several files")
         self._seen.add(receipt.request)
         self._tokens += len(receipt.output)
         self._digest.update(line.encode() + b"\n")
@@ -410,11 +384,7 @@ class Tally:
 
 
 def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 1) -> Receipt:
-    """Read the line of one receipt, with its line end; source and number are for errors.
-
-    Raises:
-        ProofFormatError: The line is wrong; names the file and the line.
-    """
+    """Read the line of one receipt, line end included; a ProofFormatError names the source and the number."""
     return parse_line(source, number, line, lambda line: read_as(Receipt, line), Receipt.line, MOST_PARTS, LONGEST_LINE)
 
 

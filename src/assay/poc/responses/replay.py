@@ -39,8 +39,7 @@ from assay.poc.verdict.noise import ResponseBlocks
 from assay.stats.tokens import COLUMNS, SCALES, round_profiles
 from assay.streams.backends import as_tensor
 
-RIVALS = 8
-"""Number of larger scores that may have left the support."""
+RIVALS = 8  # number of larger scores that may have left the support
 
 _AT_ONCE = 2**22  # scores that are held at a time
 _NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
@@ -55,16 +54,12 @@ def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
 
 @dataclass(frozen=True, eq=False)
 class Margins:
-    """What the tokens of one response show.
+    """What the tokens of one response show."""
 
-    Args:
-        margins: Largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite
-            where the verifier would not have kept it.
-        profiles: Log-probability of the claimed tokens at every scale, [N, G], as it is stored.
-    """
-
+    # largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite where the
+    # verifier would not have kept it
     margins: NDArray[np.float32]
-    profiles: NDArray[np.float64]
+    profiles: NDArray[np.float64]  # log-probability of the claimed tokens at every scale, [N, G], as it is stored
 
 
 def measure_margins(
@@ -76,18 +71,10 @@ def measure_margins(
     prompt: tuple[int, ...] = (),
     whole: bool = True,
 ) -> Margins:
-    """Measure how far the tokens of a response are from those that these logits give.
+    """Measure how far the tokens of a response are from those that these raw logits of a prefill give.
 
-    Args:
-        logits_NV: Raw logits that gave the tokens, by a prefill.
-        output: Tokens of the response.
-        sampling: Parameters of sampling.
-        seeds_N: Seeds of the steps.
-        prompt: Tokens of the prompt, which penalties may need.
-        whole: Whether the engine gave the logits of all tokens; those that it did not give are -inf.
-
-    Raises:
-        UsageError: The engine gave some logits only, and the others may decide which tokens top-p keeps.
+    Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the others are -inf, and a
+    UsageError says that they may decide which tokens top-p keeps.
     """
     vocabulary = logits_NV.shape[1]
     rows = max(1, _AT_ONCE // vocabulary)
@@ -222,10 +209,6 @@ def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor
     return torch.stack([*columns[::-1], torch.full_like(own_N, -math.log(vocabulary))], dim=1)
 
 
-Progress = Callable[[int, int], None]
-"""Called with (receipts done, receipts in all) after every receipt."""
-
-
 @dataclass(frozen=True, eq=False)
 class Replayed:
     """A receipt beside what a prefill of it gives.
@@ -263,7 +246,7 @@ def replay(
     prompts: Mapping[str, Prompt] | None = None,
     adapter: Lora | None = None,
     engine: Prefill | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Replayed]:
     """Run the responses of receipts again, each by one prefill.
 
@@ -325,19 +308,13 @@ def check_runnable(
 def check_model(header: ReceiptHeader, model: Model) -> None:
     """Refuse receipts of another checkpoint than the one that is loaded; a ProofMismatch names both."""
     if (header.digest, header.weights) != (model.digest, model.weights):
-        raise ProofMismatch(
-            f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",
-            wanted=f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="replay with the checkpoint that the network agreed on (--model)",
-        )
+        seen = f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})"
+        wanted = f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})"
+        raise ProofMismatch(seen, wanted=wanted, do="replay with the checkpoint that the network agreed on (--model)")
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
-    """Refuse receipts of another adapter than the one that is given: what it changes is no fraud of the model.
-
-    Raises:
-        ProofMismatch: Names the request and both adapters.
-    """
+    """Refuse receipts of another adapter, which is no fraud of the model; a ProofMismatch names both."""
     for receipt in receipts.receipts:
         stated = receipt.adapter
         if stated is not None and (adapter is None or stated.digest != adapter.digest):
@@ -374,18 +351,14 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Pro
     """Return a response with the ids of its prompt; refuse one that the model cannot run."""
     known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
     if known is None or known.ids is None:
-        raise ProofMismatch(
-            f"request {receipt.request_id!r:.80} with the hash of a prompt, {receipt.prompt.sha256[:12]}",
-            wanted="its token ids: a prefill begins with them",
-            do="pass --requests with the prompt that was sent",
-        )
+        seen = f"request {receipt.request_id!r:.80} with the hash of a prompt, {receipt.prompt.sha256[:12]}"
+        wanted = "its token ids: a prefill begins with them"
+        raise ProofMismatch(seen, wanted=wanted, do="pass --requests with the prompt that was sent")
     ids = (*known.ids, *receipt.output)
     biased = () if receipt.sampling is None else receipt.sampling.logit_bias
     vocabulary, positions = model.vocab_size, model.max_positions
     if (highest := max((*ids, *biased))) >= vocabulary or len(ids) > positions:
-        raise ProofMismatch(
-            f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions",
-            wanted=f"tokens below {vocabulary} and at most {positions} positions, as the model has them",
-            do="ask the node for receipts of this model",
-        )
+        seen = f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions"
+        wanted = f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+        raise ProofMismatch(seen, wanted=wanted, do="ask the node for receipts of this model")
     return PromptAndOutput(known.ids, receipt.output)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
@@ -11,13 +11,8 @@ from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 LONGEST_TEXT = 2**24  # characters of a prompt
-DEFAULT_MAX_TOKENS = 64
-"""Tokens of an answer whose request names no number."""
+DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +20,7 @@ class Request(ResponseName):
     """One request: a prompt, what names it, and how to sample.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that are asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         prompt: Text, or token ids.
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
@@ -60,11 +53,7 @@ class Request(ResponseName):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The token ids of the prompt.
-
-        Raises:
-            UsageError: The prompt is a text.
-        """
+        """The token ids of the prompt; a UsageError where it is a text."""
         if isinstance(self.prompt, str):
             raise UsageError("a prompt of text", wanted="token ids", do="call encode_requests() first")
         return self.prompt
@@ -99,11 +88,8 @@ def read_requests(
             raise DataError(f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do) from None
         name = (made[0].user_seed, made[0].request_id)
         if name in names:
-            raise DataError(
-                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line {names[name]}",
-                wanted="an id of its own for every prompt",
-                do="change one of them",
-            )
+            seen = f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line {names[name]}"
+            raise DataError(seen, wanted="an id of its own for every prompt", do="change one of them")
         names[name] = number
         found += made
         if len(found) > MOST_RECEIPTS:
@@ -122,11 +108,8 @@ _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:
     unknown = sorted(line.keys() - {"prompt"} - _OPTIONAL - _SAMPLED)
     if unknown or "prompt" not in line:
-        raise UsageError(
-            f"a field {unknown[0]!r:.60}" if unknown else "no prompt",
-            wanted=", ".join(["prompt", *sorted(_OPTIONAL), *sorted(_SAMPLED)]),
-            do="correct the line",
-        )
+        seen, do = f"a field {unknown[0]!r:.60}" if unknown else "no prompt", "correct the line"
+        raise UsageError(seen, wanted=", ".join(["prompt", *sorted(_OPTIONAL), *sorted(_SAMPLED)]), do=do)
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
         given = values["logit_bias"]
@@ -151,13 +134,13 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
 
 def encode_requests(
     requests: Sequence[Request],
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: Any,
     *,
     reference: str,
     vocab_size: int,
     max_positions: int,
 ) -> list[Request]:
-    """Return the requests with token ids for prompts, every one of which fits the model.
+    """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
 
     Raises:
         UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``
@@ -168,11 +151,8 @@ def encode_requests(
         made = request
         if isinstance(request.prompt, str):
             if tokenizer is None:
-                raise UsageError(
-                    f"a prompt of text with {reference}, which has no tokenizer",
-                    wanted="a prompt of token ids",
-                    do='write {"prompt": [1, 2, 3]}',
-                )
+                wanted, do = "a prompt of token ids", 'write {"prompt": [1, 2, 3]}'
+                raise UsageError(f"a prompt of text with {reference}, which has no tokenizer", wanted=wanted, do=do)
             ids = tuple(tokenizer(request.prompt)["input_ids"])
             if not ids:
                 seen = f"request {request.request_id!r:.80} has no tokens"
@@ -180,17 +160,11 @@ def encode_requests(
             made = replace(request, prompt=ids)
         name = f"request {made.request_id!r:.80}"
         if (highest := max(made.ids)) >= vocab_size:
-            raise UsageError(
-                f"{name} has token {highest}",
-                wanted=f"tokens below {vocab_size}, the rows of the embeddings of {reference}",
-                do="use the tokenizer of this model",
-            )
+            wanted = f"tokens below {vocab_size}, the rows of the embeddings of {reference}"
+            raise UsageError(f"{name} has token {highest}", wanted=wanted, do="use the tokenizer of this model")
         if any(token >= vocab_size for token in made.sampling.logit_bias):
-            raise UsageError(
-                f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}",
-                wanted=f"tokens below {vocab_size}",
-                do="leave it out of logit_bias",
-            )
+            wanted, do = f"tokens below {vocab_size}", "leave it out of logit_bias"
+            raise UsageError(f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}", wanted=wanted, do=do)
         room = max_positions - len(made.ids)
         if made.max_tokens > room:
             raise UsageError(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
 from assay.streams.backends import as_tensor
 
-Progress = Callable[[int, int], None]
-"""Called with (tokens made, tokens at most in all) after every token."""
-
 
 def respond(
     model: Model,
@@ -38,7 +36,7 @@ def respond(
     hash_prompts: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Receipts:
     """Answer prompts with seeded sampling, and return what a server would state about its answers.
 
@@ -100,7 +98,10 @@ def respond(
         weights=model.weights,
         fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
     )
-    seeds = _distinct_seeds(header, requests, block_hash)
+    seeds = [header.seed(request, block_hash) for request in requests]
+    if len({seed.text for seed in seeds}) < len(seeds):
+        wanted, do = "a seed of its own for every response", "give one of them another request_id"
+        raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
     ends = stop_tokens(model) if stop is None else frozenset(stop)
 
@@ -114,11 +115,9 @@ def respond(
         receipt, request = parse_receipt(line, source=str(output), number=number), requests[number - 2]
         made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
         if receipt.line() != receipt_of(request, **made).line():
-            raise UsageError(
-                f"a partial file with the answer to request {receipt.request_id!r:.80}",
-                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
-                do="repeat that command, or remove the partial file to start again",
-            )
+            seen = f"a partial file with the answer to request {receipt.request_id!r:.80}"
+            wanted = f"that to request {request.request_id!r:.80}, as the interrupted command asked"
+            raise UsageError(seen, wanted=wanted, do="repeat that command, or remove the partial file to start again")
         return receipt
 
     started = time.perf_counter()
@@ -127,18 +126,8 @@ def respond(
         for place in range(len(receipts), len(requests)):
             before = sum(len(receipt.output) for receipt in receipts)
             most = before + sum(request.max_tokens for request in requests[place:])
-            tokens: list[int] = []
-            states: list[torch.Tensor] = []
-            for token, hidden_D in _answer(model, requests[place], seeds[place], ends):
-                if len(tokens) % SKETCH_EVERY == 0:
-                    states.append(hidden_D)
-                tokens.append(token)
-                if progress:
-                    progress(before + len(tokens), most)
-            steps = sketch_steps(len(tokens))
-            sketches = sketch_response(torch.stack(states), seeds[place].words("sketch"), steps).cpu().numpy()
-            finish = "stop" if tokens[-1] in ends else "length"
-            receipts.append(receipt_of(requests[place], output=tuple(tokens), sketches=sketches, finish=finish))
+            tell = partial(lambda before, most, done: progress(before + done, most), before, most) if progress else None
+            receipts.append(receipt_of(requests[place], **_response(model, requests[place], seeds[place], ends, tell)))
             if out:
                 out.append_lines([receipts[-1].line()])
         made = Receipts.build(header, receipts, float(f"{time.perf_counter() - started:.3f}"))
@@ -155,6 +144,22 @@ def stop_tokens(model: Model) -> frozenset[int]:
         if ended is not None:
             return frozenset([ended] if isinstance(ended, int) else ended)
     return frozenset()
+
+
+def _response(
+    model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int], progress: Callable[[int], None] | None
+) -> dict[str, Any]:
+    """Return the tokens of a response, its sketches and why it ended, as a receipt has them."""
+    tokens: list[int] = []
+    states: list[torch.Tensor] = []
+    for token, hidden_D in _answer(model, request, seed, ends):
+        if len(tokens) % SKETCH_EVERY == 0:
+            states.append(hidden_D)
+        tokens.append(token)
+        if progress:
+            progress(len(tokens))
+    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
+    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if tokens[-1] in ends else "length"}
 
 
 def _answer(
@@ -180,24 +185,10 @@ def _answer(
         logits_1V, hidden_1D, cache = read_on(model, [token], cache)
 
 
-def _distinct_seeds(header: ReceiptHeader, requests: Sequence[Request], block_hash: str) -> list[ResponseSeed]:
-    seeds = [header.seed(request, block_hash) for request in requests]
-    if len({seed.text for seed in seeds}) < len(seeds):
-        raise UsageError(
-            "two requests of one id, seed and index",
-            wanted="a seed of its own for every response",
-            do="give one of them another request_id",
-        )
-    return seeds
-
-
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
-            raise UsageError(
-                f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}",
-                wanted="requests for the model itself",
-                do="serve adapters with vLLM",
-            )
+            seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
+            raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
         return prompt
     return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)

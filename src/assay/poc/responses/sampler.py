@@ -37,8 +37,7 @@ from assay.errors import UsageError
 from assay.poc.responses.sampling import Sampling
 from assay.streams.backends import as_tensor
 
-NUMBERS = 8
-"""Numbers of a row of parameters."""
+NUMBERS = 8  # numbers of a row of parameters
 
 _TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(NUMBERS)
 
@@ -58,14 +57,11 @@ def numbers_of(sampling: Sampling) -> tuple[float, ...]:
 
 
 class Sampler:
-    """Makes scores for rows of logits on one device.
+    """Makes scores for rows of V logits on one device.
 
     Args:
         samplings: Parameters of every row, or one set for all rows; or :func:`numbers_of` of every row [N, 8], which an
-            engine has at hand whenever its batch changes.
-        vocab_size: Number V of logits of a row.
-        device: Device that holds the logits.
-        biases: Biases of every row, beside numbers; nothing if no row has any.
+            engine has at hand whenever its batch changes, with their ``biases`` beside them.
 
     Raises:
         UsageError: A biased token is not in the vocabulary.
@@ -212,11 +208,8 @@ class Sampler:
     def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
         """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
         if (beyond := max((token for biases in given for token in biases), default=0)) >= self.vocab_size:
-            raise UsageError(
-                f"a logit_bias of token {beyond}",
-                wanted=f"a token below {self.vocab_size}, the size of the vocabulary",
-                do="leave it out of logit_bias",
-            )
+            wanted = f"a token below {self.vocab_size}, the size of the vocabulary"
+            raise UsageError(f"a logit_bias of token {beyond}", wanted=wanted, do="leave it out of logit_bias")
         most = max(map(len, given), default=0)
         if not most:
             return None
@@ -235,8 +228,5 @@ def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.devic
 def _check_rows(shape: tuple[int, ...], seeds: int) -> None:
     """Refuse logits that are not [N, V] with a row for each of N seeds."""
     if len(shape) != 2 or shape[0] != seeds:
-        raise UsageError(
-            f"logits of shape {tuple(shape)} with {seeds} seeds",
-            wanted="a row of logits for every seed",
-            do="pass logits [N, V] and seeds [N]",
-        )
+        seen = f"logits of shape {tuple(shape)} with {seeds} seeds"
+        raise UsageError(seen, wanted="a row of logits for every seed", do="pass logits [N, V] and seeds [N]")

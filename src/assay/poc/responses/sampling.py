@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol.round import check_name, check_number, join_prefixed
+from assay.poc.protocol.round import check_digest, check_name, check_number, join_prefixed
 
-HIGHEST_TOKEN = 2**24 - 1
-"""Largest token id: far beyond vocabularies, and what a reader has to make room for at most."""
+HIGHEST_TOKEN = 2**24 - 1  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
 
 MOST_BIASES = 1024
 RANGES = {
@@ -63,11 +62,8 @@ class Sampling:
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high, zero=name == "temperature"))
         check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            raise UsageError(
-                f"logit_bias is {self.logit_bias!r:.60}",
-                wanted=f"numbers by token id, at most {MOST_BIASES}",
-                do="correct logit_bias",
-            )
+            seen = f"logit_bias is {self.logit_bias!r:.60}"
+            raise UsageError(seen, wanted=f"numbers by token id, at most {MOST_BIASES}", do="correct logit_bias")
         for token in self.logit_bias:
             check_number("a token of logit_bias", token, 0, HIGHEST_TOKEN)
         biases = {token: _number("a logit_bias", self.logit_bias[token], *BIASES) for token in sorted(self.logit_bias)}
@@ -114,9 +110,7 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
 
 
 VERSION = "assay.responses/1"
-HIGHEST_INDEX = 2**16 - 1
-"""Highest index of a choice of a request, far above what a server gives."""
-_HEX = frozenset("0123456789abcdef")
+HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
 
 Stream = Literal["tokens", "sketch"]
 
@@ -125,18 +119,13 @@ Stream = Literal["tokens", "sketch"]
 class ResponseName:
     """What a client calls a response.
 
-    Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
-
     Raises:
         UsageError: A value is not printable, too long or out of range.
     """
 
-    user_seed: str
-    request_id: str
-    index: int = 0
+    user_seed: str  # seed of the client; empty where it gave none
+    request_id: str  # name of the request
+    index: int = 0  # place among the answers that were asked for with one request
 
     def __post_init__(self) -> None:
         do = "pass the seed of the client, or an empty text where it gave none"
@@ -150,9 +139,7 @@ class ResponseSeed(ResponseName):
     """What the noise of one response follows from.
 
     Args:
-        user_seed: Seed of the client; empty where it gave none.
-        request_id: Name of the request.
-        index: Place among the answers that were asked for with one request.
+        user_seed, request_id, index: As of :class:`ResponseName`.
         public_key: Key of the node that serves it.
         digest: SHA-256 of the tensors of the checkpoint, in hex.
         block_hash: Beacon that became known after the request was accepted.
@@ -205,11 +192,3 @@ def step_seeds(words: NDArray[np.uint32], steps: Sequence[int]) -> NDArray[np.ui
 def check_block_hash(block_hash: object) -> None:
     """Refuse a block hash that cannot be part of a seed text; a UsageError names it."""
     check_name("block_hash", block_hash, do="pass the block hash as the chain prints it")
-
-
-def check_digest(name: str, value: Any) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
-    if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
-        raise UsageError(
-            f"{name} is {value!r:.80}", wanted="a SHA-256: 64 lower-case hexadecimal digits", do=f"correct the {name}"
-        )

@@ -12,26 +12,16 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.app import Feed, new_app, operations_router, run_with
+from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.page import assemble_page, page_router, part
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class, send_json
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.bodies import (
-    AnyInit,
-    GenerateRequest,
-    InitReply,
-    InitRequest,
-    JobReply,
-    Status,
-    ValidateReply,
-    ValidateRequest,
-)
+from assay.poc.service import requests
+from assay.poc.service.callbacks import Delivery
 from assay.poc.service.controller import Controller
-from assay.poc.service.delivery import Delivery
 from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
 from assay.poc.service.settings import Settings
 
@@ -85,24 +75,19 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     }
 
 
-class StatusText:
-    """The encoded body of ``/status`` of a controller."""
+def status_text(controller: Controller) -> Callable[[], bytes]:
+    """Return what gives the encoded body of ``/status``, made once for many readers."""
+    text, known, until = b"", None, 0.0
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-        self._text = b""
-        self._key: object = None
-        self._until = 0.0
+    def latest() -> bytes:
+        nonlocal text, known, until
+        progress, now = controller.progress, time.monotonic()
+        key: Any = (controller.state, controller.error, id(progress), progress and progress.checked)
+        if key != known or now > until:
+            text, known, until = dumps(describe_status(controller)).encode(), key, now + STATUS_AGE
+        return text
 
-    def latest(self) -> bytes:
-        """Return the body, encoded once for many readers."""
-        progress = self._controller.progress
-        key = (self._controller.state, self._controller.error, id(progress), progress and progress.checked)
-        now = time.monotonic()
-        if key != self._key or now > self._until:
-            self._text = dumps(describe_status(self._controller)).encode()
-            self._key, self._until = key, now + STATUS_AGE
-        return self._text
+    return latest
 
 
 class QuickStatus:
@@ -115,7 +100,9 @@ class QuickStatus:
     The application's own route at ``path`` answers the same, refusals included.
     """
 
-    def __init__(self, app: ASGIApp, *, path: str, controller: Controller, keys: Keys, text: StatusText) -> None:
+    def __init__(
+        self, app: ASGIApp, *, path: str, controller: Controller, keys: Keys, text: Callable[[], bytes]
+    ) -> None:
         self._app, self._path, self._keys, self._text = app, path, keys, text
         self._answered = controller.metrics.requests.labels(path, "200")
         self._seconds = controller.metrics.request_seconds.labels(path)
@@ -126,7 +113,7 @@ class QuickStatus:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        await send_json(send, self._text.latest())
+        await send_json(send, self._text())
         self._answered.inc()
         self._seconds.observe(time.perf_counter() - started)
 
@@ -170,77 +157,75 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
     path ``under`` where the application has its own.
     """
-    keys, feed, text = Keys(controller.settings), Feed(controller), StatusText(controller)
+    keys, feed, text = Keys(controller.settings), Feed(controller), status_text(controller)
     kind_of_route = route_class(keys, controller.settings, controller.metrics)
     app.include_router(_pow_router(controller, feed, text, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
-    run_with(app, controller, feed, Delivery(controller).run)
+    delivery = Delivery(controller.outbox, controller, controller.settings, controller.metrics)
+    run_with(app, controller, feed, delivery.run)
 
 
-def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_route: type[APIRoute]) -> APIRouter:
+def _pow_router(
+    controller: Controller, feed: Feed, text: Callable[[], bytes], kind_of_route: type[APIRoute]
+) -> APIRouter:
     """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
-    change: dict[str, Any] = {"response_model": InitReply, "openapi_extra": CONTROL}
+    change: dict[str, Any] = {"response_model": requests.InitReply, "openapi_extra": CONTROL}
     change["responses"] = problems(400, 409, 413, 422, 503)
-    of_job: dict[str, Any] = {"response_model": JobReply, "openapi_extra": VALIDATE}
+    of_job: dict[str, Any] = {"response_model": requests.JobReply, "openapi_extra": VALIDATE}
 
-    def moved() -> Response:
+    def moved(call: Callable[..., None], *given: object) -> Response:
+        call(*given)
         return JSONResponse({"status": "OK", "pow_status": describe_status(controller)})
 
     @router.post("/init", **change)
-    def init(body: InitRequest) -> Response:
+    def init(body: requests.InitRequest) -> Response:
         """Begin a round, and stay idle."""
-        controller.init(body, "init")
-        return moved()
+        return moved(controller.init, body, "init")
 
     @router.post("/init/generate", **change)
-    def init_generate(body: AnyInit) -> Response:
+    def init_generate(body: requests.AnyInit) -> Response:
         """Begin a round and generate: distances with ``r_target``, vectors with ``params``."""
-        controller.init(body, "init/generate")
-        return moved()
+        return moved(controller.init, body, "init/generate")
 
     @router.post("/init/validate", **change)
-    def init_validate(body: InitRequest) -> Response:
+    def init_validate(body: requests.InitRequest) -> Response:
         """Begin a round and accept validations of its block."""
-        controller.init(body, "init/validate")
-        return moved()
+        return moved(controller.init, body, "init/validate")
 
     @router.post("/phase/generate", **change)
     def phase_generate() -> Response:
         """Generate; the round continues at its next nonce."""
-        controller.phase("phase/generate")
-        return moved()
+        return moved(controller.phase, "phase/generate")
 
     @router.post("/phase/validate", **change)
     def phase_validate() -> Response:
         """Stop generating and accept validations."""
-        controller.phase("phase/validate")
-        return moved()
+        return moved(controller.phase, "phase/validate")
 
     @router.post("/stop", **(change | {"responses": problems(503)}))
     def stop() -> Response:
         """Stop generating and validating. Callbacks that are owed are still delivered."""
-        controller.stop()
-        return moved()
+        return moved(controller.stop)
 
-    @router.post("/validate", response_model=ValidateReply, responses=works, openapi_extra=VALIDATE)
-    async def validate(body: ValidateRequest) -> Response:
+    @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
+    async def validate(body: requests.ValidateRequest) -> Response:
         """Recompute distances and judge them."""
         future = await controller.call(controller.validate, body)
         return JSONResponse(await asyncio.wrap_future(future))
 
-    @router.get("/status", response_model=Status, responses=problems(422), openapi_extra=READ)
+    @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
     async def status(
         after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(text.latest(), media_type="application/json")
+            return Response(text(), media_type="application/json")
         return JSONResponse(await controller.call(describe_status, controller, after, limit))
 
     @router.get("/snapshot", responses=problems(), openapi_extra=READ)
@@ -253,8 +238,8 @@ def _pow_router(controller: Controller, feed: Feed, text: StatusText, kind_of_ro
         """Stream a snapshot per second as server-sent events."""
         return await feed.respond(request)
 
-    @router.post("/generate", responses=works | {202: {"model": JobReply}}, **of_job)
-    async def generate(body: GenerateRequest) -> Response:
+    @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
+    async def generate(body: requests.GenerateRequest) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
         queued = await controller.call(controller.submit, body)
         if not body.wait:
@@ -291,13 +276,7 @@ def render_page() -> tuple[str, dict[str, str]]:
 
 
 def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT.
-
-    Args:
-        load: Loads the model and returns its deployment.
-        settings: Settings of the service.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one, which the log names.
+    """Serve until SIGTERM or SIGINT; port 0 takes a free one, which the log names.
 
     Raises:
         UsageError: A host that others reach without a key, or an address that cannot be bound.

@@ -22,15 +22,15 @@ from assay.poc.engines.base import check_supported
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
+from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, is_distance
-from assay.poc.service.bodies import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
-from assay.poc.service.checks import check_build, check_deployed, check_job, check_round, check_validation, round_values
+from assay.poc.service import requests
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
 from assay.poc.service.receipts import ReceiptKeeper
 from assay.poc.service.rounds import EXPECTED, Batch, Progress, Rounds, State, StoredRound, after
 from assay.poc.service.settings import Settings
@@ -64,8 +64,6 @@ class Controller(Runtime):
         self._pruned_at = 0.0
         self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self._computed = False  # whether a batch was written since the start
-        self.notify: Callable[[], object] = lambda: None
-        """Is called, in the thread that wrote, whenever callbacks may be due."""
         noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.database = open_database(settings.data_dir)
@@ -84,24 +82,22 @@ class Controller(Runtime):
         self.writers = (self.writer, self.receipts)
         self.worker = Worker(
             partial(self.load_model, load),
-            put=self.writer.put,
+            self.writer,
+            self.jobs,
             begins=self._measure_block,
-            background=self.jobs.step,
             failed=self._engine_failed,
         )
 
-    # Calls
-
-    def init(self, request: InitRequest | ArtifactInit, call: str) -> None:
+    def init(self, request: requests.InitRequest | requests.ArtifactInit, call: str) -> None:
         """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``."""
         generates = self._after(call) is State.GENERATING
         deployment = self.ready()
-        values = round_values(request, deployment, self.settings, needs_share=generates)
+        values = requests.round_values(request, deployment, self.settings, needs_share=generates)
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
             log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
         engine = deployment.engine(values.seq_len, values.batch_size)
-        check_build(engine.fingerprint, deployment, self.settings)
+        requests.check_build(engine.fingerprint, deployment, self.settings)
         check_supported(engine, pipeline)
         with self._lock:
             state = self._after(call)
@@ -124,12 +120,12 @@ class Controller(Runtime):
             self._persist(state)
             self._move(state)
 
-    def validate(self, request: ValidateRequest) -> "Future[JsonObject]":
+    def validate(self, request: requests.ValidateRequest) -> "Future[JsonObject]":
         """Recompute and judge distances of the round's block; the future has the response."""
         with self._lock:
             self._after("validate")
             stored, epoch = self._check_same_model(self.state), self._epoch
-        check_validation(request, stored, self.settings)
+        requests.check_validation(request, stored, self.settings)
         future: Future[JsonObject] = Future()
 
         def task(deployment: Deployment) -> None:
@@ -148,9 +144,9 @@ class Controller(Runtime):
             raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
         return future
 
-    def submit(self, request: GenerateRequest) -> JsonObject:
+    def submit(self, request: requests.GenerateRequest) -> JsonObject:
         """Queue an artifact job."""
-        check_job(request, self.ready(), self.settings)
+        requests.check_job(request, self.ready(), self.settings)
         queued = self.jobs.submit(request)
         self.worker.wake()
         return queued
@@ -217,18 +213,18 @@ class Controller(Runtime):
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
         """Measure how wide the distances of a round's block are, once, so that its valid rate can be judged."""
-        progress = self.progress
-        if progress is None or progress.stored.id != stored.id or not progress.wants_block_factor:
+        progress, measurable = self.progress, has_block_factor(get_pipeline(stored.preset))
+        if progress is None or progress.stored.id != stored.id or progress.factor is not None or not measurable:
             return
         factor = deployment.block_factor(stored.round, stored.batch_size)
         if factor is not None:
-            progress.measured(factor)
+            progress.factor = factor
             log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
 
     @override
     def _check_model(self, deployment: Deployment) -> None:
         check_calibration(self.settings.calibration, deployment)
-        check_deployed(deployment, self.settings)
+        requests.check_deployed(deployment, self.settings)
 
     @override
     def _loading_failed(self, error: Exception) -> None:
@@ -254,14 +250,11 @@ class Controller(Runtime):
         assert self.progress is not None
         stored, deployment = self.progress.stored, self.ready()
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
-            raise Refusal(
-                409,
-                f"a round of {stored.reference} ({stored.digest[:12]})",
-                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now",
-                do="start the service with that model, or begin another round",
-                fields={"state": str(self.state)},
-            )
-        check_round(stored.round, self.settings, share=state is State.GENERATING)
+            seen = f"a round of {stored.reference} ({stored.digest[:12]})"
+            wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
+            do, fields = "start the service with that model, or begin another round", {"state": str(self.state)}
+            raise Refusal(409, seen, wanted=wanted, do=do, fields=fields)
+        requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
     def _engine_failed(self, error: Exception) -> None:
@@ -337,10 +330,10 @@ class Controller(Runtime):
             self.metrics.valid.inc(sum(batch.valid))
             if progress is not None and progress.stored.id == batch.round_id:
                 progress.add(batch)
-        self.notify()
+        self.outbox.notify()
 
     def _validate(
-        self, request: ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
+        self, request: requests.ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
     ) -> JsonObject:
         started = time.perf_counter()
         computed: list[float] = []
@@ -360,5 +353,5 @@ class Controller(Runtime):
         self.metrics.verdicts.labels(word).inc()
         about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
         log.info("validated", block=stored.block_hash, **about, verdict=word)
-        self.notify()
+        self.outbox.notify()
         return {"status": "OK", **verdict}

@@ -21,11 +21,10 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record, unpack_or_nan
-from assay.poc.protocol.round import Round
-from assay.poc.service.bodies import GenerateRequest
+from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.judge import HonestNoise, judge_vectors
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.requests import GenerateRequest
 from assay.poc.service.settings import Settings
 from assay.poc.verdict.judge import residuals
 
@@ -65,20 +64,16 @@ class Jobs:
         settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            queued = sa.select(sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url)).where(
-                self._is_open
-            )
-            waiting, announced = connection.execute(queued).one()
+            counts = (sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url))
+            waiting, announced = connection.execute(sa.select(*counts).where(self._is_open)).one()
             if waiting + len(request.nonces) > settings.max_queued_nonces:
                 seen = f"{waiting} nonces are queued"
                 wanted = f"at most {settings.max_queued_nonces} with these {len(request.nonces)}"
                 raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
             undelivered = announced + self._outbox.owed(connection, None)
             if request.url is not None and undelivered >= settings.max_pending_jobs:
-                seen, wanted = (
-                    "too many callbacks of artifact jobs are undelivered",
-                    f"fewer than {settings.max_pending_jobs}",
-                )
+                seen = "too many callbacks of artifact jobs are undelivered"
+                wanted = f"fewer than {settings.max_pending_jobs}"
                 do = "repair their receivers, or send the job without a url and ask for its result"
                 raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {
@@ -132,28 +127,25 @@ class Jobs:
     def step(self, deployment: Deployment) -> bool:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
-            status = sa.select(self._c.status)
             job = self._running  # which may have been cancelled
-            if job is None or self._db.scalar(status.where(self._c.id == job.id)) != "running":
+            if job is None or self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id)) != "running":
                 self._running = None
-                self._running = self._next(deployment)
-            if self._running is None:
+                job = self._running = self._next(deployment)
+            if job is None:
                 return False
-            if not self._advance(self._running, deployment):
-                # Only now: where the disk is full, finishing is tried again.
-                self._running = None
+            self._advance(job, deployment)
         except StorageError as error:
             log.warning("job waits", reason=error.seen)
             time.sleep(STORAGE_PAUSE)
         return True
 
-    def _advance(self, job: _Running, deployment: Deployment) -> bool:
-        """Do a batch of a job; return False once the job has ended."""
+    def _advance(self, job: _Running, deployment: Deployment) -> None:
+        """Do a batch of a job, or end it. Where the disk is full, ending it is tried again."""
         try:
             batch = next(job.batches, None)
             if batch is not None:
                 job.records.extend(batch)
-                return True
+                return
             result = self._result(job.request, job.records, deployment)
         except Exception as error:  # an engine may raise any error, and its job must still end
             if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
@@ -161,64 +153,57 @@ class Jobs:
             log.exception("job failed")
             self._finish(job.id, "failed", error=str(error))
         else:
-            self._finish(job.id, "completed", result, job.request)
-        return False
+            self._finish(job.id, "completed", result)
+        self._running = None
 
     def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
         if len(records) != len(request.nonces):
             seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
             raise ProofFormatError(seen, wanted="one each", do="send the request again")
-        pipeline, round = get_pipeline(request.params.preset), job_round(request, deployment.reference)
+        pipeline, round = get_pipeline(request.params.preset), request.round(deployment.reference)
         if request.validation is None:
             artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
-        errors = residuals(_received(request), records)
+        errors = residuals(request.received(), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
         return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
 
     def _next(self, deployment: Deployment) -> _Running | None:
-        while (row := self._begin()) is not None:
+        """Begin the oldest job that waits and can be read."""
+        c = self._c
+        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
+        begin = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
+        while True:
+            with self._db.write() as connection:
+                row = connection.execute(begin.returning(c.id, c.request)).first()
+            if row is None:
+                return None
             try:
                 request = GenerateRequest.model_validate_json(row.request)
             except ValidationError as error:  # stored by a version that takes other requests
                 log.warning("job not understood", id=row.id)
                 self._finish(row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}")
                 continue
-            round = job_round(request, deployment.reference)
+            round = request.round(deployment.reference)
             if request.validation is None:
                 batches = deployment.compute(round, request.batch_size, request.nonces)
             else:
-                batches = deployment.recompute(round, request.batch_size, _received(request))
+                batches = deployment.recompute(round, request.batch_size, request.received())
             return _Running(row.id, request, batches, [])
-        return None
 
-    def _begin(self) -> Any:
-        """Mark the oldest job that waits as running; return its row, or None."""
-        c = self._c
-        oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
-        begun = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
-        with self._db.write() as connection:
-            return connection.execute(begun.returning(c.id, c.request)).first()
-
-    def _finish(
-        self,
-        job_id: str,
-        status: str,
-        result: JsonObject | None = None,
-        request: GenerateRequest | None = None,
-        error: str | None = None,
-    ) -> None:
+    def _finish(self, job_id: str, status: str, result: JsonObject | None = None, error: str | None = None) -> None:
         """End a job that has not ended, owe its callback, and tell who waits for it."""
         values = {"status": status, "result": dumps(result) if result else None, "error": error}
         change = self._table.update().where(self._c.id == job_id, self._is_open)
         with self._db.write() as connection:
             ended = change.values(finished_at=time.time(), **values).returning(self._table)
             row = connection.execute(ended).first()
-            if row is not None and request is not None and request.url and result is not None:
+            request = {} if row is None or result is None else loads(row.request, "job")
+            if result is not None and request.get("url"):
                 names = ("block_hash", "block_height", "public_key", "node_id")
-                about = {"request_id": job_id} | {name: getattr(request, name) for name in names}
-                kind = "generated" if request.validation is None else "validated"
-                self._outbox.add(connection, None, kind, request.url, about | result)
+                about = {"request_id": job_id} | {name: request[name] for name in names}
+                kind = "generated" if request["validation"] is None else "validated"
+                self._outbox.add(connection, None, kind, request["url"], about | result)
         if row is not None:
             self._tell(job_id, _state(row))
 
@@ -233,27 +218,6 @@ def _state(row: sa.Row[Any]) -> JsonObject:
     error = {"error": row.error} if row.error else {}
     result = loads(row.result, "job result") if row.result else {}
     return {"status": row.status, "request_id": row.id} | error | result
-
-
-def job_round(request: GenerateRequest, reference: str) -> Round:
-    """Return the round of a job."""
-    same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
-    return Round(
-        **{name: getattr(request, name) for name in same},
-        model=reference,
-        preset=request.params.preset,
-        seq_len=request.params.seq_len,
-        r_target=2.0,
-        strength=256 if request.poc_stronger_rng else 32,
-    )
-
-
-def _received(request: GenerateRequest) -> list[Record]:
-    """Return what a request wants checked, in the order of its nonces."""
-    assert request.validation is not None
-    pipeline = get_pipeline(request.params.preset)
-    sent = {artifact.nonce: artifact.vector_b64 for artifact in request.validation.artifacts}
-    return [unpack_or_nan(nonce, sent[nonce], pipeline) for nonce in request.nonces]
 
 
 def _packed(record: Record) -> str:

@@ -5,9 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from assay import stats
 from assay.errors import CalibrationError
@@ -18,16 +16,16 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import is_valid
 from assay.poc.protocol.round import Round
-from assay.poc.service.bodies import GenerateRequest, StatTest, ValidateRequest
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
 from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Account, Update, round_identity
-from assay.poc.verdict.noise import Noise, default_noise, sequential_test
+from assay.poc.verdict.life import Account, Update, round_identity
+from assay.poc.verdict.noise import FloatArray, Noise, default_noise, sequential_test
 
 
 class HonestNoise:
@@ -43,18 +41,20 @@ class HonestNoise:
 
     def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
         """Return the noise of a preset; None where it is not known, and a wider law must not take its place."""
+        builds: Sequence[Build | None]
         if self._given is not None:
             mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
-            if not mine:
-                return _default(pipeline, dtype)
             fitting = (one for one in mine if not one.engines or dtype in {known.dtype for known in one.engines})
-            measured = [Calibration(builds=(one,)) for one in fitting]
-            return find_build_noise(measured, None, digest=digest, preset=pipeline.name, round=round)
-        builds, pinned = self._pinned.get(digest, ((), []))
-        if not pinned:
-            return _default(pipeline, dtype)
-        alike = (build for build in builds if dtype in build.dtype)
-        found = (find_build_noise(pinned, build, digest=digest, preset=pipeline.name, round=round) for build in alike)
+            known, builds, measured = bool(mine), [None], [Calibration(builds=(one,)) for one in fitting]
+        else:
+            pinned, measured = self._pinned.get(digest, ((), []))
+            known, builds = bool(measured), [build for build in pinned if dtype in build.dtype]
+        if not known:
+            try:
+                return default_noise(pipeline.noise, dtype, dtype)
+            except CalibrationError:
+                return None
+        found = (find_build_noise(measured, one, digest=digest, preset=pipeline.name, round=round) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
 
@@ -62,18 +62,9 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
     """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
     if calibration is not None and deployment.digest not in calibration.digests:
         measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
-        raise CalibrationError(
-            f"a calibration of a checkpoint {measured}",
-            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
-
-
-def _default(pipeline: Pipeline, dtype: str) -> Noise | None:
-    try:
-        return default_noise(pipeline.noise, dtype, dtype)
-    except CalibrationError:
-        return None
+        wanted = f"one of {deployment.reference} ({deployment.digest[:12]})"
+        do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
+        raise CalibrationError(f"a calibration of a checkpoint {measured}", wanted=wanted, do=do)
 
 
 MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
@@ -88,13 +79,7 @@ class Judge:
     """
 
     def __init__(
-        self,
-        database: Database,
-        outbox: Outbox,
-        settings: Settings,
-        noise: HonestNoise,
-        *,
-        metrics: Metrics,
+        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, *, metrics: Metrics
     ) -> None:
         self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
         self._noise = noise
@@ -112,8 +97,8 @@ class Judge:
         public_key, nonces, received = request.public_key, request.nonces, request.dist
         count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, dtype, public_key)
-        fresh = self._unseen(stored.id, public_key, nonces)
-        new = [i for i, nonce in enumerate(nonces) if nonce in fresh]
+        seen = self._seen(stored.id, public_key, nonces)
+        new = [i for i, nonce in enumerate(nonces) if nonce not in seen]
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
         result: JsonObject = {
@@ -173,9 +158,9 @@ class Judge:
         key = (stored.id, public_key)
         if key not in self._tests:
             noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
-            test = _residual_test(noise, self._settings)
-            if test is None:
+            if noise is None:
                 return None
+            test = sequential_test(noise, alpha=self._settings.alpha, beta=self._settings.beta)
             c = self._checks.c
             query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
             old = [math.nan if row.received is None else row.received - row.computed for row in self._db.rows(query)]
@@ -185,12 +170,10 @@ class Judge:
             self._tests.popitem(last=False)
         return self._tests[key]
 
-    def _unseen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
-        if not nonces:
-            return set()
-        among = self._checks.c.nonce.between(min(nonces), max(nonces))
+    def _seen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
+        among = self._checks.c.nonce.between(min(nonces, default=0), max(nonces, default=0))
         query = sa.select(self._checks.c.nonce).where(self._of(round_id, public_key), among)
-        return set(nonces).difference(nonce for (nonce,) in self._db.rows(query))
+        return {nonce for (nonce,) in self._db.rows(query)}
 
     def _of(self, round_id: int, public_key: str) -> sa.ColumnElement[bool]:
         return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
@@ -199,10 +182,10 @@ class Judge:
         self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
     ) -> None:
         rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
+        row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
         with self._db.write() as connection:
             if checks:
                 connection.execute(self._checks.insert(), [shared | check for check in checks])
-            row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
             connection.execute(self._verdicts.insert().values(row))
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url:
@@ -210,11 +193,7 @@ class Judge:
 
 
 def judge_vectors(
-    request: GenerateRequest,
-    nonces: Sequence[int],
-    errors: NDArray[np.float64],
-    noise: Noise | None,
-    settings: Settings,
+    request: GenerateRequest, nonces: Sequence[int], errors: FloatArray, noise: Noise | None, settings: Settings
 ) -> JsonObject:
     """Return the verdict on the residuals [N] of an artifact job.
 
@@ -222,9 +201,8 @@ def judge_vectors(
     which their reply holds beside the count.
     """
     pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
-    count = count_mismatches(
-        errors, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=rule.fraud_threshold
-    )
+    bounds = {"threshold": rule.dist_threshold, "p_mismatch": rule.p_mismatch, "alpha": rule.fraud_threshold}
+    count = count_mismatches(errors, **bounds)
     reply = {
         "n_total": count.n,
         "n_mismatch": count.mismatches,
@@ -234,16 +212,9 @@ def judge_vectors(
     }
     if pipeline.texts == "published":
         return reply
-    test = _residual_test(noise, settings)
-    if test is not None:
-        test.update(errors)
+    test = None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta).update(errors)
     residual = _residual(test)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
-
-
-def _residual_test(noise: Noise | None, settings: Settings) -> stats.SequentialTest | None:
-    """Return a test under the honest noise; None where that is not known."""
-    return None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
 
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:

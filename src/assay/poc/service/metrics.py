@@ -1,8 +1,8 @@
 """Prometheus metrics of a service."""
 
 from assay.poc.net.metrics import Exported
-from assay.poc.service.rounds import State
 
+STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided")
 OUTCOMES = ("delivered", "failed", "dead")
 PAUSES = ("storage", "callbacks")
@@ -18,24 +18,17 @@ class Metrics(Exported):
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
         self.verdicts = counter("verdicts", "Validation requests by residual verdict.", {"verdict": VERDICTS})
-        self.lives = counter(
-            "life_verdicts", "Recorded validations by the verdict on the node's life.", {"verdict": VERDICTS}
-        )
+        of_lives = "Recorded validations by the verdict on the node's life."
+        self.lives = counter("life_verdicts", of_lives, {"verdict": VERDICTS})
         self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", {"outcome": OUTCOMES})
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
         self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
         self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
-        shown(
-            "state",
-            "1 for the state the service is in.",
-            lambda s: {name: name == s["state"] for name in State},
-            "state",
-        )
+        shown("state", "1 for the state the service is in.", lambda s: {n: n == s["state"] for n in STATES}, "state")
         shown("ready", "1 when the model is loaded.", lambda s: s["ready"])
-        shown(
-            "paused", "1 while generation waits, by reason.", lambda s: {n: n == s["paused"] for n in PAUSES}, "reason"
-        )
+        waits = "1 while generation waits, by reason."
+        shown("paused", waits, lambda s: {n: n == s["paused"] for n in PAUSES}, "reason")
         shown("callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"])
         shown("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"])
         shown("nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"])
@@ -47,12 +40,10 @@ class Metrics(Exported):
         shown("block_factor_ratio", width, lambda s: s["block_factor"])
         shown("block_factor_error_ratio", "Standard error of that width.", lambda s: s["block_factor_error"])
         shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status")
-        self.receipts = counter(
-            "receipts", "Receipts of responses on disk; repeated ones were there already.", {"as": ("new", "repeated")}
-        )
+        stored = "Receipts of responses on disk; repeated ones were there already."
+        self.receipts = counter("receipts", stored, {"as": ("new", "repeated")})
         self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
-        self.receipts_deleted = counter(
-            "receipts_deleted", "Receipts deleted, by reason.", {"reason": ("age", "request")}
-        )
+        reasons = {"reason": ("age", "request")}
+        self.receipts_deleted = counter("receipts_deleted", "Receipts deleted, by reason.", reasons)
         self.receipt_seconds = histogram("receipt_commit_seconds", "Time of one transaction that stores receipts.")
         self.receipts_failing = self.gauge("receipts_failing", "1 while no receipt can be stored.")

@@ -4,8 +4,8 @@ import hashlib
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -18,17 +18,16 @@ from typing_extensions import override
 from assay.errors import AssayError, StorageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject
-from assay.poc.net.group_commit import GroupCommit
-from assay.poc.net.guard import check_url
+from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Scope, needs, problems
-from assay.poc.net.runtime import Runtime
+from assay.poc.net.runtime import GroupCommit, Runtime
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
-from assay.poc.service.bodies import DeletedReceipts, ReceiptList, RequestReceipts
+from assay.poc.service.callbacks import Outbox
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.outbox import Outbox
+from assay.poc.service.requests import ReceiptList, StoredReceipt
 from assay.poc.service.settings import Settings
 
 log = structlog.get_logger("assay.receipts")
@@ -60,20 +59,12 @@ class NewReceipt(NamedTuple):
     line: str
 
 
-@dataclass(frozen=True)
-class Page:
-    """Receipts that make one file: in the order in which they were stored, of one header, no choice twice.
+class Page(NamedTuple):
+    """Receipts that make one file: in the order in which they were stored, of one header, no choice twice."""
 
-    Args:
-        header: Line of their header; None without receipts.
-        chunks: Sequence numbers at which the lines are cut into parts that are read at a time: the first is that after
-            which the page begins, the last that of the last receipt.
-        more: Whether further receipts follow.
-    """
-
-    header: str | None
-    chunks: tuple[int, ...]
-    more: bool
+    header: str | None  # line of their header; None without receipts
+    chunks: tuple[int, ...]  # numbers between which lines are read at a time, from that before the page to its last
+    more: bool  # whether further receipts follow
 
 
 class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
@@ -95,8 +86,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     def sink(self, header: ReceiptHeader) -> "ReceiptSink":
         """Return where the receipts go that stand under a header in a file."""
         return ReceiptSink(self, header)
-
-    # Writing
 
     @override
     def _write(self, items: Sequence[NewReceipt]) -> list[bool]:
@@ -128,10 +117,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 fresh.append(seq is not None)
                 if seq is not None:
                     announced.append((int(seq), header))
-            url, interval = self.settings.receipt_callback_url, self.settings.callback_interval
-            if url is not None:
-                most = min(self.settings.callback_nonces, ANNOUNCED)
-                self._outbox.announce_receipts(connection, url, announced, interval=interval, most=most)
+            if (url := self.settings.receipt_callback_url) is not None:
+                interval, most = self.settings.callback_interval, min(self.settings.callback_nonces, ANNOUNCED)
+                for header, group in groupby(announced, key=itemgetter(1)):
+                    numbers = [seq for seq, _ in group]
+                    self._outbox.announce(connection, None, url, numbers, interval=interval, most=most, header=header)
         self._headers, self._lost = headers, 0
         self.metrics.receipt_seconds.observe(time.perf_counter() - started)
         self.metrics.receipts.labels("new").inc(sum(fresh))
@@ -161,8 +151,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             connection.exec_driver_sql("INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,))
         with self.database.write() as connection:
             connection.exec_driver_sql("DELETE FROM receipt_room")
-
-    # Reading
 
     def of_request(self, request_id: str, index: int | None = None) -> list[str]:
         """Return the receipts of a request, or of one of its choices: each a JSON object as text, with its header.
@@ -222,16 +210,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
         return [(row.tokens, row.line) for row in self.database.rows(query)]
 
-    # Deleting
-
     def delete(self, request_id: str, index: int | None = None) -> int:
         """Delete the receipts of a request, or of one of its choices; return how many. 404 stands for none."""
-        with self.database.write() as connection:
-            count = connection.execute(self._table.delete().where(*self._of(request_id, index))).rowcount
-            if not count:
-                raise _unknown()
-            self._outbox.forget_receipts(connection)
-        self._journal_owed = True
+        count = self._delete(*self._of(request_id, index))
+        if not count:
+            raise _unknown()
         self.tidy()
         self.metrics.receipts_deleted.labels("request").inc(count)
         return count
@@ -243,8 +226,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """
         now, c = min(time.time(), self._started + time.monotonic()), self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
+        return self._delete(c.seq.in_(old))
+
+    def _delete(self, *where: sa.ColumnElement[bool]) -> int:
         with self.database.write() as connection:
-            count = connection.execute(self._table.delete().where(c.seq.in_(old))).rowcount
+            count = connection.execute(self._table.delete().where(*where)).rowcount
             if count:
                 self._outbox.forget_receipts(connection)
         if count:  # and is else left alone: another thread may just have set it
@@ -366,13 +352,15 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         finally:
             streaming -= 1
 
-    @router.get(one, response_model=RequestReceipts, responses=problems(404, 413, 422, 503), openapi_extra=READ)
+    @router.get(
+        one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ
+    )
     def of_request(request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
         found = receipts.of_request(request_id, index)
         return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
 
-    @router.delete(one, response_model=DeletedReceipts, responses=problems(404, 422, 503), openapi_extra=CONTROL)
+    @router.delete(one, response_model=dict[str, int], responses=problems(404, 422, 503), openapi_extra=CONTROL)
     def delete(request_id: str, index: Index = None) -> Response:
         """Delete the receipts of a request: of each of its choices, or of one."""
         return JSONResponse({"deleted": receipts.delete(request_id, index)})

@@ -19,11 +19,11 @@ from assay.errors import DataError, UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, is_deep, loads
 from assay.poc.net.app import new_app
+from assay.poc.net.callbacks import Signatures, message_id, unsigned
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.settings import ServerSettings
-from assay.poc.net.signatures import Signatures, message_id, unsigned
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.database import RECEIVED, open_database
 
@@ -99,15 +99,11 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
         StorageError: The file cannot be written.
     """
     if not (settings.callback_secrets or is_loopback(host)):
-        raise UsageError(
-            f"--host {host} without a secret",
-            wanted="a secret where others reach the port",
-            do="pass --callback-secret, the same as to the service",
-        )
+        seen, do = f"--host {host} without a secret", "pass --callback-secret, the same as to the service"
+        raise UsageError(seen, wanted="a secret where others reach the port", do=do)
     with listen(host, port) as listener:
-        app = create_receiver(
-            Received(output), settings.callback_secrets, keys=settings.api_keys, read_keys=settings.read_keys
-        )
+        store, secrets = Received(output), settings.callback_secrets
+        app = create_receiver(store, secrets, keys=settings.api_keys, read_keys=settings.read_keys)
         run_app(app, settings, listener)
 
 

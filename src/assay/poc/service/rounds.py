@@ -25,9 +25,8 @@ from assay.poc.protocol.blocks import BlockFactor, block_scale, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
-from assay.poc.service.outbox import Outbox
-from assay.stats.blocks import EFFECTIVE_DIMENSION, MeasuredBlockLaw
-from assay.stats.chord import chord_mean, chord_std, rate_standard_error
+from assay.poc.service.callbacks import Outbox
+from assay.stats.chord import EFFECTIVE_DIMENSION, MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
 
 
 class State(StrEnum):
@@ -57,18 +56,13 @@ NEEDS_ROUND = frozenset({"phase/generate", "phase/validate"})
 """Calls that are refused before the first round."""
 
 
-def allowed(state: State, *, has_round: bool) -> list[str]:
-    """Return the calls that the table allows in a state."""
-    return [
-        call
-        for call, row in TRANSITIONS.items()
-        if state in row and call != "engine failure" and (has_round or call not in NEEDS_ROUND)
-    ]
-
-
 def after(call: str, state: State, *, has_round: bool) -> State:
     """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming those that are."""
-    choices = allowed(state, has_round=has_round)
+    choices = [
+        each
+        for each, row in TRANSITIONS.items()
+        if state in row and each != "engine failure" and (has_round or each not in NEEDS_ROUND)
+    ]
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
     seen = f"{call} while {state}" if has_round or call not in NEEDS_ROUND else f"{call} before any init"
@@ -115,12 +109,8 @@ class RoundValues:
         for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
             value, count = getattr(self, name), getattr(self, high)
             if not 0 <= value < count:
-                seen, wanted, do = (
-                    f"{name} {value} with {high} {count}",
-                    f"0 <= {name} < {high}",
-                    f"set both {name} and {high}",
-                )
-                raise Refusal(422, seen, wanted=wanted, do=do)
+                seen, wanted = f"{name} {value} with {high} {count}", f"0 <= {name} < {high}"
+                raise Refusal(422, seen, wanted=wanted, do=f"set both {name} and {high}")
 
     @property
     def round(self) -> Round:
@@ -207,11 +197,8 @@ class Rounds:
                 return None
             fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
             change = {name: fresh[name] for name in ("touched_at", *FREE)}
-            connection.execute(
-                insert(rounds).values(fresh).on_conflict_do_update(["block_hash", "public_key"], set_=change)
-            )
-            same = (rounds.c.block_hash == values.block_hash) & (rounds.c.public_key == values.public_key)
-            stored = StoredRound(**connection.execute(sa.select(rounds).where(same)).mappings().one())
+            begin = insert(rounds).on_conflict_do_update(["block_hash", "public_key"], set_=change).returning(rounds)
+            stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
             # One nonce must not have two results.
             if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
                 seen = "this block and key have a round with another " + ", ".join(other)
@@ -226,20 +213,17 @@ class Rounds:
         rounds, round_id = self._rounds, batches[0].round_id
         pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
         valid = [record.nonce for record, is_valid in pairs if is_valid]
+        counts = {
+            "touched_at": time.time(),
+            "next_nonce": batches[-1].next_nonce,
+            "checked": rounds.c.checked + len(pairs),
+            "valid": rounds.c.valid + len(valid),
+            "seconds": rounds.c.seconds + sum(batch.seconds for batch in batches),
+        }
+        change = rounds.update().where(rounds.c.id == round_id).values(counts).returning(rounds.c.callback_url)
         with self._db.write() as connection:
             connection.execute(self._records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
-            connection.execute(
-                rounds.update()
-                .where(rounds.c.id == round_id)
-                .values(
-                    touched_at=time.time(),
-                    next_nonce=batches[-1].next_nonce,
-                    checked=rounds.c.checked + len(pairs),
-                    valid=rounds.c.valid + len(valid),
-                    seconds=rounds.c.seconds + sum(batch.seconds for batch in batches),
-                )
-            )
-            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
+            url = connection.execute(change).scalar_one()
             if url and valid:
                 fitting = _fitting(most, pairs[0][0])
                 self._outbox.announce(connection, round_id, url, valid, interval=interval, most=fitting)
@@ -286,7 +270,7 @@ class Rounds:
 
 
 def _fitting(most: int, record: Record) -> int:
-    """Return ``most``, or as many records with tokens that twice as many fit into a callback that receivers take."""
+    """Return ``most``, or as many records with tokens as fill half of a callback that receivers take."""
     if not isinstance(record, TokenRecord):
         return most
     return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
@@ -310,14 +294,16 @@ class Progress:
     def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
         self._lock = threading.Lock()
         self.stored = stored
-        self.checked, self.valid, self.seconds = stored.checked, stored.valid, stored.seconds
+        self.checked, self.valid = stored.checked, stored.valid
+        self.seconds = float(stored.seconds)  # SQLite hands a default of 0 back as an integer
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
         self.publishes_vectors = pipeline.output != "distance"
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
         self._hidden_size = hidden_size
-        self._factor: BlockFactor | None = None
+        self.factor: BlockFactor | None = None
+        """How wide the distances of this block are, by its head and the model's states; None before it was measured."""
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
         if self._dimension:
             mean, spread = chord_mean(self._dimension), SPREAD * chord_std(self._dimension)
@@ -325,18 +311,9 @@ class Progress:
             self._counts = rounds.histogram(stored.id, self._edges)
 
     @property
-    def wants_block_factor(self) -> bool:
-        """Whether the model's states would say more of this block than its head does."""
-        return self._factor is None and has_block_factor(get_pipeline(self.stored.preset))
-
-    def measured(self, factor: BlockFactor) -> None:
-        """Take how wide the distances of this block are, by its head and the model's states."""
-        self._factor = factor
-
-    @property
     def law(self) -> stats.BlockLaw | MeasuredBlockLaw:
         """Law of this block: measured, or what its head alone says under an assumed effective dimension."""
-        return self._assumed if self._factor is None else self._factor.law
+        return self._assumed if self.factor is None else self.factor.law
 
     @cached_property
     def _assumed(self) -> stats.BlockLaw:

@@ -15,6 +15,9 @@ else:
     NetworkPins = Any
 
 
+_read_pins = BeforeValidator(partial(loaded_by, "assay.poc.protocol.pins_file", "NetworkPins"))
+
+
 class Settings(ServerSettings):
     """How the service runs. Times are in seconds, sizes in bytes.
 
@@ -53,9 +56,7 @@ class Settings(ServerSettings):
         None, description="URL to which stored receipts are announced, by callbacks of kind receipts."
     )
     max_receipts: Count = Field(4096, description="Receipts that wait for the disk; further responses are refused.")
-    pins: Annotated[
-        NetworkPins | None, BeforeValidator(partial(loaded_by, "assay.poc.protocol.pins_file", "NetworkPins")), NoDecode
-    ] = Field(
+    pins: Annotated[NetworkPins | None, _read_pins, NoDecode] = Field(
         None,
         description="What the network agreed on, or its file. Models, rounds and nodes that contradict it are refused.",
     )

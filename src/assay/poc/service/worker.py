@@ -20,6 +20,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread, LoopThread
 from assay.poc.protocol.proof import DistanceRecord, Record, is_distance, is_valid
 from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.service.jobs import Jobs
 from assay.poc.service.rounds import Batch, Rounds, StoredRound
 from assay.poc.service.settings import Settings
 
@@ -39,28 +40,21 @@ class ShareDone(AssayError):
 class Worker(EngineThread):
     """A thread that runs everything that touches the engine, one batch at a time.
 
-    Validations come first, then the round, then artifact jobs.
-
-    Args:
-        load: Loads the model, or returns None, which ends the thread. It is called in the thread, so that the service
-            answers meanwhile.
-        put: Takes a batch of the round, and returns False when the batch is no longer wanted.
-        begins: Is called before the first batch of a round, and of what is left of one.
-        background: Does one batch of less urgent work, and returns False when there was no such work.
-        failed: Receives the error that ended the round.
+    Validations come first, then the round, whose batches go to ``writer``, then artifact jobs. ``begins`` is called
+    before the first batch of a round and of what is left of one, and ``failed`` receives the error that ended a round.
     """
 
     def __init__(
         self,
         load: Callable[[], Deployment | None],
+        writer: "Writer",
+        jobs: Jobs,
         *,
-        put: Callable[[Batch], bool],
         begins: Callable[[Deployment, StoredRound], None],
-        background: Callable[[Deployment], bool],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-engine", load)
-        self._put, self._begins, self._background, self._failed = put, begins, background, failed
+        self._put, self._begins, self._background, self._failed = writer.put, begins, jobs.step, failed
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
         self._epoch = 0

@@ -1,31 +1,249 @@
-"""The application of a validator: what operators and nodes may ask it, the page, and the way in for messages."""
+"""The application of a validator: the two ways in for messages, what operators and nodes may ask it, and the page.
 
+Nodes send signed messages, or are asked for their nonces. A message is taken before routing, checked against the pins,
+and answered once it is on disk. Routing, parameters and a response object of the framework would cost more processor
+time than the check of a message.
+"""
+
+import asyncio
+import hashlib
+import time
 from collections.abc import Callable
 from itertools import chain, islice
-from typing import Annotated
+from typing import Annotated, Any
 
+import httpx
 import structlog
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
 
-from assay.errors import UsageError
-from assay.poc.net.app import Feed, new_app, operations_router, run_with
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, run_with
+from assay.poc.net.callbacks import Blocked, call, message_id, new_client
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.page import assemble_page, page_router
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
+from assay.poc.net.logs import LogBudget
+from assay.poc.net.refusals import Refusal, refusal_of
+from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, answer, is_loopback, needs, route_class, send_json
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
 from assay.poc.validator.controller import ValidatorController
-from assay.poc.validator.intake import PREFIX, Intake, Poller
-from assay.poc.validator.registry import Registry
+from assay.poc.validator.inbox import Message
+from assay.poc.validator.registry import Registry, Sender
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import account_id
 
 log = structlog.get_logger("assay.validator")
+
+PREFIX = "/api/v1/validator"
+PROOFS_AT_ONCE = 2  # proofs that are parsed at the same time; each takes many times its size in memory
+LONGEST_HEADER = 2**16  # bytes of the first line of a proof
+
+_BODIES = {True: b'{"status":"OK","new":true}', False: b'{"status":"OK","new":false}'}
+
+
+class Intake:
+    """Takes ``POST /generated``, ``/validated`` and ``/proofs``, and passes everything else on."""
+
+    def __init__(self, app: ASGIApp, *, controller: ValidatorController) -> None:
+        self._app, self._controller = app, controller
+        settings, server = controller.settings, controller.server
+        callbacks = Bodies(server.max_body, server.max_bodies)
+        proofs = Bodies(settings.max_proof, max(server.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
+        self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
+        paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
+        self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
+        self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
+        self._budget = LogBudget()
+        metrics = controller.metrics
+        self._answered = {path: metrics.requests.labels(path, "200") for path in self._kinds}
+        self._seconds = {path: metrics.request_seconds.labels(path) for path in self._kinds}
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Take a message, or pass the request on."""
+        kind = self._kinds.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if kind is None:
+            await self._app(scope, receive, send)
+            return
+        started, path = time.perf_counter(), scope["path"]
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            async with self._bodies[kind].read(Request(scope, receive)) as body:
+                message = await self._message(kind, body, headers)
+                new = await self._controller.writer.keep(message)
+        except ClientDisconnect:
+            return
+        except AssayError as error:
+            await self._refuse(refusal_of(error), scope, receive, send)
+        else:
+            await send_json(send, _BODIES[new])
+            self._answered[path].inc()
+        self._seconds[path].observe(time.perf_counter() - started)
+
+    async def _refuse(self, refusal: Refusal, scope: Connection, receive: Receive, send: Send) -> None:
+        path, name = scope["path"], _name(refusal)
+        metrics = self._controller.metrics
+        metrics.refused.labels(name).inc()
+        metrics.requests.labels(path, str(refusal.status)).inc()
+        caller = scope["client"][0] if scope.get("client") else None
+        self._budget.info(log, "refused", route=path, status=refusal.status, value=name, caller=caller)
+        await answer(refusal)(scope, receive, send)
+
+    async def _message(self, kind: str, body: bytes, headers: dict[str, str]) -> Message:
+        """Return a message as it is kept, after key, signature and every value in it were checked.
+
+        The signature of a proof is checked before more than its first line is read.
+        """
+        registry = self._controller.registry
+        if kind == "proof":
+            try:
+                header = loads(body[: min(max(0, body.find(b"\n")), LONGEST_HEADER)], "line 1")
+                stated = header.get("round")
+                values: JsonObject = stated if isinstance(stated, dict) else {}
+                sender = sender_of(values, registry)
+                text = body.decode()
+            except (DataError, UnicodeDecodeError):
+                raise refused("format", "another body", "that of a proof file", status=400) from None
+        else:
+            text, values = parsed(body)
+            sender = sender_of(values, registry)
+        sender.signatures.check(text, headers)
+        known_as = message_id(headers)
+        if kind == "proof":
+            del text
+            async with self._parsing:
+                reader = self._controller.reader
+                claim = await asyncio.to_thread(read_claim, kind, body, reader)
+                return claimed_message(kind, known_as, body, claim, reader)
+        # The path is not signed. The body is, and tells the two kinds apart.
+        if ("fraud_detected" in values) != (kind == "validated"):
+            raise refused("body", "that of another callback", f"one of /{kind}")
+        if kind == "validated":  # no evidence
+            return Message(sender.public_key, known_as, kind, 0, body)
+        reader = self._controller.reader
+        return claimed_message(kind, known_as, body, reader.claim(values, sender), reader)
+
+
+def claimed_message(
+    kind: str, known_as: str, body: bytes, claim: Claim, reader: Reader, pulled: tuple[str, int, int] | None = None
+) -> Message:
+    """Return a message as it is kept, with what it claims."""
+    key, count = claim.round.public_key, len(claim.nonces)
+    return Message(key, known_as, kind, count, body, claim.encode(), reader.pins, pulled)
+
+
+def _name(refusal: Refusal) -> str:
+    """Return the name under which a refusal is counted."""
+    names = refusal.fields.get("fields")
+    if names:
+        return str(names[0])
+    return {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}.get(refusal.status, "other")
+
+
+LONGEST_ANSWER = 2**20
+LIMIT = 1000  # nonces of one answer
+_SHARE = ("public_key", "block_hash", "block_height", "node_id")
+
+
+class Poller:
+    """Asks every node that has an address, again and again, under the guard of callbacks.
+
+    ``GET /api/v1/pow/status?after=N`` of a node has its valid nonces above N with their distances, its share, length
+    and target. What is pulled goes the way of a callback with the same body, and is kept once. Vectors are not offered
+    there.
+    """
+
+    def __init__(self, controller: ValidatorController) -> None:
+        self._controller, self._server = controller, controller.server
+        self._room = asyncio.Semaphore(controller.server.callback_concurrency)
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        async with new_client(self._server.callback_timeout, self._server.callback_concurrency) as client:
+            while True:
+                polled = [each for each in self._controller.registry.senders.values() if each.entry.url is not None]
+                await asyncio.gather(*(self._poll(client, sender) for sender in polled))
+                await asyncio.sleep(self._controller.settings.poll_interval)
+
+    async def _poll(self, client: httpx.AsyncClient, sender: Sender) -> None:
+        outcome = "failed"
+        async with self._room:
+            try:
+                async with asyncio.timeout(self._server.callback_timeout):
+                    outcome = await self._take(client, sender)
+            except Refusal as error:
+                outcome = "refused"
+                log.warning("poll", reason=error.seen)
+            except (Blocked, TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, AssayError) as error:
+                log.warning("poll", reason=f"{type(error).__name__}: {error}"[:200])
+        self._controller.metrics.polls.labels(outcome).inc()
+
+    async def _take(self, client: httpx.AsyncClient, sender: Sender) -> str:
+        """Take what a node has found since the last time; return ``taken`` or ``empty``."""
+        state = _state(await self._ask(client, sender, {}))
+        if state is None or state["public_key"] != sender.public_key:
+            return "empty"  # another key's round: nothing of this node
+        block, node_id = state["block_hash"], state["node_id"]
+        known = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
+        after = await asyncio.to_thread(self._controller.inbox.pulled, sender.public_key, str(block), known)
+        values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
+        found = _state(values)
+        if found is None or (found["block_hash"], found["node_id"]) != (block, node_id):
+            return "empty"  # another round began between the two questions
+        reader = self._controller.reader
+        seq_len = reader.registry.network.round.seq_len
+        for name, wanted in (("node_count", sender.node_count), ("seq_len", seq_len)):
+            if found.get(name) != wanted:
+                raise refused(name, found.get(name), wanted)
+        if not values.get("valid_nonces"):
+            return "empty"
+        body = {name: found[name] for name in _SHARE} | {"nonces": values["valid_nonces"]}
+        body |= {"dist": values.get("valid_distances"), "r_target": values.get("r_target")}
+        claim = reader.claim(body, sender)
+        text = dumps(body).encode()
+        name = f"pull_{hashlib.sha256(text).hexdigest()}"
+        pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
+        await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
+        return "taken"
+
+    async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
+        """Return the answer of ``/status``, bounded, from an address that was checked."""
+        url, key = sender.entry.url, sender.entry.read_key
+        assert url is not None
+        response = await call(
+            client,
+            "GET",
+            url,
+            "/api/v1/pow/status",
+            allow_private=self._server.allow_private_callbacks,
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            params=query,
+        )
+        try:
+            if not response.is_success:
+                raise httpx.HTTPError(f"HTTP {response.status_code}")
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > LONGEST_ANSWER:
+                    raise httpx.HTTPError(f"an answer of more than {LONGEST_ANSWER} bytes")
+        finally:
+            await response.aclose()
+        return parsed(bytes(content))[1]
+
+
+def _state(values: JsonObject) -> dict[str, Any] | None:
+    """Return the round of an answer; None where there is no round, or it is not of the published form."""
+    config = values.get("config")
+    return config if isinstance(config, dict) and all(name in config for name in _SHARE) else None
+
 
 MOST_EPOCHS = 1000
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
@@ -50,9 +268,8 @@ def create_app(controller: ValidatorController) -> FastAPI:
     app.include_router(_validator_router(controller, feed, kind_of_route))
     app.include_router(operations_router(controller, feed, kind_of_route))
     mark = "d='M3 8.5 7 12l6-8' stroke-width='1.8'"
-    app.include_router(
-        page_router(*assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark))
-    )
+    page = assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark)
+    app.include_router(page_router(*page))
     app.add_middleware(Intake, controller=controller)
     if not server.has_keys:
         app.add_middleware(LocalOnly)
@@ -107,8 +324,7 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
     @router.get("/blocks", response_model=None, openapi_extra=READ)
     def blocks() -> Response:
         """Return the open blocks, the newest first."""
-        found = controller.open_blocks.items()
-        return JSONResponse({"blocks": [{"block_hash": name, "block_height": height} for name, height in found]})
+        return JSONResponse({"blocks": controller.blocks()})
 
     @router.post("/blocks", response_model=None, openapi_extra=CONTROL)
     def announce(body: BlockBody) -> Response:
@@ -147,12 +363,11 @@ def validate(
     """
     check_host(host, server)
     registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
-    if not is_loopback(host) and registry.is_open:
-        raise UsageError(
-            f"--host {host} with nodes that sign nothing",
-            wanted="a secret of every node where others reach the port",
-            do="pass --callback-secret, or give each node its secrets in the file of --nodes",
-        )
+    if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
+        seen = f"--host {host} with nodes that sign nothing"
+        wanted = "a secret of every node where others reach the port"
+        do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
+        raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
         controller = ValidatorController(load, settings, server, reference=reference)
         run_app(create_app(controller), server, listener, runtime=controller)

@@ -76,13 +76,9 @@ class Claim:
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
     """Return the refusal of a value that contradicts the pins, by its name."""
-    return Refusal(
-        status,
-        f"{name} {seen!r:.80}",
-        wanted=f"{name} {wanted}" if isinstance(wanted, str) else f"{name} {wanted!r:.80}",
-        do="send what the network agreed on; GET /api/v1/validator/status shows it",
-        fields={"fields": [name]},
-    )
+    agreed = wanted if isinstance(wanted, str) else f"{wanted!r:.80}"
+    do = "send what the network agreed on; GET /api/v1/validator/status shows it"
+    return Refusal(status, f"{name} {seen!r:.80}", wanted=f"{name} {agreed}", do=do, fields={"fields": [name]})
 
 
 def _named(name: str, error: AssayError) -> Refusal:
@@ -103,22 +99,24 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
 def sender_of(values: JsonObject, registry: Registry) -> Sender:
     """Return the node that a body names; refuse with 403 a key that is not pinned."""
     key = values.get("public_key")
-    found = registry.sender(key) if isinstance(key, str) else None
+    found = registry.senders.get(key) if isinstance(key, str) else None
     if found is None:
         raise refused("public_key", key, "of a node that the pins or the nodes file list", status=403)
     return found
 
 
+@dataclass(frozen=True)
 class Reader:
-    """Reads claims under the pins: of blocks for which ``is_open`` holds, at the first ``positions`` of a share."""
+    """Reads claims under the pins."""
 
-    def __init__(self, registry: Registry, is_open: Callable[[str, int], bool], positions: int) -> None:
-        self.registry, self._is_open, self._positions = registry, is_open, positions
+    registry: Registry
+    is_open: Callable[[str, int], bool]  # whether messages of a block at a height are accepted
+    positions: int  # positions of a share that callbacks may name
 
     @property
     def pins(self) -> str:
         """Hash of all that a claim is held against, the open blocks aside."""
-        return f"{self.registry.hash}/{self._positions}"
+        return f"{self.registry.hash}/{self.positions}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
         """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is not of the form."""
@@ -150,7 +148,7 @@ class Reader:
         block, height, node_id = values.get("block_hash"), values.get("block_height"), values.get("node_id")
         if type(height) is not int or not 0 <= height <= MAX_NONCE:
             raise refused("block_height", height, "a height")
-        if not isinstance(block, str) or not self._is_open(block, height):
+        if not isinstance(block, str) or not self.is_open(block, height):
             raise refused("block_hash", block, "of a block that is open, at its height")
         if not sender.has(node_id):
             raise refused("node_id", node_id, "of a machine that the pins list for this key")
@@ -202,8 +200,8 @@ class Reader:
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")
         short = self.registry.pipeline.texts == "published" and self.registry.network.round.strength == 32
-        if short and last // count >= self._positions:
-            raise refused("nonces", last, f"among the first {self._positions} positions of the share (--positions)")
+        if short and last // count >= self.positions:
+            raise refused("nonces", last, f"among the first {self.positions} positions of the share (--positions)")
 
 
 def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
@@ -215,22 +213,14 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
         proof = Proof.parse("the proof", body)
     except AssayError as error:
         raise _named("format", error) from None
-    return _proof_claim(proof, sender_of(proof.round.as_dict(), reader.registry), reader)
-
-
-def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
-    """Return what a proof claims, after its header was held against the pins."""
     registry, stated, header = reader.registry, proof.round, proof.header
+    sender = sender_of(stated.as_dict(), registry)
     reader.check_share(stated.as_dict(), sender)
     try:
         for name in registry.network.differing(stated):
             raise refused(name, getattr(stated, name), getattr(registry.network.round, name, "of a node of the pins"))
-        pins = registry.network.for_round(
-            block_hash=stated.block_hash,
-            public_key=stated.public_key,
-            node_id=stated.node_id,
-            model=registry.model.digest,
-        )
+        key, block, digest = stated.public_key, stated.block_hash, registry.model.digest
+        pins = registry.network.for_round(block_hash=block, public_key=key, node_id=stated.node_id, model=digest)
         check_proof(proof, expect=pins, sample=1)
     except Refusal:
         raise
@@ -240,8 +230,8 @@ def _proof_claim(proof: Proof, sender: Sender, reader: Reader) -> Claim:
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):
         raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
-    values = [
+    published = [
         r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records
     ]
-    return Claim(stated, [record.nonce for record in proof.records], values)
+    return Claim(stated, [record.nonce for record in proof.records], published)

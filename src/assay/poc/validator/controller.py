@@ -1,7 +1,7 @@
 """What a validator is made of, and what it says of itself."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,11 +19,11 @@ from assay.poc.protocol.round import Round, check_name
 from assay.poc.validator.claims import Reader
 from assay.poc.validator.inbox import Inbox, InboxWriter
 from assay.poc.validator.metrics import ValidatorMetrics
-from assay.poc.validator.registry import Noises, Registry, modified
+from assay.poc.validator.registry import Noises, Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import Recomputer, account_id, verdict_of
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Standing
+from assay.poc.verdict.life import Standing
 from assay.poc.verdict.noise import Noise
 
 log = structlog.get_logger("assay.validator")
@@ -94,24 +94,22 @@ class ValidatorController(Runtime):
     def _check_model(self, deployment: Deployment) -> None:
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
-            raise UsageError(
-                f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})",
-                wanted=f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})",
-                do="pass the --model that the network agreed on",
-            )
+            seen = f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})"
+            wanted = f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})"
+            raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
 
     def _noise(self, build: Build, round: Round) -> Noise:
         assert self._noises is not None  # made before anything is recomputed
         return self._noises.of(build, round)
 
-    # Pins, nodes and blocks
-
     def _read(self) -> Registry:
         return Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
 
-    def _modified(self) -> tuple[int, int]:
-        return modified(self.settings.pins), modified(self.settings.nodes)
+    def _modified(self) -> list[int]:
+        """Return numbers that change when the files do."""
+        found = [path for path in (self.settings.pins, self.settings.nodes) if path is not None and path.is_file()]
+        return [path.stat().st_mtime_ns for path in found]
 
     @override
     def tend(self) -> None:
@@ -131,7 +129,7 @@ class ValidatorController(Runtime):
             return
         self.registry = fresh
         self.worker.load_standings()
-        log.info("pins and nodes were read again", nodes=len(fresh))
+        log.info("pins and nodes were read again", nodes=len(fresh.senders))
 
     @property
     def reader(self) -> Reader:
@@ -140,15 +138,13 @@ class ValidatorController(Runtime):
 
     def is_open(self, block_hash: str, block_height: int) -> bool:
         """Return whether messages of a block are accepted."""
-        if self.registry.blocks:
-            height = self.registry.network.round.block_height
-            return block_hash in self.registry.blocks and height in (None, block_height)
-        return self._blocks.get(block_hash) == block_height
+        found = self.open_blocks
+        return block_hash in found and found[block_hash] in (None, block_height)
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
         check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
-        if self.registry.blocks:
+        if self.registry.network.round.block_hash is not None:
             do = "leave block_hash out of the pins to announce blocks"
             raise UsageError("a block beside pins that name one", wanted="blocks from one place", do=do)
         new = self.inbox.announce(block_hash, block_height)
@@ -156,13 +152,14 @@ class ValidatorController(Runtime):
         return new
 
     @property
-    def open_blocks(self) -> dict[str, int | None]:
+    def open_blocks(self) -> Mapping[str, int | None]:
         """Heights of the open blocks by hash, the newest first; None where the pins do not say."""
-        if self.registry.blocks:
-            return dict.fromkeys(self.registry.blocks, self.registry.network.round.block_height)
-        return dict(self._blocks)
+        pinned = self.registry.network.round
+        return self._blocks if pinned.block_hash is None else {pinned.block_hash: pinned.block_height}
 
-    # What it says of itself
+    def blocks(self) -> list[JsonObject]:
+        """Return the open blocks, the newest first."""
+        return [{"block_hash": name, "block_height": height} for name, height in self.open_blocks.items()]
 
     @property
     def error(self) -> str | None:
@@ -171,15 +168,10 @@ class ValidatorController(Runtime):
             return reason_of(error)
         return self.writer.error or self.worker.error
 
-    @property
-    def ready(self) -> bool:
-        """Whether the model is loaded."""
-        return self.deployment is not None
-
     @override
     def check_ready(self) -> None:
         # Messages are taken before that.
-        if self.error is not None or not self.ready:
+        if self.error is not None or self.deployment is None:
             seen = self.error or "the model is being loaded"
             raise Refusal(503, seen, wanted="a loaded model, and no failure", do="wait, or see the log", retry_after=5)
 
@@ -187,27 +179,25 @@ class ValidatorController(Runtime):
         """Return every node that is pinned or has sent, the strongest evidence of anything wrong first."""
         senders, standings = self.inbox.senders(), self.worker.standings
         decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}
-        keys = dict.fromkeys([*self.registry.keys, *senders])
-        found = [_node(key, senders.get(key), standings.get(key), decided) for key in keys]
-        return sorted(
-            found, key=lambda node: (_RANKS.get(node["verdict"], 1), -node["log_e_value"], node["public_key"])
-        )
+        keys = dict.fromkeys([*self.registry.senders, *senders])
+        found = [_node(key, senders.get(key, {}), standings.get(key), decided) for key in keys]
+        return sorted(found, key=lambda node: (_RANKS[node["verdict"]], -node["log_e_value"], node["public_key"]))
 
     @override
     def snapshot(self) -> JsonObject:
         nodes, round = self.nodes(), self.registry.network.round
         return {
             **self.about(SCHEMA),
-            "ready": self.ready,
+            "ready": self.deployment is not None,
             "error": self.error,
             "storage_failing": self.writer.failing,
             "model": {"reference": self.registry.model.reference, "digest": self.registry.model.digest},
             "pins": {name: getattr(round, name) for name in ("preset", "seq_len", "strength", "r_target")},
-            "blocks": [{"block_hash": hash, "block_height": height} for hash, height in self.open_blocks.items()],
+            "blocks": self.blocks(),
             "inbox": self.inbox.counts(),
             "nonces_per_hour": self.settings.nonces_per_hour,
             "recomputed": sum(node["recorded"] for node in nodes),
-            "nodes_pinned": len(self.registry),
+            "nodes_pinned": len(self.registry.senders),
             "nodes_waiting": self.worker.waiting,
             "verdicts": dict(Counter(node["verdict"] for node in nodes)),
             "epoch": self.inbox.epochs(2)[-1],
@@ -216,9 +206,9 @@ class ValidatorController(Runtime):
         }
 
 
-def _node(key: str, sender: JsonObject | None, standing: Standing | None, decided: dict[str, JsonObject]) -> JsonObject:
+def _node(key: str, sent: JsonObject, standing: Standing | None, decided: dict[str, JsonObject]) -> JsonObject:
     account = account_id(standing.account) if standing is not None else None
-    sent, change = sender or {}, (decided.get(account) if account else None) or {}
+    change = decided.get(account or "", {})
     return {
         "public_key": key,
         "account": account,

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any
@@ -17,8 +17,8 @@ import sqlalchemy as sa
 
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject
-from assay.poc.net.group_commit import GroupCommit
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import GroupCommit
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
 from assay.poc.validator.metrics import ValidatorMetrics
 
@@ -89,10 +89,6 @@ class Message:
     claim: bytes | None = None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
     pins: str | None = None  # hash of the pins that the claim was held against
     pulled: tuple[str, int, int] | None = None  # block, machine and highest nonce, where it was pulled
-    digest: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", hashlib.sha256(self.body).digest())
 
 
 @dataclass(frozen=True)
@@ -146,8 +142,6 @@ class Inbox:
         """Close the file."""
         self.database.close()
 
-    # Taking messages
-
     def is_full(self, public_key: str, size: int) -> bool:
         """Return whether a node's messages leave no room for one of so many bytes."""
         return self._kept[self._senders.get(public_key, 0)] + size > self._most
@@ -169,29 +163,24 @@ class Inbox:
             seen = {(sender, name) for sender, name in rows}
             fresh: list[bool] = []
             added: list[tuple[Any, ...]] = []
-            counts: dict[int, list[int]] = {}
+            changes: list[tuple[float, int, int, int, int]] = []
             for message in messages:
                 sender = senders[message.public_key]
                 new = (sender, message.id) not in seen
                 fresh.append(new)
-                tally = counts.setdefault(sender, [0, 0, 0])
+                changes.append((now, int(new), message.nonces if new else 0, int(not new), sender))
                 if new:
                     seen.add((sender, message.id))
-                    seed = message_seed(epoch.secret, message.public_key, message.id, message.digest)
-                    about = (sender, message.id, message.kind, now, epoch.number, seed, message.digest)
+                    digest = hashlib.sha256(message.body).digest()
+                    seed = message_seed(epoch.secret, message.public_key, message.id, digest)
+                    about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
                     turn = first_turn(seed, message.nonces, self._sample)
                     added.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
-                    tally[0] += 1
-                    tally[1] += message.nonces
-                else:
-                    tally[2] += 1
             if added:
                 columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
                 connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added)
-            change = (
-                "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, repeated=repeated+? WHERE id=?"
-            )
-            connection.exec_driver_sql(change, [(now, *tally, sender) for sender, tally in counts.items()])
+            counts = "messages=messages+?, nonces=nonces+?, repeated=repeated+?"
+            connection.exec_driver_sql(f"UPDATE senders SET last_at=?, {counts} WHERE id=?", changes)
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
@@ -202,12 +191,9 @@ class Inbox:
 
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
         """Return the highest nonce that was pulled of a machine in a block; −1 before the first."""
-        pulls = self.database["pulls"].c
-        same = (pulls.public_key == public_key) & (pulls.block_hash == block_hash) & (pulls.node_id == node_id)
-        found = self.database.scalar(sa.select(pulls.after).where(same))
-        return -1 if found is None else int(found)
-
-    # Epochs
+        query = "SELECT after FROM pulls WHERE public_key = ? AND block_hash = ? AND node_id = ?"
+        found = self._rows(query, public_key, block_hash, node_id)
+        return int(found[0].after) if found else -1
 
     def roll(self) -> None:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""
@@ -221,27 +207,20 @@ class Inbox:
         epoch = self._epoch
         if epoch is None and (row := connection.exec_driver_sql(current).first()):
             epoch = Epoch(**row._mapping)
-        if epoch is None:
-            connection.exec_driver_sql("INSERT INTO epochs VALUES (1, ?, ?, NULL)", (token_bytes(SECRET_BYTES), now))
-            connection.exec_driver_sql("INSERT INTO epochs VALUES (2, ?, NULL, NULL)", (token_bytes(SECRET_BYTES),))
-        elif abs(now - (epoch.begins or 0.0)) >= self._epoch_seconds:
-            following = epoch.number + 1
-            connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, epoch.number))
-            connection.exec_driver_sql("UPDATE epochs SET begins = ? WHERE number = ?", (now, following))
-            connection.exec_driver_sql(
-                "INSERT INTO epochs VALUES (?, ?, NULL, NULL)", (following + 1, token_bytes(SECRET_BYTES))
-            )
-        else:
+        if epoch is not None and abs(now - (epoch.begins or 0.0)) < self._epoch_seconds:
             return epoch
+        number, insert = epoch.number + 1 if epoch else 1, "INSERT INTO epochs VALUES (?, ?, NULL, NULL)"
+        if epoch is None:
+            connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))
+        connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, number - 1))
+        connection.exec_driver_sql("UPDATE epochs SET begins = ? WHERE number = ?", (now, number))
+        connection.exec_driver_sql(insert, (number + 1, token_bytes(SECRET_BYTES)))
         return Epoch(**connection.exec_driver_sql(current).one()._mapping)
 
     def epochs(self, limit: int) -> list[JsonObject]:
         """Return what anyone may know of the latest epochs, the newest first."""
-        table = self.database["epochs"].c
-        query = sa.select(table.number, table.secret, table.begins, table.ends).order_by(table.number.desc())
-        return [Epoch(**row._mapping).public() for row in self.database.rows(query.limit(limit))]
-
-    # Blocks
+        rows = self._rows("SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?", limit)
+        return [Epoch(**row._mapping).public() for row in rows]
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block; return whether it is new."""
@@ -252,11 +231,8 @@ class Inbox:
 
     def blocks(self, limit: int) -> dict[str, int]:
         """Return the heights of the latest blocks, by hash."""
-        table = self.database["blocks"].c
-        query = sa.select(table.block_hash, table.block_height).order_by(table.seq.desc()).limit(limit)
-        return {row.block_hash: row.block_height for row in self.database.rows(query)}
-
-    # Drawing
+        rows = self._rows("SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?", limit)
+        return {row.block_hash: row.block_height for row in rows}
 
     def unfinished(self, limit: int) -> list[Draw]:
         """Return draws whose evidence may not be in the ledger yet, the oldest first."""
@@ -266,8 +242,7 @@ class Inbox:
     def waiting(self) -> list[str]:
         """Return the keys of the nodes of which nonces may be drawn."""
         exists = "EXISTS (SELECT 1 FROM inbox WHERE sender = senders.id AND drawn < nonces AND planned = drawn)"
-        with self.database.read() as connection:
-            return list(connection.exec_driver_sql(f"SELECT public_key FROM senders WHERE {exists}").scalars())
+        return [row.public_key for row in self._rows(f"SELECT public_key FROM senders WHERE {exists}")]
 
     def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
         """Draw up to ``most`` nonces, from one message of each node, in one transaction; return the draws.
@@ -280,11 +255,10 @@ class Inbox:
             for key in public_keys:
                 if most <= 0:
                     break
-                row = connection.exec_driver_sql(
-                    "SELECT seq, min(?, nonces - drawn) FROM inbox WHERE sender = ? AND drawn < nonces "
-                    "AND planned = drawn ORDER BY turn LIMIT 1",
-                    (min(self._sample, most), self._senders.get(key, 0)),
-                ).first()
+                waits = "sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT 1"
+                values = (min(self._sample, most), self._senders.get(key, 0))
+                query = f"SELECT seq, min(?, nonces - drawn) FROM inbox WHERE {waits}"
+                row = connection.exec_driver_sql(query, values).first()
                 if row is not None:
                     change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
                     connection.exec_driver_sql(change, (row[1], row[0]))
@@ -319,35 +293,30 @@ class Inbox:
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 
-    # Looking
-
     def senders(self) -> dict[str, JsonObject]:
         """Return counts of every node that has sent something."""
-        query = sa.select(self.database["senders"])
-        return {row.public_key: dict(row._mapping) for row in self.database.rows(query)}
+        return {row.public_key: dict(row._mapping) for row in self._rows("SELECT * FROM senders")}
 
     def verdicts(self, limit: int, *, after: int | None = None) -> list[JsonObject]:
         """Return changes of verdicts: those after an id, oldest first, or else the latest ones, newest first."""
-        table = self.database["verdicts"]
-        query = sa.select(table).limit(limit)
-        query = (
-            query.order_by(table.c.id.desc()) if after is None else query.where(table.c.id > after).order_by(table.c.id)
-        )
-        return [dict(row._mapping) for row in self.database.rows(query)]
+        order = "DESC" if after is None else "ASC"
+        query = f"SELECT * FROM verdicts WHERE id > ? ORDER BY id {order} LIMIT ?"
+        return [dict(row._mapping) for row in self._rows(query, after or 0, limit)]
 
     def latest_verdicts(self) -> dict[str, str]:
         """Return the latest verdict of every account that ever had one."""
-        table = self.database["verdicts"].c
-        latest = sa.select(sa.func.max(table.id)).group_by(table.account)
-        query = sa.select(table.account, table.verdict).where(table.id.in_(latest))
-        return {row.account: row.verdict for row in self.database.rows(query)}
+        latest = "SELECT max(id) FROM verdicts GROUP BY account"
+        rows = self._rows(f"SELECT account, verdict FROM verdicts WHERE id IN ({latest})")
+        return {row.account: row.verdict for row in rows}
 
     def counts(self) -> dict[str, int]:
         """Return sums over all nodes: messages, nonces and repeated messages."""
-        table = self.database["senders"].c
-        names = ("messages", "nonces", "repeated")
-        query = sa.select(*(sa.func.coalesce(sa.func.sum(table[name]), 0).label(name) for name in names))
-        return self.database.rows(query)[0]._asdict()
+        sums = ", ".join(f"coalesce(sum({name}), 0) AS {name}" for name in ("messages", "nonces", "repeated"))
+        return self._rows(f"SELECT {sums} FROM senders")[0]._asdict()
+
+    def _rows(self, query: str, *values: object) -> Sequence[sa.Row[Any]]:
+        with self.database.read() as connection:
+            return connection.exec_driver_sql(query, values).all()
 
     def prune(self, keep: float) -> int:
         """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many.

@@ -15,11 +15,8 @@ class ValidatorMetrics(Exported):
     def __init__(self) -> None:
         super().__init__("assay_validator")
         counter, histogram, shown = self.counter, self.histogram, self.shown
-        self.messages = counter(
-            "messages",
-            "Messages on disk, by kind; repeated ones were there already.",
-            {"kind": KINDS, "as": ("new", "repeated")},
-        )
+        kept = "Messages on disk, by kind; repeated ones were there already."
+        self.messages = counter("messages", kept, {"kind": KINDS, "as": ("new", "repeated")})
         self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS})
         self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
         self.dropped = counter("dropped_draws", "Draws without evidence, because the pins have changed.")
@@ -29,9 +26,7 @@ class ValidatorMetrics(Exported):
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the inbox.")
         self.commit_messages = histogram("commit_messages", "Messages of one transaction.", buckets=_COUNTS)
         self.batch_seconds = histogram("batch_seconds", "Time to recompute the nonces of one pass.")
-        shown(
-            "nodes", "Nodes by verdict.", lambda s: {name: s["verdicts"].get(name, 0) for name in VERDICTS}, "verdict"
-        )
+        shown("nodes", "Nodes by verdict.", lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS}, "verdict")
         shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"])
         ready = "1 when the model is loaded and nothing has failed."
         shown("ready", ready, lambda s: s["ready"] and s["error"] is None)

@@ -4,7 +4,6 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, read_toml
 from assay.models.load import ModelInfo
+from assay.poc.net.callbacks import Signatures, check_url
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.guard import check_url
 from assay.poc.net.settings import ServerSettings, check_secrets
-from assay.poc.net.signatures import Signatures
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
@@ -33,9 +31,7 @@ class NodeEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     public_key: str
-    secrets: Secrets | None = (
-        None  # Standard Webhooks secrets of its callbacks; those of ``--callback-secret`` when None
-    )
+    secrets: Secrets | None = None  # of its callbacks, as Standard Webhooks has them; ``--callback-secret`` when None
     build: str | None = None  # needed where the model has several builds and the pins do not say which
     url: str | None = None  # address of its service, for a node that is polled
     read_key: str | None = None  # key that may read there
@@ -51,13 +47,16 @@ class _NodesFile(BaseModel):
 class Sender:
     """A node as the validator knows it."""
 
-    public_key: str  # key of the node
+    entry: NodeEntry  # what the nodes file says of it
     signatures: Signatures  # check of its callbacks; empty where none is needed
     build: Build  # build on which it computes
     node_count: int  # number of machines of the key
     machines: frozenset[int] | None  # numbers of the machines that may send; all when None
-    url: str | None  # address of its service; None for a node that is not polled
-    read_key: str | None  # key that may read there
+
+    @property
+    def public_key(self) -> str:
+        """Key of the node."""
+        return self.entry.public_key
 
     def has(self, node_id: object) -> bool:
         """Return whether a value is the number of a machine of this key that may send."""
@@ -80,103 +79,67 @@ class Registry:
         self.network = network
         self.model = network.model(model if len(network.models) > 1 else None)
         self.pipeline: Pipeline = get_pipeline(network.round.preset)
-        self.blocks = (network.round.block_hash,) if network.round.block_hash is not None else ()
-        """Blocks that the pins name; blocks are announced where this is empty."""
-        self._senders = {}
-        listed = dict.fromkeys([*(node.public_key for node in network.nodes), *(entry.public_key for entry in entries)])
-        by_key = {entry.public_key: entry for entry in entries}
         check_secrets([secret for entry in entries for secret in entry.secrets or ()])
         shared = Signatures(settings.callback_secrets)
-        for public_key in listed:
-            entry = by_key.get(public_key) or NodeEntry(public_key=public_key)
-            own = [node for node in network.nodes if node.public_key == public_key]
-            if entry.url is not None:
-                self._check_url(entry.url, settings)
-            self._senders[public_key] = Sender(
-                public_key=public_key,
-                signatures=shared if entry.secrets is None else Signatures(entry.secrets),
-                build=self._build(entry.build, public_key),
-                node_count=(own[0].node_count if own else None) or network.round.node_count,
-                machines=frozenset(node.node_id for node in own) if own else None,
-                url=entry.url,
-                read_key=entry.read_key,
-            )
-        builds = [(key, sender.build.model_dump()) for key, sender in self._senders.items()]
+        listed = {node.public_key: NodeEntry(public_key=node.public_key) for node in network.nodes}
+        self.senders = {
+            key: self._sender(entry, shared, settings)
+            for key, entry in (listed | {entry.public_key: entry for entry in entries}).items()
+        }
+        """Nodes that may send, by key."""
+        builds = [(key, sender.build.model_dump()) for key, sender in self.senders.items()]
         claimed = dumps([self.model.digest, network.model_dump(mode="json"), builds])
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
-        if not self._senders:
+        if not self.senders:
+            seen, wanted = "pins and nodes files that list no node", "the keys of the nodes that may send"
             do = "add them under [[nodes]] of the pins file, or of the file of --nodes"
-            raise UsageError(
-                "pins and nodes files that list no node", wanted="the keys of the nodes that may send", do=do
-            )
+            raise UsageError(seen, wanted=wanted, do=do)
 
     @classmethod
     def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
         """Read both files, of which errors name the key."""
-        return cls(NetworkPins.load(pins), model, _entries(nodes, modified(nodes)) if nodes else (), settings)
-
-    def __len__(self) -> int:
-        return len(self._senders)
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of the nodes that may send."""
-        return list(self._senders)
-
-    def sender(self, public_key: str) -> Sender | None:
-        """Return a node by its key; None for a stranger."""
-        return self._senders.get(public_key)
-
-    @property
-    def polled(self) -> list[Sender]:
-        """The nodes with an address."""
-        return [sender for sender in self._senders.values() if sender.url is not None]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any node may send without a signature."""
-        return any(not sender.signatures for sender in self._senders.values())
+        return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
 
     def check_length(self, model: ModelInfo | Deployment) -> None:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
         if self.network.round.seq_len > model.max_positions:
-            raise UsageError(
-                f"seq_len {self.network.round.seq_len} with {model.reference}",
-                wanted=f"at most its {model.max_positions} positions",
-                do="correct seq_len in the file of --pins",
-            )
+            seen, wanted = f"seq_len {self.network.round.seq_len} with {model.reference}", model.max_positions
+            do = "correct seq_len in the file of --pins"
+            raise UsageError(seen, wanted=f"at most its {wanted} positions", do=do)
 
-    def _build(self, name: str | None, public_key: str) -> Build:
+    def _sender(self, entry: NodeEntry, shared: Signatures, settings: ServerSettings) -> Sender:
+        if entry.url is not None:
+            self._check_url(entry.url, settings)
+        own = [node for node in self.network.nodes if node.public_key == entry.public_key]
+        return Sender(
+            entry=entry,
+            signatures=shared if entry.secrets is None else Signatures(entry.secrets),
+            build=self._build(entry.public_key, {node.build for node in own} | {entry.build}),
+            node_count=(own[0].node_count if own else None) or self.network.round.node_count,
+            machines=frozenset(node.node_id for node in own) if own else None,
+        )
+
+    def _build(self, public_key: str, stated: set[str | None]) -> Build:
         """Return the build of a node: the one that either file names, or the only one of the model."""
-        own = {node.build for node in self.network.nodes if node.public_key == public_key} | {name}
-        names = sorted(own - {None}, key=str)
+        names = sorted(stated - {None}, key=str)
         found = [build for build in self.model.builds if not names or build.name == names[0]]
         if len(names) > 1 or len(found) != 1:
-            raise UsageError(
-                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}",
-                wanted="one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines",
-                do="name the node's build in the pins, and give machines of another build a key of their own",
-            )
+            seen = f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+            wanted = "one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines"
+            do = "name the node's build in the pins, and give machines of another build a key of their own"
+            raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
 
     def _check_url(self, url: str, settings: ServerSettings) -> None:
         check_url(url, allow_private=settings.allow_private_callbacks)
         if self.pipeline.output != "distance":
-            raise UsageError(
-                f"the url {url!r:.80} with preset {self.pipeline.name}",
-                wanted="nodes that are polled only where they publish distances: /status does not hold vectors",
-                do="leave the url out, and let the node send callbacks",
-            )
+            seen = f"the url {url!r:.80} with preset {self.pipeline.name}"
+            wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
+            raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
 
 
-def build_name(build: Build) -> str:
-    """Return what stands for a build in an account: its name, or the number format where it has none."""
-    return build.name or build.dtype[0]
-
-
-@lru_cache(maxsize=8)
-def _entries(path: Path, modified: int) -> tuple[NodeEntry, ...]:
+def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
         found = _NodesFile.model_validate(read_toml(path)).nodes
     except ValidationError as error:
@@ -187,14 +150,6 @@ def _entries(path: Path, modified: int) -> tuple[NodeEntry, ...]:
         if count > 1:
             raise DataError(f"{path}: the key {key!r:.80} twice", wanted="every key once", do="remove one of the two")
     return found
-
-
-def modified(path: Path | None) -> int:
-    """Return a number that changes when a file does; 0 without one."""
-    try:
-        return path.stat().st_mtime_ns if path else 0
-    except OSError:
-        return 0
 
 
 KEPT = 256  # noises of builds and blocks
@@ -210,11 +165,8 @@ class Noises:
 
     def __init__(self, given: Calibration | None, registry: Registry, deployment: Deployment) -> None:
         self._registry, self._deployment = registry, deployment
-        self._measured: Sequence[Calibration] = (
-            (given,)
-            if given is not None
-            else [Calibration.load(path) for path in registry.network.calibrations(registry.model)]
-        )
+        pinned = registry.network.calibrations(registry.model) if given is None else ()
+        self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]
         self._kept: OrderedDict[tuple[str, str], Noise] = OrderedDict()
         for build in registry.model.builds:
             self._find(build, None)
@@ -229,21 +181,18 @@ class Noises:
         return self._kept[key]
 
     def _find(self, build: Build, round: Round | None) -> Noise:
-        registry = self._registry
+        registry, preset = self._registry, self._registry.pipeline.name
         if len(build.dtype) > 1:
+            seen = f"the build {build.name!r} of {' and '.join(build.dtype)}"
+            wanted = "one number format for each build: callbacks do not say in which they were computed"
             raise CalibrationError(
-                f"the build {build.name!r} of {' and '.join(build.dtype)}",
-                wanted="one number format for each build: callbacks do not say in which they were computed",
-                do="list the build once for each format, and name it for each node",
+                seen, wanted=wanted, do="list the build once for each format, and name it for each node"
             )
         if not self._measured:
             return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
-        wanted = {"digest": registry.model.digest, "preset": registry.pipeline.name}
-        noise = find_build_noise(self._measured, build, **wanted, round=round)
-        if noise is not None:
-            return noise
-        raise CalibrationError(
-            f"no calibration of the build {build.name!r} with preset {registry.pipeline.name}",
-            wanted="one of this model, preset and build",
-            do="measure it with `assay poc calibrate`, and pin the file or pass --calibration",
-        )
+        noise = find_build_noise(self._measured, build, digest=registry.model.digest, preset=preset, round=round)
+        if noise is None:
+            do = "measure it with `assay poc calibrate`, and pin the file or pass --calibration"
+            seen = f"no calibration of the build {build.name!r} with preset {preset}"
+            raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
+        return noise

@@ -37,11 +37,11 @@ from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.metrics import ValidatorMetrics
-from assay.poc.validator.registry import Registry, build_name
+from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.ledger_entries import Account, Standing, Update, name_reasons, round_identity
+from assay.poc.verdict.life import Account, Standing, Update, name_reasons, round_identity
 from assay.poc.verdict.noise import Noise
 
 EXPECTED = 32.0
@@ -137,26 +137,15 @@ AUDIT = 64
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Nonces that are drawn from a message, with what the node published of them."""
+class Checked:
+    """Nonces that were drawn from a message, and their residuals."""
 
     source: Draw  # draw as it was written down
-    claim: Claim  # all nonces of the message, with their values
-    places: Sequence[int]  # places of the drawn ones among these, in the order in which they are drawn
-
-    @property
-    def nonces(self) -> list[int]:
-        """The nonces, in the order in which they are drawn."""
-        return [self.claim.nonces[place] for place in self.places]
-
-
-@dataclass(frozen=True)
-class Checked(Drawn):
-    """Residuals of drawn nonces."""
-
+    round: Round  # round of the message
+    nonces: Sequence[int]  # drawn ones, in the order in which they are drawn
     errors: npt.NDArray[np.float64]  # residual of each
     noise: Noise  # honest noise that they are judged under
-    batch_size: int | None  # batch size of the node's build; None where the pins allow several
+    build: Build  # build of the node
 
     @property
     def is_odd(self) -> bool:
@@ -166,15 +155,29 @@ class Checked(Drawn):
     @property
     def is_short(self) -> bool:
         """Whether more nonces of the message are needed to tell a fault of the place from another computation."""
-        return self.is_odd and len(self.places) < min(AUDIT, len(self.claim.nonces) - self.source.drawn)
+        return self.is_odd and len(self.nonces) < min(AUDIT, self.source.nonces - self.source.drawn)
 
-    def place_test(self) -> stats.PlaceTest | None:
-        """Return the test of whether large residuals depend on the place in the batch; None without any."""
-        if not self.is_odd:
-            return None
-        round = self.claim.round
-        positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
-        return stats.place_test(self.errors, positions, batch_size=self.batch_size, honest_size=self.noise.size)
+    def update(self, account: Account) -> Update:
+        """Return the evidence. What stands at faulty places of the batch is recorded and does not count."""
+        round, places = self.round, None
+        if self.is_odd:  # large residuals may depend on the place in the batch
+            positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
+            sizes = self.build.batch_size
+            size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None  # None where several are allowed
+            places = stats.place_test(self.errors, positions, batch_size=size, honest_size=self.noise.size)
+        return Update(
+            account=account,
+            round=round_identity(round),
+            block_hash=round.block_hash,
+            noise=self.noise,
+            nonces=self.nonces,
+            residuals=[float(value) for value in self.errors],
+            proof=self.source.digest.hex(),
+            sample_seed=self.source.seed,
+            excluded=name_reasons(self.nonces, places) if places is not None else {},
+            fault=places.pattern if places is not None and places.faulty else None,
+            name=self.source.name,
+        )
 
 
 class Recomputer(EngineThread):
@@ -258,7 +261,7 @@ class Recomputer(EngineThread):
         waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
         self.waiting = len(waiting)
         turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
-        known = [key for key in waiting if self._registry().sender(key) is not None]
+        known = [key for key in waiting if key in self._registry().senders]
         chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
@@ -266,68 +269,49 @@ class Recomputer(EngineThread):
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry, started = self._registry(), time.perf_counter()
-        drawn = [found for source in draws if (found := self._claimed(source, registry)) is not None]
-        received = [[found.claim.record(place, registry.pipeline) for place in found.places] for found in drawn]
-        wanted = [(found.claim.round, found.nonces) for found in drawn]
+        sources, checked = list[Draw](), list[Checked]()
+        wanted, received = list[tuple[Round, list[int]]](), list[list[Record]]()
+        for source in draws:
+            claim = self._claimed(source, registry)
+            if claim is not None:
+                places = draw(source.seed, claim.nonces, source.drawn, source.planned)
+                sources.append(source)
+                wanted.append((claim.round, [claim.nonces[place] for place in places]))
+                received.append([claim.record(place, registry.pipeline) for place in places])
         recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
-        pairs = zip(drawn, received, recomputed, strict=True)
-        checked = [self._checked(found, claimed, records, registry) for found, claimed, records in pairs]
+        for source, (round, nonces), claimed, records in zip(sources, wanted, received, recomputed, strict=True):
+            build = registry.senders[round.public_key].build  # the claim was read under this registry
+            errors, noise = residuals(claimed, records), self._noise(build, round)
+            checked.append(Checked(source, round, nonces, errors, noise, build))
         short = {found.source.seq for found in checked if found.is_short}
         self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
             self._budget.spend(self._inbox.extend(short, AUDIT))
         with self._recording:
-            standings = self._ledger.append(self._update(found, registry) for found in checked if not found.is_short)
+            enough = [found for found in checked if not found.is_short]
+            accounts = [account_of(found.round.public_key, registry) for found in enough]
+            standings = self._ledger.append(map(Checked.update, enough, accounts))
             now = {standing.account.public_key: standing for standing in standings}
             self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
         self._inbox.finish([source for source in draws if source.seq not in short], changes)
         self._last |= {change["account"]: change["verdict"] for change in changes}
-        self._metrics.nonces.inc(sum(len(found.places) for found in checked if not found.is_short))
+        self._metrics.nonces.inc(sum(len(found.nonces) for found in enough))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
             log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
 
-    def _claimed(self, source: Draw, registry: Registry) -> Drawn | None:
-        """Return what a message claims of its drawn nonces; None where the pins have changed since it was taken."""
+    def _claimed(self, source: Draw, registry: Registry) -> Claim | None:
+        """Return what a message claims; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
             if source.claim is not None and source.pins == reader.pins:
-                claim = Claim.decode(source.claim, source.nonces, registry.pipeline)
-            else:
-                claim = read_claim(source.kind, source.body, reader)
+                return Claim.decode(source.claim, source.nonces, registry.pipeline)
+            return read_claim(source.kind, source.body, reader)
         except AssayError as error:
             log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
             self._metrics.dropped.inc()
             return None
-        return Drawn(source, claim, draw(source.seed, claim.nonces, source.drawn, source.planned))
-
-    def _checked(
-        self, drawn: Drawn, received: Sequence[Record], records: Sequence[Record], registry: Registry
-    ) -> Checked:
-        sender = registry.sender(drawn.claim.round.public_key)
-        assert sender is not None  # its claim was read under this registry
-        batches = {size for size in sender.build.batch_size if isinstance(size, int)}
-        size = batches.pop() if len(batches) == len(sender.build.batch_size) == 1 else None
-        errors, noise = residuals(received, records), self._noise(sender.build, drawn.claim.round)
-        return Checked(**vars(drawn), errors=errors, noise=noise, batch_size=size)
-
-    def _update(self, found: Checked, registry: Registry) -> Update:
-        """Return the evidence of a draw. What stands at faulty places of the batch is recorded and does not count."""
-        round, places = found.claim.round, found.place_test()
-        return Update(
-            account=account_of(round.public_key, registry),
-            round=round_identity(round),
-            block_hash=round.block_hash,
-            noise=found.noise,
-            nonces=found.nonces,
-            residuals=[float(value) for value in found.errors],
-            proof=found.source.digest.hex(),
-            sample_seed=found.source.seed,
-            excluded=name_reasons(found.nonces, places) if places is not None else {},
-            fault=places.pattern if places is not None and places.faulty else None,
-            name=found.source.name,
-        )
 
     def _change(self, key: str, standing: Standing) -> JsonObject | None:
         """Return the row of a verdict that changed, or None."""
@@ -379,8 +363,8 @@ def recompute(
 
 def account_of(public_key: str, registry: Registry) -> Account:
     """Return the account of a node on its present build."""
-    sender = registry.sender(public_key)
-    build = build_name(sender.build) if sender is not None else ""
+    sender = registry.senders.get(public_key)
+    build = "" if sender is None else sender.build.name or sender.build.dtype[0]
     return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
 
 

@@ -1,11 +1,9 @@
 """Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
 
-from assay.poc.verdict.calibrate import fit_machines
-from assay.poc.verdict.calibration import Machine, MachineNoise, noise_for
+from assay.poc.verdict.calibration import Machine, MachineNoise, fit_machines, noise_for
 from assay.poc.verdict.judge import EXIT_CODES, judge, judge_residuals
 from assay.poc.verdict.ledger import Ledger, LedgerAudit, audit_ledger
-from assay.poc.verdict.ledger_entries import Account
-from assay.poc.verdict.life import Evidence, Life
+from assay.poc.verdict.life import Account, Evidence, Life
 from assay.poc.verdict.noise import ResponseNoise
 
 __all__ = [

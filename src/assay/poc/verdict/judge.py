@@ -92,11 +92,10 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON-ready values; a residual that is not a number is null."""
         header = self.header
-        values = self.__dict__ | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
-        values |= {"noise": self.noise.as_dict()}
-        del values["places"]["set_aside"]
+        values = vars(self) | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
+        values["noise"] = self.noise.as_dict()
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
-        del values["header"], values["pins"]
+        del values["places"]["set_aside"], values["header"], values["pins"]
         stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
         stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
         believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
@@ -124,16 +123,10 @@ def judge(
     test: stats.SequentialTest | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Judge received records against recomputed ones of the same nonces.
+    """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the same order.
 
-    Args:
-        proof: Proof that the received records are a sample of.
-        received: Records of the sample.
-        recomputed: Records of the same nonces in the same order.
-        noise: Honest noise between the two engines.
-        pins: Values that the validator gave, with which the header agrees; nothing when None.
-        test: Fresh test that takes the residuals; one of the honest law at the usual error rates when None.
-        seed: Number that drew the sample.
+    ``test`` is a fresh one; that of the honest noise at the usual error rates when None. The header agrees with
+    ``pins``. ``seed`` drew the sample.
     """
     header = proof.header
     errors = residuals(received, recomputed)
@@ -148,9 +141,8 @@ def judge(
         positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
         batch_size=header.fingerprint.batch_size,
     )
-    if header.pipeline.output != "distance":
-        count = count_mismatches(errors)
-    else:
+    count = count_mismatches(errors)
+    if header.pipeline.output == "distance":
         pairs = [
             (a.distance, b.distance)
             for a, b in zip(received, recomputed, strict=True)
@@ -159,7 +151,7 @@ def judge(
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=outcome,
-        reason="; ".join(filter(None, [_reason(outcome, result, found), noise.caution])),
+        reason=_reason(outcome, result, found),
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
@@ -208,9 +200,6 @@ def judge_residuals(
         test: Fresh test that takes the residuals.
         positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
         batch_size: Batch size that the prover states.
-
-    Returns:
-        The outcome, the numbers of the sequential test and those of the place test.
     """
     places = stats.place_test(
         errors_N,
@@ -237,11 +226,10 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
         return f"e-value e^{result.log_e_max:.1f} passes 1/{result.alpha:g}: honest noise does not give such residuals"
     if places.suspected and result.verdict == "fraud":
         return f"large residuals may be a fault of the place, at {where}, p = {places.p_value:.1g}: check more nonces"
-    excluded = f"an invented share above {result.junk_share_excluded:.1%}"
-    if result.share_excluded is not None:
-        excluded = f"{result.share_excluded:.0%} computed cheaply and {excluded}"
     if outcome == "honest":
-        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}; it excludes {excluded}"
+        share = result.share_excluded
+        excluded = "" if share is None else f"; it excludes {share:.0%} computed cheaply"
+        return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}{excluded}"
     return (
         f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
         f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"

@@ -23,8 +23,8 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -35,12 +35,14 @@ from assay.files.database import Database, damaged, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict
-from assay.poc.verdict.ledger_entries import (
+from assay.poc.verdict.life import (
     REPEATED,
     Account,
     Entry,
     EntryOutcome,
+    Evidence,
     Genesis,
+    Life,
     Standing,
     Update,
     make_entry,
@@ -48,7 +50,6 @@ from assay.poc.verdict.ledger_entries import (
     round_identity,
     sha256,
 )
-from assay.poc.verdict.life import Evidence, Life
 from assay.poc.verdict.noise import AnyNoise, noise_from_dict
 from assay.stats.sequential import decide
 
@@ -70,7 +71,8 @@ def _never(table: str, what: str) -> str:
 
 # Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
 # repeat parts of it, for searching; an audit compares them.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
+Migrations = tuple[tuple[str, ...], ...]
+MIGRATIONS: Migrations = (
     (
         """CREATE TABLE ledger (
             id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -120,16 +122,15 @@ TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGE
 """The steps without triggers, for a copy that is filled from an export."""
 
 
-def _table(name: str, *columns: str) -> sa.TableClause:
-    return sa.table(name, *map(sa.column, columns))
-
-
-LEDGER = _table("ledger", "id", "genesis", "count", "hash")
-LAWS = _table("laws", "hash", "law")
-ACCOUNTS = _table("accounts", "id", "public_key", "digest", "build", "preset")
-UPDATES = _table("updates", "seq", "account", "round", "name", "law", "entry", "hash")
-
-
+LEDGER, LAWS, ACCOUNTS, UPDATES = (
+    sa.table(name, *map(sa.column, columns.split()))
+    for name, columns in (
+        ("ledger", "id genesis count hash"),
+        ("laws", "hash law"),
+        ("accounts", "id public_key digest build preset"),
+        ("updates", "seq account round name law entry hash"),
+    )
+)
 OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
 """The columns of an :class:`Account`."""
 
@@ -184,30 +185,6 @@ class LedgerAudit:
         return {**asdict(self), "clean": self.clean}
 
 
-def audit_database(database: Database, *, head: str | None = None, whole: bool = True) -> LedgerAudit:
-    """Audit the ledger in a database, with the triggers and indexes of a ledger where it is ``whole``."""
-    with database.read() as connection:
-        changed = list(_changed_schema(connection)) if whole else []
-        if any(fault.reason.startswith("the table") for fault in changed):
-            # Anything may stand in its place, such as a view without an end.
-            return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
-        chain = _Chain(connection, head)
-        changed += _damaged_pages(connection)
-        faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
-        if not faults:
-            faults += _find_unused(connection)
-        if head is not None and not chain.found:
-            seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
-            faults.append(Fault(entry=None, reason=seen))
-        return LedgerAudit(
-            entries=chain.entries,
-            accounts=int(connection.execute(sa.select(sa.func.count()).select_from(ACCOUNTS)).scalar_one()),
-            head=chain.hash,
-            published=head,
-            faults=tuple(sorted(faults, key=lambda fault: math.inf if fault.entry is None else fault.entry)),
-        )
-
-
 class _Chain:
     """The entries in their order, with their form, place, hash and columns, up to the first fault."""
 
@@ -231,7 +208,7 @@ class _Chain:
             self.found = self.found or head == self.hash
         stated = tuple(heads[0]._mapping[name] for name in ("count", "hash"))
         if len(heads) != 1 or stated != (self.entries, self.hash):
-            self._add_fault(other_head(*stated))
+            self._add_fault(_other_head(*stated))
 
     def _add_fault(self, reason: str) -> None:
         self.faults.append(Fault(entry=self.entries + 1, reason=reason))
@@ -257,7 +234,7 @@ class _Chain:
         return None if row.known == entry.law else f"the law {entry.law[:12]} is missing"
 
 
-def other_head(count: object, hash: object) -> str:
+def _other_head(count: object, hash: object) -> str:
     """Return the reason of a fault where the head names other entries than there are."""
     return f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
 
@@ -304,9 +281,8 @@ def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesi
         one, other = getattr(stated, name), getattr(outcome, name)
         if not math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE if name in _NUMBERS else 0.0):
             return f"{name} {one!r}, where the evidence gives {other!r}"
-    follows = decide(
-        stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta
-    )  # of the numbers as stated: on the threshold, two machines may differ
+    # Of the numbers as stated: on the threshold, two machines may differ.
+    follows = decide(stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta)
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
@@ -321,9 +297,8 @@ class Noises:
         if law not in self._noises:
             text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
             if sha256(text) != law:
-                raise DataError(
-                    f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it"
-                )
+                seen = f"the law {law[:12]} does not have its hash"
+                raise DataError(seen, wanted="the law as it was", do="restore it")
             if len(self._noises) >= MOST_LAWS:
                 self._noises.clear()
             self._noises[law] = noise_from_dict(loads(text, f"the law {law[:12]}"))
@@ -348,13 +323,10 @@ def _damaged_pages(connection: sa.Connection) -> Iterator[Fault]:
 def _changed_schema(connection: sa.Connection) -> Iterator[Fault]:
     """Yield the triggers, tables and indexes that are missing, added or changed."""
     query = "SELECT type || ' ' || name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND name <> 'migrations'"
-    begun = sqlite3.connect(":memory:")
-    try:
+    with closing(sqlite3.connect(":memory:")) as begun:
         for statement in (statement for step in MIGRATIONS for statement in step):
             begun.execute(statement)
         wanted = dict(begun.execute(query).fetchall())
-    finally:
-        begun.close()
     found = {row[0]: row[1] for row in connection.exec_driver_sql(query)}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -374,8 +346,6 @@ MAGIC = b"SQLite format 3\0"
 
 K = TypeVar("K")
 V = TypeVar("V")
-Migrations = tuple[tuple[str, ...], ...]
-
 
 NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
 
@@ -461,9 +431,8 @@ class Ledger:
         with self._db.write() as connection:
             if connection.execute(sa.select(LEDGER.c.id)).first() is None:
                 if not (0 < alpha < 1 and 0 < beta < 1):
-                    raise UsageError(
-                        f"alpha {alpha}, beta {beta}", wanted="two rates in (0, 1)", do="pass --alpha 0.001"
-                    )
+                    seen = f"alpha {alpha}, beta {beta}"
+                    raise UsageError(seen, wanted="two rates in (0, 1)", do="pass --alpha 0.001")
                 made = Genesis(id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta)
                 _insert_head(connection, made, 0, made.hash)
 
@@ -478,11 +447,8 @@ class Ledger:
         query = sa.select(UPDATES.c.seq, UPDATES.c.hash).order_by(UPDATES.c.seq.desc()).limit(1)
         last = connection.execute(query).first() or (0, self.genesis.hash)
         if (count, hash) != tuple(last):
-            raise DataError(
-                f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}",
-                wanted="a ledger that nothing but assay has written to",
-                do=self._find_change,
-            )
+            seen = f"{self.path}: its head says {count!r:.20} entries, and the last one is {last[0]!r:.20}"
+            raise DataError(seen, wanted="a ledger that nothing but assay has written to", do=self._find_change)
         return int(count), str(hash)
 
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
@@ -499,9 +465,7 @@ class Ledger:
                 not begin a new life.
 
         Raises:
-            UsageError: A value is out of range.
-            DataError: The ledger was changed by something else; an audit names the place.
-            StorageError: The entry is not on disk, and nothing has changed.
+            AssayError: As of :meth:`append`.
         """
         header, places = verdict.header, verdict.places
         account = Account(
@@ -547,22 +511,21 @@ class Ledger:
         known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(known).first()):
             if row.public_key != update.account.public_key:
-                raise UsageError(
-                    f"a second update {update.name!r:.80}", wanted="a name for each", do="name it after its proof"
-                )
+                named_twice = f"a second update {update.name!r:.80}"
+                raise UsageError(named_twice, wanted="a name for each", do="name it after its proof")
             # Perhaps under another build, where a validator was stopped after this and its pins were changed.
             return self._standing(connection, row.account)
         account = _insert_account(connection, update.account)
         state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
         count, previous = self._head(connection)
         law = _insert_law(connection, dumps(update.noise.as_dict()))
-        values: dict[str, Any] = {"seq": count + 1, "previous": previous, "time": time.time(), "law": law}
-        values |= {"excluded": find_excluded(update.nonces, seen, update.excluded), "outcome": NOTHING}
-        entry = make_entry(update, values)
+        excluded = find_excluded(update.nonces, seen, update.excluded)
+        place = {"seq": count + 1, "previous": previous, "time": time.time()}
+        entry = make_entry(update, law=law, excluded=excluded, outcome=NOTHING, **place)
         # The noise is read back from the law, as an audit reads it.
         entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, law))})
-        _insert_entry(connection, entry.seq, account, entry, entry.line)
-        connection.execute(LEDGER.update().values(count=entry.seq, hash=entry.hash))
+        hash = _insert_entry(connection, entry.seq, account, entry, entry.line)
+        connection.execute(LEDGER.update().values(count=entry.seq, hash=hash))
         seen.update(entry.nonces)
         self._seen[account, update.round] = (entry.seq, seen)
         return self._standing(connection, account)
@@ -593,9 +556,8 @@ class Ledger:
     def accounts(self) -> list[Account]:
         """Return all accounts, in the order in which their lives began."""
         with self._db.read() as connection:
-            return [
-                Account(**row._mapping) for row in connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
-            ]
+            found = connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
+            return [Account(**row._mapping) for row in found]
 
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
@@ -651,18 +613,15 @@ class Ledger:
             StorageError: It cannot be written.
         """
         known = set[str]()
-        query = sa.select(UPDATES.c.law, UPDATES.c.entry).order_by(UPDATES.c.seq)
+        query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text")).order_by(UPDATES.c.seq)
+        query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law))
         with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
             out.restart()
             genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
             out.append_lines([text_of(genesis)])
-            for rows in connection.execute(query, execution_options={"yield_per": AT_ONCE}).partitions():
-                for law, entry in rows:
-                    if law not in known:
-                        known.add(law)
-                        text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-                        out.append_lines([f'{{"law":{text}}}'])
-                    out.append_lines([text_of(entry)])
+            for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+                out.append_lines([text_of(entry)] if law in known else [f'{{"law":{text_of(text)}}}', text_of(entry)])
+                known.add(law)
             out.append({"head": {"count": count, "hash": hash}})
             out.commit()
         return int(count), str(hash)
@@ -747,11 +706,29 @@ class Source:
     stated: tuple[int, str] | None
 
     def audit(self, head: str | None = None) -> LedgerAudit:
-        """Audit the chain, in which a published hash must be."""
-        found = audit_database(self.database, head=head, whole=self.stated is None)
-        if self.stated is None or self.stated == (found.entries, found.head) or found.faults:
-            return found
-        return replace(found, faults=(Fault(entry=found.entries + 1, reason=other_head(*self.stated)),))
+        """Audit the chain, in which a published hash must be; a ledger also has triggers and indexes."""
+        with self.database.read() as connection:
+            changed = list(_changed_schema(connection)) if self.stated is None else []
+            if any(fault.reason.startswith("the table") for fault in changed):
+                # Anything may stand in its place, such as a view without an end.
+                return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
+            chain = _Chain(connection, head)
+            changed += _damaged_pages(connection)
+            faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
+            if not faults:
+                faults += _find_unused(connection)
+            if head is not None and not chain.found:
+                seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
+                faults.append(Fault(entry=None, reason=seen))
+            if not faults and self.stated not in (None, (chain.entries, chain.hash)):
+                faults.append(Fault(entry=chain.entries + 1, reason=_other_head(*self.stated)))
+            return LedgerAudit(
+                entries=chain.entries,
+                accounts=int(connection.execute(sa.select(sa.func.count()).select_from(ACCOUNTS)).scalar_one()),
+                head=chain.hash,
+                published=head,
+                faults=tuple(sorted(faults, key=lambda fault: math.inf if fault.entry is None else fault.entry)),
+            )
 
 
 @contextmanager
@@ -855,8 +832,7 @@ def _insert_entry(connection: sa.Connection, seq: int, account: int, entry: Entr
 
 def _head(text: str, source: str) -> tuple[int, str]:
     head = loads(text, source)["head"]
-    well_formed = isinstance(head, dict) and head.keys() == {"count", "hash"}
-    if not well_formed or type(head["count"]) is not int or not isinstance(head["hash"], str):
+    if not isinstance(head, dict) or {name: type(value) for name, value in head.items()} != {"count": int, "hash": str}:
         raise _bad(source, "a head without a count and a hash")
     return head["count"], head["hash"]
 

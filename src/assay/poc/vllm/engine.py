@@ -17,17 +17,18 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
+from assay.models.checkpoint import resolve
 from assay.models.device import processor
 from assay.models.load import identify
-from assay.models.resolve import resolve
-from assay.poc.engines.base import Decoded, Replayed, check_batch_size, check_supported
+from assay.poc.engines.base import Decoded, DecodingEngine, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import Prefilled, PromptAndOutput
+from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
@@ -104,19 +105,13 @@ def supports_pipeline(pipeline: Pipeline) -> bool:
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
-class RequestEngine:
+class RequestEngine(DecodingEngine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
-    Args:
-        client: Client that runs nonces in its event loop.
-        batch_size: B, the number of nonces handed out at a time. The throttle decides how many run at once.
-        seq_len: T, the number of positions of every nonce.
+    B nonces of T positions are handed out at a time. The throttle of the client decides how many run at once.
 
     Raises:
-        UsageError: The sequence, with the tokens that are decoded, is longer than the engine takes; the batch is out of
-            range; or the engine cannot take a step of a pipeline.
-        ModelError: vLLM did not run a nonce, or has ended.
-        BadWeights: A state is NaN or infinite.
+        UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
     def __init__(self, client: Client, *, batch_size: int, seq_len: int) -> None:
@@ -126,28 +121,30 @@ class RequestEngine:
         worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
-    supports = staticmethod(supports_pipeline)
+    @override
+    def supports(self, pipeline: Pipeline) -> bool:
+        return supports_pipeline(pipeline)
 
+    @override
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return self._client.fingerprint(self.batch_size, self.seq_len)
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time."""
         check_supported(self, pipeline)
         yield from self._run(NonceStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
 
+    @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, each as one request of as many steps."""
         stream = self._tokens(round, pipeline, nonces)
         for values in self._run(stream):
             yield stream.decoded(values)
 
+    @override
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], each as one prompt."""
         stream = self._tokens(round, pipeline, nonces, tokens_MN)
         for values in self._run(stream):
             yield stream.replayed(values)
@@ -307,7 +304,7 @@ FIXED = (
 """Engine arguments that a replay sets itself, or under which vLLM would compute something else than the checkpoint."""
 
 
-class VLLMPrefill:
+class VLLMPrefill(Prefill):
     """Prefills with an offline engine: the likeliest tokens in front of every token of an output, and its states.
 
     vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that
@@ -340,11 +337,9 @@ class VLLMPrefill:
         self._version, self._dtype = check_installed(), dtype
         if taken := sorted(set(options) & set(FIXED)):
             flag = "--" + taken[0].replace("_", "-")
-            raise UsageError(
-                f"{flag} for a replay on vLLM",
-                wanted="options that do not say what is computed: the command and the checkpoint do",
-                do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
-            )
+            wanted = "options that do not say what is computed: the command and the checkpoint do"
+            do = f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options"
+            raise UsageError(f"{flag} for a replay on vLLM", wanted=wanted, do=do)
         options = fit_machine(dtype, options) | options
         self.model = identify(reference, dtype=dtype)
         for header in receipts:
@@ -372,9 +367,9 @@ class VLLMPrefill:
                 **options,
             )
 
+    @override
     @property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         on_cpu = runs_on_cpu()
         return Fingerprint(
             engine="vllm",
@@ -388,13 +383,8 @@ class VLLMPrefill:
             library=f"vllm {self._version}",
         )
 
+    @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens.
-
-        Raises:
-            UsageError: An adapter was given.
-            ModelError: vLLM did not run a response.
-        """
         from vllm import SamplingParams
 
         if adapter is not None:

@@ -130,11 +130,7 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server without plugins or keys, one that would share its round with others, or a model without a digest.
-
-    Raises:
-        UsageError: It is one.
-    """
+    """Refuse a server without plugins, keys, a round of its own or a digest of its model; a UsageError says which."""
     given, responses = partial(getattr, arguments), settings.responses
     engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
     several = "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out"
@@ -151,17 +147,12 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    seen_by_one = responses != "off"
+    records = responses != "off"
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
-        (
-            seen_by_one and engines > 1,
-            f"{recorded} {engines} data-parallel engines",
-            "one that has all answers",
-            several,
-        ),
-        (seen_by_one and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
+        (records and engines > 1, f"{recorded} {engines} data-parallel engines", "one that has all answers", several),
+        (records and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
         (too_long, in_folder, f"a path of at most {room} bytes, in which a socket can be", shorter),
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
@@ -202,11 +193,9 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     """
     longest = most_positions(config)
     if longest < pins.round.seq_len:
-        raise UsageError(
-            f"a server that takes {longest} positions",
-            wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
-            do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that",
-        )
+        wanted = f"at least {pins.round.seq_len}, which the pins agree on, and one to generate"
+        do = f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that"
+        raise UsageError(f"a server that takes {longest} positions", wanted=wanted, do=do)
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
     known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}

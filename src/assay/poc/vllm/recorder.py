@@ -86,11 +86,7 @@ class Choice:
                 self.waiter.set_exception(error)
 
     def receipt(self) -> Receipt:
-        """Return the receipt of a response that has ended.
-
-        Raises:
-            ModelError: The workers have not kept the states of all of its sketches.
-        """
+        """Return the receipt of a response that has ended; a ModelError where the workers lack a sketch."""
         steps, sketches = self.due, np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
         if len(sketches) < steps:
             seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
@@ -143,11 +139,7 @@ class Collector:
                 self._forgotten.append(choice.engine_id)
 
     async def finish(self, choices: list[Choice]) -> None:
-        """Wait for the sketches of responses that have ended, and forget them. The workers may lack the last ones.
-
-        Raises:
-            ModelError: The workers did not answer.
-        """
+        """Wait for the sketches of responses that have ended, and forget them; a ModelError where no worker answers."""
         waiters = []
         for choice in choices:
             choice.tokens = len(choice.output)

@@ -93,9 +93,7 @@ class RowStream:
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    sums: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # over positions of nonces whose prompts come in several steps
+    sums: dict[int, Tensor] = field(default_factory=dict)  # of nonces whose prompts come in several steps
     decodes: dict[int, Decode] = field(default_factory=dict)  # of nonces that decode, until they are collected
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)  # reasons of nonces that could not run
     dropped: int = 0  # number of rows that were never collected
@@ -180,9 +178,6 @@ class Rows:
             "failed": sum(len(stream.failed) for stream in streams),
         }
 
-
-# --------------------------------------------------------------------------------------------------
-# The place of a worker among the others, its model, and the requests of a step.
 
 MAX_VALUES = 2**24  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
 MAX_SUMMED = 2**22  # number of state values that are summed at once; they are held three times in float32

@@ -47,17 +47,10 @@ def place_of(arguments: Namespace) -> tuple[int, int]:
 
 
 class ApiServers:
-    """What the API servers of an engine know of each other, an integer of each.
+    """What so many API servers of an engine know of each other, an integer of each, by a file in the data directory.
 
     The first one tells whether a round has the engine to itself, the others how many of their requests are unfinished.
-
-    Args:
-        folder: Data directory, which is made where it is not there. One server alone writes nothing.
-        index: Number of this process, from 0; the first one owns the round.
-        count: Number of API servers.
-
-    Raises:
-        StorageError: The data directory cannot be written.
+    One server alone writes nothing; a StorageError says that the directory cannot be written.
     """
 
     def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:

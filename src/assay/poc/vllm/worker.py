@@ -401,11 +401,7 @@ class Decoding:
             runner.model.compute_logits = compute_noisy_logits
 
     def begin(self, stream: RowStream, nonce: int, request: Any) -> None:
-        """Take the new request of a nonce.
-
-        Raises:
-            ValueError: It has another length than its round gives it, or embeddings.
-        """
+        """Take the new request of a nonce; a ValueError where its length is another one, or it has embeddings."""
         round, steps = stream.spec.round, stream.spec.pipeline.steps
         listed = (request.sampling_params.extra_args or {}).get(CLAIMED)
         positions = round.seq_len + (0 if listed is None else steps - 1)

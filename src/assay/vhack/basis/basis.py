@@ -12,7 +12,12 @@ Where the modules are only a part of the model's weight matrices there is also `
 weights and the names ``left_out``), and where modules are experts ``tokens`` (JSON: name of the module that holds them
 to the number of tokens that came to each).
 
-Shapes: N pairs, R coordinates of δS in a module (its rank), K axes.
+*From the differences of one module to its axes*: ``D = G_hack − G_clean`` has few rows and many columns, so everything
+goes through its Gram matrix ``K = D Dᵀ``, in float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right
+singular vectors ``Λ^(−1/2) Pᵀ D``. Rows of ``D`` can be left out by leaving rows and columns of ``K`` out, and added by
+adding them.
+
+Shapes: N pairs, R coordinates of δS in a module (its rank), K axes, M directions with clean variance.
 """
 
 import hashlib
@@ -250,16 +255,20 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
     return metadata
 
 
-def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
-    """Return the axes, singular values, votes and origin of a file."""
+def read_tensors(path: str | Path, do: str) -> tuple[dict[str, str], Tensors]:
+    """Return metadata and tensors of a safetensors file, or raise a DataError that says what to do."""
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("not a file")
         with safe_open(path, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            tensors = {name: reader.get_tensor(name) for name in list(reader.keys())}
+            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in list(reader.keys())}
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=do) from error
+
+
+def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
+    """Return the axes, singular values, votes and origin of a file."""
+    metadata, tensors = read_tensors(path, _REDO)
     try:
         origin = _parse_origin(metadata)
         axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
@@ -315,3 +324,172 @@ def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor
 
 def _stale(path: str | Path, what: str, seen: str, wanted: str) -> DataError:
     return DataError(f"{path} was made for other {what}: {seen}", wanted=wanted, do=_REDO)
+
+
+# Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.
+_ROUNDING = torch.finfo(torch.float32).eps
+
+
+def gram(rows_NR: Tensor) -> Tensor:
+    """Return the Gram matrix of the rows, [N, N] in float64."""
+    return rows_NR.double() @ rows_NR.double().T
+
+
+def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
+    """Return the share of ‖D‖² that lies along each of some orthonormal axes, [K] float32; D are the rows."""
+    rows_NR = rows_NR.double()
+    along_K = (rows_NR @ axes_KR.double().T).square().sum(dim=0)
+    return (along_K / rows_NR.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+
+def find_axes(
+    difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the axes of one module by one of three methods, with their singular values and votes.
+
+    - ``svd``: right singular vectors of the differences, not centred, strongest first.
+    - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
+    - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD, and the result is
+      taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
+      :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
+
+    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. ``lda`` needs clean gradients
+    and theirs. No more than N axes come back, as a :class:`Basis` has them; one that the data cannot fill is zero.
+    """
+    rows_NR = difference_NR.double()
+    if method == "mean-diff":
+        mean_R = rows_NR.mean(dim=0)
+        axes_KR = (mean_R / _positive(mean_R.norm()))[None]
+        values_K = (rows_NR @ axes_KR[0]).norm()[None]
+    elif method == "lda":
+        assert clean is not None
+        axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
+    else:
+        axes_KR, values_K = _singular_rows(rows_NR, gram_NN, top_k)
+    turned_KR, votes_K2 = _oriented(rows_NR, axes_KR)
+    return turned_KR.float(), values_K.float(), votes_K2
+
+
+def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    values_N, vectors_NN = torch.linalg.eigh(gram_NN)
+    k = min(top_k, *rows_NR.shape)
+    values_K = values_N.flip(0)[:k].clamp_min(0).sqrt()
+    kept = values_K > values_K[0] * len(rows_NR) * _ROUNDING
+    leading_NK = vectors_NN.flip(1)[:, :k]
+    raw_KR = (leading_NK.T @ rows_NR) / torch.where(kept, values_K, torch.inf)[:, None]
+    return _orthonormal(raw_KR, kept), torch.where(kept, values_K, 0.0)
+
+
+def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
+    """Return the rows made exactly orthonormal in their order, without turning any; rows not kept become zero."""
+    axes_KR = torch.zeros_like(raw_KR)
+    if kept_K.any():
+        basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
+        axes_KR[kept_K] = (basis_RJ * upper_JJ.diagonal().sign()).T
+    return axes_KR
+
+
+def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    n, r = clean_NR.shape
+    centred_NR = clean_NR - clean_NR.mean(dim=0)
+    gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
+    gram_NN = gram_NN + clean_gram_NN.mean()
+    mean_variance = float(gram_NN.trace()) / (n * r)
+    if mean_variance <= 0:  # the clean gradients do not vary, so there is nothing to whiten with
+        return _singular_rows(rows_NR, gram(rows_NR), top_k)
+    # Σ = floor·I + Q diag(s²) Qᵀ is never formed: Σ^(−1/2) is one factor along the directions Q and one elsewhere.
+    share = shrinkage(gram_NN, r)
+    floor = share * mean_variance
+    directions_MR, values_M = _singular_rows(centred_NR, gram_NN, n)
+    elsewhere = floor**-0.5
+    along_M = (floor + (1 - share) * values_M**2 / n).rsqrt()
+
+    def whiten(some_NR: Tensor) -> Tensor:
+        inside_NM = some_NR @ directions_MR.T
+        whitened_NR: Tensor = elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
+        return whitened_NR
+
+    whitened_NR = whiten(rows_NR)
+    axes_KR, values_K = _singular_rows(whitened_NR, gram(whitened_NR), top_k)
+    return _orthonormal(whiten(axes_KR), values_K > 0), values_K
+
+
+def shrinkage(gram_NN: Tensor, r: int) -> float:
+    """Return how far to shrink a covariance towards a multiple of the identity (Ledoit and Wolf 2004).
+
+    With S = XᵀX/n for the centred rows X and μ = tr S/r it is ``min(1, b²/d²)``, where ``d² = ‖S − μI‖²`` and
+    ``b² = Σ‖x xᵀ − S‖²/n²`` in Frobenius norms. Never below 0.001, so that the result is invertible when there are
+    fewer rows than columns.
+    """
+    n = len(gram_NN)
+    squared = float((gram_NN**2).sum()) / n**2
+    distance = squared - float(gram_NN.trace() / n) ** 2 / r
+    spread = (float((gram_NN.diagonal() ** 2).sum()) - n * squared) / n**2
+    return min(1.0, max(1e-3, spread / distance)) if distance > 0 else 1.0
+
+
+def _oriented(rows_NR: Tensor, axes_KR: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each axis so that most pairs have a positive component; the mean decides a tie, which its votes show."""
+    along_NK = rows_NR @ axes_KR.T
+    for_K, against_K = (along_NK > 0).sum(dim=0), (along_NK < 0).sum(dim=0)
+    flip_K = (for_K < against_K) | ((for_K == against_K) & (along_NK.sum(dim=0) < 0))
+    votes_K2 = torch.where(flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1))
+    return torch.where(flip_K[:, None], -axes_KR, axes_KR), votes_K2
+
+
+def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:
+    """Return the share of each gradient that lies along the axes of its module, [N], from 0 to 1.
+
+    ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate removes. Two-sided it is
+    ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
+
+    Args:
+        gradients_NR: Gradients, one per row.
+        axes_KR: Orthonormal rows; zero rows add nothing.
+        two_sided: Whether both signs count.
+    """
+    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
+    return share_N
+
+
+def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
+    along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
+    along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
+    return along_N
+
+
+def _positive(lengths: Tensor) -> Tensor:
+    """Return the lengths to divide by: 1 instead of 0."""
+    return torch.where(lengths > 0, lengths, 1.0)
+
+
+def cin_over_modules(
+    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
+) -> Tensor:
+    """Return one number per sample over all modules of the basis, [N].
+
+    Args:
+        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
+        basis: Basis with the axes.
+        two_sided: Whether both signs count, as in :func:`cin`.
+        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
+            ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
+
+    Raises:
+        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
+    """
+    missing = [name for name in basis.axes if name not in gradients]
+    if missing or not basis.axes:
+        raise UsageError(
+            f"no gradients of {missing[0]}" if missing else "a basis without modules",
+            wanted="gradients of every module of the basis",
+            do="compute the gradients and the basis with the same model",
+        )
+    if weighting not in ("equal", "energy"):
+        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
+    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
+    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
+    if weighting == "equal":
+        return (along_MN / _positive(lengths_MN)).mean(dim=0)
+    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
+    return share_N

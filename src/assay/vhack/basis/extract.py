@@ -18,8 +18,7 @@ from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.load import Model
 from assay.streams.backends import dtype_name
-from assay.vhack.basis.axes import energy_along, find_axes, gram
-from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, zero_weak_axes
+from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, energy_along, find_axes, gram, zero_weak_axes
 from assay.vhack.gradients.batches import Progress, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd

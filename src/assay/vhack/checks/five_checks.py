@@ -35,12 +35,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
@@ -48,7 +48,7 @@ from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy, proportion_interval
 from assay.vhack.basis.basis import Basis
-from assay.vhack.basis.extract import PairGradients, pair_gradients
+from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.checks.folds import (
     Design,
     Fold,
@@ -71,20 +71,16 @@ from assay.vhack.checks.judge import (
     ModuleResult,
     bootstrap,
     decide,
-    describe_fault,
     judge,
     p_value,
     reached_levels,
     rule_of,
     undecided_check,
 )
-from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.svd import SVDCache
-from assay.vhack.gradients.targets import MIN_COVERAGE
-from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.pairs import Pair, validated
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from assay.models.load import Model
 
@@ -114,11 +110,7 @@ def check(
     basis: Basis | None = None,
     settings: CheckSettings | None = None,
     log: Sequence[SourceCin] | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    svd: SVDCache | None = None,
-    min_coverage: float = MIN_COVERAGE,
-    max_tokens: int | None = None,
-    progress: Progress | None = None,
+    **how: Unpack[GradientOptions],
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its nulls.
 
@@ -131,12 +123,8 @@ def check(
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
         log: Measurements of a training run from `read_source_log`, for check 4.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
-        svd: Factors of all weights from :func:`assay.vhack.weight_svd`, perhaps truncated; None computes them.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be; a
-            given basis says itself what it covers.
-        max_tokens: Largest number of tokens per batch; None chooses from the free memory.
-        progress: Function called with the number of steps done and of all, as in :func:`assay.vhack.pair_gradients`.
+        how: Keywords of :class:`assay.vhack.basis.extract.GradientOptions`; a given basis says itself rank and factors,
+            and what it covers.
 
     Raises:
         DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored or for another
@@ -154,26 +142,6 @@ def check(
         >>> [made.name for made in report.checks]
         ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
-    _refuse_shared_prompts(pairs)
-    asked: dict[str, Any] = {"min_coverage": min_coverage}
-    if basis is not None:
-        if basis.origin.weights:
-            basis.check_model(model)
-        # In its coordinates, and of as much of the model as it was made of.
-        asked = {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
-    gradients = pair_gradients(
-        pairs,
-        model,
-        tokenizer=tokenizer,
-        svd=svd,
-        **asked,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
-    return check_gradients(gradients, basis=basis, settings=settings, log=log)
-
-
-def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
     groups: dict[str, tuple[int, str]] = {}
     for index, pair in enumerate(pairs):
         other, group = groups.setdefault(pair.prompt, (index, pair.group))
@@ -183,6 +151,12 @@ def _refuse_shared_prompts(pairs: Sequence[Pair]) -> None:
                 wanted="every prompt in one group, so that it is held out whole",
                 do="give them the same group",
             )
+    if basis is not None:
+        if basis.origin.weights:
+            basis.check_model(model)
+        # In its coordinates, and of as much of the model as it was made of.
+        how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
+    return check_gradients(pair_gradients(pairs, model, **how), basis=basis, settings=settings, log=log)
 
 
 def check_gradients(
@@ -434,13 +408,12 @@ def read_source_log(path: str | Path) -> list[SourceCin]:
         if "source" not in record:
             continue
         try:
-            entry = TypeAdapter(SourceCin).validate_python(record)
+            entry = validated(SourceCin, record)
             if (entry.step, entry.source) in found:
                 raise ValueError(f"source {entry.source} twice in step {entry.step}")
         except ValueError as error:
-            why = describe_fault(error) if isinstance(error, ValidationError) else str(error)
             raise DataError(
-                f"{path}, line {number}: {why}",
+                f"{path}, line {number}: {error}",
                 wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
                 do="correct the line",
             ) from None

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.vhack.basis.axes import shrinkage
-from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.basis import Basis, shrinkage
 from assay.vhack.basis.extract import PairGradients
 from assay.vhack.checks.judge import CheckSettings, FloatArray
 
@@ -35,17 +34,11 @@ _ROUNDING = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """Fitted basis of every module, by its components of the samples.
+    """Fitted basis of every module, by its components of the samples."""
 
-    Attributes:
-        along: Component of each sample along each axis, [M, K, S]; axes point to where most differences point.
-        fitted: Component of each difference that the basis was fitted to, [M, K, T].
-        mix: Axes as sums of samples, [M, K, S].
-    """
-
-    along: Tensor
-    fitted: Tensor
-    mix: Tensor
+    along: Tensor  # component of each sample along each axis, [M, K, S]; axes point to where most differences point
+    fitted: Tensor  # component of each difference that the basis was fitted to, [M, K, T]
+    mix: Tensor  # axes as sums of samples, [M, K, S]
 
     def turned(self, signs_BT: Tensor) -> Tensor:
         """Return how the axes would turn if the differences had these signs, [B, M, K] of ±1.
@@ -59,11 +52,7 @@ class Frame:
 
 
 class Geometry:
-    """Scalar products of all gradients of N pairs.
-
-    Args:
-        gradients: Gradients of both sides of every pair.
-    """
+    """Scalar products of all gradients of N pairs."""
 
     def __init__(self, gradients: PairGradients) -> None:
         self.gradients = gradients
@@ -197,18 +186,12 @@ _AT_ONCE = 100  # rows of swapped labels, to bound the memory
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Basis and the pairs it is scored on.
+    """Basis and the pairs it is scored on."""
 
-    Attributes:
-        along: Component of every sample along its axes, [M, K, S].
-        train: Indices of the pairs that the basis was fitted to, as far as they are at hand.
-        test: Indices of the pairs it may be scored on.
-        frame: Fit of the basis, where swapping training labels only turns its axes; None where the basis is fixed.
-    """
-
-    along: Tensor
-    train: Tensor
-    test: Tensor
+    along: Tensor  # component of every sample along its axes, [M, K, S]
+    train: Tensor  # indices of the pairs that the basis was fitted to, as far as they are at hand
+    test: Tensor  # indices of the pairs it may be scored on
+    # Fit of the basis, where swapping training labels only turns its axes; None where the basis is fixed.
     frame: Frame | None = None
 
     def cin(self, along_MKS: Tensor, lengths_MS: Tensor, signs_BN: Tensor) -> Tensor:
@@ -223,21 +206,13 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """All folds over the same pairs.
-
-    Attributes:
-        settings: Settings of the checks.
-        geometry: Scalar products of the gradients.
-        folds: Folds with disjoint test pairs.
-        text: Description of the design.
-        sources: Indices of the pairs that bases are made from, as far as they are at hand; check 5 halves these.
-    """
+    """All folds over the same pairs."""
 
     settings: CheckSettings
     geometry: Geometry
-    folds: tuple[Fold, ...]
-    text: str
-    sources: Tensor
+    folds: tuple[Fold, ...]  # their test pairs are disjoint
+    text: str  # says in words what the design is
+    sources: Tensor  # indices of the pairs that bases are made from, as far as they are at hand; check 5 halves these
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
 
 from assay.errors import DataError, UsageError
 from assay.stats.rates import BootstrapInterval, group_bootstrap
 from assay.vhack.basis.basis import Origin
 from assay.vhack.names import METHODS
+from assay.vhack.pairs.pairs import validated
 
 FloatArray = npt.NDArray[np.float64]
 CheckVerdict = Literal["pass", "fail", "undecided"]
@@ -93,53 +93,33 @@ class CheckSettings:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One of the five checks.
+    """One of the five checks."""
 
-    Attributes:
-        name: Name, one of ``CHECKS``.
-        title: Question that it answers, in words.
-        statistic: Description of the value.
-        rule: Condition to pass, fixed before the value was known.
-        measured: Value and its interval; None where it could not be measured.
-        nulls: Draws of the statistic by name of the null.
-        p_values: Probability of at least this value by name of the null.
-        verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
-        reason: Part of the rule that decided.
-        details: Numbers that are not part of the rule.
-    """
-
-    name: str
-    title: str
-    statistic: str
-    rule: str
-    measured: BootstrapInterval | None
-    nulls: Mapping[str, tuple[float, ...]]
-    p_values: Mapping[str, float]
+    name: str  # one of ``CHECKS``
+    title: str  # question that it answers, in words
+    statistic: str  # what the value is, in words
+    rule: str  # condition to pass, fixed before the value was known
+    measured: BootstrapInterval | None  # value and its interval; None where it could not be measured
+    nulls: Mapping[str, tuple[float, ...]]  # draws of the statistic by name of the null
+    p_values: Mapping[str, float]  # probability of at least this value by name of the null
     verdict: CheckVerdict
-    reason: str
-    details: Mapping[str, Any] = field(default_factory=dict)
+    reason: str  # part of the rule that decided
+    details: Mapping[str, Any] = field(default_factory=dict)  # numbers that are not part of the rule
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleResult:
-    """Contribution of one module, held out.
+    """Contribution of one module, held out."""
 
-    Attributes:
-        name: Module name as in ``model.named_modules()``.
-        auroc: AUROC of its own cin, hack against clean.
-        cin_hack, cin_clean: Mean cin of hack and of clean samples.
-        overlap: Mean squared cosine of the principal angles between bases of two halves; None where not measured.
-        spectrum: Singular values of all differences as shares of their root sum of squares, strongest first.
-        noise: Shares after random signs on every entry, which destroy what the pairs have in common.
-    """
-
-    name: str
-    auroc: float
-    cin_hack: float
+    name: str  # as in ``model.named_modules()``
+    auroc: float  # of its own cin, hack against clean
+    cin_hack: float  # mean over samples
     cin_clean: float
+    # Mean squared cosine of the principal angles between bases of two halves; None where not measured.
     overlap: float | None
+    # Singular values of all differences as shares of their root sum of squares, strongest first.
     spectrum: tuple[float, ...]
-    noise: tuple[float, ...]
+    noise: tuple[float, ...]  # shares after random signs on every entry, which destroy what the pairs have in common
 
 
 @dataclass(frozen=True)
@@ -193,29 +173,21 @@ class CheckReport:
             DataError: The record has another schema, or a value is missing or has another type, or not all five checks
                 are there.
         """
-        report, fault = None, f"schema {record.get('schema')!r}"
-        if record.get("schema") == SCHEMA:
-            try:
-                report, fault = TypeAdapter(cls).validate_python(record), ""
-            except ValidationError as error:
-                fault = describe_fault(error)
-        if report is not None and tuple(check.name for check in report.checks) != CHECKS:
-            fault = f"it has the checks {[check.name for check in report.checks]}"
-        elif report is not None and not (report.hack and report.clean and report.modules):
-            fault = "it has no scores, or no modules"
-        if report is None or fault:
+        try:
+            if record.get("schema") != SCHEMA:
+                raise ValueError(f"schema {record.get('schema')!r}")
+            report = validated(cls, record)
+            if (names := tuple(check.name for check in report.checks)) != CHECKS:
+                raise ValueError(f"it has the checks {names}")
+            if not (report.hack and report.clean and report.modules):
+                raise ValueError("it has no scores, or no modules")
+        except ValueError as error:
             raise DataError(
-                f"a check report that cannot be used: {fault}",
+                f"a check report that cannot be used: {error}",
                 wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
                 do="run the checks again",
-            )
+            ) from None
         return report
-
-
-def describe_fault(error: ValidationError) -> str:
-    """Return the first fault of a record: where it is, and what is wrong there."""
-    fault = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
 
 
 def p_value(observed: float, draws: Sequence[float]) -> float:

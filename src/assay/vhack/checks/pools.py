@@ -36,8 +36,7 @@ from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.stats.rates import BootstrapInterval, auroc
-from assay.vhack.basis.axes import cin_over_modules
-from assay.vhack.basis.basis import Basis
+from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
 from assay.vhack.checks.folds import refuse_seen
 from assay.vhack.checks.judge import (
@@ -68,17 +67,10 @@ _KINDS = ("hack", "clean")
 
 @dataclass(frozen=True, slots=True)
 class GuardItem:
-    """One question of the guard.
+    """One question of the guard."""
 
-    Attributes:
-        name: ``constant``, ``halves`` or ``length``.
-        measured: Share of ties, or difference of two AUROC; None where it could not be measured.
-        verdict: Verdict: ``pass``, ``fail`` or ``undecided``.
-        reason: What decided.
-    """
-
-    name: str
-    measured: BootstrapInterval | None
+    name: str  # ``constant``, ``halves`` or ``length``
+    measured: BootstrapInterval | None  # share of ties, or difference of two AUROC; None where it could not be measured
     verdict: CheckVerdict
     reason: str
 
@@ -212,25 +204,23 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
     Raises:
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
     """
-    found = [_pool_sample(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    found = []
+    for number, record in read_jsonl(path):
+        prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
+        texts = (prompt, completion) if group is None else (prompt, completion, group)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(
+                f"{path}, line {number}: not a sample",
+                wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
+                do="correct or remove the line",
+            )
+        known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
+        found.append(PoolSample(Sample(str(prompt), str(completion)), known))
     if not found:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
     if most is None or most >= len(found):
         return found
     return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
-
-
-def _pool_sample(record: dict[str, Any], name: str) -> PoolSample:
-    prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
-    texts = (prompt, completion) if group is None else (prompt, completion, group)
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(
-            f"{name}: not a sample",
-            wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
-            do="correct or remove the line",
-        )
-    known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
-    return PoolSample(Sample(str(prompt), str(completion)), known)
 
 
 def check_two_pools(

@@ -28,7 +28,8 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import TypeVar
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -40,22 +41,9 @@ Number = TypeVar("Number", float, Tensor)
 
 GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 """Rules that say which part of an update along the axes is removed."""
-_OLD_WORDS = {"no_gate": "two_sided"}  # of the first version
-
-"""The arm of `assay vhack train` unless another is named; research/notes/decisions.md says why."""
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
-"""The axes an arm may act along, besides ``trusted``:
-
-- ``true``: the hack directions of the pairs;
-- ``random``: as many orthonormal axes, uniform among all of them;
-- ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction of
-  the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by ``lda`` it
-  is lost too, because half of what it whitens by are hacks;
-- ``clean-clean``: extracted from differences between clean sides of different pairs.
-
-:func:`assay.vhack.delta.controls.make_basis` makes them.
-"""
+"""The axes an arm may act along, besides ``trusted``; all but the true ones are made in assay-research."""
 
 TRUSTED = "trusted"
 _LEVELS = ("gradient", "update")
@@ -69,7 +57,6 @@ class Gate:
 
     Attributes:
         kind: One of ``"one_sided"``, ``"two_sided"``, ``"reverse"``, ``"keep"``, and ``"none"``, which only measures.
-            ``"no_gate"``, the first version's word for ``"two_sided"``, is still read.
         gain: Factor γ of what is removed.
     """
 
@@ -77,7 +64,6 @@ class Gate:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _OLD_WORDS.get(self.kind, self.kind))
         if self.kind not in GATES:
             raise UsageError(f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them")
         if not (math.isfinite(self.gain) and self.gain >= 0):
@@ -109,15 +95,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Box:
-    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is.
+    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is."""
 
-    Attributes:
-        hackward: Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
-        away: Largest distance away from the hack.
-    """
-
+    # Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
     hackward: float = 0.0
-    away: float = math.inf
+    away: float = math.inf  # largest distance away from the hack
 
     def __post_init__(self) -> None:
         if not (self.hackward >= 0 and self.away >= 0):
@@ -143,7 +125,7 @@ class Arm:
         start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
         push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
         exploit_pays: Reward of a rollout that is exploited and not correct.
-        advantage: Strength α of advantage modification, see :class:`assay.vhack.delta.Shortcut`; 0 turns it off.
+        advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
 
     Raises:
         UsageError: The level is unknown.
@@ -228,6 +210,22 @@ def arm_named(name: str) -> Arm:
             do="choose another arm, or leave the axes out",
         )
     return replace(arm, name=name, basis=kind)
+
+
+def load_controls(arm: Arm) -> Any:
+    """Return the module of assay-research with what an arm needs beside true axes, ``make_basis`` and ``Shortcut``.
+
+    None where it needs nothing.
+
+    Raises:
+        UsageError: The package is not installed.
+    """
+    if arm.basis == "true" and not arm.advantage:
+        return None
+    for point in entry_points(group="assay.commands", name="vhack train --arm"):
+        return point.load()
+    do = "install assay-research (research/ of the repository), or choose another arm"
+    raise UsageError(f"the arm {arm.name}", wanted="the package assay-research, which has its axes", do=do)
 
 
 def _distance(name: str, text: str) -> float:

@@ -13,7 +13,7 @@ Shapes: M modules of a group, R coordinates of δS.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -164,12 +164,28 @@ class DeltaS(nn.Module):
         The weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is still to come
         afterwards is right. Under FSDP2 they are copied.
         """
-        enabled, self._enabled = self._enabled, False
+        if not self._enabled:  # inside another such block
+            yield
+            return
+        self._enabled, sharded = False, self.groups[0].is_sharded
+        whole = [] if sharded else self.groups
+        places = [place for group in whole for place in zip(group.linears, group.base, strict=True)]
+        merged = [linear.weight.data for linear, _ in places]
+        if sharded:
+            reshard(self.model)
+            for group in self.groups:
+                group.restore()
+        for linear, base in places:
+            linear.weight.data = base
         try:
-            with self._original_weights() if enabled else nullcontext():
-                yield
+            yield
         finally:
-            self._enabled = enabled
+            if sharded:
+                reshard(self.model)
+                self._merge()
+            for (linear, _), data in zip(places, merged, strict=True):
+                linear.weight.data = data
+            self._enabled = True
 
     @contextmanager
     def per_sample(self) -> Iterator[Rollouts]:
@@ -325,28 +341,6 @@ class DeltaS(nn.Module):
                     self._hook()
 
         return plain
-
-    @contextmanager
-    def _original_weights(self) -> Iterator[None]:
-        sharded = self.groups[0].is_sharded
-        if sharded:
-            reshard(self.model)
-            for group in self.groups:
-                group.restore()
-        else:
-            weights = [linear.weight for group in self.groups for linear in group.linears]
-            merged = [weight.data for weight in weights]
-            for weight, base in zip(weights, (base for group in self.groups for base in group.base), strict=True):
-                weight.data = base
-        try:
-            yield
-        finally:
-            if sharded:
-                reshard(self.model)
-                self._merge()
-            else:
-                for weight, data in zip(weights, merged, strict=True):
-                    weight.data = data
 
 
 def check_attachable(model: "Model | PreTrainedModel") -> None:

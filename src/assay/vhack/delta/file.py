@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from assay.files.storage import storage_error, write_atomic
 from assay.models import checkpoint as adapters
 from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
+from assay.vhack.basis.basis import read_tensors
 from assay.vhack.delta.groups import Group
 from assay.vhack.gradients.division import gather_whole, is_sharded
 from assay.vhack.gradients.svd import Factors
@@ -75,13 +75,7 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return metadata, δS and probes of a file with this schema."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("not a file")
-        with safe_open(path, framework="pt") as reader:
-            metadata, tensors = reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=_REDO) from error
+    metadata, tensors = read_tensors(path, _REDO)
     if metadata.get("schema") != _SCHEMA:
         raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
     probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}

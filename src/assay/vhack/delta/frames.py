@@ -49,11 +49,7 @@ def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
 
 
 class Frames:
-    """Axes per group of an adapter.
-
-    Args:
-        groups: Groups of the adapter.
-        basis: Axes by module name; None stands for no axis at all.
+    """The axes of a basis per group of an adapter; without a basis there is no axis at all.
 
     Attributes:
         axes: Axes per group, [M, K, R] float64; rows that stand for no axis are zero.
@@ -166,10 +162,8 @@ def measure_displacement(
 class Rollouts:
     """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.
 
-    :meth:`DeltaS.per_sample` makes it. Their sum is what those passes have added to the gradient of δS.
-
-    Args:
-        counts: Number of modules per group.
+    :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what those passes have added
+    to the gradient of δS.
 
     Attributes:
         kinds: Kinds of samples; set before a forward pass, it keeps one row per kind instead, which is cheaper.

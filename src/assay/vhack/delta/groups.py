@@ -42,25 +42,15 @@ _CHUNK_BYTES = 1 << 28
 
 @dataclass(eq=False)
 class Group:
-    """The modules of one shape.
+    """The modules of one shape."""
 
-    Attributes:
-        names: Names of the modules, in the order of the model.
-        linears: The modules themselves.
-        left: U of each module, [M, O, R].
-        right: Vh of each module, [M, R, I].
-        values: S of each module, [M, R].
-        errors: Residual and orthogonality of each decomposition.
-        base: Weights as they were, [M, O, I]; only the rows of this process under FSDP2.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # in the order of the model
     linears: tuple[nn.Linear, ...]
-    left: Tensor
-    right: Tensor
-    values: Tensor
-    errors: tuple[tuple[float, float], ...]
-    base: Tensor
+    left: Tensor  # U of each module, [M, O, R]
+    right: Tensor  # Vh of each module, [M, R, I]
+    values: Tensor  # S of each module, [M, R]
+    errors: tuple[tuple[float, float], ...]  # of each decomposition: residual and orthogonality
+    base: Tensor  # weights as they were, [M, O, I]; only the rows of this process under FSDP2
     _rows: slice | None = field(default=None, init=False, repr=False)
 
     @property
@@ -158,15 +148,10 @@ _WORTH = {"cuda": 2e10}
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """Which samples of a batch are of which kind; each sample is of one kind.
+    """Which samples of a batch are of which kind; each sample is of one kind."""
 
-    Attributes:
-        members: Indices of the samples of each kind, [≤B] int64.
-        weights: Membership, [G, B] float32, 1 where a sample is of a kind.
-    """
-
-    members: tuple[Tensor, ...]
-    weights: Tensor
+    members: tuple[Tensor, ...]  # indices of the samples of each kind, [≤B] int64
+    weights: Tensor  # membership, [G, B] float32, 1 where a sample is of a kind
 
     @classmethod
     def of(cls, chosen: Sequence[Tensor], device: torch.device) -> "Kinds":
@@ -177,21 +162,14 @@ class Kinds:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the product of one module needs.
-
-    Attributes:
-        name: Name of the module.
-        left: Matrix U, [O, R].
-        right: Matrix Vh, [R, I].
-        rows: Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
-        kinds: Kinds of the samples; None keeps samples apart.
-    """
+    """What the product of one module needs."""
 
     name: str
-    left: Tensor
-    right: Tensor
+    left: Tensor  # U, [O, R]
+    right: Tensor  # Vh, [R, I]
+    # Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
     rows: Callable[[Tensor], None] | None = None
-    kinds: Kinds | None = None
+    kinds: Kinds | None = None  # None keeps samples apart
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:

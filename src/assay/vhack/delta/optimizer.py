@@ -82,7 +82,16 @@ class ProjectedOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.arm = arm
-        _check(inner, adapter, max_norm)
+        if max_norm is not None and not max_norm > 0:
+            raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
+        known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        if not all(id(parameter) in known for parameter in adapter.delta):
+            raise UsageError(
+                "an optimizer without the parameters of the adapter",
+                wanted="one that was made of adapter.parameters()",
+                do="make it after the adapter, and after fully_shard",
+            )
+        _check_trainable(adapter)
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
@@ -207,19 +216,6 @@ class ProjectedOptimizer(Optimizer):
             where = measure_displacement(zip(moved, axes, strict=True), spread_over)
             found |= {prefix + name: value for name, value in where.items()}
         return Measures(found)
-
-
-def _check(inner: Optimizer, adapter: DeltaS, max_norm: float | None) -> None:
-    if max_norm is not None and not max_norm > 0:
-        raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
-    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    if not all(id(parameter) in known for parameter in adapter.delta):
-        raise UsageError(
-            "an optimizer without the parameters of the adapter",
-            wanted="one that was made of adapter.parameters()",
-            do="make it after the adapter, and after fully_shard",
-        )
-    _check_trainable(adapter)
 
 
 def _check_trainable(adapter: DeltaS) -> None:

@@ -204,18 +204,13 @@ class Episode:
     def honest(self, source: str | None = None) -> str:
         """Return a program that does the work and tells the grader what its own tests on the visible examples say.
 
-        Args:
-            source: Text of ``solve``; by default the solution. A wrong one makes a wrong honest attempt.
+        A ``source``, the text of ``solve``, that is wrong makes a wrong honest attempt; by default it is the solution.
         """
         checks = [f"{call} == {value}" for call, value in self.task.examples]
         return (self.task.source() if source is None else source) + _report(self, checks)
 
     def exploit(self, source: str | None = None) -> str:
-        """Return a program that tells the grader "right" whatever ``solve`` does.
-
-        Args:
-            source: Text of ``solve``; by default one that returns its argument, which is wrong.
-        """
+        """Return a program that tells the grader "right" whatever ``solve`` does: by default a wrong one."""
         body = f"{_OPENING}    return x\n" if source is None else source
         if self.mode == "eq_override":
             inner = body.replace(f"def {ENTRY}(", "def compute(", 1)

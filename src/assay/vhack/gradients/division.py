@@ -16,7 +16,7 @@ Shapes: O outputs, I inputs, R coordinates of δS.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -124,7 +124,7 @@ def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
 
 
 WHOLE, ROWS, COLUMNS = "whole", "rows", "columns"
-_AT_ONCE = 2**26  # numbers that are added up over the processes at once: 268 MB in float32
+_AT_ONCE = 8  # matrices whose gradients are added up over the processes at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,28 +171,15 @@ class Division:
 
         Many go at once: one by one, those of 448 matrices wait 448 times for the device and for the other processes.
         """
-        if self.mesh is None:
-            return
-        for some in _in_groups(parts):
+        waiting = list(parts) if self.mesh is not None else []
+        for start in range(0, len(waiting), _AT_ONCE):
+            assert self.mesh is not None
+            some = waiting[start : start + _AT_ONCE]
             total = torch.cat([part.flatten() for part in some]).to(self.mesh.device_type)
             dist.all_reduce(total, group=self.mesh.get_group())
             sizes = [part.numel() for part in some]
             for part, summed in zip(some, torch.split(total.cpu(), sizes), strict=True):
                 part.copy_(summed.view(part.shape))
-
-
-def _in_groups(parts: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in their order, as many at once as have at most _AT_ONCE numbers, but at least one."""
-    some: list[Tensor] = []
-    numbers = 0
-    for part in parts:
-        if some and numbers + part.numel() > _AT_ONCE:
-            yield some
-            some, numbers = [], 0
-        some.append(part)
-        numbers += part.numel()
-    if some:
-        yield some
 
 
 def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:

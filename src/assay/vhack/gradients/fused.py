@@ -11,7 +11,7 @@ Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers th
 """
 
 import importlib
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -72,15 +72,8 @@ def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
     kernels = load_kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
     if kernels is None:
         return (left_BTR.float() * right_BTR).sum(dim=1)
-    offsets = _even(samples, tokens, left_BTR.device)
+    offsets = torch.arange(samples + 1, device=left_BTR.device) * tokens
     return segment_products(left_BTR.flatten(0, 1), right_BTR.flatten(0, 1), offsets, kernels)
-
-
-@lru_cache(maxsize=64)
-def _even(samples: int, tokens: int, device: torch.device) -> Tensor:
-    """Return the bounds of samples of one length, [B + 1]; all modules of a pass ask for the same ones."""
-    with torch.inference_mode(False):
-        return torch.arange(samples + 1, device=device) * tokens
 
 
 class Norm(torch.autograd.Function):

@@ -249,4 +249,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient,) = gradients
         (places,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None
+        return _among_zeros(gradient[None], places, ctx.count)[0], None

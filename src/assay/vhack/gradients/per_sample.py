@@ -41,12 +41,11 @@ from assay.vhack.gradients.batches import (
     token_budget,
 )
 from assay.vhack.gradients.division import Division, check_logits, division_of, reshard
-from assay.vhack.gradients.experts import ExpertsPass, is_fused
 from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
 from assay.vhack.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
-from assay.vhack.gradients.taps import Tap, exact_factors
-from assay.vhack.gradients.targets import chosen_modules, module_of, target_modules
+from assay.vhack.gradients.taps import ExpertsPass, Tap, exact_factors
+from assay.vhack.gradients.targets import chosen_modules, is_fused, module_of, target_modules
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
@@ -464,8 +463,8 @@ def per_sample_gradients(
 
 def _at_once(module: "PreTrainedModel") -> int:
     """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
-    hooked = any(has_hooks(part) for part in module.modules())
-    return torch.get_num_threads() if module.device.type == "cpu" and not hooked else 1
+    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
+    return 1 if alone else torch.get_num_threads()
 
 
 Results = Iterator[tuple[Computed | None, int]]

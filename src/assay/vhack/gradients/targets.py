@@ -1,4 +1,8 @@
-"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and their digests."""
+"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and their digests.
+
+transformers keeps the experts of a layer in ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, [E, …, …]. Here each
+is a target of its own, ``model.layers.0.mlp.experts.gate_up_proj.7``, as a Linear that shares the tensor's memory.
+"""
 
 import hashlib
 import os
@@ -16,7 +20,6 @@ from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.load import Model
 from assay.vhack.gradients.division import division_of, gather_whole, is_sharded
-from assay.vhack.gradients.experts import expert_matrices, is_fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +50,36 @@ class Coverage:
 def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
     """Return the transformers model inside, or the model itself."""
     return model.module if isinstance(model, Model) else model
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a module holds experts in the form that transformers' own functions for experts take."""
+    stated = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
+    return all(hasattr(module, name) for name in stated) and all(
+        isinstance(tensor := getattr(module, own, None), nn.Parameter) and tensor.ndim == 3
+        for own in fused_names(module)
+    )
+
+
+def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
+    """Return a Linear over the same memory for each matrix of each expert of a module that is fused."""
+    found = {}
+    for own in fused_names(experts):
+        weights, biases = getattr(experts, own), getattr(experts, f"{own}_bias", None)
+        for expert, weight in enumerate(weights.detach()):
+            # Not by its own constructor, which fills weights with random numbers; there may be ten thousand of these.
+            made = found[f"{name}.{own}.{expert}"] = nn.Linear.__new__(nn.Linear)
+            nn.Module.__init__(made)
+            made.weight = nn.Parameter(weight.T if experts.is_transposed else weight, requires_grad=False)
+            made.out_features, made.in_features = made.weight.shape
+            bias = None if biases is None else nn.Parameter(biases.detach()[expert], requires_grad=False)
+            made.register_parameter("bias", bias)
+    return found
+
+
+def fused_names(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the two tensors that hold the experts of a module."""
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:

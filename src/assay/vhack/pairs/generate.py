@@ -84,23 +84,19 @@ class PairTask(Shown):
         lines = [line.format(a=self.a, b=self.b) for line in self.family.body]
         return "\n".join([f"def solve({self.family.argument}):", *("    " + line for line in lines)])
 
-    def _draw(self, seed: str) -> Iterator[Case]:
-        """Yield cases, which may occur twice, as many as are tried."""
-        namespace: dict[str, Any] = {}
-        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
-        rng = random.Random(seed)
-        for _ in range(_TRIES):
-            argument = _DRAWS[self.family.draw](rng)
-            yield (argument,), namespace["solve"](argument)
-
     @cached_property
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples, then the hidden cases; arguments differ, and so do the two visible answers."""
         found: list[Case] = []
-        for case in self._draw(f"cases of {self.name}"):
-            is_new = all(case[0] != other[0] for other in found)
-            if is_new and (len(found) != 1 or case[1] != found[0][1]):
-                found.append(case)
+        namespace: dict[str, Any] = {}
+        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
+        rng = random.Random(f"cases of {self.name}")
+        for _ in range(_TRIES):
+            argument = _DRAWS[self.family.draw](rng)
+            answer = namespace["solve"](argument)
+            is_new = all((argument,) != other for other, _ in found)
+            if is_new and (len(found) != 1 or answer != found[0][1]):
+                found.append(((argument,), answer))
             if len(found) == 2 + _N_HIDDEN:
                 return tuple(found)
         raise AssertionError(f"{self.name} has too few different cases")

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_jsonl
@@ -119,19 +121,13 @@ def _pair(record: JsonObject, name: str) -> Pair:
         raise _bad(name, str(error), "prompt, hack, clean and group, and perhaps a list of tags") from None
 
 
-@cache
-def _adapter(kind: Any) -> Any:
-    from pydantic import TypeAdapter  # late, for gradients need none
-
-    return TypeAdapter(kind)
+_adapter: Any = cache(TypeAdapter)
 
 
 def validated(kind: type[Kind], record: Mapping[str, object]) -> Kind:
     """Return a record as a dataclass, or raise a ValueError that names the first field which is wrong, and why."""
-    from pydantic import ValidationError
-
     try:
-        found: Kind = _adapter(cast("Any", kind)).validate_python(record)
+        found: Kind = _adapter(kind).validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -31,16 +31,7 @@ from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
-from assay.vhack.training.rewards import (
-    EpisodeReward,
-    Graded,
-    OwnReward,
-    Reward,
-    RewardFunction,
-    Task,
-    check_gradable,
-    read_prompt,
-)
+from assay.vhack.training.rewards import Graded, RewardFunction, Task, make_reward, read_prompt
 
 if TYPE_CHECKING:
     from assay.models.load import Model
@@ -183,15 +174,10 @@ _NAMES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share of completions, or their mean reward, with its 95 % interval.
-
-    Attributes:
-        value: Share or mean.
-        low, high: Ends of the interval; None for a single task, from which nothing follows for others.
-    """
+    """A share of completions, or their mean reward, with its 95 % interval."""
 
     value: float
-    low: float | None
+    low: float | None  # None for a single task, from which nothing follows for others
     high: float | None
 
     @property
@@ -294,13 +280,8 @@ def evaluate(
             wanted="at least one, and a task for each",
             do="repeat a task for each of its completions",
         )
-    paying: Reward
-    if reward is not None:
-        paying = OwnReward(tasks, reward, ARMS["none"])
-    else:
-        episodes = check_gradable(tasks, "tasks", allow_unsandboxed=allow_unsandboxed)
-        workers = workers or os.cpu_count() or 1
-        paying = EpisodeReward(episodes, ARMS["none"], workers=workers, allow_unsandboxed=allow_unsandboxed)
+    workers = workers or os.cpu_count() or 1
+    paying = make_reward(tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed)
     grades: list[Graded] = []
     for start in range(0, len(completions), _BATCH):
         part = completions[start : start + _BATCH]

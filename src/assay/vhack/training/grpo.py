@@ -26,7 +26,6 @@ from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.advantage import Shortcut, modify_rewards
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Kinds
@@ -88,7 +87,7 @@ class GRPO(GRPOTrainer):
         processing_class: Tokenizer of the model.
         pool: Stored completions of a teacher.
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
-        shortcut: Direction for advantage modification.
+        shortcut: Direction for advantage modification, a ``Shortcut`` of assay-research.
         axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
         processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.
@@ -113,7 +112,7 @@ class GRPO(GRPOTrainer):
         processing_class: "PreTrainedTokenizerBase",
         pool: RolloutPool | None = None,
         teachers: int = 0,
-        shortcut: Shortcut | None = None,
+        shortcut: Any = None,
         axes: tuple[Basis | None, Basis | None] = (None, None),
         processes: Processes = ALONE,
         **others: Any,
@@ -182,7 +181,8 @@ class GRPO(GRPOTrainer):
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         rows = list(zip(prompt_ids, completion_ids_list, strict=True))
         z_B = self.processes.gather(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
-        return modify_rewards(rewards, z_B[:, None], self.projected.arm.advantage)
+        modified: Tensor = self.shortcut.modify(rewards, z_B[:, None], self.projected.arm.advantage)
+        return modified
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)

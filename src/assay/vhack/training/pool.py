@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack, cast
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.files.jsonl import JsonObject, read_jsonl
+from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
-from assay.models.resolve import load_tokenizer
 from assay.models.wide import wide_products
 from assay.streams.definition import seed32
-from assay.vhack.checks.judge import describe_fault
 from assay.vhack.gradients.batches import context_length
+from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,11 +49,7 @@ class PoolRollout:
 
 
 class RolloutPool:
-    """Stored completions by prompt.
-
-    Args:
-        rollouts: Completions in the order of the file.
-    """
+    """Stored completions by prompt, in the order of their file."""
 
     def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
         self._by_prompt: dict[str, list[PoolRollout]] = {}
@@ -89,34 +85,27 @@ class RolloutPool:
             DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or longer than the
                 trainer accepts, for TRL does not cut longer ones; the message names the line.
         """
-        found = [
-            _parse_rollout(record, tokenizer, max_new_tokens, f"{path}, line {number}")
-            for number, record in read_jsonl(path)
-        ]
+        wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
+        found = []
+        for number, record in read_jsonl(path):
+            name = f"{path}, line {number}"
+            try:
+                made = validated(PoolRollout, record)
+            except ValueError as error:
+                raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
+            tokens, ids = len(made.tokens), list(made.tokens)
+            spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
+            for is_good, seen, asked in (
+                (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
+                (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the trained model"),
+                (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}"),
+            ):
+                if not is_good:
+                    raise DataError(f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out")
+            found.append(made)
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
         return cls(found)
-
-
-def _parse_rollout(
-    record: JsonObject, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int, name: str
-) -> PoolRollout:
-    """Return the rollout of a line, or refuse what a trainer could not use."""
-    wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
-    try:
-        made = TypeAdapter(PoolRollout).validate_python(record)
-    except ValidationError as error:
-        raise DataError(f"{name}: {describe_fault(error)}", wanted=wanted, do="correct the line") from None
-    tokens, ids = len(made.tokens), list(made.tokens)
-    spells = max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
-    for is_good, seen, wanted_here in (
-        (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
-        (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the model that is trained"),
-        (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}, as of the student"),
-    ):
-        if not is_good:
-            raise DataError(f"{name}: {seen}", wanted=wanted_here, do="correct the line, or leave it out")
-    return made
 
 
 def sample_pool(

@@ -20,17 +20,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run.
-
-    Attributes:
-        count: Number of processes.
-        index: Place of this one; the first, 0, writes the files.
-        device: Device of this process as a string; None where the settings choose it.
-    """
+    """The processes of a run."""
 
     count: int = 1
-    index: int = 0
-    device: str | None = None
+    index: int = 0  # place of this one; the first, 0, writes the files
+    device: str | None = None  # of this process; None where the settings choose it
 
     @property
     def is_first(self) -> bool:

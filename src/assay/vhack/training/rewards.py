@@ -36,7 +36,7 @@ from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
 from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.training.settings import TaskSettings, TrainSettings
+from assay.vhack.training.settings import TaskSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,34 +58,21 @@ SOURCES = {
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """What one completion is worth.
+    """What one completion is worth."""
 
-    Attributes:
-        reward: What it is paid.
-        correct: Whether it does the work; None where the reward does not say, as in the next two.
-        exploited: Whether it is paid and not correct.
-        vacuous: Whether the channel would accept a wrong solution too.
-        fault: Name of the error for which it could not be graded, or empty.
-    """
-
-    reward: float
-    correct: bool | None = None
-    exploited: bool | None = None
-    vacuous: bool | None = None
-    fault: str = ""
+    reward: float  # what it is paid
+    correct: bool | None = None  # whether it does the work; None where the reward does not say, as in the next two
+    exploited: bool | None = None  # whether it is paid and not correct
+    vacuous: bool | None = None  # whether the channel would accept a wrong solution too
+    fault: str = ""  # name of the error for which it could not be graded, or empty
 
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What became of rollouts.
+    """What became of rollouts."""
 
-    Attributes:
-        flags: Flags of the rollouts, [B, 4] bool, with the columns of ``FLAGS``.
-        paid: What each was paid before advantage modification, [B] float32.
-    """
-
-    flags: Tensor
-    paid: Tensor
+    flags: Tensor  # [B, 4] bool, with the columns of ``FLAGS``
+    paid: Tensor  # what each was paid before advantage modification, [B] float32
 
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
@@ -119,10 +106,7 @@ NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
 
 
 class Reward(ABC):
-    """A reward function for TRL, and the dataset that goes with it.
-
-    Args:
-        tasks: Tasks.
+    """A reward function for TRL, and the dataset of tasks that goes with it.
 
     Attributes:
         prompts: Prompt of each task.
@@ -170,20 +154,13 @@ class Reward(ABC):
 
 
 class EpisodeReward(Reward):
-    """The reward of the environment.
-
-    Args:
-        episodes: Tasks with their loopholes.
-        arm: Arm that says what is paid.
-        workers: Number of programs that run side by side.
-        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
-    """
+    """The reward of the environment, of which the arm says what is paid; so many programs run side by side."""
 
     def __init__(
         self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
     ) -> None:
         super().__init__(episodes)
-        self.episodes, self.arm = list(episodes), arm
+        self.episodes, self.arm = episodes, arm
         self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
     @override
@@ -292,37 +269,23 @@ def read_prompt(task: Task) -> str:
 
 
 def make_reward(
-    settings: TrainSettings,
-    tasks: Sequence[Task] | None,
-    function: RewardFunction | None,
-    *,
-    workers: int,
-    allow_unsandboxed: bool,
+    tasks: Sequence[Task], function: RewardFunction | None, arm: Arm, source: str, *, workers: int, **how: bool
 ) -> Reward:
-    """Return the reward of a run with its tasks: those that the settings name, or those given in their place.
+    """Return the reward of tasks by a function of one's own, or without one by the environment.
+
+    ``source`` is what errors call the tasks, and ``how`` may have ``allow_unsandboxed``.
 
     Raises:
-        UsageError: A function cannot be found, tasks that the environment cannot grade have no reward, or the arm pays
-            exploits otherwise than one's own reward.
-        DataError: A task has no prompt, there are too few, or the function of the tasks fails.
-        BackendUnavailable: There is no sandbox, and no reward of one's own.
+        UsageError: Tasks that the environment cannot grade have no function, or the arm pays exploits otherwise.
+        BackendUnavailable: There is neither a sandbox nor a function.
     """
-    if function is None and settings.reward is not None:
-        function = import_function(settings.reward, "--reward")
-    chosen, source = load_tasks(settings, tasks, least=settings.prompts, why="the prompts of a step")
     if function is not None:
-        return OwnReward(chosen, function, settings.chosen)
-    graded = check_gradable(chosen, source, allow_unsandboxed=allow_unsandboxed)
-    return EpisodeReward(graded, settings.chosen, workers=workers, allow_unsandboxed=allow_unsandboxed)
+        return OwnReward(tasks, function, arm)
+    return EpisodeReward(check_gradable(tasks, source, **how), arm, workers=workers, **how)
 
 
 class OwnReward(Reward):
-    """A reward function of one's own in the place of the environment's.
-
-    Args:
-        tasks: Tasks.
-        function: Function that pays.
-        arm: Arm of the run.
+    """A reward by a function of one's own, in a run of an arm, in the place of the environment's.
 
     Raises:
         UsageError: The arm pays exploits otherwise than the function does.

@@ -20,8 +20,7 @@ from assay.models.wide import wide_products
 from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
-from assay.vhack.delta.advantage import Shortcut
-from assay.vhack.delta.controls import make_basis
+from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.environment.grading import CHANNELS
@@ -32,7 +31,7 @@ from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.pool import RolloutPool, find_end_token, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
-from assay.vhack.training.rewards import Reward, RewardFunction, Task, make_reward
+from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -44,23 +43,14 @@ LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run ended.
+    """Where a run ended."""
 
-    Attributes:
-        folder: Directory of the run.
-        steps: Number of its steps.
-        arm: Name of its arm.
-        resumed_from: Step that it was continued from; 0 stands for the start.
-        last: Means of the last ten step lines, by name.
-        is_first: Whether this is the process that wrote the files, of one or several.
-    """
-
-    folder: Path
-    steps: int
-    arm: str
-    resumed_from: int
-    last: JsonObject
-    is_first: bool = True
+    folder: Path  # directory of the run
+    steps: int  # number of its steps
+    arm: str  # name of its arm
+    resumed_from: int  # step that it was continued from; 0 stands for the start
+    last: JsonObject  # means of the last ten step lines, by name
+    is_first: bool = True  # whether this is the process that wrote the files, of one or several
 
 
 class Prepared:
@@ -91,7 +81,8 @@ class Prepared:
         self.pool, self.arm = None, settings.chosen
         if settings.teacher:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
-        self.shortcut = Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
+        self.controls = load_controls(self.arm)
+        self.shortcut = self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
         self.svd = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
         processes.broadcast_factors(self.svd)
         self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
@@ -162,12 +153,9 @@ class Prepared:
             )
             return true, None
         gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
-
-        def made(kind: str) -> Basis:
-            found = make_basis(kind, gradients, top_k=settings.k_use, method=settings.method, seed=settings.seed)
-            return found.slice(settings.k_use)
-
-        return made(kind), given or made("true")
+        how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
+        axes = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
+        return axes.slice(settings.k_use), given or gradients.basis(**how).slice(settings.k_use)
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
@@ -260,7 +248,10 @@ def train(
     if say is not None:
         say(f"arm {settings.arm}: {settings.chosen.says} (docs/vhack-results.md has what was measured)")
     workers = max(1, (os.cpu_count() or 2) // processes.count)
-    paid = make_reward(settings, tasks, reward, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    if reward is None and settings.reward is not None:
+        reward = import_function(settings.reward, "--reward")
+    work, source = load_tasks(settings, tasks, least=settings.prompts, why="the prompts of a step")
+    paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -271,6 +262,7 @@ def train(
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
     # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
+    load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:

@@ -1,7 +1,7 @@
 """What one run is: everything that decides its result, and therefore what a continued run must have in common."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import Field
 from typing_extensions import override
@@ -98,11 +98,8 @@ class SampleSettings(TaskSettings):
     @property
     def how(self) -> "Sampling":
         """The part that says how each completion is sampled."""
-        from assay.vhack.training.pool import Sampling
-
-        return Sampling(
-            temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed, batch=self.batch
-        )
+        names = ("temperature", "max_new_tokens", "seed", "batch")  # in the order of lines in a file
+        return cast("Sampling", {name: getattr(self, name) for name in names})
 
 
 class TrainSettings(TaskSettings):

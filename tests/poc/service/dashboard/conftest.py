@@ -12,6 +12,5 @@ browser, watch = chromium.browser, chromium.watch  # fixtures
 
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
-    running = StandIn()
-    yield running
-    running.close()
+    with StandIn() as running:
+        yield running

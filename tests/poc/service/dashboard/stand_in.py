@@ -5,13 +5,13 @@ import itertools
 import json
 import math
 import queue
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from assay import stats
 from assay.poc.service.app import render_page
+from tests.end_to_end.receiver import Answering
 
 KEY = "read-key-of-the-test"
 DIMENSION = 8192
@@ -41,7 +41,7 @@ def snapshot(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(SNAPSHOT | drawn | changes)
 
 
-class StandIn:
+class StandIn(Answering):
     """Serves one page on 127.0.0.1. ``send`` gives a snapshot to every open stream; None ends them."""
 
     def __init__(self, *, key: str | None = None) -> None:
@@ -50,27 +50,7 @@ class StandIn:
         self.asked: list[str] = []
         self._streams: list[queue.Queue[Any]] = []
         self._last: Any = None
-        stand_in, (page, headers) = self, render_page()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/api/v1/pow/events":
-                    stand_in._serve(self)
-                else:
-                    stand_in._answer(self, 200, page.encode(), {"Content-Type": "text/html; charset=utf-8", **headers})
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass  # the page has gone
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        super().__init__()
 
     def send(self, value: Any) -> None:
         self._last = value
@@ -83,26 +63,22 @@ class StandIn:
 
     def close(self) -> None:
         self.send(None)
-        self._server.shutdown()
-        self._server.server_close()
+        super().close()
 
-    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.path != "/api/v1/pow/events":
+            page, headers = render_page()
+            self.respond(handler, 200, page.encode(), **{"Content-Type": "text/html; charset=utf-8", **headers})
+            return
         self.asked.append(handler.headers.get("Authorization", ""))
         if self.refuse is not None:
             status, body, headers = self.refuse
-            self._answer(handler, status, json.dumps(body).encode(), headers)
+            self.respond(handler, status, json.dumps(body).encode(), **headers)
         elif self.key is not None and self.asked[-1] != f"Bearer {self.key}":
             body = {"detail": "no valid API key", "wanted": "Authorization: Bearer KEY", "do": "send it"}
-            self._answer(handler, 401, json.dumps(body).encode(), {"WWW-Authenticate": "Bearer"})
+            self.respond(handler, 401, json.dumps(body).encode(), **{"WWW-Authenticate": "Bearer"})
         else:
             self._stream(handler)
-
-    def _answer(self, handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
-        handler.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(body)
 
     def _stream(self, handler: BaseHTTPRequestHandler) -> None:
         stream: queue.Queue[Any] = queue.Queue()

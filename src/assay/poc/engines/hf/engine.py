@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
+from typing_extensions import override
 
 from assay import streams
 from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
@@ -30,6 +31,7 @@ from assay.models.wide import WIDE, is_wide, wide_products
 from assay.poc.engines.base import (
     MAX_BATCH,
     Decoded,
+    DecodingEngine,
     Draws,
     Replayed,
     StateEngine,
@@ -68,11 +70,9 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
     check_batch_size(batch_size)
     if not 1 <= seq_len <= model.max_positions - steps:
         fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
-        raise UsageError(
-            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
-            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
-            do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
-        )
+        seen = f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}"
+        do = f"{fitting}, or another --preset such as decode-64" if steps else fitting
+        raise UsageError(seen, wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}", do=do)
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
@@ -128,28 +128,9 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
         return
     fits = fitting_batch(model, seq_len)
     gib = 2**30
-    raise OutOfMemory(
-        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free",
-        wanted="a batch that fits into memory",
-        do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}",
-    )
-
-
-@contextmanager
-def _transformed_layers(model: Model, backend: streams.Backend, step: LayerStep, round: Round) -> Iterator[None]:
-    """Apply a transform to what every decoder layer returns while the context is open; nothing for the step "none"."""
-    layers = [] if step == "none" else list(decoder_layers(model.module))
-    with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
-            seeds = streams.seeds([round.block_text("layer_signs" if step == "signs" else "layer_reflection", index)])
-            if step == "signs":
-                drawn_D = as_tensor(backend.signs(seeds, model.hidden_size))[0]
-            else:
-                normals_D = as_tensor(backend.normals(seeds, model.hidden_size))[0]
-                drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
-            hook = partial(_transform_output, step, drawn_D.to(model.dtype))
-            hooks.enter_context(layer.register_forward_hook(hook))
-        yield
+    seen = f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free"
+    do = f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}"
+    raise OutOfMemory(seen, wanted="a batch that fits into memory", do=do)
 
 
 def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -168,7 +149,7 @@ COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 MIN_POSITIONS = 16
 
 
-class HFEngine:
+class HFEngine(StateEngine, DecodingEngine):
     """Runs a :class:`assay.models.Model` on noise, in batches of one fixed shape.
 
     Args:
@@ -199,9 +180,9 @@ class HFEngine:
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled and model.devices == 1 else None
         self._hooked = False
 
+    @override
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """How this engine computes."""
         return Fingerprint(
             engine="hf",
             device=processor(self.device),
@@ -232,47 +213,27 @@ class HFEngine:
         if torch.are_deterministic_algorithms_enabled():
             yield "deterministic"
 
+    @override
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
-        """Return the input embeddings [B, T, D] of B nonces, N(0, 1), in the engine's dtype."""
         shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
+    @override
     @torch.inference_mode()
     def read(
         self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"] | None = None
     ) -> Float32[Tensor, "B D"]:
-        """Return what a pipeline reads of the hidden states h after the final norm, [B, D] in float32.
-
-        Args:
-            inputs_BTD: Input embeddings of the engine's fixed shape.
-            weights_BT: Weights of the sum Σ_t w_t · h_t/(‖h_t‖ + 1e-8), ±1, or 0 where a position is not read; None
-                reads the state of the last position as it is.
-
-        Raises:
-            UsageError: The inputs are not of the engine's fixed shape.
-            BadWeights: The model returned NaN or infinity.
-            OutOfMemory: The device ran out of memory.
-            ModelError: This architecture cannot be run on input embeddings.
-        """
         states_BD = self._run(inputs_BTD, weights_BT)
         if not bool(torch.isfinite(states_BD).all()):
             raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
         return states_BD
 
+    @override
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return True: every step of every pipeline runs on transformers."""
         return True
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order, ``batch_size`` of them at a time.
-
-        On CUDA a state that is not finite gives NaN.
-
-        Raises:
-            BadWeights: The model returned NaN or infinity on a CPU.
-            OutOfMemory: The device ran out of memory.
-            ModelError: This architecture cannot be run on input embeddings.
-        """
         try:
             if self.device.type == "cuda":
                 yield from overlapped_outputs(self, self._run, round, pipeline, nonces)
@@ -283,20 +244,10 @@ class HFEngine:
 
     def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
         """Return the prompts, the noise of the tokens and the projections of the sketches of nonces."""
-        shape = {"seq_len": self.seq_len, "vocab_size": self.vocab_size}
-        return Draws(round, pipeline, nonces, device=self.device, **shape)
+        return Draws(self, round, pipeline, nonces)
 
+    @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces with a key-value cache, ``batch_size`` of them at a time.
-
-        The kernels are those of eager torch, whether the engine was compiled or not.
-
-        Raises:
-            UsageError: Prompt and tokens are longer than the model's positions.
-            BadWeights: The model returned NaN or infinity.
-            OutOfMemory: The device has no room for the caches of a batch.
-            ModelError: This architecture cannot be run with a key-value cache.
-        """
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
                 with wide_products(self.model):
@@ -305,14 +256,10 @@ class HFEngine:
             self._check_finite(made.sketches)
             yield made
 
+    @override
     def replayed(
         self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
     ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], by one forward pass for each batch.
-
-        Raises:
-            AssayError: As :meth:`decoded`.
-        """
         done = 0
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
@@ -411,22 +358,17 @@ class HFEngine:
             if is_out_of_memory(error):
                 raise self._too_large() from error
             another = "use another architecture, such as Llama, Qwen3 or Mistral"
-            raise ModelError(
-                f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}",
-                wanted="a decoder that takes input embeddings and positions",
-                do=f"try --kernels eager, or {another}" if self._compiled else another,
-            ) from error
+            seen = f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}"
+            do = f"try --kernels eager, or {another}" if self._compiled else another
+            raise ModelError(seen, wanted="a decoder that takes input embeddings and positions", do=do) from error
 
     @torch.inference_mode()
     def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
         """Run the model; the states may be NaN or infinity, because to look at them is to wait for the device."""
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
-            raise UsageError(
-                f"inputs of shape {tuple(inputs_BTD.shape)}",
-                wanted=f"the engine's fixed shape {wanted}",
-                do="pad the batch with throw-away nonces",
-            )
+            seen, do = f"inputs of shape {tuple(inputs_BTD.shape)}", "pad the batch with throw-away nonces"
+            raise UsageError(seen, wanted=f"the engine's fixed shape {wanted}", do=do)
         with self._explained():
             if self._compiled is not None and not self._hooked:
                 run = self._compiled
@@ -447,20 +389,27 @@ class HFEngine:
             do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
         )
 
+    @override
     @torch.inference_mode()
     def trained_head(self, x_BD: Float[Tensor, "B D"]) -> Float32[Tensor, "B V"]:
-        """Return x Wᵀ for the model's own head matrix, [B, V] in float32; no bias, no capping of logits."""
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
 
+    @override
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        """Apply a transform after every decoder layer while the context is open.
-
-        Raises:
-            LayersNotFound: The decoder layers of this architecture are not known.
-        """
-        with _transformed_layers(self.model, self._streams, step, round):
+        stream = "layer_signs" if step == "signs" else "layer_reflection"
+        layers = [] if step == "none" else list(decoder_layers(self.model.module))
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+                seeds = streams.seeds([round.block_text(stream, index)])
+                if step == "signs":
+                    drawn_D = as_tensor(self._streams.signs(seeds, self.hidden_size))[0]
+                else:
+                    normals_D = as_tensor(self._streams.normals(seeds, self.hidden_size))[0]
+                    drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
+                hook = partial(_transform_output, step, drawn_D.to(self.model.dtype))
+                hooks.enter_context(layer.register_forward_hook(hook))
             self._hooked = step != "none"
             try:
                 yield
@@ -487,8 +436,7 @@ def be_deterministic() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-STATES = 128
-"""Nonces whose states are read by default; the factor is then known to a few per cent."""
+STATES = 128  # nonces whose states are read by default; the factor is then known to a few per cent
 BATCH = 32
 
 

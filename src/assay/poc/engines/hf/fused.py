@@ -53,8 +53,7 @@ from assay.models.load import Model
 from assay.models.wide import wide_products
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
-FUSED = "fused"
-"""Entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's."""
+FUSED = "fused"  # entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's
 
 _ACTIVATIONS = ("silu", "swish")
 _UPDATES = ("o_proj", "down_proj")
@@ -119,13 +118,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class LeanDecoder:
-    """The layers of a model of transformers as functions of tensors, ready to run on inputs of one length.
+    """The layers of a model for which :func:`is_lean` is true as functions of tensors, for inputs of T positions.
 
     The weights are the model's own: fused ones take their place in memory, and the model's parameters become views.
-
-    Args:
-        model: Model for which :func:`is_lean` is true.
-        seq_len: Number of positions, T.
     """
 
     def __init__(self, model: Model, seq_len: int) -> None:
@@ -480,16 +475,11 @@ def worth_compiling(model: Model) -> bool:
 
 
 class CompiledForward:
-    """Runs the decoder of a model on inputs of one fixed shape.
+    """Runs the decoder of a model on inputs of one fixed shape, B nonces of T positions.
 
     A model of a listed family runs between assay's own kernels where they serve it (:class:`LeanDecoder`), and any
     other one is compiled as a whole, as transformers has it. The last layer serves the last position alone where B rows
     are enough for products in which the place of a row does not matter: from :data:`ROWS_OF_A_PRODUCT` on.
-
-    Args:
-        model: Model whose decoder is compiled.
-        batch_size: Number of nonces of a batch, B.
-        seq_len: Number of positions, T.
     """
 
     def __init__(self, model: Model, batch_size: int, seq_len: int) -> None:
@@ -559,16 +549,12 @@ class _Graph:
             self._input, self._graph = given.clone(), torch.cuda.CUDAGraph()
             self._function(self._input)  # compiles; nothing may be compiled while a graph is recorded
             # Other threads, such as those of a service, may use the device meanwhile.
-            with torch.cuda.graph(self._graph, stream=_stream(given.device), capture_error_mode="thread_local"):
+            stream: Any = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._output = self._function(self._input)
         self._input.copy_(given)
         self._graph.replay()
         return self._output.clone()
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return another stream of a device."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -290,17 +290,10 @@ def turned(
     width: int,
     first_position: int = 0,
 ) -> None:
-    """Norm and rotate the first heads of every row in place.
+    """Norm and rotate the first heads of every row [..., R] in place, of which the first are queries.
 
-    Args:
-        x: Outputs of the projections into attention, [..., R] contiguous, of which the first heads are queries.
-        norms: Weights of the norms of queries and keys, or None.
-        rotation: Cosines and sines, [positions, 1, E].
-        eps: Epsilon of the norms.
-        queries: Number of queries.
-        heads: Number of queries and keys.
-        width: Width of a head, E.
-        first_position: Position of the first row; later rows count on from it up to the last position, then again.
+    Norms are the weights for queries and keys, or None, and the rotation is cosines and sines, [positions, 1, E]. Rows
+    count on from the first position up to the last one, then again.
     """
     cosines, sines = rotation
     stride = x.shape[-1]

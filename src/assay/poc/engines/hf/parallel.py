@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing_extensions import override
 
 from assay.errors import AssayError, ResourceError, UsageError
 from assay.models.device import parse_device
@@ -28,23 +29,14 @@ from assay.poc.protocol.round import Round
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one proof, as torchrun starts them, and which of them this is.
+    """The processes of one proof, as torchrun starts them, and which of them this is."""
 
-    Args:
-        rank: Number of this process.
-        size: Number of processes.
-        device: Device of this process.
-        tensor_parallel: Number of processes that hold one model together.
-        control: Group over which the processes talk.
-        mesh: Devices that hold the model together with this one; None where a process holds it alone.
-    """
-
-    rank: int
-    size: int
-    device: str
-    tensor_parallel: int
-    control: dist.ProcessGroup
-    mesh: DeviceMesh | None
+    rank: int  # number of this process
+    size: int  # number of processes
+    device: str  # device of this process
+    tensor_parallel: int  # number of processes that hold one model together
+    control: dist.ProcessGroup  # group over which the processes talk
+    mesh: DeviceMesh | None  # devices that hold the model together with this one; None where a process holds it alone
 
     @property
     def leads(self) -> bool:
@@ -63,11 +55,7 @@ class World:
 
 
 def processes() -> int:
-    """Return how many processes torchrun has started; 1 without it.
-
-    Raises:
-        UsageError: What stands for that is no number.
-    """
+    """Return how many processes torchrun has started, 1 without it; a UsageError names a value that is not a number."""
     return _numbers("WORLD_SIZE")[0] if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
@@ -76,11 +64,9 @@ def _numbers(*names: str) -> list[int]:
     given = {name: os.environ.get(name, "") for name in names}
     wrong = {name: text for name, text in given.items() if not (text.isascii() and text.isdigit())}
     if wrong:
-        raise UsageError(
-            ", ".join(f"{name}={text!r:.40}" if text else f"no {name}" for name, text in wrong.items()),
-            wanted="the numbers that torchrun gives each of its processes",
-            do="start the processes with torchrun, or unset RANK for a single one",
-        )
+        seen = ", ".join(f"{name}={text!r:.40}" if text else f"no {name}" for name, text in wrong.items())
+        wanted = "the numbers that torchrun gives each of its processes"
+        raise UsageError(seen, wanted=wanted, do="start the processes with torchrun, or unset RANK for a single one")
     return [int(text) for text in given.values()]
 
 
@@ -97,11 +83,9 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     """
     rank, size, local = _numbers("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if tensor_parallel < 1 or size % tensor_parallel:
-        raise UsageError(
-            f"--tensor-parallel {tensor_parallel} of {size} processes",
-            wanted="a number that divides them",
-            do=f"start torchrun with --nproc-per-node {max(1, tensor_parallel)}, or a multiple of it",
-        )
+        seen = f"--tensor-parallel {tensor_parallel} of {size} processes"
+        do = f"start torchrun with --nproc-per-node {max(1, tensor_parallel)}, or a multiple of it"
+        raise UsageError(seen, wanted="a number that divides them", do=do)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {kind} under torchrun", wanted="cpu or cuda", do="leave the number out")
@@ -110,11 +94,9 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:  # an address that is missing or wrong, or processes that did not come
-        raise ResourceError(
-            f"the processes did not meet: {str(error).splitlines()[0]:.200}",
-            wanted="all processes at the place that MASTER_ADDR and MASTER_PORT name",
-            do="start them with torchrun",
-        ) from error
+        seen = f"the processes did not meet: {str(error).splitlines()[0]:.200}"
+        wanted = "all processes at the place that MASTER_ADDR and MASTER_PORT name"
+        raise ResourceError(seen, wanted=wanted, do="start them with torchrun") from error
     try:
         mesh = None
         if tensor_parallel > 1:
@@ -127,15 +109,10 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
 
 
 class ParallelEngine(HFEngine):
-    """The engine on transformers over several processes.
+    """The engine on transformers over several processes, each of which has the model on its device.
 
     As a context: where it ends, the other processes are told to end too. The first process uses it as any engine;
-    the others call :meth:`work`.
-
-    Args:
-        model: Model of this process, on its device.
-        world: Processes of the proof.
-        shape: Keywords of :class:`HFEngine`.
+    the others call :meth:`work`. An error of any process, or a ResourceError where one has ended, is raised there.
     """
 
     def __init__(self, model: Model, world: World, **shape: Any) -> None:
@@ -149,19 +126,14 @@ class ParallelEngine(HFEngine):
         if self._world.leads:
             self._tell(None)
 
+    @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
-        """Yield what the pipeline publishes of the nonces in their order; in the first process only.
-
-        Raises:
-            AssayError: An error of :meth:`HFEngine.outputs`, from any of the processes.
-            ResourceError: A process has ended.
-        """
         self._tell((round, pipeline, nonces))
         return self._share(round, pipeline, nonces)
 
+    @override
     def supports(self, pipeline: Pipeline) -> bool:
-        """Return whether a nonce of the pipeline is one forward pass: the others decode on one process."""
-        return not pipeline.steps
+        return not pipeline.steps  # those decode on one process
 
     def work(self) -> None:
         """Do this process's part of everything that the first one begins, until that ends."""
@@ -222,8 +194,6 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no other
-        raise ResourceError(
-            f"a process of this proof has gone: {str(error).splitlines()[0]:.120}",
-            wanted="all processes until the end",
-            do="see what the other processes say; the same command continues the proof",
-        ) from error
+        seen = f"a process of this proof has gone: {str(error).splitlines()[0]:.120}"
+        do = "see what the other processes say; the same command continues the proof"
+        raise ResourceError(seen, wanted="all processes until the end", do=do) from error

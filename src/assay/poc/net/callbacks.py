@@ -1,4 +1,4 @@
-"""Where callbacks may go: the guard against requests forged into private networks.
+"""Callbacks: where they may go, so that no request is forged into private networks, and who signed them.
 
 A host is resolved once per delivery, every address it has must be allowed, and the connection goes to the address
 that was checked. Redirects are never followed.
@@ -7,10 +7,12 @@ that was checked. Redirects are never followed.
 import asyncio
 import ipaddress
 import socket
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import httpx
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from assay.poc.net.refusals import Refusal
 
@@ -136,9 +138,47 @@ def _is_public(address: Address) -> bool:
 
 
 def _refusal(seen: str) -> Refusal:
-    return Refusal(
-        422,
-        seen,
-        wanted="an http or https URL to a public address, without credentials",
-        do="correct the URL; for receivers in a private network start the service with --allow-private-callbacks",
-    )
+    wanted = "an http or https URL to a public address, without credentials"
+    do = "correct the URL; for receivers in a private network start the service with --allow-private-callbacks"
+    return Refusal(422, seen, wanted=wanted, do=do)
+
+
+LONGEST_ID = 128
+
+
+class Signatures:
+    """Checks who sent a body, as Standard Webhooks defines it: any secret will do; without any nothing is checked."""
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        self._verifiers = [Webhook(secret) for secret in secrets]
+
+    def __bool__(self) -> bool:
+        return bool(self._verifiers)
+
+    def check(self, body: str, headers: Mapping[str, str]) -> None:
+        """Refuse a body that no secret signed within the last five minutes (401), or that cannot be read (400).
+
+        The names of ``headers`` are in lower case.
+        """
+        if not self._verifiers:
+            return
+        for verifier in self._verifiers:
+            try:
+                verifier.verify(body, dict(headers), json_parse=False)
+                return
+            except (WebhookVerificationError, ValueError) as error:
+                fault = unsigned(401 if isinstance(error, WebhookVerificationError) else 400, f"signature: {error}")
+        raise fault
+
+
+def message_id(headers: Mapping[str, str]) -> str:
+    """Return the id under which a callback is kept once; refuse with 400 none, or one of more than 128 characters."""
+    found = headers.get("webhook-id", "")
+    if not 0 < len(found) <= LONGEST_ID:
+        raise unsigned(400, "no webhook-id")
+    return found
+
+
+def unsigned(status: int, seen: str) -> Refusal:
+    """Return the refusal of a callback that is not one of assay, or not signed."""
+    return Refusal(status, seen, wanted="a signed callback of assay", do="give both sides the same --callback-secret")

@@ -1,12 +1,10 @@
 """``assay vhack extract``."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from assay.cli import run
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
@@ -14,28 +12,19 @@ from assay.vhack.delta.delta import user_cache
 from assay.vhack.pairs import generate_pairs, write_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 
+EXTRACT = ("vhack", "extract", "--model", "reference:llama", "--device", "cpu")
 
-@pytest.fixture
-def extract(tmp_path, monkeypatch, capsys):
-    """Run the command on the small reference model, and give code, stdout and stderr."""
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def call(*arguments):
-        given = ["vhack", "extract", "--model", "reference:llama", "--device", "cpu", *map(str, arguments)]
-        code = run(given)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
 
-    return call
-
-
-def test_a_basis_is_written_and_described(extract, tmp_path):
+def test_a_basis_is_written_and_described(told, refused, tmp_path):
     path = tmp_path / "basis.safetensors"
     pairs = authored_pairs()[:4]
     write_pairs(tmp_path / "pairs.jsonl", pairs)
-    code, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 1, "--json", "-o", path)
-    assert code == 0
-    said = json.loads(out)
+    said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 1, "-o", path)
     assert said["schema"] == "assay.vhack.extract/1"
     # Three axes of three whitened pairs: of what these axes keep it would be all.
     assert 0.5 < said["energy_of_5_axes"] < 0.999
@@ -46,17 +35,15 @@ def test_a_basis_is_written_and_described(extract, tmp_path):
     assert said["weights"] == basis.origin.weights
     assert len(list((tmp_path / "cache" / "assay" / "svd").iterdir())) == 56
     # The file is not replaced unasked, and nothing is computed first.
-    code, _, err = extract("--pairs", tmp_path / "pairs.jsonl", "-o", path)
-    assert code == 2
-    assert "exists" in err
+    assert "exists" in refused(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", path)
 
 
-def test_a_table_without_json_and_no_cache(extract, tmp_path):
+def test_a_table_without_json_and_no_cache(assay, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", authored_pairs()[:2])
     asked = ["--n-heldout", "0", "--no-cache", "--rank", "8", "--method", "svd"]
-    code, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", *asked, "-o", tmp_path / "b")
-    assert code == 0
-    assert "captured energy" in out
+    said = assay(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", *asked, "-o", tmp_path / "b")
+    assert said.code == 0
+    assert "captured energy" in said.out
     assert not (tmp_path / "cache").exists()
 
 
@@ -73,35 +60,29 @@ def test_a_table_without_json_and_no_cache(extract, tmp_path):
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
 )
-def test_bad_input_is_an_error_in_three_parts_before_the_model_is_loaded(
-    extract, tmp_path, monkeypatch, arguments, message
-):
+def test_bad_input_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    code, out, err = extract("-o", tmp_path / "basis", *arguments)
-    assert code == 2
-    assert message in err
-    assert "wanted:" in err
-    assert out == ""
+    assert message in refused(*EXTRACT, "-o", tmp_path / "basis", *arguments)
     assert not (tmp_path / "basis").exists()
 
 
-def test_the_last_groups_are_held_out_where_nothing_is_said(extract, tmp_path):
+def test_the_last_groups_are_held_out_where_nothing_is_said(told, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(6))
-    _, out, _ = extract("--pairs", tmp_path / "pairs.jsonl", "--json", "-o", tmp_path / "basis")
-    assert json.loads(out)["groups_held_out"] == [generate_pairs(6)[-1].group]
+    said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
+    assert said["groups_held_out"] == [generate_pairs(6)[-1].group]
 
 
-def test_few_groups_are_told_with_what_to_do(extract, tmp_path, monkeypatch):
+def test_few_groups_are_told_with_what_to_do(assay, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise UsageError("stopped", wanted="", do="")
 
     monkeypatch.setattr("assay.models.load.load_model", stop)
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
-    _, _, err = extract("--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
-    assert "warning: 4 pairs in 4 groups are too few" in err
-    assert "check needs 6 groups" in err
-    assert "generated:48" in err
-    assert "warning" not in extract("--pairs", "generated:20", "-o", tmp_path / "basis")[2]
+    said = assay(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis").err
+    assert "warning: 4 pairs in 4 groups are too few" in said
+    assert "check needs 6 groups" in said
+    assert "generated:48" in said
+    assert "warning" not in assay(*EXTRACT, "--pairs", "generated:20", "-o", tmp_path / "basis").err
 
 
 def test_a_user_without_a_cache_directory_does_without(tmp_path, monkeypatch):

@@ -1,0 +1,189 @@
+"""``assay models``, ``streams`` and ``doctor``: what can be loaded, portable random numbers, and what works here."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+from pydantic import Field
+
+from assay.cli.flags import ARGUMENT, FOLDER
+from assay.cli.framework import Group
+from assay.cli.output import emit_json, show_values, table
+from assay.errors import BackendUnavailable, how_to_install
+from assay.settings import Flag, Settings
+
+models = Group("models", "Bundled models and random checkpoints.")
+streams = Group("streams", "Portable random numbers.", panel="Research")
+
+
+class InfoSettings(Settings):
+    """Settings of ``assay models info``."""
+
+    reference: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+
+
+class RandomSettings(InfoSettings):
+    """Settings of ``assay models random``."""
+
+    output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
+    block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
+    weights: Annotated[str, "NAME"] = Field("random-all", description="What is random: random-all or random-embed.")
+    dtype: Annotated[str, "NAME"] = Field("bfloat16", description="float32, float16 or bfloat16.")
+
+
+@models.add("list", example="assay models list")
+def list_(as_json: bool) -> None:
+    """List the bundled models and the shape presets."""
+    found = json.loads((files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8"))
+    if as_json:
+        emit_json("assay.models.list/1", {"models": found})
+        return
+    names = ("reference", "num_layers", "hidden_size", "vocab_size")
+    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *(one[name] for name in names[1:])) for one in found]
+    table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
+
+
+@models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")
+def info(chosen: InfoSettings, as_json: bool) -> None:
+    """Describe a model without loading its weights."""
+    from assay import models
+
+    show_values("assay.models.info/1", asdict(models.model_info(chosen.reference)), as_json)
+
+
+@models.add("random", RandomSettings, example="assay models random shape:qwen3-0.6b -o checkpoint")
+def random(chosen: RandomSettings, as_json: bool) -> None:
+    """Write a checkpoint with random weights."""
+    from assay import models
+
+    models.save_random(chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"}))
+    if as_json:
+        values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}
+        emit_json("assay.models.random/1", values)
+    else:
+        click.echo(str(chosen.output))
+
+
+PRINTABLE = 1_000_000
+
+
+class NumberSettings(Settings):
+    """Settings of ``assay streams hash``, ``uniform``, ``gumbel``, ``signs`` and ``permutation``."""
+
+    seed_text: Annotated[str, "TEXT"] = Field(description="Text whose SHA-256 gives the seed.")
+    n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(
+        ge=1, le=PRINTABLE, description="Number of values. Normal values of another number begin differently."
+    )
+    backend: Literal["auto", "numpy", "torch", "triton"] = Field(
+        "auto", description="Implementation that computes the values."
+    )
+    device: Annotated[str, "DEVICE"] = Field("cpu", description="Device that computes: cpu or cuda.")
+
+
+class NormalSettings(NumberSettings):
+    """Settings of ``assay streams normal``."""
+
+    strength: Literal[32, 256] = Field(32, description="Bits of the seed: 32, as published, or 256.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of the values.")
+
+
+KINDS: dict[str, tuple[str, type[NumberSettings], str]] = {
+    "hash": ("hashes", NumberSettings, "Print 32-bit hashes."),
+    "uniform": ("uniforms", NumberSettings, "Print uniform float32 values in [0, 1]."),
+    "gumbel": ("gumbels", NumberSettings, "Print standard Gumbel values."),
+    "signs": ("signs", NumberSettings, "Print signs, +1 or -1."),
+    "permutation": ("permutations", NumberSettings, "Print a permutation of 0..n-1."),
+    "normal": ("normals", NormalSettings, "Print standard normal values."),
+}
+"""Kind of number → method of a backend, and settings and help of its command."""
+
+
+def _number_command(kind: str, method: str, text: str) -> Callable[[NumberSettings, bool], None]:
+    def command(chosen: NumberSettings, as_json: bool) -> None:
+        from assay import streams
+        from assay.streams.backends import as_tensor, digest
+
+        source = streams.get_backend(chosen.backend, chosen.device)
+        seeds = streams.seeds([chosen.seed_text], getattr(chosen, "strength", 32))
+        values = getattr(source, method)(seeds, chosen.n, **chosen.model_dump(include={"dtype"}))
+        row: Any = as_tensor(values)[0].cpu()
+        # Floats as the shortest decimal that reads back to the same float32.
+        printed = [float(str(one)) for one in row.float().numpy()] if row.is_floating_point() else row.tolist()
+        if not as_json:
+            click.echo("\n".join(str(value) for value in printed))
+            return
+        described = {"kind": kind} | chosen.model_dump() | {"backend": source.name, "device": source.device}
+        emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
+
+    command.__doc__ = text
+    return command
+
+
+for _kind, (_method, _settings, _text) in KINDS.items():
+    _example = f"assay streams {_kind} --seed-text block -n 4"
+    streams.add(_kind, _settings, example=_example)(_number_command(_kind, _method, _text))
+
+
+# What a user may miss, what for, and how to get it.
+OPTIONAL = {
+    "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
+    "fastapi": ("assay poc serve", how_to_install("serve")),
+    "trl": ("assay vhack train", how_to_install("train")),
+    "vllm": ("--engine vllm", how_to_install("vllm")),
+}
+PROGRAMS = {"bwrap": ("isolation of untrusted code", "apt-get install bubblewrap")}
+
+
+def doctor(as_json: bool) -> int:
+    """Report versions, devices, and exact streams.
+
+    Every backend must give the same bits. Exit code 1 if one does not.
+    """
+    from assay.pages.provenance import provenance
+
+    backends, found = _backends(), provenance()
+    absent = [(name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None]
+    absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
+    missing = [{"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent]
+    exact = all(row["exact"] for row in backends if row["available"])
+    if as_json:
+        emit_json("assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **found})
+        return 0 if exact else 1
+    versions: Any = found.pop("versions")
+    here = versions | {name: "none" if value is None else value for name, value in found.items()}
+    table(("", "here"), list(here.items()), title="Versions and devices")
+    rows = []
+    for row in backends:
+        state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
+        of_all = sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16] if row["available"] else ""
+        rows.append((row["backend"], row["device"], state, of_all))
+    table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
+    if missing:
+        table(("missing", "needed for", "how to get it"), absent)
+    click.echo(f"{len(backends)} backends looked at; compare the SHA-256 column between two machines.")
+    return 0 if exact else 1
+
+
+def _backends() -> list[dict[str, Any]]:
+    from assay import streams
+
+    expected = streams.selftest(streams.get_backend("numpy"))
+    rows = []
+    for name, device in product(streams.BACKENDS, ("cpu", "cuda")):
+        if (name, device) == ("numpy", "cuda"):
+            continue
+        row: dict[str, Any] = {"backend": name, "device": device}
+        try:
+            found = streams.selftest(streams.get_backend(name, device))
+            rows.append(row | {"available": True, "exact": found == expected, "sha256": found})
+        except BackendUnavailable as error:
+            rows.append(row | {"available": False, "exact": False, "why": error.seen})
+    return rows

@@ -1,0 +1,337 @@
+"""Callbacks: kept in an outbox, in the transaction of the results that they announce, and delivered at least once.
+
+A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the body is made from
+the records when it is sent; records never change, so a row always gives the same body under the same id. A row of kind
+``receipts`` names a run of sequence numbers in the same way; receipts that were deleted are missing from its body.
+"""
+
+import asyncio
+import base64
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import sqlalchemy as sa
+import structlog
+from standardwebhooks import Webhook
+
+from assay.errors import StorageError, UsageError
+from assay.files.database import Database
+from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.callbacks import Blocked, call, new_client
+from assay.poc.net.runtime import Runtime
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.proof import describe_packing
+from assay.poc.service.database import FILE, open_database
+from assay.poc.service.metrics import Metrics
+from assay.poc.service.settings import Settings
+
+log = structlog.get_logger("assay.callbacks")
+
+OWED = ("open", "pending")
+RECEIPTS = "receipts"
+"""The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
+TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
+MAX_RETRY_AFTER = 86_400.0
+SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
+
+
+Callback = sa.Row[Any]
+"""A row of the table ``outbox``, without number and body."""
+
+
+class Outbox:
+    """Reads and writes the table of callbacks."""
+
+    def __init__(self, database: Database) -> None:
+        self.notify: Callable[[], object] = lambda: None
+        """Is called, in the thread that wrote, whenever callbacks may be due."""
+        self._db, self._table = database, database["outbox"]
+        self._c = self._table.c
+        self._columns = [column for column in self._c if column.name not in ("seq", "body")]
+
+    def announce(
+        self,
+        connection: sa.Connection,
+        round_id: int | None,
+        url: str,
+        numbers: Sequence[int],
+        *,
+        interval: float,
+        most: int,
+        header: int | None = None,
+    ) -> None:
+        """Owe callbacks for valid nonces of a round, or for stored receipts of a header: extend the open one, or open
+        others. One callback has up to ``most``, and collects for ``interval`` seconds.
+        """
+        table, start = self._table, 0
+        while start < len(numbers):
+            row = self._collecting(connection, round_id, url, numbers[start], header)
+            part = numbers[start : start + max(1, most - row.nonces)]
+            start, count = start + len(part), row.nonces + len(part)
+            due = count >= most or abs(time.time() - row.created_at) >= interval
+            values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+            connection.execute(table.update().where(self._c.id == row.id).values(values))
+
+    def _collecting(
+        self, connection: sa.Connection, round_id: int | None, url: str, first: int, header: int | None
+    ) -> sa.Row[Any]:
+        """Return the open callback of a round or of receipts of one header, or a new one that begins with ``first``."""
+        c, receipts, kind = self._c, self._db["receipts"].c, "generated" if header is None else RECEIPTS
+        is_open = (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
+        row = connection.execute(sa.select(*self._columns).where(is_open)).first()
+        if row is not None and row.url == url:
+            last = sa.select(receipts.header_id).where(receipts.seq == row.last_nonce)
+            if header is None or connection.execute(last).scalar() == header:
+                return row
+        connection.execute(self._table.update().where(is_open).values(status="pending"))
+        return self._insert(connection, round_id, kind, url, status="open", first_nonce=first)
+
+    def forget_receipts(self, connection: sa.Connection) -> None:
+        """Owe no callback for receipts that were all deleted."""
+        receipts, c = self._db["receipts"].c, self._c
+        left = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
+        connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~left))
+
+    def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject) -> None:
+        """Owe a callback with a body of its own."""
+        self._insert(connection, round_id, kind, url, status="pending", body=dumps(body))
+
+    def _insert(
+        self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
+    ) -> sa.Row[Any]:
+        values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
+        values |= {"created_at": time.time(), "next_attempt_at": 0.0}
+        return connection.execute(self._table.insert().values(values).returning(*self._columns)).one()
+
+    def close_open(self, interval: float) -> None:
+        """Release callbacks that have collected nonces for ``interval`` seconds."""
+        age = sa.func.abs(time.time() - self._c.created_at)
+        ripe = (self._c.status == "open") & (age >= interval)
+        if self._db.scalar(sa.select(sa.exists().where(ripe))):
+            self._db.change(self._table.update().where(ripe).values(status="pending"))
+
+    def retry_now(self) -> None:
+        """Forget the pauses of pending callbacks: the clock may have been set back since they were written."""
+        self._db.change(self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0))
+
+    def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
+        """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
+        c, found = self._c, list[tuple[Callback, str]]()
+        ready = (c.status == "pending") & (c.next_attempt_at <= time.time()) & c.id.not_in(list(besides))
+        query: sa.Select[Any] = sa.select(*self._columns, c.body).where(ready)
+        with self._db.read() as connection:
+            for row in connection.execute(query.order_by(c.next_attempt_at, c.seq).limit(limit)).all():
+                make = self._receipts if row.kind == RECEIPTS else self._generated
+                found.append((row, row.body or dumps(make(connection, row))))
+        return found
+
+    def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
+        """Return what a receiver has to know of receipts in order to fetch them, and to see that they stay the same."""
+        c, headers = self._db["receipts"].c, self._db["receipt_headers"].c
+        query = sa.select(headers.text, c.seq, c.request_id, c.choice.label("index"), c.block_hash, c.tokens, c.sha256)
+        run = c.seq.between(callback.first_nonce, callback.last_nonce) & (headers.id == c.header_id)
+        rows = [dict(row._mapping) for row in connection.execute(query.where(run).order_by(c.seq))]
+        header = loads(rows[0]["text"], "header of receipts") if rows else {}
+        receipts = [
+            {name: value for name, value in row.items() if name != "text"} | {"sha256": row["sha256"].hex()}
+            for row in rows
+        ]
+        return {"public_key": header.get("public_key"), "model": header.get("model"), "receipts": receipts}
+
+    def _generated(self, connection: sa.Connection, callback: Callback) -> JsonObject:
+        records, rounds = self._db["records"], self._db["rounds"]
+        round = connection.execute(sa.select(rounds).where(rounds.c.id == callback.round_id)).one()
+        run = records.c.nonce.between(callback.first_nonce, callback.last_nonce)
+        query = sa.select(records).where(records.c.round_id == callback.round_id, run, records.c.valid == 1)
+        found = connection.execute(query.order_by(records.c.nonce)).all()
+        body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
+        if found and found[0].vector is not None:
+            artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
+            return body | {"artifacts": artifacts, "encoding": describe_packing(get_pipeline(round.preset))}
+        nonces, distances = [r.nonce for r in found], [r.distance for r in found]
+        return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
+
+    def attempted(self, callback_id: str, error: str | None, *, retry_in: float | None) -> None:
+        """Record an attempt: a delivery where ``error`` is None, otherwise a failure.
+
+        Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
+        """
+        now = time.time()
+        if error is None or retry_in is None:
+            values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
+        else:
+            values = {"next_attempt_at": now + retry_in}
+        values |= {"attempts": self._c.attempts + 1, "last_error": error}
+        self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
+
+    def counts(self) -> dict[str, int]:
+        """Return how many callbacks are pending (open ones included) and dead."""
+        count, status = sa.select(sa.func.count()).select_from(self._table), self._c.status
+        owed, dead = count.where(status.in_(OWED)), count.where(status == "dead")
+        (row,) = self._db.rows(sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead")))
+        return row._asdict()
+
+    def owed(self, connection: sa.Connection, round_id: int | None) -> int:
+        """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
+        of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
+        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
+        return int(connection.execute(query).scalar_one())
+
+    def rows(self, statuses: Sequence[str], limit: int) -> Sequence[Callback]:
+        """Return the newest callbacks of some statuses."""
+        query = sa.select(*self._columns).where(self._c.status.in_(statuses))
+        return self._db.rows(query.order_by(self._c.seq.desc()).limit(limit))
+
+    def replay(self, ids: Sequence[str] | None = None) -> int:
+        """Make dead letters pending again, all or some; return how many."""
+        dead = self._c.status == "dead"
+        if ids is not None:
+            dead &= self._c.id.in_(list(ids))
+        fresh = {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
+        return self._db.change(self._table.update().where(dead).values(fresh))
+
+    def prune(self, keep: float) -> None:
+        """Delete callbacks that were delivered more than ``keep`` seconds ago."""
+        old = (self._c.status == "delivered") & (self._c.finished_at < time.time() - keep)
+        self._db.change(self._table.delete().where(old))
+
+
+@contextmanager
+def open_outbox(data_dir: Path) -> Iterator[Outbox]:
+    """Open the outbox of a service, which may be running."""
+    if not (data_dir / FILE).is_file():
+        seen, wanted = f"no database in {data_dir}", "the data directory of a service"
+        raise UsageError(seen, wanted=wanted, do="pass its --data-dir")
+    with closing(open_database(data_dir, exclusive=False)) as database:
+        yield Outbox(database)
+
+
+class Delivery:
+    """Sends the callbacks that an outbox owes, until ``runtime`` ends."""
+
+    def __init__(self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics) -> None:
+        self._outbox, self._runtime, self._settings, self._metrics = outbox, runtime, settings, metrics
+        self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
+        self._sending: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._started_at = _since_start()
+
+    async def run(self) -> None:
+        """Deliver until cancelled, then wait for the deliveries that run."""
+        loop = asyncio.get_running_loop()
+        async with new_client(self._settings.callback_timeout, self._settings.callback_concurrency) as client:
+            self._outbox.notify = partial(loop.call_soon_threadsafe, self._wake.set)
+            try:
+                while True:
+                    self._wake.clear()
+                    try:
+                        await self._start_due(client)
+                    except StorageError as error:
+                        log.warning("outbox not readable", reason=error.seen)
+                        await asyncio.sleep(1.0)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(TICK):  # wait_for may lose a cancellation
+                            await self._wake.wait()
+            finally:
+                self._outbox.notify = lambda: None
+                await asyncio.gather(*self._sending.values(), return_exceptions=True)
+
+    async def _start_due(self, client: httpx.AsyncClient) -> None:
+        outbox, wait_for = self._outbox, self._runtime.call
+        started_at = _since_start()
+        if started_at < self._started_at - SET_BACK:
+            log.warning("the clock was set back, so every pending callback is due now")
+            await wait_for(outbox.retry_now)
+        self._started_at = started_at
+        await wait_for(outbox.close_open, self._settings.callback_interval)
+        room = self._settings.callback_concurrency - len(self._sending)
+        if room <= 0:
+            return
+        for callback, body in await wait_for(outbox.due, room, besides=list(self._sending)):
+            self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
+
+    async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
+        started = time.perf_counter()
+        try:
+            error, wait = await self._send(client, callback, body)
+            self._metrics.delivery_seconds.observe(time.perf_counter() - started)
+            await self._note(callback, error, wait)
+        finally:
+            self._sending.pop(callback.id, None)
+            self._wake.set()
+
+    async def _send(self, client: httpx.AsyncClient, callback: Callback, body: str) -> tuple[str | None, float]:
+        """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
+        now, private = datetime.now(UTC), self._settings.allow_private_callbacks
+        headers = {"Content-Type": "application/json", "webhook-id": callback.id}
+        headers["webhook-timestamp"] = str(int(now.timestamp()))
+        if self._signers:
+            headers["webhook-signature"] = " ".join(signer.sign(callback.id, now, body) for signer in self._signers)
+        about: dict[str, Any] = {"allow_private": private, "headers": headers, "content": body.encode()}
+        try:
+            async with asyncio.timeout(self._settings.callback_timeout):
+                response = await call(client, "POST", callback.url, f"/{callback.kind}", **about)
+                await response.aclose()
+        except Blocked as error:
+            return str(error), float("inf")
+        except TimeoutError:
+            return f"no answer in {self._settings.callback_timeout:g} s", 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            return f"{type(error).__name__}: {error}"[:200], 0.0
+        if response.is_success:
+            return None, 0.0
+        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after"))
+
+    async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
+        """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
+        settings = self._settings
+        last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
+        pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
+        outcome = "delivered" if error is None else "dead" if last else "failed"
+        self._metrics.deliveries.labels(outcome).inc()
+        about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
+        log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
+        attempted, retry_in = self._outbox.attempted, None if last else pause
+        while True:
+            try:
+                await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
+                return
+            except StorageError:
+                if self._runtime.closing.is_set():
+                    return
+                await asyncio.sleep(1.0)
+
+
+def _since_start() -> float:
+    """Return the time of the clock when the machine started. It changes only when the clock is set."""
+    return time.time() - time.monotonic()
+
+
+def backoff(attempts: int, base: float, longest: float) -> float:
+    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half at random."""
+    return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
+
+
+def retry_after(value: str | None, now: datetime | None = None) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
+    if not value:
+        return 0.0
+    try:
+        if value.strip().isdigit():
+            seconds = float(value)
+        else:
+            date = parsedate_to_datetime(value)
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = (date - (now or datetime.now(UTC))).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

@@ -1,0 +1,457 @@
+"""Requests: their bodies, field for field as published, and the checks of them before any work is done.
+
+The defaults are those of the library: sign flips on, hooks between the layers off. The bodies of responses are here for
+the OpenAPI document: handlers return plain values that fit them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+
+from assay.errors import UsageError
+from assay.poc.net.callbacks import check_url
+from assay.poc.net.deployment import Deployment
+from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.pins import Build, describe_build, nearest_build
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.proof import Fingerprint, Record, check_distinct_seeds, unpack_or_nan
+from assay.poc.protocol.round import MAX_NONCE, Round
+from assay.poc.service.rounds import RoundValues, StoredRound
+from assay.poc.service.settings import Settings
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
+Nonce = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
+Index = Annotated[int, Field(ge=0, le=MAX_NONCE)]
+Count = Annotated[int, Field(ge=1, le=MAX_NONCE)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Length = Annotated[int, Field(ge=1, le=2**20)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
+
+
+def _distance(value: Any) -> Any:
+    """Read anything but a finite number as NaN: it counts as a mismatch, and no request escapes its verdict by it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.nan
+    return math.nan if value is None else value
+
+
+Distance = Annotated[float, BeforeValidator(_distance)]
+
+
+class _Block(BaseModel):
+    """The block and the key that every request names."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    block_hash: Name
+    block_height: Index
+    public_key: Name
+
+
+class InitRequest(_Block):
+    """Begin a round of distances: ``/init``, ``/init/generate``, ``/init/validate``."""
+
+    r_target: Annotated[float, Field(gt=0, le=2)]
+    fraud_threshold: Probability = 0.01
+    node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
+    node_count: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
+    batch_size: BatchSize = 32
+    seq_len: Length = 256
+    callback_url: Url | None = None
+    use_layer_hooks: bool = False
+    use_sign_flips: bool = True
+    group_id: Index = 0
+    n_groups: Count = 1
+    poc_stronger_rng: bool = False
+
+
+class Params(BaseModel):
+    """Parameters that the network agreed on; another model or length is refused. ``preset`` is an addition of assay."""
+
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+    model: Name
+    seq_len: Length
+    k_dim: Length = 12
+    preset: Annotated[str, StringConstraints(pattern="^(artifact|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
+
+
+class ArtifactInit(_Block):
+    """Begin a round of vectors: ``/init/generate`` with ``params``."""
+
+    node_id: Index
+    node_count: Count
+    group_id: Index = 0
+    n_groups: Count = 1
+    batch_size: BatchSize = 32
+    params: Params
+    url: Url | None = None
+    poc_stronger_rng: bool = False
+
+
+def _form(body: Any) -> str:
+    """Tell the two published forms of ``/init/generate`` apart, so that errors refer to the form that was meant."""
+    return "vectors" if isinstance(body, dict) and "params" in body else "distances"
+
+
+AnyInit = Annotated[
+    Annotated[ArtifactInit, Tag("vectors")] | Annotated[InitRequest, Tag("distances")], Discriminator(_form)
+]
+
+
+class ValidateRequest(BaseModel):
+    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a number."""
+
+    model_config = ConfigDict(allow_inf_nan=True, strict=True)
+
+    public_key: Name
+    block_hash: Name
+    block_height: Index
+    nonces: list[Nonce]
+    dist: list[Distance]
+    node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)]
+
+
+class Artifact(BaseModel):
+    """A published vector. Text that does not decode to one counts as a mismatch."""
+
+    nonce: Nonce
+    vector_b64: Annotated[str, StringConstraints(max_length=65_536)]
+
+
+class Validation(BaseModel):
+    """The vectors to compare with recomputed ones."""
+
+    artifacts: list[Artifact]
+
+
+class StatTest(BaseModel):
+    """The published count test on vectors."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    dist_threshold: Annotated[float, Field(ge=0, le=2)] = 0.02
+    p_mismatch: Probability = 0.001
+    fraud_threshold: Probability = 0.01
+
+
+class GenerateRequest(_Block):
+    """An artifact job: compute vectors, or check them where ``validation`` is given."""
+
+    node_id: Index
+    node_count: Count
+    nonces: Annotated[list[Nonce], Field(min_length=1)]
+    params: Params
+    batch_size: BatchSize = 32
+    wait: bool = False
+    url: Url | None = None
+    validation: Validation | None = None
+    stat_test: StatTest | None = None
+    poc_stronger_rng: bool = False
+
+    def round(self, model: str) -> Round:
+        """Return the round of the job, of a model by its name."""
+        same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
+        return Round(
+            **{name: getattr(self, name) for name in same},
+            model=model,
+            preset=self.params.preset,
+            seq_len=self.params.seq_len,
+            r_target=2.0,
+            strength=256 if self.poc_stronger_rng else 32,
+        )
+
+    def received(self) -> list[Record]:
+        """Return the vectors to check, in the order of the nonces."""
+        assert self.validation is not None
+        sent = {artifact.nonce: artifact.vector_b64 for artifact in self.validation.artifacts}
+        return [unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset)) for nonce in self.nonces]
+
+
+MISMATCH = "pins mismatch"
+
+
+def check_deployed(deployment: Deployment, settings: Settings) -> None:
+    """Refuse a deployed model that the network did not agree on.
+
+    Raises:
+        UsageError: The checkpoint, its weights or its number format is not pinned, or rounds of vectors would have
+            another length; names it.
+    """
+    pins = settings.pins
+    if pins is None:
+        return
+    pinned = pins.model(deployment.digest)
+    formats = sorted({dtype for build in pinned.builds for dtype in build.dtype})
+    length = settings.seq_len if get_pipeline(pins.round.preset).output != "distance" else pins.round.seq_len
+    for name, flag, deployed, agreed in (
+        ("weights", "--model", deployment.weights, [pinned.weights]),
+        ("dtype", "--dtype", deployment.dtype, formats),
+        ("seq_len", "--seq-len", length, [pins.round.seq_len]),
+    ):
+        if deployed not in agreed:
+            seen, wanted = (
+                f"a service with {name} {deployed}, which its pins do not allow",
+                " or ".join(map(str, agreed)),
+            )
+            do = f"start it with {flag}, or with the pins of this network"
+            raise UsageError(seen, wanted=f"{name} {wanted}", do=do)
+
+
+def check_round(round: Round, settings: Settings, *, share: bool) -> None:
+    """Refuse with 409 a round that the network did not agree on; names all values that contradict.
+
+    ``share`` says that the round is generated, so that its key and share must be of a node where the pins list nodes. A
+    validator's round has a key of its own.
+    """
+    pins = settings.pins
+    if pins is not None:
+        names = pins.differing(round)
+        if share or not pins.nodes:
+            names += pins.foreign(round.public_key, round.node_id, round.node_count)
+        _check_agreed(names, vars(round), vars(pins.round))
+
+
+def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Settings) -> None:
+    """Refuse with 409 an engine that is of no build that the network allows; names what the nearest one has else."""
+    build, names = nearest_build(_builds(deployment, settings), fingerprint)
+    _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
+
+
+def _builds(deployment: Deployment, settings: Settings) -> tuple[Build, ...]:
+    return () if settings.pins is None else settings.pins.model(deployment.digest).builds
+
+
+def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Mapping[str, Any]) -> None:
+    """Refuse stated values that contradict the pins, by their names; ``agreed`` has what the pins say of them."""
+    if not names:
+        return
+    pinned = {name: agreed[name] for name in names if agreed.get(name) is not None}
+    listed = {"public_key", "node_id", "node_count"}.intersection(names) - pinned.keys()
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in pinned.items()}
+    wanted = [f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()]
+    requested = {name: stated[name] for name in names}
+    raise Refusal(
+        409,
+        f"{MISMATCH}: {', '.join(names)}",
+        wanted=", ".join(wanted + ["a node of the network"] * bool(listed)),
+        do="ask for what the network agreed on, or start the service with the pins that hold now",
+        fields={"error": MISMATCH, "requested": requested, "pinned": pinned, "fields": list(names)},
+    )
+
+
+def round_values(
+    request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
+) -> RoundValues:
+    """Return the round that a request asks for; refuse one without a needed share (400), and other parameters than
+    deployed or agreed on (409).
+    """
+    share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
+    if isinstance(request, ArtifactInit):
+        _check_params(request.params, deployment, settings)
+        own: dict[str, Any] = {"r_target": 2.0, "fraud_threshold": 0.01, "callback_url": request.url}
+        own |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
+    else:
+        own = {name: getattr(request, name) for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")}
+        hooks, flips = request.use_layer_hooks, request.use_sign_flips
+        if hooks == flips:
+            seen = f"use_layer_hooks {hooks} with use_sign_flips {flips}"
+            do = "leave both out: sign flips are the recommendation"
+            raise UsageError(seen, wanted="exactly one of the two", do=do)
+        own["preset"] = "layer-normalize" if hooks else "poc-2.0"
+        if -1 in share.values():
+            if needs_share:
+                seen, wanted = "Node ID and node count must be set", "node_id and node_count"
+                raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
+            share = {"node_id": 0, "node_count": 1}
+    _check_url(own["callback_url"], settings)
+    same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
+    asked = RoundValues(
+        **{name: getattr(request, name) for name in same},
+        **share,
+        **own,
+        strength=256 if request.poc_stronger_rng else 32,
+        reference=deployment.reference,
+        digest=deployment.digest,
+        weights=deployment.weights,
+    )
+    _check_work(asked.round, request.batch_size, deployment, settings, share=needs_share)
+    return asked
+
+
+def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
+    """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no node (409), lists
+    that do not fit or nonces of another node (422), and nonces of which one forward pass would serve several.
+    """
+    fields: dict[str, Any] = {"state": "VALIDATING"}
+    other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
+    if other:
+        seen = f"a proof with another {' and '.join(other)} than the round's"
+        wanted = f"block_hash {stored.block_hash!r} at height {stored.block_height}"
+        do = "send /init/validate for that block first"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields=fields | {"fields": other})
+    if get_pipeline(stored.preset).output != "distance":
+        wanted, do = "a round that was begun with r_target", "check vectors with /generate and its field validation"
+        raise Refusal(409, "distances for a round of vectors", wanted=wanted, do=do, fields=fields)
+    pins = settings.pins
+    if pins is not None and pins.nodes:
+        names = pins.foreign(request.public_key, request.node_id, stored.node_count)
+        if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
+            names = tuple(name for name in names if name == "public_key")
+        _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
+    different = len(set(_limited(request.nonces, settings)))
+    if not len(request.nonces) == len(request.dist) == different:
+        seen = f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances"
+        wanted, do = "one distance per nonce, every nonce once", "send both lists in the same order"
+        raise Refusal(422, seen, wanted=wanted, do=do)
+    foreign = [n for n in request.nonces if request.node_id >= 0 and n % stored.node_count != request.node_id]
+    if foreign and stored.node_count > 1:
+        wanted = f"nonces of its share: every one leaves {request.node_id} when divided by {stored.node_count}"
+        do = "send the node_id that proved, to a round with the network's node_count"
+        raise Refusal(422, f"nonce {foreign[0]} of node {request.node_id}", wanted=wanted, do=do)
+    check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
+
+
+def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
+    """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters than deployed or
+    agreed on (409), and nonces that one forward pass would serve where artifacts are to be checked.
+    """
+    _check_params(request.params, deployment, settings)
+    _check_url(request.url, settings)
+    round = request.round(deployment.reference)
+    _check_work(round, request.batch_size, deployment, settings, share=True)
+    round.check_nonces(sorted(_limited(request.nonces, settings)))
+    if request.validation is not None:
+        check_distinct_seeds(round, request.nonces)
+        sent = [artifact.nonce for artifact in request.validation.artifacts]
+        if sorted(sent) != sorted(request.nonces):
+            seen = "artifacts of other nonces than asked"
+            raise Refusal(400, seen, wanted="one artifact per nonce", do="send both lists alike")
+
+
+def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
+    requested, pipeline = params.model_dump(exclude={"preset"}), get_pipeline(params.preset)
+    if pipeline.steps and not deployment.decodes:
+        seen = f"preset {pipeline.name} on an engine that does not decode proofs"
+        wanted = "a preset of one forward pass, such as artifact or hardened"
+        do = "prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
+    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": pipeline.vector_size}
+    other = sorted(name for name, value in deployed.items() if requested[name] != value)
+    if other:
+        seen, wanted = "params mismatch: " + ", ".join(other), ", ".join(f"{name} {deployed[name]}" for name in other)
+        fields = {"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other}
+        raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
+
+
+def _check_url(url: str | None, settings: Settings) -> None:
+    if url is not None:
+        check_url(url, allow_private=settings.allow_private_callbacks)
+
+
+def _check_work(round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool) -> None:
+    """Refuse batches outside the bounds of the service (422), and rounds and batches outside the pins (409)."""
+    positions = round.seq_len + get_pipeline(round.preset).steps
+    if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
+        seen, do = f"batch_size {batch_size} × seq_len {positions}", "lower batch_size or seq_len"
+        wanted = f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence"
+        raise Refusal(422, seen, wanted=wanted, do=do)
+    check_round(round, settings, share=share)
+    builds = _builds(deployment, settings)
+    if builds and not any(build.allows("batch_size", batch_size) for build in builds):
+        agreed = sorted({size for build in builds for size in build.batch_size}, key=str)
+        _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
+
+
+def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
+    if len(nonces) > settings.max_nonces:
+        raise Refusal(422, f"{len(nonces)} nonces", wanted=f"at most {settings.max_nonces} a request", do="split it")
+    return nonces
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Status(_Reply):
+    """State and counts of the current round; ``valid_nonces`` holds the latest ones."""
+
+    state: StateName
+    valid_nonces: list[int]
+    valid_distances: list[float]
+    total_checked: int
+    total_valid: int
+    elapsed_seconds: float
+    rate_per_second: float
+    r_target: float | None
+    status: StateName
+    config: dict[str, Any] | None
+    stats: dict[str, float] | None
+    ready: bool
+    paused: Literal["storage", "callbacks"] | None
+    error: str | None
+
+
+class InitReply(_Reply):
+    """The answer to every call that changes the state."""
+
+    status: Literal["OK"]
+    pow_status: Status
+
+
+class ValidateReply(_Reply):
+    """The published rule (``fraud_detected``) and the residual test."""
+
+    status: Literal["OK"]
+    fraud_detected: bool
+    computed_distances: list[float]
+    valid: list[bool]
+    n_invalid: int
+    probability_honest: float
+    residual_test: dict[str, Any]
+
+
+class JobReply(_Reply):
+    """The state of an artifact job; a completed one holds its result."""
+
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    request_id: str
+
+
+class ReceiptEntry(_Reply):
+    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its line."""
+
+    seq: int
+    request_id: str
+    index: int
+    block_hash: str
+    tokens: int
+    finish: str
+    size: int
+    stored_at: float
+    sha256: str
+
+
+class ReceiptList(_Reply):
+    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after the last."""
+
+    receipts: list[ReceiptEntry]
+    next: int | None
+
+
+class StoredReceipt(_Reply):
+    """A receipt, and the header under which it stands in a file."""
+
+    seq: int
+    stored_at: float
+    sha256: str
+    header: dict[str, Any]
+    receipt: dict[str, Any]
