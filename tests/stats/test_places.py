@@ -205,10 +205,10 @@ def test_any_stated_batch_size_gives_a_bounded_number_of_patterns(batch_size):
 @pytest.mark.parametrize(
     ("values", "positions", "options", "words"),
     [
-        ([0.1, 0.2], [0], {}, "one position per residual"),
-        ([[0.1]], [[0]], {}, "two lists"),
-        ([0.1, 0.2], [0, -1], {}, "whole numbers"),
-        ([0.1, 0.2], [0.0, 1.0], {}, "whole numbers"),
+        ([0.1, 0.2], [0], {}, "one whole number from 0"),
+        ([[0.1]], [[0]], {}, "one whole number from 0"),
+        ([0.1, 0.2], [0, -1], {}, "one whole number from 0"),
+        ([0.1, 0.2], [0.0, 1.0], {}, "one whole number from 0"),
         ([0.1, 0.2], [0, 1], {"batch_size": 0}, "batch_size"),
         ([0.1, 0.2], [0, 1], {"honest_size": -1.0}, "batch_size"),
         ([0.1, 0.2], [0, 1], {"honest_size": math.nan}, "batch_size"),
