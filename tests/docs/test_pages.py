@@ -195,7 +195,7 @@ PAGES = {
     "networks": Page(
         "".join(f"{FOR_SETS} --batch-size {n} -o {name}.jsonl\n" for n, name in enumerate("ABC", start=6)),
         {"nonces.jsonl.gz  ": "nonces.jsonl.gz --audits 2  "},
-        says=("int4",),
+        says=("left out",),
         makes=("both.json",),
     ),
     "vhack": Page(
