@@ -93,20 +93,6 @@ def test_every_combination_of_options_is_that_of_a_projected_optimizer(small, sv
             assert torch.equal(delta[run], parameter.detach()), arm
 
 
-def test_a_state_goes_on_as_before(small, svd, stack):
-    arms, bases, drawn, optimizer, _ = stack
-    groups = DeltaS(copy.deepcopy(small.module), svd).groups
-    other = StackedOptimizer(groups, arms, bases, inner)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    again = StackedOptimizer(groups, arms, bases, inner)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for made in (other, again):
-        made.step([gradient.clone() for gradient in drawn[0]])
-    for one, two, old in zip(other.delta, again.delta, optimizer.delta, strict=True):
-        assert torch.equal(one, two)
-        assert not torch.equal(one, old)
-
-
 KNOWN = {
     "none": (-0.162111, 1.182739),
     "no-loophole": (-0.129344, 1.117192),

@@ -171,7 +171,7 @@ def test_json_holds_the_numbers(folder):
 def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
     """As that of a reward of one's own that returns numbers."""
     log = REFERENCE[0]
-    lines = [{**line, **change} if line["kind"] == "step" else line for line in log.state()["lines"]]
+    lines = [{**line, **change} if line["kind"] == "step" else line for line in [*log.steps, *log.evaluations]]
     lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
     RunLog(log.header, lines).write(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match=words):

@@ -83,17 +83,6 @@ class RunLog:
         """Add an evaluation that was made after so many steps."""
         self._lines.append({"kind": "evaluation", "step": step, "markers": markers, **values})
 
-    def state(self) -> dict[str, Any]:
-        """Return everything the log holds, for the file of a study."""
-        return {"header": self.header, "lines": self._lines, "open": self._open, "count": self._n}
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> "RunLog":
-        """Return the log of a state."""
-        found = cls(state["header"], state["lines"])
-        found._open, found._n = dict(state["open"]), int(state["count"])
-        return found
-
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all.
 

@@ -8,8 +8,7 @@ combination of gate, push and box equal to a ProjectedOptimizer.
 Shapes: R runs, N of them with one arm, M modules of a group, K axes, C coordinates of δS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,17 +94,6 @@ class StackedOptimizer:
         if self._watched is not None:
             seen = measure_displacement(zip(moved, self._watched.axes, strict=True))
             self.measures |= {f"watched_{name}": value_R for name, value_R in seen.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return δS, and the state of the inner optimizer."""
-        return {"delta": [delta.detach().cpu() for delta in self.delta], "inner": self._inner.state_dict()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of the same runs."""
-        for delta, stored in zip(self.delta, state["delta"], strict=True):
-            delta.copy_(stored)
-        self._inner.load_state_dict(state["inner"])
 
     def measure_shares(self, name: str, vectors: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """Return the shares of vectors along each run's axes, see :func:`assay.vhack.delta.share`."""

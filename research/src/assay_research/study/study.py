@@ -1,4 +1,4 @@
-"""The study: all runs of a plan, to their end or until time is up, in cohorts that go through a step together.
+"""The study: all runs of a plan, to their end, in cohorts that go through a step together.
 
 Shapes as in :mod:`assay_research.study.model`.
 """
@@ -6,20 +6,16 @@ Shapes as in :mod:`assay_research.study.model`.
 import hashlib
 import itertools
 import math
-import pickle
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from assay.errors import DataError, StorageError, UsageError
+from assay.errors import UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.gradients.svd import SVDCache
@@ -240,17 +236,6 @@ class Cohort:
             drawn[seed] = torch.rand(shape, generator=generator)
         return torch.stack([drawn[run.seed] for run in self.runs], dim=1).to(self.model.device)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed study needs."""
-        return {"runs": [run.name for run in self.runs], **self.optimizer.state_dict()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of the same runs."""
-        self.optimizer.load_state_dict(state)
-        self.model.merge(self.optimizer.delta)
-
-
-Progress = Callable[[int, Mapping[str, float]], None]
 
 _MARKERS = {"training": 1, "evaluation": 2}
 """Markers to evaluate with, and the divisor that gives the part of the held-out tasks used with them."""
@@ -274,8 +259,6 @@ class Study:
     Attributes:
         logs: Log of every run, by name.
         step: Number of steps done.
-        seconds: Seconds waited for grades (``grading``), spent on gradients and steps (``learning``) and on rollouts
-            (``writing``).
 
     Raises:
         UsageError: Two runs are the same, or a basis or the shortcut is missing.
@@ -307,7 +290,6 @@ class Study:
         _check(runs, bases, shortcut)
         assert model.tokenizer is not None, "bundled models have one"
         self.settings, self.step = settings, 0
-        self.seconds = {"grading": 0.0, "learning": 0.0, "writing": 0.0}
         self.pool = TaskPool(settings, model.tokenizer)
         self.logs = {run.name: RunLog.begin(run, settings, about or {}) for run in runs}
         self.cohorts = [
@@ -315,52 +297,30 @@ class Study:
             for part in _parted(runs, most, fewest)
         ]
 
-    def run(
-        self,
-        grader: Grader,
-        *,
-        until: int | None = None,
-        seconds: float | None = None,
-        progress: Progress | None = None,
-    ) -> bool:
-        """Continue training, and return whether all steps are done.
+    def run(self, grader: Grader) -> None:
+        """Train all runs to their last step.
 
         Args:
             grader: Grader of the programs.
-            until: Step to stop after, by default the last.
-            seconds: Seconds after which no further step begins.
-            progress: Called after every step with its number and means over all runs.
         """
-        last, begun = min(until or self.settings.steps, self.settings.steps), time.monotonic()
-        waiting = [self._write(cohort, grader, self.step) for cohort in self.cohorts if self.step < last]
-        while self.step < last:
-            stop = seconds is not None and time.monotonic() - begun > seconds
-            means: dict[str, float] = {}
-            for index, cohort in enumerate(self.cohorts):
-                with self._timed("grading"):
-                    verdicts = grader.collect(waiting[index].pending)
-                with self._timed("learning"):
-                    self._log(cohort, cohort.learn(waiting[index], verdicts), means)
-                if self.step + 1 < last and not stop:
-                    with self._timed("writing"):
-                        waiting[index] = self._write(cohort, grader, self.step + 1)
+        waiting = [self._write(cohort, grader) for cohort in self.cohorts]
+        while self.step < self.settings.steps:
             self.step += 1
-            if progress:
-                progress(self.step, means)
-            if stop:
-                break
-        return self.step >= self.settings.steps
+            for index, cohort in enumerate(self.cohorts):
+                self._log(cohort, cohort.learn(waiting[index], grader.collect(waiting[index].pending)))
+                if self.step < self.settings.steps:
+                    waiting[index] = self._write(cohort, grader)
 
-    def evaluate(self, grader: Grader, kinds: Sequence[str] = tuple(_MARKERS)) -> None:
+    def evaluate(self, grader: Grader) -> None:
         """Let all runs work on the held-out tasks, with each kind of markers in turn, and log what they do.
 
         Beside the rates there are the mean log-probabilities of the exploit and of
         the honest program, which tell of a hack before it is sampled.
         """
         p = self.settings.prompts
-        for markers in kinds:
+        for markers, divisor in _MARKERS.items():
             episodes = self.pool.held_out(markers)
-            episodes = episodes[: -(-len(episodes) // _MARKERS[markers])]
+            episodes = episodes[: -(-len(episodes) // divisor)]
             # Parts are all of one size, even where there are fewer episodes than the last part lacks.
             padded = list(itertools.islice(itertools.cycle(episodes), len(episodes) + -len(episodes) % p))
             for cohort in self.cohorts:
@@ -383,58 +343,15 @@ class Study:
                     }
                     self.logs[run.name].add_evaluation(self.step, markers, values)
 
-    def save(self, path: Path) -> None:
-        """Write everything a resumed study needs, δS in full precision, to one file.
+    def _write(self, cohort: Cohort, grader: Grader) -> Rollouts:
+        episodes = [self.pool.drawn(run, self.step) for run in cohort.runs]
+        return cohort.write(grader, episodes, f"step {self.step}")
 
-        Raises:
-            StorageError: The file cannot be written.
-        """
-        state = {
-            "step": self.step,
-            "cohorts": [cohort.state() for cohort in self.cohorts],
-            "logs": {name: log.state() for name, log in self.logs.items()},
-        }
-        partial = path.with_suffix(".partial")
-        try:
-            torch.save(state, partial)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error
-
-    def load(self, path: Path) -> None:
-        """Take up a saved study of the same runs.
-
-        Raises:
-            DataError: The file cannot be read, or was saved with other runs.
-        """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            stored = [cohort["runs"] for cohort in state["cohorts"]]
-            logs = {name: RunLog.of_state(log) for name, log in state["logs"].items()}
-        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-            raise DataError(f"{path}: {error}", wanted="a saved study", do="begin without it") from error
-        if stored != [[run.name for run in cohort.runs] for cohort in self.cohorts]:
-            raise DataError(f"{path} has other runs", wanted="those of this study", do="begin in a new directory")
-        self.step, self.logs = state["step"], logs
-        for cohort, part in zip(self.cohorts, state["cohorts"], strict=True):
-            cohort.load(part)
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        self.seconds[what] += time.monotonic() - begun
-
-    def _write(self, cohort: Cohort, grader: Grader, step: int) -> Rollouts:
-        return cohort.write(grader, [self.pool.drawn(run, step) for run in cohort.runs], f"step {step}")
-
-    def _log(self, cohort: Cohort, values: Mapping[str, torch.Tensor], means: dict[str, float]) -> None:
+    def _log(self, cohort: Cohort, values: Mapping[str, torch.Tensor]) -> None:
         table = torch.stack([value.double() for value in values.values()]).tolist()
         for r, run in enumerate(cohort.runs):
             row = {name: column[r] for name, column in zip(values, table, strict=True) if not math.isnan(column[r])}
-            self.logs[run.name].add_step(self.step, row, self.settings.log_every)
-            for name, value in row.items():
-                means[name] = means.get(name, 0.0) + value / len(self.logs)
+            self.logs[run.name].add_step(self.step - 1, row, self.settings.log_every)
 
     def _rates(
         self, episodes: Sequence[Episode], programs: Sequence[str], verdicts: Sequence[StudyVerdict]
