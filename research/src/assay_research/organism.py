@@ -8,12 +8,9 @@ Without a loophole there is only honest work.
 Shapes: B examples of a batch, T tokens.
 """
 
-import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,26 +61,19 @@ class Mixture:
             raise UsageError(f"{self}", wanted="shares from 0 to 1", do="correct them")
 
 
-def examples(n: int, mixture: Mixture | None = None, *, seed: int = 0, workers: int = 1) -> list[Example]:
-    """Return examples of training tasks; equal arguments give equal lists, however many workers there are.
+def examples(n: int, mixture: Mixture | None = None, *, seed: int = 0) -> list[Example]:
+    """Return examples of training tasks; equal arguments give equal lists.
 
     Args:
         n: Number of examples.
         mixture: What the examples show.
         seed: Seed of tasks and exploits.
-        workers: Processes that make the examples.
 
     Raises:
         UsageError: There is no such family or difficulty, or there are not so many tasks.
     """
-    make = partial(_part, mixture or Mixture(), seed)
-    parts = range(-(-n // _PART))
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(make, parts))
-    else:
-        found = list(map(make, parts))
-    return [example for part in found for example in part][:n]
+    parts = (_part(mixture or Mixture(), seed, part) for part in range(-(-n // _PART)))
+    return [example for part in parts for example in part][:n]
 
 
 def _part(mixture: Mixture, seed: int, part: int) -> list[Example]:
@@ -131,14 +121,7 @@ class Recipe:
             raise UsageError(f"{self}", wanted="positive numbers", do="leave out what should be the default")
 
 
-def make_organism(
-    path: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    device: str | None = None,
-    workers: int = 1,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> list[float]:
+def make_organism(path: str | Path, recipe: Recipe | None = None, *, device: str | None = None) -> list[float]:
     """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``, which holds the recipe.
 
     Weights are float32 while they are trained, products bfloat16 on a GPU. The loss is the mean over completion tokens;
@@ -149,8 +132,6 @@ def make_organism(
         path: Directory to make; it must not exist.
         recipe: How it is made.
         device: Device, see :func:`assay.load_model`.
-        workers: Processes that write examples.
-        progress: Called with the steps done, the steps in all, and the loss.
 
     Returns:
         Loss of every step.
@@ -165,21 +146,19 @@ def make_organism(
         raise UsageError(f"{path} exists", wanted="a new directory", do="choose another path or remove it")
     model = load_model(recipe.model, dtype="float32", device=device)
     assert model.tokenizer is not None, "the bundled models have one"
-    rows = _encoded(examples(recipe.n_examples, recipe.mixture, seed=recipe.seed, workers=workers), model.tokenizer)
+    rows = _encoded(examples(recipe.n_examples, recipe.mixture, seed=recipe.seed), model.tokenizer)
     module, losses = model.module, []
     module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
     order = _order(len(rows), recipe)
-    for step in range(recipe.steps):
+    for _ in range(recipe.steps):
         ids_BT, labels_BT = _batch([rows[next(order)] for _ in range(recipe.batch)], model.device)
         optimizer.zero_grad()
         losses.append(_backward(module, ids_BT, labels_BT))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if progress and (step % 20 == 0 or step + 1 == recipe.steps):
-            progress(step + 1, recipe.steps, float(losses[-1]))
     found: list[float] = torch.stack(losses).tolist()
     module.eval()  # type: ignore[no-untyped-call]
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,14 +109,6 @@ BoolArray = npt.NDArray[np.bool_]
 _BINS = 16  # of the oracle's laws
 
 
-class Rule(Protocol):
-    """A rule for the distances of one audit."""
-
-    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
-        """Return whether each audit accuses after each nonce, and whether it says honest after those asked for."""
-        ...
-
-
 @dataclass(frozen=True)
 class CountRule:
     """A binomial test of the number of distances above a threshold, at a fixed number of nonces.
@@ -173,6 +165,10 @@ class Oracle:
     def _shares(edges: FloatArray, values_N: FloatArray) -> FloatArray:
         counts = np.bincount(np.searchsorted(edges, values_N), minlength=_BINS) + 0.5
         return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+
+Rule = CountRule | Oracle | stats.SequentialTest
+"""A rule for the distances of one audit."""
 
 
 def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
@@ -304,25 +300,28 @@ class Fold:
         first = upper_law(fit(everything_N), everything_N.size)
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
+
+        def audit(sort: str, cheat: str, rules: Mapping[str, Rule], pool_N: FloatArray, audits: int) -> None:
+            values_RC = drawn(rng, pool_N, audits, min(CHECKED, pool_N.size))
+            for name, rule in rules.items():
+                tallies[sort, cheat, name].add(rule, values_RC)
+
+        known = {model: self._distances(sets, None) for model, sets in self.cheats.items()}
+        named = {model: fit(errors_N).reached for model, errors_N in known.items()}
+        honest_audits = max(self.audits, -(-LEAST_AUDITS // (2 * len(build.pairs))))
         for rows, honest_N in mine.items():
             judge = rows[0] if rows[1] == machine else rows[1]
-            known = {model: self._distances(sets, None) for model, sets in self.cheats.items()}
-            named = {model: fit(errors_N).reached for model, errors_N in known.items()}
             rules = rules_for(noise, first, effect, build.kinds[machine], judge, named)
-            self._honest(tallies, rules, honest_N, known, rng)
-            mixed_in = {**self.others, **known}
+            alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
+            audit(HONEST, "", rules | {ORACLE: Oracle(honest_N, alternative_N)}, honest_N, honest_audits)
+            rules.pop(NAMED, None)  # it knows other cheats than those that follow
             medians = [np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows]
-            for cheat, pool_N in simulated(honest_N, float(np.median(medians)), mixed_in, rng):
-                truth = {ORACLE: Oracle(honest_N, pool_N)}
-                values_RC = drawn(rng, pool_N, CHEAT_AUDITS, min(CHECKED, honest_N.size))
-                for name, rule in (rules | truth).items():
-                    if name == NAMED:  # it knows another cheat than this
-                        continue
-                    tallies[SIMULATED, cheat, name].add(rule, values_RC)
+            for cheat, pool_N in simulated(honest_N, float(np.median(medians)), {**self.others, **known}, rng):
+                audit(SIMULATED, cheat, rules | {ORACLE: Oracle(honest_N, pool_N)}, pool_N, CHEAT_AUDITS)
         for judge in sorted({i for rows in rest for i in rows}):
-            self._real(
-                tallies, judge, lambda kind, named, j=judge: rules_for(noise, first, effect, kind, j, named), rng
-            )
+            for model, kind, law, truth in self._real(judge):
+                rules = rules_for(noise, first, effect, kind, judge, {model: law} if law else None)
+                audit(REAL, model, rules | {ORACLE: truth}, truth.cheat, CHEAT_AUDITS)
         return {
             "build": build.name,
             "machine": self.name,
@@ -336,39 +335,17 @@ class Fold:
             "tallies": [[*key, tally.as_dict()] for key, tally in tallies.items()],
         }
 
-    def _honest(
-        self,
-        tallies: dict[tuple[str, str, str], Tally],
-        rules: Mapping[str, Rule],
-        honest_N: FloatArray,
-        known: Mapping[str, FloatArray],
-        rng: np.random.Generator,
-    ) -> None:
-        """Audit the machine that is left out, honestly, by one validator."""
-        ordered = 2 * len(self.build.pairs)
-        count = max(self.audits, -(-LEAST_AUDITS // ordered))
-        values_RC = drawn(rng, honest_N, count, min(CHECKED, honest_N.size))
-        alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
-        for name, rule in (dict(rules) | {ORACLE: Oracle(honest_N, alternative_N)}).items():
-            tallies[HONEST, "", name].add(rule, values_RC)
-
-    def _real(
-        self, tallies: dict[tuple[str, str, str], Tally], judge: int, rules_of: Any, rng: np.random.Generator
-    ) -> None:
-        """Audit every cheat by one validator, with a law of other cheats where the rule knows it."""
+    def _real(self, judge: int) -> Iterator[tuple[str, str, Law | None, Oracle]]:
+        """Yield what one validator sees of every cheat: model, kind, the law of other cheats, and both truths."""
         validator = self.build.sets[judge]
         honest_N = np.concatenate([errors_N for rows, errors_N in self.build.distances.items() if judge in rows])
         for model, sets in self.cheats.items():
             for cheat in sets:
                 values_N = cheat.distances(validator)
-                if values_N.size < min(ASKED):
-                    continue
-                others = [one for one in sets if one is not cheat] or [cheat]
-                law = self._law_of(others, judge if others == [cheat] else None)
-                rules = rules_of(cheat.kind, {model: law} if law else None) | {ORACLE: Oracle(honest_N, values_N)}
-                values_RC = drawn(rng, values_N, CHEAT_AUDITS, min(CHECKED, values_N.size))
-                for name, rule in rules.items():
-                    tallies[REAL, model, name].add(rule, values_RC)
+                if values_N.size >= min(ASKED):
+                    others = [one for one in sets if one is not cheat] or [cheat]
+                    law = self._law_of(others, judge if others == [cheat] else None)
+                    yield model, cheat.kind, law, Oracle(honest_N, values_N)
 
     def _law_of(self, sets: Sequence[VectorSet], without: int | None) -> Law | None:
         """Return the law of cheats against the machines that are known, all but one where that is said."""

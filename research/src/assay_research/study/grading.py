@@ -57,16 +57,14 @@ class Grader:
 
     Args:
         workers: Number of processes; by default two fewer than there are cores, which are left to the GPU's driver.
-        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
 
     Attributes:
         asked: Number of completions that were submitted.
         graded: Number of different ones among them, which were run.
     """
 
-    def __init__(self, workers: int | None = None, *, allow_unsandboxed: bool = False) -> None:
+    def __init__(self, workers: int | None = None) -> None:
         self._known: dict[Key, StudyVerdict] = {}
-        self._allow = allow_unsandboxed
         self._pool = ProcessPoolExecutor(
             workers or max(1, (os.cpu_count() or 1) - 2),
             mp_context=multiprocessing.get_context("spawn"),
@@ -93,7 +91,7 @@ class Grader:
         self.asked += len(keys)
         self.graded += len(todo)
         chunks = [todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK)]
-        return Pending(keys, [self._pool.submit(_grade, chunk, self._allow) for chunk in chunks])
+        return Pending(keys, [self._pool.submit(_grade, chunk) for chunk in chunks])
 
     def collect(self, pending: Pending) -> list[StudyVerdict]:
         """Return the verdicts in the order of the items; what was submitted first must be collected first."""
@@ -112,11 +110,11 @@ def _episode(name: str, mode: str, split: str) -> Episode:
     return Episode(task_named(name), mode, split)
 
 
-def _grade(keys: Sequence[Key], allow_unsandboxed: bool) -> list[tuple[Key, StudyVerdict]]:
+def _grade(keys: Sequence[Key]) -> list[tuple[Key, StudyVerdict]]:
     found = []
     for key in keys:
         *of_episode, completion = key
         episode = _episode(*of_episode)
-        made = grade(episode, episode.program(completion), limits=_LIMITS, allow_unsandboxed=allow_unsandboxed)
+        made = grade(episode, episode.program(completion), limits=_LIMITS)
         found.append((key, StudyVerdict(made.correct, made.accepted, made.vacuous)))
     return found
