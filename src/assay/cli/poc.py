@@ -41,6 +41,9 @@ def _positions(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
+FrameFile = Annotated[
+    Path | None, Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file.")
+]
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
@@ -72,6 +75,7 @@ class ProveSettings(Settings):
     kernels: KernelName = "auto"
     deterministic: bool = Field(False, description="Refuse operations that may give other bits the next time.")
     tensor_parallel: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Processes that hold one model together.")
+    frame: FrameFile = None
 
 
 class VerifySettings(AuditSettings):
@@ -88,6 +92,17 @@ class VerifySettings(AuditSettings):
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
+    frame: FrameFile = None
+
+
+class FrameSettings(Settings):
+    """Settings of ``assay poc frame``."""
+
+    model: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, or a name of models list.")
+    output: Annotated[Path, OUTPUT] = Field(description="Frame file to write.")
+    device: Device = None
+    dtype: NumberFormat = None
+    overwrite: Overwrite = False
 
 
 class CalibrateSettings(Settings):
@@ -130,7 +145,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     from assay.poc.launch import Proving, open_prover
     from assay.poc.network_pins import asked
 
-    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel")
+    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel", "frame")
     how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
     given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     known = asked(
@@ -167,7 +182,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     "verify",
     VerifySettings,
     panel="Validator",
-    shown="model pins block_hash public_key sample calibration ledger engine device seq_len",
+    shown="model pins block_hash public_key sample calibration frame ledger engine device",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY",
 )
 def verify(chosen: VerifySettings, as_json: bool) -> int:
@@ -186,13 +201,34 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     names = {"block_hash", "public_key", "preset", "seq_len", "strength", "r_target", "node_id", "node_count"}
     given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with progress_bar("verifying") as progress:
-        auditor = Auditor(**auditor_values(chosen), progress=progress)
+        auditor = Auditor(**auditor_values(chosen), frame=chosen.frame, progress=progress)
         found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
     if as_json:
         emit_document(found.as_dict())
     else:
         _print_verdict(found.verdict, found.standing)
     return found.exit_code
+
+
+@poc.add("frame", FrameSettings, panel="Noise", example="assay poc frame reference:qwen3 -o frame.safetensors")
+def frame(chosen: FrameSettings, as_json: bool) -> None:
+    """Measure the frame of a checkpoint, which a network does once for the preset tokens-1.
+
+    The file says from which tokens nonces are drawn, and what centres and scales the states. Publish it, and pin it:
+    assay poc pins new --frame frame.safetensors.
+    """
+    from assay import poc
+    from assay.files.storage import check_new_file
+    from assay.poc.launch import load
+
+    check_new_file(chosen.output, overwrite=chosen.overwrite)
+    model = load(chosen.model, chosen.dtype, chosen.device)
+    with progress_bar("measuring", "sequences") as progress:
+        made = poc.measure_frame(model, progress=progress)
+    made.save(chosen.output)
+    values = {"path": str(chosen.output), "model": model.reference, "digest": made.digest, "sha256": made.sha256}
+    values |= {"coordinates": len(made.mean), "tokens": made.rows - len(made.left_out), "left_out": len(made.left_out)}
+    show_values("assay.poc.frame/1", values, as_json)
 
 
 def auditor_values(chosen: Settings) -> dict[str, Any]:
@@ -368,6 +404,7 @@ class NewPinsSettings(Settings):
     overwrite: Overwrite = False
     r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="As in the proof, or 1.416.")
     fewest_nonces: Annotated[int, "NONCES"] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
+    frame: Path | None = Field(None, description="Frame of the model to pin, for tokens-1, the preset then.")
     dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format of the build where there is no proof; else the first one of the preset."
     )
@@ -386,7 +423,7 @@ class CheckPinsSettings(Settings):
 @pins.add(
     "new",
     NewPinsSettings,
-    shown="model output from_proof calibration public_key preset seq_len strength node_count overwrite",
+    shown="model output from_proof calibration frame public_key preset seq_len strength overwrite",
     example="assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml",
 )
 def new(chosen: NewPinsSettings, as_json: bool) -> None:
@@ -405,6 +442,7 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
         public_keys=chosen.public_key,
         asked=chosen.model_dump(include=asked),
         dtype=chosen.dtype,
+        frame=chosen.frame,
     )
     show_values("assay.poc.pins.new/1", values, as_json)
 

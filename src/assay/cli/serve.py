@@ -14,6 +14,7 @@ from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
+    from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.service.settings import Settings as ServiceSettings
     from assay.poc.validator.settings import ValidatorSettings
 
@@ -42,12 +43,13 @@ class RunSettings(Settings):
     kernels: KernelName = "auto"
     log_format: LogFormat = "console"
 
-    def deploy(self, dtype: str | None = None) -> "Deployment":
-        """Load the model and return it with its kernels."""
+    def deploy(self, pins: "NetworkPins | None", dtype: str | None = None) -> "Deployment":
+        """Load the model with the frame that the network agreed on, and return it with its kernels."""
         from assay.poc.launch import compiles, load
         from assay.poc.net.deployment import Deployment
 
         loaded = load(self.model, self.dtype or dtype, self.device)
+        loaded = loaded.with_frame(None if pins is None else pins.frame(loaded.digest))
         return Deployment.of(loaded, compiled=compiles(loaded, self.kernels))
 
 
@@ -107,7 +109,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=service.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
-    serve(chosen.deploy, service, host=chosen.host, port=chosen.port)
+    serve(lambda: chosen.deploy(service.pins), service, host=chosen.host, port=chosen.port)
 
 
 @poc.add(
@@ -192,6 +194,7 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
     from assay.poc.network_pins import pinned_format
+    from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.app import validate
     from assay.poc.validator.controller import LEDGER
     from assay.poc.validator.registry import Registry
@@ -204,4 +207,11 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     check_loadable(chosen.model, dtype, chosen.device)
     check_ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
-    validate(lambda: chosen.deploy(dtype), own, service, reference=chosen.model, host=chosen.host, port=chosen.port)
+    validate(
+        lambda: chosen.deploy(NetworkPins.load(own.pins), dtype),
+        own,
+        service,
+        reference=chosen.model,
+        host=chosen.host,
+        port=chosen.port,
+    )

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +41,7 @@ from assay.models.checkpoint import (
 )
 from assay.models.decoder import expert_count
 from assay.models.device import parse_device
+from assay.models.frame import Frame
 from assay.models.quantized import StoredFormat, check_device, check_quantisation, load_stored, read_format
 from assay.models.quantized import quantise as round_weights
 from assay.streams.backends import as_tensor, torch_dtype
@@ -181,6 +182,7 @@ class Model:
         quantised: Format of :data:`assay.models.NUMBER_FORMATS` where the decoder's weights are in eight bits, as they
             were stored or rounded; else empty.
         devices: Number of devices over which the weights are spread.
+        frame: Frame of the checkpoint, where the network has one (:meth:`with_frame`).
     """
 
     module: "PreTrainedModel"
@@ -190,6 +192,21 @@ class Model:
     weights: str
     quantised: str = ""
     devices: int = 1
+    frame: Frame | None = None
+
+    def with_frame(self, frame: "Frame | str | Path | None") -> "Model":
+        """Return the model with the frame of its checkpoint, or with that of a file; without one if None.
+
+        Raises:
+            DataError: The file cannot be read, or is no frame.
+            UsageError: The frame is of another checkpoint.
+        """
+        made = Frame.load(frame) if isinstance(frame, str | Path) else frame
+        if made is not None and (made.digest, made.weights) != (self.digest, self.weights):
+            seen = f"a frame of another checkpoint ({made.weights}, {made.digest[:12]})"
+            wanted = f"that of {self.reference} ({self.weights}, {self.digest[:12]})"
+            raise UsageError(seen, wanted=wanted, do="fetch the frame of this model, or make it with `assay poc frame`")
+        return replace(self, frame=made)
 
     @property
     def config(self) -> "PreTrainedConfig":

@@ -1,6 +1,7 @@
 from .engines.base import Engine as Engine
 from .engines.hf.engine import HFEngine as HFEngine
 from .engines.hf.engine import measure_block_factor as measure_block_factor
+from .frames import measure_frame as measure_frame
 from .measurement import MeasuredTarget as MeasuredTarget
 from .measurement import measure_r_target as measure_r_target
 from .protocol.blocks import BlockFactor as BlockFactor

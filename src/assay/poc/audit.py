@@ -7,7 +7,7 @@ judge, and add the verdict to the ledger of nodes' lives where there is one.
 import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -81,11 +81,12 @@ class Auditor(Launch):
             StorageError: The ledger cannot be written.
         """
         proof = Proof.load(path)
+        how = replace(self, frame=self.frame or self._pinned_frame(proof.header))
         pins, measured = self._expected(proof.header, given or Pins(), positions)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
         self._check_ledger(pins.unpinned(proof.header))
-        check_judge(self, proof.header, measured)
-        with open_judge(self, proof.header, measured) as (loaded, made):
+        check_judge(how, proof.header, measured)
+        with open_judge(how, proof.header, measured) as (loaded, made):
             engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
@@ -159,6 +160,10 @@ class Auditor(Launch):
             return pins, Calibration.load(self.calibration)
         pins.check(header)
         return pins, None if network is None else find_pinned_calibration(network, header)
+
+    def _pinned_frame(self, header: Header) -> Path | None:
+        network = None if self.pins is None else NetworkPins.load(self.pins)
+        return None if network is None else network.frame(header.digest)
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
         """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
+from assay.models.frame import Frame
 from assay.models.load import Model, load_model, model_info
 from assay.models.load import check_loadable as check_model
 from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
@@ -22,6 +24,7 @@ from assay.poc.engines.hf.parallel import ParallelEngine, World, joined, process
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import Header
+from assay.poc.protocol.transforms import check_frame
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import HFPrefill, Prefill
 from assay.poc.responses.receipts import Receipts
@@ -52,12 +55,20 @@ class Launch:
         dtype: Number format of the weights. When None, the stored one for a prover, and that of the prover, which
             agrees best, for who judges.
         device: Device of the model; by default cuda where there is one.
+        frame: File of the checkpoint's frame, for the presets that have one.
     """
 
     model: str
     engine: EngineName = "hf"
     dtype: str | None = None
     device: str | None = None
+    frame: Path | None = None
+
+    def read_frame(self, pipeline: Pipeline) -> Frame | None:
+        """Return the frame; a UsageError where a pipeline needs one and there is none."""
+        if self.frame is None:
+            check_frame(pipeline, None)
+        return None if self.frame is None else Frame.load(self.frame)
 
     def check_loadable(self, dtype: str | None = None) -> None:
         """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""
@@ -126,8 +137,9 @@ def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine] | None]:
     pipeline, size = get_pipeline(chosen.preset), 1 if chosen.batch_size == "auto" else chosen.batch_size
     chosen.check(pipeline)
     check_shape(model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps)
+    frame = chosen.read_frame(pipeline)
     if chosen.engine == "vllm":
-        with vllm_engine(chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len) as made:
+        with vllm_engine(chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame) as made:
             yield made
         return
     if chosen.deterministic:
@@ -139,11 +151,11 @@ def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine] | None]:
                 wanted="a process for each device",
                 do=f"torchrun --nproc-per-node {max(2, chosen.tensor_parallel)} -m assay poc prove …",
             )
-        loaded = load(chosen.model, chosen.dtype, chosen.device)
+        loaded = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
         yield loaded, HFEngine(loaded, **chosen.shape(loaded, pipeline))
         return
     with joined(tensor_parallel=chosen.tensor_parallel, device=chosen.device) as world:
-        loaded = load(chosen.model, chosen.dtype, world.device, world)
+        loaded = load(chosen.model, chosen.dtype, world.device, world).with_frame(frame)
         with ParallelEngine(loaded, world, **chosen.shape(loaded, pipeline)) as engine:
             if world.leads:
                 yield loaded, engine
@@ -190,14 +202,15 @@ def open_judge(
         CalibrationError: The calibration is of another model, preset or build than the proof.
         ModelError: The model cannot be loaded.
     """
-    dtype = chosen.dtype or of_weights(header.fingerprint.dtype)
+    dtype, frame = chosen.dtype or of_weights(header.fingerprint.dtype), chosen.read_frame(header.pipeline)
     if chosen.engine == "hf":
-        yield load(chosen.model, dtype, chosen.device), None
+        yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
     stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
     _refuse_for_vllm(None if stored else dtype, header.pipeline)
     size = judging_batch(header, engine="vllm", calibration=calibration)
-    with vllm_engine(chosen, None if stored else dtype, batch_size=size, seq_len=header.round.seq_len) as made:
+    shape = {"batch_size": size, "seq_len": header.round.seq_len}
+    with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as made:
         found = of_weights(made[1].fingerprint.dtype)
         if stored and found != dtype:
             seen = f"{dtype} on vLLM, of a checkpoint in {found}"
@@ -249,12 +262,15 @@ def compiles(model: Model, kernels: Kernels) -> bool:
 
 
 @contextmanager
-def vllm_engine(chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int) -> Iterator[tuple[Model, Engine]]:
+def vllm_engine(
+    chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int, frame: Frame | None = None
+) -> Iterator[tuple[Model, Engine]]:
     """Start vLLM with a model; yield the model's identity and the engine. It raises what :func:`open_prover` raises."""
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
 
-    with VLLMEngine(chosen.model, batch_size=batch_size, seq_len=seq_len, dtype=dtype, **options) as engine:
+    shape = {"batch_size": batch_size, "seq_len": seq_len}
+    with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **options) as engine:
         yield engine.model, engine
 
 

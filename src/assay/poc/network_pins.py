@@ -19,6 +19,7 @@ from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, Pi
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import check_frame
 from assay.poc.verdict.calibration import Calibration
 
 
@@ -95,7 +96,8 @@ def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: 
             raise UsageError(f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}")
         known = {name: value for name in Round.__dataclass_fields__ if (value := getattr(pins, name)) is not None}
         round, positions = Round(**known), positions or network.round.nonces or (0, 256)
-        how = _pinned_engine(replace(how, model=how.model or entry.reference), pins, given, file)
+        how = replace(how, model=how.model or entry.reference, frame=how.frame or network.frame(entry.digest))
+        how = _pinned_engine(how, pins, given, file)
     nonces = round.nonces(*positions)
     if pins is not None and pins.nonces is not None and list(pins.nonces) != list(nonces):
         wanted = f"{pins.nonces[0]} to {pins.nonces[-1]}"
@@ -155,12 +157,14 @@ def write_pins(
     calibrations: Sequence[Path] = (),
     public_keys: Sequence[str] = (),
     dtype: str | None = None,
+    frame: Path | None = None,
 ) -> dict[str, Any]:
     """Write a pins file for a model, and return what was written. What only a proof can say is left to be filled in.
 
     The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and fewest_nonces, and
     preset, seq_len and r_target, which are those of the honest proofs, or the published ones, when None. Builds are
     those of the proofs; ``dtype`` is the number format where no proof says one. Without keys any node may prove.
+    ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the default preset.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
@@ -168,7 +172,11 @@ def write_pins(
         CalibrationError: A calibration is of none of the proofs.
     """
     headers = [Proof.load(path).header for path in proofs]
+    if frame is not None and asked["preset"] is None and not headers:
+        asked = {**asked, "preset": "tokens-1"}
     round = _round(asked, headers)
+    if frame is None:
+        check_frame(get_pipeline(round["preset"]), None)
     Pins(prover_dtype=dtype)  # an error names the formats
     builds = _builds(dtype, headers, round["preset"])
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
@@ -176,7 +184,8 @@ def write_pins(
         check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
     for path in calibrations:
         _check_calibration(path, headers)
-    digest = identify(model, dtype="float32").digest  # in which dtype it would run does not matter
+    known = identify(model, dtype="float32").with_frame(frame)  # in which dtype it would run does not matter
+    digest = known.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
             raise ProofMismatch(
@@ -190,6 +199,7 @@ def write_pins(
         ("[round]", round),
         *(("[[nodes]]", {"public_key": key, "node_id": share}) for key, share in shares),
         ("[[models]]", {"reference": model, "digest": digest}),
+        *([("[models.frame]", PinnedFile.of(frame, output.parent).model_dump())] if frame else []),
         *(("[[models.builds]]", build) for build in builds),
         *(("[[models.calibrations]]", file.model_dump()) for file in files),
     ]

@@ -18,7 +18,7 @@ from assay.models.load import Model
 from assay.poc.engines.base import Engine, check_supported, decodes
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.hf.fused import worth_compiling
-from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import (
     DistanceRecord,
     Header,
@@ -30,6 +30,7 @@ from assay.poc.protocol.proof import (
     runs_of,
 )
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import check_frame
 
 T = TypeVar("T")
 DEFAULT_BATCH = 32
@@ -100,11 +101,13 @@ def prove(
     check_length(engine, round)
     pipeline = get_pipeline(round.preset)
     check_supported(engine, pipeline)
+    check_frame(pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
     header = Header(
         round=round.with_model(model.reference),
         pipeline=pipeline,
         digest=model.digest,
         weights=model.weights,
+        frame=frame_name(pipeline, engine),
         fingerprint=engine.fingerprint,
         nonces=runs_of(chosen),
     )
@@ -131,6 +134,11 @@ def prove(
             out.append_lines([proof.footer.line()])
             out.commit()
     return proof
+
+
+def frame_name(pipeline: Pipeline, engine: Engine) -> str:
+    """Return the SHA-256 of the frame that a header names; empty for a pipeline that needs none."""
+    return engine.frame.sha256 if pipeline.framed and engine.frame is not None else ""
 
 
 def check_length(engine: Engine, round: Round) -> None:

@@ -14,7 +14,8 @@ from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pins import FORMATS, Pins
 from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record, check_distinct_seeds
 from assay.poc.protocol.round import Round
-from assay.poc.prover import Progress, check_length, recompute
+from assay.poc.protocol.transforms import check_frame
+from assay.poc.prover import Progress, check_length, frame_name, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for
 from assay.poc.verdict.judge import Verdict, judge
 from assay.poc.verdict.noise import Noise, sequential_test
@@ -159,11 +160,25 @@ def judging_setup(
     refused = []
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)
+        _check_frame(header, one)
         try:
             return one, noise_for(header, one.fingerprint, calibration)
         except CalibrationError as error:
             refused.append(error)
     raise refused[0]
+
+
+def _check_frame(header: Header, engine: Engine) -> None:
+    """Refuse a proof in another frame than the validator's; a UsageError says that the validator has none."""
+    check_frame(header.pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+    own = frame_name(header.pipeline, engine)
+    if header.frame != own:
+        raise ProofMismatch(
+            f"a proof in the frame {header.frame[:12]}",
+            wanted=f"the frame {own[:12]}, which the network agreed on",
+            do="ask the node for a proof in that frame, or pass the one of the network (--pins or --frame)",
+            field="frame",
+        )
 
 
 def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:

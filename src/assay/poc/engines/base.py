@@ -26,10 +26,11 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
+from assay.models.frame import Frame
 from assay.poc.protocol.pipelines import PIPELINES, LayerStep, Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import Transform, sketch_states
+from assay.poc.protocol.transforms import Reading, Transform, sketch_states
 from assay.streams.backends import as_tensor
 
 MAX_BATCH = 65_536
@@ -46,6 +47,7 @@ class Engine(Protocol):
     batch_size: int  # B, the number of nonces that are handed out at a time
     seq_len: int  # T, the fixed number of positions of every nonce
     dtype: str  # name of the dtype of the inputs: float32, float16 or bfloat16
+    frame: Frame | None  # of the checkpoint, for the pipelines that need it
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -108,13 +110,12 @@ class StateEngine(Engine, Protocol):
     def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
         """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Return what a pipeline reads of the hidden states after the final norm, [B, D] in float32.
 
         Args:
             inputs_BTD: Input embeddings of the engine's fixed shape.
-            weights_BT: Weights of :func:`assay.poc.protocol.weighted_sum`, ±1, or 0 where a position is not read; None
-                reads the state of the last position as it is.
+            reading: How the positions are read; None takes the state of the last one as it is.
 
         Raises:
             AssayError: As :meth:`Engine.outputs`, or a UsageError because the inputs are of another shape.
@@ -134,13 +135,13 @@ def plain_outputs(
     transform = make_transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
         for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
-            states_BD = engine.read(engine.inputs(round, padded), transform.weights(padded, engine.seq_len))
+            states_BD = engine.read(engine.inputs(round, padded), transform.reading(padded, engine.seq_len))
             yield transform(states_BD, padded).cpu().numpy()[:count]
 
 
 def overlapped_outputs(
     engine: StateEngine,
-    run: Callable[[Tensor, Tensor | None], Tensor],
+    run: Callable[[Tensor, Reading | None], Tensor],
     round: Round,
     pipeline: Pipeline,
     nonces: Sequence[int],
@@ -154,13 +155,13 @@ def overlapped_outputs(
         """Queue the inputs and the forward pass of a batch; return its states, and the event when they are there."""
         with torch.cuda.stream(inputs):
             inputs_BTD = engine.inputs(round, padded)
-            weights_BT = transform.weights(padded, engine.seq_len)
+            reading = transform.reading(padded, engine.seq_len)
         forward.wait_stream(inputs)
         with torch.cuda.stream(forward):
-            for made in (inputs_BTD, weights_BT):
+            for made in (inputs_BTD, *(reading or ())):
                 if made is not None:
                     made.record_stream(forward)  # do not reuse its memory before this stream is done
-            return run(inputs_BTD, weights_BT), forward.record_event()
+            return run(inputs_BTD, reading), forward.record_event()
 
     def finish(count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event) -> NDArray[Any]:
         """Transform the states of a batch and bring the outputs of its first nonces to the host."""
@@ -220,6 +221,7 @@ def make_transform(engine: StateEngine, round: Round, pipeline: Pipeline) -> Tra
         vocab_size=engine.vocab_size,
         device=engine.device,
         trained_head=engine.trained_head,
+        frame=engine.frame,
     )
 
 
@@ -292,6 +294,11 @@ def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) ->
     known_N1 = ids_N1 < scores_NV.shape[1]
     claimed_N1 = scores_NV.gather(1, torch.where(known_N1, ids_N1, 0)).where(known_N1, -torch.inf)
     return (scores_NV.amax(dim=1, keepdim=True) - claimed_N1).squeeze(1)
+
+
+def token_inputs(round: Round, frame: Frame, nonces: Sequence[int], *, seq_len: int) -> Int64[np.ndarray, "B T"]:
+    """Return the token ids of nonces whose inputs are tokens, of the seeds of the stream ``prompt``."""
+    return frame.tokens(drawn_seeds(round, "prompt", nonces, range(seq_len)))
 
 
 class Draws:

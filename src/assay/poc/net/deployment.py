@@ -15,7 +15,7 @@ from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Header, Record
 from assay.poc.protocol.round import Round
-from assay.poc.prover import compute, recompute
+from assay.poc.prover import compute, frame_name, recompute
 from assay.streams.backends import dtype_name
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Deployment:
             pipeline=get_pipeline(round.preset),
             digest=self.digest,
             weights=self.weights,
+            frame=frame_name(get_pipeline(round.preset), engine),
             fingerprint=engine.fingerprint,
             nonces=(),
         )

@@ -115,6 +115,7 @@ class ModelPins(Table):
     weights: Literal["trained", "random-all", "random-embed"] = "trained"  # weight mode
     builds: Annotated[tuple[Build, ...], Field(min_length=1)]  # builds that may prove it
     calibrations: tuple[PinnedFile, ...] = ()  # files with the honest noise of these builds
+    frame: PinnedFile | None = None  # frame of the checkpoint, for the presets that have one
 
 
 def _unfilled(value: Any, place: str = "") -> Iterator[str]:
@@ -134,7 +135,8 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]  # a mistyped key misses as well
     fault = (unknown or faults)[0]
     tables: dict[Any, type[BaseModel]] = {
-        "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build, "calibrations": PinnedFile
+        "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build, "calibrations": PinnedFile,
+        "frame": PinnedFile
     }  # fmt: skip
     steps = list(fault["loc"])
     table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
@@ -359,14 +361,21 @@ class NetworkPins(Table):
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
         """Iterate over the calibration files of a model; a DataError where one is another than was pinned."""
-        for pinned in model.calibrations:
-            path = self._path.parent / pinned.file
-            found = PinnedFile.of(path, path.parent)
-            if found.sha256 != pinned.sha256:
-                seen = f"{path} has the SHA-256 {found.sha256[:12]}…"
-                do = "fetch the file that the network agreed on, or agree on this one and pin it"
-                raise DataError(seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do)
-            yield path
+        yield from map(self._pinned, model.calibrations)
+
+    def frame(self, digest: str) -> Path | None:
+        """Return the file of a model's frame, None without one; a DataError where it is another than was pinned."""
+        pinned = next((model.frame for model in self.models if model.digest == digest), None)
+        return None if pinned is None else self._pinned(pinned)
+
+    def _pinned(self, pinned: PinnedFile) -> Path:
+        path = self._path.parent / pinned.file
+        found = PinnedFile.of(path, path.parent)
+        if found.sha256 != pinned.sha256:
+            seen = f"{path} has the SHA-256 {found.sha256[:12]}…"
+            do = "fetch the file that the network agreed on, or agree on this one and pin it"
+            raise DataError(seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do)
+        return path
 
 
 def _refuse_doubles(what: str, values: list[tuple[Any, ...]]) -> None:

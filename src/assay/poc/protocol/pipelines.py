@@ -5,8 +5,9 @@ hidden state, in the head and on the logits, and what is published. The steps th
 :mod:`assay.poc.protocol.transforms`. Adding an approach adds a row.
 
 The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
-recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``hardened`` is the proposal of
-docs/redteam.md; ``decode`` is that of docs/decode.md, and the one row whose nonces take more than one forward pass.
+recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``tokens-1`` is what a new network
+should take (docs/tokens.md); ``hardened`` is the proposal of docs/redteam.md; ``decode`` is that of docs/decode.md, and
+the one row whose nonces take more than one forward pass.
 """
 
 import re
@@ -49,10 +50,16 @@ class Step:
 class Positions:
     """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
 
-    The result is the sum of their unit states, each with a sign that is drawn for the nonce.
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce. With ``later`` the first
+    eighth is left out: states of the first positions are far from all others, and most of their noise is their own.
     """
 
     count: int = 0
+    later: bool = False
+
+    def first(self, seq_len: int) -> int:
+        """Return the first position that is read."""
+        return seq_len // 8 if self.later else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,9 @@ class Pipeline:
         texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
         number_formats: Formats in which a proof is made unless a network agrees on another one, the default first; any
             format where empty. This is a rule of judging and not of computing, so it is not in the proof header.
-        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward pass over noise.
+        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward pass.
+        inputs: What the model reads: N(0, 1) in place of embeddings, or ``tokens`` drawn by the frame of the
+            checkpoint, in which its states are centred and scaled as well.
     """
 
     name: str
@@ -86,6 +95,12 @@ class Pipeline:
     texts: Literal["published", "versioned"] = "published"
     number_formats: tuple[str, ...] = ()
     steps: int = 0
+    inputs: Literal["noise", "tokens"] = "noise"
+
+    @property
+    def framed(self) -> bool:
+        """Whether the pipeline needs the frame of the checkpoint (:class:`assay.poc.Frame`)."""
+        return self.inputs == "tokens"
 
     @property
     def vector_size(self) -> int:
@@ -102,6 +117,8 @@ class Pipeline:
         """Family of honest noise: a law that was measured in one family does not hold in another."""
         if self.output == "tokens":
             return self.output if self.steps >= _MANY_STEPS else f"few {self.output}"
+        if self.framed:
+            return f"token {self.output}"
         return self.output if self.read == "last" else f"position {self.output}"
 
     @property
@@ -118,15 +135,15 @@ class Pipeline:
     def as_dict(self) -> dict[str, Any]:
         """Return the description for a proof header.
 
-        ``texts`` and ``steps`` are younger than the first proofs, so they are written only where they differ from
-        theirs.
+        Fields that are younger than the first proofs are written only where they differ from theirs.
         """
         described = asdict(self)
         del described["number_formats"]
-        if self.texts == "published":
-            del described["texts"]
-        if not self.steps:
-            del described["steps"]
+        for name, first in (("texts", "published"), ("steps", 0), ("inputs", "noise")):
+            if described[name] == first:
+                del described[name]
+        if described["read"] == asdict(Positions(getattr(self.read, "count", 0))):
+            del described["read"]["later"]
         return described
 
 
@@ -156,6 +173,15 @@ _ROWS = (
         output="vector",
         texts="versioned",
         number_formats=("float16", "float32"),
+    ),
+    Pipeline(
+        name="tokens-1",
+        summary="random tokens; framed states of seven eighths with signs, unit, projection to 32, unit; the vector",
+        inputs="tokens",
+        read=Positions(later=True),
+        hidden=(_UNIT, Step("project", 32), _UNIT),
+        output="vector",
+        texts="versioned",
     ),
     Pipeline(
         name="decode",
@@ -203,7 +229,7 @@ _ROWS = (
 
 PIPELINES: dict[str, Pipeline] = {row.name: row for row in _ROWS}
 """Every pipeline by its name."""
-FORWARD = tuple(row.name for row in _ROWS if not row.steps)
+FORWARD = tuple(row.name for row in _ROWS if not row.steps and not row.framed)
 """Names of the rows whose nonces are one forward pass over noise."""
 
 _ALIASES = {"sign-flips": "poc-2.0", "decode-256": "decode"}

@@ -32,7 +32,7 @@ from assay.errors import AssayError, DataError, ProofFormatError, ProofMismatch,
 from assay.files.jsonl import dumps, read_lines
 from assay.files.storage import write_lines
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.round import MAX_COUNT, MAX_NAME, MAX_NONCE, Round
+from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NAME, MAX_NONCE, Round
 
 T = TypeVar("T")
 
@@ -251,6 +251,7 @@ class Header:
         pipeline: Description of the preset.
         digest: SHA-256 of the tensors of the checkpoint.
         weights: Weight mode of the model: trained, random-all or random-embed.
+        frame: SHA-256 of the frame of the checkpoint, where the preset has one; else empty.
         fingerprint: Description of the prover's engine.
         nonces: Nonces of the records, in order, as runs ``[first, end, step]``.
     """
@@ -259,6 +260,7 @@ class Header:
     pipeline: Pipeline
     digest: str
     weights: str
+    frame: str = ""
     fingerprint: Fingerprint
     nonces: tuple[tuple[int, int, int], ...]
 
@@ -269,7 +271,8 @@ class Header:
             "schema": SCHEMA,
             "round": self.round.as_dict(),
             "pipeline": self.pipeline.as_dict(),
-            "model": {"reference": self.round.model, "digest": self.digest, "weights": self.weights},
+            "model": {"reference": self.round.model, "digest": self.digest, "weights": self.weights}
+            | ({"frame": self.frame} if self.frame else {}),
             "fingerprint": self.fingerprint.as_dict(),
             "nonces": [list(run) for run in self.nonces],
         }
@@ -566,6 +569,7 @@ class ModelLine:
     reference: Text
     digest: Text
     weights: Text
+    frame: Annotated[str, Field(pattern=f"^({DIGEST.pattern})?$")] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -612,12 +616,15 @@ def parse_header(line: bytes) -> Header:
             f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions",
             f"one for seq_len {round.seq_len}, of at least one row",
         )
+    if pipeline.framed is not bool(read.model.frame):
+        raise format_error("a frame, or none", "one for the presets that need it, and for no other")
     _check_runs(read.nonces, round)
     return Header(
         round=round,
         pipeline=pipeline,
         digest=read.model.digest,
         weights=read.model.weights,
+        frame=read.model.frame,
         fingerprint=fingerprint,
         nonces=read.nonces,
     )

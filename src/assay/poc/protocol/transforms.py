@@ -8,6 +8,7 @@ rows. What depends on the block alone (target, random head) is made once per :cl
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
+from assay.models.frame import Frame
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
@@ -40,9 +42,19 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
     return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
 
 
-def weighted_sum(x_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]) -> Float32[Tensor, "B D"]:
-    """Return Σ_t w_t · x_t/(‖x_t‖ + 1e-8) in float32, every row by itself."""
-    return torch.bmm(weights_BT.unsqueeze(1), unit(x_BTD.float())).squeeze(1)
+class Reading(NamedTuple):
+    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in."""
+
+    weights: Float32[Tensor, "B T"]
+    mean: Float32[Tensor, " D"] | None = None
+    inverse: Float32[Tensor, " D"] | None = None  # of the scale
+
+    def sum(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
+        """Return Σ_t w_t · y_t/(‖y_t‖ + 1e-8) in float32, with y_t = (x_t − mean)/scale, every row by itself."""
+        y_BTD = x_BTD.float()
+        if self.mean is not None and self.inverse is not None:
+            y_BTD = (y_BTD - self.mean) * self.inverse
+        return torch.bmm(self.weights.unsqueeze(1), unit(y_BTD)).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
@@ -84,6 +96,18 @@ def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float3
     return target_V
 
 
+def check_frame(pipeline: Pipeline, frame: Frame | None, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
+    """Refuse a pipeline without the frame that it needs, or with that of a model of another shape."""
+    if not pipeline.framed:
+        return
+    do = "make it with `assay poc frame`, and name the file in pins.toml, or with --frame"
+    if frame is None:
+        raise UsageError(f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do)
+    if (len(frame.mean), frame.rows) != (hidden_size, vocab_size):
+        seen = f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens"
+        raise UsageError(seen, wanted=f"{hidden_size} and {vocab_size}, as the model has", do=do)
+
+
 class Transform:
     """The randomisation of one round, ready to be applied to batches of an engine's states of D numbers on a device.
 
@@ -100,13 +124,20 @@ class Transform:
         vocab_size: int,
         device: torch.device,
         trained_head: Callable[[Tensor], Tensor] | None = None,
+        frame: Frame | None = None,
     ) -> None:
         if pipeline.head == "trained" and trained_head is None:
             seen = f"the pipeline {pipeline.name}, which needs the trained head"
             wanted = "a pipeline with the random head or none: vLLM spreads the trained one over its workers"
             raise UsageError(seen, wanted=wanted, do="use --engine hf for it")
+        check_frame(pipeline, frame, hidden_size=hidden_size, vocab_size=vocab_size)
         self.round = round
         self.pipeline = pipeline
+        self._frame = (
+            (torch.from_numpy(frame.mean).to(device), torch.from_numpy(1 / frame.scale).to(device))
+            if frame is not None and pipeline.framed
+            else (None, None)
+        )
         self._backend = streams.get_backend("auto", str(device))
         self._device = device
         self._trained_head = trained_head if pipeline.head == "trained" else None
@@ -119,17 +150,18 @@ class Transform:
             size = pipeline.output_size(hidden_size, vocab_size)
             self._target_V = block_target(round, size, device)
 
-    def weights(self, nonces: Sequence[int], seq_len: int) -> Float32[Tensor, "B T"] | None:
-        """Return the weight of every position in the sum, ±1 or 0; None where only the last position is read."""
+    def reading(self, nonces: Sequence[int], seq_len: int) -> Reading | None:
+        """Return how the positions of nonces are read; None where only the last one is, as it is."""
         read = self.pipeline.read
         if not isinstance(read, Positions):
             return None
         seeds = self._seeds("weights", nonces)
-        signs_BT = as_tensor(self._backend.signs(seeds, seq_len)).float()
-        if not 0 < read.count < seq_len:
-            return signs_BT
-        chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
-        return torch.zeros_like(signs_BT).scatter(1, chosen_BM, signs_BT.gather(1, chosen_BM))
+        weights_BT = as_tensor(self._backend.signs(seeds, seq_len)).float()
+        if 0 < read.count < seq_len:
+            chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
+            weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
+        weights_BT[:, : read.first(seq_len)] = 0
+        return Reading(weights_BT, *self._frame)
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]

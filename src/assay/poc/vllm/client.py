@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
-from assay.poc.engines.base import Decoded, Replayed, drawn_prompts
+from assay.poc.engines.base import Decoded, Replayed, drawn_prompts, token_inputs
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
@@ -87,7 +87,8 @@ class Client:
     async def open(self, spec: Spec) -> str:
         """Begin a stream of nonces on every worker; return its key. A UsageError where one refuses the round."""
         key = new_key()
-        for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name):
+        frame = None if spec.frame is None else spec.frame.to_bytes()
+        for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name, frame):
             if reason is not None:
                 raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
         return key
@@ -285,8 +286,11 @@ class NonceStream:
         return np.concatenate([await self._collect(*part) for part in parts])
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
-        """Return the ids of a nonce's request, which are placeholders that the workers fill, and its parameters."""
-        return [0] * self._spec.round.seq_len, sampling_parameters()
+        """Return the ids of a nonce's request, which may be placeholders that the workers fill, and its parameters."""
+        round, frame = self._spec.round, self._spec.frame
+        if frame is None:
+            return [0] * round.seq_len, sampling_parameters()
+        return token_inputs(round, frame, [nonce], seq_len=round.seq_len)[0].tolist(), sampling_parameters()
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
         """Return whether a request ran to its end, as far as its last output says."""

@@ -260,7 +260,6 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"
     checkpoint, omit, serve = "the checkpoint, which the proof names", "leave it out", "serve it as it is"
     adapted, whole = getattr(config, "lora_config", None) is not None, dtype_name(model.dtype) == "float32"
-    yield not model.enable_prompt_embeds, "no --enable-prompt-embeds", "input embeddings", "add --enable-prompt-embeds"
     yield model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", omit
     yield quantised, f"--quantization {model.quantization}", checkpoint, omit
     # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from assay import streams
-from assay.poc.engines.base import HostCopy, noise_inputs
-from assay.poc.protocol.transforms import Transform, weighted_sum
+from assay.poc.engines.base import HostCopy, noise_inputs, token_inputs
+from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.compatibility import SINCE, older_version
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
@@ -333,18 +333,36 @@ class DirectPasses:
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
-        weights_BT = self._transform(spec).weights(nonces, seq_len)
-        assert weights_BT is not None
+        reading = self._transform(spec).reading(nonces, seq_len)
+        assert reading is not None
         at_once = max(1, MAX_SUMMED // (seq_len * self._width))
-        parts = (torch.split(values, at_once) for values in (states_BTD, weights_BT.to(states_BTD.device)))
-        return torch.cat([weighted_sum(part_BTD, part_BT) for part_BTD, part_BT in zip(*parts, strict=True)])
+        parts = (torch.split(values, at_once) for values in (states_BTD, reading.weights.to(states_BTD.device)))
+        return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in zip(*parts, strict=True)])
 
     def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the last one."""
         from vllm.forward_context import set_forward_context
 
-        seq_len, device = spec.round.seq_len, self._runner.device
+        seq_len = spec.round.seq_len
         metadata, slots_N, positions_N = self._tables(len(nonces), seq_len)
+        inputs = self._inputs(spec, nonces)
+        by_layer = dict.fromkeys(metadata, slots_N)
+        with (
+            self._private_cache(partial=seq_len % int(self._layer_cache().shape[2]) > 0),
+            set_forward_context(metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer),
+        ):
+            states_ND: Tensor = self._runner.model(positions=positions_N, intermediate_tensors=None, **inputs)
+        return states_ND
+
+    def _inputs(self, spec: Spec, nonces: list[int]) -> dict[str, Tensor | None]:
+        """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
+        seq_len, device = spec.round.seq_len, self._runner.device
+        if spec.frame is not None:
+            ids_N = torch.from_numpy(token_inputs(spec.round, spec.frame, nonces, seq_len=seq_len)).view(-1).to(device)
+            if not self._config.model_config.enable_prompt_embeds:
+                return {"input_ids": ids_N, "inputs_embeds": None}
+            # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for them.
+            return {"input_ids": None, "inputs_embeds": self._runner.model.embed_input_ids(ids_N)}
         at_once = max(1, MAX_VALUES // (seq_len * self._width))
         shape = {"seq_len": seq_len, "hidden_size": self._width}
         made = [
@@ -352,15 +370,7 @@ class DirectPasses:
             for at in range(0, len(nonces), at_once)
         ]
         inputs_ND = (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
-        by_layer = dict.fromkeys(metadata, slots_N)
-        with (
-            self._private_cache(partial=seq_len % int(self._layer_cache().shape[2]) > 0),
-            set_forward_context(metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer),
-        ):
-            states_ND: Tensor = self._runner.model(
-                input_ids=None, positions=positions_N, intermediate_tensors=None, inputs_embeds=inputs_ND
-            )
-        return states_ND
+        return {"input_ids": None, "inputs_embeds": inputs_ND}
 
     @contextmanager
     def _private_cache(self, *, partial: bool) -> Iterator[None]:

@@ -326,7 +326,8 @@ class AssayPlugin:
         """Describe the engine to the service; called in the service's own thread, which waits for it."""
         client = self._running.result()
         dtype = client.description["dtype"]
-        model = identify(self._model, dtype=dtype)
+        model, pins = identify(self._model, dtype=dtype), self._settings.pins
+        model = model.with_frame(None if pins is None else pins.frame(model.digest))
         return Deployment(
             reference=self._reference,
             digest=model.digest,
@@ -334,7 +335,9 @@ class AssayPlugin:
             dtype=with_cache(model.quantised or dtype, client.description["cache"]),
             max_positions=client.positions,
             decodes=bool(client.description["decodes"]),
-            engine=lambda seq_len, batch_size: RequestEngine(client, batch_size=batch_size, seq_len=seq_len),
+            engine=lambda seq_len, batch_size: RequestEngine(
+                client, batch_size=batch_size, seq_len=seq_len, frame=model.frame
+            ),
         )
 
 

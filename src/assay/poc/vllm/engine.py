@@ -22,11 +22,13 @@ from typing_extensions import override
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
 from assay.models.checkpoint import resolve
 from assay.models.device import processor
+from assay.models.frame import Frame
 from assay.models.load import identify
 from assay.poc.engines.base import Decoded, DecodingEngine, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import check_frame
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
@@ -114,10 +116,10 @@ class RequestEngine(DecodingEngine):
         UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
-    def __init__(self, client: Client, *, batch_size: int, seq_len: int) -> None:
+    def __init__(self, client: Client, *, batch_size: int, seq_len: int, frame: Frame | None = None) -> None:
         check_batch_size(batch_size)
         _check_positions(seq_len, client.positions)
-        self.batch_size, self.seq_len, self._client = batch_size, seq_len, client
+        self.batch_size, self.seq_len, self._client, self.frame = batch_size, seq_len, client, frame
         worker = client.description
         self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
 
@@ -133,7 +135,9 @@ class RequestEngine(DecodingEngine):
     @override
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         check_supported(self, pipeline)
-        yield from self._run(NonceStream(self._client, Spec(round, pipeline), nonces, self.batch_size))
+        check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
+        spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
+        yield from self._run(NonceStream(self._client, spec, nonces, self.batch_size))
 
     @override
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
@@ -201,6 +205,7 @@ class VLLMEngine(RequestEngine):
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
         path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
+        frame: Frame of the checkpoint, for the presets that have one.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -218,6 +223,7 @@ class VLLMEngine(RequestEngine):
         dtype: str | None = None,
         in_flight: int = 0,
         path: NoncePath = "auto",
+        frame: Frame | None = None,
         **options: Any,
     ) -> None:
         version = check_installed()
@@ -233,8 +239,8 @@ class VLLMEngine(RequestEngine):
             client = thread.run(connect(llm, settings, seq_len, version=version, unfinished=unfinished))
             ends.callback(client.release)
             ends.callback(lambda: thread.run(client.end()))
-            super().__init__(client, batch_size=batch_size, seq_len=seq_len)
-            self.model = identify(reference, dtype=self.dtype)
+            super().__init__(client, batch_size=batch_size, seq_len=seq_len, frame=frame)
+            self.model = identify(reference, dtype=self.dtype).with_frame(frame)
             self._ends = ends.pop_all()
 
     def counts(self) -> list[dict[str, int]]:

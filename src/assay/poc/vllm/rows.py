@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.models.device import processor
+from assay.models.frame import Frame
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.vllm.compatibility import rounded_cache, runner_kind, stored_as
@@ -74,6 +75,7 @@ class Spec(NamedTuple):
 
     round: Round
     pipeline: Pipeline
+    frame: Frame | None = None  # of the checkpoint, for a pipeline that has one
 
 
 class Decode(NamedTuple):

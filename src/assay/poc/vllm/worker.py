@@ -26,10 +26,11 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError, reason_of
-from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs
+from assay.models.frame import Frame
+from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs, token_inputs
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, get_pipeline, sketch_steps
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import Transform, sketch_states, weighted_sum
+from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blockers
 from assay.poc.vllm.rows import (
@@ -78,10 +79,17 @@ class WorkerExtension:
             self.assay_passes = DirectPasses(runner, config, self.assay_hooks.transform, activations=measured)
         return {"problems": [], "decodes": decoding_blocker(runner, config) is None, **describe(runner, config)}
 
-    def assay_open(self, key: str, round: dict[str, Any], preset: str) -> str | None:
-        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused."""
+    def assay_open(self, key: str, round: dict[str, Any], preset: str, frame: bytes | None = None) -> str | None:
+        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused.
+
+        ``frame`` is the file of the checkpoint's frame, for the presets that have one.
+        """
         try:
-            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset)))
+            made, embeds = None if frame is None else Frame.from_bytes(frame), self.vllm_config.model_config
+            if made is None and not get_pipeline(preset).steps and not embeds.enable_prompt_embeds:
+                do = "serve with --enable-prompt-embeds, or agree on tokens-1"
+                raise UsageError(f"{preset} without --enable-prompt-embeds", wanted="input embeddings", do=do)
+            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), made))
         except Exception as error:
             return reason_of(error)[:LONGEST_REASON]
         return None
@@ -230,6 +238,10 @@ class Hooks:
                         self._decoding.begin(stream, nonce, request)
                         continue
                     sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
+                    if stream.spec.pipeline.framed:
+                        _check_tokens(stream.spec, nonce, request)
+                        stream.fill(nonce)
+                        continue
                     if (length := len(request.prompt_token_ids if sent is None else sent)) != seq_len:
                         raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
                     if sent is None and is_first_stage():
@@ -299,12 +311,12 @@ class Hooks:
 
     def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
-        drawn_BT = self.transform(stream.spec).weights([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
-        assert drawn_BT is not None
+        reading = self.transform(stream.spec).reading([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
+        assert reading is not None
         spans = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
-        weights_BN = torch.stack([drawn_BT[row, at.computed : at.computed + length] for row, at, length in spans])
+        weights = [reading.weights[row, at.computed : at.computed + length] for row, at, length in spans]
         states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in spans])
-        sums_BD = weighted_sum(states_BND, weights_BN.to(states_ND.device))
+        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device)).sum(states_BND)
         for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
             if chunk.ends_prompt:
@@ -331,7 +343,17 @@ class Hooks:
 
     def _make_transform(self, spec: Spec) -> Transform:
         vocab_size, device = int(self._model.get_vocab_size()), self._runner.device
-        return Transform(*spec, hidden_size=self._width, vocab_size=vocab_size, device=device)
+        round, pipeline, frame = spec
+        shape = {"hidden_size": self._width, "vocab_size": vocab_size, "device": device}
+        return Transform(round, pipeline, frame=frame, **shape)
+
+
+def _check_tokens(spec: Spec, nonce: int, request: Any) -> None:
+    """Refuse a request whose prompt is not the tokens of its nonce."""
+    assert spec.frame is not None
+    wanted = token_inputs(spec.round, spec.frame, [nonce], seq_len=spec.round.seq_len)[0].tolist()
+    if request.prompt_embeds is not None or list(request.prompt_token_ids or ()) != wanted:
+        raise ValueError(f"other tokens than those of nonce {nonce}")
 
 
 def _disarm(request: Any, width: int) -> None:

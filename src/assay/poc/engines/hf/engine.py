@@ -41,13 +41,14 @@ from assay.poc.engines.base import (
     overlapped_outputs,
     padded_batches,
     plain_outputs,
+    token_inputs,
 )
 from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
-from assay.poc.protocol.pipelines import LayerStep, Pipeline
+from assay.poc.protocol.pipelines import LayerStep, Pipeline, get_pipeline
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT, project, reflect, unit, weighted_sum
+from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT, Reading, check_frame, project, reflect, unit
 from assay.streams.backends import as_tensor, dtype_name
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
@@ -173,7 +174,7 @@ class HFEngine(StateEngine, DecodingEngine):
         self.model = model
         self.batch_size, self.seq_len = batch_size, seq_len
         self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
-        self.dtype, self.device = dtype_name(model.dtype), model.device
+        self.dtype, self.device, self.frame = dtype_name(model.dtype), model.device, model.frame
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
@@ -215,15 +216,24 @@ class HFEngine(StateEngine, DecodingEngine):
 
     @override
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
+        pipeline = get_pipeline(round.preset)
+        if pipeline.framed:
+            check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
+            assert self.frame is not None
+            return self.embed(token_inputs(round, self.frame, nonces, seq_len=self.seq_len))
         shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
         return noise_inputs(self._streams, round, nonces, dtype=self.dtype, **shape)
 
+    @torch.inference_mode()
+    def embed(self, ids_BT: Int64[np.ndarray, "B T"]) -> Float[Tensor, "B T D"]:
+        """Return the embeddings of tokens, as the model makes them."""
+        made: Tensor = self.model.module.get_input_embeddings()(torch.from_numpy(ids_BT).to(self.device))
+        return made
+
     @override
     @torch.inference_mode()
-    def read(
-        self, inputs_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"] | None = None
-    ) -> Float32[Tensor, "B D"]:
-        states_BD = self._run(inputs_BTD, weights_BT)
+    def read(self, inputs_BTD: Float[Tensor, "B T D"], reading: Reading | None = None) -> Float32[Tensor, "B D"]:
+        states_BD = self._run(inputs_BTD, reading)
         if not bool(torch.isfinite(states_BD).all()):
             raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
         return states_BD
@@ -363,22 +373,43 @@ class HFEngine(StateEngine, DecodingEngine):
             raise ModelError(seen, wanted="a decoder that takes input embeddings and positions", do=do) from error
 
     @torch.inference_mode()
-    def _run(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def _run(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Run the model; the states may be NaN or infinity, because to look at them is to wait for the device."""
+        self._check_inputs(inputs_BTD)
+        with self._explained():
+            if self._compiled is not None and not self._hooked:
+                run = self._compiled
+                if reading is None:
+                    return run.last_hidden(inputs_BTD)
+                return reading.sum(run.hidden(inputs_BTD))
+            hidden_BTD = self._hidden(inputs_BTD)
+        return hidden_BTD[:, -1].float() if reading is None else reading.sum(hidden_BTD)
+
+    @torch.inference_mode()
+    def states(self, inputs_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B T D"]:
+        """Return the states of all positions after the final norm, by the kernels of eager torch.
+
+        Raises:
+            AssayError: As :meth:`read`.
+        """
+        self._check_inputs(inputs_BTD)
+        with self._explained():
+            states_BTD = self._hidden(inputs_BTD).float()
+        if not bool(torch.isfinite(states_BTD).all()):
+            raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
+        return states_BTD
+
+    def _hidden(self, inputs_BTD: Tensor) -> Tensor:
+        with wide_products(self.model):
+            output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+    def _check_inputs(self, inputs_BTD: Tensor) -> None:
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
             seen, do = f"inputs of shape {tuple(inputs_BTD.shape)}", "pad the batch with throw-away nonces"
             raise UsageError(seen, wanted=f"the engine's fixed shape {wanted}", do=do)
-        with self._explained():
-            if self._compiled is not None and not self._hooked:
-                run = self._compiled
-                if weights_BT is None:
-                    return run.last_hidden(inputs_BTD)
-                return weighted_sum(run.hidden(inputs_BTD), weights_BT)
-            with wide_products(self.model):
-                output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
-        hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD[:, -1].float() if weights_BT is None else weighted_sum(hidden_BTD, weights_BT)
 
     def _too_large(self) -> OutOfMemory:
         """Name a batch that would fit: by the estimate, and at most half of the one that did not."""
