@@ -85,7 +85,7 @@ def test_chosen_positions_are_the_drawn_ones(hardened: Round):
         device=torch.device("cpu"),
         trained_head=torch.nn.Identity(),
     )
-    weights = few.weights([0, 5], 16).numpy()
+    weights = few.reading([0, 5], 16).weights.numpy()
     assert (np.abs(weights).sum(1) == 3).all()
     chosen = NUMPY.picks(streams.seeds([hardened.text("positions", 5)]), 16, 3)[0]
     assert set(np.flatnonzero(weights[1])) == set(chosen)

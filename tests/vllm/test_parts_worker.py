@@ -14,7 +14,6 @@ from assay.errors import UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.engines.base import Draws, noise_inputs
 from assay.poc.protocol.pipelines import sketch_steps
-from assay.poc.protocol.transforms import weighted_sum
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.compatibility import runner_kind
@@ -175,7 +174,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     key, spec = new_key(), Spec(round, get_pipeline("hardened"))
     hooks.rows.open(key, spec)
     states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
-    weights_BT = hooks.transform(spec).weights(range(5), 8)
+    reading = hooks.transform(spec).reading(range(5), 8)
     steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
     for nonce in range(5):
         hooks.rows.get(key).fill(nonce)
@@ -192,7 +191,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
     nonces, rows = hooks.rows.get(key).take(range(5))
     assert nonces == list(range(5))
-    torch.testing.assert_close(torch.stack(rows), weighted_sum(states_BTD, weights_BT), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack(rows), reading.sum(states_BTD), atol=1e-6, rtol=0)
     assert not hooks.rows.get(key).sums
     assert not hooks.rows.get(key).rows
 
@@ -295,7 +294,7 @@ def started(runner: Runner, key: str, requests: dict[int, tuple[list[int], list[
 
 def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
     """Return the draws, the tokens and the sketches of the definition, from logits in bfloat16 or float32."""
-    draws = Draws(SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING, NONCES)
+    draws = Draws(SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING[:2], NONCES)
     texts, states = [list(ids) for ids in draws.prompts_BP.tolist()], []
     for step in range(STEPS):
         rows = torch.stack([states_of(ids)[-1] for ids in texts])

@@ -197,8 +197,8 @@ class Reading:
         found = []
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
-            weights_BT = self._transforms[self.presets[0]].weights(batch, engine.seq_len)
-            found.append(program.read(engine.inputs(self.round, batch), weights_BT).cpu())
+            reading = self._transforms[self.presets[0]].reading(batch, engine.seq_len)
+            found.append(program.read(engine.inputs(self.round, batch), reading).cpu())
         return torch.cat(found)[:nonces]
 
     def recomputed(self, nonces: int) -> Tensor:

@@ -33,7 +33,7 @@ def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Ite
         wanted = list(nonces[start : start + engine.batch_size])
         padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
         inputs_BTD = engine.inputs(transform.round, padded)
-        yield padded, engine.read(inputs_BTD, transform.weights(padded, engine.seq_len))
+        yield padded, engine.read(inputs_BTD, transform.reading(padded, engine.seq_len))
 
 
 def published(

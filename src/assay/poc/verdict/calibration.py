@@ -73,7 +73,7 @@ measured before (research/results/mixture_wider.json), and with as many nonces i
 
 LAWS: dict[str, type[Law]] = {
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
-    **dict.fromkeys(("vector", "position vector", "tokens", "few tokens"), stats.LogNoise),
+    **dict.fromkeys(("vector", "position vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
 }
 """Kind of law by family of noise."""
 
