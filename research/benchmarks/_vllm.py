@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -306,6 +307,21 @@ def _text(body):
     choice = (body["choices"] or [{}])[0]
     message = choice.get("message") or choice.get("delta") or choice
     return message.get("content") or message.get("text") or ""
+
+
+async def answer(engine, ids, tokens, **options):
+    """Let a vLLM engine of this process answer a prompt; return its tokens and the seconds to the first."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.DELTA
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind)
+    prompt = {"type": "token", "prompt_token_ids": ids}
+    started, first, found = time.perf_counter(), None, []
+    async for output in engine._client._llm.generate(prompt, sampling, uuid4().hex, **options):
+        first = first or time.perf_counter() - started
+        found += output.outputs[0].token_ids
+    return found, first
 
 
 # Servers forked from one process that has imported vLLM.
@@ -596,11 +612,6 @@ def agreement(server, model, requests, wanted=None):
         "largest_difference_of_sketches": max(distances, default=0.0),
         "different": [request.request_id for request, equal in zip(requests, same, strict=True) if not equal][:5],
     }
-
-
-def of_device(arguments):
-    """Return the options of a server on this device."""
-    return ON_GPU if arguments.gpu else {}
 
 
 if __name__ == "__main__":

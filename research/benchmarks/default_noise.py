@@ -72,13 +72,6 @@ def accused(pipeline, errors, rng):
     return float(test.accusations(drawn)[:, -1].mean())
 
 
-def widened(law):
-    """The law with its scale multiplied by the margin."""
-    if law["kind"] == "scale":
-        return law | {"sigma": law["sigma"] * MARGIN}
-    return law | {"mu": law["mu"] + float(np.log(MARGIN))}
-
-
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--nonces", type=int, default=128)
@@ -102,12 +95,12 @@ def main():
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
             errors = pooled(found, preset, one, two)
             fit = fit_noise(pipeline, errors)
-            law = law_as_dict(upper_law(fit, len(errors)))
-            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = widened(law)
+            law = upper_law(fit, len(errors))
+            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = law_as_dict(law.scaled(MARGIN))
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
             row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": CONFIDENCE}
             row |= {"audits": AUDITS, "accused": accused(pipeline, errors, np.random.default_rng(0))}
-            measured.append(row | {"median_95_max": quantiles, "law": law})
+            measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
     engines = sorted({name.split("|")[3] for name in found})
     publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)
     if options.install:

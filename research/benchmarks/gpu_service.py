@@ -10,14 +10,13 @@ service are held against those of `prove`, bit by bit, and the vectors of an art
 """
 
 import base64
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from service_throughput import SEQ_LEN, through_prove, through_service
+from service_throughput import BLOCK, SEQ_LEN, compare, through_prove, through_service
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
@@ -25,19 +24,8 @@ from assay.poc.engines.hf.fused import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 
-BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 SIZES = (32, 128)
 """Nonces of a batch: the default of a request, and what `prove --batch-size auto` takes on such a device."""
-
-
-def compared(pairs):
-    """Return rates and processor time of both sides of every pair, and the median of the ratios."""
-    sides = {"prove": [a for a, _ in pairs], "service": [b for _, b in pairs]}
-    return {
-        **{f"{name}_nonces_per_second": [round(rate, 2) for rate, _ in side] for name, side in sides.items()},
-        **{f"{name}_cpu_ms_per_nonce": [round(1000 * used, 2) for _, used in side] for name, side in sides.items()},
-        "service_over_prove": round(statistics.median(b[0] / a[0] for a, b in pairs), 4),
-    }
 
 
 def begun(server, size):
@@ -77,7 +65,7 @@ def turns_of(server, model, engine, path, chosen):
     for turn in range(chosen.rounds):
         pairs.append((through_prove(model, engine, nonces, path), through_service(server, nonces)))
         note(f"{engine.batch_size}, {turn + 1}/{chosen.rounds}: {pairs[-1][0][0]:.0f}, {pairs[-1][1][0]:.0f} nonces/s")
-    return compared(pairs)
+    return compare("prove", "service", pairs)
 
 
 def same_distances(server, model, engine, count=512):

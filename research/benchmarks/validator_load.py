@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,54 +30,46 @@ WANTED = 2000  # callbacks a second
 LONGEST = 600  # seconds in which a round must be prepared, and again in which it must be answered
 
 
-def made_up(key: str, place: int, number: int, nonces: int, block: str = BLOCK) -> dict[str, Any]:
+def made_up(key: str, place: int, number: int, nonces: int) -> dict[str, Any]:
     """A callback of a node with invented distances of nonces that it has not named before."""
     node_id = place % NODE_COUNT
     chosen = [node_id + NODE_COUNT * (number * nonces + i) for i in range(nonces)]
     distances = [1.40 + (nonce * 7919 % 1500) / 1e5 for nonce in chosen]
-    shared = {"public_key": key, "block_hash": block, "block_height": HEIGHT, "node_id": node_id}
+    shared = {"public_key": key, "block_hash": BLOCK, "block_height": HEIGHT, "node_id": node_id}
     return {**shared, "nonces": chosen, "dist": distances, "r_target": R_TARGET}
 
 
-def request_of(body: str, id: str, key: str, *, path: str = "generated") -> bytes:
+def request_of(body: str, id: str, key: str) -> bytes:
     """A whole HTTP request with the signature of a node."""
     now = datetime.now(UTC)
     content = body.encode()
     signature = Webhook(secret_of(key)).sign(id, now, body)
     head = (
-        f"POST {API}/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nUser-Agent: assay\r\n"
+        f"POST {API}/generated HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nUser-Agent: assay\r\n"
         f"Content-Length: {len(content)}\r\nwebhook-id: {id}\r\nwebhook-timestamp: {int(now.timestamp())}\r\n"
         f"webhook-signature: {signature}\r\n\r\n"
     )
     return head.encode() + content
 
 
-@dataclass
-class Sent:
-    """What became of requests."""
+async def flood(port: int, requests: Sequence[bytes], connections: int) -> tuple[Counter[int], list[float]]:
+    """Send requests over some connections, each of which waits for its answer before it sends the next.
 
-    seconds: float = 0.0
-    statuses: Counter = field(default_factory=Counter)
-    latencies: list[float] = field(default_factory=list)
-
-
-async def flood(port: int, requests: Sequence[bytes], connections: int) -> Sent:
-    """Send requests over some connections, each of which waits for its answer before it sends the next."""
-    sent, waiting = Sent(), iter(requests)
-    started = time.perf_counter()
+    Returns how often each status came, and the latencies.
+    """
+    statuses, latencies, waiting = Counter[int](), [], iter(requests)
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for request in waiting:
             begun = time.perf_counter()
             writer.write(request)
-            sent.statuses[await _status(reader)] += 1
-            sent.latencies.append(time.perf_counter() - begun)
+            statuses[await _status(reader)] += 1
+            latencies.append(time.perf_counter() - begun)
         writer.close()
 
     await asyncio.gather(*(client() for _ in range(connections)))
-    sent.seconds = time.perf_counter() - started
-    return sent
+    return statuses, latencies
 
 
 async def _status(reader: asyncio.StreamReader) -> int:
@@ -99,8 +90,8 @@ def sender(port, keys, first, count, nonces, connections, ready, go, results):
     ready.release()
     go.wait()
     begun = time.process_time()
-    sent = asyncio.run(flood(port, requests, connections))
-    results.put((dict(sent.statuses), sent.seconds, sent.latencies, time.process_time() - begun))
+    statuses, latencies = asyncio.run(flood(port, requests, connections))
+    results.put((statuses, latencies, time.process_time() - begun))
 
 
 def measured(port, process, keys, chosen, first):
@@ -126,20 +117,17 @@ def measured(port, process, keys, chosen, first):
     seconds, after = time.perf_counter() - begun, process.cpu_times()
     for child in children:
         child.join()
-    statuses = {}
-    for part, *_ in found:
-        for status, count in part.items():
-            statuses[str(status)] = statuses.get(str(status), 0) + count
-    latencies = sorted(latency for _, _, part, _ in found for latency in part)
-    total = sum(statuses.values())
+    statuses = sum((part for part, _, _ in found), Counter())
+    latencies = sorted(latency for _, part, _ in found for latency in part)
+    total = statuses.total()
     return {
         "callbacks": total,
-        "statuses": statuses,
+        "statuses": {str(status): count for status, count in statuses.items()},
         "seconds": round(seconds, 2),
         "callbacks_per_second": round(total / seconds),
         "validator_user_microseconds": round((after.user - before.user) / total * 1e6),
         "validator_system_microseconds": round((after.system - before.system) / total * 1e6),
-        "senders_microseconds": round(sum(part[3] for part in found) / total * 1e6),
+        "senders_microseconds": round(sum(used for _, _, used in found) / total * 1e6),
         "latency_milliseconds": {
             name: round(1e3 * latencies[int(share * (len(latencies) - 1))], 1)
             for name, share in (("median", 0.5), ("p99", 0.99), ("most", 1.0))

@@ -24,11 +24,11 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 from _common import note, parser, publish
+from _vllm import answer
 
 from assay import poc
 from assay.models import load_model, save_random
@@ -87,21 +87,6 @@ def transformers(arguments, checkpoint, folder):
     return {"per_second": rates, "batch_size": size, "compiled": compiled}, values(engine, model)
 
 
-async def answer(engine, ids, tokens):
-    """Let vLLM answer a prompt; return its tokens and the seconds to the first."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    kind = RequestOutputKind.DELTA
-    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind)
-    prompt = {"type": "token", "prompt_token_ids": ids}
-    started, first, found = time.perf_counter(), None, []
-    async for output in engine._client._llm.generate(prompt, sampling, uuid4().hex):
-        first = first or time.perf_counter() - started
-        found += output.outputs[0].token_ids
-    return found, first
-
-
 def prompts_of(engine, count, length, seed):
     """Return so many random prompts."""
     return np.random.default_rng(seed).integers(10, engine.vocab_size, (count, length)).tolist()
@@ -119,7 +104,7 @@ def answers(engine, prompts, tokens, interval=0.0):
 
         return await asyncio.gather(*(one(index) for index in range(len(prompts))))
 
-    return asyncio.run_coroutine_threadsafe(run(), engine._loop).result()
+    return asyncio.run_coroutine_threadsafe(run(), engine._client.loop).result()
 
 
 def set_throttle(engine, **settings):

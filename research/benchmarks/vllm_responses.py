@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -30,13 +30,13 @@ from _common import note, parser, publish
 from _vllm import (
     BLOCK,
     NODE,
+    ON_GPU,
     REFERENCE,
     SEEDED,
     Server,
     agreement,
     begin,
     mixed,
-    of_device,
     prompts_of,
     receipts_of,
     send_all,
@@ -64,27 +64,20 @@ SETTINGS = {  # environment, options
 }
 
 
-@contextmanager
-def running(arguments, folder):
-    """Start a server of each setting side by side; give them by name, each as a function that waits for it."""
-    draft = folder / "draft"
+def by_setting(arguments, folder, prepare, measure):
+    """Return what a measurement gives for every setting, or why it failed; the servers start side by side."""
+    draft, figures = folder / "draft", {}
     shutil.copytree(arguments.model, draft)
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers, starting = {}, {}
         for name in arguments.settings:
             environment, more = SETTINGS[name]
-            options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
-            options |= {option: value.replace("DRAFT", str(draft)) for option, value in more.items()}
-            servers[name] = Server(folder / name, environment=SEEDED | environment, options=options)
+            options = {option: value.replace("DRAFT", str(draft)) for option, value in more.items()}
+            servers[name] = Server(
+                folder / name, environment=SEEDED | environment, options=options_of(arguments) | options
+            )
             ending.callback(servers[name].stop)
             starting[name] = pool.submit(servers[name].start)
-        yield servers, starting
-
-
-def by_setting(arguments, folder, prepare, measure):
-    """Return what a measurement gives for every setting, or why it failed."""
-    figures = {}
-    with running(arguments, folder) as (servers, starting):
         prepared = prepare()
         for name, server in servers.items():
             try:
@@ -95,6 +88,11 @@ def by_setting(arguments, folder, prepare, measure):
                 figures[name] = {"failed": str(error)[:1000], "log": failures(server)}
             note(f"{name}: {json.dumps(figures[name])}")
     return figures
+
+
+def options_of(arguments):
+    """Return the options of a server of this model on this device."""
+    return {"--model": arguments.model, "--dtype": arguments.dtype} | (ON_GPU if arguments.gpu else {})
 
 
 def failures(server):
@@ -143,16 +141,12 @@ def measure(server, requests, at_once):
     tokens = sum(request.max_tokens for request in requests)
     gaps = [1000 * (b - a) for one in answers for a, b in zip(one["times"][1:], one["times"][2:], strict=False)]
     assert {one["status"] for one in answers} == {200}
-    return {
-        "tokens_per_second": tokens / seconds,
-        "gap_ms": statistics.median(gaps),
-    }
+    return {"tokens_per_second": tokens / seconds, "gap_ms": statistics.median(gaps)}
 
 
 def cost(arguments):
     """Return the figures of both servers for every way of sampling and length of answers, turn by turn."""
-    options = {"--model": arguments.model, "--dtype": arguments.dtype} | of_device(arguments)
-    options |= COMPILED if arguments.gpu else {}
+    options = options_of(arguments) | (COMPILED if arguments.gpu else {})
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers = {}
         for kind, environment in {"without": {}, "seeded": SEEDED}.items():

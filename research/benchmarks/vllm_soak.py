@@ -83,11 +83,6 @@ class Soak:
         self.changed = self.stopped = 0
         self.starts, self.pauses, self.last = [], [], ""
 
-    def begin(self):
-        """Begin the round."""
-        self.server.begin("soak", url=self.receiver.url, **BLOCK)
-        self.server.wait_for(1)
-
     def send(self, kind):
         """Send a signal at a random moment of a life, and look at what is left; then start the next life."""
         starting = bool(self.sent) and self.random.random() < WHILE_STARTING
@@ -171,14 +166,11 @@ class Soak:
             states = dict(database.execute("SELECT status, count(*) FROM outbox GROUP BY status").fetchall())
             intact = database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             (rounds,) = database.execute("SELECT count(*) FROM rounds").fetchone()
-        normal = {f"SIGTERM while generating: {0}", "at the end: 0"}
-        ended = {name: count for name, count in self.codes.items() if not name.startswith("SIGKILL")}
+        odd = (name for name in self.codes if not name.startswith("SIGKILL") and "starting" not in name)
         return {
             "signals": dict(self.sent),
             "exit_codes": dict(self.codes),
-            "terminations_without_exit_code_0": sum(
-                count for name, count in ended.items() if name not in normal and "starting" not in name
-            ),
+            "terminations_without_exit_code_0": sum(self.codes[name] for name in odd if not name.endswith(": 0")),
             "start_seconds_median": _median(self.starts),
             "seconds_to_new_nonces_median": _median(self.pauses),
             "rounds": rounds,
@@ -246,8 +238,10 @@ def main():
 
     def say(soak, **more):
         figures = {"seed": chosen.seed, "complete": bool(more), "seconds": round(time.monotonic() - began, 1)}
+        figures |= soak.figures() | more
         with contextlib.redirect_stdout(sys.stdout if more else io.StringIO()):
-            publish("vllm_soak", figures | soak.figures() | more, chosen.output)
+            publish("vllm_soak", figures, chosen.output)
+        return figures
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder, "scratch")
@@ -255,7 +249,8 @@ def main():
         environment = ENVIRONMENT | {"TMPDIR": str(scratch)}
         with ForkedServer(Path(folder, "data"), options=SMALL, environment=environment) as server:
             soak = Soak(server, receiver, scratch, seed=chosen.seed)
-            soak.begin()
+            server.begin("soak", url=receiver.url, **BLOCK)
+            server.wait_for(1)
             for number, kind in enumerate(kinds, 1):
                 if time.monotonic() - began > 60 * chosen.minutes:
                     break
@@ -265,9 +260,8 @@ def main():
             soak.end()
             alone = uninterrupted(Path(folder, "alone"), len(soak.seen))
             unlike = sum(alone.get(nonce) != value for nonce, value in soak.seen.items())
-            say(soak, records_unlike_uninterrupted=unlike)
+            figures = say(soak, records_unlike_uninterrupted=unlike)
             receiver.close()
-            figures = soak.figures() | {"records_unlike_uninterrupted": unlike}
     return int(any(figures[name] for name in MUST_BE_ZERO))
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import note, parser, publish
+from _vllm import answer
 from assay_research.model_cheats import with_fewer_experts
 from safetensors.torch import save_file
 
@@ -129,6 +130,8 @@ SEQ_LEN, NONCES = 64, 64
 
 
 def main():
+    from assay.poc.vllm.compatibility import check_installed
+
     made = parser(__doc__)
     made.add_argument("--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE")
     made.add_argument("--nonces", type=int, default=NONCES)
@@ -137,7 +140,7 @@ def main():
     arguments = made.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     before = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
-    rows, installed = {(row["name"], row["vllm"]): row for row in before}, version()
+    rows, installed = {(row["name"], row["vllm"]): row for row in before}, check_installed()
     if arguments.unproven:
         allow(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,13 +157,6 @@ def main():
             note(f"{name}: {rows[name, installed]}")
             ordered = sorted(rows, key=lambda key: (list(KNOWN).index(key[0]), key[1]))
             publish("vllm_support", {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]}, arguments.output)
-
-
-def version():
-    """Return the version of vLLM."""
-    from assay.poc.vllm.compatibility import check_installed
-
-    return check_installed()
 
 
 def allow(device):
@@ -333,23 +329,6 @@ def make_adapter(config, folder):
     return path
 
 
-async def answer_one(engine, name, adapter=None):
-    """Return the tokens of one request, with an adapter or without."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind
-
-    kind = RequestOutputKind.FINAL_ONLY
-    sampling = SamplingParams(
-        max_tokens=CHAT_TOKENS, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind
-    )
-    prompt = {"type": "token", "prompt_token_ids": list(range(20, 52))}
-    used = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-    async for output in engine._client._llm.generate(prompt, sampling, name, lora_request=used):
-        found = list(output.outputs[0].token_ids)
-    return found
-
-
 @contextmanager
 def chat_beside(engine, adapter, said):
     """Ask with the adapter, one request after the other, while the context is open.
@@ -357,23 +336,25 @@ def chat_beside(engine, adapter, said):
     ``said`` gets the number of answers, how many of them are those that the adapter gave alone, and whether it changes
     what the model says at all.
     """
+    from vllm.lora.request import LoRARequest
 
     def run(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, engine._loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, engine._client.loop)
 
-    plain = run(answer_one(engine, "plain")).result()
-    alone = run(answer_one(engine, "alone", adapter)).result()
+    prompt, used = list(range(20, 52)), {"lora_request": LoRARequest("adapter", 1, str(adapter))}
+    plain, _ = run(answer(engine, prompt, CHAT_TOKENS)).result()
+    alone, _ = run(answer(engine, prompt, CHAT_TOKENS, **used)).result()
     answers, ended = [], asyncio.Event()
 
     async def ask():
         while not ended.is_set():
-            answers.append(await answer_one(engine, f"chat-{len(answers)}", adapter))
+            answers.append((await answer(engine, prompt, CHAT_TOKENS, **used))[0])
 
     asking = run(ask())
     try:
         yield
     finally:
-        engine._loop.call_soon_threadsafe(ended.set)
+        engine._client.loop.call_soon_threadsafe(ended.set)
         asking.result()
         same = sum(found == alone for found in answers)
         said |= {"answers": len(answers), "as_alone": same, "changes_the_tokens": plain != alone}

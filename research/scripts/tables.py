@@ -213,11 +213,6 @@ def gumbels() -> None:
 Engine = tuple[str, str]  # its name, and that of its machine
 
 
-def measured_cases() -> list[dict[str, Any]]:
-    """Return what was measured in float8 between engines, by model and format."""
-    return list(read_json(RESULTS / "float8_laws.json")["cases"])
-
-
 def engine_name(machine: str, engine: str) -> Engine:
     """Return how the text calls an engine, and its machine."""
     if machine == "CPU":
@@ -225,15 +220,9 @@ def engine_name(machine: str, engine: str) -> Engine:
     return "CPU" if engine == "cpu" else engine, machine.split()[0]
 
 
-def case_name(case: dict[str, Any]) -> str:
-    """Return how the text calls a model in a format."""
-    return f"{case['model'].rpartition(':')[2]}, `{case['format']}`"
-
-
 def float8_noise() -> None:
     """Print the noise of distances against the first machine's own kernels, a column for each model and format."""
-    cases = measured_cases()
-    columns = []
+    cases, columns = read_json(RESULTS / "float8_laws.json")["cases"], []
     for case in cases:
         prover = case["noise"][0]["between"][0]
         columns.append({
@@ -243,7 +232,8 @@ def float8_noise() -> None:
         })  # fmt: skip
     engines = dict.fromkeys(engine for column in columns for engine in column)
     rows = [(engine, [column.get(engine, "–") for column in columns]) for engine in engines]
-    print_joined(("", *map(case_name, cases)), rows)
+    names = (f"{case['model'].rpartition(':')[2]}, `{case['format']}`" for case in cases)
+    print_joined(("", *names), rows)
 
 
 def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) -> None:

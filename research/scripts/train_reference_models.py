@@ -24,7 +24,6 @@ import re
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +48,8 @@ FORBIDDEN = re.compile(r"gpl|general public|mozilla|mpl|proprietary|nvidia|eula|
 GENERATED = re.compile(r"@generated|auto-?generated|generated (by|from|with)|do not (edit|modify)", re.IGNORECASE)
 
 
-@dataclass
-class Package:
-    """One source of text and what was taken from it."""
-
-    name: str
-    version: str
-    licence: str
-    files: int = 0
-    characters: int = 0
-
-
-@dataclass
-class Corpus:
-    """The texts of both splits, and where they come from."""
-
-    train: list[str] = field(default_factory=list)
-    held_out: list[str] = field(default_factory=list)
-    packages: list[Package] = field(default_factory=list)
+Corpus = dict[str, list[str]]
+"""Texts of both splits, ``train`` and ``held_out``."""
 
 
 def permissive_licence(metadata: Any) -> str | None:
@@ -101,38 +84,41 @@ def readable_source(path: Path) -> str | None:
     return text if letters > 0.35 else None
 
 
-def sources() -> Iterator[tuple[Package, list[Path]]]:
-    """The standard library, then every permissively licensed package, with their Python files."""
+def sources() -> Iterator[tuple[str, str, str, list[Path]]]:
+    """The standard library, then every permissively licensed package, with version, licence and Python files."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
-    yield Package("Python standard library", platform.python_version(), "PSF-2.0"), files
+    yield "Python standard library", platform.python_version(), "PSF-2.0", files
     seen = set()
     for dist in sorted(importlib.metadata.distributions(), key=lambda dist: str(dist.metadata["Name"]).lower()):
         name, licence = str(dist.metadata["Name"]), permissive_licence(dist.metadata)
         proprietary = name.lower().startswith(("nvidia", "cuda"))
         if licence and not proprietary and name.lower() not in seen:
             paths = [Path(str(dist.locate_file(file))) for file in dist.files or [] if file.suffix == ".py"]
-            yield Package(name, dist.version, licence), sorted(paths)
+            yield name, dist.version, licence, sorted(paths)
         seen.add(name.lower())
 
 
-def read_corpus() -> Corpus:
-    """All texts, shuffled, each once."""
-    corpus, hashes = Corpus(), set()
-    for package, paths in sources():
+def read_corpus() -> tuple[Corpus, list[dict[str, Any]]]:
+    """All texts, shuffled, each once, and the packages that they come from."""
+    corpus: Corpus = {"held_out": [], "train": []}
+    packages, hashes = [], set()
+    for name, version, licence, paths in sources():
+        files = characters = 0
         for path in paths:
             text = readable_source(path)
             digest = hashlib.sha256((text or "").encode()).digest()
             if text is None or digest in hashes:
                 continue
             hashes.add(digest)
-            package.files, package.characters = package.files + 1, package.characters + len(text)
-            (corpus.held_out if held_out(path.name) else corpus.train).append(text)
-        if package.files:
-            corpus.packages.append(package)
-    for texts in (corpus.train, corpus.held_out):
+            files, characters = files + 1, characters + len(text)
+            corpus["held_out" if held_out(path.name) else "train"].append(text)
+        if files:
+            package = {"name": name, "version": version, "licence": licence, "files": files, "characters": characters}
+            packages.append(package)
+    for texts in corpus.values():
         random.Random(0).shuffle(texts)
-    return corpus
+    return corpus, packages
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
@@ -256,7 +242,7 @@ def measure(model: PreTrainedModel, stream_N: Tensor, characters: int, length: i
     }
 
 
-def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, Any], size: argparse.Namespace) -> None:
+def make_model(name: str, tokenizer: Tokenizer, data: dict[str, Any], size: argparse.Namespace) -> None:
     """Train, save as bfloat16, measure what was saved, and write the facts."""
     model = new_model(name, tokenizer, size).to(size.device)
     history = train(model, data["train"], size)
@@ -270,17 +256,17 @@ def make_model(name: str, tokenizer: Tokenizer, corpus: Corpus, data: dict[str, 
     facts = {
         "command": size.command,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus_files": len(corpus.train),
+        "corpus_files": data["train_files"],
         "corpus_characters": data["train_characters"],
         "corpus_tokens": len(data["train"]),
-        "held_out_files": len(corpus.held_out),
+        "held_out_files": data["held_out_files"],
         **measured,
         "window": size.length,
         **history,
         "device": torch.cuda.get_device_name() if size.device == "cuda" else "CPU",
         "date": time.strftime("%Y-%m-%d"),
         "versions": [platform.python_version(), torch.__version__, transformers.__version__],
-        "packages": list(map(asdict, corpus.packages)),
+        "packages": data["packages"],
     }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), "utf-8")
     print(name, measured, flush=True)
@@ -306,16 +292,17 @@ def main() -> None:
     size.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
-    corpus = read_corpus()
-    tokenizer = train_tokenizer(corpus.train, size.vocab)
-    print(f"{time.monotonic() - begin:.0f} s: {len(corpus.train)} files, tokenizer trained", flush=True)
-    data: dict[str, Any] = {}
-    for split, texts in (("held_out", corpus.held_out), ("train", corpus.train)):
+    corpus, packages = read_corpus()
+    tokenizer = train_tokenizer(corpus["train"], size.vocab)
+    print(f"{time.monotonic() - begin:.0f} s: {len(corpus['train'])} files, tokenizer trained", flush=True)
+    data: dict[str, Any] = {"packages": packages}
+    for split, texts in corpus.items():
+        data[f"{split}_files"] = len(texts)
         tokens, data[f"{split}_characters"] = encode(tokenizer, texts, size.encode_seconds)
         data[split] = tokens.to(size.device)
         print(f"{time.monotonic() - begin:.0f} s: {split} {len(tokens)} tokens", flush=True)
     for name in ("qwen3", "llama"):
-        make_model(name, tokenizer, corpus, data, size)
+        make_model(name, tokenizer, data, size)
         torch.compiler.reset()
         print(f"{time.monotonic() - begin:.0f} s: {name} done", flush=True)
 

@@ -23,8 +23,8 @@ def up_proj(model):
 
 
 def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
-    original = decoder_layers(small_model.module)[0].mlp.up_proj.weight.detach()
-    rounded = decoder_layers(model_cheats.rounded_fp8(small_model).module)[0].mlp.up_proj.weight.detach()
+    models = small_model, model_cheats.rounded_fp8(small_model)
+    original, rounded = (up_proj(model).weight.detach() for model in models)
     assert 0.005 < (rounded - original).norm() / original.norm() < 0.05
 
 
@@ -45,10 +45,8 @@ def test_one_scale_serves_a_whole_matrix(in_float8):
 
 
 def test_an_adapted_weight_has_a_low_rank_update_of_the_asked_size(small_model):
-    original = decoder_layers(small_model.module)[1].self_attn.q_proj.weight.detach()
-    changed = decoder_layers(model_cheats.adapted(small_model, rank=3, size=0.05).module)[
-        1
-    ].self_attn.q_proj.weight.detach()
+    models = small_model, model_cheats.adapted(small_model, rank=3, size=0.05)
+    original, changed = (up_proj(model).weight.detach() for model in models)
     update = changed - original
     assert (update.norm() / original.norm()).item() == pytest.approx(0.05, rel=1e-4)
     assert torch.linalg.matrix_rank(update, rtol=1e-3) == 3

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,7 +167,7 @@ def _stopped(
     with source.database.read() as connection:
         noises = Noises()
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
-        for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), _owner):
+        for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")):
             life = StoppedLife(**rates, ledgers=ledgers)
             for entry in entries:
                 life.update(noises.read(connection, entry.law), entry.counted, doubted=entry.doubted)
@@ -211,10 +212,6 @@ class StoppedLife(Life):
             log_average([(weight, log_e) for weight, log_e, _ in both]),
             log_average([(weight, log_honest) for weight, _, log_honest in both[-2:]]),
         )
-
-
-def _owner(entry: Entry) -> Account:
-    return entry.account
 
 
 def _decide(

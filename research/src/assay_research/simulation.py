@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +43,11 @@ from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_tes
 from assay.settings import Names, Settings
 from assay.stats.noise import Spread
 from assay_research.redteam.field import PRESETS, Judge, count_power
-from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
 
-Rule = Literal["published", "count", "sequential", "lifetime"]
-RULES: tuple[Rule, ...] = get_args(Rule)
-LawKind = Literal["default", "predictive"]
-LAWS: tuple[LawKind, ...] = get_args(LawKind)
+RULES = ("published", "count", "sequential", "lifetime")
+LAWS = ("default", "predictive")
 
 ALPHA = 1e-3
 PANELS = 10_000
@@ -352,7 +350,7 @@ class SimulationPlan(Plan):
 def _simulate(plan: SimulationPlan, preset: str, dtype: str, law: str) -> JsonObject:
     started = time.perf_counter()
     noise, kinds = plan.noise(preset, dtype, law), plan.kinds(preset, dtype, law)
-    rules: tuple[Rule, ...] = RULES if law == "default" else ("lifetime",)
+    rules = RULES if law == "default" else ("lifetime",)
     rows = simulate_network(plan.network, noise, kinds, machines=plan.machines(preset, law), rules=rules)
     seconds = round(time.perf_counter() - started, 1)
     return {"preset": preset, "dtype": dtype, "law": law, "seconds": seconds, "rows": rows}
@@ -364,7 +362,7 @@ def simulate_network(
     kinds: tuple[Kind, ...],
     *,
     machines: Machines | None = None,
-    rules: tuple[Rule, ...] = RULES,
+    rules: Sequence[str] = RULES,
 ) -> list[dict[str, Any]]:
     """Simulate rules on one network; return one row per rule and kind, the honest one first.
 
@@ -478,7 +476,7 @@ def _row(network: Network, kind: Kind, caught_N: FloatArray, stake_N: FloatArray
     }
 
 
-def _chance(rule: Rule, network: Network, noise: Noise, kind: Kind, rng: np.random.Generator) -> float:
+def _chance(rule: str, network: Network, noise: Noise, kind: Kind, rng: np.random.Generator) -> float:
     """Return the chance that one check of a node of a kind votes fraud."""
     pipeline = get_pipeline("poc-2.0" if isinstance(noise.law, stats.ScaleNoise) else "hardened")
     honest_RC = draw_residuals(noise, Kind("honest"), HONEST_TRIALS, 1, rng)
@@ -548,16 +546,12 @@ def honest_table(cells: Sequence[JsonObject]) -> Table:
 
 def year_table(cell: JsonObject) -> Table:
     """Return what every rule does to every kind of node, for one preset, dtype and law."""
-
-    def after(name: str) -> Column:
-        return lambda row: "never" if row[name] is None else row[name]
-
     columns: dict[str, Column] = {
         "rule": "rule",
         "kind of node": "kind",
         "convicted": "{convicted} of {nodes}",
-        "median round": after("rounds_median"),
-        "99 % convicted by round": after("rounds_99"),
+        "median round": or_never("rounds_median"),
+        "99 % convicted by round": or_never("rounds_99"),
         "reward paid": "{paid:.2%}",
     }
     return table_of(cell["rows"], columns)

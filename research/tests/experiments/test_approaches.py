@@ -54,10 +54,6 @@ def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
     return [rng.normal(mean + i * shift * std, scale * std, size=4000) for i in range(3)]
 
 
-def named(distances: list[np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(zip("abc", distances, strict=True))
-
-
 @pytest.mark.parametrize(
     ("distances", "verdict"),
     [
@@ -67,7 +63,7 @@ def named(distances: list[np.ndarray]) -> dict[str, np.ndarray]:
     ],
 )
 def test_the_verdict_comes_from_the_distances(distances, verdict: str):
-    found = distribution(named(distances), 8192, 0.5, 64, 64.0)
+    found = distribution(dict(zip("abc", distances, strict=True)), 8192, 0.5, 64, 64.0)
     assert found["breaks_structure"] == verdict
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from assay_research.redteam.attacks import ATTACKS
-from assay_research.redteam.field import ALPHA, Judge, Pool, smallest
+from assay_research.redteam.field import ALPHA, CHECKED, POWER, Judge, Pool
 from assay_research.redteam.run import screened
+from assay_research.runs.spread import first_reached
 
 from assay import stats
 from assay.poc import Round, get_pipeline
@@ -37,7 +38,7 @@ def test_honest_residuals_are_accused_at_the_stated_rate_at_most(judge, vectors)
 
 def test_the_sequential_test_needs_a_tenth_of_the_count(judge):
     int4 = Pool(((1.0, 20 * HONEST),))
-    assert 10 * smallest(judge.sequential(int4)) <= judge.counting_needs(int4)
+    assert 10 * first_reached(CHECKED, judge.sequential(int4), POWER) <= judge.counting_needs(int4)
 
 
 def test_the_mismatch_rate_is_that_of_simulated_flips(judge):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from assay_research.redteam import field as field_module
 from assay_research.redteam import run as run_module
-from assay_research.redteam import run as tables
 from assay_research.redteam.attacks import ATTACKS
 from assay_research.redteam.run import RedteamPlan, attack_table, paying
 from assay_research.runs.report import build_report
@@ -49,7 +48,7 @@ def test_every_cell_is_there_once(finished):
 def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     _, cells = finished
     where = (str(small_checkpoint), "bfloat16")
-    assert tables.fields(cells) == [where]
+    assert run_module.fields(cells) == [where]
     for preset in ("poc-2.0", "artifact", "hardened"):
         _, rows = attack_table(cells, *where, preset)
         assert len(rows) == len(SOME) - (preset != "hardened")
@@ -59,5 +58,5 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
     best = paying(cells, *where, "hardened")
     assert best["cost"] <= 0.75
     assert best["over_honest"] > 1
-    assert {row[1] for row in tables.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
-    assert len(tables.audit_table(cells, *where)[1]) == 9
+    assert {row[1] for row in run_module.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
+    assert len(run_module.audit_table(cells, *where)[1]) == 9

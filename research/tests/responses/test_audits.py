@@ -11,14 +11,15 @@ from assay_research.responses.field import (
     ALPHA,
     GRID,
     MOST,
+    POWER,
     Looks,
-    caught_after,
     crossings,
     drawn_means,
     share_by,
     threshold,
 )
 from assay_research.responses.rivals import RIVALS, Reply
+from assay_research.runs.spread import first_reached
 
 RNG = np.random.default_rng(0)
 
@@ -39,7 +40,7 @@ def test_a_shift_of_the_mean_is_caught_after_as_many_tokens_as_it_needs():
     caught = {}
     for factor in (1.0, 1.5, 3.0):
         means = drawn_means({"a": [factor * one for one in honest]}, 500, RNG)["a"]
-        caught[factor] = caught_after((means > limit).mean(axis=0))
+        caught[factor] = first_reached(GRID, (means > limit).mean(axis=0), POWER)
     assert caught[1.0] is None
     assert caught[3.0] < caught[1.5] < MOST
 
@@ -53,7 +54,7 @@ def test_a_crossing_is_the_first_look_over_the_bound():
     assert crossings([quick], lambda sums: sums[..., 0], 2, np.random.default_rng(0)).tolist() == [32.0] * 2
     never = Looks(np.zeros((1, 1)), np.array([64]), 64)
     shares = share_by(crossings([never], lambda sums: sums[..., 0], 2, np.random.default_rng(0)))
-    assert caught_after(shares) is None
+    assert first_reached(GRID, shares, POWER) is None
     assert shares[-1] == pytest.approx(0.0)
 
 

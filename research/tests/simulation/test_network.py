@@ -46,8 +46,7 @@ def test_draws_follow_the_law():
         drawn = np.abs(draw_residuals(noise, Kind("honest"), 40_000, 1, np.random.default_rng(0)))
         for q in (0.5, 0.9, 0.99):
             beyond = float(np.mean(law.survival(np.array([np.quantile(drawn, q)]))))
-            expected = 1 - q
-            assert beyond == pytest.approx(expected, rel=0.12)
+            assert beyond == pytest.approx(1 - q, rel=0.12)
 
 
 def test_a_run_is_continued_and_drawn(tmp_path: Path, monkeypatch):

@@ -30,8 +30,9 @@ from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequenti
 from assay.settings import Flag
 from assay.stats.noise import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
-from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
+from assay_research.runs.spread import first_reached
 from assay_research.vector_sets import VectorSet, read_vector_sets
 
 RATIO = 1.4
@@ -344,15 +345,12 @@ class Fold:
                 values_N = cheat.distances(validator)
                 if values_N.size >= min(ASKED):
                     others = [one for one in sets if one is not cheat] or [cheat]
-                    law = self._law_of(others, judge if others == [cheat] else None)
+                    others_N = self._distances(others, judge if others == [cheat] else None)
+                    law = fit(others_N).reached if others_N.size else None
                     yield model, cheat.kind, law, Oracle(honest_N, values_N)
 
-    def _law_of(self, sets: Sequence[VectorSet], without: int | None) -> Law | None:
-        """Return the law of cheats against the machines that are known, all but one where that is said."""
-        distances_N = self._distances(sets, without)
-        return fit(distances_N).reached if distances_N.size else None
-
     def _distances(self, sets: Sequence[VectorSet], without: int | None) -> FloatArray:
+        """Return distances of cheats from the machines that are known, all but one where that is said."""
         known = [one for i, one in enumerate(self.build.sets) if i not in (self.machine, without)]
         found = [cheat.distances(one) for cheat in sets for one in known]
         return np.concatenate(found) if found else np.zeros(0)
@@ -442,7 +440,8 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
         test = group.faults.get(rows)
         if test is None:
             if not group.faulty.intersection(rows):
-                sound.update(_place_samples(pair, group.honest_size, rng))
+                tests = [pair.places(group.honest_size, chosen) for chosen in _drawn(pair, 2 * SAMPLES, rng)]
+                sound.update("faulty" if test.faulty else "not faulty" for test in tests)
         else:
             faulty.append({
                 "sets": pair.names,
@@ -451,7 +450,7 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
                 "ratio": test.ratio,
                 "p_value": test.p_value,
                 "outcome": _outcome(pair, noise, np.arange(len(pair.nonces))) if noise else "faulty",
-                "audits": dict(_audit_samples(pair, noise, rng)) if noise else {},
+                "audits": Counter(_outcome(pair, noise, one) for one in _drawn(pair, SAMPLES, rng)) if noise else {},
             })  # fmt: skip
     return {
         "model": group.model,
@@ -491,14 +490,9 @@ def _outcome(pair: Pair, noise: Noise, chosen: Chosen) -> str:
     return outcome
 
 
-def _audit_samples(pair: Pair, noise: Noise, rng: np.random.Generator) -> Counter[str]:
-    return Counter(_outcome(pair, noise, rng.permutation(len(pair.nonces))[:CHECKED]) for _ in range(SAMPLES))
-
-
-def _place_samples(pair: Pair, honest_size: float, rng: np.random.Generator) -> Counter[str]:
-    drawn = [rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(2 * SAMPLES)]
-    tests = [pair.places(honest_size, chosen) for chosen in drawn]
-    return Counter("faulty" if test.faulty else "not faulty" for test in tests)
+def _drawn(pair: Pair, audits: int, rng: np.random.Generator) -> Iterator[Chosen]:
+    """Draw the nonces of audits of a pair."""
+    return (rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(audits))
 
 
 # The figures of a run: what each rule said of honest machines and of cheats, by build.
@@ -546,8 +540,8 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
         "audits": audits,
         "accused": float(curve[-1]),
         "soon": float(curve[GRID.index(SOON)]),
-        "median": _reached(curve, 0.5),
-        "most": _reached(curve, 0.99),
+        "median": first_reached(GRID, curve, 0.5),
+        "most": first_reached(GRID, curve, 0.99),
         "honest": dict(zip(map(str, ASKED), honest.tolist(), strict=True)),
         "curve": [round(float(value), 4) for value in curve],
     }
@@ -568,11 +562,6 @@ def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
     return {"low": low, "high": high, "worst": max(ends), "pairs": len(ends)}
 
 
-def _reached(curve: Any, share: float) -> int | None:
-    """Return the first number of nonces after which so large a share of the audits accuses."""
-    return next((count for count, accused in zip(GRID, curve, strict=True) if accused >= share), None)
-
-
 HONEST_COLUMNS: dict[str, Column] = {
     "build": "build",
     "rule": "rule",
@@ -585,8 +574,8 @@ CHEAT_COLUMNS: dict[str, Column] = {
     "build": "build",
     "cheat": "cheat",
     "rule": "rule",
-    "median": lambda row: row["median"] or "never",
-    "99 % by": lambda row: row["most"] or "never",
+    "median": or_never("median"),
+    "99 % by": or_never("most"),
     f"by {SOON}": "{soon:.1%}",
     "by 300": "{accused:.1%}",
     "called honest, 64 / 300": lambda row: f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}",

@@ -104,20 +104,12 @@ class PartialForward:
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
         self._layers: Sequence[Any] = list(decoder_layers(model.module))
         self._body: Any = backbone(model.module)
-        if not all(
-            hasattr(getattr(layer, "self_attn", None), name) for layer in self._layers for name in ATTENTION_TARGETS
-        ):
+        attention = [(getattr(layer, "self_attn", None), ATTENTION_TARGETS) for layer in self._layers]
+        mlps = [(getattr(layer, "mlp", None), MLP_TARGETS) for layer in self._layers if any(shortcut.neurons)]
+        if not all(hasattr(part, name) for part, names in attention + mlps for name in names):
             raise UsageError(
                 f"attacks by skipping on {model.architecture}",
-                wanted="layers with q_proj, k_proj, v_proj and o_proj, as Llama and Qwen3 have them",
-                do="attack another model, such as reference:qwen3",
-            )
-        if any(shortcut.neurons) and not all(
-            hasattr(layer.mlp, name) for layer in self._layers for name in MLP_TARGETS
-        ):
-            raise UsageError(
-                f"an attack on the neurons of {model.architecture}",
-                wanted="MLPs with gate_proj, up_proj and down_proj",
+                wanted="layers with q_proj, k_proj, v_proj, o_proj, and for neurons gate_proj, up_proj, down_proj",
                 do="attack another model, such as reference:qwen3",
             )
         self.shortcut = shortcut
@@ -518,15 +510,12 @@ def _skipped_positions() -> Iterator[Attack]:
         name = f"before {end:.0%}, exit at {depth}/8, stale"
         yield Attack(name, "positions", _positions(partial(_after, end), depth=depth, stale=True))
     yield Attack("only the last position in the last layer", "positions", _lazy_last_layer)
-    yield Attack("sliding window of 64", "positions", _window)
+    window = partial(Shortcut, window=64)
+    yield Attack("sliding window of 64", "positions", lambda scene: PartialForward(scene.model, window(scene.full())))
 
 
 def _after(share: float, t: int, T: int) -> bool:
     return t >= share * T
-
-
-def _window(scene: Scene) -> Program:
-    return PartialForward(scene.model, Shortcut(scene.full(), window=64))
 
 
 def _before(share: float, t: int, T: int) -> bool:
@@ -558,4 +547,4 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("state of another nonce", "none", Reused, share=0.5),
     Attack("invented", "none", Invented),
 )
-"""All attackers that run, or do not run, a forward pass. What a node does with honest results is in `_claims`."""
+"""All attackers that run, or do not run, a forward pass. What a node does with honest results is among its claims."""

@@ -30,6 +30,7 @@ from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise import Spread
 from assay_research.redteam.attacks import Guesses, OnEngine, Program, Scene
+from assay_research.runs.spread import first_reached
 
 PRESETS = ("poc-2.0", "artifact", "hardened")
 """Presets that are attacked."""
@@ -144,18 +145,12 @@ class Judge:
         return count_power(drawn_RC.shape[1], P_FLIP, self.mismatch_rate(drawn_RC.ravel()), COUNT_ALPHA)
 
 
-def smallest(curve_C: FloatArray) -> int | None:
-    """Return the first of :data:`CHECKED` at which a curve reaches 99 %; None for never."""
-    reached = np.flatnonzero(curve_C >= POWER)
-    return CHECKED[int(reached[0])] if reached.size else None
-
-
 def detection(judge: Judge, pool: Pool) -> dict[str, Any]:
     """Return the curves of the sequential test and of the calibrated count rule, and where they reach 99 %."""
     curve_C = judge.sequential(pool)
     return {
         "sequential": [round(float(p), 4) for p in curve_C],
-        "sequential_99": smallest(curve_C),
+        "sequential_99": first_reached(CHECKED, curve_C, POWER),
         "counting": [round(float(p), 4) for p in judge.counting(pool)],
         "counting_99": judge.counting_needs(pool),
     }

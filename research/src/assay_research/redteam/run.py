@@ -22,7 +22,7 @@ from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.streams import DTYPES
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
 from assay_research.redteam.field import CHECKED, PRESETS, Field, Judge, Pool, Reading, detection, mixed, spread
-from assay_research.runs.report import Column, Curves, Section, Table, table_of
+from assay_research.runs.report import Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import ExperimentPlan, Measurement, RunRecords
 
 AUDITS = 2000
@@ -71,7 +71,13 @@ def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Measu
     yield f"{prefix}/audits", lambda: {**who, "kind": "audits", "engines": _audits(field)}
     for attack in (attack for attack in ATTACKS if attack.serves(field.dtype)):
         yield f"{prefix}/{attack.name}", partial(_attack, field, attack, plan.nonces)
-    yield f"{prefix}/claims", lambda: {**who, "kind": "claims", "rows": list(_claims(field, plan.nonces))}
+
+    def claims() -> JsonObject:
+        """Measure what a node can do with results instead of with the model, against every preset."""
+        rows = [row for claim in (_junk, _replays, _selective) for row in claim(field, plan.nonces)]
+        return {**who, "kind": "claims", "rows": rows}
+
+    yield f"{prefix}/claims", claims
 
 
 def _honest(field: Field) -> JsonObject:
@@ -143,16 +149,6 @@ def _audited(field: Field, engine: HFEngine) -> JsonObject:
                 "published_rule": judge.published(drawn_RC),
             }
     return rows
-
-
-def _claims(field: Field, nonces: int) -> Iterator[JsonObject]:
-    """Measure what a node can do with results instead of with the model: invent, replay, select.
-
-    Every claim is held against every preset that it applies to; one row each.
-    """
-    yield from _junk(field, nonces)
-    yield from _replays(field, nonces)
-    yield from _selective(field, nonces)
 
 
 def _junk(field: Field, nonces: int) -> Iterator[JsonObject]:
@@ -247,7 +243,7 @@ def paying(cells: Cells, model: str, dtype: str, preset: str) -> dict[str, Any]:
     found = [
         {"name": cell["name"], "cost": cell["cost"], **cell["presets"][preset]}
         for cell in _of(cells, "attack", model=model, dtype=dtype)
-        if cell["skips"] and _saves(cell) and preset in cell["presets"]
+        if cell["skips"] and round(cell["cost"], 2) <= 1 - SAVED and preset in cell["presets"]  # as tables show it
     ]
     best = min(found, key=lambda row: float(row["error_mean"]))
     honest = honest_errors(cells, model, dtype)[preset]
@@ -264,11 +260,6 @@ def paying(cells: Cells, model: str, dtype: str, preset: str) -> dict[str, Any]:
     }
 
 
-def _saves(row: JsonObject) -> bool:
-    """Return whether a quarter of the work is saved, to the hundredth that tables show."""
-    return bool(round(row["cost"], 2) <= 1 - SAVED)
-
-
 def paying_table(cells: Cells) -> Table:
     """Return, per model, dtype and preset, the attack that saves a quarter of the work at the smallest error."""
     rows = [paying(cells, *place, preset) for place in fields(cells) for preset in PRESETS]
@@ -278,7 +269,7 @@ def paying_table(cells: Cells) -> Table:
         "cost": "{cost:.2f}",
         "ε": "{error:.3f}",
         "over honest": "{over_honest:.1f}",
-        "checked": _needs("checked_99"),
+        "checked": or_never("checked_99"),
     }
     return table_of(rows, columns)
 
@@ -294,20 +285,16 @@ def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
         "over honest": lambda row: f"{row['error_mean'] / honest:.1f}",
         "residual": "{residual_rms:.2g}",
         "AUC": "{auc:.3f}",
-        "sequential": _needs("sequential_99"),
-        "count": _needs("counting_99"),
+        "sequential": or_never("sequential_99"),
+        "count": or_never("counting_99"),
     }
     return table_of([cell | cell["presets"][preset] for cell in found], columns)
-
-
-def _needs(name: str) -> Column:
-    return lambda row: "never" if row[name] is None else row[name]
 
 
 def claim_table(cells: Cells, model: str, dtype: str) -> Table:
     """Return what a node can claim without running the model, and the nonces to check until each rule catches it."""
     rows = [row for cell in _of(cells, "claims", model=model, dtype=dtype) for row in cell["rows"]]
-    caught = {"sequential": _needs("sequential_99"), "count": _needs("counting_99")}
+    caught = {"sequential": or_never("sequential_99"), "count": or_never("counting_99")}
     return table_of(rows, {"claim": "claim", "preset": "preset", "work per nonce": "{cost:.2f}", **caught})
 
 

@@ -34,6 +34,7 @@ from assay.stats.tokens import COLUMNS
 from assay_research.responses.cheats import Scene, honest
 from assay_research.responses.provers import Requests, Served, make_requests, open_model
 from assay_research.responses.rivals import CHUNK, RIVALS, FloatArray, Reply, logit_spread
+from assay_research.runs.spread import first_reached
 
 ALPHA = 1e-3
 POWER = 0.99
@@ -85,12 +86,6 @@ def _means(values_AM: FloatArray) -> FloatArray:
 def threshold(means_AG: FloatArray) -> FloatArray:
     """Return the thresholds that one in a thousand honest audits exceed after each number of tokens, [G]."""
     return np.quantile(means_AG, 1 - ALPHA, axis=0, method="higher")
-
-
-def caught_after(share_G: FloatArray) -> int | None:
-    """Return the smallest of :data:`GRID` after which 99 % are accused; None for never."""
-    reached = np.flatnonzero(share_G >= POWER)
-    return GRID[int(reached[0])] if reached.size else None
 
 
 @dataclass(frozen=True)
@@ -417,10 +412,11 @@ class Field:
         for name in BYTES:
             shares_G = (means[name] > thresholds[name]).mean(axis=0)
             rows[name] = {
-                "threshold_99": caught_after(shares_G),
+                "threshold_99": first_reached(GRID, shares_G, POWER),
                 "shares": [round(float(share), 4) for share in shares_G],
             }
             if name in sequential:
                 by_G = share_by(sequential[name])
-                rows[name] |= {"sequential_99": caught_after(by_G), "sequential": [round(float(p), 4) for p in by_G]}
+                rows[name]["sequential_99"] = first_reached(GRID, by_G, POWER)
+                rows[name]["sequential"] = [round(float(p), 4) for p in by_G]
         return rows

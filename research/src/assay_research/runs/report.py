@@ -80,6 +80,11 @@ Column = str | Callable[[Any], Cell]
 """Name of a value of a row, a format of its values in braces, or a function of the row."""
 
 
+def or_never(name: str) -> Column:
+    """Return the column of a number that may never be reached."""
+    return lambda row: "never" if row[name] is None else row[name]
+
+
 def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
     """Return a table of rows, which are mappings or dataclasses, with a column for each name."""
 

@@ -15,7 +15,7 @@ Legend of shapes: B blocks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +81,8 @@ def spread_of(valid: Sequence[int], checked: Sequence[int], *, width: float | No
     value, factor = max(rates) - min(rates), error / nonce_error
     p_value = float(distributions.studentized_range.sf(value / error, len(rates), np.inf))
     return Spread(rates, value, low * factor, high * factor, high, p_value)
+
+
+def first_reached(counts: Iterable[int], curve: Iterable[float], share: float) -> int | None:
+    """Return the first of some counts at which a curve reaches a share; None for never."""
+    return next((count for count, value in zip(counts, curve, strict=True) if value >= share), None)

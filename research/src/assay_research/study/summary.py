@@ -128,12 +128,12 @@ class ArmResult:
         return asdict(self)
 
 
-def mean_of(values: Sequence[float], confidence: float = _CONFIDENCE) -> Mean:
+def mean_of(values: Sequence[float]) -> Mean:
     """Return mean and t-interval."""
     n, value = len(values), float(np.mean(values))
     if n < 2:
         return Mean(value, None, None, n)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * float(np.std(values, ddof=1)) / sqrt(n)
+    half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1)) * float(np.std(values, ddof=1)) / sqrt(n)
     return Mean(value, value - half, value + half, n)
 
 
@@ -156,7 +156,8 @@ def summarise(logs: Iterable[RunLog]) -> list[ArmResult]:
     saturated: dict[str, list[int | None]] = {}
     for log in logs:
         table.setdefault(log.header["condition"], {})[int(log.header["seed"])] = numbers(log, horizon)
-        saturated.setdefault(log.header["condition"], []).append(saturation(log))
+        first = next((int(line["step"]) + 1 for line in log.steps if line["hack"] > _SATURATED), None)
+        saturated.setdefault(log.header["condition"], []).append(first)
     rivals = {log.header["condition"]: _compared(log, logs) for log in logs}
     return [_result(condition, table, saturated[condition], *rivals[condition]) for condition in table]
 
@@ -195,11 +196,6 @@ def numbers(log: RunLog, horizon: int) -> dict[str, float]:
         if name in steps[-1]:
             found[name] = float(steps[-1][name])
     return found
-
-
-def saturation(log: RunLog) -> int | None:
-    """Return the first step whose line has a hack rate above 0.9, or None."""
-    return next((int(line["step"]) + 1 for line in log.steps if line["hack"] > _SATURATED), None)
 
 
 def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float:
@@ -250,14 +246,10 @@ def _differences(own: Mapping[int, Mapping[str, float]], other: Mapping[int, Map
 
 
 def _verdict(against: Mapping[str, Paired]) -> str:
+    """Return what the success rule says of the differences in hack and solve rate: succeeds, fails or undecided."""
     if not against or against["hack"].mean.n < _FEWEST:
         return "undecided"
-    return verdict_of(against["hack"].mean, against["solve"].mean)
-
-
-def verdict_of(hack: Mean, solve: Mean) -> str:
-    """Return what the success rule says of the differences in hack and solve rate: succeeds, fails or undecided."""
-    (hack_low, hack_high), (solve_low, solve_high) = hack.interval, solve.interval
+    (hack_low, hack_high), (solve_low, solve_high) = (against[name].mean.interval for name in ("hack", "solve"))
     if hack_high <= MARGIN and solve_low >= -MARGIN:
         return "succeeds"
     return "fails" if hack_low > MARGIN or solve_high < -MARGIN else "undecided"
