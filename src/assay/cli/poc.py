@@ -226,9 +226,9 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     with progress_bar("measuring", "sequences") as progress:
         made = poc.measure_frame(model, progress=progress)
     made.save(chosen.output)
+    counts = {"coordinates": len(made.mean), "tokens": made.rows - len(made.left_out), "left_out": len(made.left_out)}
     values = {"path": str(chosen.output), "model": model.reference, "digest": made.digest, "sha256": made.sha256}
-    values |= {"coordinates": len(made.mean), "tokens": made.rows - len(made.left_out), "left_out": len(made.left_out)}
-    show_values("assay.poc.frame/1", values, as_json)
+    show_values("assay.poc.frame/1", values | counts, as_json)
 
 
 def auditor_values(chosen: Settings) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Legend of shapes: S sequences, T positions, D hidden size.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +47,7 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     positions = min(POSITIONS, model.max_positions)
     engine = HFEngine(model, batch_size=_BATCH, seq_len=positions)
     nothing = np.zeros(model.hidden_size, np.float32)
-    shape = {"digest": model.digest, "weights": model.weights, "rows": model.vocab_size}
+    shape: dict[str, Any] = {"digest": model.digest, "weights": model.weights, "rows": model.vocab_size}
     drawn = Frame(**shape, left_out=_left_out(model.tokenizer, model.vocab_size), mean=nothing, scale=nothing + 1)
     words = streams.seeds([join_prefixed(VERSION, "frame", model.digest)], 256)
     ids_ST = drawn.tokens(streams.step_seeds(words, np.arange(SEQUENCES * positions)).reshape(SEQUENCES, positions))

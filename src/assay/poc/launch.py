@@ -269,7 +269,7 @@ def vllm_engine(
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
 
-    shape = {"batch_size": batch_size, "seq_len": seq_len}
+    shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len}
     with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **options) as engine:
         yield engine.model, engine
 

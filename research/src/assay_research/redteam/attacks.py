@@ -33,7 +33,7 @@ from assay.models.wide import wide_products
 from assay.poc import cheats
 from assay.poc.cheats import weight_of
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.protocol.transforms import unit
+from assay.poc.protocol.transforms import Reading, unit
 from assay.streams.backends import dtype_name
 from assay_research import model_cheats
 
@@ -115,12 +115,12 @@ class PartialForward:
         self.shortcut = shortcut
         self.guesses = guesses
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
         states_BTD = self.states(inputs_BTD)
-        if weights_BT is None:
+        if reading is None:
             return states_BTD[:, -1]
-        return torch.bmm(weights_BT.unsqueeze(1), states_BTD).squeeze(1)
+        return torch.bmm(reading.weights.unsqueeze(1), states_BTD).squeeze(1)
 
     @torch.inference_mode()
     def states(self, inputs_BTD: Tensor) -> Tensor:
@@ -308,8 +308,8 @@ class Program(Protocol):
     def cost(self) -> float:
         """Work over the honest forward pass."""
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
-        """Return the last state, or the weighted sum of unit states where weights are given, [B, D] in float32."""
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
+        """Return the last state, or the weighted sum of unit states where a reading is given, [B, D] in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,9 +374,9 @@ class OnEngine:
         self._engine = engine
         self.cost = cost
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Run the engine."""
-        return self._engine.read(inputs_BTD, weights_BT)
+        return self._engine.read(inputs_BTD, reading)
 
 
 class Reused(OnEngine):
@@ -385,9 +385,9 @@ class Reused(OnEngine):
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene.engine(scene.model), cost=0.5)
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Return the states of the neighbours; a node hands them in for every second nonce."""
-        return super().read(inputs_BTD, weights_BT).roll(1, 0)
+        return super().read(inputs_BTD, reading).roll(1, 0)
 
 
 class Invented:
@@ -398,7 +398,7 @@ class Invented:
     def __init__(self, scene: Scene) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
-    def read(self, inputs_BTD: Tensor, weights_BT: Tensor | None) -> Tensor:
+    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Draw a direction."""
         return torch.randn(len(inputs_BTD), inputs_BTD.shape[-1], generator=self._generator).to(inputs_BTD.device)
 
