@@ -115,6 +115,7 @@ ARTIFACT = ("unit", "pick 12", "rotate 11", "unit")
 PRESETS = {  # between layers, steps on the state, head, steps on the logits
     "poc-2.0": ("none", ("signs", "unit", "reflect 8"), "random", ()),
     "artifact": ("none", ARTIFACT, "none", ()),
+    "tokens-1": ("none", ("unit", "project 32", "unit"), "none", ()),
     "hardened": ("none", ("unit", "project 12", "unit"), "none", ()),
     "decode": ("none", ("unit", "project 12", "unit"), "trained", ()),
     "permutation": ("none", (), "trained", ("permute",)),
@@ -149,13 +150,14 @@ def reflected(x, v):
 class Recomputation:
     """One checkpoint and one round; ``values`` gives what the preset publishes of a nonce."""
 
-    def __init__(self, checkpoint, header, dtype):
+    def __init__(self, checkpoint, header, dtype, frame=None):
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
         self.round = header["round"]
         self.preset = self.round["preset"].split("-")[0] if "decode" in self.round["preset"] else self.round["preset"]
         self.layers, self.hidden, self.head, self.logits = PRESETS[self.preset]
         self.steps = header["pipeline"].get("steps", 0)
-        self.versioned = self.preset in ("hardened", "decode")
+        self.versioned = self.preset in ("tokens-1", "hardened", "decode")
+        self.frame = read_frame(frame, header) if self.preset == "tokens-1" else None
         self.size, block = self.model.config.hidden_size, self.round["block_hash"]
         if self.head != "none" and not self.steps:
             self.weight = self.model.get_output_embeddings().weight
@@ -205,11 +207,21 @@ class Recomputation:
     @torch.inference_mode()
     def value(self, nonce):
         length = self.round["seq_len"]
-        inputs = normals(self.words("inputs", nonce), length * self.size).view(1, length, -1).to(self.model.dtype)
-        states = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state[0].float()
-        if self.preset != "hardened":
+        if self.frame:
+            allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), self.frame["left_out"])
+            seeds = step_seeds(self.words("prompt", nonce), np.arange(length))
+            ids = allowed[(seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)]
+            inputs = {"input_ids": torch.from_numpy(ids)[None]}
+        else:
+            noise = normals(self.words("inputs", nonce), length * self.size).view(1, length, -1)
+            inputs = {"inputs_embeds": noise.to(self.model.dtype)}
+        states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0].float()
+        if self.preset not in ("tokens-1", "hardened"):
             return self.published(states[-1], nonce)
         weights = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
+        if self.frame:
+            states = (states - torch.tensor(self.frame["mean"])) / torch.tensor(self.frame["scale"])
+            weights[: length // 8] = 0
         return self.published(weights @ unit(states), nonce)
 
     def published(self, x, nonce):
@@ -274,6 +286,19 @@ def read(path):
     return header, records
 
 
+def read_frame(path, header):
+    """Return the arrays of a frame that is the one which a header names."""
+    content = Path(path).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == header["model"]["frame"], "another frame"
+    start = 8 + int.from_bytes(content[:8], "little")
+    found = {}
+    for name, of in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            low, high = of["data_offsets"]
+            found[name] = np.frombuffer(content[start + low : start + high], {"F32": "<f4", "I32": "<i4"}[of["dtype"]])
+    return found
+
+
 def digest(checkpoint):
     parts = {}
     for path in Path(checkpoint).glob("*.safetensors"):
@@ -334,14 +359,19 @@ def judged(residuals, law, alpha=1e-3, beta=1e-2):
     return {"verdict": verdict, "log_e_value": float(log_e[-1]), "log_e_max": largest, "log_evidence_honest": least}
 
 
-def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype=None):
+def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype=None, frame=None):
     """Return the verdict of a proof with the residuals of a sample."""
     header, records = read(proof)
     stated = header["fingerprint"]["dtype"]
     assert (header["round"]["block_hash"], header["round"]["public_key"]) == (block_hash, public_key), "another round"
-    assert header["model"] | {"reference": ""} == {"reference": "", "digest": digest(checkpoint), "weights": "trained"}
+    assert header["model"] | {"reference": "", "frame": ""} == {
+        "reference": "",
+        "digest": digest(checkpoint),
+        "weights": "trained",
+        "frame": "",
+    }
     drawn = np.random.default_rng(seed).choice(len(records), size=min(sample, len(records)), replace=False)
-    engine = Recomputation(checkpoint, header, dtype or stated)
+    engine = Recomputation(checkpoint, header, dtype or stated, frame)
     residuals = [engine.residual(records[i]) for i in sorted(drawn)]
     family = "distance" if engine.head != "none" else "vector"
     if engine.versioned:
@@ -357,6 +387,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="number that draws the sample")
     parser.add_argument("--sample", type=int, default=128)
     parser.add_argument("--dtype", help="number format here; that of the proof otherwise")
+    parser.add_argument("--frame", help="frame of the checkpoint, for tokens-1")
     print(json.dumps(found := verify(**vars(parser.parse_args()))))
     sys.exit({"honest": 0, "fraud": 1, "undecided": 2}[found["verdict"]])
 

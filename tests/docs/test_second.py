@@ -13,7 +13,7 @@ import torch
 
 import assay
 from assay.files.jsonl import read_json
-from assay.poc import PIPELINES, Pins, Round, default_noise, prove, verify
+from assay.poc import PIPELINES, Pins, Round, default_noise, measure_frame, prove, verify
 from assay.poc.verdict.noise import sequential_test
 from tests.streams.test_draws import DRAWS_PER_GROUP, Group
 
@@ -154,7 +154,7 @@ def test_evidence_of_every_default_law(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("preset", [*PIPELINES, "decode-32"])
+@pytest.mark.parametrize("preset", [*(name for name in PIPELINES if name != "tokens-1"), "decode-32"])
 def test_every_preset_is_recomputed(preset, name, tmp_path):
     if preset == "decode":
         pytest.skip("decode-32 takes the same steps, eight times fewer")
@@ -172,6 +172,20 @@ def test_every_preset_is_recomputed(preset, name, tmp_path):
     engine = second.Recomputation(checkpoint(name), header, "float32")
     shifted = [engine.residual(record | {"nonce": record["nonce"] + 1}) for record in records]
     assert max(map(abs, shifted)) > law.size * 300
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nonces_of_tokens_are_recomputed_in_the_frame(name, tmp_path):
+    model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")
+    model = model.with_frame(measure_frame(model))
+    model.frame.save(tmp_path / "frame")
+    prove(
+        model, Round(block_hash="b", public_key="k", preset="tokens-1", seq_len=24), range(6), output=tmp_path / "proof"
+    )
+    header, records = second.read(tmp_path / "proof")
+    engine = second.Recomputation(checkpoint(name), header, "float32", tmp_path / "frame")
+    assert max(engine.residual(record) for record in records) < 1e-2
+    assert min(engine.residual(record | {"nonce": record["nonce"] + 1}) for record in records) > 0.5
 
 
 @pytest.mark.slow

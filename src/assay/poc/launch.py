@@ -65,10 +65,10 @@ class Launch:
     frame: Path | None = None
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
-        """Return the frame; a UsageError where a pipeline needs one and there is none."""
-        if self.frame is None:
+        """Return the frame that a pipeline needs, if it does; a UsageError where there is none."""
+        if pipeline.framed and self.frame is None:
             check_frame(pipeline, None)
-        return None if self.frame is None else Frame.load(self.frame)
+        return Frame.load(self.frame) if pipeline.framed and self.frame is not None else None
 
     def check_loadable(self, dtype: str | None = None) -> None:
         """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""

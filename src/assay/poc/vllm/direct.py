@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -358,7 +359,9 @@ class DirectPasses:
         """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
         seq_len, device = spec.round.seq_len, self._runner.device
         if spec.frame is not None:
-            ids_N = torch.from_numpy(token_inputs(spec.round, spec.frame, nonces, seq_len=seq_len)).view(-1).to(device)
+            # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would notice others.
+            ids_BT = token_inputs(spec.round, spec.frame, nonces, seq_len=seq_len).astype(np.int32)
+            ids_N = torch.from_numpy(ids_BT).view(-1).to(device)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for them.

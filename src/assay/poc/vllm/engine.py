@@ -205,7 +205,8 @@ class VLLMEngine(RequestEngine):
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
         path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
-        frame: Frame of the checkpoint, for the presets that have one.
+        frame: Frame of the checkpoint: the engine then runs the presets that have one and no others, as ordinary token
+            prompts, without vLLM's prompt embeddings.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -228,7 +229,7 @@ class VLLMEngine(RequestEngine):
     ) -> None:
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
-        config = _configured(str(resolve(reference).checkpoint), dtype, options)
+        config = _configured(str(resolve(reference).checkpoint), dtype, options, embeds=frame is None)
         check_batch_size(batch_size)
         _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
@@ -275,11 +276,11 @@ class _Loop:
         self.loop.close()
 
 
-def _configured(directory: str, dtype: str | None, options: dict[str, Any]) -> Any:
+def _configured(directory: str, dtype: str | None, options: dict[str, Any], *, embeds: bool) -> Any:
     """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
     from vllm import AsyncEngineArgs
 
-    fixed = {"model": directory, "enable_prompt_embeds": True, "worker_extension_cls": EXTENSION}
+    fixed = {"model": directory, "enable_prompt_embeds": embeds, "worker_extension_cls": EXTENSION}
     own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False, "language_model_only": True}
     own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     with explain_start():
