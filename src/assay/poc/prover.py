@@ -101,7 +101,6 @@ def prove(
     check_length(engine, round)
     pipeline = get_pipeline(round.preset)
     check_supported(engine, pipeline)
-    check_frame(pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
     header = Header(
         round=round.with_model(model.reference),
         pipeline=pipeline,
@@ -137,8 +136,15 @@ def prove(
 
 
 def frame_name(pipeline: Pipeline, engine: Engine) -> str:
-    """Return the SHA-256 of the frame that a header names; empty for a pipeline that needs none."""
-    return engine.frame.sha256 if pipeline.framed and engine.frame is not None else ""
+    """Return the SHA-256 of the frame that a header names, empty for a pipeline that needs none.
+
+    Raises:
+        UsageError: The engine has no frame, or that of a model of another shape.
+    """
+    if not pipeline.framed:
+        return ""
+    check_frame(pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+    return engine.frame.sha256 if engine.frame is not None else ""
 
 
 def check_length(engine: Engine, round: Round) -> None:

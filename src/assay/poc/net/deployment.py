@@ -46,6 +46,7 @@ class Deployment:
     """Makes an engine from ``(seq_len, batch_size)``, once per shape, and raises an
     :class:`~assay.errors.AssayError` if that shape does not fit."""
     decodes: bool = False  # whether its engines take the presets that decode
+    framed: bool = False  # whether they have the frame of the checkpoint, which tokens-1 needs
 
     def __post_init__(self) -> None:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks
@@ -68,6 +69,7 @@ class Deployment:
             dtype=model.quantised or dtype_name(model.dtype),
             max_positions=model.max_positions,
             decodes=True,
+            framed=model.frame is not None,
             engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
         )
 

@@ -81,7 +81,7 @@ class Params(BaseModel):
     model: Name
     seq_len: Length
     k_dim: Length = 12
-    preset: Annotated[str, StringConstraints(pattern="^(artifact|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
+    preset: Annotated[str, StringConstraints(pattern="^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
 
 
 class ArtifactInit(_Block):
@@ -359,7 +359,12 @@ def _check_url(url: str | None, settings: Settings) -> None:
 
 def _check_work(round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool) -> None:
     """Refuse batches outside the bounds of the service (422), and rounds and batches outside the pins (409)."""
-    positions = round.seq_len + get_pipeline(round.preset).steps
+    pipeline = get_pipeline(round.preset)
+    if pipeline.framed and not deployment.framed:
+        seen, wanted = f"preset {pipeline.name} on a service without a frame", "the frame of its checkpoint"
+        do = "pin the file of `assay poc frame` in pins.toml, and start the service with --pins"
+        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
+    positions = round.seq_len + pipeline.steps
     if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
         seen, do = f"batch_size {batch_size} × seq_len {positions}", "lower batch_size or seq_len"
         wanted = f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence"

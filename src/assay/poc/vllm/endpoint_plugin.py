@@ -335,6 +335,7 @@ class AssayPlugin:
             dtype=with_cache(model.quantised or dtype, client.description["cache"]),
             max_positions=client.positions,
             decodes=bool(client.description["decodes"]),
+            framed=model.frame is not None,
             engine=lambda seq_len, batch_size: RequestEngine(
                 client, batch_size=batch_size, seq_len=seq_len, frame=model.frame
             ),
