@@ -177,7 +177,7 @@ def test_the_token_budget_follows_the_free_memory(small_model, encoded):
 def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, encoded):
     module, layers = small_model.module, small_model.module.config.num_hidden_layers
     monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
-    how = {"packed": True, "equal_lengths": False, "at_once": 2}
+    how = {"packed": True, "kind": bool, "at_once": 2}
     seen = []
     for free in torch.logspace(5, 12, 200).tolist():
         batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=False, **how)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
+from assay.models.wide import own_precision
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
@@ -42,7 +43,8 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
 
 def weighted_sum(x_BTD: Float[Tensor, "B T D"], weights_BT: Float32[Tensor, "B T"]) -> Float32[Tensor, "B D"]:
     """Return Σ_t w_t · x_t/(‖x_t‖ + 1e-8) in float32, every row by itself."""
-    return torch.bmm(weights_BT.unsqueeze(1), unit(x_BTD.float())).squeeze(1)
+    with own_precision(x_BTD):
+        return torch.bmm(weights_BT.unsqueeze(1), unit(x_BTD.float())).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
@@ -51,9 +53,10 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of a tile in
     another order, and a nonce's bits would depend on its place in the batch. On CUDA they do not, from 16 rows on.
     """
-    if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
-        return x_BD @ weight_VD.T
-    return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
+    with own_precision(x_BD):
+        if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
+            return x_BD @ weight_VD.T
+        return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
 
 
 def random_projection(
@@ -61,7 +64,8 @@ def random_projection(
 ) -> Float32[Tensor, "B K"]:
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
-    return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+    with own_precision(x_BD):
+        return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
 
 @torch.inference_mode()
