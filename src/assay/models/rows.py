@@ -16,9 +16,11 @@ one pass over the whole sample, as in training.
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-# Of DeepSeek-V3.2 and others, MiniMax-M3, Doge, and Qwen4, which does not say how many keys its indexer leaves.
-_CHOSEN_KEYS = {"index_topk": True, "index_topk_blocks": True, "keep_window_size": True, "indexer_n_heads": False}
-"""Fields of configurations whose attention sees only the keys that score best; whether they say how many at least."""
+from assay.errors import ModelError
+
+# Of DeepSeek-V3.2 and others, of MiniMax-M3, of Qwen4, and of Doge, whose mask hides no later token (transformers 5.17).
+_CHOSEN_KEYS = {"index_topk": True, "index_topk_blocks": True, "indexer_n_heads": False, "keep_window_size": False}
+"""Fields of configurations whose attention sees only the keys that score best; whether the value is a limit."""
 
 
 def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
@@ -52,3 +54,18 @@ def steps_of_passes(config: Any, first: int, count: int) -> list[range]:
     kinds = [pass_kind(config, first + step) for step in range(count)] if pass_kind(config, first) else [()] * count
     starts = [step for step in range(count) if not step or kinds[step] != kinds[step - 1]]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def check_one_kind(config: Any, shortest: int, longest: int) -> None:
+    """Refuse to let rows of these lengths grow side by side, with one cache, where no pass could hold them all.
+
+    Raises:
+        ModelError: They are not of one kind, as :func:`pass_kind` tells them apart.
+    """
+    if pass_kind(config, shortest) != pass_kind(config, longest):
+        limits = sorted(limit for _, limit in rotary_limits(config) if shortest <= limit < longest)
+        raise ModelError(
+            f"rows of {shortest} to {longest} tokens side by side, of a model whose numbers follow the longest of them",
+            wanted=f"rows of at most {limits[0]} tokens" if limits else "rows of one length, or another architecture",
+            do="take shorter prompts and fewer new tokens, or another model",
+        )

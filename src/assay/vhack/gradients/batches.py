@@ -142,7 +142,7 @@ class Batch:
             spans,
             torch.tensor([row for span in spans for row in range(*span)]).to(device),
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
-            (1.0 / counts).repeat_interleave(counts).to(device),
+            counts.to(torch.float32).reciprocal().repeat_interleave(counts).to(device),
         )
 
 

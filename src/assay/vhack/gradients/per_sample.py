@@ -218,7 +218,8 @@ class Replica:
     def _rows(self, name: str) -> Tensor:
         """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
         found_BR = self._found.get(name)
-        return torch.zeros(len(self.batch.encoded), self._factors[name].rank) if found_BR is None else found_BR
+        shape = len(self.batch.encoded), self._factors[name].rank
+        return torch.zeros(shape, dtype=torch.float32) if found_BR is None else found_BR
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden_ND = arguments[0].flatten(0, 1)
@@ -432,7 +433,8 @@ def per_sample_gradients(
         room = room_for_batches(free) / at_once
         budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
         batches = plan_batches(encoded, budget, **shape)
-    found = SampleGradients({name: torch.zeros(len(samples), factors[name].rank) for name in factors})
+    shapes = {name: (len(samples), factors[name].rank) for name in factors}
+    found = SampleGradients({name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()})
     done = 0
     with ExitStack() as undo:
         replica = partial(Replica, module, factors, recipe, recomputed=recomputed)
