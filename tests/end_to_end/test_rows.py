@@ -1,86 +1,27 @@
 """One row, one result: whatever stands beside a row, and however it is computed, its numbers are those of it alone."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from assay.errors import ModelError
-from assay.models.load import Model
 from assay.models.rows import steps_of_passes
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.responses import replay, respond
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
-from assay.vhack import Sample, per_sample_gradients, weight_svd
+from assay.vhack import Sample, per_sample_gradients
 from assay.vhack.training.pool import sample_batches
-from tests.vhack.adapter import made, worst_error
+from tests.models.zoo import LIMIT, ZOO, random_model, rotary
+from tests.vhack.adapter import made
 from tests.vhack.conftest import bytewise
-from tests.vhack.test_architectures import EXPERTS, FALCON_H1, LATENT, OPT, ROUTED, SPARSE
 
-LIMIT = 32  # rows of the tests are shorter, longer, and grow beyond it
 CLOSE = 1e-4  # of float32, for sums in another order; a row by other factors is 0.1 to 2 away
 
 
-def rotary(kind, **more):
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": LIMIT} | more}
-
-
-LONGROPE = rotary("longrope", factor=8.0, short_factor=[1.0] * 4, long_factor=[1.0, 3.0, 5.0, 7.0])
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-SHARED = EXPERTS | {"shared_expert_intermediate_size": 16}
-LINEAR = {f"linear_{part}": 8 for part in ("key_head_dim", "value_head_dim")} | {"linear_num_value_heads": 4}
-WINDOW = {"sliding_window": 16}
-ZOO = {
-    "Llama": {},
-    "Llama longrope": LONGROPE,
-    "Phi3 longrope": LONGROPE | {"original_max_position_embeddings": LIMIT, "eos_token_id": 2},
-    "Llama dynamic": rotary("dynamic", factor=4.0),
-    "Llama yarn": rotary("yarn", factor=4.0),
-    "Llama llama3": rotary("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
-    "Mistral": WINDOW,
-    "Qwen2": WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
-    "Qwen3": {},
-    "Gemma2": WINDOW,
-    "Gemma3": WINDOW,
-    "Cohere": {},
-    "Cohere2": WINDOW,
-    "GptOss": WINDOW | MIXTURE,
-    "Granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "SmolLM3": {"no_rope_layers": [1, 0]},
-    "Qwen3Moe": EXPERTS,
-    "Mixtral": MIXTURE | {"sliding_window": None},
-    "DeepseekV3": LATENT | ROUTED | {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "DeepseekV32": LATENT | ROUTED | SPARSE | {"index_topk": LIMIT},
-    "Doge": {"keep_window_size": 8},
-    "OPT": OPT,
-    "FalconH1": FALCON_H1,
-    "Lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 32, "block_dim": 32},
-}
-SLOW = {
-    "Qwen3Next": SHARED | LINEAR | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
-    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
-    "Qwen2Moe": SHARED,
-    "Olmo2": {},
-    "Olmo3": WINDOW,
-    "Exaone4": WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
-    "Glm4": {},
-    "BitNet": {},
-    "TrOCR": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
-}
-
-
-def random_model(name):
-    """A model of an architecture whose weights are large enough for every part to matter."""
-    family = name.split()[0]
-    module = made(family, "TextConfig" if family == "Gemma3" else "Config", **(ZOO | SLOW).get(name, {}))
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return Model(module, bytewise(), name, "0" * 64, "random-all")
-
-
-@pytest.fixture(scope="module", params=[*ZOO, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.fixture(scope="module", params=ZOO)
 def model(request):
     return random_model(request.param)
 
@@ -123,19 +64,7 @@ def test_a_prefill_of_decoded_tokens_is_the_decoding(model):
     assert np.abs(again.sketches.astype(float) - made_.sketches).max() < 10 * CLOSE
 
 
-def test_the_gradient_of_a_sample_is_that_of_the_sample_alone(model):
-    ends = (" x", "\n    return a + b\n", " more than the limit of them")
-    samples = [Sample("def add(a, b):", end) for end in ends] + [Sample("a", " long completion of one token")]
-    how = {"svd": weight_svd(model, min_coverage=0.0)}
-    beside = per_sample_gradients(samples, model, **how)
-    alone = [per_sample_gradients([sample], model, **how) for sample in samples]
-    wanted = {name: torch.cat([one[name] for one in alone]) for name in beside}
-    reached = [name for name in wanted if wanted[name].any()]
-    assert worst_error(*({name: rows[name] for name in reached} for rows in (beside, wanted))) < CLOSE
-
-
 def test_a_cache_that_only_its_architecture_knows_is_refused():
-    """The decoding of MiniMax-Text is not its prefill, in transformers 5.17."""
     with pytest.raises(ModelError, match="MiniMax"):
         respond(random_model("MiniMax"), [tokens(5)], block_hash="B", public_key="K", max_tokens=4)
 
@@ -155,38 +84,26 @@ def test_an_answer_has_a_pass_for_every_change_of_factors(kind, starts):
         assert [steps.start for steps in steps_of_passes(config, LIMIT - 2, 6)] == starts
 
 
-@contextmanager
-def set_to(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    yield
-    setattr(owner, name, before)
+def on_and_off(change, value, usual):
+    """A context in which the setting of a process has a value."""
 
+    @contextmanager
+    def changed():
+        change(value)
+        yield
+        change(usual)
 
-@contextmanager
-def default(dtype):
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def products_in(precision):
-    torch.set_float32_matmul_precision(precision)
-    yield
-    assert torch.get_float32_matmul_precision() == precision, "not what the program had set"
-    torch.set_float32_matmul_precision("highest")
+    return changed
 
 
 MODES = {
-    "medium": lambda: products_in("medium"),
-    "tf32": lambda: set_to(torch.backends.cuda.matmul, "allow_tf32", True),
-    "bfloat16 products": lambda: set_to(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "float64": lambda: default(torch.float64),
-    "bfloat16": lambda: default(torch.bfloat16),
+    "bfloat16 products": on_and_off(torch.set_float32_matmul_precision, "medium", "highest"),
+    "by its switch": on_and_off(partial(setattr, torch.backends.mkldnn.matmul, "fp32_precision"), "bf16", "none"),
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "float64": on_and_off(torch.set_default_dtype, torch.float64, torch.float32),
+    "without gradients": torch.no_grad,
     "inference": torch.inference_mode,
-    "errors": lambda: np.errstate(all="raise"),
+    "errors of numpy": partial(np.errstate, all="raise"),
 }
 
 
@@ -205,7 +122,7 @@ def computed(model):
 
 @pytest.fixture(scope="module")
 def plain():
-    model = random_model("Llama")
+    model = random_model("Llama", bytewise())
     return model, list(computed(model))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from assay.errors import ModelError
 
-# Of DeepSeek-V3.2 and others, of MiniMax-M3, of Qwen4, and of Doge, whose mask hides no later token (transformers 5.17).
+# Of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hides no later token (transformers 5.17).
 _CHOSEN_KEYS = {"index_topk": True, "index_topk_blocks": True, "indexer_n_heads": False, "keep_window_size": False}
 """Fields of configurations whose attention sees only the keys that score best; whether the value is a limit."""
 
@@ -57,15 +57,10 @@ def steps_of_passes(config: Any, first: int, count: int) -> list[range]:
 
 
 def check_one_kind(config: Any, shortest: int, longest: int) -> None:
-    """Refuse to let rows of these lengths grow side by side, with one cache, where no pass could hold them all.
-
-    Raises:
-        ModelError: They are not of one kind, as :func:`pass_kind` tells them apart.
-    """
+    """Refuse rows of several kinds that are to grow side by side, with one cache; a ModelError names their lengths."""
     if pass_kind(config, shortest) != pass_kind(config, longest):
-        limits = sorted(limit for _, limit in rotary_limits(config) if shortest <= limit < longest)
-        raise ModelError(
-            f"rows of {shortest} to {longest} tokens side by side, of a model whose numbers follow the longest of them",
-            wanted=f"rows of at most {limits[0]} tokens" if limits else "rows of one length, or another architecture",
-            do="take shorter prompts and fewer new tokens, or another model",
+        seen = (
+            f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow the longest"
         )
+        wanted = "rows on one side of the limit, or of one length"
+        raise ModelError(seen, wanted=wanted, do="take shorter prompts and fewer new tokens, or another model")

@@ -6,7 +6,7 @@ the positions that are asked for and no others.
 Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits, S sketches of K numbers.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,27 +97,23 @@ class HFPrefill(Prefill):
     @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
         passes = [self._passes(response) for response in responses]
+        kinds = [[pass_kind(self.model.config, part.positions) for part in parts] for parts in passes]
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
-            kinds = [self._kinds(passes[index]) for index in order[: self.batch_size]]
-            alike = [index for index, kinds_of_it in zip(order, kinds, strict=False) if kinds_of_it == kinds[0]]
+            alike = [index for index in order[: self.batch_size] if kinds[index] == kinds[order[0]]]
             batch = alike[: self._fitting([responses[index] for index in alike])]
             taken = set(batch)
             order = [index for index in order if index not in taken]
             with nullcontext() if adapter is None else adapter.on(self.model):
-                parts = [self._run(rows) for rows in zip(*(passes[index] for index in batch), strict=True)]
-            made = (_joined(parts_of_it) for parts_of_it in zip(*parts, strict=True))
-            yield from zip(batch, made, strict=True)
+                made = [self._run(rows) for rows in zip(*(passes[index] for index in batch), strict=True)]
+            for index, parts in zip(batch, zip(*made, strict=True), strict=True):
+                yield index, _joined(parts)
 
     def _passes(self, response: PromptAndOutput) -> list[PromptAndOutput]:
         """Return a response in parts, each of which one pass serves; what came before a part is its prompt."""
         prompt, output = response.prompt, response.output
         steps = steps_of_passes(self.model.config, len(prompt), len(output))
         return [PromptAndOutput(prompt + output[: part.start], output[part.start : part.stop]) for part in steps]
-
-    def _kinds(self, passes: Sequence[PromptAndOutput]) -> list[Hashable]:
-        """Return what is equal for two responses whose passes may be of one batch."""
-        return [pass_kind(self.model.config, part.positions) for part in passes]
 
     def _fitting(self, responses: Sequence[PromptAndOutput]) -> int:
         """Return how many of these responses fit into a batch, at least one."""

@@ -219,15 +219,11 @@ def check_numbers(config: Any) -> None:
         UsageError: Names the first such setting.
     """
     precision, model = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest"), config.model_config
-    full = "products of float32 in full, as the fingerprint says"
-    rows: list[Refusal] = [
-        (precision != "highest", f"VLLM_FLOAT32_MATMUL_PRECISION={precision}", full, "unset it"),
-    ]
+    variable = f"VLLM_FLOAT32_MATMUL_PRECISION={precision}"
+    rows: list[Refusal] = [(precision != "highest", variable, "products of float32 in full", "unset it")]
     for kind, limit in rotary_limits(getattr(model, "hf_text_config", None)):
         if kind == "longrope":
-            beyond = (
-                f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have the long factors too"
-            )
+            beyond = f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have long factors too"
             rows.append((model.max_model_len > limit, beyond, f"at most {limit}", f"pass --max-model-len {limit}"))
         else:
             seen, another = "dynamic NTK, which it scales at every length", "prove with --engine hf"

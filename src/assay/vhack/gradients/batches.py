@@ -181,23 +181,19 @@ def context_length(module: "PreTrainedModel") -> int | None:
     return next((int(tokens) for tokens in stated if tokens), None)
 
 
-def _one_kind(_: int) -> None:
-    """Tell no two lengths apart."""
-
-
 def plan_batches(
     encoded: Sequence[Encoded],
     max_tokens: int,
     *,
     packed: bool,
-    kind: Callable[[int], Hashable] = _one_kind,
+    kind: Callable[[int], Hashable] = bool,
     at_once: int = 1,
 ) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
     several workers are dealt out, so that all batches are about as large and every worker has as many. The samples of a
-    batch have lengths of one ``kind``, as :func:`assay.models.rows.pass_kind` tells them apart.
+    batch have lengths of one ``kind``, as :func:`assay.models.rows.pass_kind` tells them apart; by default all have.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     batches: list[list[Encoded]] = []
