@@ -90,8 +90,10 @@ def on_and_off(change, value, usual):
     @contextmanager
     def changed():
         change(value)
-        yield
-        change(usual)
+        try:
+            yield
+        finally:
+            change(usual)
 
     return changed
 

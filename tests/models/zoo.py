@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from assay.models.load import Model
+from assay.models import Model
 from tests.vhack.adapter import made
 
 LIMIT = 32

@@ -289,7 +289,9 @@ class HFEngine(StateEngine, DecodingEngine):
     @torch.inference_mode()
     def _decode(self, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
         """Return the decoded tokens, and the states behind the sketched ones."""
-        prompts_BP, tokens, states = draws.prompts_BP, [], []
+        prompts_BP = draws.prompts_BP
+        tokens: list[Tensor] = []
+        states: list[Tensor] = []
         anew = {steps[0] for steps in steps_of_passes(self.model.config, prompts_BP.shape[1], draws.steps)}
         for step in range(draws.steps):
             if step in anew:
