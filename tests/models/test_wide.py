@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.models import wide
-from assay.models.wide import is_wide, wide_products
+from assay.models.wide import is_wide, own_precision, wide_products
 from tests.models.narrow import Products
 
 ENDS = torch.tensor([20, 48], dtype=torch.int32)
@@ -81,3 +81,19 @@ def test_only_a_cpu_without_fast_products_takes_them(monkeypatch):
     assert is_wide(CPU, torch.float16)
     assert not is_wide(CPU, torch.float32)
     assert not is_wide(torch.device("cuda"), torch.float16)
+
+
+def test_full_products_last_until_every_pass_has_ended():
+    """Passes of several threads overlap, and the modes are of the process."""
+    x = torch.ones(1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = own_precision(x), own_precision(x)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -13,60 +13,17 @@ from assay.errors import ModelError
 from assay.vhack import Basis, Coverage, extract, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients.targets import coverage
+from tests.models.zoo import OPT, PASSES_ONLY, ZOO, random_model
 from tests.vhack.adapter import made, of_weights, sequential_gradients, worst_error
 
-LATENT = {
-    "kv_lora_rank": 8,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "head_dim": None,
-}
-EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1}
-SPARSE = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
-OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
-FALCON_H1 = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+MATRICES = {"Granite": 14, "Qwen2": 14, "Phi3 longrope": 8, "OPT": 6, "FalconH1": 14}
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "count"),
-    [
-        # What a model does around its matrices must stay in the loss: scaled logits, biases, capped logits.
-        ("Granite", {"logits_scaling": 4.0}, 14),
-        ("Qwen2", {}, 14),
-        ("Gemma2", {}, 14),
-        # Fused projections are one matrix each.
-        ("Phi3", {}, 8),
-        # Targets are a part of the model.
-        ("OPT", OPT, 6),
-        ("FalconH1", FALCON_H1, 14),
-        # Each layer runs several times in a pass.
-        ("HrmText", {"num_layers_per_stack": 2}, None),
-        # The experts that all tokens share are given them in one row.
-        ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 16}, None),
-        # Attention chooses its keys, and padding would change the choice.
-        ("DeepseekV32", LATENT | ROUTED | SPARSE, None),
-        ("Doge", {"keep_window_size": 8}, None),
-        # Its decoder has attention to an encoder that is not there, and says nothing of where it looks.
-        ("TrOCR", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}, None),
-        # A context by another name, no position ids, and no target in attention.
-        (
-            "Mpt",
-            {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "max_position_embeddings": None},
-            None,
-        ),
-        ("DeepseekV3", LATENT | ROUTED | {"num_experts_per_tok": 2, "first_k_dense_replace": 1}, None),
-        ("BitNet", {}, 14),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_gradients_are_those_of_the_weights(family, changes, count, gradients_of, samples, byte_tokenizer):
-    module = made(family, **changes)
+@pytest.mark.parametrize("name", [*ZOO, *PASSES_ONLY])
+def test_gradients_are_those_of_the_weights(name, gradients_of, samples, byte_tokenizer):
+    module = random_model(name).module
     svd = weight_svd(module, min_coverage=0.0)
-    assert count in (None, len(svd))
+    assert MATRICES.get(name, len(svd)) == len(svd)
     found, wanted = gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd)
     reached = {name for name in wanted if wanted[name].any()}
     assert reached

@@ -194,7 +194,7 @@ class Engine:
 
     def __init__(self, reply: Any) -> None:
         self.reply, self.ended = reply, 0
-        self.llm_engine = SimpleNamespace(engine_core=self)
+        self.llm_engine = SimpleNamespace(engine_core=self, vllm_config=SimpleNamespace(model_config=None))
 
     def collective_rpc(self, name: str, args: tuple) -> Any:
         if isinstance(self.reply, Exception):

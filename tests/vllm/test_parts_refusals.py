@@ -76,6 +76,12 @@ LORA = {"lora_config": SimpleNamespace(max_lora_rank=8)}
 AS_TEXT = {"model.multimodal_config": SimpleNamespace(language_model_only=True)}
 
 
+def rotary(kind: str) -> dict:
+    by_layer = {"full_attention": {"rope_type": kind, "original_max_position_embeddings": 64}}
+    return {"model.hf_text_config": SimpleNamespace(rope_parameters=by_layer, max_position_embeddings=256)}
+
+
+LONGROPE, DYNAMIC = rotary("longrope"), rotary("dynamic")
 FP8 = {"cache.cache_dtype": "fp8"}
 HYBRID = {"model.is_hybrid": True, "model.architecture": "FalconH1ForCausalLM"}
 QWEN3_NEXT, LFM2 = ({"model.architecture": f"{name}ForCausalLM"} for name in ("Qwen3Next", "Lfm2"))
@@ -128,6 +134,9 @@ ENGINES = {
             ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
             ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
             ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
+            (LONGROPE | {"model.max_model_len": 64}, None),
+            (LONGROPE | {"model.max_model_len": 65}, "--max-model-len 65"),
+            (DYNAMIC, "dynamic NTK"),
             (FP8, None),
             ({"cache.cache_dtype": "fp8_e4m3"}, None),
             (FP8, "vLLM 0.28.0 with --kv-cache-dtype fp8", "0.28.0"),

@@ -1,5 +1,9 @@
-"""Products of 16-bit numbers as products of float32, on a CPU for which torch has no fast ones.
+"""The precision in which a pass multiplies: that of its own numbers, whatever the program around it has set.
 
+A process may let torch take products of float32 in bfloat16 or TF32, or have autocast on. Every pass of assay is inside
+of :func:`own_precision`, which forces full products and puts back what was set.
+
+Products of 16-bit numbers are products of float32 on a CPU for which torch has no fast ones.
 Torch has them for bfloat16 where an x86-64 CPU has AVX-512, and for float16 where it has AVX512-FP16. Elsewhere it runs
 a plain loop. Factors taken as float32, sums in float32 and a result that is rounded once are what the fast kernels
 compute as well; the order of the sums is another one. Gain on two cores with AVX2: batches of nonces are 3.7 to 4.8
@@ -7,8 +11,9 @@ times as fast, and gradients of pairs 8.5 times (research/results/wide_products.
 """
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +38,56 @@ _PRODUCTS = (
 _ROWS = 8  # from which the product is worth a copy of the weight: one of a single row takes 2.6 times as long with it
 _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
+
+
+# Per kind of device since torch 2.9; what is set for all products sets these, and they may be set by themselves.
+_SWITCHES: list[Any] = [
+    backend.matmul
+    for backend in (torch.backends.mkldnn, torch.backends.cuda)
+    if hasattr(getattr(backend, "matmul", None), "fp32_precision")
+]
+
+
+class _FullProducts:
+    """A context in which float32 products are in full float32, on every device and in every thread of the process.
+
+    The modes are those of the process: threads share the context, and the last one to leave it puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                try:
+                    self._before = torch.get_float32_matmul_precision()
+                except RuntimeError:  # the switches say other things, and no one word says them all
+                    self._before = "highest"
+                self._switches = [switch.fp32_precision for switch in _SWITCHES]
+                torch.set_float32_matmul_precision("highest")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_float32_matmul_precision(self._before)
+                for switch, value in zip(_SWITCHES, self._switches, strict=True):
+                    switch.fp32_precision = value
+
+
+_full_products = _FullProducts()
+
+
+@contextmanager
+def own_precision(model: Any) -> Iterator[None]:
+    """Multiply in the precision of the numbers themselves: float32 in full, and without autocast in this thread.
+
+    It includes :func:`wide_products`, and takes the same argument.
+    """
+    with _full_products, torch.autocast(model.device.type, enabled=False), wide_products(model):
+        yield
 
 
 def is_wide(device: torch.device, dtype: torch.dtype) -> bool:

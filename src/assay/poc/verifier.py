@@ -27,6 +27,7 @@ LARGEST_BATCH = 1024
 LARGEST_SHAPE = 2**18  # positions of a batch, for the same reason
 
 
+@np.errstate(under="ignore")
 def verify(
     proof: Proof,
     model: Model,

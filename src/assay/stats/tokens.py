@@ -140,7 +140,8 @@ def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray
 
 def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
     """Return profiles as they are stored: not below :data:`LEAST_LOG`, and rounded to float16."""
-    rounded = np.maximum(np.asarray(profiles_NG, dtype=np.float64), LEAST_LOG).astype(np.float16)
+    with np.errstate(under="ignore"):  # whatever a host program has asked numpy to raise
+        rounded = np.maximum(np.asarray(profiles_NG, dtype=np.float64), LEAST_LOG).astype(np.float16)
     return rounded.astype(np.float64)
 
 

@@ -56,13 +56,6 @@ def test_the_tokens_of_an_honest_node_are_the_verifiers_own(responses: Receipts,
     assert seen == [(count, 4) for count in range(1, 5)]
 
 
-def test_a_batch_gives_what_single_responses_give(responses: Receipts, small_model: Model):
-    batch, single = (replay(responses, small_model, engine=HFPrefill(small_model, batch_size=n)) for n in (4, 1))
-    for one, other in zip(batch, single, strict=True):
-        assert np.array_equal(one.margins, other.margins)
-        assert one.residuals == pytest.approx(other.residuals, abs=1e-3)
-
-
 def test_another_token_has_a_margin_and_a_profile_that_says_so(responses: Receipts, small_model: Model):
     first = responses.receipts[0]
     other = (first.output[0] + 1) % small_model.vocab_size

@@ -19,6 +19,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError
 from assay.models.frame import Frame
+from assay.models.wide import own_precision
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
@@ -54,7 +55,8 @@ class Reading(NamedTuple):
         y_BTD = x_BTD.float()
         if self.mean is not None and self.inverse is not None:
             y_BTD = (y_BTD - self.mean) * self.inverse
-        return torch.bmm(self.weights.unsqueeze(1), unit(y_BTD)).squeeze(1)
+        with own_precision(x_BTD):
+            return torch.bmm(self.weights.unsqueeze(1), unit(y_BTD)).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
@@ -63,9 +65,10 @@ def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Floa
     One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of a tile in
     another order, and a nonce's bits would depend on its place in the batch. On CUDA they do not, from 16 rows on.
     """
-    if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
-        return x_BD @ weight_VD.T
-    return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
+    with own_precision(x_BD):
+        if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
+            return x_BD @ weight_VD.T
+        return torch.bmm(x_BD.unsqueeze(1), weight_VD.T.expand(len(x_BD), -1, -1)).squeeze(1)
 
 
 def random_projection(
@@ -73,7 +76,8 @@ def random_projection(
 ) -> Float32[Tensor, "B K"]:
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
-    return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+    with own_precision(x_BD):
+        return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
 
 
 @torch.inference_mode()

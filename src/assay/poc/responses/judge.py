@@ -252,6 +252,7 @@ class ResponseVerdict:
         }
 
 
+@np.errstate(under="ignore")
 def judge_responses(
     replayed: Sequence[Replayed],
     receipts: Receipts,

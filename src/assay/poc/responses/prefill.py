@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Float, Float16, Float32
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import DynamicCache
 from typing_extensions import override
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models.decoder import head_of
 from assay.models.load import Model
-from assay.models.wide import wide_products
+from assay.models.rows import pass_kind, steps_of_passes
+from assay.models.wide import own_precision
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.proof import Fingerprint
@@ -94,13 +96,24 @@ class HFPrefill(Prefill):
 
     @override
     def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+        passes = [self._passes(response) for response in responses]
+        kinds = [[pass_kind(self.model.config, part.positions) for part in parts] for parts in passes]
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
-            batch = order[: self._fitting([responses[index] for index in order[: self.batch_size]])]
-            order = order[len(batch) :]
+            alike = [index for index in order[: self.batch_size] if kinds[index] == kinds[order[0]]]
+            batch = alike[: self._fitting([responses[index] for index in alike])]
+            taken = set(batch)
+            order = [index for index in order if index not in taken]
             with nullcontext() if adapter is None else adapter.on(self.model):
-                made = self._run([responses[index] for index in batch])
-            yield from zip(batch, made, strict=True)
+                made = [self._run(rows) for rows in zip(*(passes[index] for index in batch), strict=True)]
+            for index, parts in zip(batch, zip(*made, strict=True), strict=True):
+                yield index, _joined(parts)
+
+    def _passes(self, response: PromptAndOutput) -> list[PromptAndOutput]:
+        """Return a response in parts, each of which one pass serves; what came before a part is its prompt."""
+        prompt, output = response.prompt, response.output
+        steps = steps_of_passes(self.model.config, len(prompt), len(output))
+        return [PromptAndOutput(prompt + output[: part.start], output[part.start : part.stop]) for part in steps]
 
     def _fitting(self, responses: Sequence[PromptAndOutput]) -> int:
         """Return how many of these responses fit into a batch, at least one."""
@@ -113,7 +126,8 @@ class HFPrefill(Prefill):
         return len(responses)
 
     @torch.inference_mode()
-    def _run(self, responses: Sequence[PromptAndOutput]) -> list[Prefilled]:
+    def _run(self, responses: Sequence[PromptAndOutput]) -> list[tuple[Tensor, Tensor]]:
+        """Return the logits [N, V] and the hidden states [N, D] of each response, by one pass."""
         longest = max(response.positions for response in responses)
         ids_BT = torch.zeros((len(responses), longest), dtype=torch.int64)
         rows: list[int] = []
@@ -126,19 +140,25 @@ class HFPrefill(Prefill):
         on = f"{ids_BT.numel()} positions"
         logits_NV, hidden_ND, _ = _run_model(self.model, ids_BT, (rows, columns), on=on, use_cache=False)
         sizes = [len(response.output) for response in responses]
-        parts = zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True)
-        return [Prefilled(logits, hidden, hidden[::SKETCH_EVERY]) for logits, hidden in parts]
+        return list(zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True))
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Prefilled:
+    """Return what several passes gave for the parts of one response."""
+    logits_NV, hidden_ND = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+    return Prefilled(logits_NV, hidden_ND, hidden_ND[::SKETCH_EVERY])
 
 
 @torch.inference_mode()
 def read_on(
     model: Model, ids: Sequence[int], cache: Any = None, *, last: int = 1
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Append tokens to the one sequence of a cache, so no other request enters its numbers.
+    """Append tokens to the one sequence of a cache, a new one when None, so no other request enters its numbers.
 
     Returns logits and hidden states of the last positions, or of all tokens appended when 0, and the cache; raises as
-    :meth:`Prefill.run` does.
+    :meth:`Prefill.run` does. An architecture with a cache of its own refuses that of transformers with a ModelError.
     """
+    cache = DynamicCache(config=model.module.config) if cache is None else cache
     options = {"past_key_values": cache, "use_cache": True}
     places = 0, slice(-last or None, None)
     return _run_model(model, torch.tensor([list(ids)]), places, on=f"a prompt of {len(ids)} tokens", **options)
@@ -156,7 +176,7 @@ def _run_model(
 
     hook = head_of(model.module).register_forward_pre_hook(keep_places)
     try:
-        with wide_products(model):
+        with own_precision(model):
             output = model.module(input_ids=ids_BT.to(model.device), **options)
         logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
     except Exception as error:  # every architecture fails in its own way
@@ -192,4 +212,5 @@ def sketch_response(
         raise not_finite("a hidden state that is NaN or infinite")
     seeds_S = step_seeds(words, steps)
     spans = [slice(start, start + SKETCHES_AT_ONCE) for start in range(0, max(1, len(seeds_S)), SKETCHES_AT_ONCE)]
-    return torch.cat([sketch_states(hidden_SD[span], seeds_S[span]) for span in spans])
+    with own_precision(hidden_SD):
+        return torch.cat([sketch_states(hidden_SD[span], seeds_S[span]) for span in spans])

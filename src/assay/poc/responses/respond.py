@@ -13,6 +13,7 @@ from assay.errors import UsageError
 from assay.files.storage import PartialFile
 from assay.models.decoder import head_of
 from assay.models.load import Model
+from assay.models.rows import steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
 from assay.poc.responses.prefill import read_on, sketch_response
@@ -174,6 +175,8 @@ def _answer(
         prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(model.device)
         counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
     seeds_N = seed.step_seeds(range(request.max_tokens))
+    ids = list(request.ids)
+    anew = {steps.start for steps in steps_of_passes(model.config, len(ids), request.max_tokens)}
     for step in range(request.max_tokens):
         scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
         token = int(scores_1V.argmax(dim=1))
@@ -182,7 +185,11 @@ def _answer(
             return
         if counts_1V is not None:
             counts_1V[0, token] += 1
-        logits_1V, hidden_1D, cache = read_on(model, [token], cache)
+        ids.append(token)
+        if step + 1 in anew:
+            logits_1V, hidden_1D, cache = read_on(model, ids)
+        else:
+            logits_1V, hidden_1D, cache = read_on(model, [token], cache)
 
 
 def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:

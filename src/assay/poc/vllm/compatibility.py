@@ -5,6 +5,7 @@ failing in a request at night. A refusal is a row of a table: its condition, wha
 """
 
 import importlib.metadata
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models.device import processor
 from assay.models.quantized import StoredFormat, read_format
+from assay.models.rows import rotary_limits
 from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
 
@@ -203,6 +205,30 @@ def check_config(config: Any) -> None:
     """
     for rows in (_engines, _executors, _settings, _untested, _kernels):
         refuse_first(rows(config, str(config.device_config.device_type)), "vLLM with ")
+    check_numbers(config)
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse a ``VllmConfig`` under which every row has other numbers than transformers gives it.
+
+    For LongRoPE vLLM 0.32 chooses the factors once, by ``max_model_len`` and for rows of all lengths
+    (``phi3_long_rope_scaled_rope.py``). Dynamic NTK it scales by the longest length that there may be, also below the
+    limit (``dynamic_ntk_scaling_rope.py``).
+
+    Raises:
+        UsageError: Names the first such setting.
+    """
+    precision, model = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest"), config.model_config
+    variable = f"VLLM_FLOAT32_MATMUL_PRECISION={precision}"
+    rows: list[Refusal] = [(precision != "highest", variable, "products of float32 in full", "unset it")]
+    for kind, limit in rotary_limits(getattr(model, "hf_text_config", None)):
+        if kind == "longrope":
+            beyond = f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have long factors too"
+            rows.append((model.max_model_len > limit, beyond, f"at most {limit}", f"pass --max-model-len {limit}"))
+        else:
+            seen, another = "dynamic NTK, which it scales at every length", "prove with --engine hf"
+            rows.append((True, seen, "rotary embeddings as transformers has them", another))
+    refuse_first(rows, "vLLM with ")
 
 
 def _engines(config: Any, device: str) -> Iterator[Refusal]:

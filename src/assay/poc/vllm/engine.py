@@ -34,7 +34,7 @@ from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replay import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
-from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed
+from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed, check_numbers
 from assay.poc.vllm.response_worker import state_argument
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
@@ -355,6 +355,7 @@ class VLLMPrefill(Prefill):
         self._engine = self._started(str(resolve(reference).checkpoint), options)
         with ExitStack() as failed:
             failed.callback(self.close)
+            check_numbers(self._engine.llm_engine.vllm_config)
             with explain_start():
                 self._engine.collective_rpc("assay_sketch", args=(True,))
             failed.pop_all()

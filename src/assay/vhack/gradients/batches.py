@@ -1,10 +1,10 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,7 +142,7 @@ class Batch:
             spans,
             torch.tensor([row for span in spans for row in range(*span)]).to(device),
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
-            (1.0 / counts).repeat_interleave(counts).to(device),
+            counts.to(torch.float32).reciprocal().repeat_interleave(counts).to(device),
         )
 
 
@@ -182,27 +182,34 @@ def context_length(module: "PreTrainedModel") -> int | None:
 
 
 def plan_batches(
-    encoded: Sequence[Encoded], max_tokens: int, *, packed: bool, equal_lengths: bool = False, at_once: int = 1
+    encoded: Sequence[Encoded],
+    max_tokens: int,
+    *,
+    packed: bool,
+    kind: Callable[[int], Hashable] = bool,
+    at_once: int = 1,
 ) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
-    several workers are dealt out, so that all batches are about as large and every worker has as many. With
-    ``equal_lengths`` nothing is padded.
+    several workers are dealt out, so that all batches are about as large and every worker has as many. The samples of a
+    batch have lengths of one ``kind``, as :func:`assay.models.rows.pass_kind` tells them apart; by default all have.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
-    if packed and at_once > 1:
-        return _dealt_out(ordered, max_tokens, at_once)
     batches: list[list[Encoded]] = []
-    used = 0
-    for one in ordered:
-        size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
-        if batches and used + size <= max_tokens and not (equal_lengths and len(one.ids) < size):
-            batches[-1].append(one)
-            used += size
-        else:
-            batches.append([one])
-            used = len(one.ids)
+    for _, alike in groupby(ordered, key=lambda each: kind(len(each.ids))):
+        if packed and at_once > 1:
+            batches += _dealt_out(list(alike), max_tokens, at_once)
+            continue
+        used = max_tokens
+        for one in alike:
+            size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
+            if used + size <= max_tokens:
+                batches[-1].append(one)
+                used += size
+            else:
+                batches.append([one])
+                used = len(one.ids)
     return batches
 
 
@@ -263,7 +270,7 @@ def plan_in_turns(
     free: float,
     *,
     packed: bool,
-    equal_lengths: bool,
+    kind: Callable[[int], Hashable],
     at_once: int,
     checkpointing: bool,
 ) -> tuple[list[list[Encoded]], int]:
@@ -277,7 +284,7 @@ def plan_in_turns(
     how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
     fits = [how_many(recomputed=count) for count in range(layers + 1)]
     wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
-    batches = plan_batches(encoded, wanted, packed=packed, equal_lengths=equal_lengths, at_once=at_once)
+    batches = plan_batches(encoded, wanted, packed=packed, kind=kind, at_once=at_once)
     largest = max(count_tokens(batch, packed=packed) for batch in batches)
     fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
     return batches, layers if checkpointing else fewest

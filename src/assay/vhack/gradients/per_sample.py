@@ -27,7 +27,8 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_
 from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
 from assay.models.device import current, free_bytes, one_thread
 from assay.models.load import Model
-from assay.models.wide import wide_products
+from assay.models.rows import pass_kind
+from assay.models.wide import own_precision, wide_products
 from assay.vhack.gradients.batches import (
     Batch,
     Encoded,
@@ -55,9 +56,6 @@ if TYPE_CHECKING:
 # Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
 # do not.
 _LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-# Fields of configurations whose attention sees only the keys that score best (DeepSeek-V3.2, MiniMax-M3, Qwen4, Doge).
-# Which ones these are, of equal ones, and whether there is a choice at all, depends on the length, padding included.
-_CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "indexer_n_heads", "keep_window_size")
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,16 @@ class Recipe:
     # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose numbers stay in the
     # caches of a CPU.
     together: bool
-    equal_lengths: bool = False  # samples of different lengths must not share a batch: padding would change them
 
 
 def recipe_for(module: "PreTrainedModel", division: Division | None = None) -> Recipe:
     """Return the fastest recipe that is known to be exact for this kind of model, and for how it is divided."""
-    config = module.config.get_text_config()
     return Recipe(
         # Kernels are tried on one device, and samples packed there.
         packed=_is_listed(module) and (division is None or division.mesh is not None),
         # Products by factors would gather those of a divided model twice.
         factored=module.dtype == torch.float32 and division is None,
         together=module.device.type != "cpu",
-        equal_lengths=any(getattr(config, name, None) is not None for name in _CHOOSES_KEYS),
     )
 
 
@@ -172,8 +167,7 @@ class Replica:
     def gradients(self, encoded: list[Encoded]) -> Computed:
         """Run one forward and one backward pass, or raise what torch does without memory. A GPU may still be at it."""
         # In the dtype of the weights, also in a training loop that computes in another one.
-        device = self.module.device
-        with current(device), torch.autocast(device.type, enabled=False), wide_products(self.module):
+        with current(self.module.device), own_precision(self.module):
             return self._computed(encoded)
 
     def _computed(self, encoded: list[Encoded]) -> Computed:
@@ -224,7 +218,8 @@ class Replica:
     def _rows(self, name: str) -> Tensor:
         """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
         found_BR = self._found.get(name)
-        return torch.zeros(len(self.batch.encoded), self._factors[name].rank) if found_BR is None else found_BR
+        shape = len(self.batch.encoded), self._factors[name].rank
+        return torch.zeros(shape, dtype=torch.float32) if found_BR is None else found_BR
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden_ND = arguments[0].flatten(0, 1)
@@ -429,7 +424,8 @@ def per_sample_gradients(
         said = repr(([(one.ids, one.n_prompt) for one in encoded], max_tokens, checkpointing))
         free = _share_room(division, said, free)
         at_once = division.processes if division.by_samples else 1
-    shape: dict[str, Any] = {"packed": recipe.packed, "equal_lengths": recipe.equal_lengths, "at_once": at_once}
+    kind = partial(pass_kind, module.config.get_text_config())
+    shape: dict[str, Any] = {"packed": recipe.packed, "kind": kind, "at_once": at_once}
     if division is not None and at_once > 1 and max_tokens is None:
         batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
     else:
@@ -437,7 +433,8 @@ def per_sample_gradients(
         room = room_for_batches(free) / at_once
         budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
         batches = plan_batches(encoded, budget, **shape)
-    found = SampleGradients({name: torch.zeros(len(samples), factors[name].rank) for name in factors})
+    shapes = {name: (len(samples), factors[name].rank) for name in factors}
+    found = SampleGradients({name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()})
     done = 0
     with ExitStack() as undo:
         replica = partial(Replica, module, factors, recipe, recomputed=recomputed)

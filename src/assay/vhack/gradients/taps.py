@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models.wide import wide_products
+from assay.models.wide import own_precision, wide_products
 from assay.vhack.gradients.batches import Batch, Segments
 from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, is_sharded, local_part, start_gathering
 from assay.vhack.gradients.fused import segment_products
@@ -312,8 +312,9 @@ def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
 def _misfit(weight_OI: Tensor, factors: Factors) -> Tensor:
     """Return the error of ``U S Vh v`` as a share of what it may be."""
     probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
-    wanted_O = (weight_OI @ probe_I).float()
-    found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
+    with own_precision(weight_OI):
+        wanted_O = (weight_OI @ probe_I).float()
+        found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
     tolerance = _FITS if weight_OI.dtype == torch.float32 else 8 * torch.finfo(weight_OI.dtype).eps
     share: Tensor = (found_O - wanted_O).norm() / (tolerance * wanted_O.norm())
     return share

@@ -24,7 +24,8 @@ from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
-from assay.models.wide import wide_products
+from assay.models.rows import check_one_kind
+from assay.models.wide import own_precision
 from assay.streams.definition import seed32
 from assay.vhack.gradients.batches import context_length
 from assay.vhack.pairs.pairs import validated
@@ -210,6 +211,9 @@ def sample_batches(
     Each batch has random numbers of its own, so that those from ``first`` on, a multiple of the batch, are the same
     without those before it.
     """
+    lengths = [len(row) for row in ids[first:]]
+    if lengths:
+        check_one_kind(model.config, min(lengths), max(lengths) + how["max_new_tokens"])
     for start in range(first, len(prompts), how["batch"]):
         part = slice(start, start + how["batch"])
         yield _sample_batch(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
@@ -227,7 +231,7 @@ def _sample_batch(
     mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     devices = [model.device] if model.device.type == "cuda" else []
     finite = finite_sampling("take weights that compute finite numbers")
-    with torch.random.fork_rng(devices=devices), finite, wide_products(model):
+    with torch.random.fork_rng(devices=devices), finite, own_precision(model):
         torch.manual_seed(seed)
         made = module.generate(
             ids_BT,

@@ -27,7 +27,8 @@ from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.device import free_bytes, processor
 from assay.models.load import Model, ModelInfo
-from assay.models.wide import WIDE, is_wide, wide_products
+from assay.models.rows import steps_of_passes
+from assay.models.wide import WIDE, is_wide, own_precision
 from assay.poc.engines.base import (
     MAX_BATCH,
     Decoded,
@@ -260,7 +261,7 @@ class HFEngine(StateEngine, DecodingEngine):
     def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
-                with wide_products(self.model):
+                with own_precision(self.model):
                     tokens_BN, states_BSD = self._decode(draws)
                 made = Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), draws.sketches(states_BSD)[:count])
             self._check_finite(made.sketches)
@@ -274,7 +275,7 @@ class HFEngine(StateEngine, DecodingEngine):
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
                 given_BN = torch.from_numpy(tokens_MN[done : done + count].astype(np.int64)).to(self.device)
-                with wide_products(self.model):
+                with own_precision(self.model):
                     states_BND, margins_BN = self._replay(draws, given_BN)
                 sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
                 made = Replayed(margins_BN.cpu().numpy(), sketches_BSK)
@@ -298,10 +299,14 @@ class HFEngine(StateEngine, DecodingEngine):
     @torch.inference_mode()
     def _decode(self, draws: Draws) -> tuple[Int64[Tensor, "B N"], Float32[Tensor, "B S D"]]:
         """Return the decoded tokens, and the states behind the sketched ones."""
-        cache = DynamicCache(config=self.model.module.config)
-        inputs_BT, tokens, states = draws.prompts_BP, [], []
-        seen = 0
+        prompts_BP = draws.prompts_BP
+        tokens: list[Tensor] = []
+        states: list[Tensor] = []
+        anew = {steps[0] for steps in steps_of_passes(self.model.config, prompts_BP.shape[1], draws.steps)}
         for step in range(draws.steps):
+            if step in anew:
+                cache, seen = DynamicCache(config=self.model.module.config), 0
+                inputs_BT = torch.cat([prompts_BP, *(token_B.unsqueeze(1) for token_B in tokens)], dim=1)
             states_BTD = self._read_tokens(inputs_BT, seen, past_key_values=cache, use_cache=True)
             state_BD = states_BTD[:, -1]
             if step in draws.sketched:
@@ -317,14 +322,18 @@ class HFEngine(StateEngine, DecodingEngine):
     def _replay(
         self, draws: Draws, given_BN: Int64[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "R N D"], Float32[Tensor, "B N"]]:
-        """Return the states that gave the tokens, by one forward pass over prompts and tokens, and their margins.
+        """Return the states that gave the tokens, by a forward pass over prompts and tokens, and their margins.
 
         The products of margins are of one nonce's states, so no other nonce has a part in their bits.
         """
         prompts_RP = draws.prompts_BP
         tokens_RN = torch.cat([given_BN, given_BN[-1:].expand(len(prompts_RP) - len(given_BN), -1)])
         ids_RT = torch.cat([prompts_RP, tokens_RN[:, :-1].clamp(max=self.vocab_size - 1)], dim=1)
-        states_RND = self._read_tokens(ids_RT, 0, use_cache=False)[:, prompts_RP.shape[1] - 1 :]
+        first = prompts_RP.shape[1]
+        passes = steps_of_passes(self.model.config, first, tokens_RN.shape[1])
+        read = partial(self._read_tokens, seen=0, use_cache=False)
+        parts = [read(ids_RT[:, : first + steps.stop - 1])[:, first - 1 + steps.start :] for steps in passes]
+        states_RND = torch.cat(parts, dim=1)
         found = []
         for row, tokens_N in enumerate(given_BN):
             parts = []
@@ -400,7 +409,7 @@ class HFEngine(StateEngine, DecodingEngine):
         return states_BTD
 
     def _hidden(self, inputs_BTD: Tensor) -> Tensor:
-        with wide_products(self.model):
+        with own_precision(self.model):
             output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
@@ -456,13 +465,12 @@ def is_compiled(fingerprint: Fingerprint) -> bool:
 def be_deterministic() -> None:
     """Switch the mode on for this process; call it before the device is used.
 
-    No TensorFloat-32, no sums in less than float32 inside a product, and a workspace of its own for every stream of
+    No sums in less than float32 inside a product, and a workspace of its own for every stream of
     cuBLAS, without which streams that run side by side may choose other kernels.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that it has not written
-    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

@@ -50,7 +50,7 @@ from assay.models.decoder import (
 )
 from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded, sort_by_expert
 from assay.models.load import Model
-from assay.models.wide import wide_products
+from assay.models.wide import own_precision
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
 FUSED = "fused"  # entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's
@@ -565,6 +565,6 @@ def _settings(inputs_BTD: Tensor) -> Iterator[None]:
     with (
         dynamo.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=8 * _VARIANTS),
         sdpa_kernel(_ATTENTION, set_priority=True),
-        wide_products(inputs_BTD),
+        own_precision(inputs_BTD),
     ):
         yield
