@@ -59,8 +59,6 @@ def steps_of_passes(config: Any, first: int, count: int) -> list[range]:
 def check_one_kind(config: Any, shortest: int, longest: int) -> None:
     """Refuse rows of several kinds that are to grow side by side, with one cache; a ModelError names their lengths."""
     if pass_kind(config, shortest) != pass_kind(config, longest):
-        seen = (
-            f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow the longest"
-        )
+        seen = f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow the longest"
         wanted = "rows on one side of the limit, or of one length"
         raise ModelError(seen, wanted=wanted, do="take shorter prompts and fewer new tokens, or another model")

@@ -46,6 +46,9 @@ def _distance(value: Any) -> Any:
 Distance = Annotated[float, BeforeValidator(_distance)]
 
 
+PRESETS = "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+
+
 class _Block(BaseModel):
     """The block and the key that every request names."""
 
@@ -81,7 +84,7 @@ class Params(BaseModel):
     model: Name
     seq_len: Length
     k_dim: Length = 12
-    preset: Annotated[str, StringConstraints(pattern="^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$")] = "artifact"
+    preset: Annotated[str, StringConstraints(pattern=PRESETS)] = "artifact"
 
 
 class ArtifactInit(_Block):
