@@ -1,6 +1,8 @@
 """Real engines and servers. Where vLLM is not installed they are skipped by name: `make test-vllm` has it."""
 
+import asyncio
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1200))  # the start of a server, on a machine with other work
             if absent:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run make test-vllm"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    given = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in given}))
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -112,7 +112,7 @@ def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(shape, words: str
     scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=64), scheduler_config=scheduler)
     monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
-    monkeypatch.setattr(_engine, "_configured", lambda *_: config)
+    monkeypatch.setattr(_engine, "_configured", lambda *_, **__: config)
     with pytest.raises(UsageError, match=words):
         VLLMEngine("reference:qwen3", **shape)
 

@@ -111,7 +111,7 @@ ENGINES = {
             (LORA | ON_CUDA, None),
             (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
             (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
-            ({"model.enable_prompt_embeds": False}, "--enable-prompt-embeds"),
+            ({"model.enable_prompt_embeds": False}, None),
             ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
             ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
             ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),

@@ -40,8 +40,7 @@ class Sink:
         self.receipts = []
         self.error = None
 
-    def check(self) -> None:
-        """Never refuse."""
+    def check(self) -> None: ...
 
     async def store(self, receipt) -> None:
         if self.error:
@@ -53,12 +52,11 @@ class Sink:
 class LLM:
     """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, some times over."""
 
-    def __init__(self, turns: int = 3, pause: float = 0.0) -> None:
+    def __init__(self, turns: int = 3, pause: float = 0.0, late: float = 0.0) -> None:
         self.output_processor = SimpleNamespace(add_request=lambda *given: None, process_outputs=lambda *given: None)
-        self.turns, self.pause = turns, pause
-        self.sent = []
-        self.calls = []
-        self.sketches = True
+        self.turns, self.pause, self.late = turns, pause, late
+        self.sent, self.calls = [], []
+        self.reply = None
 
     async def generate(self, prompt, sampling_params, request_id, **options) -> AsyncGenerator:
         parent = SimpleNamespace(sampling_params=sampling_params) if sampling_params.n > 1 else None
@@ -84,11 +82,11 @@ class LLM:
 
     async def collective_rpc(self, method, args):
         self.calls.append((method, *args))
-        if not self.sketches:
-            return [{}, {}]
-        return [
-            {name: np.arange(*numbers).repeat(12).astype(np.float16).tobytes() for name, numbers in args[0].items()}
-        ]
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        await asyncio.sleep(self.late)
+        made = {name: np.arange(*at).repeat(12).astype(np.float16).tobytes() for name, at in args[0].items()}
+        return [made] if self.reply is None else self.reply
 
 
 def recorded(llm: LLM | None = None, seeded: bool = True) -> tuple[LLM, Sink, Recorder]:
@@ -97,10 +95,11 @@ def recorded(llm: LLM | None = None, seeded: bool = True) -> tuple[LLM, Sink, Re
     return llm, sink, Recorder(llm, sink, public_key="node", digest=DIGEST, seeded=seeded)
 
 
-async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 9, **given) -> int:
+async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 99, **given) -> int:
     """Ask as a route does for the prompts of one request; return how many outputs came."""
     ACCEPTED.set(accepted)
-    calls = [llm.generate(prompt, params(**given), f"cmpl-{i}") for i, prompt in enumerate(prompts)]
+    options = {name: given.pop(name) for name in ("lora_request", "prompt_embeds", "mm_features") if name in given}
+    calls = [llm.generate(prompt, params(**given), f"cmpl-{i}", **options) for i, prompt in enumerate(prompts)]
     count = 0
     for outputs in calls:
         async for _ in outputs:
@@ -111,14 +110,11 @@ async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), sto
     return count
 
 
-def test_every_choice_has_its_seed_and_its_receipt():
+async def test_every_choice_has_its_seed_and_its_receipt():
     llm, sink, recorder = recorded()
-    asyncio.run(ask(llm, AcceptedRequest("r", "block", None, "client"), ((5, 6), (7,)), n=2, seed=11))
+    await ask(llm, AcceptedRequest("r", "block", None, "client"), ((5, 6), (7,)), n=2, seed=11)
     assert [(one.index, one.output, one.finish, one.user_seed) for one in sink.receipts] == [
-        (0, (0, 0, 0), "stop", "11"),
-        (1, (1, 1, 1), "stop", "11"),
-        (2, (0, 0, 0), "stop", "11"),
-        (3, (1, 1, 1), "stop", "11"),
+        (index, (index % 2,) * 3, "stop", "11") for index in range(4)
     ]
     assert sink.receipts[2].prompt == Prompt.of([7])
     assert sink.receipts[0].sampling == Sampling(temperature=0.7, top_p=0.9)
@@ -132,91 +128,61 @@ def test_every_choice_has_its_seed_and_its_receipt():
     assert recorder.counts == {"stored": 4, "unrecorded": 0, "failed": 0}
 
 
-def test_the_receipt_is_stored_before_the_last_output_and_without_it_there_is_no_last_output():
+async def test_the_receipt_is_stored_before_the_last_output_and_without_it_there_is_no_last_output():
     llm, sink, _ = recorded()
     sink.error = StorageError("disk full", wanted="room", do="make room")
     accepted, seen = AcceptedRequest("r", "block"), []
-
-    async def scenario():
-        ACCEPTED.set(accepted)
+    ACCEPTED.set(accepted)
+    with pytest.raises(StorageError):
         async for output in llm.generate((5,), params(), "cmpl-0"):
             seen.append(output)  # noqa: PERF401
-
-    with pytest.raises(StorageError):
-        asyncio.run(scenario())
     assert len(seen) == 2
     assert accepted.refused is sink.error
 
 
-def test_a_response_whose_sketches_are_missing_does_not_end():
+@pytest.mark.parametrize(
+    ("reply", "words"), [([{}, {}], "0 sketches of 3 tokens"), (RuntimeError("engine died"), "engine died")]
+)
+async def test_a_response_whose_sketches_are_missing_does_not_end(reply, words: str):
     llm, sink, _ = recorded()
-    llm.sketches = False
-    with pytest.raises(ModelError, match="0 sketches of 3 tokens"):
-        asyncio.run(ask(llm, AcceptedRequest("r", "block")))
+    llm.reply = reply
+    with pytest.raises(ModelError, match=words):
+        await ask(llm, AcceptedRequest("r", "block"))
     assert sink.receipts == []
 
 
-def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
-    async def scenario(llm):
-        await ask(llm, AcceptedRequest("r", "block"), stop_after=1)
-        await ask(llm, AcceptedRequest("s", "block"))
-
+async def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
     llm, sink, _ = recorded()
-    asyncio.run(scenario(llm))
+    await ask(llm, AcceptedRequest("r", "block"), stop_after=1)
+    await ask(llm, AcceptedRequest("s", "block"))
     assert [one.request_id for one in sink.receipts] == ["s"]
     assert llm.calls == [("assay_sketches", {"0_cmpl-0-ab": [0, 1]}, ["0_cmpl-0-ab"])]
 
 
-def test_sketches_are_taken_while_a_response_goes_on_and_one_that_ends_waits_for_those_of_its_last_steps():
-    llm, sink, _ = recorded(LLM(turns=70, pause=0.006))
-    asyncio.run(ask(llm, AcceptedRequest("r", "block"), stop_after=99))
-    asked = [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()]
-    assert asked == [[0, 1], [1, 2], [2, 3]]
-    assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1, 2]
-
-    late, sink, _ = recorded(LLM(turns=33))
-    asyncio.run(ask(late, AcceptedRequest("r", "block"), stop_after=99))
-    assert sink.receipts[0].sketches[:, 0].tolist() == [0, 1]
-
-
-def test_a_response_that_ends_during_a_call_waits_for_the_next_one():
-    class Slow(LLM):
-        async def collective_rpc(self, method, args):
-            reply = await super().collective_rpc(method, args)
-            await asyncio.sleep(0.05)
-            return reply
-
-    llm, sink, _ = recorded(Slow(turns=33, pause=0.004))
-    asyncio.run(ask(llm, AcceptedRequest("r", "block"), stop_after=99))
-    assert [wanted for _, wanted, _ in llm.calls] == [{"0_cmpl-0-ab": [0, 1]}, {"0_cmpl-0-ab": [1, 2]}]
-    assert len(sink.receipts[0].sketches) == 2
-
-
-def test_workers_that_do_not_answer_fail_the_response_by_name():
-    class Ended(LLM):
-        async def collective_rpc(self, method, args):
-            raise RuntimeError("engine died")
-
-    llm, sink, _ = recorded(Ended())
-    with pytest.raises(ModelError, match="engine died"):
-        asyncio.run(ask(llm, AcceptedRequest("r", "block")))
-    assert sink.receipts == []
+@pytest.mark.parametrize(
+    ("turns", "pause", "late", "asked"),
+    [
+        (70, 0.006, 0.0, [[0, 1], [1, 2], [2, 3]]),
+        (33, 0.0, 0.0, None),  # it waits for the sketches of its last steps
+        (33, 0.004, 0.05, [[0, 1], [1, 2]]),  # it ends during a call, and waits for the next one
+    ],
+)
+async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_when_it_ends(turns, pause, late, asked):
+    llm, sink, _ = recorded(LLM(turns, pause, late))
+    await ask(llm, AcceptedRequest("r", "block"))
+    assert asked in (None, [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()])
+    assert sink.receipts[0].sketches[:, 0].tolist() == list(range(3 if turns == 70 else 2))
 
 
 def lora_request(path: Path) -> SimpleNamespace:
     return SimpleNamespace(lora_name="tuned", lora_path=str(path), lora_int_id=1, load_inplace=False)
 
 
-def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
+async def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text(name)
     llm, sink, _ = recorded()
-
-    async def scenario():
-        ACCEPTED.set(AcceptedRequest("r", "block"))
-        return [one async for one in llm.generate((5,), params(), "cmpl-0", lora_request=lora_request(tmp_path))]
-
-    asyncio.run(scenario())
+    await ask(llm, AcceptedRequest("r", "block"), lora_request=lora_request(tmp_path))
     assert [one.adapter for one in sink.receipts] == [Adapter("tuned", digest_adapter(tmp_path))]
     assert llm.sent[0].sampling_params.temperature == 0
 
@@ -224,37 +190,32 @@ def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
 @pytest.mark.parametrize(
     "options", [{"lora_request": lora_request(Path("hub/id"))}, {"prompt_embeds": 1}, {"mm_features": [1]}]
 )
-def test_requests_that_a_receipt_cannot_name_pass_unseeded(options):
+async def test_requests_that_a_receipt_cannot_name_pass_unseeded(options):
     llm, sink, recorder = recorded()
-
-    async def scenario():
-        ACCEPTED.set(AcceptedRequest("r", "block"))
-        return [output async for output in llm.generate((5,), params(seed=3), "cmpl-0", **options)]
-
-    assert len(asyncio.run(scenario())) == 3
+    assert await ask(llm, AcceptedRequest("r", "block"), seed=3, **options) == 3
     sent = llm.sent[0].sampling_params
     assert (sent.temperature, sent.seed, ARGUMENT in sent.extra_args) == (0.7, 3, False)
     assert (sink.receipts, recorder.counts["unrecorded"]) == ([], 1)
 
 
-def test_a_client_cannot_send_what_only_the_plugin_may():
+async def test_a_client_cannot_send_what_only_the_plugin_may():
     llm, _, _ = recorded()
-    asyncio.run(ask(llm, None, extra_args={ARGUMENT: {"prompt": 1}, "own": 2}))
+    await ask(llm, None, extra_args={ARGUMENT: {"prompt": 1}, "own": 2})
     assert llm.sent[0].sampling_params.extra_args == {"own": 2}
     assert llm.sent[0].sampling_params.temperature == 0.7
 
 
-def test_without_a_processor_the_engine_samples_and_the_receipt_says_so():
+async def test_without_a_processor_the_engine_samples_and_the_receipt_says_so():
     llm, sink, _ = recorded(seeded=False)
-    asyncio.run(ask(llm, AcceptedRequest("r", "block"), seed=4))
+    await ask(llm, AcceptedRequest("r", "block"), seed=4)
     assert sink.receipts[0].sampling is None
     assert (llm.sent[0].sampling_params.temperature, llm.sent[0].sampling_params.seed) == (0.7, 4)
 
 
-def test_masks_are_named():
+async def test_masks_are_named():
     llm, sink, _ = recorded()
     for given in ({}, {"bad_words": ["x"]}, {"min_tokens": 2}, {"structured_outputs": object()}):
-        asyncio.run(ask(llm, AcceptedRequest("r", "block"), **given))
+        await ask(llm, AcceptedRequest("r", "block"), **given)
     assert [one.mask for one in sink.receipts] == [False, True, True, True]
 
 
@@ -362,20 +323,17 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
     assert (found.tolist(), capture.errors) == (wanted.numpy().tolist(), 0)
 
 
-def test_responses_have_the_newest_block_and_wait_for_the_next():
-    async def scenario():
-        beacon = Responses(PluginSettings())
-        assert await beacon.next_block(0.01) is None
-        beacon.post("a")
-        waiting = asyncio.ensure_future(beacon.next_block(5))
-        await asyncio.sleep(0)
-        beacon.post("a")  # no news
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        beacon.post("b")
-        return beacon.newest, await waiting
-
-    assert asyncio.run(scenario()) == ("b", "b")
+async def test_responses_have_the_newest_block_and_wait_for_the_next():
+    beacon = Responses(PluginSettings())
+    assert await beacon.next_block(0.01) is None
+    beacon.post("a")
+    waiting = asyncio.ensure_future(beacon.next_block(5))
+    await asyncio.sleep(0)
+    beacon.post("a")  # no news
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    beacon.post("b")
+    assert (beacon.newest, await waiting) == ("b", "b")
 
 
 def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
@@ -396,58 +354,45 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
     return responses, sink, client
 
 
-def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
-    async def scenario():
-        responses, sink, client = application(monkeypatch)
-        first = await client.post("/v1/completions", json={})
-        responses.post("0xé")
-        named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
-        second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
-        third = await client.post("/v1/completions", json={"seed": 5})
-        return first, second, third, sink.receipts
-
-    first, second, third, receipts = asyncio.run(scenario())
+async def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
+    responses, sink, client = application(monkeypatch)
+    first = await client.post("/v1/completions", json={})
+    responses.post("0xé")
+    named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
+    second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
+    third = await client.post("/v1/completions", json={"seed": 5})
     assert (first.status_code, first.headers["x-assay-receipt"]) == (200, "none")
     assert (second.headers["x-assay-receipt"], second.headers["x-assay-block"]) == ("mine", "0x%C3%A9")
-    assert [(one.request_id, one.user_seed, one.chosen_by) for one in receipts] == [
+    assert [(one.request_id, one.user_seed, one.chosen_by) for one in sink.receipts] == [
         ("mine", "s", "client"),
         (third.headers["x-assay-receipt"], "5", "server"),
     ]
 
 
 @pytest.mark.parametrize("header", ["X-Request-Id", "X-Assay-User-Seed"])
-def test_headers_that_cannot_be_part_of_a_seed_are_refused(monkeypatch, header: str):
-    async def scenario():
-        _, _, client = application(monkeypatch)
-        return await client.post("/v1/completions", json={}, headers={header: "x" * 1025})
-
-    answer = asyncio.run(scenario())
+async def test_headers_that_cannot_be_part_of_a_seed_are_refused(monkeypatch, header: str):
+    answer = await application(monkeypatch)[2].post("/v1/completions", json={}, headers={header: "x" * 1025})
     assert answer.status_code == 422
     assert header in answer.json()["detail"]
 
 
-def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatch):
-    async def scenario():
-        responses, sink, client = application(monkeypatch)
-        responses.post("b")
-        sink.error = StorageError("disk full", wanted="room", do="make room")
-        return await client.post("/v1/completions", json={})
-
-    answer = asyncio.run(scenario())
+async def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatch):
+    responses, sink, client = application(monkeypatch)
+    responses.post("b")
+    sink.error = StorageError("disk full", wanted="room", do="make room")
+    answer = await client.post("/v1/completions", json={})
     assert (answer.status_code, answer.json()["detail"]) == (503, "disk full")
 
 
-def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypatch):
-    async def scenario():
-        responses, sink, client = application(monkeypatch, ASSAY_RESPONSES_BLOCK="next")
-        responses.post("old")
-        asking = asyncio.ensure_future(client.post("/v1/completions", json={}))
-        while not responses._posted._waiters:
-            await asyncio.sleep(0)
-        responses.post("new")
-        return (await asking).headers["x-assay-block"], [one.block_hash for one in sink.receipts]
-
-    assert asyncio.run(scenario()) == ("new", ["new"])
+async def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypatch):
+    responses, sink, client = application(monkeypatch, ASSAY_RESPONSES_BLOCK="next")
+    responses.post("old")
+    asking = asyncio.ensure_future(client.post("/v1/completions", json={}))
+    while not responses._posted._waiters:
+        await asyncio.sleep(0)
+    responses.post("new")
+    assert (await asking).headers["x-assay-block"] == "new"
+    assert [one.block_hash for one in sink.receipts] == ["new"]
 
 
 def config(v2: bool = False, speculative=None, **model):

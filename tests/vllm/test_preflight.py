@@ -75,9 +75,9 @@ def test_workers_of_a_server_on_another_host_have_no_port_and_need_no_key(start,
     assert "without a key of assay" in start(*SERVE, *NEEDED, *several, "--node-rank", "0")
 
 
-def test_what_is_missing_is_named_with_the_flag_to_add(start):
-    assert "add --enable-prompt-embeds" in start(*SERVE, *NEEDED[1:])
+def test_the_extension_is_needed_and_prompt_embeddings_only_for_some_presets(start):
     assert f"add {' '.join(NEEDED[1:3])}" in start(*SERVE, NEEDED[0])
+    assert start(*SERVE, *NEEDED[1:]) is None
 
 
 @pytest.mark.parametrize("command", [SERVE, MODULE])
