@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 import structlog
 import torch
+from standardwebhooks import Webhook
 
+from assay.errors import StorageError
 from assay.files.database import Database
 from assay.poc import Fingerprint, Pipeline
 from assay.poc.engines.base import plain_outputs
@@ -34,6 +37,7 @@ ARTIFACTS = BLOCK | {"node_id": 0, "node_count": 1, "batch_size": 4, "params": P
 PREFIX = "/api/v1/pow"
 BUILD = {"engine": "fake", "device": "none", "dtype": "float32", "attention": "none", "torch": "0", "library": "none"}
 FINGERPRINT = Fingerprint(**BUILD, batch_size=1, seq_len=64, threads=1)
+FULL = StorageError("database or disk is full", wanted="room", do="free some")
 
 
 class FakeEngine:
@@ -112,9 +116,9 @@ class Service:
 
     def __init__(self, rig: Rig, settings: Settings) -> None:
         self.rig, self.settings = rig, settings
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.controller = Controller(self.rig.deployment, self.settings)
         self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")
         self.client.__enter__()
@@ -124,7 +128,7 @@ class Service:
 
     def restart(self) -> None:
         self.close()
-        self._start()
+        self.start()
         self.wait_ready()
 
     def close(self) -> None:
@@ -199,6 +203,26 @@ def execute(path: Path, statement: str, values: Sequence[object] = ()) -> list[t
     """Run a statement on a file beside the service, and return its rows."""
     with closing(sqlite3.connect(path)) as database, database:
         return database.execute(statement, values).fetchall()
+
+
+def signed(secret: str, body: str, message_id: str = "msg_1", at: datetime | None = None) -> dict[str, str]:
+    """Return the headers of a message that was signed now, or at another time."""
+    at = at or datetime.now(UTC)
+    stamp, signature = str(int(at.timestamp())), Webhook(secret).sign(message_id, at, body)
+    return {"webhook-id": message_id, "webhook-timestamp": stamp, "webhook-signature": signature}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> list[BaseException]:
+    """Let a function raise an error until the returned list is cleared."""
+    errors, real = [error], getattr(owner, name)
+
+    def call(*arguments, **named):
+        if errors:
+            raise errors[0]
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, call)
+    return errors
 
 
 def cap(database: Database) -> list[int]:

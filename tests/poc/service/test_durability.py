@@ -7,11 +7,8 @@ import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.files.database import Database
-from assay.poc import DistanceRecord
-from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
-from assay.poc.service.rounds import Batch, Rounds, RoundValues
-from tests.poc.service.conftest import ARTIFACTS, PREFIX, ROUND, cap, execute
+from tests.poc.service.conftest import ARTIFACTS, FULL, PREFIX, ROUND, cap, execute, failing
 from tests.waiting import until
 
 
@@ -73,53 +70,24 @@ def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
 
 def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatch):
     service.generate(1)
-    full = [True]
-    real = Database.write
-
-    def write(self):
-        if full[0]:
-            raise StorageError("database or disk is full", wanted="room", do="free some")
-        return real(self)
-
-    monkeypatch.setattr(Database, "write", write)
+    full = failing(monkeypatch, Database, "write", FULL)
     until(lambda: service.status()["paused"] == "storage")
     assert service.post("/stop")["pow_status"]["state"] == "STOPPED"
     assert service.controller.rounds.current()[0] == "GENERATING"
-    full[0] = False
+    full.clear()
     until(lambda: service.controller.rounds.current()[0] == "STOPPED")
 
 
-def test_a_nonce_is_never_written_twice(tmp_path):
-    database = open_database(tmp_path)
-    outbox = Outbox(database)
-    rounds = Rounds(database, outbox)
-    values = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id", "node_count")}
-    values |= {"group_id": 0, "n_groups": 1, "preset": "poc-2.0", "seq_len": 4, "batch_size": 4, "r_target": 1.416}
-    values |= {"strength": 32, "reference": "m", "digest": "0", "weights": "trained", "fraud_threshold": 0.01}
-    stored = rounds.enter("GENERATING", RoundValues(**values, callback_url="http://127.0.0.1:9"))
-    batch = Batch(
-        epoch=1,
-        round_id=stored.id,
-        records=[DistanceRecord(0, 1.4), DistanceRecord(1, 1.5)],
-        valid=[True, False],
-        next_nonce=2,
-        seconds=1,
-    )
-    rounds.commit([batch], interval=0, most=10)
-    with pytest.raises(sa.exc.IntegrityError):
-        rounds.commit([batch], interval=0, most=10)
-    # Neither the counts nor the callback of the refused transaction are there.
-    assert rounds.current()[1].checked == 2
-    assert outbox.counts()["pending"] == 1
-    database.close()
-
-
-def test_results_that_collide_end_the_round(service):
-    service.generate(1)
-    with service.controller.database.write() as connection:
+def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announced(service):
+    service.generate(1, {"callback_url": "http://127.0.0.1:9/"})
+    database = service.controller.database
+    with database.write() as connection:
         connection.exec_driver_sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
     assert "UNIQUE" in service.status()["error"]
+    found = execute(database.path, "SELECT count(*), sum(valid) FROM records WHERE nonce != 1000")
+    assert found == execute(database.path, "SELECT checked, valid FROM rounds")
+    assert execute(database.path, "SELECT sum(nonces) FROM outbox") == [found[0][1:]]
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
@@ -129,12 +97,6 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path):
         open_database(tmp_path)
     with (tmp_path / "service.sqlite3").open() as file:  # a file that is refused is not locked
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_what_is_no_database_is_refused(tmp_path):
-    (tmp_path / "service.sqlite3").write_bytes(b"not a database" * 1000)
-    with pytest.raises(StorageError):
-        open_database(tmp_path)
 
 
 def test_commits_are_durable(tmp_path):
@@ -165,7 +127,7 @@ def test_a_round_of_another_model_does_not_continue(service):
     service.generate(1)
     service.close()
     execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
-    service._start()
+    service.start()
     service.wait_ready = lambda: None
     until(lambda: service.status()["state"] == "STOPPED")
     assert "a round of fake" in service.status()["error"]
@@ -178,7 +140,7 @@ def test_a_round_of_another_model_is_not_validated(service):
     service.post("/init/validate", ROUND)
     service.close()
     execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
-    service._start()
+    service.start()
     until(lambda: service.controller.loaded.done())
     claim = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id")}
     refused = service.post("/validate", claim | {"nonces": [0], "dist": [1.4]}, status=409)

@@ -39,12 +39,17 @@ def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
     service.rig.fail = RuntimeError("the engine is gone")
     service.rig.open.set()
     service.close()
+    check_goes_on(service)
+
+
+def check_goes_on(service) -> None:
+    """Start a service whose engine works again: its round goes on where it was."""
     service.rig.fail = None
-    service._start()
+    service.start()
     service.wait_ready()
-    assert service.status()["state"] == "GENERATING"
-    before = service.checked()
-    until(lambda: service.checked() > before)
+    status = service.status()
+    assert (status["state"], status["error"]) == ("GENERATING", None)
+    until(lambda: service.checked() > status["total_checked"])
     service.post("/stop")
     assert nonces_on_disk(service) == list(range(service.checked()))
 
@@ -55,14 +60,7 @@ def test_a_round_whose_engine_died_continues_after_the_next_start(service):
     until(lambda: service.status()["error"])
     assert service.status()["state"] == "GENERATING"
     service.close()
-    service.rig.fail = None
-    service._start()
-    service.wait_ready()
-    status, before = service.status(), service.checked()
-    assert (status["state"], status["error"]) == ("GENERATING", None)
-    until(lambda: service.checked() > before)
-    service.post("/stop")
-    assert nonces_on_disk(service) == list(range(service.checked()))
+    check_goes_on(service)
 
 
 def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
@@ -127,7 +125,7 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
     directory.chmod(0o755)
     for file in directory.iterdir():
         file.chmod(0o644)
-    service._start()
+    service.start()
     service.wait_ready()
     service.post("/init", ROUND)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.glob("service.sqlite3*")}
@@ -149,11 +147,13 @@ def test_the_lock_is_on_the_database_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["UPDATE service SET state = 'DREAMING'", "DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"]
+    "damage",
+    ["UPDATE service SET state = 'DREAMING'", *("DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"), b"no"],
 )
 def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     open_database(tmp_path).close()
-    execute(tmp_path / "service.sqlite3", damage)
+    path = tmp_path / "service.sqlite3"
+    path.write_bytes(damage * 1000) if isinstance(damage, bytes) else execute(path, damage)
     with pytest.raises(StorageError, match=r"service\.sqlite3") as error:
         Controller(rig.deployment, Settings(data_dir=tmp_path))
     assert "restore" in error.value.do

@@ -7,11 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from assay.errors import StorageError
 from assay.files.database import Database
 from assay.poc.protocol.proof import decode_vector, encode_vector
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, failing
 from tests.waiting import until
 
 JOB = ARTIFACTS | {"nonces": [0, 1, 2, 5, 9]}
@@ -124,7 +123,7 @@ def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_s
     until(lambda: service.rig.batches == 1)
     service.close()
     service.rig.fail = None
-    service._start()
+    service.start()
     service.wait_ready()
     until(lambda: finished(service, queued["request_id"]))
     assert len(finished(service, queued["request_id"])["artifacts"]) == 5
@@ -228,18 +227,10 @@ def test_a_hardened_job_is_judged_by_the_residual_test(service):
 
 
 def test_a_job_outlasts_a_full_disk(service, monkeypatch):
-    real, full = Database.write, []
-
-    def write(self):
-        if full:
-            raise StorageError("database or disk is full", wanted="room", do="free some")
-        return real(self)
-
-    monkeypatch.setattr(Database, "write", write)
     service.rig.open.clear()
     queued = service.post("/generate", JOB)
     assert service.rig.entered.wait(10)
-    full.append(True)
+    full = failing(monkeypatch, Database, "write", FULL)
     service.rig.open.set()
     until(lambda: service.rig.returned == 2)
     service.rig.fail = RuntimeError("nothing may be computed twice")

@@ -2,11 +2,11 @@
 
 import pytest
 
-from assay.errors import StorageError, UsageError
+from assay.errors import UsageError
 from assay.poc.service import Settings
 from assay.poc.service.controller import Controller
 from assay.poc.verdict import Account, Ledger, audit_ledger
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import BLOCK, FULL, PREFIX, ROUND, failing
 from tests.poc.service.test_judge import CLAIM, ask, truth
 
 
@@ -63,17 +63,10 @@ def test_a_reply_is_the_same_with_a_ledger(serving, path, tmp_path):
 def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(serving, path, monkeypatch):
     with serving(ledger=path) as service:
         service.post("/init/validate", ROUND)
-        right, real, full = truth(service, 20), Ledger.append, [True]
-
-        def append(ledger, updates):
-            if full[0]:
-                raise StorageError("the disk is full", wanted="room", do="free some")
-            return real(ledger, updates)
-
-        monkeypatch.setattr(Ledger, "append", append)
+        right, full = truth(service, 20), failing(monkeypatch, Ledger, "append", FULL)
         body = BLOCK | {"node_id": 0, "nonces": list(range(20)), "dist": right}
         assert service.client.post(f"{PREFIX}/validate", json=body).status_code >= 500
-        full[0] = False
+        full.clear()
         reply = service.post("/validate", body)["residual_test"]
         assert (reply["verdict"], reply["checked"]) == ("honest", 20)
         assert life(path, service).evidence.n == 20

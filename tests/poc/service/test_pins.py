@@ -125,7 +125,7 @@ def test_a_round_does_not_continue_under_other_pins(serving, rig):
         service.post("/init/generate", ROUND)
         service.settings = service.settings.model_copy(update={"pins": pins(seq_len=8)})
         service.close()
-        service._start()
+        service.start()
         until(lambda: service.status()["state"] == "STOPPED")
         assert service.status()["error"] == "pins mismatch: seq_len"
         assert refused(service, "/phase/generate", {}) == ["seq_len"]

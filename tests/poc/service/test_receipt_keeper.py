@@ -11,7 +11,7 @@ from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.receipts import ReceiptKeeper
-from tests.poc.service.conftest import cap
+from tests.poc.service.conftest import cap, failing
 from tests.poc.service.receipts import get, header, receipt, store
 from tests.waiting import until
 
@@ -139,16 +139,9 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
 
 
 def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real, calls = service.controller.receipts._write, []
-
-    def add(receipts):
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("something else")
-        return real(receipts)
-
-    monkeypatch.setattr(service.controller.receipts, "_write", add)
+    errors = failing(monkeypatch, service.controller.receipts, "_write", RuntimeError("something else"))
     with pytest.raises(Refusal, match="could not be written"):
         store(service, receipt("chat"))
+    errors.clear()
     store(service, receipt("chat"))
     assert get(service, "/chat")

@@ -7,7 +7,6 @@ import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from standardwebhooks import Webhook
 from starlette.requests import Request
 
 from assay.cli import run
@@ -19,7 +18,7 @@ from assay.poc.service import create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import BLOCK, ROUND, TestClient, execute
+from tests.poc.service.conftest import BLOCK, ROUND, TestClient, execute, signed
 from tests.poc.service.test_delivery import SECRET
 from tests.waiting import until
 
@@ -27,15 +26,6 @@ KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
 HERE = "http://127.0.0.1"
 BODY = '{"nonces":[1,2,3],"dist":[1.4,1.4,1.4]}'
-
-
-def _signed(secret: str, body: str = BODY, message_id: str = "msg_1", at: datetime | None = None) -> dict[str, str]:
-    at = at or datetime.now(UTC)
-    return {
-        "webhook-id": message_id,
-        "webhook-timestamp": str(int(at.timestamp())),
-        "webhook-signature": Webhook(secret).sign(message_id, at, body),
-    }
 
 
 @pytest.fixture
@@ -54,7 +44,7 @@ def test_an_answer_is_bounded_in_bytes(client, monkeypatch):
     """Ten thousand callbacks of 2 MiB each would be an answer of 20 GiB."""
     monkeypatch.setattr(_receiver, "MOST_LISTED", 2 * len(BODY))
     for number in range(5):
-        client.post("/generated", content=BODY, headers=_signed(SECRET, message_id=f"msg_{number}"))
+        client.post("/generated", content=BODY, headers=signed(SECRET, BODY, f"msg_{number}"))
     pages, seen = [], 0
     while found := client.get("/batches", params={"after": seen, "limit": 10_000}).json()["batches"]:
         pages.append([row["id"] for row in found])
@@ -66,13 +56,13 @@ def test_an_answer_is_bounded_in_bytes(client, monkeypatch):
 
 def test_a_callback_is_kept_once(client, tmp_path):
     for new in (True, False, False):
-        answer = client.post("/generated", content=BODY, headers=_signed(SECRET))
+        answer = client.post("/generated", content=BODY, headers=signed(SECRET, BODY))
         assert (answer.status_code, answer.json()["new"]) == (200, new)
     assert client.get("/stats").json() == {"callbacks": 1, "nonces": 3, "repeated": 2}
     (batch,) = client.get("/batches").json()["batches"]
     assert (batch["kind"], batch["copies"], batch["body"]["nonces"]) == ("generated", 3, [1, 2, 3])
     again = TestClient(create_receiver(Received(tmp_path / "received.sqlite3"), (SECRET,)))
-    assert again.post("/generated", content=BODY, headers=_signed(SECRET)).json()["new"] is False
+    assert again.post("/generated", content=BODY, headers=signed(SECRET, BODY)).json()["new"] is False
     assert client.delete("/clear").status_code == 200
     assert client.get("/stats").json()["callbacks"] == 0
 
@@ -82,12 +72,12 @@ def test_a_callback_is_kept_once(client, tmp_path):
     [
         {},
         {"webhook-id": "msg_1"},
-        _signed("whsec_" + base64.b64encode(b"y" * 32).decode()),
-        _signed(SECRET, body="{}"),
-        _signed(SECRET) | {"webhook-id": "msg_2"},
-        _signed(SECRET) | {"webhook-signature": "v1,!!!"},
-        _signed(SECRET) | {"webhook-signature": "nonsense"},
-        _signed(SECRET, at=datetime.now(UTC) - timedelta(minutes=6)),
+        signed("whsec_" + base64.b64encode(b"y" * 32).decode(), BODY),
+        signed(SECRET, "{}"),
+        signed(SECRET, BODY) | {"webhook-id": "msg_2"},
+        signed(SECRET, BODY) | {"webhook-signature": "v1,!!!"},
+        signed(SECRET, BODY) | {"webhook-signature": "nonsense"},
+        signed(SECRET, BODY, at=datetime.now(UTC) - timedelta(minutes=6)),
     ],
 )
 def test_what_nobody_signed_is_refused(client, headers):
@@ -124,7 +114,7 @@ def test_service_and_receiver_agree(serving, store):
 def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
     """Anyone who reaches the port could erase, or read, what a node was told."""
     stranger = TestClient(create_receiver(store, (SECRET,), keys=keys), base_url=HERE)
-    assert stranger.post("/generated", content=BODY, headers=_signed(SECRET)).status_code == 200
+    assert stranger.post("/generated", content=BODY, headers=signed(SECRET, BODY)).status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert stranger.request(method, path, headers=headers).status_code == 401
     assert stranger.get("/health").status_code == 200
@@ -161,7 +151,7 @@ def test_without_a_secret_only_this_machine_is_answered(store, headers):
     ],
 )
 def test_poisoned_bodies_are_refused(client, body):
-    answer = client.post("/generated", content=body, headers=_signed(SECRET, body=body))
+    answer = client.post("/generated", content=body, headers=signed(SECRET, body))
     assert answer.status_code == 400
     assert {"detail", "wanted", "do"} <= answer.json().keys()
     assert client.get("/batches").json() == {"batches": []}
@@ -169,7 +159,7 @@ def test_poisoned_bodies_are_refused(client, body):
 
 def test_a_body_whose_nonces_are_no_list_is_counted_as_none(client):
     body = '{"nonces":5,"artifacts":"x"}'
-    assert client.post("/generated", content=body, headers=_signed(SECRET, body=body)).status_code == 200
+    assert client.post("/generated", content=body, headers=signed(SECRET, body)).status_code == 200
     assert client.get("/stats").json() == {"callbacks": 1, "nonces": 0, "repeated": 0}
 
 
@@ -209,10 +199,10 @@ def test_queries_out_of_range_are_refused(client, query):
 def test_the_body_says_which_kind_a_callback_is(client):
     """The path is not signed: a captured verdict must not take the place of nonces, nor its own."""
     verdict = '{"nonces":[1],"fraud_detected":false}'
-    headers = _signed(SECRET, body=verdict)
+    headers = signed(SECRET, verdict)
     assert client.post("/generated", content=verdict, headers=headers).status_code == 400
     assert client.post("/validated", content=verdict, headers=headers).json()["new"] is True
-    assert client.post("/validated", content=BODY, headers=_signed(SECRET, message_id="msg_2")).status_code == 400
+    assert client.post("/validated", content=BODY, headers=signed(SECRET, BODY, "msg_2")).status_code == 400
 
 
 def test_bodies_have_one_bound_together(store):

@@ -3,15 +3,12 @@
 import base64
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from standardwebhooks import Webhook
 
 from assay.poc import Proof, Round, get_pipeline, prove
 from assay.poc.net.deployment import Deployment
@@ -19,12 +16,8 @@ from assay.poc.protocol.proof import describe_packing, pack_record
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController
+from tests.poc.service.conftest import TestClient, signed
 from tests.waiting import until
-
-with warnings.catch_warnings():
-    # Newer releases of starlette ask for another client than the httpx that callbacks are sent with.
-    warnings.simplefilter("ignore")
-    from fastapi.testclient import TestClient
 
 API = "/api/v1/validator"
 BLOCK, HEIGHT = "block_alpha", 7
@@ -128,10 +121,7 @@ class Running:
         text = body if isinstance(body, str) else json.dumps(body)
         key = key or body["public_key"]
         self.ids += 1
-        id, now = id or f"msg_{self.ids}", datetime.now(UTC)
-        headers = {"webhook-id": id, "webhook-timestamp": str(int(now.timestamp()))}
-        headers["webhook-signature"] = Webhook(secret_of(key)).sign(id, now, text)
-        headers["content-type"] = "application/json"
+        headers = signed(secret_of(key), text, id or f"msg_{self.ids}") | {"content-type": "application/json"}
         answer = self.client.post(f"{API}/{path}", content=text.encode(), headers=headers)
         assert answer.status_code == status, (answer.status_code, answer.text)
         return answer.json()

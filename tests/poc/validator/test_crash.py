@@ -8,6 +8,7 @@ from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.worker import Recomputer, recompute
 from assay.poc.verdict import Ledger
+from tests.poc.service.conftest import failing
 from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
 from tests.waiting import until
 
@@ -88,20 +89,13 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
 def test_a_draw_that_was_extended_is_extended_after_a_restart(stopped, small_model, monkeypatch):
     body = body_of(proof_of(small_model, "node_B", range(200)))
     stopped.send(body | {"dist": [d - 0.004 for d in body["dist"]]}, id="lies")
-    real, armed = Ledger.append, [True]
-
-    def append(self, updates):
-        if armed[0]:
-            raise Killed
-        return real(self, updates)
-
-    monkeypatch.setattr(Ledger, "append", append)
+    armed = failing(monkeypatch, Ledger, "append", Killed())
     stopped.controller.inbox.plan(["node_B"], 16)
     with pytest.raises(Killed):
         stopped.controller.worker.step(stopped.controller.loaded.result())
     drawn = {draw.id: draw.planned - draw.drawn for draw in stopped.controller.inbox.unfinished(10)}
     assert drawn["lies"] == 64
-    armed[0] = False
+    armed.clear()
     stopped.restart()
     until(lambda: stopped.controller.deployment)
     _steps(stopped)

@@ -5,9 +5,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from standardwebhooks import Webhook
 
 from assay.poc import Proof, get_pipeline
+from tests.poc.service.conftest import signed
 from tests.poc.validator.conftest import (
     API,
     BLOCK,
@@ -119,10 +119,8 @@ def test_strangers_and_forgeries_are_refused(running):
     assert running.send(HONEST | {"public_key": 7}, key="node_A", status=403)["fields"] == ["public_key"]
     running.send(HONEST, key="node_B", status=401)  # one node's work under the key of another one
     running.send(HONEST, key="node_A", id="x" * 200, status=400)
-    now, text = datetime.now(UTC), json.dumps(HONEST)
-    signature = Webhook(secret_of("node_A")).sign("m", now, text)
-    good = {"webhook-id": "m", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
-    late = str(int((now - timedelta(minutes=6)).timestamp()))
+    text, late = json.dumps(HONEST), str(int((datetime.now(UTC) - timedelta(minutes=6)).timestamp()))
+    good = signed(secret_of("node_A"), text, "m")
     changes = [("id", "n"), ("timestamp", late), ("signature", "v1,!!!"), ("signature", "nonsense")]
     for wrong in ({}, *(good | {f"webhook-{name}": value} for name, value in changes)):
         answer = running.client.post(f"{API}/generated", content=text, headers=wrong)

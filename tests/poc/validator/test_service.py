@@ -4,20 +4,19 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
-from standardwebhooks import Webhook
 
-from assay.errors import StorageError, UsageError
+from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app, validate
 from assay.poc.validator import worker as _worker
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
+from tests.poc.service.conftest import FULL, failing, signed
 from tests.poc.service.series import absent_series
 from tests.poc.validator.conftest import API, KEYS, TestClient, body_of, nodes_text, pins_text, proof_of, secret_of
 from tests.waiting import until
@@ -183,31 +182,21 @@ def test_nodes_are_read_again_when_their_file_changes(validating, small_model, t
 
 
 def _status_of(running, body) -> int:
-    now, text = datetime.now(UTC), json.dumps(body)
-    headers = {"webhook-id": "probe", "webhook-timestamp": str(int(now.timestamp()))}
-    headers["webhook-signature"] = Webhook(secret_of(body["public_key"])).sign("probe", now, text)
+    text = json.dumps(body)
+    headers = signed(secret_of(body["public_key"]), text, "probe")
     return int(running.client.post(f"{API}/generated", content=text, headers=headers).status_code)
 
 
 def test_a_full_disk_refuses_messages_and_recovers(validating, small_model, monkeypatch):
     body = body_of(proof_of(small_model, "node_A"))
     with validating() as running:
-        full, real = [True], {name: getattr(Inbox, name) for name in ("add", "roll")}
-
-        def writing(name):
-            def write(self, *arguments):
-                if full[0]:
-                    raise StorageError("database or disk is full", wanted="room", do="free some")
-                return real[name](self, *arguments)
-
-            return write
-
-        for name in real:  # the second one is tried again and again, and would say that there is room
-            monkeypatch.setattr(Inbox, name, writing(name))
+        # The second one is tried again and again, and would say that there is room.
+        full = [failing(monkeypatch, Inbox, name, FULL) for name in ("add", "roll")]
         answer = running.send(body, id="m", status=503)
         assert answer["fields"] == ["busy"]
         until(lambda: running.get("/status")["storage_failing"] is True)
-        full[0] = False
+        for errors in full:
+            errors.clear()
         until(lambda: running.get("/status")["storage_failing"] is False)
         assert running.send(body, id="m")["new"] is True
 
@@ -217,18 +206,11 @@ def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_mode
     body = body_of(proof_of(small_model, "node_A"))
     with validating() as running:
         running.wait_ready()
-        broken, real = [True], Inbox.add
-
-        def add(self, messages):
-            if broken[0]:
-                raise AssertionError("a fault of the code")
-            return real(self, messages)
-
-        monkeypatch.setattr(Inbox, "add", add)
+        broken = failing(monkeypatch, Inbox, "add", AssertionError("a fault of the code"))
         assert running.send(body, id="m", status=503)["fields"] == ["busy"]
         assert running.controller.error == "AssertionError: a fault of the code"
         assert running.client.get("/ready").status_code == 503
-        broken[0] = False
+        broken.clear()
         assert running.send(body, id="m")["new"] is True
         running.wait_ready()
 
@@ -275,20 +257,12 @@ def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, s
     with validating() as running:
         running.wait_ready()
         monkeypatch.setattr("assay.poc.validator.worker.FAILURE_PAUSE", 0.05)
-        broken = [True]
-        real = _worker.recompute
-
-        def recompute(*arguments):
-            if broken[0]:
-                raise RuntimeError("the device has gone")
-            return real(*arguments)
-
-        monkeypatch.setattr(_worker, "recompute", recompute)
+        broken = failing(monkeypatch, _worker, "recompute", RuntimeError("the device has gone"))
         running.send(body_of(proof_of(small_model, "node_A", range(60))))
         until(lambda: running.client.get("/ready").status_code == 503)
         assert "the device has gone" in running.client.get("/ready").json()["detail"]
         assert running.send(body_of(proof_of(small_model, "node_B")))["new"] is True
-        broken[0] = False
+        broken.clear()
         until(lambda: running.verdict("node_A") == "honest")
         until(lambda: running.client.get("/ready").status_code == 200)
 

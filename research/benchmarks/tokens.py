@@ -1,0 +1,142 @@
+"""What `tokens-1` says of a model: dimension of its states, honest tails, valid rates of blocks, who is caught when.
+
+An honest node in bfloat16 and cheats in bfloat16 are recomputed in float32. The law is that of `calibrate` on nonces of
+its own, and others are judged by the sequential test, in 100 random orders: the figure is the nonce by which 99 of them
+have convicted. `--presets` puts others beside it in the same run.
+
+    python research/benchmarks/tokens.py --model pretrained:smollm2 -o research/results/tokens_smollm2.json
+
+Legend of shapes: N nonces, K published numbers, D hidden size.
+"""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from _common import note, parser, publish, round_to
+
+from assay.models import load_model
+from assay.models.decoder import decoder_layers
+from assay.poc import HFEngine, Round, calibrate, cheats, measure_frame, prove
+from assay.poc.measurement import distances_to_target
+from assay.poc.protocol.transforms import unit
+from assay.poc.verdict.calibration import noise_for
+from assay.poc.verdict.noise import sequential_test
+from assay.stats.chord import chord_cdf, chord_mean
+
+ORDERS = 100
+
+
+def without_layer(model, index):
+    """Return the model without one layer."""
+    module = copy.deepcopy(model.module)
+    layers = decoder_layers(module)
+    del layers[index]
+    for place, layer in enumerate(layers):
+        layer.self_attn.layer_idx = place
+    return replace(model, module=module)
+
+
+def adapted(model, share):
+    """Return the model with a low-rank update of this share of every weight's norm."""
+    drawn = torch.Generator().manual_seed(5)
+
+    def change(weight_OI):
+        update_OI = torch.randn(len(weight_OI), 8, generator=drawn) @ torch.randn(
+            8, weight_OI.shape[1], generator=drawn
+        )
+        return weight_OI.float() + share * weight_OI.float().norm() / update_OI.norm() * update_OI
+
+    return cheats.changed(model, change)
+
+
+def dimension_of(model, round, nonces):
+    """Return the effective dimension of the diagonal of framed unit states, of nonces that no frame was made from."""
+    engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
+    states = [engine.states(engine.inputs(round, range(start, start + 8))) for start in range(0, nonces, 8)]
+    seen_ND = torch.cat(states)[:, round.seq_len // 8 :].flatten(0, 1)
+    seen_ND = (seen_ND - torch.from_numpy(model.frame.mean)) / torch.from_numpy(model.frame.scale)
+    energy_D = (unit(seen_ND).double() ** 2).mean(dim=0)
+    return float(1 / (energy_D**2).sum())
+
+
+def published(proof):
+    """Return what a proof publishes, [N] or [N, K]."""
+    return np.array([r.distance if r.vector is None else r.vector for r in proof.records], np.float64)
+
+
+def convicted_by(law, sizes, seed=0):
+    """Return the nonce by which 99 % of the orders have convicted; None where fewer have at the end."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(ORDERS):
+        order = rng.permutation(sizes)
+        test = sequential_test(law)
+        at = next(
+            (n for n in range(1, len(order) + 1) if test.update(order[n - 1 : n]).result.verdict == "fraud"), None
+        )
+        found.append(at or np.inf)
+    worst = float(np.quantile(found, 0.99, method="higher"))
+    return None if worst == np.inf else int(worst)
+
+
+def measure(model, halved, preset, arguments):
+    """Return the figures of one preset."""
+    round = Round(block_hash="tokens", public_key="k", seq_len=arguments.seq_len, preset=preset)
+    nonces, size = range(arguments.nonces), {"batch_size": arguments.batch_size}
+    law = calibrate(*(prove(one, replace(round, block_hash="law"), nonces, **size) for one in (model, halved)))
+    wanted, honest = (prove(one, round, nonces, **size) for one in (model, halved))
+    noise = noise_for(honest.header, wanted.header.fingerprint, law)
+    reference = published(wanted)
+
+    def sizes_of(proof):
+        apart = published(proof) - reference[: len(proof.records)]
+        return np.abs(apart) if apart.ndim == 1 else np.linalg.norm(apart, axis=1)
+
+    sizes = sizes_of(honest)
+    median = float(np.median(sizes))
+    figures = {"honest_median": round_to(median), "q99_over_median": round_to(float(np.quantile(sizes, 0.99)) / median)}
+    figures |= {"max_over_median": round_to(float(sizes.max()) / median), "convicted_by": {}, "times_honest": {}}
+    middle = model.num_layers // 2
+    programs = {"int4": lambda: cheats.rounded(halved, 4), "int8": lambda: cheats.rounded(halved, 8)}
+    programs |= {f"without layer {middle}": lambda: without_layer(halved, middle)}
+    programs |= {f"low-rank {share:.1%}": lambda share=share: adapted(halved, share) for share in (0.02, 0.005)}
+    for name, make in programs.items():
+        note(f"{preset}: {name}")
+        found = sizes_of(prove(make(), round, nonces[: arguments.cheated], **size))
+        figures["times_honest"][name] = round_to(float(np.median(found)) / median, 3)
+        figures["convicted_by"][name] = convicted_by(noise, found)
+    rng = np.random.default_rng(1)
+    mixed = np.where(rng.random(len(sizes)) < 0.1, 5, 1) * sizes
+    figures["convicted_by"]["10 % at 5 times"] = convicted_by(noise, mixed)
+    figures["convicted_by"]["honest"] = convicted_by(noise, sizes)
+    return figures
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--model", default="pretrained:smollm2")
+    made.add_argument("--presets", nargs="+", default=["tokens-1", "poc-2.0"])
+    made.add_argument("--seq-len", type=int, default=64)
+    made.add_argument("--nonces", type=int, default=512)
+    made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
+    made.add_argument("--batch-size", type=int, default=16)
+    arguments = made.parse_args()
+    model = load_model(arguments.model, dtype="float32", device="cpu")
+    model = model.with_frame(measure_frame(model))
+    halved = load_model(arguments.model, dtype="bfloat16", device="cpu").with_frame(model.frame)
+    figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
+    fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
+    figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
+    rates, median = [], chord_mean(32)
+    proof = prove(halved, fresh, range(64), batch_size=arguments.batch_size)
+    for block in range(40):  # the target of a block is all that differs between blocks of one set of vectors
+        distances = distances_to_target(published(proof), replace(fresh, block_hash=f"block {block}"))
+        rates.append(float((distances < median).mean()))
+    figures["valid_rates"] = {"expected": round_to(float(chord_cdf(median, 32))), "of 40 blocks": rates}
+    figures["presets"] = {preset: measure(model, halved, preset, arguments) for preset in arguments.presets}
+    publish("tokens", figures, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
