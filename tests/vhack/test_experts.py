@@ -12,12 +12,10 @@ from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import per_sample as _per_sample
 from assay.vhack.gradients.batches import Batch, Encoded
 from assay.vhack.gradients.per_sample import Replica, recipe_for
-from assay.vhack.gradients.targets import coverage
-from tests.vhack.adapter import SMALL, of_weights, worst_error
+from tests.vhack.adapter import SMALL, worst_error
 
 FAMILIES = {
     "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "GptOss": {"num_local_experts": 5, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
 }
 
@@ -44,22 +42,6 @@ def mixture():
 @pytest.fixture(scope="module")
 def mixture_svd(mixture):
     return weight_svd(mixture)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_experts_are_those_of_their_weights(family, samples, byte_tokenizer):
-    """Two batches, so that samples are padded and some experts see nothing of some."""
-    module = made(family)
-    svd = weight_svd(module)
-    wanted = of_weights(module.requires_grad_(True), byte_tokenizer, samples, svd)
-    found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=svd, max_tokens=250)
-    assert list(found) == list(wanted)
-    seen = {name: rows for name, rows in wanted.items() if rows.any()}
-    assert len(seen) > len(wanted) / 2
-    assert worst_error({name: found[name] for name in seen}, seen) < 1e-5
-    assert not any(found[name].any() for name in wanted.keys() - seen.keys())
-    assert coverage(module).share > 0.98
-    assert all("gate" in name or "router" in name for name in coverage(module).left_out)
 
 
 @pytest.mark.parametrize("changes", [{"together": True}, {"factored": False}], ids=str)
