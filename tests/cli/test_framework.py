@@ -207,6 +207,8 @@ def test_defaults_are_those_of_the_library():
         ("poc respond", Sampling, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
         ("poc respond", Sampling, ("frequency_penalty", "presence_penalty")),
         ("vhack extract", Origin(), ("top_k", "tau_axis", "method")),
+        ("vhack train", Origin(), ("method",)),
+        ("vhack check", Origin(), ("method",)),
         ("vhack check", CheckSettings(), ("k_use", "alpha", "seed", "method")),
     )
     for command, kind, names in pairs:

@@ -66,6 +66,8 @@ MISTAKES = (
     VERIFY % "proof.jsonl" + " --pins typo.toml",
     VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
     VERIFY.replace("block_alpha", "block_beta") % "proof.jsonl",
+    VERIFY.replace("block_alpha", "''") % "proof.jsonl",  # a shell variable that is not set switches no check off
+    VERIFY.replace("node_A", "''") % "proof.jsonl",
     "poc calibrate proof.jsonl proof.jsonl -o calibration.json",
     "poc ledger show absent.jsonl",
     RESPOND % "cold.jsonl",
@@ -125,6 +127,7 @@ def folder(tmp_path_factory, small_checkpoint, small_model):
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_answered_in_three_parts(command, folder, refused, monkeypatch):
     monkeypatch.chdir(folder)
-    before = set(folder.rglob("*"))
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     refused(*shlex.split(command))
-    assert set(folder.rglob("*")) == before, "a mistake leaves no file"
+    after = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    assert after == before, "a mistake leaves no file and changes none"

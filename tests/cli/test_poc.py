@@ -76,15 +76,6 @@ def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, smal
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
 
 
-def test_an_existing_proof_is_not_overwritten(prove, tmp_path):
-    assert prove().code == 0
-    before = (tmp_path / "proof.jsonl").read_bytes()
-    again = prove(block_hash="other")
-    assert again.code == 2
-    assert (tmp_path / "proof.jsonl").read_bytes() == before
-    assert prove("proof.jsonl", "--overwrite", block_hash="other").code == 0
-
-
 def test_calibrate_measures_the_r_target_of_a_proof(prove, told, refused, tmp_path):
     assert prove("a.jsonl", nonces="0:48").code == 0
     found = told("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl")
@@ -125,13 +116,6 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
         said = refused("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
         assert f"a calibration by which {judge} judges this prover" in said
         assert f"pass --engine {judge}, or measure" in said
-
-
-def test_an_empty_expectation_is_refused(prove, refused, small_checkpoint, tmp_path):
-    """A shell variable that is not set must not switch the check off."""
-    assert prove().code == 0
-    for flag in ("--block-hash", "--public-key"):
-        assert "is ''" in refused("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, flag, "")
 
 
 def test_the_real_command(small_checkpoint, tmp_path):

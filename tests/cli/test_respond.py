@@ -62,6 +62,8 @@ def test_an_example_runs_as_text(assay, tmp_path):
         ('{"prompt":[1]}\n', ["--block-hash", "a\nb"], "block_hash is"),
         ('{"prompt":[1]}\n', ["--user-seed", "a\nb"], "user_seed is"),
         ('{"prompt":"text"}\n', [], "no tokenizer"),
+        ("", ["--prompts", "none.jsonl"], "none.jsonl"),
+        ("", ["-o", "none/receipts.jsonl"], "create the directory"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
@@ -74,18 +76,10 @@ def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_missing_file_or_directory_is_named(refused, small_checkpoint, prompts, tmp_path):
-    command = ["poc", "respond", "--model", small_checkpoint, *ROUND]
-    assert "none.jsonl" in refused(*command, "--prompts", tmp_path / "none.jsonl", "-o", tmp_path / "receipts.jsonl")
-    nowhere = refused(*command, "--prompts", prompts, "-o", tmp_path / "none" / "receipts.jsonl")
-    assert "create the directory" in nowhere
-
-
 def test_a_stopped_run_says_that_it_continues_and_does(assay, small_checkpoint, prompts, tmp_path, monkeypatch):
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
-
     module = sys.modules["assay.poc.responses.respond"]
     make = module.Receipt
 

@@ -56,31 +56,6 @@ def test_what_the_prover_chose_is_named_and_never_code_0(name, verify, small_mod
     assert ", ".join(said["unpinned"]) == name.split(":")[0]
 
 
-PINS = {
-    "--seq-len": ({"seq_len": 8}, 16),
-    "--preset": ({"preset": "permutation"}, "poc-2.0"),
-    "--r-target": ({"r_target": 1.5}, 1.416),
-    "--strength": ({"strength": 256}, 32),
-    "--node-id": ({"node_count": 2, "node_id": 1}, 0),
-    "--node-count": ({"node_count": 2, "node_id": 1}, 1),
-    "--nonces": ({}, "0:33"),
-    "--prover-dtype": ({}, "bfloat16"),
-    "--block-hash": ({}, "other"),
-    "--public-key": ({}, "other"),
-}
-
-
-@pytest.mark.parametrize("flag", PINS)
-def test_a_header_that_contradicts_a_pin_is_refused(flag, verify, small_model):
-    changed, wanted = PINS[flag]
-    nonces = range(1, 65, 2) if "node_count" in changed else range(32)
-    found = verify(made(small_model, nonces, **changed), flag, wanted)
-    assert found.code == 2
-    assert found.out == ""
-    name = flag.removeprefix("--").replace("-", "_")
-    assert ("made in float32" if flag == "--prover-dtype" else f"a proof with {name}") in found.err
-
-
 def test_the_published_round_needs_block_and_key_alone(verify, reference_model, assay, tmp_path):
     proof = made(reference_model, range(7, 39), seq_len=256)
     path = tmp_path / "published.jsonl"

@@ -2,12 +2,7 @@ import json
 
 import pytest
 
-from assay.cli.vhack import CheckCommand, ExtractSettings
-from assay.errors import UsageError
-from assay.vhack import Origin
-from assay.vhack.checks import CheckSettings
 from assay.vhack.pairs import generate_pairs, read_pairs
-from assay.vhack.training import TrainSettings
 
 GENERATE, VERIFY = ("vhack", "pairs", "generate"), ("vhack", "pairs", "verify")
 
@@ -64,18 +59,8 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(refused, monkeyp
     assert message in refused("vhack", "check", "--model", "reference:llama", *arguments)
 
 
-def test_the_default_method_is_that_of_extraction_and_training():
-    defaults = [CheckSettings().method, Origin().method, TrainSettings(model="m").method]
-    flags = [command.model_fields["method"].default for command in (CheckCommand, ExtractSettings)]
-    assert {*defaults, *flags} == {"lda"}
-
-
-def test_too_few_groups_are_told_before_the_work(assay, monkeypatch):
-    def stop(*_, **__):
-        raise UsageError("stopped", wanted="", do="")
-
-    monkeypatch.setattr("assay.models.load.load_model", stop)
-    check = ("vhack", "check", "--model", "m", "--pairs")
+def test_too_few_groups_are_told_before_the_work(assay):
+    check = ("vhack", "check", "--model", "./nope", "--pairs")
     said = assay(*check, "authored").err
     assert "warning: 8 groups are too few for a verdict by lda: it needs 13" in said
     assert "or check with --method svd, which needs 6" in said

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from assay.errors import UsageError
 from assay.models import load_model
 from assay.vhack import Basis
 from assay.vhack.delta.delta import user_cache
@@ -72,17 +71,14 @@ def test_the_last_groups_are_held_out_where_nothing_is_said(told, tmp_path):
     assert said["groups_held_out"] == [generate_pairs(6)[-1].group]
 
 
-def test_few_groups_are_told_with_what_to_do(assay, tmp_path, monkeypatch):
-    def stop(*_, **__):
-        raise UsageError("stopped", wanted="", do="")
-
-    monkeypatch.setattr("assay.models.load.load_model", stop)
+def test_few_groups_are_told_with_what_to_do(assay, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
-    said = assay(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis").err
+    extract = ("vhack", "extract", "--model", "./nope", "-o", tmp_path / "basis", "--pairs")
+    said = assay(*extract, tmp_path / "pairs.jsonl").err
     assert "warning: 4 pairs in 4 groups are too few" in said
     assert "check needs 6 groups" in said
     assert "generated:48" in said
-    assert "warning" not in assay(*EXTRACT, "--pairs", "generated:20", "-o", tmp_path / "basis").err
+    assert "warning" not in assay(*extract, "generated:20").err
 
 
 def test_a_user_without_a_cache_directory_does_without(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def framed():
 
 @pytest.fixture(scope="module")
 def halved(framed):
-    """The same model in a format of 16 bits."""
+    """Load the same model in a format of 16 bits."""
     return load_model("reference:qwen3", dtype="bfloat16", device="cpu").with_frame(framed.frame)
 
 

@@ -1,4 +1,4 @@
-"""Real engines and servers. Where vLLM is not installed they are skipped by name: `make test-vllm` has it."""
+"""Real engines and servers, and what tests without them share. Where vLLM is not installed they are skipped by name: `make test-vllm` has it."""
 
 import asyncio
 import importlib.util
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,16 @@ def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rounded(honest, 4).module.save_pretrained(path)
     honest.tokenizer.save_pretrained(path)
     return path
+
+
+def settings_of_vllm(values: dict[str, Any]) -> SimpleNamespace:
+    """A stand-in for a ``VllmConfig``: values by section and name, as ``model.dtype``, and some without a section."""
+    config = SimpleNamespace()
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        owner = vars(config).setdefault(f"{section}_config", SimpleNamespace()) if section else config
+        setattr(owner, name, value)
+    return config
 
 
 def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ_LEN) -> Round:

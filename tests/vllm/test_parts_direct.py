@@ -15,16 +15,11 @@ from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
-from assay.poc.vllm.direct import (
-    CALLS,
-    MOST,
-    CallSizer,
-    DirectPasses,
-    direct_path_blockers,
-)
+from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blockers
 from assay.poc.vllm.rows import Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
+from tests.vllm.conftest import settings_of_vllm
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 
@@ -96,33 +91,16 @@ async def values_of(workers: Workers, count: int, batch_size: int = 8, between=N
     return values
 
 
-def run(workers: Workers, count: int, **options) -> list[float]:
-    return asyncio.run(values_of(workers, count, **options))
-
-
 def config(**changed):
     """The settings that are read of a vLLM configuration, as they are by default."""
-    made = {
-        "scheduler_config": SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=16),
-        "model_config": SimpleNamespace(
-            dtype=torch.float32, enable_sleep_mode=False, uses_mrope=False, get_hidden_size=lambda: 16
-        ),
-        "parallel_config": SimpleNamespace(
-            pipeline_parallel_size=1, data_parallel_size=1, enable_eplb=False, use_ubatching=False
-        ),
-        "compilation_config": SimpleNamespace(static_forward_context={}, pass_config=SimpleNamespace(enable_sp=False)),
-        "cache_config": SimpleNamespace(),
-        "speculative_config": None,
-        "lora_config": None,
-        "kv_transfer_config": None,
-    }
-    for path, value in changed.items():
-        owner, _, name = path.rpartition("__")
-        if owner:
-            setattr(made[owner], name, value)
-        else:
-            made[path] = value
-    return SimpleNamespace(**made)
+    values = {"scheduler.max_num_batched_tokens": 64, "scheduler.max_num_seqs": 16, "cache_config": SimpleNamespace()}
+    values |= {"model.dtype": torch.float32, "model.get_hidden_size": lambda: 16}
+    values |= dict.fromkeys(("model.enable_sleep_mode", "model.uses_mrope"), False)
+    values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
+    values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
+    values |= {"compilation.static_forward_context": {}, "compilation.pass_config": SimpleNamespace(enable_sp=False)}
+    values |= dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
+    return settings_of_vllm(values | changed)
 
 
 class FullAttentionSpec: ...
@@ -160,43 +138,34 @@ def test_chat_lowers_the_limit_and_an_idle_or_exclusive_engine_raises_it():
     assert [throttled(1, mode="exclusive", **given).limit for given in ({"in_flight": 9}, {})] == [9, 16]
 
 
-def test_nonces_over_the_limit_wait_until_one_leaves():
-    async def scenario() -> list[int]:
-        throttle = throttled(1, chat_in_flight=1, share=1.0)
-        await throttle.admit()
-        waiting = asyncio.ensure_future(throttle.admit())
-        await asyncio.sleep(0.02)
-        seen = [throttle.in_flight]
-        throttle.leave()
-        await asyncio.wait_for(waiting, 5)
-        return [*seen, throttle.in_flight]
-
-    assert asyncio.run(scenario()) == [1, 1]
+async def test_nonces_over_the_limit_wait_until_one_leaves():
+    throttle = throttled(1, chat_in_flight=1, share=1.0)
+    await throttle.admit()
+    waiting = asyncio.ensure_future(throttle.admit())
+    await asyncio.sleep(0.02)
+    assert throttle.in_flight == 1
+    throttle.leave()
+    await asyncio.wait_for(waiting, 5)
+    assert throttle.in_flight == 1
 
 
-def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
-    async def scenario() -> tuple[bool, bool]:
-        throttle = throttled(3, chat_in_flight=2, share=1e-6)
-        await throttle.admit()
-        await throttle.admit()
-        throttle.leave()
-        full = not throttle._may_start()  # one of two has left, and the burst is not over
-        await asyncio.sleep(0.002)
-        throttle.leave()
-        return full, not throttle._may_start()
-
-    assert asyncio.run(scenario()) == (True, True)
+async def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between():
+    throttle = throttled(3, chat_in_flight=2, share=1e-6)
+    await throttle.admit()
+    await throttle.admit()
+    throttle.leave()
+    assert not throttle._may_start()  # one of two has left, and the burst is not over
+    await asyncio.sleep(0.002)
+    throttle.leave()
+    assert not throttle._may_start()
 
 
-def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
-    async def scenario() -> tuple[bool, bool]:
-        throttle = throttled(1, mode="exclusive", drain=0.05)
-        late = await throttle.drained()
-        waiting = asyncio.ensure_future(throttle.drained())
-        throttle.chat_now = 0
-        return late, await waiting
-
-    assert asyncio.run(scenario()) == (False, True)
+async def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():
+    throttle = throttled(1, mode="exclusive", drain=0.05)
+    assert not await throttle.drained()
+    waiting = asyncio.ensure_future(throttle.drained())
+    throttle.chat_now = 0
+    assert await waiting
 
 
 def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
@@ -221,9 +190,9 @@ def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
-def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(engines: int):
+async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(engines: int):
     workers = Workers(engines=engines)
-    assert run(workers, 203) == list(range(203))
+    assert await values_of(workers, 203) == list(range(203))
     assert workers.requested == []
     assert sorted(chain(*workers.called)) == list(range(203))
     direct = workers.client.direct
@@ -281,62 +250,60 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
 
 
 @pytest.mark.parametrize(("settings", "batch"), [({"path": "requests"}, 4), ({}, 0)])
-def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(settings, batch):
+async def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_requests(settings, batch):
     workers = Workers(batch=batch, **settings)
-    assert run(workers, 40) == list(range(40))
+    assert await values_of(workers, 40) == list(range(40))
     assert (workers.called, sorted(workers.requested)) == ([], list(range(40)))
     described = workers.client.direct.describe()
     assert (described["now"], described["reason"]) == (False, "a reason" if not batch else "ASSAY_VLLM_PATH=requests")
 
 
-def test_an_engine_that_dies_fails_its_nonces_in_words():
+async def test_an_engine_that_dies_fails_its_nonces_in_words():
     workers = Workers()
     workers.dead = True
     with pytest.raises(ModelError, match="EngineCore died"):
-        run(workers, 64)
+        await values_of(workers, 64)
 
 
-def test_values_that_the_workers_have_lost_are_computed_again():
+async def test_values_that_the_workers_have_lost_are_computed_again():
     workers = Workers()
 
     async def lose(done: int) -> None:
         if done == 40:
             workers.begun.clear()
 
-    assert run(workers, 64, between=lose) == list(range(64))
+    assert await values_of(workers, 64, between=lose) == list(range(64))
     assert workers.client.direct.in_flight == 0
 
 
-def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
-    async def scenario(workers: Workers) -> None:
-        closed = NonceStream(workers.client, SPEC, range(2**40), 8)
-        await closed.open()
-        others = asyncio.ensure_future(values_of(workers, 400))
-        for _ in range(5):
-            await closed.next()
-        await closed.close()
-        assert await others == list(range(400))
-        assert workers.requested == []
-        assert workers.client.direct.in_flight == workers.throttle.in_flight == 0
-
-    asyncio.run(scenario(Workers()))
+async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():
+    workers = Workers()
+    closed = NonceStream(workers.client, SPEC, range(2**40), 8)
+    await closed.open()
+    others = asyncio.ensure_future(values_of(workers, 400))
+    for _ in range(5):
+        await closed.next()
+    await closed.close()
+    assert await others == list(range(400))
+    assert workers.requested == []
+    assert workers.client.direct.in_flight == workers.throttle.in_flight == 0
 
 
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
         ({}, None),
-        ({"model_config__uses_mrope": True}, None),
-        ({"model_config__uses_mrope": True, "device": torch.device("cuda")}, "several dimensions"),
+        ({"model.uses_mrope": True}, None),
+        ({"model.uses_mrope": True, "device": torch.device("cuda")}, "several dimensions"),
         ({"speculative_config": object()}, "speculative"),
         ({"lora_config": object()}, "lora"),
         ({"kv_transfer_config": object()}, "kv-transfer"),
-        ({"model_config__enable_sleep_mode": True}, "sleep"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "stages"),
-        ({"parallel_config__data_parallel_size": 2}, "data parallel"),
-        ({"parallel_config__enable_eplb": True}, "eplb"),
-        ({"parallel_config__use_ubatching": True}, "dbo"),
-        ({"scheduler_config__max_num_batched_tokens": 7}, "longer than a step"),
+        ({"model.enable_sleep_mode": True}, "sleep"),
+        ({"parallel.pipeline_parallel_size": 2}, "stages"),
+        ({"parallel.data_parallel_size": 2}, "data parallel"),
+        ({"parallel.enable_eplb": True}, "eplb"),
+        ({"parallel.use_ubatching": True}, "dbo"),
+        ({"scheduler.max_num_batched_tokens": 7}, "longer than a step"),
         ({"specs": (FullAttentionSpec, FullAttentionSpec)}, "2 kinds"),
         ({"specs": (MambaSpec,)}, "MambaSpec"),
         ({"backend": "FLASHINFER"}, "FLASHINFER"),

@@ -17,7 +17,7 @@ from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
 from tests.models.storing import described
-from tests.vllm.conftest import ROOT
+from tests.vllm.conftest import ROOT, settings_of_vllm
 
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
 
@@ -42,7 +42,7 @@ def check_config_says(config: Any, words: str | None) -> None:
     assert words is None or (refusal.value.wanted and refusal.value.do)
 
 
-def settings_of_vllm(**changes) -> SimpleNamespace:
+def settings(**changes) -> SimpleNamespace:
     """The part of a ``VllmConfig`` that the gate reads; vLLM's own is not needed to refuse it."""
     no = ("quantization", "is_moe", "is_encoder_decoder", "is_multimodal_model", "is_hybrid", "is_attention_free")
     values = {f"model.{name}": None for name in no} | {
@@ -59,15 +59,7 @@ def settings_of_vllm(**changes) -> SimpleNamespace:
         "load.load_format": "auto",
         "compilation.is_custom_op_enabled": lambda name: True,
     }
-    config = SimpleNamespace(cache_config=SimpleNamespace())
-    for path, value in (values | changes).items():
-        section, _, name = path.rpartition(".")
-        if not section:
-            setattr(config, name, value)
-            continue
-        vars(config).setdefault(f"{section}_config", SimpleNamespace())
-        setattr(getattr(config, f"{section}_config"), name, value)
-    return config
+    return settings_of_vllm({"cache_config": SimpleNamespace()} | values | changes)
 
 
 ON_CUDA = {"device.device_type": "cuda"}
@@ -173,7 +165,7 @@ def test_settings_are_taken_or_refused_in_words(
     changes: dict, words: str | None, version: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compatibility, "installed_version", lambda: version)
-    config = settings_of_vllm(**changes)
+    config = settings(**changes)
     assert bool(compatibility.rounded_cache(config)) == (changes.get("cache.cache_dtype") in ("fp8", "fp8_e4m3"))
     check_config_says(config, words)
 
@@ -198,7 +190,7 @@ def test_workers_are_run_only_in_ways_that_were_tried(
     envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs, platforms=platforms))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-    check_config_says(settings_of_vllm(**{"parallel.distributed_executor_backend": executor}), words)
+    check_config_says(settings(**{"parallel.distributed_executor_backend": executor}), words)
 
 
 def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
@@ -206,7 +198,7 @@ def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
     values = {"model.hf_config": SimpleNamespace(quantization_config=described(form))}
     values |= {"model.hf_text_config": SimpleNamespace(hidden_size=256, moe_intermediate_size=256)}
     values |= {"model.quantization": "of the checkpoint", "model.dtype": f"torch.{dtype}"}
-    return settings_of_vllm(**values | changes)
+    return settings(**values | changes)
 
 
 @pytest.fixture
@@ -246,7 +238,7 @@ def test_stored_formats_are_taken_where_they_were_run(config, words: str | None)
     [
         (stored("int8"), "a checkpoint in int8-rows"),
         (stored("packed"), "a checkpoint in int4-groups"),
-        (settings_of_vllm(**FP8), "--kv-cache-dtype fp8"),
+        (settings(**FP8), "--kv-cache-dtype fp8"),
     ],
 )
 def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
@@ -298,10 +290,10 @@ def test_stored_formats_that_are_not_read_and_older_versions_are_refused(newest,
 
 def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-    settings = SimpleNamespace(responses="off", has_keys=True, data_dir=tmp_path / ("d" * 100))
-    _preflight.check_arguments(SimpleNamespace(api_server_count=1), settings)
+    given = SimpleNamespace(responses="off", has_keys=True, data_dir=tmp_path / ("d" * 100))
+    _preflight.check_arguments(SimpleNamespace(api_server_count=1), given)
     with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:
-        _preflight.check_arguments(SimpleNamespace(api_server_count=2), settings)
+        _preflight.check_arguments(SimpleNamespace(api_server_count=2), given)
     assert "ASSAY_DATA_DIR" in str(refusal.value)
 
 
@@ -339,7 +331,7 @@ def test_pins_are_compared_before_an_engine_is_loaded(agreed: dict, changes: dic
     model = {"reference": "m", "digest": build.pop("digest", own), "builds": [build]}
     round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 32}
     pins = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
-    config = settings_of_vllm(**{"model.max_model_len": 512, "scheduler.x": 1} | changes)
+    config = settings(**{"model.max_model_len": 512, "scheduler.x": 1} | changes)
     with pytest.raises(UsageError) if seen else nullcontext() as refusal:
         _preflight.check_pins(pins, str(REFERENCE), config, "0.32.0")
     assert seen is None or seen in str(refusal.value)

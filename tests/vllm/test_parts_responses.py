@@ -131,12 +131,12 @@ async def test_every_choice_has_its_seed_and_its_receipt():
 async def test_the_receipt_is_stored_before_the_last_output_and_without_it_there_is_no_last_output():
     llm, sink, _ = recorded()
     sink.error = StorageError("disk full", wanted="room", do="make room")
-    accepted, seen = AcceptedRequest("r", "block"), []
-    ACCEPTED.set(accepted)
+    ACCEPTED.set(accepted := AcceptedRequest("r", "block"))
+    outputs = llm.generate((5,), params(), "cmpl-0")
+    for _ in range(2):
+        await anext(outputs)
     with pytest.raises(StorageError):
-        async for output in llm.generate((5,), params(), "cmpl-0"):
-            seen.append(output)  # noqa: PERF401
-    assert len(seen) == 2
+        await anext(outputs)
     assert accepted.refused is sink.error
 
 
@@ -396,9 +396,8 @@ async def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypat
 
 
 def config(v2: bool = False, speculative=None, **model):
-    return SimpleNamespace(
-        use_v2_model_runner=v2, speculative_config=speculative, model_config=SimpleNamespace(**model)
-    )
+    values = {"use_v2_model_runner": v2, "speculative_config": speculative, "model_config": SimpleNamespace(**model)}
+    return SimpleNamespace(**values)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Launch:
     frame: Path | None = None
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
-        """Return the frame that a pipeline needs, if it does; a UsageError where there is none."""
+        """Return the frame that a pipeline needs; a UsageError where no file is named for it."""
         if pipeline.framed and self.frame is None:
             check_frame(pipeline, None)
         return Frame.load(self.frame) if pipeline.framed and self.frame is not None else None
