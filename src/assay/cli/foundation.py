@@ -32,16 +32,10 @@ class InfoSettings(Settings):
     )
 
 
-class SaveSettings(InfoSettings):
-    """Settings of ``assay models save``."""
-
-    output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
-    dtype: Annotated[str, "NAME"] = Field("", description="float32, float16 or bfloat16; empty: as it is stored.")
-
-
-class RandomSettings(SaveSettings):
+class RandomSettings(InfoSettings):
     """Settings of ``assay models random``."""
 
+    output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
     weights: Annotated[str, "NAME"] = Field("random-all", description="What is random: random-all or random-embed.")
     dtype: Annotated[str, "NAME"] = Field("bfloat16", description="float32, float16 or bfloat16.")
@@ -86,19 +80,19 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
         click.echo(str(chosen.output))
 
 
-@models.add("save", SaveSettings, example="assay models save pretrained:smollm2 -o smollm2")
-def save(chosen: SaveSettings, as_json: bool) -> None:
-    """Write a trained model as safetensors.
+@models.add("path", InfoSettings, example="assay models path pretrained:smollm2")
+def path_(chosen: InfoSettings, as_json: bool) -> None:
+    """Print the checkpoint directory of a model.
 
-    A server such as vLLM reads that directory; the digest of a GGUF file stays what it was.
+    A server such as vLLM reads that directory. The one of a GGUF file is made first; its digest is that of the file.
     """
-    from assay import models
+    from assay.models.checkpoint import resolve
 
-    models.save_model(chosen.reference, chosen.output, dtype=chosen.dtype or None)
+    path = str(resolve(chosen.reference).checkpoint)
     if as_json:
-        emit_json("assay.models.save/1", {"path": str(chosen.output)})
+        emit_json("assay.models.path/1", {"path": path})
     else:
-        click.echo(str(chosen.output))
+        click.echo(path)
 
 
 PRINTABLE = 1_000_000

@@ -1,7 +1,7 @@
 """Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
 
 from assay.models.checkpoint import load_tokenizer
-from assay.models.load import Model, ModelInfo, list_models, load_model, model_info, save_model, save_random
+from assay.models.load import Model, ModelInfo, list_models, load_model, model_info, save_random
 from assay.models.quantized import NUMBER_FORMATS
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_info",
-    "save_model",
     "save_random",
 ]

@@ -139,9 +139,9 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
             )
     if directory is not None and (file := gguf.find_gguf(directory)):
         directory = path = gguf.folder_of(file)
-        if not gguf.is_whole(path):
+        if not (path / "config.json").is_file():
             header = gguf.read_header(file)
-            published = gguf.read_published(file, header)
+            published = gguf.read_published(file, header[0])
             config = _build_config(name, published)
             gguf.check_covered(file, header, config, count_parameters(config))
             if not with_weights:

@@ -13,7 +13,6 @@ import mmap
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,14 +37,16 @@ from assay.models.checkpoint import auto_class, build, read_tokenizer, silence_t
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SUFFIX = ".gguf"
+Values = dict[str, Any]
+"""Numbers and texts of a header by key; of an array, ``an array of`` so many."""
+Shapes = dict[str, tuple[int, ...]]
+"""Shape of every tensor by its name in the file, in the file's order of axes, which is the reverse of torch's."""
 
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # as of struct
 _TEXT, _ARRAY = 8, 9  # types of values without a code
 _MOST_KEYS, _MOST_TENSORS, _MOST_ITEMS = 2**12, 2**16, 2**21  # the largest vocabularies have 2**18 tokens
-_LONGEST_TEXT = 2**22  # bytes of a name, or of a chat template
-_EMPTY = (0, False, "", "none", None)
-# What else a header may say of an architecture: the setting of transformers that must have the same value.
+_LONGEST_TEXT, _LONGEST_HEADER = 2**22, 2**27  # bytes of a name or a chat template, and of everything
+# What transformers passes over in a header: the setting that must have the same value all the same.
 _SAME_AS = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
@@ -55,21 +56,7 @@ _SAME_AS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "expert_feed_forward_length": "moe_intermediate_size",
     "logit_scale": "logit_scale",
-    "attention.causal": "use_cache",  # true for every decoder
 }
-
-
-@dataclass(frozen=True)
-class Header:
-    """What the header of a GGUF file says.
-
-    Attributes:
-        values: Numbers and texts by key; of an array, the number of its items as a text.
-        tensors: Shape of every tensor by name, in the order of the file, which is the reverse of torch's.
-    """
-
-    values: dict[str, Any]
-    tensors: dict[str, tuple[int, ...]]
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -78,15 +65,12 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         ModelError: The folder holds several.
     """
-    if path.is_file():
-        return path if path.suffix.lower() == SUFFIX else None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
-    if not files or any(path.glob("*.safetensors")):
-        return None
-    if len(files) > 1:
-        seen, do = f"{path} holds {len(files)} GGUF files", f"pass one of them, such as {files[0]}"
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    found = [file for file in files if file.suffix.lower() == ".gguf"]
+    if len(found) > 1 and not any(path.glob("*.safetensors")):
+        seen, do = f"{path} holds {len(found)} GGUF files", f"pass one of them, such as {found[0]}"
         raise ModelError(seen, wanted="one file with the whole model", do=do)
-    return files[0]
+    return found[0] if found and not any(path.glob("*.safetensors")) else None
 
 
 def find_in_wheel(reference: str, package: str, install: str) -> Path:
@@ -96,16 +80,15 @@ def find_in_wheel(reference: str, package: str, install: str) -> Path:
         ModelNotFound: The package is not installed; names the command.
     """
     spec = importlib.util.find_spec(package)
-    files = [
-        file for folder in (spec and spec.submodule_search_locations) or () for file in Path(folder).glob("*.gguf")
-    ]
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if len(files) != 1:
         seen = f"the weights of {reference} are not installed"
         raise ModelNotFound(seen, wanted=f"the package {package} with its GGUF file", do=f"run {install}")
     return files[0]
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path) -> tuple[Values, Shapes]:
     """Return the header of a GGUF file, whose counts and lengths are claims until they have been checked.
 
     Raises:
@@ -118,32 +101,36 @@ def read_header(file: Path) -> Header:
     except ImportError as error:
         seen, do = f"{file} is a GGUF file, and the package gguf is missing", how_to_install("smollm2")
         raise BackendUnavailable(seen, wanted="gguf 0.17 or newer", do=do) from error
+    shapes: Shapes = {}
+    forms = set()
     try:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cursor, total = _Cursor(data), len(data)
-            values, infos = _read_values(cursor)
-            alignment = int(values.get("general.alignment", 32))
-            if alignment < 1 or alignment & (alignment - 1):
-                raise ValueError(f"an alignment of {alignment}")
-            start = -(-cursor.place // alignment) * alignment
-            for name, (shape, kind, offset) in infos.items():
-                form = GGMLQuantizationType(kind)
+            cursor = _Cursor(data)
+            if cursor.take(4) != b"GGUF" or cursor.number("I") not in (2, 3):
+                raise ValueError("it does not begin as a GGUF file of version 2 or 3 does")
+            tensors, keys = cursor.count(_MOST_TENSORS), cursor.count(_MOST_KEYS)
+            values = {cursor.text(): cursor.value() for _ in range(keys)}
+            for _ in range(tensors):
+                name, axes = cursor.text(), cursor.number("I")
+                shape = shapes[name] = tuple(cursor.number("Q") for _ in range(min(axes, 5)))
+                form, offset = GGMLQuantizationType(cursor.number("I")), cursor.number("Q")
                 numbers, size = GGML_QUANT_SIZES[form]
-                if shape[0] % numbers or start + offset + math.prod(shape) // numbers * size > total:
+                fits = offset + math.prod(shape) // numbers * size <= len(data) - cursor.place
+                if not (1 <= axes <= 4 and shape[0] % numbers == 0 and fits):
                     raise ValueError(f"{name!r:.80} of shape {list(shape)} does not fit")
-    except (ValueError, OSError, struct.error) as error:
+                forms.add(form)
+            if not tensors or (len(values), len(shapes)) != (keys, tensors):
+                raise ValueError("it holds no tensor, or a name twice")
+    except (ValueError, OSError) as error:
         seen = f"{file} is no whole GGUF file: {error!s:.200}"
         raise BadWeights(seen, wanted="the file as it was published", do="download it again") from error
-    for form in sorted({GGMLQuantizationType(kind) for _, kind, _ in infos.values()}):
+    for form in sorted(forms):
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[form][1]), np.uint8), form)
         except NotImplementedError as error:
-            raise ModelError(
-                f"{file} has tensors in {form.name}",
-                wanted="a format that the package gguf restores",
-                do="update gguf, or take the file in another format, such as Q8_0",
-            ) from error
-    return Header(values, {name: shape for name, (shape, _, _) in infos.items()})
+            wanted, do = "a format that the package gguf restores", "update gguf, or take another format, such as Q8_0"
+            raise ModelError(f"{file} has tensors in {form.name}", wanted=wanted, do=do) from error
+    return values, shapes
 
 
 class _Cursor:
@@ -152,72 +139,43 @@ class _Cursor:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place = data, 0
 
-    def skip(self, size: int) -> int:
-        start = self.place
-        if size > len(self.data) - start:
-            raise ValueError("it ends inside its header")
+    def take(self, size: int) -> bytes:
+        if size > min(len(self.data), _LONGEST_HEADER) - self.place:
+            raise ValueError("it ends inside its header, or has one without end")
         self.place += size
-        return start
+        return self.data[self.place - size : self.place]
 
     def number(self, code: str) -> Any:
-        return struct.unpack_from(f"<{code}", self.data, self.skip(struct.calcsize(f"<{code}")))[0]
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
-    def count(self, most: int, what: str) -> int:
+    def count(self, most: int) -> int:
         count = int(self.number("Q"))
         if count > most:
-            raise ValueError(f"{count} {what}, more than {most}")
+            raise ValueError(f"a count of {count}, where {most} is the most")
         return count
 
     def text(self) -> str:
-        size = self.count(_LONGEST_TEXT, "bytes of text")
-        start = self.skip(size)
-        return self.data[start : start + size].decode()
+        return self.take(self.count(_LONGEST_TEXT)).decode()
 
     def value(self) -> Any:
         kind = self.number("I")
-        if kind == _TEXT:
-            return self.text()
         if kind != _ARRAY:
-            return self.number(_code(kind))
-        kind, count = self.number("I"), self.count(_MOST_ITEMS, "items")
-        if kind == _TEXT:
-            for _ in range(count):
-                self.skip(self.count(_LONGEST_TEXT, "bytes of text"))
+            return self.scalar(kind)
+        kind, count = self.number("I"), self.count(_MOST_ITEMS)
+        if kind in _CODES:
+            self.take(count * struct.calcsize(f"<{_CODES[kind]}"))
         else:
-            self.skip(count * struct.calcsize(f"<{_code(kind)}"))
+            for _ in range(count):
+                self.scalar(kind)
         return f"an array of {count}"
 
-
-def _code(kind: int) -> str:
-    if kind not in _CODES:
-        raise ValueError(f"a value of type {kind}")
-    return _CODES[kind]
-
-
-def _read_values(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
-    """Return the values of a header, and shape, format and offset of every tensor."""
-    if cursor.data[:4] != b"GGUF" or (cursor.skip(4) or cursor.number("I")) not in (2, 3):
-        raise ValueError("it does not begin as a GGUF file of version 2 or 3 does")
-    tensors, keys = cursor.count(_MOST_TENSORS, "tensors"), cursor.count(_MOST_KEYS, "keys")
-    values: dict[str, Any] = {}
-    for _ in range(keys):
-        name = cursor.text()
-        if name in values:
-            raise ValueError(f"the key {name!r:.80} twice")
-        values[name] = cursor.value()
-    infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
-    for _ in range(tensors):
-        name, axes = cursor.text(), cursor.number("I")
-        if name in infos or not 1 <= axes <= 4:
-            raise ValueError(f"the tensor {name!r:.80} twice, or with {axes} axes")
-        shape = tuple(cursor.number("Q") for _ in range(axes))
-        infos[name] = (shape, cursor.number("I"), cursor.number("Q"))
-    if not infos:
-        raise ValueError("it holds no tensor")
-    return values, infos
+    def scalar(self, kind: int) -> Any:
+        if kind != _TEXT and kind not in _CODES:
+            raise ValueError(f"a value of type {kind}")
+        return self.text() if kind == _TEXT else self.number(_CODES[kind])
 
 
-def read_published(file: Path, header: Header) -> dict[str, Any]:
+def read_published(file: Path, values: Values) -> dict[str, Any]:
     """Return the configuration that transformers makes of a header, as the object of a ``config.json``.
 
     Raises:
@@ -225,52 +183,48 @@ def read_published(file: Path, header: Header) -> dict[str, Any]:
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    kind, parts = header.values.get("general.type", "model"), header.values.get("split.count", 0)
+    kind, parts = values.get("general.type", "model"), values.get("split.count", 0)
     if kind != "model" or parts not in (0, 1):
-        seen = f"{file} is a GGUF file of type {kind!r:.40}" if kind != "model" else f"{file} is one of {parts} parts"
+        seen = f"{file} is a GGUF file of type {kind!r:.40}, in {parts or 1} parts"
         raise ModelError(seen, wanted="one file with the whole model", do="join its parts, or take another file")
     try:
         published: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]  # type: ignore[no-untyped-call]
     except Exception as error:  # the library fails on unusual values with exceptions of many kinds
-        raise ModelError(
-            f"{file} of architecture {header.values.get('general.architecture')!r:.60} is not read: {error!s:.200}",
-            wanted="an architecture that this version of transformers reads from GGUF",
-            do="update transformers, or use the checkpoint as safetensors",
-        ) from error
+        seen = f"{file} of architecture {values.get('general.architecture')!r:.60} is not read: {error!s:.200}"
+        wanted, do = "an architecture that transformers reads from GGUF", "update transformers, or use safetensors"
+        raise ModelError(seen, wanted=wanted, do=do) from error
     return published
 
 
-def check_covered(file: Path, header: Header, config: "PreTrainedConfig", parameters: int) -> None:
+def check_covered(file: Path, header: tuple[Values, Shapes], config: "PreTrainedConfig", parameters: int) -> None:
     """Refuse a file of which transformers would pass over a part: a setting, or tensors.
 
     Rope scaling is such a part, stated as keys or, for Llama 3.1, as a tensor of factors.
 
     Args:
         file: File of the header.
-        header: Header of the file.
+        header: What :func:`read_header` returned.
         config: Configuration that transformers made of it.
         parameters: Numbers in the model of that configuration, a tied matrix once.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    architecture, kind = str(header.values["general.architecture"]), str(config.model_type).removesuffix("_text")
+    (values, shapes), do = header, "use the checkpoint as safetensors"
+    architecture, kind = str(values["general.architecture"]), str(config.model_type).removesuffix("_text")
     known: dict[str, Any] = GGUF_CONFIG_MAPPING
     read = known.get(architecture, {}) | known.get(kind, {})
-    same = {name: getattr(config, setting, None) for name, setting in _SAME_AS.items()}
-    if same["rope.dimension_count"] is None:  # an architecture without a setting for it
-        width = config.hidden_size // config.num_attention_heads
-        same |= {name: width for name, setting in _SAME_AS.items() if setting == "head_dim"}
-    do = "use the checkpoint as safetensors"
-    for key, value in header.values.items():
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for key, value in values.items():
         name = key.removeprefix(f"{architecture}.")
-        if name == key or read.get(name) or value in _EMPTY:
+        if name == key or read.get(name) or value in (0, "", "none") or name == "attention.causal":
             continue
-        if name not in same or value != same[name]:
+        setting = _SAME_AS.get(name, "")
+        if not setting or value != (width if setting == "head_dim" else getattr(config, setting, None)):
             seen = f"{file} says {key} = {value!r:.60}, which transformers does not read"
             raise ModelError(seen, wanted="a model that is computed as its file says", do=do)
-    stored = sum(math.prod(shape) for shape in header.tensors.values())
+    stored = sum(map(math.prod, shapes.values()))
     if stored != parameters:
-        odd = [name for name in header.tensors if not name.startswith(("blk.", "output", "token_embd"))]
+        odd = [name for name in shapes if not name.startswith(("blk.", "output", "token_embd"))]
         also = f", among them {odd[0]!r:.60}" if odd else ""
         seen = f"{file} stores {stored} numbers{also}, and its configuration has {parameters}"
         raise BadWeights(seen, wanted="exactly the tensors of the configuration", do=do)
@@ -281,11 +235,6 @@ def folder_of(file: Path) -> Path:
     with file.open("rb") as opened:
         name = f"{hashlib.file_digest(opened, 'sha256').hexdigest()}-{version('transformers')}-{version('gguf')}"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf" / name
-
-
-def is_whole(folder: Path) -> bool:
-    """Return whether a checkpoint folder is there; it is made under another name."""
-    return (folder / "config.json").is_file()
 
 
 def convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
@@ -319,16 +268,13 @@ def convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
                 tokenizer.save_pretrained(made)
             read_tokenizer(made)
             made.chmod(0o755)
-            made.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if is_whole(folder):  # another process made it meanwhile
-            return
-        do = "make room there, or name another cache in XDG_CACHE_HOME"
-        raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error
-    except ModelError:
-        raise
+            if not folder.exists():  # another process may have made it meanwhile
+                made.rename(folder)
     except Exception as error:  # the library fails on unusual values with exceptions of many kinds
         if is_out_of_memory(error):
             raise
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None):
+            do = "make room there, or name another cache in XDG_CACHE_HOME"
+            raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error
         seen, do = f"{file} does not load: {error!s:.300}", "download it again, or use the checkpoint as safetensors"
         raise BadWeights(seen, wanted="weights and a tokenizer that transformers reads", do=do) from error

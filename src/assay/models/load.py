@@ -508,40 +508,12 @@ def save_random(
         StorageError: The directory cannot be written.
         ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
     """
+    target = Path(path)
     if weights == "trained":
-        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="call save_model() for those")
-    target = _new(path)
-    _save(load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash), target)
-    return target
-
-
-def save_model(reference: str | Path, path: str | Path, *, dtype: str | None = None) -> Path:
-    """Write a trained model as a checkpoint directory of safetensors, for a server such as vLLM; return its path.
-
-    In the dtype that it is stored in, which is float32 for a GGUF file, the digest stays what it was. Otherwise as
-    :func:`save_random`.
-
-    Raises:
-        UsageError: ``path`` exists, or the model has no trained weights, or is stored in eight or four bits.
-        StorageError: The directory cannot be written.
-        ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
-    """
-    target, source = _new(path), resolve(reference)
-    if read_format(source.reference, source.published):
-        seen = f"{source.reference}, which is stored in {source.published['quantization_config']['quant_method']!r:.40}"
-        raise UsageError(seen, wanted="weights of 16 bits or more", do=f"copy {source.checkpoint} instead")
-    _save(load_model(source.checkpoint, dtype=dtype, device="cpu"), target)
-    return target
-
-
-def _new(path: str | Path) -> Path:
-    if Path(path).exists():
-        raise UsageError(f"{path} exists", wanted="a new directory", do="choose another path or remove it")
-    return Path(path)
-
-
-def _save(model: Model, target: Path) -> None:
-    """Write a checkpoint directory under a temporary name, and rename it."""
+        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="copy the directory instead")
+    if target.exists():
+        raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
+    model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
@@ -554,3 +526,4 @@ def _save(model: Model, target: Path) -> None:
     except (OSError, SafetensorError) as error:
         seen = f"{target} cannot be written: {error}"
         raise StorageError(seen, wanted="room and permission", do="try elsewhere") from error
+    return target
