@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +37,16 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
-from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError, is_out_of_memory
+from assay.errors import (
+    BadWeights,
+    DataError,
+    ModelError,
+    ModelNotFound,
+    UnsafeCheckpoint,
+    UsageError,
+    is_out_of_memory,
+)
+from assay.files.jsonl import LONGEST_LINE, parts, read_json, read_whole
 from assay.streams.backends import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -83,6 +92,20 @@ BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_MOST_LAYERS = 2**12
+_USUAL = {"is_causal": True, "return_dict": True, "add_cross_attention": False}
+"""Settings under which a model is a causal decoder that answers as all do."""
+
+_FOREIGN = {
+    "model_index.json": "a diffusers pipeline, which has no causal language model",
+    "params.json": "weights in the layout of their authors: use the ones that were converted for transformers",
+    "tokenizer.json": "a tokenizer without a model",
+}
+"""What a folder without config.json is, by a file in it."""
+
+_HIGHEST_ID = 2**24
+"""The highest token id that is read: the library makes a table as long as the highest."""
+
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _SECONDS = 5.0
@@ -154,8 +177,12 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
 def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
-        return path
+    try:
+        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+            return path
+    except OSError as error:  # a name that is longer than a file system takes
+        seen, wanted = f"{name!r:.80} is no directory: {error.strerror}", "a checkpoint directory, or another reference"
+        raise ModelNotFound(seen, wanted=wanted, do="check the path") from error
     is_free = isinstance(reference, str) and not (path.exists() or path.is_symlink())
     if is_free and _HUB_ID.fullmatch(name):
         return _cached(name) or _downloaded(name)
@@ -168,14 +195,15 @@ def _locate(reference: str | Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        foreign = [what for name, what in _FOREIGN.items() if (path.parent / name).is_file()]
         raise ModelNotFound(
-            f"{path.parent} has no {path.name}",
-            wanted="a checkpoint directory as save_pretrained writes it",
+            f"{path.parent} has no {path.name}" + "".join(f"; it is {what}" for what in foreign[:1]),
+            wanted="a checkpoint directory of a language model, as transformers' save_pretrained writes it",
             do="check the path",
         )
     try:
-        published = json.loads(path.read_text("utf-8"), object_hook=_plain_number)
-    except (OSError, ValueError, RecursionError) as error:
+        published = json.loads(read_whole(path, LONGEST_LINE), object_hook=_plain_number)
+    except (DataError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again") from error
     if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", wanted="a transformers configuration", do="save it again")
@@ -183,13 +211,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _plain_number(value: dict[str, Any]) -> Any:
-    """Return infinity or NaN in place of the object as which transformers writes it; JSON has no such numbers."""
+    """Return infinity in place of the object as which transformers writes it; JSON has no such number."""
     written = value.get("__float__") if len(value) == 1 else None
-    return float(written) if written in ("Infinity", "-Infinity", "NaN") else value
+    if written == "NaN":
+        raise ValueError("a setting that is not a number")
+    return float(written) if written in ("Infinity", "-Infinity") else value
 
 
 def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     settings = {key: value for key, value in published.items() if key not in ("model_type", "quantization_config")}
+    for key, value in settings.items():  # the library makes a list as long
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            seen = f"the configuration of {name!r} says {key} = {value}"
+            raise ModelError(seen, wanted=f"at most {_MOST_LAYERS} layers", do="compare it with the published one")
     try:
         with silence_transformers():
             config = AutoConfig.for_model(published["model_type"], **settings)
@@ -199,6 +233,12 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="an architecture that this version of transformers has built in",
             do="code that comes with a checkpoint is never run; update transformers or use another model",
         ) from error
+    text = getattr(config, "text_config", config)
+    usual = _USUAL | ({"is_decoder": True} if "is_decoder" in type(text).__dataclass_fields__ else {})  # such as BERT's
+    for key, value in usual.items():
+        if getattr(text, key, value) not in (value, None):
+            seen = f"the configuration of {name!r} says {key} = {getattr(text, key)!r:.40}"
+            raise ModelError(seen, wanted=f"a causal decoder: {key} = {value}", do="use a decoder-only model")
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known or config.is_encoder_decoder or not _is_complete(config):
         raise ModelError(
@@ -215,7 +255,8 @@ def _is_complete(config: "PreTrainedConfig") -> bool:
         text = config.get_text_config(decoder=True)
     except ValueError:  # it wraps several decoders
         return False
-    return all(isinstance(getattr(text, key, None), int) for key in _NEEDED)
+    sizes = [getattr(text, key, None) for key in _NEEDED]
+    return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 def auto_class(config: "PreTrainedConfig") -> Any:
@@ -284,7 +325,7 @@ def _downloaded(hub_id: str) -> Path:
             f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not return it: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
             wanted="a directory, reference:NAME, shape:NAME, or a hub id that can be downloaded",
-            do=f"did you mean {nearest(hub_id)!r}? If not, check the name and the network, or give a directory",
+            do=f"{_suggestion(hub_id)}check the name and the network, or give a directory",
         ) from error
 
 
@@ -316,6 +357,13 @@ def nearest(name: str) -> str:
     return spelled[difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.0)[0]]
 
 
+def _suggestion(hub_id: str) -> str:
+    """Return a question after the bundled model with trained weights that a hub id is much like, or nothing."""
+    names = {name.partition(":")[2]: name for name in CATALOGUE if not name.startswith("shape:")}
+    close = difflib.get_close_matches(hub_id.partition("/")[2].lower() or hub_id.lower(), names, n=1, cutoff=0.6)
+    return f"did you mean {names[close[0]]!r}? If not, " if close else ""
+
+
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer of a model without its weights; None where it has none, as a shape.
 
@@ -333,14 +381,50 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     if not any((directory / name).is_file() for name in names):
         return None
     try:
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
+            _check_ids(directory / name)
         with silence_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, down to bare Exception from Rust
+    except BaseException as error:  # the libraries raise many kinds, down to a panic of Rust, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
             f"the tokenizer in {directory} cannot be read: {error}",
             wanted="tokenizer files that need no code of their own",
             do="save the tokenizer again, or remove its files to load the model without one",
         ) from error
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse a file of a tokenizer that is large, deep or no JSON, or an id for which the library needs gigabytes."""
+    if not path.is_file():
+        return
+    waiting: list[Any] = [read_json(path)]
+    while waiting:
+        value = waiting.pop()
+        waiting += parts(value)
+        ids = [int(key) for key in value if key.isdecimal()] if isinstance(value, dict) else [value]
+        is_id = path.name != "tokenizer_config.json" or isinstance(value, dict)  # which has a length of 10**30
+        if is_id and any(isinstance(one, int) and one > _HIGHEST_ID for one in ids):
+            raise ValueError(f"{path.name} has the number {max(ids)}, where {_HIGHEST_ID} is the highest token id")
+
+
+def check_tokens(name: str, ids: Iterable[int], rows: int) -> None:
+    """Refuse tokens that the embeddings have no row for: on CUDA such a token ends the process.
+
+    Args:
+        name: What the tokens are of, as the error names it.
+        ids: Token ids.
+        rows: Rows of the embeddings.
+
+    Raises:
+        UsageError: A token is not below ``rows``.
+    """
+    if (highest := max(ids, default=0)) >= rows:
+        do = "use the tokenizer of this model, or resize its embeddings to the tokenizer"
+        raise UsageError(
+            f"{name} has token {highest}", wanted=f"tokens below {rows}, the rows of the embeddings", do=do
+        )
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -382,6 +466,11 @@ class Stored:
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, sorted; refuse pickles, and an index without its files."""
     if (directory / _SINGLE).is_file():
+        others = sorted(path.name for path in directory.glob("model-*.safetensors*"))
+        others += [_INDEX] if (directory / _INDEX).is_file() else []
+        if others:
+            seen, do = f"{directory} holds {_SINGLE} and {others[0]}", "remove the set that is not meant"
+            raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"
     if not index.is_file():
@@ -395,9 +484,9 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         do = "check that the download or the save was complete"
         raise ModelNotFound(f"{directory} holds no weights", wanted=wanted, do=do)
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads(read_whole(index, LONGEST_LINE))["weight_map"].values())
         files = tuple(directory / name for name in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad_weights(f"{index} is unreadable: {error}", "JSON with a weight_map") from error
     for file in files:
         if file.parent != directory or not file.is_file():
