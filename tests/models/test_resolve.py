@@ -99,6 +99,7 @@ TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vo
         (lambda folder: configure(folder, is_causal=False), "is_causal"),
         (lambda folder: configure(folder, add_cross_attention=True), "add_cross_attention"),
         (lambda folder: configure(folder, return_dict=False), "return_dict"),
+        (lambda folder: configure(folder, model_type="bert"), "is_decoder"),
         (lambda folder: configure(folder, num_hidden_layers="2"), "num_hidden_layers"),
         (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
         (lambda folder: configure(folder, max_position_embeddings=-5), "max_position_embeddings"),

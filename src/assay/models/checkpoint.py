@@ -93,8 +93,13 @@ BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_LAYERS = 2**12
-_USUAL = {"is_causal": True, "return_dict": True, "add_cross_attention": False}
-"""Settings under which a model is a causal decoder that answers as all do."""
+_ODD = {
+    "is_causal": (False,),
+    "use_bidirectional_attention": (True, "all"),
+    "add_cross_attention": (True,),
+    "return_dict": (False,),
+}
+"""Settings under which a model is no causal decoder, or does not answer as others do."""
 
 _FOREIGN = {
     "model_index.json": "a diffusers pipeline, which has no causal language model",
@@ -233,12 +238,6 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="an architecture that this version of transformers has built in",
             do="code that comes with a checkpoint is never run; update transformers or use another model",
         ) from error
-    text = getattr(config, "text_config", config)
-    usual = _USUAL | ({"is_decoder": True} if "is_decoder" in type(text).__dataclass_fields__ else {})  # such as BERT's
-    for key, value in usual.items():
-        if getattr(text, key, value) not in (value, None):
-            seen = f"the configuration of {name!r} says {key} = {getattr(text, key)!r:.40}"
-            raise ModelError(seen, wanted=f"a causal decoder: {key} = {value}", do="use a decoder-only model")
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known or config.is_encoder_decoder or not _is_complete(config):
         raise ModelError(
@@ -246,6 +245,12 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="a causal language model with " + ", ".join(_NEEDED),
             do="use a decoder-only model",
         )
+    text = config.get_text_config(decoder=True)
+    is_either = "is_decoder" in getattr(type(text), "__dataclass_fields__", ())  # as BERT, which is an encoder without
+    for key, values in (_ODD | ({"is_decoder": (False,)} if is_either else {})).items():
+        if (found := getattr(text, key, None)) in values:
+            seen, do = f"the configuration of {name!r} says {key} = {found}", "use a decoder-only model"
+            raise ModelError(seen, wanted="a causal decoder that answers as others do", do=do)
     return config
 
 
@@ -403,9 +408,10 @@ def _check_ids(path: Path) -> None:
     while waiting:
         value = waiting.pop()
         waiting += parts(value)
-        ids = [int(key) for key in value if key.isdecimal()] if isinstance(value, dict) else [value]
-        is_id = path.name != "tokenizer_config.json" or isinstance(value, dict)  # which has a length of 10**30
-        if is_id and any(isinstance(one, int) and one > _HIGHEST_ID for one in ids):
+        ids = [value] if isinstance(value, int) else []
+        if path.name == "tokenizer_config.json":  # its ids are keys, and a length in it is often 10**30
+            ids = [int(key) for key in value if key.isdecimal()] if isinstance(value, dict) else []
+        if max(ids, default=0) > _HIGHEST_ID:
             raise ValueError(f"{path.name} has the number {max(ids)}, where {_HIGHEST_ID} is the highest token id")
 
 
@@ -466,10 +472,9 @@ class Stored:
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, sorted; refuse pickles, and an index without its files."""
     if (directory / _SINGLE).is_file():
-        others = sorted(path.name for path in directory.glob("model-*.safetensors*"))
-        others += [_INDEX] if (directory / _INDEX).is_file() else []
+        others = [*directory.glob("model-*.safetensors"), *directory.glob(_INDEX)]
         if others:
-            seen, do = f"{directory} holds {_SINGLE} and {others[0]}", "remove the set that is not meant"
+            seen, do = f"{directory} holds {_SINGLE} and {others[0].name}", "remove the set that is not meant"
             raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"

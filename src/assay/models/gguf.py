@@ -268,11 +268,12 @@ def convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
                 tokenizer.save_pretrained(made)
             read_tokenizer(made)
             made.chmod(0o755)
-            if not folder.exists():  # another process may have made it meanwhile
-                made.rename(folder)
+            made.rename(folder)
     except Exception as error:  # the library fails on unusual values with exceptions of many kinds
         if is_out_of_memory(error):
             raise
+        if (folder / "config.json").is_file():  # another process made it meanwhile
+            return
         if isinstance(error, SafetensorError) or getattr(error, "errno", None):
             do = "make room there, or name another cache in XDG_CACHE_HOME"
             raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error

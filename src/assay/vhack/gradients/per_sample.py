@@ -363,8 +363,8 @@ def encode_samples(
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     module = module_of(model)
-    rows = len(module.get_input_embeddings().weight)
-    return encode(tokenizer, samples, names, context_length(module), rows)
+    embeddings: Any = module.get_input_embeddings()
+    return encode(tokenizer, samples, names, context_length(module), len(embeddings.weight))
 
 
 def per_sample_gradients(
