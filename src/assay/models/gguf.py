@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp writes them: a header that is read with bounds, and the checkpoint folder made of a file.
+"""GGUF files, as llama.cpp writes them: where they are, a header that is read with bounds, and what it leaves out.
 
 transformers reads a file and restores its numbers in float32. They are written once, as safetensors with configuration
 and tokenizer, to a folder in the user's cache, and everything else reads that folder: so digests, tokenizers, stop
@@ -12,27 +12,19 @@ import math
 import mmap
 import os
 import struct
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoTokenizer
 
 from assay.errors import (
     BackendUnavailable,
     BadWeights,
     ModelError,
     ModelNotFound,
-    StorageError,
     how_to_install,
-    is_out_of_memory,
 )
-from assay.models.checkpoint import auto_class, build, read_tokenizer, silence_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -235,47 +227,3 @@ def folder_of(file: Path) -> Path:
     with file.open("rb") as opened:
         name = f"{hashlib.file_digest(opened, 'sha256').hexdigest()}-{version('transformers')}-{version('gguf')}"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf" / name
-
-
-def convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
-    """Make the checkpoint folder of a GGUF file: configuration, tokenizer, and its numbers in float32.
-
-    Everything that :func:`read_header`, :func:`read_published` and :func:`check_covered` refuse was refused before.
-
-    Raises:
-        ModelError: The tokenizer or the weights are not read.
-        OutOfMemory, StorageError: There is no room.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work:
-            alone, made = Path(work) / "alone", Path(work) / "made"  # other files beside it are not read
-            alone.mkdir()
-            (alone / "model.gguf").symlink_to(file.resolve())
-            with silence_transformers(), np.errstate(all="ignore"):
-                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
-                tokenizer.clean_up_tokenization_spaces = False  # which would drop spaces of a decoded text
-                read, report = auto_class(config).from_pretrained(
-                    alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
-                )
-                odd = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
-                if odd:
-                    raise ValueError(f"{odd[0]} is missing, or of another shape")
-                module = build(config, torch.float32)  # the one that was read counts as quantised, and is not saved
-                cast("nn.Module", module).load_state_dict(read.state_dict(), assign=True)
-                module.tie_weights()
-                module.save_pretrained(made)
-                tokenizer.save_pretrained(made)
-            read_tokenizer(made)
-            made.chmod(0o755)
-            made.rename(folder)
-    except Exception as error:  # the library fails on unusual values with exceptions of many kinds
-        if is_out_of_memory(error):
-            raise
-        if (folder / "config.json").is_file():  # another process made it meanwhile
-            return
-        if isinstance(error, SafetensorError) or getattr(error, "errno", None):
-            do = "make room there, or name another cache in XDG_CACHE_HOME"
-            raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error
-        seen, do = f"{file} does not load: {error!s:.300}", "download it again, or use the checkpoint as safetensors"
-        raise BadWeights(seen, wanted="weights and a tokenizer that transformers reads", do=do) from error
