@@ -112,7 +112,7 @@ _FOREIGN = {
 }
 """What a folder without config.json is, by a file in it."""
 
-_HIGHEST_ID = 2**24
+_HIGHEST_ID = 2**21
 """The highest token id that is read: the library makes a table as long as the highest."""
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
