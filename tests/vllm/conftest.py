@@ -1,4 +1,4 @@
-"""Real engines and servers, and what tests without them share. Where vLLM is not installed they are skipped by name: `make test-vllm` has it."""
+"""Real engines and servers, skipped by name where vLLM is not installed, and what tests without it share."""
 
 import asyncio
 import importlib.util
