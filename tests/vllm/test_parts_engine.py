@@ -18,6 +18,7 @@ from assay.poc.vllm.endpoint_plugin import plugin
 from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+from tests.vllm.conftest import settings_of_vllm
 from tests.waiting import until
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
@@ -72,35 +73,37 @@ def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEn
     return RequestEngine(client, batch_size=4, seq_len=8)
 
 
-def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(loop, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("llm", "words"),
+    [
+        (DyingLLM(RuntimeError("EngineCore died")), "EngineCore died"),
+        (DyingLLM(None, dies_at="assay_open"), "did not run assay_open: RuntimeError: EngineCore"),
+    ],
+)
+def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(
+    llm: DyingLLM, words: str, loop, monkeypatch: pytest.MonkeyPatch
+):
     made, logged = loop
-    engine = engine_on(DyingLLM(RuntimeError("EngineCore died")), made, monkeypatch)
-    with pytest.raises(ModelError, match="EngineCore died"):
+    engine = engine_on(llm, made, monkeypatch)
+    with pytest.raises(ModelError, match=words):
         next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
     gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
     assert logged == []
     assert engine._client.throttle.in_flight == 0
 
 
-def test_an_engine_that_dies_in_a_call_of_its_workers_is_named_too(loop, monkeypatch: pytest.MonkeyPatch):
-    engine = engine_on(DyingLLM(None, dies_at="assay_open"), loop[0], monkeypatch)
-    with pytest.raises(ModelError, match="did not run assay_open: RuntimeError: EngineCore"):
-        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
-
-
 @pytest.mark.parametrize(
     ("devices", "named"), [(["one"], "one"), (["one", "one"], "one"), (["two", "one", "two"], "one + two")]
 )
-def test_a_build_names_the_devices_of_all_workers(devices, named: str):
+async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     class LLM:
-        model_config = SimpleNamespace(max_model_len=65)
-        vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"), model_config=model_config)
+        vllm_config = settings_of_vllm({"model.max_model_len": 65, "scheduler.policy": "fcfs"})
 
         async def collective_rpc(self, method: str, args: tuple):
             return [{"problems": [], "device": device} for device in devices]
 
     client = _client.Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
-    asyncio.run(client.install())
+    await client.install()
     assert client.description["device"] == named
 
 
@@ -109,8 +112,7 @@ def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     [({"batch_size": 0}, "batch size 0"), ({"seq_len": 0}, "seq_len 0"), ({"seq_len": 64}, "seq_len 64 on this vLLM")],
 )
 def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(shape, words: str, monkeypatch: pytest.MonkeyPatch):
-    scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
-    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=64), scheduler_config=scheduler)
+    config = settings_of_vllm({"model.max_model_len": 64, "scheduler.enable_chunked_prefill": True})
     monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
     monkeypatch.setattr(_engine, "_configured", lambda *_, **__: config)
     with pytest.raises(UsageError, match=words):

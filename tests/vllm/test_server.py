@@ -40,13 +40,13 @@ def make(model, block: str, count: int, key: str = "node") -> list[float]:
     return [record.distance for record in poc.prove(model, round, range(count), batch_size=8).records]
 
 
-def check_chat(server: Server, requests: int = 16, nonces: int = 40) -> list[dict]:
+def check_chat(server: Server, requests: int = 16, nonces: int = 40, **options: int) -> list[dict]:
     """Compare chat beside nonces with chat alone, which is returned; the round goes on meanwhile."""
-    alone = asyncio.run(talk(server.url, requests))
+    alone = asyncio.run(talk(server.url, requests, **options))
     server.begin("beside")
     server.wait_for(8)
     before = server.checked()
-    beside = asyncio.run(talk(server.url, requests))
+    beside = asyncio.run(talk(server.url, requests, **options))
     server.wait_for(before + nonces)
     server.post("/stop").raise_for_status()
     assert [one["status"] for one in beside] == [200] * requests
