@@ -45,6 +45,7 @@ class FakeEngine:
 
     hidden_size, vocab_size, dtype = 16, 32, "float32"
     device = torch.device("cpu")
+    frame = None
 
     def __init__(self, rig: "Rig", seq_len: int, batch_size: int) -> None:
         self.rig, self.seq_len, self.batch_size = rig, seq_len, batch_size
