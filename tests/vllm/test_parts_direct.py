@@ -15,7 +15,7 @@ from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
-from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blockers
+from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blocker
 from assay.poc.vllm.rows import Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
@@ -317,13 +317,13 @@ def test_settings_and_models_under_which_nonces_stay_requests_are_named(
     monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
     of_runner = {name: changed.pop(name) for name in ("specs", "backend", "shapes", "device") if name in changed}
     made = config(**changed)
-    found = direct_path_blockers(runner(made, **of_runner), made, SPEC)
-    assert (word in " ".join(found)) if word else found == []
+    found = direct_path_blocker(runner(made, **of_runner), made, SPEC)
+    assert (word in found) if word else found is None
 
 
 def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.2")
-    assert "before 0.32" in direct_path_blockers(None, None, SPEC)[0]
+    assert direct_path_blocker(None, None, SPEC) == "vLLM before 0.32"
 
 
 PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an input, in float32

@@ -22,6 +22,7 @@ from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
+from tests.vllm.conftest import settings_of_vllm
 
 DIGEST = "0" * 64
 
@@ -225,20 +226,14 @@ WIDTH = 16
 class Runner:
     """A model runner of the V1 kind, whose states name their position."""
 
-    device = "cpu"
+    device, execute_model_state, input_batch = "cpu", None, None
 
-    def __init__(self) -> None:
-        self.execute_model_state = None
-        self.input_batch = None
+    def execute_model(self, scheduler_output): ...
 
-    def execute_model(self, scheduler_output):
-        """Do nothing."""
-
-    def sample_tokens(self):
-        """Do nothing."""
+    def sample_tokens(self): ...
 
 
-CONFIG = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH), speculative_config=None)
+CONFIG = settings_of_vllm({"model.get_hidden_size": lambda: WIDTH, "speculative_config": None})
 
 
 def state_of(name: str, position: int) -> torch.Tensor:
@@ -287,18 +282,12 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
     assert capture.errors == 0
 
 
-def test_sketches_behind_one_that_is_missing_are_not_handed_out_at_its_place():
+def test_sketches_behind_one_that_is_missing_are_not_handed_out_and_none_of_requests_that_are_forgotten():
     runner = Runner()
     capture = Capture(runner, CONFIG)
     step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     step(runner, {"a": (65, 1)})
     assert len(capture.read({"a": range(3)})["a"]) == 24
-
-
-def test_requests_that_are_forgotten_are_dropped():
-    runner = Runner()
-    capture = Capture(runner, CONFIG)
-    step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     capture.drop(["a", "b"])
     assert capture.read({"a": range(1)}) == {"a": b""}
     assert capture.there == {}
@@ -308,8 +297,8 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
     """The host's count of positions is a bound there: two tokens too high at first, and right when they come again."""
     drafting = type("Drafting", (Runner,), {"__module__": "vllm.v1.worker.gpu.model_runner"})
     runner, words = drafting(), np.arange(8, dtype=np.uint32)
-    speculative = SimpleNamespace(num_speculative_tokens=2)
-    capture = Capture(runner, SimpleNamespace(model_config=CONFIG.model_config, speculative_config=speculative))
+    drafts = {"speculative.num_speculative_tokens": 2}
+    capture = Capture(runner, settings_of_vllm({"model_config": CONFIG.model_config} | drafts))
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
     for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
         batch = {"req_ids": ["a", "padding"], "num_reqs": 1, "query_start_loc_np": np.array([0, len(positions), 99])}

@@ -1,8 +1,8 @@
 """What the plugin puts around the routes of vLLM, and its settings."""
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,19 +96,16 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(tmp_path: Path):
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
-    environment = {"ASSAY_CALLBACK_INTERVAL": "0.5", "ASSAY_VLLM_SHARE": "0.5", "ASSAY_VLLM_MODE": "exclusive"}
+    given = ThrottleSettings(mode="exclusive", share=0.5, in_flight=3, chat_in_flight=4, wait=5, quiet=6, drain=7)
+    environment = {f"ASSAY_VLLM_{name.upper()}": str(value) for name, value in vars(given).items()}
+    environment |= {"ASSAY_CALLBACK_INTERVAL": "0.5", "ASSAY_VLLM_PATH": "requests"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     read = PluginSettings()
     assert (read.callback_interval, read.drain) == (0.5, 2.0)
-    assert read.throttle == ThrottleSettings(share=0.5, mode="exclusive")
+    assert read.throttle == replace(given, path="requests")
     monkeypatch.setenv("ASSAY_DRAIN", "9")
     assert PluginSettings().drain == 9.0
-
-
-def test_every_setting_of_the_throttle_has_a_name_in_the_environment():
-    for field in dataclasses.fields(ThrottleSettings):
-        assert PluginSettings.environment_name(f"vllm_{field.name}") == f"ASSAY_VLLM_{field.name.upper()}"
 
 
 @pytest.mark.parametrize(

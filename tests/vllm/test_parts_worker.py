@@ -379,6 +379,26 @@ def test_engines_without_one_row_of_logits_for_each_request_refuse_the_preset_by
     assert len(hooks.rows) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "preset", "refusal"),
+    [
+        ({}, "poc-2.0", "poc-2.0 without --enable-prompt-embeds"),
+        ({}, "no-preset", "no-preset"),
+        ({"seq_len": 0}, f"decode-{STEPS}", "seq_len"),
+        ({}, f"decode-{STEPS}", None),
+    ],
+)
+def test_a_worker_says_why_it_refuses_a_round(given: dict, preset: str, refusal: str | None):
+    worker = WorkerExtension()
+    worker.vllm_config = settings_of_vllm({"model.enable_prompt_embeds": False})
+    worker.assay_hooks = hooks_on(Runner())
+    said = worker.assay_open(
+        "key", {"block_hash": "b", "public_key": "k", "seq_len": P, "preset": preset} | given, preset
+    )
+    assert refusal in said if refusal else said is None
+    assert len(worker.assay_hooks.rows) == (refusal is None)
+
+
 def test_chat_waits_for_passes_so_that_more_nonces_may_decode(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr("assay.poc.vllm.throttle.time.monotonic", lambda: now[0])

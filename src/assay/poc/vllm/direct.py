@@ -236,10 +236,10 @@ class DeviceTimer:
         return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
-def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
-    """Return the reasons for which nonces of a round must be requests; none where they may run in calls."""
+def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
+    """Return why nonces of a round must be requests; None where they may run in calls."""
     if older_version():
-        return ["vLLM before {}.{}".format(*SINCE)]
+        return "vLLM before {}.{}".format(*SINCE)
     scheduler = config.scheduler_config
     model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
     groups = runner.kv_cache_config.kv_cache_groups
@@ -266,7 +266,7 @@ def direct_path_blockers(runner: Any, config: Any, spec: Spec) -> list[str]:
         (parallel.use_ubatching, "--enable-dbo"),
         (getattr(compilation.pass_config, "enable_sp", False), "sequence parallelism"),
     )
-    return [reason for blocks, reason in checks if blocks]
+    return next((reason for blocks, reason in checks if blocks), None)
 
 
 class DirectPasses:

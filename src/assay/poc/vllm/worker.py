@@ -32,7 +32,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blockers
+from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
 from assay.poc.vllm.rows import (
     LONGEST_REASON,
     MAX_SUMMED,
@@ -114,17 +114,13 @@ class WorkerExtension:
 
     def assay_batch(self, key: str) -> Reply:
         """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0, all being requests."""
-        batch, reason = 0, None
         try:
             stream = self.assay_hooks.rows.get(key)
             assert stream is not None, "the stream has ended"
-            if blockers := direct_path_blockers(self.model_runner, self.vllm_config, stream.spec):
-                reason = blockers[0]
-            else:
-                batch = self.assay_passes.prepare(stream.spec)
+            reason = direct_path_blocker(self.model_runner, self.vllm_config, stream.spec)
+            return {"batch": 0 if reason else self.assay_passes.prepare(stream.spec), "reason": reason}
         except Exception as error:  # memory, or a name of vLLM
-            reason = _describe_failure(error)
-        return {"batch": batch, "reason": reason}
+            return {"batch": 0, "reason": _describe_failure(error)}
 
     def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[Reply]:
         """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
