@@ -569,6 +569,10 @@ class ModelLine:
     reference: Text
     digest: Text
     weights: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FramedModelLine(ModelLine):
     frame: Annotated[str, Field(pattern=f"^({DIGEST.pattern})?$")] = ""
 
 
@@ -580,7 +584,7 @@ class _HeaderLine:
     schema: Literal[1]
     round: dict[str, Any]
     pipeline: dict[str, Any]
-    model: ModelLine
+    model: _FramedModelLine
     fingerprint: Fingerprint
     nonces: Annotated[tuple[tuple[int, int, int], ...], FailFast()]
 
