@@ -17,7 +17,7 @@ from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import Chunk, Rows, Spec, chunks, new_key, request_id, split_id
+from assay.poc.vllm.rows import Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
 from tests.vllm.conftest import settings_of_vllm
@@ -99,10 +99,8 @@ def test_exactly_one_chunk_of_a_prompt_ends_it(computed: int, length: int, promp
 
 
 @pytest.mark.parametrize("state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})])
-def test_a_rank_without_states_has_no_chunks(state):
-    states_ND, found = chunks(SimpleNamespace(execute_model_state=state))
-    assert states_ND is None
-    assert list(found) == []
+def test_a_rank_without_states_has_no_spans(state):
+    assert spans(SimpleNamespace(execute_model_state=state)) is None
 
 
 def test_the_runner_is_told_by_its_module():
@@ -176,8 +174,8 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
             parts.append(states_BTD[nonce, begin:end])
             found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
             start += end - begin
-        left = torch.cat(parts), iter(found)
-        monkeypatch.setattr(_extension, "chunks", lambda _, left=left: left)
+        left = torch.cat(parts), SimpleNamespace(chunks=found.copy)
+        monkeypatch.setattr(_extension, "spans", lambda _, left=left: left)
         runner.sample_tokens()
     assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
     nonces, rows = hooks.rows.get(key).take(range(5))

@@ -177,11 +177,9 @@ class Capture:
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Copy the states of this step that are sketched."""
-        if not self._kept or self._idle > 0:
+        if not self._kept or self._idle > 0 or (captured := spans(self._runner)) is None:
             return
-        states_ND, step = spans(self._runner)
-        if states_ND is None or step is None:
-            return
+        states_ND, step = captured
         # The token that the first position of each request gives; a request that is not recorded gives none.
         known = map(self._kept.get, step.names)
         first_N = step.computed + 1 - np.array([NEVER if kept is None else kept.prompt for kept in known])

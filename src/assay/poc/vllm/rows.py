@@ -219,13 +219,18 @@ class Spans:
     computed: NDArray[np.int64]  # numbers of their tokens that were computed in earlier steps
     prompts: NDArray[np.int64]  # numbers of the tokens of their prompts
 
+    def chunks(self) -> Iterator[Chunk]:
+        """Return them request by request."""
+        columns = (numbers.tolist() for numbers in (self.starts, self.lengths, self.computed, self.prompts))
+        return map(Chunk, self.names, *columns)
 
-def spans(runner: Any) -> tuple[Tensor | None, Spans | None]:
+
+def spans(runner: Any) -> tuple[Tensor, Spans] | None:
     """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states."""
     # What both model runners keep between ``execute_model`` and ``sample_tokens``.
     state = runner.execute_model_state
     if state is None or not hasattr(state.hidden_states, "shape"):
-        return None, None
+        return None
     if runner_kind(runner) == "v2":
         batch = state.input_batch
         names = list(batch.req_ids[: batch.num_reqs])
@@ -237,15 +242,6 @@ def spans(runner: Any) -> tuple[Tensor | None, Spans | None]:
         ends = np.cumsum([0, *(scheduled[name] for name in names)])
     counts = (np.asarray(numbers[: len(names)], np.int64) for numbers in (computed, prompts))
     return state.hidden_states, Spans(names, ends[:-1], np.diff(ends), *counts)
-
-
-def chunks(runner: Any) -> tuple[Tensor | None, Iterator[Chunk]]:
-    """Return what :func:`spans` does, request by request."""
-    states_ND, step = spans(runner)
-    if step is None:
-        return None, iter(())
-    columns = (numbers.tolist() for numbers in (step.starts, step.lengths, step.computed, step.prompts))
-    return states_ND, map(Chunk, step.names, *columns)
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:

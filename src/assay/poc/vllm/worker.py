@@ -43,11 +43,11 @@ from assay.poc.vllm.rows import (
     RowStream,
     Spec,
     call_before,
-    chunks,
     describe,
     is_first_of_group,
     is_first_stage,
     pack_values,
+    spans,
 )
 from assay.streams.backends import dtype_name
 
@@ -229,18 +229,16 @@ class Hooks:
                     _disarm(request, self._width)
                 if found:
                     stream, nonce = found
+                    sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
                     if stream.spec.pipeline.steps:
                         assert self._decoding is not None
                         self._decoding.begin(stream, nonce, request)
-                        continue
-                    sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
-                    if stream.spec.pipeline.framed:
+                    elif stream.spec.pipeline.framed:
                         _check_tokens(stream.spec, nonce, request)
                         stream.fill(nonce)
-                        continue
-                    if (length := len(request.prompt_token_ids if sent is None else sent)) != seq_len:
+                    elif (length := len(request.prompt_token_ids if sent is None else sent)) != seq_len:
                         raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
-                    if sent is None and is_first_stage():
+                    elif sent is None and is_first_stage():
                         empty.setdefault(stream, []).append((nonce, request))
                     else:
                         stream.fill(nonce)
@@ -273,12 +271,12 @@ class Hooks:
         """Keep what the pipelines read of the hidden states of this step."""
         if not len(self.rows):
             return
-        states_ND, of_step = chunks(self._runner)
-        if states_ND is None:
+        if (captured := spans(self._runner)) is None:
             return
+        states_ND, of_step = captured
         sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
         decoding: list[StepRow] = []
-        for row, chunk in enumerate(of_step):
+        for row, chunk in enumerate(of_step.chunks()):
             found = self.rows.find(chunk.request_id)
             if found is None or found[1] not in found[0].filled:
                 continue
@@ -309,9 +307,9 @@ class Hooks:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
         reading = self.transform(stream.spec).reading([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
         assert reading is not None
-        spans = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
-        weights = [reading.weights[row, at.computed : at.computed + length] for row, at, length in spans]
-        states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in spans])
+        parts = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
+        weights = [reading.weights[row, at.computed : at.computed + length] for row, at, length in parts]
+        states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in parts])
         sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device)).sum(states_BND)
         for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
@@ -462,8 +460,8 @@ class Decoding:
         seeds = drawn_seeds(stream.spec.round, "sketch", nonces, steps).reshape(-1)
         states = kept_MW[:, :size].reshape(-1, self._width)
         at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
-        spans = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
-        made = torch.cat([sketch_states(states[span], seeds[span]) for span in spans])
+        parts = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
+        made = torch.cat([sketch_states(states[part], seeds[part]) for part in parts])
         return torch.cat([made.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
 
     def _keep(self, states_ND: Tensor, found: StepRow, decode: Decode) -> None:
