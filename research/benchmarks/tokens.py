@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from _common import note, parser, publish, round_to
+from assay_research.model_cheats import adapted, rounded_fp8
 
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
@@ -36,19 +37,6 @@ def without_layer(model, index):
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
     return replace(model, module=module)
-
-
-def adapted(model, share):
-    """Return the model with a low-rank update of this share of every weight's norm."""
-    drawn = torch.Generator().manual_seed(5)
-
-    def change(weight_OI):
-        update_OI = torch.randn(len(weight_OI), 8, generator=drawn) @ torch.randn(
-            8, weight_OI.shape[1], generator=drawn
-        )
-        return weight_OI.float() + share * weight_OI.float().norm() / update_OI.norm() * update_OI
-
-    return cheats.changed(model, change)
 
 
 def dimension_of(model, round, nonces):
@@ -99,8 +87,8 @@ def measure(model, halved, preset, arguments):
     figures |= {"max_over_median": round_to(float(sizes.max()) / median), "convicted_by": {}, "times_honest": {}}
     middle = model.num_layers // 2
     programs = {"int4": lambda: cheats.rounded(halved, 4), "int8": lambda: cheats.rounded(halved, 8)}
-    programs |= {f"without layer {middle}": lambda: without_layer(halved, middle)}
-    programs |= {f"low-rank {share:.1%}": lambda share=share: adapted(halved, share) for share in (0.02, 0.005)}
+    programs |= {"fp8": lambda: rounded_fp8(halved), f"without layer {middle}": lambda: without_layer(halved, middle)}
+    programs |= {f"low-rank {size:.1%}": lambda size=size: adapted(halved, size=size) for size in (0.02, 0.005)}
     for name, make in programs.items():
         note(f"{preset}: {name}")
         found = sizes_of(prove(make(), round, nonces[: arguments.cheated], **size))
