@@ -104,8 +104,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources of values: the environment is one where the class has a prefix of variables."""
         return (init_settings, env_settings) if settings_cls.model_config.get("env_prefix") else (init_settings,)

@@ -55,6 +55,9 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
     both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks)
     assumed = told(*both)
     assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")
+    assert (assumed["dimension"], assumed["confidence"]) == (8192, 0.95)
+    assert assumed["low"] < assumed["measured"] < assumed["high"]
+    assert assumed["agrees"] == (assumed["low"] <= assumed["r_target"] <= assumed["high"])
     given = told(*both, "--effective-dimension", 60)
     assert (given["effective_dimension"], given["effective_dimension_from"]) == (60.0, "given")
     assert given["high"] - given["low"] < assumed["high"] - assumed["low"]
@@ -63,6 +66,7 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
     for wrong in (
         (blocks[0],),
         ("-o", blocks[0].with_name("x")),
+        ("--dimension", 5),
         ("--model", "reference:llama", "--device", "cpu"),
         ("--model", small_checkpoint, "--effective-dimension", 60),
         ("--effective-dimension", 0),

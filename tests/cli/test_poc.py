@@ -76,16 +76,6 @@ def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, smal
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
 
 
-def test_calibrate_measures_the_r_target_of_a_proof(prove, told, refused, tmp_path):
-    assert prove("a.jsonl", nonces="0:48").code == 0
-    found = told("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl")
-    assert (found["n"], found["dimension"], found["confidence"]) == (48, 8192, 0.95)
-    assert found["low"] < found["measured"] < found["high"]
-    assert found["agrees"] == (found["low"] <= found["r_target"] <= found["high"])
-    for wrong in (("--dimension", 5), ("-o", tmp_path / "x"), (tmp_path / "a.jsonl",)):
-        refused("poc", "calibrate", "--valid-rate", 0.5, tmp_path / "a.jsonl", *wrong)
-
-
 def test_calibrate_from_two_proofs_and_use_it(prove, told, small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)  # else some CPUs differ in their products as well
     assert prove("a.jsonl", nonces="0:32").code == 0

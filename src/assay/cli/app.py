@@ -27,12 +27,6 @@ from assay.errors import AssayError, UsageError
 from assay.settings import Settings
 
 
-def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(f"assay {__version__}")
-        context.exit()
-
-
 def _keep_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
     context.obj = Path(path) if path else _user_config()
 
@@ -76,17 +70,10 @@ app = Group(
             callback=_keep_config,
             expose_value=False,
             help="Configuration file (TOML) with a table per command.",
-        ),
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            is_eager=True,
-            callback=_show_version,
-            expose_value=False,
-            help="Print the version and exit.",
-        ),
+        )
     ],
 )
+click.version_option(__version__, message="assay %(version)s", help="Print the version and exit.")(app)
 for _command in (
     Command("demo", demo, (DemoSettings,), example="assay demo -o demo"),
     Command("doctor", doctor, example="assay doctor --json"),
@@ -114,39 +101,32 @@ def run(arguments: list[str] | None = None) -> int:
         with _stoppable(), app.make_context("assay", sys.argv[1:] if arguments is None else list(arguments)) as context:
             app.invoke(context)
     except click.exceptions.Exit as done:
-        return _flushed(done.exit_code)
+        return _ended(done.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _failed(in_three_parts(error))
+        return _ended(2, in_three_parts(error))
     except (AssayError, OSError) as error:
-        return _failed(error)
+        return _ended(2, error)
     except Stopped as stop:
         click.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
         return 128 + stop.number
     return 0
 
 
-def _failed(error: AssayError | OSError) -> int:
-    """Say what went wrong, unless the reader of stdout has left, and give up what stdout does not take."""
-    if not isinstance(error, BrokenPipeError):
-        errors(in_assay_words(error) if isinstance(error, OSError) else error)
+def _ended(code: int, error: AssayError | OSError | None = None) -> int:
+    """Say what went wrong, unless the reader of stdout has left; return the exit code once stdout has taken all."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # Python would complain again when it flushes at exit
+    except OSError as unwritten:  # Python would complain at exit, when it flushes, and change the code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
-
-
-def _flushed(code: int) -> int:
-    """Return an exit code once stdout has taken all; Python itself would complain at exit and change it."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        return _failed(error)
+        code, error = 2, error or unwritten
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    if error is not None:
+        errors(in_assay_words(error) if isinstance(error, OSError) else error)
     return code
 
 

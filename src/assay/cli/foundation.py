@@ -52,10 +52,8 @@ def list_(as_json: bool) -> None:
     if as_json:
         emit_json("assay.models.list/1", {"models": found})
         return
-    names = ("reference", "size", "num_layers", "hidden_size", "vocab_size", "get_it")
-    for one in found:
-        one.update(size=f"{one['parameters'] / 1e6:.1f} M", get_it=one.get("get_it", ""))
-    rows = [tuple(one[name] for name in names) for one in found]
+    names = ("num_layers", "hidden_size", "vocab_size", "get_it")
+    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *map(one.get, names)) for one in found]
     table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
 
 

@@ -1,6 +1,6 @@
 """The faults of the first published service, each with the test that keeps it away. Numbers are those of the report."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -183,20 +183,14 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
         service.post("/init/validate", ROUND)
         service.rig.open.clear()
         claim = CLAIM | {"nonces": [0], "dist": [1.4]}
-        answers = []
-        calls = [
-            threading.Thread(target=lambda: answers.append(service.client.post(f"{PREFIX}/validate", json=claim)))
-            for _ in range(6)
-        ]
-        for call in calls:
-            call.start()
-        until(lambda: len(answers) == 3)  # one runs, two wait
-        assert {answer.status_code for answer in answers} == {429}
-        assert all(int(answer.headers["retry-after"]) > 0 for answer in answers)
-        service.rig.open.set()
-        for call in calls:
-            call.join()
-        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 3
+        with ThreadPoolExecutor(6) as pool:
+            sent = [pool.submit(service.client.post, f"{PREFIX}/validate", json=claim) for _ in range(6)]
+            until(lambda: sum(one.done() for one in sent) == 3)  # one runs, two wait
+            refused = [one.result() for one in sent if one.done()]
+            assert {answer.status_code for answer in refused} == {429}
+            assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+            service.rig.open.set()
+        assert sorted(one.result().status_code for one in sent) == [200] * 3 + [429] * 3
 
 
 @pytest.mark.parametrize(

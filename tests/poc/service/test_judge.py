@@ -1,6 +1,6 @@
 """Verdicts: the residual test of a node's whole round, beside the published rule."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -142,15 +142,12 @@ def test_an_engine_that_fails_is_not_the_clients_fault(judging):
 def test_a_round_that_ends_ends_its_validations(judging):
     judging.rig.open.clear()
     judging.rig.entered.clear()
-    answers = []
-    body = CLAIM | {"nonces": list(range(20)), "dist": [1.4] * 20}
-    call = threading.Thread(target=lambda: answers.append(judging.client.post(f"{PREFIX}/validate", json=body)))
-    call.start()
-    assert judging.rig.entered.wait(10)
-    judging.post("/stop")
-    judging.rig.open.set()
-    call.join()
-    assert (answers[0].status_code, answers[0].json()["state"]) == (409, "STOPPED")
+    with ThreadPoolExecutor() as pool:
+        sent = pool.submit(judging.post, "/validate", CLAIM | {"nonces": list(range(20)), "dist": [1.4] * 20}, 409)
+        assert judging.rig.entered.wait(10)
+        judging.post("/stop")
+        judging.rig.open.set()
+    assert sent.result()["state"] == "STOPPED"
     assert judging.rig.batches == 1  # cancelled between two batches
 
 

@@ -88,12 +88,11 @@ class Running:
             **settings,
         }
         self.service = {"data_dir": directory / "data", **service}
-        self.ids = 0
+        self.ids, self.load = 0, lambda: Deployment.of(model, compiled=False)
         self.start()
 
     def start(self) -> None:
-        deployment = lambda: Deployment.of(self.model, compiled=False)  # noqa: E731
-        self.controller = ValidatorController(deployment, ValidatorSettings(**self.settings), Settings(**self.service))
+        self.controller = ValidatorController(self.load, ValidatorSettings(**self.settings), Settings(**self.service))
         keys = self.service.get("api_keys", ())
         self.headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         self.client = TestClient(create_app(self.controller), base_url="http://127.0.0.1")

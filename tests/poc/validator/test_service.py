@@ -12,13 +12,13 @@ import yaml
 from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
-from assay.poc.validator import ValidatorSettings, create_app, validate
+from assay.poc.validator import ValidatorSettings, validate
 from assay.poc.validator import worker as _worker
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
 from tests.poc.service.conftest import FULL, failing, signed
 from tests.poc.service.series import absent_series
-from tests.poc.validator.conftest import API, KEYS, TestClient, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.validator.conftest import API, KEYS, body_of, nodes_text, pins_text, proof_of, secret_of
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
@@ -94,7 +94,7 @@ def test_every_series_that_is_asked_for_exists_before_anything_has_happened(vali
     assert absent_series(text, ['assay_validator_refused_total{value="another"}'])
 
 
-def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, validating):
+def test_messages_are_taken_while_the_model_is_loaded(small_model, validating):
     gate = threading.Event()
     with validating() as running:
         running.close()
@@ -103,10 +103,8 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, tmp_path, val
             assert gate.wait(30)
             return Deployment.of(small_model, compiled=False)
 
-        values = ValidatorSettings(**running.settings), Settings(**running.service)
-        running.controller = ValidatorController(load, *values)
-        running.client = TestClient(create_app(running.controller), base_url="http://127.0.0.1")
-        running.client.__enter__()
+        running.load = load
+        running.start()
         assert running.client.get("/ready").status_code == 503
         assert running.client.get("/health").status_code == 200
         assert running.send(body_of(proof_of(small_model, "node_A", range(60))))["new"] is True
