@@ -1,7 +1,7 @@
 """``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run again and judged."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -9,10 +9,6 @@ from assay.cli.flags import ARGUMENT, OUTPUT, AuditSettings, EngineName, ModelNa
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, poc
 from assay.settings import Device, Settings
-
-if TYPE_CHECKING:
-    from assay.poc.audit import Audit
-    from assay.poc.responses.judge import ResponseVerdict
 
 Batch = Annotated[
     int, "RESPONSES", Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")
@@ -149,8 +145,23 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         )
     if as_json:
         emit_document(found.as_dict())
-    else:
-        _print(found)
+        return found.exit_code
+    verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
+    share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
+    e_values = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+    rows = [
+        ("verdict", verdict.verdict),
+        ("reason", verdict.reason),
+        ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
+        ("tokens that match", share),
+        ("e-value at most", f"e^{result.log_e_max:.1f}: {e_values}"),
+        ("honest noise", verdict.noise.source),
+        ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
+        ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
+        *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
+        *life_rows(found.standing),
+    ]
+    table(("", "result"), rows)
     return found.exit_code
 
 
@@ -206,23 +217,3 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
         "sketches_between_responses": sketches.between,
     }
     show_values("assay.poc.calibrate-responses/1", values, as_json)
-
-
-def _print(found: "Audit[ResponseVerdict]") -> None:
-    verdict = found.verdict
-    result, header = verdict.result, verdict.receipts.header
-    share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
-    e_values = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
-    rows = [
-        ("verdict", verdict.verdict),
-        ("reason", verdict.reason),
-        ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
-        ("tokens that match", share),
-        ("e-value at most", f"e^{result.log_e_max:.1f}: {e_values}"),
-        ("honest noise", verdict.noise.source),
-        ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
-        ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
-        *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
-        *life_rows(found.standing),
-    ]
-    table(("", "result"), rows)

@@ -19,10 +19,7 @@ from assay.settings import Device, Flag, Settings
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
-    from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.judge import CheckReport
-    from assay.vhack.checks.pools import PoolReport
-    from assay.vhack.pairs.pairs import Pair
     from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings, TrainSettings
 
@@ -203,7 +200,26 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
             progress=progress,
         )
     basis.save(chosen.output)
-    _print_basis(basis, pairs, chosen.output, as_json)
+    origin, energy = basis.origin, [float(shares[:5].sum()) for shares in basis.energy.values()]
+    held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
+    values = {
+        "path": str(chosen.output),
+        "model": origin.model,
+        "weights": origin.weights,
+        "method": origin.method,
+        "modules": len(basis.axes),
+        "modules_left_out": len(origin.coverage.left_out),
+        "weights_covered": round(origin.coverage.share, 4),
+        "axes_per_module": max(len(axes) for axes in basis.axes.values()),
+        "pairs_used": len(origin.pairs),
+        "pairs_skipped": len(origin.skipped),
+        "pairs_held_out": len(pairs) - len(origin.given),
+        "groups_held_out": held_out,
+        "undecided_axes": len(basis.undecided),
+        "energy_of_5_axes": round(sum(energy) / len(energy), 4),
+        "captured_energy": round(origin.captured, 6),
+    }
+    show_values("assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none")
 
 
 @vhack.add(
@@ -273,8 +289,20 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         result = checks.check_two_pools(
             hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
         )
-    if not _keep_result(result.as_dict(), chosen.output, as_json):
-        _print_pools(result)
+    if _keep_result(result.as_dict(), chosen.output, as_json):
+        return result.exit_code
+    made, measured = result.check, result.check.measured
+    assert measured is not None
+    rows = [
+        ("samples that cheat", str(len(result.hack))),
+        ("samples that do not", str(len(result.clean))),
+        ("left out, of groups of the basis", str(result.left_out)),
+        ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
+        *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
+        *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
+        *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
+    ]
+    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
     return result.exit_code
 
 
@@ -433,30 +461,6 @@ def _check_tokenizer(model: str) -> None:
         raise UsageError(f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do)
 
 
-def _print_basis(basis: "Basis", pairs: "list[Pair]", path: Path, as_json: bool) -> None:
-    origin = basis.origin
-    energy = [float(shares[:5].sum()) for shares in basis.energy.values()]
-    held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
-    values = {
-        "path": str(path),
-        "model": origin.model,
-        "weights": origin.weights,
-        "method": origin.method,
-        "modules": len(basis.axes),
-        "modules_left_out": len(origin.coverage.left_out),
-        "weights_covered": round(origin.coverage.share, 4),
-        "axes_per_module": max(len(axes) for axes in basis.axes.values()),
-        "pairs_used": len(origin.pairs),
-        "pairs_skipped": len(origin.skipped),
-        "pairs_held_out": len(pairs) - len(origin.given),
-        "groups_held_out": held_out,
-        "undecided_axes": len(basis.undecided),
-        "energy_of_5_axes": round(sum(energy) / len(energy), 4),
-        "captured_energy": round(origin.captured, 6),
-    }
-    show_values("assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none")
-
-
 def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the columns and the rows of a table of all checks. The p-value is the largest against any null."""
     rows: list[tuple[str, ...]] = []
@@ -474,21 +478,6 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     for made in result.checks:
         if made.verdict != "pass":
             click.echo(f"{made.title}: {made.reason}")
-
-
-def _print_pools(result: "PoolReport") -> None:
-    made, measured = result.check, result.check.measured
-    assert measured is not None
-    rows = [
-        ("samples that cheat", str(len(result.hack))),
-        ("samples that do not", str(len(result.clean))),
-        ("left out, of groups of the basis", str(result.left_out)),
-        ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
-        *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
-        *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
-        *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
-    ]
-    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
@@ -586,7 +575,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     from assay.files.jsonl import dumps
     from assay.files.storage import write_jsonl
     from assay.vhack import training
-    from assay.vhack.training.evaluation import read_samples
+    from assay.vhack.training.evaluation import Rate, read_samples
     from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
 
     has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
@@ -615,14 +604,21 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         grades = [{name: value for name, value in asdict(one).items() if value is not None} for one in found.grades]
         write_jsonl(own.graded, [record | grade for record, grade in zip(records, grades, strict=True)])
     origins = {dumps(record.get("origin")): record.get("origin") for record in records}
-    values = {
+    values: dict[str, Any] = {
         **found.as_dict(),
         "at_limit": _at_limit(records),
         "by_mechanism": {name: part.as_dict() for name, part in found.by_mechanism().items()},
         "origin": origins.popitem()[1] if len(origins) == 1 else None,
     }
-    if not _keep_result({"schema": "assay.vhack.evaluate/1", **values}, own.output, as_json):
-        _print_rates(values)
+    if _keep_result({"schema": "assay.vhack.evaluate/1", **values}, own.output, as_json):
+        return
+    names, rows = list(values["rates"]), []
+    for name, part in {"all": values, **values["by_mechanism"]}.items():
+        shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
+        rows.append((name, part["tasks"], part["completions"], *shown))
+    counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
+    title = f"{counts}, {values['faults']} not graded"
+    table(("mechanism", "tasks", "completions", *names), rows, title=title)
 
 
 def _sampled(
@@ -657,16 +653,3 @@ def _at_limit(records: "list[JsonObject]") -> int:
         limit = origin.get("max_new_tokens") if isinstance(origin, dict) else None
         found += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
     return found
-
-
-def _print_rates(values: dict[str, Any]) -> None:
-    from assay.vhack.training.evaluation import Rate
-
-    names = list(values["rates"])
-    rows = []
-    for name, part in {"all": values, **values["by_mechanism"]}.items():
-        shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
-        rows.append((name, part["tasks"], part["completions"], *shown))
-    counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
-    title = f"{counts}, {values['faults']} not graded"
-    table(("mechanism", "tasks", "completions", *names), rows, title=title)
