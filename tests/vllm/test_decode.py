@@ -16,6 +16,7 @@ from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from assay.poc.protocol.proof import pack_record
+from assay.poc.vllm.engine import VLLMEngine
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, check_idle, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -32,8 +33,6 @@ def dtype(request) -> str:
 
 @pytest.fixture(scope="module")
 def engine(dtype: str):
-    from assay.poc.vllm.engine import VLLMEngine
-
     # A step takes one prompt and a half, so prompts come in chunks beside nonces that decode.
     options = {"enforce_eager": True, "max_model_len": 160, "max_num_batched_tokens": 48, "max_num_seqs": 16}
     options |= SMALL_ENGINE

@@ -17,6 +17,7 @@ import pytest
 from _vllm import Server, talk
 
 from assay import poc
+from assay.poc.vllm.engine import VLLMEngine
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, check_idle, make_round
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
@@ -30,8 +31,6 @@ PRESETS = ("poc-2.0", "artifact", "hardened")
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request):
-    from assay.poc.vllm.engine import VLLMEngine
-
     options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
     options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
@@ -88,8 +87,6 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monke
 @pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
-    from assay.poc.vllm.engine import VLLMEngine
-
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}
     options |= SMALL_ENGINE

@@ -11,6 +11,7 @@ import torch
 from assay import poc
 from assay.errors import ModelError, UsageError
 from assay.poc.vllm.client import NonceStream, sampling_parameters
+from assay.poc.vllm.engine import RequestEngine, VLLMEngine
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 
@@ -24,8 +25,6 @@ COMPANY = 1e-6
 
 @pytest.fixture(scope="module")
 def engine():
-    from assay.poc.vllm.engine import VLLMEngine
-
     # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
     options |= SMALL_ENGINE
@@ -180,8 +179,6 @@ def test_ten_thousand_nonces_leave_no_rows(engine):
 
 def replace_shape(engine, *, seq_len: int, batch_size: int):
     """Another shape on the engine that runs."""
-    from assay.poc.vllm.engine import RequestEngine
-
     return RequestEngine(engine._client, batch_size=batch_size, seq_len=seq_len)
 
 
@@ -197,7 +194,5 @@ def test_the_longest_sequence_is_refused_before_it_runs(engine):
     [({"tensor_parallel": 2}, "options of vLLM"), ({"quantization": "fp8"}, "--quantization fp8")],
 )
 def test_options_under_which_nonces_cannot_run_are_refused_before_the_start(options, refusal: str):
-    from assay.poc.vllm.engine import VLLMEngine
-
     with pytest.raises((UsageError, ModelError), match=refusal):
         VLLMEngine("reference:qwen3", **options)

@@ -14,6 +14,7 @@ from assay import poc
 from assay.models import load_model
 from assay.models.device import processor
 from assay.poc.vllm import compatibility
+from assay.poc.vllm.engine import VLLMEngine
 from tests.models.storing import make_hybrid
 from tests.vllm.conftest import ON_GPU, make_round
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
@@ -35,8 +36,6 @@ BLOCKS = 48
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory):
     """An engine of a model with state, and the model on transformers."""
-    from assay.poc.vllm.engine import VLLMEngine
-
     path = make_hybrid("falcon_h1", tmp_path_factory.mktemp("hybrid") / "falcon_h1")
     # The cache of prefixes is that of a server. A step takes less than a nonce, whose state is carried to the next.
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 8}

@@ -13,6 +13,7 @@ import pytest
 from assay.errors import BackendUnavailable, ModelError, UsageError
 from assay.models.load import identify
 from assay.poc import NetworkPins, get_pipeline
+from assay.poc.launch import Launch, open_judge, vllm_engine
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
 from assay.poc.vllm import servers as _servers
@@ -365,8 +366,6 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 
 
 def test_a_format_that_cannot_recompute_a_proof_and_a_device_for_vllm_are_refused():
-    from assay.poc.launch import Launch, open_judge, vllm_engine
-
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
     with pytest.raises(UsageError, match="int8 on vLLM"):
         open_judge(Launch(model="m", engine="vllm", dtype="int8"), header).__enter__()

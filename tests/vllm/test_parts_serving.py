@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from assay.errors import UsageError
+from assay.poc.net.routes import LocalOnly
 from assay.poc.vllm.endpoint_plugin import ChatBarrier, plugin
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.servers import PassOn
@@ -25,14 +26,13 @@ async def served(scope, receive, send) -> None:
 @pytest.mark.parametrize("root", ["", "/proxy"])
 def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
     """A client may send the root path or leave it out: the router takes both."""
-    from assay.poc.net.routes import LocalOnly
     from tests.poc.service.conftest import TestClient
 
     app = FastAPI()
     app.root_path = root  # as vLLM sets it from --root-path
     for path in ("/api/v1/pow/status", "/api/v1/pow/stop", "/tokenize", "/v1/completions"):
         app.add_api_route(path, lambda: "served", methods=["GET", "POST"])
-    app.add_middleware(ChatBarrier, prefix="/api/v1/pow", closed=lambda: True)
+    app.add_middleware(ChatBarrier, closed=lambda: True)
     app.add_middleware(LocalOnly, prefix="/api/v1/pow")
     here, evil = (TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example"))
     for before in {"", root}:

@@ -47,7 +47,7 @@ from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
 
-WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize"})  # POST routes that need no engine
+WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine
 
 RECEIPT, BLOCK, REQUEST_ID, USER_SEED = b"x-assay-receipt", b"x-assay-block", b"x-request-id", b"x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
@@ -127,6 +127,15 @@ class Responses:
         }
 
 
+def _asks_engine(scope: Connection) -> bool:
+    """Return whether a request is work for the engine.
+
+    Paths are compared as the router does, which takes them with the root path (``--root-path``) and without it.
+    """
+    posts = scope["type"] == "http" and scope["method"] == "POST"
+    return posts and route_path(scope) not in WITHOUT_ENGINE and not route_path(scope).startswith(PREFIXES)
+
+
 class ReceiptMiddleware:
     """Puts requests for the engine into the context in which it is seeded, and names the receipt in the answer.
 
@@ -139,8 +148,7 @@ class ReceiptMiddleware:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        path = route_path(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
-        if not path or path in WITHOUT_ENGINE or path.startswith(PREFIXES):
+        if not _asks_engine(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -251,7 +259,7 @@ class AssayPlugin:
         if index:
             app.add_middleware(PassOn, prefix=PREFIXES, path=self._servers.path)
         app.include_router(dashboard_router())
-        app.add_middleware(ChatBarrier, prefix=PREFIXES, closed=self._closed)
+        app.add_middleware(ChatBarrier, closed=self._closed)
         if not settings.has_keys:
             app.add_middleware(LocalOnly, prefix=PREFIXES)
 
@@ -343,19 +351,14 @@ class AssayPlugin:
 
 
 class ChatBarrier:
-    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running requests go on.
+    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running requests go on."""
 
-    The service's own routes, under ``prefix``, stay open. Paths are compared as the router does, which takes them with
-    the root path (``--root-path``) and without it.
-    """
-
-    def __init__(self, app: ASGIApp, *, prefix: str | tuple[str, ...], closed: Callable[[], bool]) -> None:
-        self._app, self._prefix, self._closed = app, prefix, closed
+    def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
+        self._app, self._closed = app, closed
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 503."""
-        works = scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) not in WITHOUT_ENGINE
-        if not works or route_path(scope).startswith(self._prefix) or not self._closed():
+        if not _asks_engine(scope) or not self._closed():
             await self._app(scope, receive, send)
             return
         await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
