@@ -16,7 +16,7 @@ from assay.poc import Round, get_pipeline
 from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blocker
-from assay.poc.vllm.rows import Spec, split_id
+from assay.poc.vllm.rows import Rows, Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
 from tests.vllm.conftest import settings_of_vllm
@@ -207,17 +207,6 @@ async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an
     assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
 
 
-def worker_of(begin) -> WorkerExtension:
-    """A worker of one stream, whose passes are those of a function."""
-    worker = WorkerExtension()
-    worker.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=1))
-    stream = SimpleNamespace(spec=SPEC, touched=0.0)
-    worker.assay_hooks = SimpleNamespace(rows=SimpleNamespace(get={"key": stream}.get))
-    worker.assay_passes = SimpleNamespace(begin=begin)
-    worker.model_runner = SimpleNamespace(device=torch.device("cpu"))
-    return worker
-
-
 def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
     happened = []
 
@@ -237,7 +226,10 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
             raise RuntimeError("no memory")
         return Values(nonces)
 
-    worker = worker_of(begin)
+    worker, rows = WorkerExtension(), Rows()
+    worker.vllm_config, worker.model_runner = config(), SimpleNamespace(device=CPU)
+    worker.assay_hooks, worker.assay_passes = SimpleNamespace(rows=rows), SimpleNamespace(begin=begin)
+    rows.open("key", SPEC)
     replies = [worker.assay_pass(str(nonce), "key", [[nonce]], 1, False) for nonce in (1, 2, 3)]
     assert replies[0] == []
     assert [(each["call"], each["nonces"]) for each in replies[1]] == [("1", [1])]

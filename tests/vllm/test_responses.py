@@ -8,21 +8,7 @@ import json
 import httpx
 import pytest
 import torch
-from _vllm import (
-    BLOCK,
-    KEY,
-    MODEL,
-    NODE,
-    SEEDED,
-    ForkedServer,
-    agreement,
-    begin,
-    body_of,
-    chat_once,
-    mixed,
-    receipts_of,
-    send_all,
-)
+from _vllm import BLOCK, MODEL, NODE, SEEDED, ForkedServer, agreement, begin, chat_once, mixed, receipts_of, send_all
 from vllm_receipts_soak import kill_loop
 
 from assay.poc.responses import Request, Sampling, respond
@@ -30,6 +16,7 @@ from assay.poc.responses.prefill import read_on
 from tests.vllm.conftest import SMALL
 
 SENTENCE = "class Node:\n    def __init__(self, "
+BODY = {"model": MODEL, "prompt": SENTENCE, "max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +37,8 @@ def texts(server) -> dict:
     return ask(server, "plain", n=3)
 
 
-def ask(server, request_id: str, *, path: str = "/v1/completions", **other) -> dict:
-    body = {"model": MODEL, "prompt": SENTENCE, "max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "seed": 5}
-    if path != "/v1/completions":
-        del body["prompt"]
-    answer = server.client.post(path, json=body | other, headers={"X-Request-Id": request_id})
+def ask(server, request_id: str, **other) -> dict:
+    answer = server.client.post("/v1/completions", json=BODY | other, headers={"X-Request-Id": request_id})
     assert answer.status_code == 200, answer.text
     return answer.json() | {"receipts": receipts_of(server, answer.headers["x-assay-receipt"])}
 
@@ -81,10 +65,8 @@ def test_choices_have_their_own_noise_and_a_stream_has_the_same(server, honest, 
     assert [receipt.output for receipt in texts["receipts"]] == [receipt.output for receipt in wanted.receipts]
     assert len({receipt.output for receipt in wanted.receipts}) == 3
     parts = ["", "", ""]
-    body = {"model": MODEL, "prompt": SENTENCE, "max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "seed": 5, "n": 3}
-    with server.client.stream(
-        "POST", "/v1/completions", json=body | {"stream": True}, headers={"X-Request-Id": "plain"}
-    ) as answer:
+    body, named = BODY | {"n": 3, "stream": True}, {"X-Request-Id": "plain"}
+    with server.client.stream("POST", "/v1/completions", json=body, headers=named) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 choice = json.loads(line[6:])["choices"][0]
@@ -162,12 +144,6 @@ def test_the_routes_need_keys_and_a_block_that_can_be_a_seed(server):
         assert stranger.post("/api/v1/pow/responses/block", json={"block_hash": "mine"}).status_code == 401
     assert server.post("/responses/block", {"block_hash": "\n"}).status_code == 422
     assert server.get("/responses").json()["block_hash"] == BLOCK
-    answer = server.client.post(
-        "/v1/completions",
-        json=body_of(Request(prompt=(1, 2), request_id="x")),
-        headers={"X-Request-Id": "y" * 2000, "Authorization": f"Bearer {KEY}"},
-    )
-    assert (answer.status_code, "X-Request-Id" in answer.json()["detail"]) == (422, True)
 
 
 def test_no_receipt_of_a_whole_response_is_lost_by_sigkill(server, honest):
