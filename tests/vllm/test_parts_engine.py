@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,14 +56,10 @@ class DyingLLM:
 @pytest.fixture
 def loop():
     """An event loop in a thread of its own, and the errors that it logged."""
-    made, logged = asyncio.new_event_loop(), []
-    made.set_exception_handler(lambda _, context: logged.append(context["message"]))
-    thread = threading.Thread(target=made.run_forever, daemon=True)
-    thread.start()
-    yield made, logged
-    made.call_soon_threadsafe(made.stop)
-    thread.join()
-    made.close()
+    logged: list[str] = []
+    with closing(_engine._Loop()) as made:
+        made.loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
+        yield made.loop, logged
 
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:

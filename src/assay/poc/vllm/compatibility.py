@@ -277,10 +277,7 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     visual = model.is_multimodal_model and not model.multimodal_config.language_model_only
     split = any(getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode"))
     extension, stages = parallel.worker_extension_cls, parallel.pipeline_parallel_size > 1
-    sharing, dealt = (
-        getattr(cache, "kv_sharing_fast_prefill", False),
-        getattr(parallel, "enable_expert_parallel", False),
-    )
+    sharing, dealt = getattr(cache, "kv_sharing_fast_prefill", None), getattr(parallel, "enable_expert_parallel", None)
     other, loaded = ", ".join(other_cache(config)), str(config.load_config.load_format)
     caches = "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype"
     own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"

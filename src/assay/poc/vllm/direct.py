@@ -288,12 +288,16 @@ class DirectPasses:
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
 
     def prepare(self, spec: Spec) -> int:
-        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass."""
+        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass.
+
+        Its axes lie in memory as those of vLLM's own cache do.
+        """
         batch, own = self._batch(spec.round.seq_len), self._layer_cache()
         blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._cache = None  # freed before the larger one is made
-            self._cache = _empty_cache_like(own, blocks)
+            shape, order = (blocks, *own.shape[1:]), _axis_order(own)
+            self._cache = torch.empty_permuted(shape, order, dtype=own.dtype, device=own.device).zero_()
         return batch
 
     def _batch(self, seq_len: int) -> int:
@@ -464,10 +468,3 @@ def _cache_layout(cache: Any) -> Any:
 def _axis_order(cache: Tensor) -> list[int]:
     """Return the axes of a tensor as they lie in memory, the slowest first."""
     return sorted(range(cache.ndim), key=cache.stride, reverse=True)
-
-
-def _empty_cache_like(cache: Tensor, blocks: int) -> Tensor:
-    """Return an empty cache of so many blocks whose axes lie in memory as those of another cache do."""
-    order, shape = _axis_order(cache), (blocks, *cache.shape[1:])
-    memory = torch.zeros([shape[axis] for axis in order], dtype=cache.dtype, device=cache.device)
-    return memory.permute([order.index(axis) for axis in range(cache.ndim)])
