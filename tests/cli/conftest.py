@@ -40,6 +40,31 @@ def assay(capsys):
 
 
 @pytest.fixture
+def proving(small_checkpoint, tmp_path):
+    """Words that prove 24 nonces of the small checkpoint into a file; keyword arguments change flags."""
+
+    def words(name="proof.jsonl", *extra, **flags):
+        options = {"model": small_checkpoint, "block_hash": "b", "public_key": "k", "nonces": "0:24", "seq_len": 16}
+        options |= {"batch_size": 8, "device": "cpu"} | flags
+        given = [item for flag, value in options.items() for item in (f"--{flag.replace('_', '-')}", value)]
+        return "poc", "prove", *given, "-o", tmp_path / name, *extra
+
+    return words
+
+
+@pytest.fixture
+def verify(assay, small_checkpoint, tmp_path):
+    """Verify a proof with flags, as JSON."""
+
+    def call(proof, *flags, model=small_checkpoint):
+        path = tmp_path / "proof.jsonl"
+        proof.save(path, overwrite=True)
+        return assay("poc", "verify", path, "--model", model, "--device", "cpu", "--json", *flags)
+
+    return call
+
+
+@pytest.fixture
 def told(assay):
     """Run a command that succeeds; give what it says as JSON."""
 

@@ -41,17 +41,12 @@ def test_forms_that_do_not_go_together_are_refused_by_name(words, refused, proof
 
 
 @pytest.fixture
-def blocks(assay, small_checkpoint, tmp_path):
+def blocks(told, proving, tmp_path):
     """Proofs of two blocks of the small checkpoint, 32 nonces each."""
-    shape = ("--seq-len", 16, "--batch-size", 8, "--device", "cpu", "--nonces", "0:32", "--public-key", "k")
-    made = [tmp_path / f"{block}.jsonl" for block in ("one", "two")]
-    for path in made:
-        options = ("--model", small_checkpoint, "--block-hash", path.stem, "-o", path)
-        assert assay("poc", "prove", *options, *shape).code == 0
-    return made
+    return [told(*proving(f"{name}.jsonl", block_hash=name, nonces="0:32"))["path"] for name in ("one", "two")]
 
 
-def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
+def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_path):
     both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks)
     assumed = told(*both)
     assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")
@@ -65,7 +60,7 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint):
     assert (measured["effective_dimension_from"], len(measured["factors"])) == ("model", 2)
     for wrong in (
         (blocks[0],),
-        ("-o", blocks[0].with_name("x")),
+        ("-o", tmp_path / "x"),
         ("--dimension", 5),
         ("--model", "reference:llama", "--device", "cpu"),
         ("--model", small_checkpoint, "--effective-dimension", 60),

@@ -9,15 +9,9 @@ CACHED = "bfloat16+fp8_e4m3-cache"
 
 
 @pytest.fixture
-def command(small_checkpoint, tmp_path):
-    """Words that prove 24 nonces of the small checkpoint, with more flags."""
-
-    def words(*flags, batch_size=8):
-        round = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 16)
-        given = ("--model", small_checkpoint, "--batch-size", batch_size, "--device", "cpu", *round, *flags)
-        return "poc", "prove", *given, "-o", tmp_path / "proof.jsonl", "--overwrite"
-
-    return words
+def command(proving):
+    """Words that prove again and again, with more flags."""
+    return lambda *flags, **changed: proving("proof.jsonl", "--overwrite", *flags, **changed)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import json
 import sqlite3
 import sys
-from contextlib import closing
 
 import pytest
 
@@ -46,10 +45,10 @@ def test_audit_says_which_entry_was_changed(assay, told, refused, ledger, tmp_pa
     assert assay("poc", "ledger", "audit", ledger, "--head", head).code == 0
     assert assay("poc", "ledger", "audit", ledger, "--head", "0" * 64).code == 1
     refused("poc", "ledger", "audit", ledger, "--head", "latest")
-    with closing(sqlite3.connect(ledger)) as database:
+    with sqlite3.connect(ledger) as database:
         database.execute("DROP TRIGGER updates_never_update")
         database.execute('UPDATE updates SET entry = replace(entry, \'"fault":null\', \'"fault":""\') WHERE seq = 5')
-        database.commit()
+    database.close()
     found = assay("poc", "ledger", "audit", ledger)
     assert found.code == 1
     assert "entry 5: its text does not have its hash" in found.out

@@ -10,10 +10,7 @@ from assay.poc import NetworkPins, Proof
 
 from .conftest import KNOWN, made
 
-ABSENT = ("--model", "/does/not/exist")
 ANY = ("device", "attention", "batch_size", "threads", "torch", "library", "kernels")
-
-
 STRONG = {"strength": 256}
 
 
@@ -37,25 +34,18 @@ def pins(told, new, honest, tmp_path):
 
 
 @pytest.fixture
-def verify(assay, pins, tmp_path):
+def verify(verify, pins):
     """Verify a proof under the pins, as JSON."""
-
-    def call(proof, *flags, model=ABSENT):
-        path = tmp_path / "proof.jsonl"
-        proof.save(path, overwrite=True)
-        return assay("poc", "verify", path, *model, "--device", "cpu", "--json", "--pins", pins, *flags)
-
-    return call
+    return lambda proof, *flags, model="/does/not/exist": verify(proof, "--pins", pins, *flags, model=model)
 
 
 def test_an_honest_proof_needs_block_and_key_beside_the_file(verify, honest, small_checkpoint, monkeypatch, pins):
-    here = ("--model", small_checkpoint)
-    found = verify(honest, *KNOWN, model=here)
+    found = verify(honest, *KNOWN, model=small_checkpoint)
     assert found.code == 0, found.err
     said = json.loads(found.out)
     assert (said["verdict"], said["unpinned"]) == ("honest", [])
     assert {"digest", "weights", "builds", "fewest_nonces", "strength"} <= set(said["pinned"])
-    alone = verify(honest, "--sample", 32, model=here)
+    alone = verify(honest, "--sample", 32, model=small_checkpoint)
     assert (alone.code, json.loads(alone.out)["unpinned"]) == (2, ["block_hash", "public_key"])
 
 
@@ -79,8 +69,8 @@ def test_another_checkpoint_is_refused_before_and_after_it_is_loaded(verify, hon
     assert (found.code, found.out) == (2, "")
     assert f"model '{llama.digest}'" in found.err
     named = replace(llama, digest=honest.header.digest)  # the header says that it is the pinned one
-    assert verify(made(named, **STRONG), *KNOWN, model=("--model", small_checkpoint)).code == 1
-    assert "verify with the checkpoint" in verify(honest, *KNOWN, model=("--model", "reference:llama")).err
+    assert verify(made(named, **STRONG), *KNOWN, model=small_checkpoint).code == 1
+    assert "verify with the checkpoint" in verify(honest, *KNOWN, model="reference:llama").err
 
 
 BESIDE = {
@@ -102,9 +92,8 @@ def test_a_flag_that_contradicts_the_file_is_refused_by_its_name(flag, verify, h
 
 
 def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoint):
-    here = ("--model", small_checkpoint)
     agreed = ("--seq-len", 16, "--strength", 256, "--prover-dtype", "float32", "--nonces", "0:32")
-    assert verify(honest, *KNOWN, *agreed, model=here).code == 0
+    assert verify(honest, *KNOWN, *agreed, model=small_checkpoint).code == 0
     assert "a proof with nonces" in verify(honest, *KNOWN, "--nonces", "0:33").err
     pins.write_text(pins.read_text().replace("fewest", 'nonces = [1, 33]\nblock_hash = "b"\nfewest'))
     assert "a proof with nonces" in verify(honest, *KNOWN).err
@@ -115,21 +104,20 @@ def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoin
 def test_a_list_of_nodes_says_who_may_prove(verify, honest, pins, small_model, small_checkpoint):
     nodes = '[[nodes]]\npublic_key = "k"\nnode_id = 0\n[[nodes]]\npublic_key = "k2"\nnode_id = 1\nnode_count = 2\n'
     pins.write_text(pins.read_text().replace("[[models]]", f"{nodes}[[models]]"))
-    here = ("--model", small_checkpoint)
     assert "no --public-key beside" in verify(honest, "--block-hash", "b").err
-    assert verify(honest, *KNOWN, model=here).code == 0
+    assert verify(honest, *KNOWN, model=small_checkpoint).code == 0
     assert "the key 'stranger'" in verify(honest, "--block-hash", "b", "--public-key", "stranger").err
     second = made(small_model, range(1, 65, 2), public_key="k2", node_id=1, node_count=2, **STRONG)
-    assert verify(second, "--block-hash", "b", "--public-key", "k2", model=here).code == 0
+    assert verify(second, "--block-hash", "b", "--public-key", "k2", model=small_checkpoint).code == 0
     assert "public_key 'k2'" in verify(second, *KNOWN).err
 
 
 def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, small_checkpoint, tmp_path):
-    path, copy, here = tmp_path / "calibration.json", tmp_path / "copy.jsonl", ("--model", small_checkpoint)
+    path, copy = tmp_path / "calibration.json", tmp_path / "copy.jsonl"
     copy.write_bytes((tmp_path / "honest.jsonl").read_bytes())
     told("poc", "calibrate", tmp_path / "honest.jsonl", copy, "-o", path)
     told(*new, "--from-proof", tmp_path / "honest.jsonl", "--calibration", path, "--overwrite")
-    found = verify(honest, *KNOWN, model=here)
+    found = verify(honest, *KNOWN, model=small_checkpoint)
     assert found.code == 0, found.err
     assert "calibration" in json.loads(found.out)["noise"]["source"]
     held = told("poc", "pins", "check", pins, tmp_path / "honest.jsonl", *KNOWN)

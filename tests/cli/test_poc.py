@@ -15,16 +15,9 @@ PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "
 
 
 @pytest.fixture
-def prove(assay, small_checkpoint, tmp_path):
-    """Prove 24 nonces of the small checkpoint into a file; keyword arguments change flags."""
-
-    def call(name="proof.jsonl", *extra, **flags):
-        options = {"model": small_checkpoint, "block_hash": "b", "public_key": "k", "nonces": "0:24", "seq_len": 16}
-        options |= {"batch_size": 8, "device": "cpu"} | flags
-        given = [item for flag, value in options.items() for item in (f"--{flag.replace('_', '-')}", value)]
-        return assay("poc", "prove", *given, "-o", tmp_path / name, *extra)
-
-    return call
+def prove(assay, proving):
+    """Run the words that prove."""
+    return lambda *extra, **flags: assay(*proving(*extra, **flags))
 
 
 def test_prove_and_verify(prove, assay, told, small_checkpoint, tmp_path):

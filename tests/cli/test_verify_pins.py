@@ -11,18 +11,6 @@ from assay.files.jsonl import dumps
 from .conftest import KNOWN, made
 
 
-@pytest.fixture
-def verify(assay, small_checkpoint, tmp_path):
-    """Verify a proof with flags, as JSON; the proof of a round and its nonces is made first."""
-
-    def call(proof, *flags):
-        path = tmp_path / "proof.jsonl"
-        proof.save(path, overwrite=True)
-        return assay("poc", "verify", path, "--model", small_checkpoint, "--device", "cpu", "--json", *flags)
-
-    return call
-
-
 def test_a_proof_that_is_believed_is_not_honest_to_the_shell(verify, small_model):
     """README's line without flags: another node's proof, last week's proof, any length, any nonces."""
     found = verify(made(small_model, range(24)))

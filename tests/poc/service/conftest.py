@@ -145,6 +145,10 @@ class Service:
         self.post("/init/generate", ROUND | (changes or {}))
         until(lambda: self.checked() >= least)
 
+    def sql(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+        """Run a statement on the database of the service, and return its rows."""
+        return execute(self.settings.data_dir / "service.sqlite3", statement, values)
+
     def status(self):
         return self.client.get(f"{PREFIX}/status").json()
 

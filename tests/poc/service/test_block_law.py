@@ -34,19 +34,24 @@ def llama():
     return load_model("reference:llama", dtype="bfloat16", device="cpu")
 
 
-def measured(service, least: int) -> tuple[dict, str]:
-    """Run a round until so many nonces are checked; return the snapshot and the metrics."""
-    service.post("/init/generate", ROUND | SHAPE)
-    until(lambda: service.checked() >= least, 60)
-    service.post("/stop")
-    until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == service.checked())
-    return service.client.get(f"{PREFIX}/snapshot").json(), service.client.get("/metrics").text
+@pytest.fixture
+def measured(rig, serving, llama):
+    """Run a round of the model until so many nonces are checked; return the snapshot and the metrics."""
+
+    def run(least: int) -> tuple[dict, str]:
+        rig.deployment = lambda: Deployment.of(llama, compiled=False)
+        with serving(seq_len=16) as service:
+            service.post("/init/generate", ROUND | SHAPE)
+            until(lambda: service.checked() >= least, 60)
+            service.post("/stop")
+            until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == service.checked())
+            return service.client.get(f"{PREFIX}/snapshot").json(), service.client.get("/metrics").text
+
+    return run
 
 
-def test_an_honest_node_in_a_wide_block_raises_no_alert(rig, serving, llama):
-    rig.deployment = lambda: Deployment.of(llama, compiled=False)
-    with serving(seq_len=16) as service:
-        seen, text = measured(service, 1000)
+def test_an_honest_node_in_a_wide_block_raises_no_alert(measured):
+    seen, text = measured(1000)
     n, rate = seen["checked"], seen["valid_rate"]
     # Against the chord law, with the error of the nonces alone, this node was off by far more than five errors.
     assert abs(rate - 0.1) > 8 * rate_standard_error(0.1, n)
@@ -58,19 +63,17 @@ def test_an_honest_node_in_a_wide_block_raises_no_alert(rig, serving, llama):
     assert len(histogram["expected_errors"]) == len(histogram["expected"])
 
 
-def test_without_a_measurement_the_error_is_wide_enough(rig, serving, llama, monkeypatch):
+def test_without_a_measurement_the_error_is_wide_enough(measured, monkeypatch):
     """As on engines whose states cannot be read: the head is known, and an effective dimension is assumed."""
     monkeypatch.setattr(Deployment, "block_factor", lambda *_: None)
-    rig.deployment = lambda: Deployment.of(llama, compiled=False)
-    with serving(seq_len=16) as service:
-        seen, text = measured(service, 600)
+    seen, text = measured(600)
     assert abs(seen["valid_rate"] - 0.1) > 5 * rate_standard_error(0.1, seen["checked"])
     assert seen["expected_rate"] == pytest.approx(0.1, abs=0.03)
     assert seen["expected_rate_error"] > 0.025
     assert not fires(text)
 
 
-def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkeypatch):
+def test_a_node_that_is_off_its_law_raises_the_alert(measured, monkeypatch):
     """Distances of another target: the block says nothing about them."""
     compute = _prover.compute
 
@@ -79,7 +82,4 @@ def test_a_node_that_is_off_its_law_raises_the_alert(rig, serving, llama, monkey
             yield [replace(record, distance=record.distance - 0.012) for record in batch]
 
     monkeypatch.setattr("assay.poc.net.deployment.compute", shifted)
-    rig.deployment = lambda: Deployment.of(llama, compiled=False)
-    with serving(seq_len=16) as service:
-        _, text = measured(service, 600)
-    assert fires(text)
+    assert fires(measured(600)[1])

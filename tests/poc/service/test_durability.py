@@ -3,7 +3,6 @@
 import fcntl
 
 import pytest
-import sqlalchemy as sa
 
 from assay.errors import StorageError
 from assay.files.database import Database
@@ -13,8 +12,7 @@ from tests.waiting import until
 
 
 def nonces_on_disk(service) -> list[int]:
-    rows = execute(service.controller.database.path, "SELECT nonce FROM records ORDER BY nonce")
-    return [row[0] for row in rows]
+    return [nonce for (nonce,) in service.sql("SELECT nonce FROM records ORDER BY nonce")]
 
 
 @pytest.mark.parametrize("then", ["init/generate", "init/validate", "init", "stop"])
@@ -80,14 +78,12 @@ def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatc
 
 def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announced(service):
     service.generate(1, {"callback_url": "http://127.0.0.1:9/"})
-    database = service.controller.database
-    with database.write() as connection:
-        connection.exec_driver_sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
+    service.sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
     assert "UNIQUE" in service.status()["error"]
-    found = execute(database.path, "SELECT count(*), sum(valid) FROM records WHERE nonce != 1000")
-    assert found == execute(database.path, "SELECT checked, valid FROM rounds")
-    assert execute(database.path, "SELECT sum(nonces) FROM outbox") == [found[0][1:]]
+    found = service.sql("SELECT count(*), sum(valid) FROM records WHERE nonce != 1000")
+    assert found == service.sql("SELECT checked, valid FROM rounds")
+    assert service.sql("SELECT sum(nonces) FROM outbox") == [found[0][1:]]
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
@@ -115,18 +111,14 @@ def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
         service.post("/stop")
     assert service.controller.rounds.prune(keep=3600) == 0
     assert service.controller.rounds.prune(keep=-1) == 1
-    with service.controller.database.read() as connection:
-        left = connection.execute(sa.text("SELECT block_hash FROM rounds ORDER BY id")).scalars().all()
-        orphans = connection.execute(
-            sa.text("SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)")
-        ).scalar_one()
-    assert (left, orphans) == (["owing", "current"], 0)
+    assert service.sql("SELECT block_hash FROM rounds ORDER BY id") == [("owing",), ("current",)]
+    assert service.sql("SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)") == [(0,)]
 
 
 def test_a_round_of_another_model_does_not_continue(service):
     service.generate(1)
     service.close()
-    execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
+    service.sql("UPDATE rounds SET digest = 'another'")
     service.start()
     service.wait_ready = lambda: None
     until(lambda: service.status()["state"] == "STOPPED")
@@ -139,7 +131,7 @@ def test_a_round_of_another_model_is_not_validated(service):
     """Honest distances of that model are others than this model has: they would be taken for fraud."""
     service.post("/init/validate", ROUND)
     service.close()
-    execute(service.settings.data_dir / "service.sqlite3", "UPDATE rounds SET digest = 'another'")
+    service.sql("UPDATE rounds SET digest = 'another'")
     service.start()
     until(lambda: service.controller.loaded.done())
     claim = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id")}

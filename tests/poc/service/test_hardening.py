@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-import sqlalchemy as sa
 
 from assay.errors import EngineEnded, ProofMismatch, StorageError
 from assay.poc.net import callbacks as _callback_guard
@@ -75,21 +74,16 @@ def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
 
 
 def test_a_round_is_used_by_every_commit_and_phase(service):
-    def touched() -> float:
-        with service.controller.database.read() as connection:
-            return connection.exec_driver_sql("SELECT touched_at FROM rounds").scalar_one()
-
-    def forget() -> None:
-        with service.controller.database.write() as connection:
-            connection.exec_driver_sql("UPDATE rounds SET touched_at = 0")
+    def is_fresh() -> bool:
+        return service.sql("SELECT touched_at FROM rounds")[0][0] > time.time() - 60
 
     service.generate(1)
-    forget()
-    until(lambda: touched() > time.time() - 60)
+    service.sql("UPDATE rounds SET touched_at = 0")
+    until(is_fresh)
     service.post("/stop")
-    forget()
+    service.sql("UPDATE rounds SET touched_at = 0")
     service.post("/phase/validate")
-    assert touched() > time.time() - 60
+    assert is_fresh()
 
 
 def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
@@ -101,8 +95,7 @@ def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
     monkeypatch.setattr(_rounds.time, "time", lambda: real() + 31 * DAY)
     assert service.controller.rounds.prune(30 * DAY) == 0
     monkeypatch.undo()
-    with service.controller.database.write() as connection:
-        connection.exec_driver_sql(f"UPDATE rounds SET touched_at = touched_at - {31 * DAY} WHERE block_hash = 'first'")
+    service.sql("UPDATE rounds SET touched_at = touched_at - ? WHERE block_hash = 'first'", (31 * DAY,))
     assert service.controller.rounds.prune(30 * DAY) == 1
 
 
@@ -219,9 +212,7 @@ def test_no_callback_announces_more_than_twice_its_bound(service):
     stored = service.controller.progress.stored.id
     with service.controller.database.write() as connection:
         service.controller.outbox.announce(connection, stored, DEAD_END, list(range(2500)), interval=1000.0, most=1000)
-    with service.controller.database.read() as connection:
-        counts = connection.execute(sa.text("SELECT nonces FROM outbox ORDER BY seq")).scalars().all()
-    assert counts == [1000, 1000, 500]
+    assert service.sql("SELECT nonces FROM outbox ORDER BY seq") == [(1000,), (1000,), (500,)]
 
 
 # Callbacks

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import structlog
@@ -46,26 +46,18 @@ def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tup
 def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
     """Send the parts, then read until the server closes the connection or says nothing more."""
     with socket.create_connection(address, timeout=20) as connection:
-        try:
+        with suppress(OSError):  # the server has closed it already
             for part in parts:
                 connection.sendall(part)
-        except OSError:
-            pass  # the server has closed it already
         return read(connection)
 
 
 def read(connection: socket.socket) -> bytes:
     found = b""
-    while chunk := _received(connection):
-        found += chunk
+    with suppress(ConnectionResetError):
+        while chunk := connection.recv(65_536):
+            found += chunk
     return found
-
-
-def _received(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(65_536)
-    except ConnectionResetError:
-        return b""
 
 
 def post(body: bytes, *headers: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Artifact rounds and jobs: queue, polling, waiting, cancelling, checking."""
 
 import json
-import sqlite3
 import time
 
 import numpy as np
@@ -21,11 +20,16 @@ def finished(service, request_id: str):
     return state if state["status"] not in ("queued", "running") else None
 
 
+def ended(service, queued: dict) -> dict:
+    """Wait for the end of a job."""
+    until(lambda: finished(service, queued["request_id"]))
+    return finished(service, queued["request_id"])
+
+
 def run(service, body) -> dict:
     queued = service.post("/generate", body)
     assert queued["status"] == "queued"
-    until(lambda: finished(service, queued["request_id"]))
-    return finished(service, queued["request_id"])
+    return ended(service, queued)
 
 
 def test_a_job_is_queued_polled_and_completed(service):
@@ -98,19 +102,16 @@ def test_jobs_wait_for_a_round_and_survive_a_restart(service):
     service.restart()
     assert finished(service, queued["request_id"]) is None
     service.post("/stop")
-    until(lambda: finished(service, queued["request_id"]))
-    assert finished(service, queued["request_id"])["status"] == "completed"
+    assert ended(service, queued)["status"] == "completed"
 
 
 def test_a_job_that_another_version_stored_fails_by_name_and_the_next_one_runs(service):
     service.post("/init/generate", ROUND)  # jobs wait for it
     old, new = service.post("/generate", JOB), service.post("/generate", JOB | {"nonces": [9]})
-    with sqlite3.connect(next(service.controller.settings.data_dir.glob("*.sqlite3"))) as database:
-        database.execute("UPDATE jobs SET request = '{}' WHERE id = ?", [old["request_id"]])
+    service.sql("UPDATE jobs SET request = '{}' WHERE id = ?", [old["request_id"]])
     service.post("/stop")
-    until(lambda: finished(service, new["request_id"]))
+    assert ended(service, new)["status"] == "completed"
     assert "stored by another version" in finished(service, old["request_id"])["error"]
-    assert finished(service, new["request_id"])["status"] == "completed"
 
 
 def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_start(service):
@@ -125,8 +126,7 @@ def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_s
     service.rig.fail = None
     service.start()
     service.wait_ready()
-    until(lambda: finished(service, queued["request_id"]))
-    assert len(finished(service, queued["request_id"])["artifacts"]) == 5
+    assert len(ended(service, queued)["artifacts"]) == 5
 
 
 def test_waiting_too_long_is_answered_with_202(serving):
@@ -236,5 +236,4 @@ def test_a_job_outlasts_a_full_disk(service, monkeypatch):
     service.rig.fail = RuntimeError("nothing may be computed twice")
     assert finished(service, queued["request_id"]) is None
     full.clear()
-    until(lambda: finished(service, queued["request_id"]))
-    assert finished(service, queued["request_id"])["status"] == "completed"
+    assert ended(service, queued)["status"] == "completed"

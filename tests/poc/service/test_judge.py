@@ -99,21 +99,16 @@ def test_a_calibration_of_another_model_is_refused(rig, digest):
     check_calibration(calibration(rig, "0" * 64), rig.deployment())
 
 
+def noise_of(fingerprint, digest: str | None, sigma: float) -> BuildNoise:
+    """The measured noise of a build."""
+    law, exact = stats.ScaleNoise(sigma=sigma), Spread()
+    about = {"output": "distance", "preset": "poc-2.0", "digest": digest, "n": 100}
+    measured = {"law": law, "sizes": {(0, 1): law.size}, "spread": exact, "known": exact}
+    return BuildNoise(**about, machines=describe_machines([fingerprint, fingerprint]), **measured)
+
+
 def calibration(rig, digest: str | None) -> Calibration:
-    fingerprint = rig.deployment().engine(4, 4).fingerprint
-    law, exact = stats.ScaleNoise(sigma=5e-4), Spread()
-    build = BuildNoise(
-        output="distance",
-        preset="poc-2.0",
-        digest=digest,
-        machines=describe_machines([fingerprint, fingerprint]),
-        law=law,
-        sizes={(0, 1): law.size},
-        spread=exact,
-        known=exact,
-        n=100,
-    )
-    return Calibration(builds=(build,))
+    return Calibration(builds=(noise_of(rig.deployment().engine(4, 4).fingerprint, digest, 5e-4),))
 
 
 def test_an_empty_request_is_no_fraud(judging):
@@ -153,14 +148,10 @@ def test_a_round_that_ends_ends_its_validations(judging):
 
 def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
     """A file may hold builds of several formats; the first one is not that of every service."""
-    exact, builds = Spread(), []
-    for dtype, sigma in (("float16", 0.02), ("float32", 0.001)):
-        law, engine = stats.ScaleNoise(sigma=sigma), replace(proof.header.fingerprint, dtype=dtype)
-        measured = {"law": law, "sizes": {(0, 1): law.size}, "spread": exact, "known": exact}
-        about = {"output": "distance", "preset": "poc-2.0", "digest": small_model.digest, "n": 100}
-        builds.append(BuildNoise(**about, machines=describe_machines([engine, engine]), **measured))
+    known, sigmas = proof.header.fingerprint, {"float16": 0.02, "float32": 0.001}
+    builds = [noise_of(replace(known, dtype=dtype), small_model.digest, sigma) for dtype, sigma in sigmas.items()]
     noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
-    for dtype, sigma in (("float32", 0.001), ("float16", 0.02)):
+    for dtype, sigma in sigmas.items():
         found = noise.of(proof.header.pipeline, dtype, small_model.digest, proof.header.round)
         assert found.law.sigma == pytest.approx(sigma, rel=0.5)
     assert noise.of(proof.header.pipeline, "bfloat16", small_model.digest, proof.header.round) is None

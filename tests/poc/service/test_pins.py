@@ -67,9 +67,8 @@ def test_nodes_that_are_not_listed_neither_generate_nor_are_validated(serving):
         claim = BLOCK | {"nonces": [1], "dist": [1.4], "node_id": 1}
         assert refused(service, "/validate", claim | {"public_key": "node_C"}) == ["public_key"]
         assert refused(service, "/validate", claim | {"public_key": "node_A"}) == ["node_count"]
-        assert refused(service, "/validate", claim | {"public_key": "node_B", "node_id": 0, "nonces": [2]}) == [
-            "node_id"
-        ]
+        another = claim | {"public_key": "node_B", "node_id": 0, "nonces": [2]}
+        assert refused(service, "/validate", another) == ["node_id"]
         service.post("/validate", claim | {"public_key": "node_B"})
         service.post("/validate", claim | {"public_key": "node_B", "node_id": -1})
         # The validator's round is no round that this node may generate.

@@ -188,14 +188,12 @@ def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
 def test_a_database_of_the_first_version_takes_receipts(serving, tmp_path):
     (tmp_path / "data").mkdir()
     shutil.copy(FIRST, tmp_path / "data")
-    before = execute(FIRST, "SELECT count(*), sum(nonce) FROM records")[0]
+    before = execute(FIRST, "SELECT count(*), sum(nonce) FROM records")
     with serving() as service:
         store(service, receipt("chat"))
         assert get(service, "/chat")
-        with service.controller.database.read() as connection:
-            now = connection.exec_driver_sql("SELECT count(*), sum(nonce) FROM records").one()
-            assert connection.exec_driver_sql("SELECT count(*) FROM migrations").scalar_one() == len(MIGRATIONS)
-    assert tuple(now) == tuple(before)
+        assert service.sql("SELECT count(*), sum(nonce) FROM records") == before
+        assert service.sql("SELECT count(*) FROM migrations") == [(len(MIGRATIONS),)]
 
 
 def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
@@ -336,8 +334,7 @@ def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
 def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
     store(service, *(receipt(f"chat-{i}") for i in range(7)))
     keeper, day = service.controller.receipts, 86_400.0
-    with service.controller.database.write() as connection:
-        connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
+    service.sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
     monkeypatch.setattr(_receipts, "_PRUNED", 3)
     assert keeper.prune(30 * day) == 0
     real = time.time
@@ -352,8 +349,7 @@ def test_a_service_deletes_what_is_old_by_itself(serving):
     with serving() as service:
         store(service, receipt(secret(1)), receipt("young"))
         until(lambda: service.controller.receipts._pruned_at > 0)
-        with service.controller.database.write() as connection:
-            connection.exec_driver_sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
+        service.sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
         service.restart()
         until(lambda: len(get(service, "")["receipts"]) == 1)
         until(lambda: secret(1).encode() not in on_disk(service))

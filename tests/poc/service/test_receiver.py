@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import sqlite3
 import stat
 from datetime import UTC, datetime, timedelta
 
@@ -123,9 +122,7 @@ def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
 
 def test_a_read_key_does_not_clear(client):
     headers = {"Authorization": f"Bearer {READ}"}
-    assert (
-        client.get("/stats", headers=headers).status_code == client.get("/batches", headers=headers).status_code == 200
-    )
+    assert {client.get(path, headers=headers).status_code for path in ("/stats", "/batches")} == {200}
     assert client.delete("/clear", headers=headers).status_code == 403
 
 
@@ -166,14 +163,11 @@ def test_a_body_whose_nonces_are_no_list_is_counted_as_none(client):
 @pytest.mark.parametrize("stored", ['{"dist":[NaN]}', r'{"key":"\ud800"}', '{"a":' + "[" * 900 + "]" * 900 + "}", "{"])
 def test_a_poisoned_body_of_an_older_version_breaks_nothing(tmp_path, stored):
     path = tmp_path / "received.sqlite3"
-    with sqlite3.connect(path) as database:  # as the first version made it: no migrations
-        database.execute(
-            "CREATE TABLE received (seq INTEGER NOT NULL, id TEXT NOT NULL, kind TEXT NOT NULL, at FLOAT NOT NULL, "
-            "nonces INTEGER NOT NULL, copies INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (seq), UNIQUE (id))"
-        )
-        for number, body in enumerate((stored, BODY)):
-            database.execute("INSERT INTO received VALUES (NULL, ?, 'generated', 0, 3, 1, ?)", (f"msg_{number}", body))
-    database.close()
+    columns = "seq INTEGER NOT NULL, id TEXT NOT NULL, kind TEXT NOT NULL, at FLOAT NOT NULL, nonces INTEGER NOT NULL"
+    columns += ", copies INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (seq), UNIQUE (id)"
+    execute(path, f"CREATE TABLE received ({columns})")  # as the first version made it: no migrations
+    for number, body in enumerate((stored, BODY)):
+        execute(path, "INSERT INTO received VALUES (NULL, ?, 'generated', 0, 3, 1, ?)", (f"msg_{number}", body))
     receiver = TestClient(create_receiver(Received(path)), base_url=HERE)
     poisoned, sound = receiver.get("/batches").json()["batches"]
     assert poisoned["body"] is None

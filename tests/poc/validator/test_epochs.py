@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-import sqlite3
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,21 @@ from scipy import stats as distributions
 from assay.files.database import Database
 from assay.poc.validator.epochs import Epoch, commitment, draw, first_turn, message_seed
 from assay.poc.validator.inbox import MIGRATIONS, NAME, Inbox, Message
+from tests.poc.service.conftest import execute
 from tests.poc.validator.conftest import body_of, proof_of
 from tests.waiting import until
 
 
 @pytest.fixture
-def inbox(tmp_path):
-    made = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
-    yield made
-    made.close()
+def opened(tmp_path):
+    """Open the inbox of a directory; what was opened is closed."""
+    with ExitStack() as made:
+        yield lambda **how: made.enter_context(closing(Inbox(tmp_path, epoch_seconds=3600.0, sample=8, **how)))
+
+
+@pytest.fixture
+def inbox(opened):
+    return opened()
 
 
 def _end_epoch(inbox: Inbox) -> None:
@@ -58,15 +64,11 @@ def test_a_secret_that_is_public_draws_from_nothing_any_more(inbox):
         assert (seed == found.seed) == (found.id == "early")
 
 
-def test_secrets_survive_a_restart(tmp_path, inbox):
+def test_secrets_survive_a_restart(tmp_path, inbox, opened):
     before = inbox.epochs(10)
     inbox.close()
-    again = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
-    assert again.epochs(10) == before
-    with sqlite3.connect(tmp_path / "validator.sqlite3") as database:
-        assert database.execute("SELECT count(*) FROM epochs").fetchone() == (2,)
-    database.close()
-    again.close()
+    assert opened().epochs(10) == before
+    assert execute(tmp_path / NAME, "SELECT count(*) FROM epochs") == [(2,)]
 
 
 def test_the_commitment_is_the_hash_of_secret_and_number():
@@ -101,33 +103,28 @@ def test_a_nonce_is_as_likely_in_a_message_of_any_size(inbox):
     assert all(90 <= count <= 310 for count in drawn.values()), drawn
 
 
-def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(tmp_path, inbox):
+def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened):
     inbox.add([_message("a", body=b"x" * 60), _message("a", body=b"x" * 60), _message("b", body=b"x" * 30)])
     inbox.close()
-    again = Inbox(tmp_path, epoch_seconds=3600.0, sample=8, most=100)
+    again = opened(most=100)
     assert not again.is_full("node_A", 10)
     assert again.is_full("node_A", 11)
     assert not again.is_full("node_B", 100)
     assert again.prune(0.0) == 2
     assert not again.is_full("node_A", 100)
-    again.close()
 
 
-def test_messages_that_an_older_version_kept_get_their_turns(tmp_path):
+def test_messages_that_an_older_version_kept_get_their_turns(tmp_path, opened):
     Database(tmp_path, name=NAME, migrations=MIGRATIONS[:1]).close()
-    with sqlite3.connect(tmp_path / NAME) as database:
-        database.execute("INSERT INTO senders VALUES (1, 'node_A', 0, 0, 3, 82, 0)")
-        for seq, (seed, nonces, drawn) in enumerate([(2**52, 40, 0), (2**52, 2, 0), (2**52, 40, 8), (5, 0, 0)], 1):
-            row = (seq, 1, str(seq), "generated", 0, 1, seed, b"", nonces, drawn, drawn, b"{}")
-            database.execute("INSERT INTO inbox VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
-    database.close()
-    inbox = Inbox(tmp_path, epoch_seconds=3600.0, sample=8)
-    with inbox.database.read() as connection:
-        turns = connection.exec_driver_sql("SELECT turn FROM inbox ORDER BY seq").scalars().all()
+    execute(tmp_path / NAME, "INSERT INTO senders VALUES (1, 'node_A', 0, 0, 3, 82, 0)")
+    for seq, (seed, nonces, drawn) in enumerate([(2**52, 40, 0), (2**52, 2, 0), (2**52, 40, 8), (5, 0, 0)], 1):
+        row = (seq, 1, str(seq), "generated", 0, 1, seed, b"", nonces, drawn, drawn, b"{}")
+        execute(tmp_path / NAME, "INSERT INTO inbox VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
+    inbox = opened()
+    turns = [turn for (turn,) in execute(tmp_path / NAME, "SELECT turn FROM inbox ORDER BY seq")]
     assert turns == pytest.approx([first_turn(2**52, 40, 8), first_turn(2**52, 2, 8), 12 / 40, 0.0])
     assert turns[:2] == pytest.approx([0.1, 0.5])
     assert [found.id for found in inbox.plan(["node_A"] * 5, 100)] == ["1", "2", "3"]
-    inbox.close()
 
 
 def test_the_seed_binds_secret_key_id_and_content():
