@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from assay import streams
 from assay.errors import UsageError
+from assay.models.frame import Frame
 from assay.poc import Round, get_pipeline
-from assay.poc.engines.base import Draws, noise_inputs
+from assay.poc.engines.base import Draws, noise_inputs, token_inputs
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
@@ -141,6 +142,21 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
             alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
             assert torch.equal(request.prompt_embeds, alone)
             assert request.prompt_is_token_ids == [False] * 8
+
+
+def test_nonces_of_a_frame_are_kept_only_where_their_prompts_are_their_own_tokens():
+    ones = np.ones(D, np.float32)
+    frame = Frame("0" * 64, "trained", rows=V, left_out=np.array([0], np.int32), mean=0 * ones, scale=ones)
+    runner, key = SimpleNamespace(device=CPU, execute_model=lambda _: None, sample_tokens=None), new_key()
+    round = Round(block_hash="b", public_key="k", seq_len=8, preset="tokens-1")
+    hooks, spec = hooks_on(runner), Spec(round, get_pipeline("tokens-1"), frame)
+    hooks.rows.open(key, spec)
+    own = token_inputs(round, frame, [1], seq_len=8)[0].tolist()
+    sent = {1: (own, None), 2: (own, None), 3: ([0] * 8, torch.zeros(8, D))}
+    named = [{"req_id": request_id(key, n), "prompt_token_ids": i, "prompt_embeds": e} for n, (i, e) in sent.items()]
+    runner.execute_model(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(**request) for request in named]))
+    assert list(hooks.rows.get(key).filled) == [1]
+    assert hooks.rows.get(key).failed == {n: f"ValueError: other tokens than those of nonce {n}" for n in (2, 3)}
 
 
 def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
