@@ -212,10 +212,10 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
 
 @poc.add("frame", FrameSettings, panel="Noise", example="assay poc frame reference:qwen3 -o frame.safetensors")
 def frame(chosen: FrameSettings, as_json: bool) -> None:
-    """Measure the frame of a checkpoint, which a network does once for the preset tokens-1.
+    """Measure the frame of a checkpoint.
 
-    The file says from which tokens nonces are drawn, and what centres and scales the states. Publish it, and pin it:
-    assay poc pins new --frame frame.safetensors.
+    A network does so once, for the preset tokens-1. The file says from which tokens nonces are drawn, and what centres
+    and scales the states. Publish it, and pin it: assay poc pins new --frame frame.safetensors.
     """
     from assay import poc
     from assay.files.storage import check_new_file
