@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,29 @@ def settings_of_vllm(values: dict[str, Any]) -> SimpleNamespace:
         owner = vars(config).setdefault(f"{section}_config", SimpleNamespace()) if section else config
         setattr(owner, name, value)
     return config
+
+
+class State(NamedTuple):
+    """What both model runners keep between ``execute_model`` and ``sample_tokens``."""
+
+    scheduler_output: Any
+    logits: torch.Tensor | None
+    hidden_states: torch.Tensor
+    input_batch: Any
+
+
+def lay_out(
+    runner: Any, states: torch.Tensor, spans: dict[str, tuple[int, int]], prompt: int = 0, **of_batch: Any
+) -> None:
+    """Put the requests of a step where both model runners have them: how much was computed before, and is now."""
+    lengths = [length for _, length in spans.values()]
+    computed, prompts = np.array([at for at, _ in spans.values()]), np.full(len(spans), prompt)
+    of_v1 = {"req_ids": list(spans), "num_computed_tokens_cpu": computed, "num_prompt_tokens": prompts}
+    of_v2 = {"req_ids": list(spans), "num_computed_tokens_np": computed, "prefill_len_np": prompts}
+    of_v2 |= {"num_reqs": len(spans), "query_start_loc_np": np.cumsum([0, *lengths])} | of_batch
+    scheduled = SimpleNamespace(num_scheduled_tokens=dict(zip(spans, lengths, strict=True)))
+    runner.input_batch = SimpleNamespace(**of_v1)
+    runner.execute_model_state = State(scheduled, None, states, SimpleNamespace(**of_v2))
 
 
 def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ_LEN) -> Round:

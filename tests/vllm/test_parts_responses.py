@@ -22,7 +22,7 @@ from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
-from tests.vllm.conftest import settings_of_vllm
+from tests.vllm.conftest import lay_out, settings_of_vllm
 
 DIGEST = "0" * 64
 
@@ -247,14 +247,7 @@ def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
     rows = [
         state_of(name, at) for name, (computed, length) in spans.items() for at in range(computed, computed + length)
     ]
-    runner.input_batch = SimpleNamespace(
-        req_ids=list(spans),
-        num_computed_tokens_cpu=[computed for computed, _ in spans.values()],
-        num_prompt_tokens=[0] * len(spans),
-    )
-    runner.execute_model_state = SimpleNamespace(
-        hidden_states=torch.stack(rows), scheduler_output=SimpleNamespace(num_scheduled_tokens=lengths)
-    )
+    lay_out(runner, torch.stack(rows), spans)
     runner.sample_tokens()
 
 
@@ -301,11 +294,10 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
     capture = Capture(runner, settings_of_vllm({"model_config": CONFIG.model_config} | drafts))
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
     for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
-        batch = {"req_ids": ["a", "padding"], "num_reqs": 1, "query_start_loc_np": np.array([0, len(positions), 99])}
-        batch |= {"num_computed_tokens_np": np.array([bound]), "prefill_len_np": np.array([10])}
-        batch["positions"] = torch.tensor(list(positions))
+        padded = {"req_ids": ["a", "padding"], "query_start_loc_np": np.array([0, len(positions), 99])}
+        padded["positions"] = torch.tensor(list(positions))
         states = torch.stack([state_of(name, at) for at in positions])
-        runner.execute_model_state = SimpleNamespace(hidden_states=states, input_batch=SimpleNamespace(**batch))
+        lay_out(runner, states, {"a": (bound, len(positions))}, prompt=10, **padded)
         runner.sample_tokens()
     found = np.frombuffer(capture.read({"a": range(2)})["a"], np.float16).reshape(-1, 12)
     wanted = sketch_states(torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32]))

@@ -1,7 +1,6 @@
 """What a worker holds of nonces: rows and their ids, the requests of a step, inputs, states and decoded tokens."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
-from tests.vllm.conftest import settings_of_vllm
+from tests.vllm.conftest import lay_out, settings_of_vllm
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 V, D, CPU = 40, 16, torch.device("cpu")
@@ -209,20 +208,12 @@ EMBEDDING, HEAD = torch.randn(2, V, D, generator=torch.Generator().manual_seed(0
 NONCES = (3, 8, 20)
 
 
-class State(NamedTuple):
-    scheduler_output: object
-    logits: torch.Tensor | None
-    hidden_states: torch.Tensor
-    input_batch: object
-
-
 class Runner:
     """As much of the V1 runner as is used, with a model whose state forgets half of the past at every position."""
 
     def __init__(self) -> None:
         self.device, self.execute_model_state, self.said = torch.device("cpu"), None, []
         self.model = SimpleNamespace(compute_logits=lambda states: states @ HEAD.T)
-        self.input_batch = SimpleNamespace()
 
     def execute_model(self, scheduler_output) -> None:
         """Take new requests."""
@@ -237,21 +228,9 @@ class Runner:
         """Run tokens ``ids[computed:computed + length]`` of every request; their states follow all ids before."""
         parts = [states_of(ids)[at : at + length] for ids, at, length in batch.values()]
         states = torch.cat(parts)
-        lengths = {name: length for name, (_, _, length) in batch.items()}
-        last = np.cumsum(list(lengths.values())) - 1
-        computed, prompts = [at for _, at, _ in batch.values()], [P] * len(batch)
-        self.input_batch.req_ids = list(batch)
-        self.input_batch.num_computed_tokens_cpu, self.input_batch.num_prompt_tokens = computed, prompts
-        self.rows = states[last]
-        given = SimpleNamespace(
-            req_ids=list(batch),
-            num_reqs=len(batch),
-            query_start_loc_np=np.array([0, *(last + 1)]),
-            num_computed_tokens_np=np.array(computed),
-            prefill_len_np=np.array(prompts),
-        )
-        scheduled = SimpleNamespace(num_scheduled_tokens=lengths)
-        self.execute_model_state = State(scheduled, self.first_logits(), states, given)
+        lay_out(self, states, {name: (at, length) for name, (_, at, length) in batch.items()}, prompt=P)
+        self.rows = states[self.execute_model_state.input_batch.query_start_loc_np[1:] - 1]
+        self.execute_model_state = self.execute_model_state._replace(logits=self.first_logits())
         self.sample_tokens()
 
     def first_logits(self) -> torch.Tensor | None:

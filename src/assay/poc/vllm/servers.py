@@ -112,18 +112,14 @@ class PassOn:
             found = await self._client.send(_owners_request(request), stream=True)
         except ClientDisconnect:
             return
-        except (httpx.InvalidURL, UnicodeError, httpx.TransportError) as error:
-            refusal = Refusal(
-                400,
-                "a path or a query that cannot be passed on",
-                wanted="printable ASCII, and at most 64 KiB of it",
-                do="percent-encode other characters",
-            )
-            if isinstance(error, httpx.TransportError):
-                wanted = "the first of --api-server-count, which may still start"
-                seen = "the API server that has the round does not answer"
-                refusal = Refusal(503, seen, wanted=wanted, do="try again", retry_after=5)
-            await answer(refusal)(scope, receive, send)
+        except httpx.TransportError:
+            seen = "the API server that has the round does not answer"
+            wanted = "the first of --api-server-count, which may still start"
+            await answer(Refusal(503, seen, wanted=wanted, do="try again", retry_after=5))(scope, receive, send)
+            return
+        except (httpx.InvalidURL, UnicodeError):
+            seen, wanted = "a path or a query that cannot be passed on", "printable ASCII, and at most 64 KiB of it"
+            await answer(Refusal(400, seen, wanted=wanted, do="percent-encode other characters"))(scope, receive, send)
             return
         response = StreamingResponse(_body(found), found.status_code)
         response.raw_headers[:] = [pair for pair in found.headers.raw if pair[0].lower() not in _OF_ONE_CONNECTION]
