@@ -21,6 +21,7 @@ from assay.files.database import Database
 from assay.poc import Fingerprint, Pipeline
 from assay.poc.engines.base import plain_outputs
 from assay.poc.net.deployment import Deployment
+from assay.poc.protocol.transforms import Reading
 from assay.poc.service import Settings, create_app
 from assay.poc.service.controller import Controller
 from tests.waiting import until
@@ -60,11 +61,11 @@ class FakeEngine:
     def inputs(self, round, nonces: Sequence[int]) -> torch.Tensor:
         return torch.tensor(nonces, dtype=torch.float64)
 
-    def read(self, nonces_B: torch.Tensor, weights_BT: torch.Tensor | None) -> torch.Tensor:
+    def read(self, nonces_B: torch.Tensor, reading: Reading | None) -> torch.Tensor:
         self.rig.batch(len(nonces_B))
         phase = nonces_B[:, None] * 0.7310585 + torch.arange(self.hidden_size, dtype=torch.float64)
         states_BD = (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
-        return states_BD if weights_BT is None else states_BD + weights_BT.sum(dim=1, keepdim=True)
+        return states_BD if reading is None else states_BD + reading.weights.sum(dim=1, keepdim=True)
 
     def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
         return x_BD.repeat(1, self.vocab_size // self.hidden_size)
