@@ -126,16 +126,16 @@ def test_words_of_the_digest(texts):
     np.testing.assert_array_equal(seeds(texts), strong[:, :1])
 
 
-@pytest.mark.parametrize("texts", ["one text", [b"bytes"], [1], ["\ud800"]])
-def test_bad_texts(texts):
-    with pytest.raises(UsageError, match="wanted"):
-        seeds(texts)
-
-
-@pytest.mark.parametrize("strength", [0, 8, 64, "32"])
-def test_bad_strength(strength):
-    with pytest.raises(UsageError, match="32 or 256"):
-        seeds(["a"], strength=strength)
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        *(("wanted", (texts,)) for texts in ("one text", [b"bytes"], [1], ["\ud800"])),
+        *(("32 or 256", (["a"], strength)) for strength in (0, 8, 64, "32")),
+    ],
+)
+def test_bad_texts_and_strengths(words, given):
+    with pytest.raises(UsageError, match=words):
+        seeds(*given)
 
 
 def test_hash_zero_is_clamped_and_uniform_one_gives_zero():

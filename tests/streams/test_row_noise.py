@@ -73,16 +73,9 @@ def test_a_forbidden_token_stays_forbidden(backend):
     assert (made == -torch.inf).all()
 
 
-def test_seeds_may_be_int32_with_the_same_bits(backend):
-    made = [on(backend, scores()) for _ in range(2)]
-    backend.add_gumbels(made[0], on(backend, SEEDS))
-    backend.add_gumbels(made[1], on(backend, SEEDS.view(np.int32)))
-    assert made[0].equal(made[1])
-
-
-def test_scores_of_a_model_that_learns(backend):
+def test_scores_of_a_model_that_learns_and_seeds_of_the_same_bits_in_int32(backend):
     made = on(backend, scores()).requires_grad_()
-    backend.add_gumbels(made, on(backend, SEEDS))
+    backend.add_gumbels(made, on(backend, SEEDS.view(np.int32)))
     assert made.detach().cpu().equal(expected_sum(scores(), SEEDS))
 
 
@@ -160,36 +153,29 @@ def test_the_noise_of_a_step(backend):
     assert logits.cpu().equal(expected_sum(scores(), np.array(noise)))
 
 
-@pytest.mark.parametrize(
-    ("words", "steps", "message"),
-    [
-        (WORDS[:, :7], STEPS, "8 words for each stream"),
-        (seeds(TEXTS), STEPS, "8 words for each stream"),
-        (WORDS, [STEPS], "8 words for each stream"),
-        (WORDS, [2**32], "integers from 0"),
-        (WORDS, [-1], "integers from 0"),
-        (WORDS.astype(float), [0], "integers from 0"),
-    ],
-)
-def test_bad_words_and_steps(words, steps, message):
-    with pytest.raises(UsageError, match=message):
-        step_seeds(words, steps)
+ONE_EACH = np.arange(6)
 
 
 @pytest.mark.parametrize(
-    ("words", "steps", "message"),
+    ("function", "words", "steps", "message"),
     [
-        (WORDS[:, :7], np.arange(6), "8 words for each step"),
-        (WORDS[:5], np.arange(6), "words of shape"),
-        (WORDS.astype(np.int64), np.arange(6), "words of dtype int64"),
-        (WORDS, np.arange(6.0), "steps of dtype float64"),
-        (WORDS, np.arange(6)[:, None], "steps of dtype int64 and shape"),
-        (as_tensor(WORDS).to("meta"), np.arange(6), "on meta"),
+        (step_seeds, WORDS[:, :7], STEPS, "8 words for each stream"),
+        (step_seeds, seeds(TEXTS), STEPS, "8 words for each stream"),
+        (step_seeds, WORDS, [STEPS], "8 words for each stream"),
+        (step_seeds, WORDS, [2**32], "integers from 0"),
+        (step_seeds, WORDS, [-1], "integers from 0"),
+        (step_seeds, WORDS.astype(float), [0], "integers from 0"),
+        (get_backend().row_seeds, WORDS[:, :7], ONE_EACH, "8 words for each step"),
+        (get_backend().row_seeds, WORDS[:5], ONE_EACH, "words of shape"),
+        (get_backend().row_seeds, WORDS.astype(np.int64), ONE_EACH, "words of dtype int64"),
+        (get_backend().row_seeds, WORDS, ONE_EACH * 1.0, "steps of dtype float64"),
+        (get_backend().row_seeds, WORDS, ONE_EACH[:, None], "steps of dtype int64 and shape"),
+        (get_backend().row_seeds, as_tensor(WORDS).to("meta"), ONE_EACH, "on meta"),
     ],
 )
-def test_bad_rows_of_words(words, steps, message):
+def test_bad_words_and_steps(function, words, steps, message):
     with pytest.raises(UsageError, match=message):
-        get_backend().row_seeds(words, steps)
+        function(words, steps)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32])
