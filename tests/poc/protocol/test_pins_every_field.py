@@ -77,6 +77,7 @@ LIES = {
     "pipeline.logits": Lie({"pipeline.logits": [{"name": "signs", "count": 0}]}, read="another pipeline"),
     "pipeline.output": Lie({"pipeline.output": "vector"}, read="another pipeline"),
     "pipeline.texts": Lie({"pipeline.texts": "versioned"}, read="another pipeline"),
+    "pipeline.inputs": Lie({"pipeline.inputs": "tokens"}, read="another pipeline"),
     "pipeline.steps": Lie({"pipeline.steps": 256}, read="another pipeline"),
     "model.reference": Lie({"model.reference": "other"}, read="two different model references"),
     "model.digest": Lie({"model.digest": "0" * 64}, pinned="digest"),

@@ -58,6 +58,11 @@ def test_nodes_are_a_list_of_those_who_may_prove(written, proof: Proof):
         pins.check(proof.header)
 
 
+def nodes(*tables: str) -> tuple[str, str]:
+    """What a list of nodes replaces in a file."""
+    return "[[models]]", "".join(f"[[nodes]]\n{table}\n" for table in tables) + "[[models]]"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "seen"),
     [
@@ -84,6 +89,15 @@ def test_nodes_are_a_list_of_those_who_may_prove(written, proof: Proof):
         ("fewest_nonces = 32", "nonces = [4, 4]\nfewest_nonces = 32", "nonce positions 4:4"),
         ("schema = 1", "schema = 1\nschema = 1", "Cannot overwrite"),
         ('digest = "', 'digest = "x', r"models\[0\].digest is 'x"),
+        (*nodes('public_key = "a"\nnode_id = 1'), "node_id is 1"),
+        (*nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 0'), "node 'a' with 0, 2 times"),
+        (
+            *nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 1\nnode_count = 2'),
+            "node_count 1 and 2",
+        ),
+        (*nodes('public_key = ""\nnode_id = 0'), r"nodes\[0\].public_key is ''"),
+        (*nodes('public_key = "*"\nnode_id = 0'), r"nodes\[0\].public_key is '\*'"),
+        (*nodes('public_key = "a"'), r"no nodes\[0\].node_id"),
     ],
 )
 def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: str, seen: str, written, proof: Proof):
@@ -123,25 +137,6 @@ def test_a_node_is_bound_to_its_build(written, proof: Proof):
         network.for_round(block_hash="block_alpha", public_key="node_A").check(proof.header)
     with pytest.raises(DataError, match="a node with build 'another'"):
         written(nodes=node.format("another"), build='name = "own"')
-
-
-@pytest.mark.parametrize(
-    ("node", "seen"),
-    [
-        ('public_key = "a"\nnode_id = 1', "node_id is 1"),
-        ('public_key = "a"\nnode_id = 0\n[[nodes]]\npublic_key = "a"\nnode_id = 0', "node 'a' with 0, 2 times"),
-        (
-            'public_key = "a"\nnode_id = 0\n[[nodes]]\npublic_key = "a"\nnode_id = 1\nnode_count = 2',
-            "node_count 1 and 2",
-        ),
-        ('public_key = ""\nnode_id = 0', r"nodes\[0\].public_key is ''"),
-        ('public_key = "*"\nnode_id = 0', r"nodes\[0\].public_key is '\*'"),
-        ('public_key = "a"', r"no nodes\[0\].node_id"),
-    ],
-)
-def test_nodes_that_cannot_be_are_refused(node: str, seen: str, written):
-    with pytest.raises(DataError, match=seen):
-        written(nodes=f"[[nodes]]\n{node}\n")
 
 
 def test_shares_without_a_list_are_named_by_the_validator(written, proof: Proof):

@@ -27,6 +27,10 @@ def test_seed_texts_are_the_published_ones():
         "block_alpha_layer_0_householder": round.block_text("layer_reflection", 0),
     }
     assert all(text == expected for expected, text in published.items())
+    names = make(block_hash="{nonce}", public_key="é%s{index}")  # what a text is made of may stand in a name
+    assert names.texts("reflection", iter([0, 9]), count=2)[2:] == [
+        f"{{nonce}}_é%s{{index}}_nonce_9_hidden_r{index}" for index in (0, 1)
+    ]
     known = {row["text"]: row["seed"] for row in VECTORS["seed32"]}
     shared = published.keys() & known.keys()
     assert len(shared) >= 4

@@ -46,48 +46,6 @@ def test_distance_equals_the_known_answer(row, backend, monkeypatch):
         assert distance.item() == pytest.approx(expected, abs=1e-5)
 
 
-def plain(round: Round, hidden: np.ndarray, nonce: int) -> float:
-    """The poc-2.0 formula of one nonce, in float64, with the W^T t identity instead of the head."""
-    d = len(hidden)
-    x = hidden * NUMPY.signs(streams.seeds([round.text("signs", nonce)]), d)[0]
-    x = x / np.linalg.norm(x)
-    for r in range(8):
-        v = NUMPY.normals(streams.seeds([round.text("reflection", nonce, index=r)]), d)[0].astype(np.float64)
-        v /= np.linalg.norm(v)
-        x = x - 2 * (x @ v) * v
-    head = (
-        NUMPY.normals(streams.seeds([round.block_text("random_head")]), d * 8192)[0].reshape(8192, d).astype(np.float64)
-    )
-    target = NUMPY.normals(streams.seeds([round.block_text("target")]), 8192)[0].astype(np.float64)
-    target /= np.linalg.norm(target)
-    cosine = (x @ (head.T @ target)) / np.linalg.norm(head @ x)
-    return float(np.sqrt(2 - 2 * cosine))
-
-
-def test_distance_equals_the_plain_formula(round_):
-    rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(5, 48)) * 10
-    distances = make(round_, "poc-2.0", 48)(torch.tensor(hidden, dtype=torch.float32), range(5))
-    for nonce in range(5):
-        assert distances[nonce].item() == pytest.approx(plain(round_, hidden[nonce], nonce), abs=1e-6)
-
-
-def test_artifact_vector_equals_the_plain_formula(round_):
-    hidden = np.random.default_rng(1).normal(size=64)
-    x = hidden / np.linalg.norm(hidden)
-    picked = np.argsort(NUMPY.hashes(streams.seeds([round_.text("pick", 7, k=12)]), 64)[0], kind="stable")[:12]
-    y = x[picked]
-    for j in range(11):
-        v = NUMPY.normals(streams.seeds([round_.text("rotation", 7, k=12, index=j)]), 12)[0].astype(np.float64)
-        v /= np.linalg.norm(v)
-        y = y - 2 * (y @ v) * v
-    expected = y / np.linalg.norm(y)
-    vector = make(round_, "artifact", 64)(torch.tensor(hidden, dtype=torch.float32)[None], [7])
-    assert vector.dtype == torch.float16
-    assert vector.shape == (1, 12)
-    np.testing.assert_allclose(vector[0].numpy().astype(np.float64), expected, atol=3e-4)
-
-
 @pytest.mark.parametrize("preset", FORWARD)
 def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
     x_BD = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
@@ -116,16 +74,6 @@ def test_a_trained_head_that_is_not_there_is_refused_before_any_nonce(round_):
     sizes = {"hidden_size": 16, "vocab_size": 96, "device": torch.device("cpu")}
     with pytest.raises(UsageError, match="the pipeline permutation, which needs the trained head"):
         Transform(round_, PIPELINES["permutation"], **sizes)
-
-
-def test_permutation_is_the_gather_of_the_published_order(round_):
-    x_BD = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
-    transform = make(round_, "permutation", 32)
-    order = NUMPY.permutations(streams.seeds([round_.text("permutation", 9)]), 96)[0]
-    logits = transform._head(x_BD)[0].double().numpy()[order]
-    target = NUMPY.normals(streams.seeds([round_.block_text("target")]), 96)[0].astype(np.float64)
-    cosine = logits @ target / np.linalg.norm(logits) / np.linalg.norm(target)
-    assert transform(x_BD, [9]).item() == pytest.approx(np.sqrt(2 - 2 * cosine), abs=1e-6)
 
 
 def test_shapes_in_annotations_are_checked_while_tests_run():
