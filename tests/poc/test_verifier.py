@@ -115,18 +115,16 @@ def test_a_preset_has_two_names_and_is_one(small_model):
     assert Pins(preset="decode").differing(round) == ("preset",)
 
 
+def of_another(model, round, nonces, **changed):
+    return cheats.replayed(prove(model, replace(round, **changed), nonces), round)
+
+
 CHEATS = {
     "int4": lambda model, round, nonces: prove(cheats.rounded(model), round, nonces),
-    "int3": lambda model, round, nonces: prove(cheats.rounded(model, 3), round, nonces),
     "one layer skipped": lambda model, round, nonces: prove(cheats.without_last_layers(model, 1), round, nonces),
-    "two layers skipped": lambda model, round, nonces: prove(cheats.without_last_layers(model, 2), round, nonces),
     "invented": lambda model, round, nonces: cheats.invented(prove(model, round, nonces)),
-    "replayed": lambda model, round, nonces: cheats.replayed(
-        prove(model, replace(round, public_key="other"), nonces), round
-    ),
-    "replayed block": lambda model, round, nonces: cheats.replayed(
-        prove(model, replace(round, block_hash="older"), nonces), round
-    ),
+    "replayed": lambda *given: of_another(*given, public_key="other"),
+    "replayed block": lambda *given: of_another(*given, block_hash="older"),
 }
 
 
@@ -168,15 +166,11 @@ def test_one_invented_value_among_honest_ones_shows(proof: Proof, small_model):
     assert verdict.fraud, verdict.reason
 
 
-def test_another_checkpoint_or_round_is_refused(proof: Proof, small_model, round_: Round):
+def test_another_checkpoint_is_refused(proof: Proof, small_model):
     with pytest.raises(ProofMismatch, match="wanted"):
         verify(proof, replace(small_model, digest="0" * 64))
     with pytest.raises(ProofMismatch, match="wanted"):
         verify(proof, replace(small_model, weights="random-all"))
-    verify(proof, small_model, expect=round_)
-    for change in ({"public_key": "x"}, {"block_hash": "x"}, {"r_target": 1.4}, {"seq_len": 32}):
-        with pytest.raises(ProofMismatch, match=next(iter(change))):
-            verify(proof, small_model, expect=replace(round_, **change))
 
 
 def stating(proof: Proof, dtype: str) -> Proof:

@@ -54,15 +54,6 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Rou
     assert verify(ours, small_model, seed=1).verdict == "honest"
 
 
-@pytest.mark.parametrize("batch_size", [3, 5, 6, 11])
-def test_odd_batches_keep_a_row_s_bits(batch_size: int, small_model, round_: Round, uncompiled):
-    engine = HFEngine(small_model, batch_size=batch_size, seq_len=16, compiled=True)
-    whole = prove(small_model, round_, range(2 * batch_size + 1), engine=engine).distances
-    for start in (1, batch_size - 1):
-        shifted = prove(small_model, round_, range(start, start + batch_size), engine=engine).distances
-        assert shifted.tolist() == whole[start : start + batch_size].tolist()
-
-
 @pytest.mark.parametrize("kernels", ["compiled", "eager"])
 @pytest.mark.parametrize("node", ["hf", "vllm"])
 @pytest.mark.parametrize("batch_size", [4, 8])
@@ -141,7 +132,7 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_
     assert all(settings == _compiled._KERNELS for settings in seen)
 
 
-def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_kernels_are_kept_in_a_folder_of_the_user_that_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for before in ("", default_cache_dir()):  # unset, and what torch writes there when it is imported
         monkeypatch.setenv(_compiled.CACHE, before)
@@ -149,17 +140,12 @@ def test_kernels_are_kept_in_a_folder_of_the_user(monkeypatch: pytest.MonkeyPatc
             monkeypatch.delenv(_compiled.CACHE)
         _compiled.keep_kernels()
         assert os.environ[_compiled.CACHE] == str(tmp_path / "assay" / "kernels")
-    monkeypatch.setenv(_compiled.CACHE, "elsewhere")
-    _compiled.keep_kernels()
-    assert os.environ[_compiled.CACHE] == "elsewhere"
-
-
-def test_a_folder_that_cannot_be_written_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv(_compiled.CACHE, default_cache_dir())
-    _compiled.keep_kernels()
-    assert os.environ[_compiled.CACHE] == default_cache_dir()
+    for chosen in ("elsewhere", default_cache_dir()):
+        monkeypatch.setenv(_compiled.CACHE, chosen)
+        _compiled.keep_kernels()
+        assert os.environ[_compiled.CACHE] == chosen
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ import torch
 
 from assay import streams
 from assay.errors import OutOfMemory, UsageError
-from assay.models.decoder import backbone, decoder_layers
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.engine import auto_batch
-from assay.poc.protocol.round import MAX_NONCE, NONCE_TEXTS
 from assay.poc.protocol.transforms import project
 
 NUMPY = streams.get_backend("numpy")
@@ -45,51 +43,15 @@ def test_another_shape_is_refused(engine: HFEngine, round_: Round):
         engine.read(engine.inputs(round_, range(3)))
 
 
-def by_hand(engine: HFEngine, inputs: torch.Tensor, function) -> torch.Tensor:
-    """Run the layers one after the other, applying a function after each."""
-    body = backbone(engine.model.module)
-    positions = torch.arange(inputs.shape[1])[None]
-    rotary = body.rotary_emb(inputs, positions)
-    x = inputs
-    for index, layer in enumerate(decoder_layers(engine.model.module)):
-        x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-        x = function(x, index)
-    return body.norm(x)[:, -1].float()
-
-
-def signs(x: torch.Tensor, index: int) -> torch.Tensor:
-    return x * torch.from_numpy(NUMPY.signs(streams.seeds([f"block_alpha_layer_{index}_signs"]), 64)[0])
-
-
-def reflection(x: torch.Tensor, index: int) -> torch.Tensor:
-    v = torch.from_numpy(NUMPY.normals(streams.seeds([f"block_alpha_layer_{index}_householder"]), 64)[0])
-    v = v / v.norm()
-    return x - 2 * (x @ v)[..., None] * v
-
-
-def normalized(x: torch.Tensor, index: int) -> torch.Tensor:
-    return reflection(x / (x.norm(dim=-1, keepdim=True) + 1e-8), index)
-
-
-@pytest.mark.parametrize(
-    ("step", "function"), [("signs", signs), ("reflect", reflection), ("normalize_reflect", normalized)]
-)
-def test_layer_transforms_are_their_formulas(step, function, engine: HFEngine, round_: Round):
+def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(engine: HFEngine, round_: Round):
     inputs = engine.inputs(round_, range(4))
     before = engine.read(inputs)
-    with engine.between_layers(step, round_):
-        hooked = engine.read(inputs)
-    with torch.inference_mode():
-        torch.testing.assert_close(hooked, by_hand(engine, inputs, function), atol=2e-4, rtol=1e-4)
-    assert not torch.allclose(before, hooked, atol=1e-3)
-    assert torch.equal(engine.read(inputs), before), "hooks must be gone"
-
-
-def test_hooks_are_removed_after_an_error(engine: HFEngine, round_: Round):
-    before = engine.read(engine.inputs(round_, range(4)))
+    with engine.between_layers("signs", round_):
+        assert not torch.allclose(engine.read(inputs), before, atol=1e-3)
+    assert torch.equal(engine.read(inputs), before)
     with pytest.raises(RuntimeError), engine.between_layers("signs", round_):
         raise RuntimeError
-    assert torch.equal(engine.read(engine.inputs(round_, range(4))), before)
+    assert torch.equal(engine.read(inputs), before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 9, 11, 32])
@@ -173,19 +135,3 @@ def test_what_graphs_keep_for_their_replay_is_not_free(small_model, free, monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     free(20 * one)
     assert [_hf._free(torch.device(name)) // one for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [20, 17, 17, 11]
-
-
-NONCES = [0, 9, 10, 123_456_789, MAX_NONCE]
-# What a text is made of may stand in a name.
-NAMES = [("block_alpha", "node_A"), ("{nonce}", "{block}"), ("{", "}{index}"), ("a_b", "c"), ("é中", "%s{0}")]
-
-
-@pytest.mark.parametrize("preset", ["poc-2.0", "hardened"])
-@pytest.mark.parametrize(("block_hash", "public_key"), NAMES)
-def test_texts_of_many_nonces_are_those_of_each(block_hash: str, public_key: str, preset: str):
-    round = Round(block_hash=block_hash, public_key=public_key, preset=preset)
-    for stream in NONCE_TEXTS:
-        for k in (0, 12):
-            texts = round.texts(stream, NONCES, count=3, k=k)
-            assert texts == [round.text(stream, n, index=i, k=k) for n in NONCES for i in range(3)]
-            assert round.texts(stream, iter(NONCES), k=k) == texts[::3]

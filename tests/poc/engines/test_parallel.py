@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assay.errors import AssayError, BackendUnavailable, ModelError, UsageError
+from assay.errors import AssayError, ModelError, UsageError
 from assay.models import Model, load_model
 from assay.models.load import _shard
 from assay.poc import Proof, Round, prove
 from assay.poc.engines.hf.parallel import joined, processes
+from tests.end_to_end.server import free_port
 
 
 def start(rank: int, ports: list[int], *arguments: Path) -> "subprocess.Popen[str]":
@@ -31,14 +30,6 @@ def start(rank: int, ports: list[int], *arguments: Path) -> "subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +52,7 @@ def output(alone: Proof, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scenes(small_checkpoint: Path, output: Path) -> dict[str, Any]:
     """What the first of two processes saw in each scene of two_processes.py."""
-    ports = free_ports(2)
+    ports = [free_port(), free_port()]
     given = (small_checkpoint, output)
     with start(0, ports, *given) as first, start(1, ports, *given) as second:
         out, err = first.communicate(timeout=200)
@@ -112,48 +103,36 @@ def test_a_process_that_dies_is_named(scenes: dict[str, Any]):
     assert scenes["dying"].startswith("ResourceError: a process of this proof has gone")
 
 
-def test_processes_that_cannot_be_divided_are_refused(monkeypatch: pytest.MonkeyPatch):
-    assert processes() == 1
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    assert processes() == 3
-    with pytest.raises(UsageError, match="--tensor-parallel 2 of 3 processes"), joined(tensor_parallel=2):
-        pass
-    with pytest.raises(UsageError, match="under torchrun"), joined(device="cuda:1"):
-        pass
-
-
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "asked", "words"),
     [
-        ({"LOCAL_RANK": None}, "no LOCAL_RANK"),
-        ({"RANK": "first"}, "RANK='first'"),
-        ({"MASTER_PORT": None}, "the processes did not meet: .*MASTER_PORT"),
+        ({"WORLD_SIZE": "3"}, {"tensor_parallel": 2}, "--tensor-parallel 2 of 3 processes"),
+        ({}, {"device": "cuda:1"}, "under torchrun"),
+        ({"RANK": "99", "WORLD_SIZE": "100", "LOCAL_RANK": "99"}, {"device": "cuda"}, "cuda:99"),
+        ({"LOCAL_RANK": None}, {}, "no LOCAL_RANK"),
+        ({"RANK": "first"}, {}, "RANK='first'"),
+        ({"WORLD_SIZE": "many"}, {}, "WORLD_SIZE='many'"),
+        ({"MASTER_PORT": None}, {"device": "cpu"}, "the processes did not meet: .*MASTER_PORT"),
     ],
 )
-def test_processes_that_torchrun_has_not_started_are_refused(changed, words: str, monkeypatch: pytest.MonkeyPatch):
+def test_processes_that_cannot_work_together_are_refused(changed, asked, words, monkeypatch: pytest.MonkeyPatch):
     given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": None}
     for name, value in (given | changed).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    with pytest.raises(AssayError, match=words), joined(device="cpu"):
+    with pytest.raises(AssayError, match=words), joined(**asked):
         pass
 
 
-def test_a_process_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"RANK": "99", "WORLD_SIZE": "100", "LOCAL_RANK": "99"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(BackendUnavailable, match="cuda:99"), joined(device="cuda"):
-        pass
-
-
-@pytest.mark.parametrize(("size", "words"), [("many", "WORLD_SIZE='many'"), ("", "no WORLD_SIZE")])
-def test_a_number_of_processes_that_is_none_is_refused(size: str, words: str, monkeypatch: pytest.MonkeyPatch):
+def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch):
+    assert processes() == 1
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(UsageError, match=words):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert processes() == 3
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(UsageError, match="no WORLD_SIZE"):
         processes()
 
 
