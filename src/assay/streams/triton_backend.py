@@ -39,9 +39,6 @@ from assay.streams.torch_backend import DTYPES_OF_KINDS, TorchBackend, on_device
 # ruff: noqa: ANN001, ANN201, ANN202
 
 
-LANES = 8
-"""Pairs of neighbouring indices in one thread: their cosines, and their sines, make 16-byte stores of short floats."""
-
 # Uniforms are in units of 2**-32, their doubles of Gumbel numbers in units of 2**-33.
 _MIN_U1 = tl.constexpr(float(definition.MIN_U1) * 2.0**32)
 _LOG1P_SPLIT = tl.constexpr(float(definition.LOG1P_SPLIT) * 2.0**33)

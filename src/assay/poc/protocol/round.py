@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from assay.errors import UsageError
-from assay.poc.protocol.pipelines import Pipeline, find_pipeline, get_pipeline
+from assay.poc.protocol.pipelines import find_pipeline, get_pipeline
 
 MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyond what a round can use
 MAX_COUNT = 2**24  # most nonces of one proof
@@ -249,11 +249,6 @@ class Pack(Round):
         return found
 
 
-def draws_for_block(pipeline: Pipeline) -> bool:
-    """Return whether a pipeline draws anything for the block as a whole."""
-    return pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
-
-
 def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
     """Return rows in as few packs as possible, in their order, with the places of each: what an engine computes.
 
@@ -262,8 +257,9 @@ def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
     """
     shared: dict[Any, list[Row]] = {}
     for row in rows:
-        round = row[0]
-        block = round.block_hash if draws_for_block(get_pipeline(round.preset)) else None
+        round, pipeline = row[0], get_pipeline(row[0].preset)
+        of_block = pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
+        block = round.block_hash if of_block else None
         shared.setdefault((round.preset, round.seq_len, round.strength, round.model, block), []).append(row)
     names = ("block_hash", "public_key", "model", "preset", "seq_len", "strength")
     return [

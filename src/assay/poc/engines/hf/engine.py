@@ -234,10 +234,7 @@ class HFEngine(StateEngine, DecodingEngine):
     @override
     @torch.inference_mode()
     def read(self, inputs_BTD: Float[Tensor, "B T D"], reading: Reading | None = None) -> Float32[Tensor, "B D"]:
-        states_BD = self._run(inputs_BTD, reading)
-        if not bool(torch.isfinite(states_BD).all()):
-            raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
-        return states_BD
+        return self._finite(self._run(inputs_BTD, reading))
 
     @override
     def supports(self, pipeline: Pipeline) -> bool:
@@ -404,9 +401,12 @@ class HFEngine(StateEngine, DecodingEngine):
         self._check_inputs(inputs_BTD)
         with self._explained():
             states_BTD = self._hidden(inputs_BTD).float()
-        if not bool(torch.isfinite(states_BTD).all()):
+        return self._finite(states_BTD)
+
+    def _finite(self, states: Tensor) -> Tensor:
+        if not bool(torch.isfinite(states).all()):
             raise not_finite(f"{self.model.reference} returned NaN or infinity in {self.dtype}")
-        return states_BTD
+        return states
 
     def _hidden(self, inputs_BTD: Tensor) -> Tensor:
         with own_precision(self.model):
