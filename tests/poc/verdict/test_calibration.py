@@ -69,23 +69,6 @@ def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small
     assert refused.value.wanted == "preset permutation"
 
 
-def test_a_calibration_of_the_first_version_opens_but_judges_nothing(proof: Proof, small_model, tmp_path: Path):
-    path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(first_version(proof)))
-    (build,) = Calibration.load(path).builds
-    assert (build.digest, build.preset, build.n) == (None, None, 40)
-    with pytest.raises(CalibrationError, match="does not say of which model and preset") as refused:
-        verify(proof, small_model, calibration=Calibration.load(path))
-    assert "assay poc calibrate" in refused.value.do
-
-
-def test_a_later_file_of_the_first_schema_judges_as_it_did(proof: Proof, small_model, tmp_path: Path):
-    path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(first_version(proof) | {"digest": small_model.digest, "preset": "poc-2.0"}))
-    verdict = verify(proof, small_model, calibration=Calibration.load(path))
-    assert (verdict.verdict, verdict.noise.law.sigma, verdict.noise.spread.sd) == ("honest", 2e-7, 0)
-
-
 def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
     other = Proof.build(replace(proof.header, weights="random-all"), proof.records, 1.0)
     with pytest.raises(ProofMismatch, match="different rounds"):
@@ -132,13 +115,6 @@ def changed(calibration: Calibration, **values) -> Calibration:
     return Calibration(builds=tuple(replace(build, **values) for build in calibration.builds))
 
 
-def first_version(proof: Proof) -> dict[str, object]:
-    engine = proof.header.fingerprint.as_dict()
-    law = {"kind": "scale", "sigma": 2e-7, "dof": 6.0, "junk_sigma": 0.0078}
-    parts = {"output": "distance", "prover": engine, "validator": engine, "law": law, "n": 40, "confidence": 0.99}
-    return {"kind": "assay.poc.calibration", "schema": 1, **parts}
-
-
 def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
     path = tmp_path / "calibration.json"
     calibrate(proof, proof).save(path)
@@ -177,7 +153,12 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         "left_out": ({"accused": 0.0},),
         "mixture": ("no",),
     }  # fmt: skip
-    tops = ({"kind": "assay.poc.proof"}, {"schema": 3}, *({"builds": builds} for builds in ([], 7, [without])))
+    tops = (
+        {"kind": "assay.poc.proof"},
+        {"schema": 1},
+        {"schema": 3},
+        *({"builds": builds} for builds in ([], 7, [without])),
+    )
     broken = [{}, *(good | top for top in tops), *(build(**{name: value}) for name in wrong for value in wrong[name])]
     for text in (*map(json.dumps, broken), "", "[]", "NaN", "{"):
         path.write_text(text)

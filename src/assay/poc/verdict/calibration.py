@@ -1,7 +1,6 @@
 """Calibrations: the measured honest noise of builds, their file, and the noise that judges a proof.
 
-Schema 2 of the file holds any number of builds with any number of machines each. Schema 1, of the first version, held
-one law between two engines; it is still read.
+The file holds any number of builds with any number of machines each.
 
 The size of the noise between two machines i and j of one build is s_ij, the median of their residuals. All pairs share
 one shape, which is fitted to all of them together. The size predicted for a new machine and a validator's machine j is
@@ -50,7 +49,6 @@ from assay.poc.verdict.noise import (
     default_noise,
     fit_noise,
     law_as_dict,
-    read_law,
     sequential_test,
 )
 from assay.stats.noise import NoiseFit, Spread
@@ -228,9 +226,8 @@ class BuildNoise:
 
     Args:
         output: Family of noise that was compared: :attr:`assay.poc.Pipeline.noise`.
-        preset: Preset of the proofs; None in files of the first version.
-        digest: SHA-256 of the tensors of the checkpoint; None in files of the first version, which did not record it,
-            and for vectors without a model.
+        preset: Preset of the proofs.
+        digest: SHA-256 of the tensors of the checkpoint; None for vectors without a model.
         machines: Machines that were measured.
         law: Law at the typical size.
         sizes: Median residual by pair (i, j) of machines with i < j.
@@ -246,7 +243,7 @@ class BuildNoise:
     __pydantic_config__: ClassVar = STRICT
 
     output: str
-    preset: str | None
+    preset: str
     digest: str | None
     machines: Annotated[tuple[Machine, ...], Field(min_length=2, max_length=4096)]
     law: ReadLaw
@@ -291,12 +288,9 @@ class BuildNoise:
 
     def check_header(self, header: Header) -> None:
         """Refuse a proof of another model, preset or build than was measured."""
-        if self.digest is None or self.preset is None:
-            raise CalibrationError(
-                "a calibration that does not say of which model and preset it is",
-                wanted="one made by this version: the noise of one model gives cheaters on a quieter one room",
-                do="measure it again with `assay poc calibrate A.jsonl B.jsonl`",
-            )
+        if self.digest is None:
+            seen, do = "a calibration that does not say of which model it is", "measure it again with --digest"
+            raise CalibrationError(seen, wanted="one of this checkpoint", do=do)
         stated = {"preset": header.pipeline.name, "checkpoint": header.digest[:12], "output": header.pipeline.noise}
         measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
         _refuse_difference(measured, stated, "than the proof's")
@@ -369,16 +363,6 @@ class BuildNoise:
             raise ValueError("sizes of other machines than are listed")
         return build
 
-    @classmethod
-    def from_first_version(cls, values: JsonObject) -> "BuildNoise":
-        """Read the values of a file of schema 1, whose law was an upper one; errors are as of :meth:`from_dict`."""
-        engines = [Fingerprint.from_dict(values[name]) for name in ("prover", "validator")]
-        law, known = read_law(values["law"]), asdict(Spread())
-        whole = {name: value for name, value in values.items() if name in cls.__annotations__}
-        whole |= {"preset": values.get("preset"), "digest": values.get("digest"), "spread": known, "known": known}
-        machines = [{"name": one.id, "kind": _kind(one), "fingerprint": one.as_dict()} for one in engines]
-        return cls.from_dict(whole | {"machines": machines, "sizes": [[0, 1, law.size]]})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -449,7 +433,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Read a calibration file of either schema.
+        """Read a calibration file.
 
         Raises:
             CalibrationError: The file is not a calibration.
@@ -457,10 +441,8 @@ class Calibration:
         try:
             values = read_json(path)
             kind, schema = values.pop("kind", None), values.pop("schema", None)
-            if kind != KIND or schema not in (1, SCHEMA):
+            if (kind, schema) != (KIND, SCHEMA):
                 raise ValueError(f"kind {kind!r}, schema {schema!r}")
-            if schema == 1:
-                return cls(builds=(BuildNoise.from_first_version(values),))
             if not (builds := tuple(map(BuildNoise.from_dict, values["builds"]))):
                 raise ValueError("no build")
             return cls(builds=builds)
@@ -468,7 +450,7 @@ class Calibration:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
             raise CalibrationError(
-                seen, wanted=f"a calibration file, schema {SCHEMA} or 1", do="write one with `assay poc calibrate`"
+                seen, wanted=f"a calibration file, schema {SCHEMA}", do="write one with `assay poc calibrate`"
             ) from None
 
 
