@@ -612,7 +612,8 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     }
     if _keep_result({"schema": "assay.vhack.evaluate/1", **values}, own.output, as_json):
         return
-    names, rows = list(values["rates"]), []
+    names: list[str] = list(values["rates"])
+    rows: list[tuple[object, ...]] = []
     for name, part in {"all": values, **values["by_mechanism"]}.items():
         shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
         rows.append((name, part["tasks"], part["completions"], *shown))
