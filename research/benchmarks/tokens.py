@@ -4,7 +4,7 @@ An honest node in bfloat16 and cheats in bfloat16 are recomputed in float32. The
 its own, and others are judged by the sequential test, in 100 random orders: the figure is the nonce by which 99 of them
 have convicted. `--presets` puts others beside it in the same run.
 
-    python research/benchmarks/tokens.py --model pretrained:smollm2 -o research/results/tokens_smollm2.json
+    python research/benchmarks/tokens.py --model DIRECTORY -o research/results/tokens.json
 
 Legend of shapes: N nonces, K published numbers, D hidden size.
 """
@@ -103,7 +103,7 @@ def measure(model, halved, preset, arguments):
 
 def main():
     made = parser(__doc__)
-    made.add_argument("--model", default="pretrained:smollm2")
+    made.add_argument("--model", default="reference:qwen3")
     made.add_argument("--presets", nargs="+", default=["tokens-1", "poc-2.0"])
     made.add_argument("--seq-len", type=int, default=64)
     made.add_argument("--nonces", type=int, default=512)
