@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from assay.models import Model, load_model
 from assay.models.decoder import backbone, decoder_layers
-from assay.poc.protocol.transforms import unit, weighted_sum
+from assay.poc.protocol.transforms import Reading, unit
 from research.tests.redteam.conftest import T
 
 FULL = Shortcut((3,) * T)
@@ -37,10 +37,8 @@ def test_leaving_nothing_out_is_the_honest_forward(name, inputs_btd, request):
     whole = PartialForward(model, FULL)
     torch.testing.assert_close(whole.states(inputs_btd), honest(model, inputs_btd), atol=1e-5, rtol=0)
     assert whole.cost == 1.0
-    weights = torch.ones(4, T)
-    torch.testing.assert_close(
-        whole.read(inputs_btd, weights), weighted_sum(honest(model, inputs_btd), weights), atol=1e-4, rtol=0
-    )
+    every = Reading(torch.ones(4, T))
+    torch.testing.assert_close(whole.read(inputs_btd, every), every.sum(honest(model, inputs_btd)), atol=1e-4, rtol=0)
     torch.testing.assert_close(whole.read(inputs_btd, None), whole.states(inputs_btd)[:, -1])
 
 
