@@ -154,7 +154,7 @@ def test_evidence_of_every_default_law(family):
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("preset", [*FORWARD, "decode-32"])
+@pytest.mark.parametrize("preset", [*FORWARD, "decode-64"])
 def test_every_preset_is_recomputed(preset, name, tmp_path):
     model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")
     round = Round(block_hash="block_alpha", public_key="node_A", preset=preset, seq_len=16, strength=256)

@@ -103,7 +103,7 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(small_model, f
     HFEngine(small_model, batch_size=5, seq_len=16)
 
 
-@pytest.mark.parametrize("seq_len", [0, -1, 10**6])
+@pytest.mark.parametrize("seq_len", [0, -1, 129, 10**6])
 def test_a_length_that_no_model_runs_is_refused(seq_len: int, small_model):
     with pytest.raises(UsageError, match=f"seq_len {seq_len} with"):
         HFEngine(small_model, batch_size=2, seq_len=seq_len)
