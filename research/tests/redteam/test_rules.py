@@ -10,6 +10,7 @@ from assay_research.runs.spread import first_reached
 
 from assay import stats
 from assay.poc import Round, get_pipeline
+from assay.poc.protocol.transforms import Reading
 from assay.stats.chord import chord_mean, chord_std
 
 RNG = np.random.default_rng(0)
@@ -79,12 +80,12 @@ def test_every_attacker_runs_and_says_what_it_costs(attack, dtype, scene, float8
     scene = scene if dtype == "float32" else float8_scene
     inputs_btd = inputs_btd.to(scene.model.dtype)
     program = attack.make(scene)
-    weights = torch.ones(inputs_btd.shape[:2])
-    read = program.read(inputs_btd, weights)
+    every = Reading(torch.ones(inputs_btd.shape[:2]))
+    read = program.read(inputs_btd, every)
     assert read.shape == (4, 64)
     assert torch.isfinite(read).all()
     assert 0 <= program.cost <= 1
-    honest = scene.engine(scene.model).read(inputs_btd, weights)
+    honest = scene.engine(scene.model).read(inputs_btd, every)
     if attack.name not in HONEST_HERE:
         assert not torch.equal(read, honest), "it is not the honest result"
     assert attack.skips or attack.family in ("weights", "none")
