@@ -81,9 +81,10 @@ class Auditor(Launch):
             StorageError: The ledger cannot be written.
         """
         proof = Proof.load(path)
-        how = replace(self, frame=self.frame or self._pinned_frame(proof.header))
         pins, measured = self._expected(proof.header, given or Pins(), positions)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
+        needed = proof.header.pipeline.framed and self.frame is None
+        how = replace(self, frame=self._pinned_frame(proof.header)) if needed else self
         self._check_ledger(pins.unpinned(proof.header))
         check_judge(how, proof.header, measured)
         with open_judge(how, proof.header, measured) as (loaded, made):

@@ -66,9 +66,10 @@ class Launch:
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
         """Return the frame that a pipeline needs; a UsageError where no file is named for it."""
-        if pipeline.framed and self.frame is None:
+        frame = Frame.load(self.frame) if pipeline.framed and self.frame is not None else None
+        if frame is None:
             check_frame(pipeline, None)
-        return Frame.load(self.frame) if pipeline.framed and self.frame is not None else None
+        return frame
 
     def check_loadable(self, dtype: str | None = None) -> None:
         """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""

@@ -6,8 +6,8 @@ hidden state, in the head and on the logits, and what is published. The steps th
 
 The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
 recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``tokens-1`` is what a new network
-should take (docs/tokens.md); ``hardened`` is the proposal of docs/redteam.md; ``decode`` is that of docs/decode.md, and
-the one row whose nonces take more than one forward pass.
+should take (docs/protocol.md); ``hardened`` is the proposal of docs/redteam.md; ``decode`` is that of docs/decode.md,
+and the one row whose nonces take more than one forward pass.
 """
 
 import re
@@ -99,7 +99,7 @@ class Pipeline:
 
     @property
     def framed(self) -> bool:
-        """Whether the pipeline needs the frame of the checkpoint (:class:`assay.poc.Frame`)."""
+        """Whether the pipeline needs the frame of the checkpoint (:class:`assay.models.frame.Frame`)."""
         return self.inputs == "tokens"
 
     @property
