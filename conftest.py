@@ -79,6 +79,18 @@ def reference_model(request: pytest.FixtureRequest):
     return load_model(request.param, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct, a real chat model, on the CPU in float32; skipped where its wheel is missing."""
+    from assay.errors import BackendUnavailable, ModelNotFound
+    from assay.models import load_model
+
+    try:
+        return load_model("pretrained:smollm2", device="cpu")
+    except (ModelNotFound, BackendUnavailable) as error:
+        pytest.skip(f"{error.seen}: {error.do}")
+
+
 @pytest.fixture
 def without_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without fast products of 16-bit numbers, whatever this machine has."""

@@ -15,7 +15,7 @@ from assay.cli import app, run
 from assay.cli.framework import leaves
 
 FROZEN = (
-    *("demo", "doctor", "config", "models list", "models info", "models random"),
+    *("demo", "doctor", "config", "models list", "models info", "models random", "models path"),
     *(f"streams {kind}" for kind in ("hash", "uniform", "gumbel", "normal", "signs", "permutation")),
     *("poc prove", "poc verify", "poc calibrate", "poc respond", "poc replay", "poc calibrate-responses"),
     *("poc frame", "poc serve", "poc receive", "poc validator", "poc callbacks list", "poc callbacks replay"),
@@ -128,7 +128,8 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 def test_models(assay, told, tmp_path):
     listed = told("models", "list")["models"]
     shapes = ("qwen3-0.6b", "qwen3-4b", "qwen3-32b", "qwen3-30b-a3b", "llama-3.2-1b", "llama-3.1-8b")
-    bundled = {"reference:qwen3", "reference:llama", "reference:organism", *(f"shape:{name}" for name in shapes)}
+    named = ("reference:qwen3", "reference:llama", "reference:organism", "pretrained:smollm2")
+    bundled = {*named, *(f"shape:{name}" for name in shapes)}
     assert {model["reference"] for model in listed} == bundled
     info = told("models", "info", "shape:qwen3-0.6b")
     assert (info["parameters"], info["hidden_size"], info["num_layers"]) == (596_049_920, 1024, 28)

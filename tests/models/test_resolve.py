@@ -72,6 +72,59 @@ def test_a_file_is_no_model(checkpoint):
         load_model(checkpoint / "model.safetensors")
 
 
+def beside(name, content="{}"):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def only(name):
+    def keep(folder):
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / name).write_text("{}")
+
+    return keep
+
+
+TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": %s}, "merges": []}}'
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (beside("model.safetensors.index.json", '{"weight_map": {}}'), "one set of weights"),
+        (beside("model-00001-of-00002.safetensors"), "one set of weights"),
+        (only("model_index.json"), "diffusers"),
+        (only("params.json"), "layout of their authors"),
+        (only("tokenizer.json"), "tokenizer without a model"),
+        (lambda folder: configure(folder, is_causal=False), "is_causal"),
+        (lambda folder: configure(folder, add_cross_attention=True), "add_cross_attention"),
+        (lambda folder: configure(folder, return_dict=False), "return_dict"),
+        (lambda folder: configure(folder, model_type="bert"), "is_decoder"),
+        (lambda folder: configure(folder, num_hidden_layers="2"), "num_hidden_layers"),
+        (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
+        (lambda folder: configure(folder, max_position_embeddings=-5), "max_position_embeddings"),
+        (lambda folder: configure(folder, rope_theta={"__float__": "NaN"}), "not a number"),
+        (beside("tokenizer.json", "[" * 100_000), "tokenizer.*deep|tokenizer.*recursion"),
+        (beside("tokenizer.json", TOKENIZER % 2**31), "highest token id"),
+        (beside("tokenizer.json", TOKENIZER % -1), "too small"),
+        (beside("tokenizer.json", TOKENIZER % "0.5, "), "tokenizer"),
+        (beside("tokenizer_config.json", '{"added_tokens_decoder": {"4294967295": {}}}'), "highest token id"),
+    ],
+)
+def test_a_model_as_users_have_them_is_refused_in_words(checkpoint, spoil, says):
+    spoil(checkpoint)
+    with pytest.raises(ModelError, match=says):
+        load_model(checkpoint, device="cpu")
+
+
+def test_a_pickle_beside_safetensors_is_not_read_and_a_long_name_is_no_directory(checkpoint):
+    digest = load_model(checkpoint, device="cpu").digest
+    (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert load_model(checkpoint, device="cpu").digest == digest
+    with pytest.raises(ModelNotFound, match="no directory"):
+        load_model(Path("a" * 5000))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', "\xff", "[" * 100_000])
 def test_an_unreadable_configuration(checkpoint, text):
     (checkpoint / "config.json").write_bytes(text.encode("latin-1"))
@@ -99,6 +152,15 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(checkpoint):
     (checkpoint / "evil.py").write_text("raise SystemExit('code was run')")
     with pytest.raises(ModelError, match="custom"):
         load_model(checkpoint)
+
+
+def test_a_hub_id_is_not_taken_for_random_weights(monkeypatch, no_cache):
+    answer(monkeypatch, httpx.ConnectTimeout("timed out"))
+    for name, meant in (("HuggingFaceTB/SmolLM2", "pretrained:smollm2"), ("gpt2", "")):
+        with pytest.raises(ModelNotFound, match="timed out") as raised:
+            load_model(name)
+        assert "shape:" not in raised.value.do
+        assert meant in raised.value.do
 
 
 def test_an_adapter_is_refused(checkpoint):
@@ -169,10 +231,10 @@ def test_shapes_have_the_published_sizes(reference):
 def test_the_list_holds_every_bundled_model_trained_ones_first():
     infos = list_models()
     trained = ["reference:qwen3", "reference:llama", "reference:organism"]
-    assert [info.reference for info in infos] == [*trained, *PUBLISHED]
+    assert [info.reference for info in infos] == [*trained, "pretrained:smollm2", *PUBLISHED]
     assert [info.architecture for info in infos[:3]] == ["Qwen3ForCausalLM", "LlamaForCausalLM", "LlamaForCausalLM"]
     assert all(5_000_000 < info.parameters < 12_000_000 and info.licence == "Apache-2.0" for info in infos[:3])
-    assert all(info.licence == "no weights included" for info in infos[3:])
+    assert all(info.licence == "no weights included" for info in infos[4:])
 
 
 def test_a_directory_is_described_without_its_weights(checkpoint):

@@ -55,6 +55,23 @@ def test_a_model_brings_its_own_tokenizer(extracted, small_model, byte_tokenizer
     assert all(torch.equal(axes, basis.axes[name]) for name, axes in again.axes.items())
 
 
+def test_a_token_without_a_row_is_refused_before_the_first_decomposition(
+    extracted, small_model, small_pairs, byte_tokenizer
+):
+    larger = copy.deepcopy(byte_tokenizer)
+    larger.add_tokens([f"<{number}>" for number in range(300)])
+    odd, steps = replace(small_pairs[0], prompt="<299> x"), []
+    with pytest.raises(UsageError, match="token 555"):
+        extracted(
+            [odd, *small_pairs[1:]],
+            model=small_model,
+            tokenizer=larger,
+            svd=None,
+            progress=lambda *told: steps.append(told),
+        )
+    assert not steps
+
+
 def test_whole_groups_are_held_out(small_pairs):
     used, held = split_pairs(small_pairs)
     assert {pair.group for pair in held} == {"group 3"}

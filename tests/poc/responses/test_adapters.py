@@ -119,12 +119,23 @@ def test_the_reference_loop_serves_the_model_itself(small_model: Model):
 
 
 def test_adapters_that_do_more_and_ranks_that_cannot_be_are_refused(small_model: Model, tmp_path: Path):
-    for more in ({"use_dora": True}, {"bias": "all"}, {"alpha_pattern": {"q_proj": 3}}):
+    odd = {"use_dora": True, "bias": "all", "alpha_pattern": {"q_proj": 3}, "layer_replication": [[0, 2]]}
+    odd |= {"alora_invocation_tokens": [1], "lora_bias": True, "trainable_token_indices": [3], "of_tomorrow": 1}
+    odd |= {"init_lora_weights": "pissa_niter_16"}
+    for more in ({name: value} for name, value in odd.items()):
         with pytest.raises(UsageError, match=next(iter(more))):
             load_adapter(write_adapter(tmp_path, small_model, **more))
     for rank in ({"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}):
         with pytest.raises(ModelError, match="the adapter in"):
             load_adapter(write_adapter(tmp_path, small_model, **rank))
+
+
+def test_an_adapter_as_peft_writes_it_today_is_read(small_model: Model, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="gaussian")
+    get_peft_model(copy.deepcopy(small_model.module), settings).save_pretrained(tmp_path)
+    assert len(load_adapter(tmp_path).products) == small_model.num_layers
 
 
 def test_factors_that_are_no_matrices_are_refused_by_name(directory: Path, tmp_path: Path):

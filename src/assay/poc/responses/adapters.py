@@ -24,16 +24,19 @@ from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.models.load import Model
 from assay.poc.protocol.round import check_digest, check_name
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others subtract from the model first
 }
-"""Values of the configuration under which an adapter is what this module says; the last one where it has none."""
+"""Settings that must have one of these values; the last one where the configuration has none."""
+
+_FREE = {
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "task_type", "inference_mode", "peft_version", "auto_mapping"),
+    *("base_model_name_or_path", "revision", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "ensure_weight_tying", "eva_config", "runtime_config", "megatron_core", "qalora_group_size"),
+}
+"""Settings that are read above, or that change nothing of what is computed. Every other one must be empty or off."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ def load_adapter(path: str | Path) -> Lora:
     except Exception as error:
         seen = f"the adapter in {path}: {type(error).__name__}: {error}"[:300]
         raise ModelError(seen, wanted="an adapter as peft writes it", do="write it again") from None
-    for name, values in _NEUTRAL.items():
-        if config.get(name, values[-1]) not in values:
-            seen, wanted = f"an adapter with {name} {config[name]!r:.60}", f"a LoRA adapter with {name} {values[0]}"
+    for name, value in ({name: values[-1] for name, values in _READ.items()} | config).items():
+        if name not in _FREE and (value not in _READ[name] if name in _READ else value not in (None, False, {}, [])):
+            seen, wanted = f"an adapter with {name} {value!r:.60}", "a LoRA adapter that adds only products B A x"
             raise UsageError(seen, wanted=wanted, do="replay the responses of another adapter")
     return Lora(digest, Path(path), scale, _products(tensors))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
+from assay.models.checkpoint import check_tokens
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
@@ -159,9 +160,7 @@ def encode_requests(
                 raise UsageError(seen, wanted="one or more", do="correct it")
             made = replace(request, prompt=ids)
         name = f"request {made.request_id!r:.80}"
-        if (highest := max(made.ids)) >= vocab_size:
-            wanted = f"tokens below {vocab_size}, the rows of the embeddings of {reference}"
-            raise UsageError(f"{name} has token {highest}", wanted=wanted, do="use the tokenizer of this model")
+        check_tokens(name, made.ids, vocab_size)
         if any(token >= vocab_size for token in made.sampling.logit_bias):
             wanted, do = f"tokens below {vocab_size}", "leave it out of logit_bias"
             raise UsageError(f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}", wanted=wanted, do=do)

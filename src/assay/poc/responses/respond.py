@@ -51,7 +51,7 @@ def respond(
         sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
-        stop: Tokens that end a response; those of the model's generation config when None.
+        stop: Tokens that end a response; those of :func:`stop_tokens` when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
         output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
             requests left that file, this one continues after its last whole line.
@@ -139,12 +139,15 @@ def respond(
 
 
 def stop_tokens(model: Model) -> frozenset[int]:
-    """Return the tokens that end a response by the generation config of a model, else by its config."""
-    for source in (getattr(model.module, "generation_config", None), model.module.config):
-        ended = getattr(source, "eos_token_id", None)
-        if ended is not None:
-            return frozenset([ended] if isinstance(ended, int) else ended)
-    return frozenset()
+    """Return the tokens that end a response: those of the generation config, else of the config, and the tokenizer's.
+
+    They may differ: a chat model often ends a text by one token and a turn by another.
+    """
+    generation = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
+    stated = generation if generation is not None else getattr(model.module.config, "eos_token_id", None)
+    ended = list(stated) if isinstance(stated, list | tuple) else [stated]
+    ended.append(getattr(model.tokenizer, "eos_token_id", None))
+    return frozenset(token for token in ended if token is not None)
 
 
 def _response(

@@ -20,7 +20,7 @@ from assay.models.load import Model
 from assay.streams.backends import dtype_name
 from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, energy_along, find_axes, gram, zero_weak_axes
 from assay.vhack.gradients.batches import Progress, stage_progress
-from assay.vhack.gradients.per_sample import per_sample_gradients
+from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients.targets import coverage, module_of, target_modules, weights_digest
 from assay.vhack.names import METHODS
@@ -298,6 +298,7 @@ def pair_gradients(
         raise _nothing_left(len(pairs))
     samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
+    encode_samples(samples, model, called, how.get("tokenizer"))  # refuses before the first decomposition
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
     given: dict[str, Any] = {**how}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.models.checkpoint import check_tokens
 from assay.models.decoder import decoder_layers
 from assay.vhack.pairs.pairs import Sample
 
@@ -147,9 +148,16 @@ class Batch:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase | None", samples: Sequence[Sample], names: Sequence[str], longest: int | None
+    tokenizer: "PreTrainedTokenizerBase | None",
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    longest: int | None,
+    rows: int | None = None,
 ) -> list[Encoded]:
-    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens than ``longest``."""
+    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens than ``longest``.
+
+    A token that the embeddings, of so many ``rows``, do not have is refused too.
+    """
     if tokenizer is None:
         raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
     if not samples:
@@ -170,6 +178,8 @@ def encode(
                 wanted=f"at most {longest} tokens together, the context of the model",
                 do="shorten or leave it out; a cut sample would measure something else",
             )
+        if rows is not None:
+            check_tokens(name, (*prompt, *completion), rows)
         found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
     return found
 

@@ -348,6 +348,20 @@ def _share_room(division: Division, samples: str, free: float) -> float:
     return min(float(theirs) for _, theirs in told)
 
 
+def encode_samples(
+    samples: Sequence[Sample],
+    model: "Model | PreTrainedModel",
+    names: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> list[Encoded]:
+    """Tokenise samples for a model, and refuse by name what it cannot be given, as :func:`encode` does."""
+    if tokenizer is None and isinstance(model, Model):
+        tokenizer = model.tokenizer
+    module = module_of(model)
+    embeddings: Any = module.get_input_embeddings()
+    return encode(tokenizer, samples, names, context_length(module), len(embeddings.weight))
+
+
 def per_sample_gradients(
     samples: Sequence[Sample],
     model: "Model | PreTrainedModel",
@@ -411,9 +425,7 @@ def per_sample_gradients(
         seen, exact = f"a model in {module.dtype}", "float32 or bfloat16, in which small gradients do not vanish"
         raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
-    if tokenizer is None and isinstance(model, Model):
-        tokenizer = model.tokenizer
-    encoded = encode(tokenizer, samples, labels, context_length(module))
+    encoded = encode_samples(samples, model, labels, tokenizer)
     given = svd if svd is not None else weight_svd(module, modules=modules)
     factors = _factors_of(wanted, given)
     division = division_of(module, wanted)

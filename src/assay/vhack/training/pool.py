@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
-from assay.models.checkpoint import load_tokenizer
+from assay.models.checkpoint import check_tokens, load_tokenizer
 from assay.models.load import model_info
 from assay.models.rows import check_one_kind
 from assay.models.wide import own_precision
@@ -173,13 +173,18 @@ def encode_prompts(model: "Model | str", prompts: Sequence[str], max_new_tokens:
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     if isinstance(model, str):
-        context: int | None = model_info(model).max_positions
+        info = model_info(model)
+        context: int | None = info.max_positions
+        rows = info.vocab_size
         reference, tokenizer = model, load_tokenizer(model)
     else:
         reference, tokenizer, context = model.reference, model.tokenizer, context_length(model.module)
+        rows = model.vocab_size
     find_end_token(tokenizer, reference)
     assert tokenizer is not None
     known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    for ids in known.values():
+        check_tokens("a prompt", ids, rows)
     longest = max(map(len, known.values()), default=0)
     if context and longest + max_new_tokens > context:
         raise UsageError(
