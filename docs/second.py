@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "default_noise.json"
+LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "bundled_noise.json"
 
 # ---- streams.md ------------------------------------------------------------------------------------------------------
 LN = (0.06971611827611923, -0.11479733884334564, 0.11685419827699661, -0.12425687164068222, 0.14249058067798615,

@@ -1,3 +1,4 @@
+from .calibrate_model import calibrate_model as calibrate_model
 from .engines.base import Engine as Engine
 from .engines.hf.engine import HFEngine as HFEngine
 from .engines.hf.engine import measure_block_factor as measure_block_factor
@@ -24,7 +25,7 @@ from .verdict.calibration import Calibration as Calibration
 from .verdict.calibration import calibrate as calibrate
 from .verdict.judge import Verdict as Verdict
 from .verdict.noise import Noise as Noise
-from .verdict.noise import default_noise as default_noise
+from .verdict.noise import bundled_noise as bundled_noise
 from .verifier import check_proof as check_proof
 from .verifier import judging_batch as judging_batch
 from .verifier import judging_setup as judging_setup
