@@ -14,6 +14,7 @@ from assay.poc import prover as _prover
 from assay.poc.net.deployment import Deployment
 from assay.stats.chord import RANDOM_HEAD_ROWS, rate_standard_error
 from tests.poc.service.conftest import PREFIX, ROUND
+from tests.poc.service.test_judge import calibration
 from tests.waiting import until
 
 RULES = Path(__file__).parents[3] / "deploy" / "alerts.yml"
@@ -58,11 +59,11 @@ def test_an_honest_node_in_a_wide_block_raises_no_alert(rig, serving, llama):
     assert len(histogram["expected_errors"]) == len(histogram["expected"])
 
 
-def test_without_a_measurement_the_error_is_wide_enough(rig, serving, llama, monkeypatch):
-    """As on engines whose states cannot be read: the head is known, and an effective dimension is assumed."""
+def test_a_calibration_says_how_wide_the_error_is(rig, serving, llama, monkeypatch):
+    """As on engines whose states cannot be read: the head is known, and the calibration has the effective dimension."""
     monkeypatch.setattr(Deployment, "block_factor", lambda *_: None)
     rig.deployment = lambda: Deployment.of(llama, compiled=False)
-    with serving(seq_len=16) as service:
+    with serving(seq_len=16, calibration=calibration(rig, llama.digest, 16)) as service:
         seen, text = measured(service, 600)
     assert abs(seen["valid_rate"] - 0.1) > 5 * rate_standard_error(0.1, seen["checked"])
     assert seen["expected_rate"] == pytest.approx(0.1, abs=0.03)

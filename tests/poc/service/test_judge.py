@@ -100,7 +100,7 @@ def test_a_calibration_of_another_model_is_refused(rig, digest):
     check_calibration(calibration(rig, "0" * 64), rig.deployment())
 
 
-def calibration(rig, digest: str | None) -> Calibration:
+def calibration(rig, digest: str | None, effective_dimension: float | None = None) -> Calibration:
     fingerprint = rig.deployment().engine(4, 4).fingerprint
     law, exact = stats.ScaleNoise(sigma=5e-4), Spread()
     build = BuildNoise(
@@ -113,6 +113,7 @@ def calibration(rig, digest: str | None) -> Calibration:
         spread=exact,
         known=exact,
         n=100,
+        effective_dimension=effective_dimension,
     )
     return Calibration(builds=(build,))
 

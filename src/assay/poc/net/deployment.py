@@ -27,7 +27,7 @@ log = structlog.get_logger("assay.engine")
 KEPT = 2
 """Engines that are kept: the round's, and that of an artifact job of another shape."""
 
-STATES = 32
+STATES = 64
 """Nonces whose states say how wide the distances of a block are, where no calibration does. A round waits for them."""
 
 COMPILED_SHAPES = 32

@@ -4,6 +4,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -51,7 +52,8 @@ class HonestNoise:
             known, builds = bool(measured), [build for build in pinned if dtype in build.dtype]
         if not known:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
-        found = (find_build_noise(measured, one, digest=digest, preset=pipeline.name, round=round) for one in builds)
+        of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "formats": (dtype, dtype), "round": round}
+        found = (find_build_noise(measured, one, **of) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
 
@@ -216,7 +218,10 @@ def judge_vectors(
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:
     if test is None:
-        reason = "no honest noise of this preset and dtype is known: pass --calibration"
+        reason = (
+            "no honest noise of this model, preset and dtype was measured: "
+            "`assay poc calibrate --model M -o calibration.json`, and pass --calibration"
+        )
         return {"verdict": "undecided", "reason": reason}
     result = test.result
     return {

@@ -188,11 +188,12 @@ class Noises:
             raise CalibrationError(
                 seen, wanted=wanted, do="list the build once for each format, and name it for each node"
             )
+        formats = build.dtype[0], self._deployment.dtype
         if not self._measured:
-            formats = build.dtype[0], self._deployment.dtype
             noise = bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
         else:
-            noise = find_build_noise(self._measured, build, digest=registry.model.digest, preset=preset, round=round)
+            of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
+            noise = find_build_noise(self._measured, build, **of, formats=formats, round=round)
         if noise is None:
             do = f"`assay poc calibrate --model {registry.model.reference} --preset {preset} -o calibration.json`"
             do = f"measure it with {do}, and pin the file or pass --calibration"

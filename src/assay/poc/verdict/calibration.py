@@ -521,15 +521,23 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
 
 
 def find_build_noise(
-    calibrations: Iterable[Calibration], build: Build | None, *, digest: str, preset: str, round: Round | None
+    calibrations: Iterable[Calibration],
+    build: Build | None,
+    *,
+    digest: str,
+    preset: str,
+    formats: tuple[str, str],
+    round: Round | None,
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
+    ``formats`` are the number formats of the node and of the validator, which must have been measured together.
     Calibrations are tried in their order, for the checkpoint ``digest`` and any build when None. The block of ``round``
     scales distances; without one, the law is that of the usual scale.
     """
     for measured in (one for calibration in calibrations for one in calibration.builds):
-        if (measured.digest, measured.preset) == (digest, preset):
+        fits = not measured.formats or sorted(formats) in measured.formats
+        if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
                 return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
