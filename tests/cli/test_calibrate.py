@@ -102,10 +102,12 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_mo
     coarse = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
     round = Round(block_hash="another", public_key="k", seq_len=16)
     known = Calibration.load(calibration)
-    honest = prove(coarse, round, range(96), batch_size=16)
-    verdict = verify(honest, small_model, expect=replace(Pins.of(round), prover_dtype="bfloat16"), calibration=known)
-    assert (verdict.verdict, verdict.exit_code) == ("honest", 0)
-    assert verdict.work == verdict.checked / 96
+    honest = prove(coarse, round, range(192), batch_size=16)
+    verdict = verify(
+        honest, small_model, sample=192, expect=replace(Pins.of(round), prover_dtype="bfloat16"), calibration=known
+    )
+    assert (verdict.verdict, verdict.exit_code) == ("honest", 0), verdict.reason
+    assert (verdict.work, 0 < verdict.power < 1) == (1.0, True)
     cheat = prove(cheats.rounded(coarse), round, range(96), batch_size=16)
     assert verify(cheat, small_model, expect=round, calibration=known).fraud
     half = load_model(small_checkpoint, dtype="float16", device="cpu")
