@@ -38,7 +38,7 @@ def test_the_same_engine_finds_no_residual(proof: Proof, small_model, round_: Ro
     assert verdict.exit_code == 0
     assert verdict.residuals == (0.0,) * 40
     assert verdict.count.mismatches == 0
-    assert verdict.noise.source == "default for float32/float32, of the bundled models"
+    assert verdict.noise.source == "measured on the bundled models, float32/float32"
 
 
 def test_a_sample_is_drawn_by_its_seed(proof: Proof, small_model):

@@ -350,7 +350,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
 
 def _calibrate_model(model: str, chosen: CalibrateSettings) -> "Calibration":
-    from assay.poc.calibrate_model import calibrate_model
+    from assay.poc.one_machine import calibrate_model
 
     names = ("preset", "seq_len", "blocks", "nonces", "formats", "device")
     with progress_bar("measuring") as progress:

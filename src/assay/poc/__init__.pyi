@@ -1,9 +1,9 @@
-from .calibrate_model import calibrate_model as calibrate_model
 from .engines.base import Engine as Engine
 from .engines.hf.engine import HFEngine as HFEngine
 from .engines.hf.engine import measure_block_factor as measure_block_factor
 from .measurement import MeasuredTarget as MeasuredTarget
 from .measurement import measure_r_target as measure_r_target
+from .one_machine import calibrate_model as calibrate_model
 from .protocol.blocks import BlockFactor as BlockFactor
 from .protocol.pins import Build as Build
 from .protocol.pins import Pins as Pins

@@ -157,6 +157,8 @@ def _fit(
             for (i, j), errors_N in measured.items()
             if sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair)
         }
+        if not of_pair:  # one engine in a format says nothing of that format beside itself
+            continue
         build = fit_build(
             of_pair,
             describe_machines([engines[row] for row in rows]),
