@@ -2,7 +2,7 @@
 
     python docs/second.py PROOF CHECKPOINT BLOCK KEY --seed 5
 
-A sample of the nonces is recomputed on transformers, and judged by the residual test under the stated default law;
+A sample of the nonces is recomputed on transformers, and judged under the law of the bundled models;
 `assay poc verify --seed 5` draws the same one. Nothing of assay is imported, and one file of its numbers is read.
 The place test is not made, and only block and key are pinned. A reader of receipts is at the end of responses.md.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "default_noise.json"
+LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "bundled_noise.json"
 
 # ---- streams.md ------------------------------------------------------------------------------------------------------
 LN = (0.06971611827611923, -0.11479733884334564, 0.11685419827699661, -0.12425687164068222, 0.14249058067798615,

@@ -19,7 +19,7 @@ from _common import note, parser, publish, timed
 from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.models import load_model
-from assay.poc import HFEngine, Round, default_noise, prove
+from assay.poc import HFEngine, Round, bundled_noise, prove
 from assay.poc.cheats import rounded, without_last_layers
 from assay.poc.prover import recompute
 from assay.poc.verdict.judge import residuals
@@ -89,7 +89,7 @@ def cheats(model, round, batch_size, options):
 def caught(errors, header):
     """Return the number of nonces after which the verdict is fraud, or None."""
     dtype = header.fingerprint.dtype
-    test = sequential_test(default_noise(header.pipeline.noise, dtype, dtype))
+    test = sequential_test(bundled_noise(header.digest, header.pipeline.noise, dtype, dtype))
     for count, error in enumerate(errors, start=1):
         if test.update([error]).result.verdict == "fraud":
             return count

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 from _common import note, parser, publish, round_to, timed
+from assay_research.simulation import QWEN3
 from torch.distributed.device_mesh import init_device_mesh
 
 from assay.models import load_model
-from assay.poc import HFEngine, Noise, Proof, Round, calibrate, default_noise, prove
+from assay.poc import HFEngine, Noise, Proof, Round, bundled_noise, calibrate, prove
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.parallel import ParallelEngine, joined
 from assay.poc.verdict import judge
@@ -82,7 +83,7 @@ def tensor_parallel(world, reference, options):
     half = len(nonces) // 2
     law = calibrate(_cut(ours, 0, half), _cut(theirs, 0, half)).law
     measured = Noise(law, "calibration")
-    stated = default_noise("distance", "bfloat16", "bfloat16")
+    stated = bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16")
     errors = np.subtract(ours.distances, theirs.distances)
     verdicts = {
         name: judge(ours, ours.records[half:], theirs.records[half:], noise).verdict

@@ -27,13 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import event_seconds, note, parser, publish, round_to, take_turns, wall_seconds
+from assay_research.simulation import QWEN3
 from gpu_floor import measure_floor
 from streams import published_hash, published_normal
 
 from assay.models import load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, FLOAT8, INT8, float8_blocks
-from assay.poc import HFEngine, Round, default_noise, prove
+from assay.poc import HFEngine, Round, bundled_noise, prove
 from assay.poc.engines.hf.engine import auto_batch
 from assay.streams import seed32
 from tests.models.storing import in_eight_bits
@@ -119,7 +120,7 @@ def checks(model, engine, round, nonces):
         "same_bits_again": bits(whole) == bits(again),
         "same_bits_in_any_place": bits(moved) == bits(whole)[5 : size + 5 : 3],
         "residual_against_eager_rms": round_to(np.sqrt(np.mean(errors**2))),
-        "default_noise_sigma": round_to(default_noise("distance", "bfloat16", "bfloat16").size),  # of bfloat16
+        "default_noise_sigma": round_to(bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16").size),  # of bfloat16
         "valid_rate": whole.valid_rate,
         "sha256_of_distances": hashlib.sha256(np.asarray(whole.distances).tobytes()).hexdigest(),
     }

@@ -1,8 +1,14 @@
 """``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over blocks."""
 
+from dataclasses import replace
+
 import pytest
 
-from assay.poc import Round, prove
+from assay.cli import run
+from assay.errors import CalibrationError
+from assay.models import load_model
+from assay.poc import Calibration, NetworkPins, Pins, Round, cheats, prove, verify
+from assay.poc.verdict.noise import WIDE_DOF
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +26,17 @@ FORMS = {
     "--vectors": ("--valid-rate", 0.1, "--vectors", "x"),
     "--merge": ("--valid-rate", 0.1, "--merge", "x"),
     "--dimension": ("PROOFS", "--dimension", 12, "-o", "c.json"),
-    "--effective-dimension": ("PROOFS", "--effective-dimension", 9, "-o", "c.json"),
+    "--calibration": ("PROOFS", "--calibration", "c.json", "-o", "d.json"),
+    "--pins": ("PROOFS", "--pins", "pins.toml", "-o", "c.json"),
+    "--device": ("PROOFS", "--device", "cpu", "-o", "c.json"),
+    "--formats": ("--valid-rate", 0.1, "--formats", "float32"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),
     "-o": ("PROOFS",),
     "leave --vectors": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
     "directory": ("--vectors", "none", "-o", "no-such-folder/c.json"),
     "repeat --merge": ("--merge", "c.json", "-o", "d.json"),
-    "--model with --merge alone": ("--merge", "c", "--merge", "d", "--model", "x", "-o", "e"),
+    "measurement without -o": ("--model", "reference:qwen3"),
     "two honest proofs": ("PROOF", "-o", "c.json"),
 }
 
@@ -48,33 +57,70 @@ def blocks(told, proving, tmp_path):
 
 def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_path):
     both = ("poc", "calibrate", "--valid-rate", 0.2, *blocks)
-    assumed = told(*both)
-    assert (assumed["n"], assumed["blocks"], assumed["effective_dimension_from"]) == (64, 2, "assumed")
-    assert (assumed["dimension"], assumed["confidence"]) == (8192, 0.95)
-    assert assumed["low"] < assumed["measured"] < assumed["high"]
-    assert assumed["agrees"] == (assumed["low"] <= assumed["r_target"] <= assumed["high"])
-    given = told(*both, "--effective-dimension", 60)
-    assert (given["effective_dimension"], given["effective_dimension_from"]) == (60.0, "given")
-    assert given["high"] - given["low"] < assumed["high"] - assumed["low"]
+    assert "no effective dimension" in refused(*both)
     measured = told(*both, "--model", small_checkpoint, "--device", "cpu")
+    assert (measured["n"], measured["blocks"]) == (64, 2)
     assert (measured["effective_dimension_from"], len(measured["factors"])) == ("model", 2)
     for wrong in (
         (blocks[0],),
         ("-o", tmp_path / "x"),
         ("--dimension", 5),
         ("--model", "reference:llama", "--device", "cpu"),
-        ("--model", small_checkpoint, "--effective-dimension", 60),
-        ("--effective-dimension", 0),
+        ("--model", small_checkpoint, "--calibration", "c.json"),
     ):
         refused(*both, *wrong)
 
 
-def test_the_closed_form_says_how_far_blocks_lie_apart(told, refused):
+@pytest.fixture(scope="module")
+def measured(small_checkpoint, tmp_path_factory):
+    """Calibration and pins of the small checkpoint, by this machine alone, in two formats."""
+    folder = tmp_path_factory.mktemp("measured")
+    calibration, pins = folder / "calibration.json", folder / "pins.toml"
+    shape = ("--seq-len", "16", "--blocks", "8", "--nonces", "32", "--formats", "bfloat16,float32")
+    alone = ("poc", "calibrate", "--model", small_checkpoint, "--device", "cpu", *shape)
+    assert run([*map(str, alone), "-o", str(calibration), "--pins", str(pins)]) == 0
+    return calibration, pins
+
+
+def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_model, small_checkpoint):
+    calibration, pins = measured
+    builds = Calibration.load(calibration).builds
+    assert [build.formats[0] for build in builds] == [
+        ["bfloat16", "bfloat16"],
+        ["bfloat16", "float32"],
+        ["float32", "float32"],
+    ]
+    assert builds[2].law.size < builds[1].law.size / 10, "float32 is not judged by the noise of bfloat16"
+    assert {build.n for build in builds} == {256}
+    assert all(build.law.dof <= WIDE_DOF for build in builds), "few nonces do not show the tail"
+    assert NetworkPins.load(pins).models[0].builds[0].dtype == ("bfloat16",)
+
+    coarse = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    round = Round(block_hash="another", public_key="k", seq_len=16)
+    known = Calibration.load(calibration)
+    honest = prove(coarse, round, range(192), batch_size=16)
+    verdict = verify(
+        honest, small_model, sample=192, expect=replace(Pins.of(round), prover_dtype="bfloat16"), calibration=known
+    )
+    assert (verdict.verdict, verdict.exit_code) == ("honest", 0), verdict.reason
+    assert (verdict.work, 0 < verdict.power < 1) == (1.0, True)
+    cheat = prove(cheats.rounded(coarse), round, range(96), batch_size=16)
+    assert verify(cheat, small_model, expect=round, calibration=known).fraud
+    half = load_model(small_checkpoint, dtype="float16", device="cpu")
+    with pytest.raises(CalibrationError, match="dtype"):
+        verify(prove(half, round, range(96)), small_model, calibration=known)
+
+
+def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
     rate = ("poc", "calibrate", "--valid-rate", 0.1)
-    found = told(*rate)
-    assert (found["effective_dimension"], found["effective_dimension_from"]) == (16.0, "assumed")
-    assert 0.01 < found["block_rate_low"] < 0.05 < 0.15 < found["block_rate_high"] < 0.25
-    narrow = told(*rate, "--effective-dimension", 200)
-    assert found["block_rate_low"] < narrow["block_rate_low"] < 0.1 < narrow["block_rate_high"] < 0.13
+    assert "block_rate_low" not in told(*rate)
+    found = told(*rate, "--calibration", measured[0])
+    assert found["effective_dimension"] == pytest.approx(64, rel=0.35)  # random weights use nearly all coordinates
+    assert 0.05 < found["block_rate_low"] < 0.1 < found["block_rate_high"] < 0.15
     assert "block_rate_low" not in told(*rate, "--dimension", 12)
-    refused(*rate, "--model", "reference:llama")
+    refused(*rate, "--model", "reference:llama", "--calibration", measured[0])
+
+
+def test_too_few_nonces_are_refused_before_a_model_is_loaded(refused, tmp_path):
+    few = ("--blocks", 2, "--nonces", 64)
+    assert "at least 256" in refused("poc", "calibrate", "--model", "reference:qwen3", *few, "-o", tmp_path / "c.json")

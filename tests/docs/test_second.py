@@ -13,9 +13,10 @@ import torch
 
 import assay
 from assay.files.jsonl import read_json
-from assay.poc import Pins, Round, default_noise, measure_frame, prove, verify
+from assay.poc import Pins, Round, bundled_noise, measure_frame, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.verdict.noise import sequential_test
+from tests.laws import QWEN3
 from tests.streams.test_draws import DRAWS_PER_GROUP, Group
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ VECTORS = ROOT / "tests" / "vectors"
 KNOWN = json.loads((VECTORS / "poc_kat.json").read_text(encoding="utf-8"))
 GUMBELS = json.loads((VECTORS / "gumbels.json").read_text(encoding="utf-8"))
 MODELS = ("qwen3", "llama")
-LAWS = read_json(ROOT / "src" / "assay" / "poc" / "verdict" / "default_noise.json")["laws"]
+LAWS = read_json(ROOT / "src" / "assay" / "poc" / "verdict" / "bundled_noise.json")["laws"]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import second  # noqa: E402
@@ -137,7 +138,7 @@ def test_digests(name):
 @pytest.mark.parametrize("family", LAWS)
 def test_evidence_of_every_default_law(family):
     for pair, law in LAWS[family].items():
-        noise = default_noise(family, *pair.split("/"))
+        noise = bundled_noise(QWEN3, family, *pair.split("/"))
         rng = np.random.default_rng(len(pair))
         seen = set()
         for n, size in ((1, 1.0), (20, 0.0), (40, 0.5), (40, 2.5), (300, 0.7), (60, 40.0)):
@@ -163,7 +164,7 @@ def test_every_preset_is_recomputed(preset, name, tmp_path):
     proof.save(path)
     given = {"block_hash": "block_alpha", "public_key": "node_A", "seed": 1}
     found = second.verify(path, checkpoint(name), **given)
-    law = default_noise(proof.header.pipeline.noise, "float32", "float32")
+    law = bundled_noise(QWEN3, proof.header.pipeline.noise, "float32", "float32")
     assert max(map(abs, found["residuals"])) < law.size * 4
     # Values of other nonces are far off, so the bound above tells something.
     header, records = second.read(path)
@@ -201,7 +202,7 @@ def test_the_verdict_is_that_of_verify(preset, dtype, wanted, tmp_path):
     verdict = verify(assay.poc.Proof.load(path), model, expect=pins, seed=5, sample=32)
     found = second.verify(path, checkpoint("qwen3"), block_hash="block_alpha", public_key="node_A", seed=5, sample=32)
     assert found["verdict"] == verdict.verdict == wanted
-    np.testing.assert_allclose(found["residuals"], verdict.residuals, atol=5 * default_noise(
+    np.testing.assert_allclose(found["residuals"], verdict.residuals, atol=5 * bundled_noise(QWEN3,
         proof.header.pipeline.noise, "float32", "float32").size)  # fmt: skip
     assert found["log_e_max"] == pytest.approx(verdict.sequential.log_e_max, rel=0.05, abs=0.5)
     judged = second.judged(verdict.residuals, LAWS[proof.header.pipeline.noise]["float32/float32"])

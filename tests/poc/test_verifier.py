@@ -19,9 +19,9 @@ from assay.poc import (
     Proof,
     Round,
     VectorRecord,
+    bundled_noise,
     calibrate,
     cheats,
-    default_noise,
     judging_batch,
     prove,
     verify,
@@ -29,6 +29,7 @@ from assay.poc import (
 from assay.poc.verdict import judge
 from assay.poc.verdict.judge import count_mismatches, published_rule, residuals
 from assay.stats import LogNoise, ScaleNoise
+from tests.laws import QWEN3
 
 
 def test_the_same_engine_finds_no_residual(proof: Proof, small_model, round_: Round):
@@ -37,7 +38,7 @@ def test_the_same_engine_finds_no_residual(proof: Proof, small_model, round_: Ro
     assert verdict.exit_code == 0
     assert verdict.residuals == (0.0,) * 40
     assert verdict.count.mismatches == 0
-    assert verdict.noise.source == "default for float32/float32, of the bundled models"
+    assert verdict.noise.source == "measured on the bundled models, float32/float32"
 
 
 def test_a_sample_is_drawn_by_its_seed(proof: Proof, small_model):
@@ -258,9 +259,9 @@ def test_missing_and_non_finite_values_never_match(proof: Proof):
 def test_defaults_exist_for_every_pair_of_dtypes():
     for one in ("float32", "float16", "bfloat16"):
         for two in ("float32", "float16", "bfloat16"):
-            assert isinstance(default_noise("distance", one, two).law, ScaleNoise)
-            assert isinstance(default_noise("vector", one, two).law, LogNoise)
-            assert default_noise("distance", one, two) == default_noise("distance", two, one)
+            assert isinstance(bundled_noise(QWEN3, "distance", one, two).law, ScaleNoise)
+            assert isinstance(bundled_noise(QWEN3, "vector", one, two).law, LogNoise)
+            assert bundled_noise(QWEN3, "distance", one, two) == bundled_noise(QWEN3, "distance", two, one)
 
 
 def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_not_a_fraud(small_model, round_):

@@ -39,12 +39,16 @@ from assay.files.jsonl import JsonObject
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.calibration import PAIR_SPREAD, PRIOR, SCALED_SPREAD
 from assay.poc.verdict.life import EPOCH, error_share
-from assay.poc.verdict.noise import MARGIN, Noise, default_noise, sequential_test
+from assay.poc.verdict.noise import Noise, bundled_noise, sequential_test
 from assay.settings import Names, Settings
 from assay.stats.noise import Spread
 from assay_research.redteam.field import PRESETS, Judge, count_power
 from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
+
+QWEN3 = "4fe788470005f674c3b7a43790593d0a873a83b6fbabad16e403361d09a5b6fb"
+MARGIN = 2.0
+"""Factor of the law that comes with assay over the noise that was measured on the bundled models."""
 
 RULES = ("published", "count", "sequential", "lifetime")
 LAWS = ("default", "predictive")
@@ -313,7 +317,8 @@ class SimulationPlan(Plan):
 
     def noise(self, preset: str, dtype: str, law: str) -> Noise:
         """Return the noise that validators judge by."""
-        default = default_noise(get_pipeline(preset).noise, dtype, "float32")
+        default = bundled_noise(QWEN3, get_pipeline(preset).noise, dtype, "float32")
+        assert default is not None
         if law == "default":
             return default
         measured = default.scaled(1 / MARGIN)

@@ -15,7 +15,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, loads, read_lines, read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibration import PAIR_SPREAD, Calibration, Machine, check_compared, fit_build
+from assay.poc.verdict.calibration import Calibration, Machine, check_compared, fit_build
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
 LARGEST_CONTENT = 2**29  # bytes, without gzip
@@ -240,5 +240,4 @@ def calibrate_vectors(
     check_compared(measured, len(sets))
     pipeline = get_pipeline("artifact")
     machines = tuple(Machine(name=one.name, kind=one.kind, fingerprint=None) for one in sets)
-    build = fit_build(measured, machines, pipeline, between_blocks=PAIR_SPREAD, progress=progress)
-    return Calibration(builds=(replace(build, digest=digest),))
+    return Calibration(builds=(fit_build(measured, machines, pipeline, digest=digest, progress=progress),))

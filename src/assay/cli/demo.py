@@ -99,7 +99,8 @@ def draw(
     """Add what was proved, the histogram over the chord law, who was caught and how far off, and the checks."""
     from assay import stats
     from assay.pages.report import SERIES, Badge, figure, histogram_over_density, legend
-    from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, chord_mean
+    from assay.poc import measure_block_factor
+    from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
     from assay.stats.noise import RESOLUTION
 
     report.section("Proof of Compute: distances follow the chord law")
@@ -111,7 +112,8 @@ def draw(
     )
     r_target = honest[0].proof.round.r_target
     distances = np.concatenate([case.proof.distances for case in honest])
-    law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=EFFECTIVE_DIMENSION)
+    effective = measure_block_factor(model, honest[0].proof.round, nonces=NONCES).effective_dimension
+    law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=effective)
     expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
     fig, ax = figure()
     label = f"chord law, d = {RANDOM_HEAD_ROWS}"
@@ -138,7 +140,8 @@ def draw(
     for index, case in enumerate([honest[0], *cheaters]):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
         ax.semilogy(sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6)
-    ax.axhline(honest[0].verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
+    if honest[0].verdict.sequential is not None:
+        ax.axhline(honest[0].verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
     ax.set_xlabel("checked nonces, sorted")
     ax.set_ylabel("|received − recomputed|")
     legend(ax)

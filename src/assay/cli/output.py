@@ -96,7 +96,8 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
             elif now - marks[1][0] >= PAUSE:
                 marks[1] = (now, done)
                 rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
-                click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s", err=True)
+                left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+                click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s{left}", err=True)
 
         yield say if sys.stderr is not None else None
         return

@@ -27,6 +27,7 @@ from assay.errors import UsageError
 from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
+    from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.life import Standing
 
@@ -82,7 +83,7 @@ class VerifySettings(AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
     proof: Annotated[Path, ARGUMENT] = Field(description="Proof file.")
-    sample: Annotated[int | None, "NONCES"] = Field(None, description="Nonces to recompute; at most 128 by default.")
+    sample: Annotated[int | None, "NONCES"] = Field(None, description="Nonces to recompute; else what the law needs.")
     seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions of a nonce agreed on; else 256.")
     preset: Annotated[str | None, "NAME"] = Field(None, description="Preset agreed on; else poc-2.0.")
     strength: Literal[32, 256] | None = Field(None, description="Bits of the input seeds agreed on; else 32.")
@@ -110,15 +111,21 @@ class CalibrateSettings(Settings):
 
     proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, two or more of a round.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
-    valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
     model: Annotated[str | None, "MODEL"] = Field(
-        None, description="Model of the proofs, for laws relative to the scale of each block."
+        None, description="Model to measure on this machine; with proofs, their model."
     )
-    dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
+    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
+    seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
+    pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
+    valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
+    calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
-    effective_dimension: Annotated[float | None, "NUMBER"] = Field(
-        None, description="Effective dimension of the states; 16 without it and without a model."
+    dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
+    blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
+    nonces: Annotated[int, "NUMBER"] = Field(64, ge=1, description="Nonces of each of these blocks.")
+    formats: Names = Field(
+        ("bfloat16", "float16", "float32"), description="Number formats that --model is measured in."
     )
     vectors: Path | None = Field(None, description="Sets of vectors of a network, in place of proofs (research).")
     sets: Names = Field((), description="Words that the name of a set must have; with a dash before: must not.")
@@ -268,11 +275,15 @@ class _Pace:
         return resumed, start - begin, rate
 
 
+CHEAT = "a tenth of the nonces at 5 times the honest noise"
+
+
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
-    sequential, count, header = verdict.sequential, verdict.count, verdict.header
+    noise, sequential, count, header = verdict.noise, verdict.sequential, verdict.count, verdict.header
     claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}
     believed = [f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})" for name in verdict.unpinned]
     counted = f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"
+    rule = f"{counted}; it decides nothing" if header.pipeline.texts == "published" else "none for this preset"
     condition = ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
     rows = [
         ("verdict", f"{verdict.verdict}{condition}"),
@@ -284,10 +295,11 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
         ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
         ("pinned", ", ".join(verdict.pins.given) or "nothing"),
         ("on the prover's word", "\n".join(believed) or "nothing"),
-        ("checked", f"{verdict.checked} of {verdict.proved} nonces"),
-        ("honest noise", f"{verdict.noise.size:.2g} ({verdict.noise.source})"),
-        ("gross residuals", f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
-        ("published rule", counted if header.pipeline.texts == "published" else "none for this preset"),
+        ("checked", f"{verdict.checked} of {verdict.proved} nonces, {verdict.work:.0%} of the node's work"),
+        ("power", "none" if verdict.power is None else f"{verdict.power:.0%} for {CHEAT}"),
+        ("honest noise", "not measured" if noise is None else f"{noise.size:.2g} ({noise.source})"),
+        ("gross residuals", "" if sequential is None else f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
+        ("published rule", rule),
         *life_rows(standing),
     ]
     table(("", "result"), rows)
@@ -307,20 +319,26 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output valid_rate model dimension merge device",
-    example="assay poc calibrate A.jsonl B.jsonl -o calibration.json",
+    shown="output model preset seq_len pins merge valid_rate calibration device",
+    example="assay poc calibrate --model reference:qwen3 -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """Measure honest noise, or give an r_target.
 
-    The first use takes honest proofs of one checkpoint and preset, two or more of every round, and writes a file for
-    `verify --calibration`. Three machines and more also judge a machine that was not measured, and the file says how
-    often honest machines that are left out of the measurement are accused. --merge adds the builds of other files.
+    The first use takes a model, and needs this machine alone. The model runs in each number format, with other kernels
+    and batches, and the file for `verify --calibration` has a law for every pair of formats. --pins also writes a pins
+    file that names it. A model of 135 million parameters takes minutes with --seq-len 16.
+
+    Example: assay poc calibrate --model reference:qwen3 --preset hardened -o calibration.json --pins pins.toml
+
+    The second use takes honest proofs of one checkpoint and preset, two or more of every round, from several machines.
+    Three machines and more also judge a machine that was not measured, and the file says how often honest machines that
+    are left out of the measurement are accused. --merge adds the builds of other files.
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 
-    The second use needs no proof; with proofs, of one block or several, it also measures the rate on them. Distances
-    of a block are all wider or narrower by one factor, which --model predicts from a few states.
+    The third use gives the r_target of a share of valid nonces. Distances of a block are all wider or narrower by one
+    factor. How much blocks differ is only said by --model or --calibration, with or without proofs.
 
     Example: assay poc calibrate --valid-rate 0.1
     """
@@ -335,10 +353,10 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
             wanted="every file once: a machine says nothing about its noise beside itself",
             do="leave one out of PROOFS, or pass that of another machine",
         )
-    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None
+    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
     if chosen.valid_rate is not None:
-        how = chosen.model_dump(include={"dimension", "effective_dimension", "model", "device"})
+        how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
         return
     assert chosen.output is not None
@@ -346,6 +364,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
         measured = Calibration.load(chosen.merge[0])
+    elif not chosen.proofs:
+        assert chosen.model is not None
+        measured = _calibrate_model(chosen.model, chosen)
     else:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(chosen.proofs, model=chosen.model, progress=progress)
@@ -354,33 +375,50 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     measured.save(chosen.output)
     for build in measured.builds:
         show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)
+    if chosen.pins is not None and chosen.model is not None:
+        from assay.poc.network_pins import write_pins
+
+        asked: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "r_target": None}
+        asked |= {"strength": 256, "node_count": 1, "fewest_nonces": 32}
+        engine, files = measured.builds[0].engines[0], [chosen.output]
+        written = write_pins(chosen.pins, chosen.model, asked=asked, calibrations=files, engine=engine)
+        show_values("assay.poc.pins.new/1", written, as_json)
+
+
+def _calibrate_model(model: str, chosen: CalibrateSettings) -> "Calibration":
+    from assay.poc.one_machine import calibrate_model
+
+    names = ("preset", "seq_len", "blocks", "nonces", "formats", "device")
+    with progress_bar("measuring") as progress:
+        return calibrate_model(model, **{name: getattr(chosen, name) for name in names}, progress=progress)
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
     rate, measures = chosen.valid_rate is not None, chosen.vectors is None and not merging
-    noise, targets = ("vectors", "sets", "digest", "merge", "output"), ("dimension", "device", "effective_dimension")
+    alone = measures and not rate and not chosen.proofs and chosen.model is not None
+    given = chosen.model_fields_set
     for applies, names, beside, reason in (
-        (rate, noise, "--valid-rate", "it measures no noise"),
-        (rate and not chosen.proofs, ("model",), "--valid-rate and no proof", "there is nothing to measure it on"),
-        (not rate, targets, "no --valid-rate", "it belongs to --valid-rate"),
+        (rate, ("vectors", "sets", "digest", "merge", "output"), "--valid-rate", "it measures no noise"),
+        (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
+        (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
+        (not alone, ("pins", "preset", "seq_len", "blocks", "nonces", "formats"), "no --model alone", "nothing is run"),
         (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
-        (merging, ("model",), "--merge alone", "nothing is measured"),
     ):
-        for flag in (chosen.spelling(name) for name in names if applies and getattr(chosen, name) not in (None, ())):
+        for flag in (chosen.spelling(name) for name in names if applies and name in given):
             raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
     if rate:
         return
     if merging and len(chosen.merge) < 2:
         do = "repeat --merge with another file"
         raise UsageError("one file to merge", wanted="two or more, or proofs to measure", do=do)
-    if measures and len(chosen.proofs) < 2:
+    if measures and not alone and len(chosen.proofs) < 2:
         raise UsageError(
-            f"neither --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} proof(s)",
-            wanted="two honest proofs or more with -o, or another form of the command",
-            do="`assay poc calibrate A.jsonl B.jsonl -o calibration.json`, or see `assay poc calibrate --help`",
+            f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} proof(s)",
+            wanted="a model or two honest proofs or more with -o, or another form of the command",
+            do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate --help`",
         )
     if chosen.output is None:
         raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
@@ -461,6 +499,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     from assay import poc
     from assay.poc.network_pins import list_open, list_pinned
     from assay.poc.verdict.calibration import find_pinned_calibration
+    from assay.poc.verdict.noise import missing_law
 
     network = poc.NetworkPins.load(chosen.pins)
     for model in network.models:
@@ -477,8 +516,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         held.check(header)
         measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
-        default = "the stated default: no calibration is pinned for this model"
-        noise = default if measured is None else measured.find_build(header).source
+        missing = missing_law(header.round.model, header.digest, header.pipeline.name)
+        noise = missing if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)

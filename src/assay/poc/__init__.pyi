@@ -4,6 +4,7 @@ from .engines.hf.engine import measure_block_factor as measure_block_factor
 from .frames import measure_frame as measure_frame
 from .measurement import MeasuredTarget as MeasuredTarget
 from .measurement import measure_r_target as measure_r_target
+from .one_machine import calibrate_model as calibrate_model
 from .protocol.blocks import BlockFactor as BlockFactor
 from .protocol.pins import Build as Build
 from .protocol.pins import Pins as Pins
@@ -25,7 +26,7 @@ from .verdict.calibration import Calibration as Calibration
 from .verdict.calibration import calibrate as calibrate
 from .verdict.judge import Verdict as Verdict
 from .verdict.noise import Noise as Noise
-from .verdict.noise import default_noise as default_noise
+from .verdict.noise import bundled_noise as bundled_noise
 from .verifier import check_proof as check_proof
 from .verifier import judging_batch as judging_batch
 from .verifier import judging_setup as judging_setup

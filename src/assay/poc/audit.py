@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from assay.errors import UsageError
+from assay.errors import CalibrationError, UsageError
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
@@ -37,6 +37,7 @@ from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
+from assay.poc.verdict.noise import missing_law
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)
@@ -48,7 +49,7 @@ class Auditor(Launch):
 
     Args:
         pins: File with all that the network agreed on.
-        calibration: File with the measured honest noise; one of the pins, else the stated default, when None.
+        calibration: File with the measured honest noise; one of the pins when None.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
         alpha: Bound on the chance that an honest node is ever accused.
@@ -88,7 +89,13 @@ class Auditor(Launch):
         self._check_ledger(pins.unpinned(proof.header))
         check_judge(how, proof.header, measured)
         with open_judge(how, proof.header, measured) as (loaded, made):
-            engine, _ = judging_setup(proof.header, loaded, engine=made, calibration=measured)
+            engine, noise = judging_setup(proof.header, loaded, engine=made, calibration=measured)
+            if noise is None and self.ledger is not None:
+                raise CalibrationError(
+                    missing_law(self.model, proof.header.digest, proof.header.pipeline.name),
+                    wanted="a law, without which an audit says nothing of a life",
+                    do="measure one, or leave --ledger out",
+                )
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)

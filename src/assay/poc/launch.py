@@ -29,7 +29,6 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import HFPrefill, Prefill
 from assay.poc.responses.receipts import Receipts
 from assay.poc.verdict.calibration import Calibration
-from assay.poc.verdict.noise import default_noise
 from assay.poc.verifier import judging_batch
 
 EngineName = Literal["hf", "vllm"]
@@ -170,14 +169,11 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
 
     Raises:
         ProofMismatch: The model has fewer positions than the proof.
-        CalibrationError: There is no calibration, and no default for the number formats; or it was measured with
-            another kind of engine.
+        CalibrationError: The calibration was measured with another kind of engine.
         AssayError: As of :func:`open_judge`.
     """
     dtype = of_weights(header.fingerprint.dtype)
-    if calibration is None:
-        default_noise(header.pipeline.noise, header.fingerprint.dtype, chosen.dtype or dtype)
-    else:
+    if calibration is not None:
         calibration.check_kind(header, chosen.engine)
     chosen.check_loadable(dtype)
     info, positions = model_info(chosen.model), header.round.seq_len + header.pipeline.steps

@@ -27,14 +27,13 @@ from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress
-from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
+from assay.poc.verdict.calibration import ENOUGH, BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
-from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, BlockLaw, rate_standard_error
+from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw, rate_standard_error
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
-MIN_BLOCKS = 8  # whose own spread is used in place of an assumption
+MIN_BLOCKS = 8  # whose own spread says how blocks differ
 CONFIDENCE = 0.95  # of the interval of a quantile
-ENOUGH_OF_MIXTURE = 1024  # distances: a block may have no nonce of 256 that asks other experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class MeasuredTarget:
         blocks: Number of blocks measured.
         effective_dimension: Effective dimension of the states, from which the spread of the factors of blocks follows;
             None where they do not differ.
-        effective_dimension_from: Source of it: ``assumed``, ``given``, the ``blocks`` or the ``model``; else ``none``.
+        effective_dimension_from: Source of it: ``given``, the ``blocks`` or the ``model``; else ``none``.
         widths: Measured standard deviation of the cosines of every block over that of the law.
         factors: Factor of every block by its head and the model; empty where that was not measured.
     """
@@ -103,15 +102,15 @@ def measure_r_target(
             target of the block in R^K.
         valid_rate: Wanted share of valid nonces, in (0, 1).
         dimension: Dimension of the output; needed where the preset has no random head and publishes distances.
-        effective_dimension: Effective dimension of the states; 16 is assumed where nothing gives it.
+        effective_dimension: Measured effective dimension of the states, as a calibration has it.
         factors: Factor of the block of each proof in their order, by :func:`assay.poc.measure_block_factor`, or none.
 
     Returns:
         The measured target with its interval, and the closed form.
 
     Raises:
-        UsageError: A rate or dimension is out of range or missing, there are fewer than 30 nonces, or there is not one
-            factor per proof.
+        UsageError: A rate or dimension is out of range or missing, there are fewer than 30 nonces, there is not one
+            factor per proof, or fewer than eight blocks of distances have neither factors nor an effective dimension.
         ProofMismatch: The proofs are of several presets, checkpoints or lengths.
 
     Example:
@@ -119,11 +118,12 @@ def measure_r_target(
         >>> from assay.poc import Round
         >>> model = assay.load_model("reference:qwen3", device="cpu")
         >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
-        >>> found = assay.poc.measure_r_target(assay.poc.prove(model, round, range(64)), 0.5)
+        >>> proof = assay.poc.prove(model, round, range(64))
+        >>> found = assay.poc.measure_r_target(proof, 0.5, factors=[assay.poc.measure_block_factor(model, round)])
         >>> found.n, found.dimension, round.r_target - 0.05 < found.r_target < round.r_target
         (64, 8192, True)
-        >>> found.effective_dimension, found.effective_dimension_from
-        (16.0, 'assumed')
+        >>> 20 < found.effective_dimension < 60, found.effective_dimension_from
+        (True, 'model')
     """
     given = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
     _refuse_different(given, factors)
@@ -255,9 +255,14 @@ def _mean_factor(
         freedom = _freedom(float(weights_M**2 @ errors_M**2))
         effective: float = float(np.mean([factor.effective_dimension for factor in factors]))
         return effective, "model", BlockLaw(dimension=dimension, freedom=freedom)
-    if given is not None or len(distances) < MIN_BLOCKS:
-        effective, source = (EFFECTIVE_DIMENSION, "assumed") if given is None else (given, "given")
-        return effective, source, BlockLaw(dimension=dimension, freedom=effective / squares)
+    if given is not None:
+        return given, "given", BlockLaw(dimension=dimension, freedom=given / squares)
+    if len(distances) < MIN_BLOCKS:
+        raise UsageError(
+            f"the distances of {len(distances)} block(s), and no effective dimension of the model's states",
+            wanted=f"what says how blocks differ, or {MIN_BLOCKS} blocks",
+            do="pass --model, or the --calibration that `assay poc calibrate --model M` wrote",
+        )
     logs_M = np.log([_width(of_block, dimension) for of_block in distances])
     sampling = float(np.mean([1 / (2 * len(of_block)) for of_block in distances]))
     variance = max(float(logs_M.var(ddof=1)) - sampling, 0.0)
@@ -292,39 +297,50 @@ def target_for(
     paths: Sequence[Path] = (),
     *,
     dimension: int | None = None,
-    effective_dimension: float | None = None,
+    calibration: Path | None = None,
     model: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they measure beside it.
 
-    Without proofs it is what holds over blocks and, with a random head, where 95 % of the blocks have their own rate.
-    The dimensions are those of :func:`measure_r_target`, by default that of the random head. The states of the
-    ``model`` of the proofs say how wide the distances of their blocks are.
+    The closed form holds over blocks. Where 95 % of the blocks have their own rate is only said of a model whose states
+    were measured: by the ``calibration`` of the preset, or now by the ``model``. The dimensions are those of
+    :func:`measure_r_target`, by default that of the random head.
 
     Raises:
-        UsageError: A value is out of range, or two of them exclude each other.
+        UsageError: A value is out of range, two of them exclude each other, or nothing says how blocks differ.
         ProofMismatch: The proofs do not belong together, or are not of the model.
     """
-    if model is not None and effective_dimension is not None:
-        raise UsageError("--model with --effective-dimension", wanted="one of the two", do="leave one of them out")
+    if model is not None and calibration is not None:
+        raise UsageError("--model with --calibration", wanted="one of the two", do="leave one of them out")
+    known = None if calibration is None else _effective_dimension(calibration)
     if paths:
         proofs = [Proof.load(path) for path in paths]
         factors = [] if model is None else _factors(model, device, proofs)
-        return measure_r_target(
-            proofs, rate, dimension=dimension, effective_dimension=effective_dimension, factors=factors
-        ).as_dict()
+        return measure_r_target(proofs, rate, dimension=dimension, effective_dimension=known, factors=factors).as_dict()
     size = RANDOM_HEAD_ROWS if dimension is None else dimension
     r_target = stats.r_target_for(rate, size)
     values: dict[str, Any] = {"valid_rate": rate, "dimension": size, "r_target": r_target}
-    if size != RANDOM_HEAD_ROWS:
+    if model is not None:
+        round = Round(block_hash="calibration", public_key="calibration")
+        known = measure_block_factor(load_model(model, device=device), round).effective_dimension
+    if size != RANDOM_HEAD_ROWS or known is None:
         return values
-    freedom, source = (
-        (EFFECTIVE_DIMENSION, "assumed") if effective_dimension is None else (effective_dimension, "given")
-    )
-    low, high = BlockLaw(dimension=size, freedom=freedom).rate_interval(r_target)
-    values |= {"effective_dimension": freedom, "effective_dimension_from": source}
-    return values | {"block_rate_low": low, "block_rate_high": high}
+    low, high = BlockLaw(dimension=size, freedom=known).rate_interval(r_target)
+    return values | {"effective_dimension": known, "block_rate_low": low, "block_rate_high": high}
+
+
+def _effective_dimension(path: Path) -> float:
+    """Return the effective dimension that a calibration file has."""
+    measured = [build.effective_dimension for build in Calibration.load(path).builds]
+    known = next((one for one in measured if one is not None), None)
+    if known is None:
+        raise UsageError(
+            f"{path}, which has no effective dimension",
+            wanted="a calibration of a model's own states, for a preset with signs and a random head",
+            do="write one with `assay poc calibrate --model M`",
+        )
+    return known
 
 
 def _factors(reference: str, device: str | None, proofs: Sequence[Proof]) -> list[BlockFactor]:
@@ -359,13 +375,14 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
     other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
     values: dict[str, Any] = {"preset": build.preset, "checkpoint": build.digest, "output": build.output}
+    values |= {"formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None}
     values |= {"machines": len(build.machines), "law": str(build.law)}
     values |= {"typical_residual": build.noise.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
+    values |= {"effective_dimension": build.effective_dimension}
     values["engines_differ_in"] = ", ".join(other) or "nothing"
-    if build.mixture is not False and build.n < ENOUGH_OF_MIXTURE and isinstance(build.law, stats.ScaleNoise):
-        seen = f"the law rests on {build.n} distances"
-        values["advice"] = f"{seen}: for a mixture of experts, take {ENOUGH_OF_MIXTURE} nonces or more, and --model"
+    if build.n < ENOUGH:
+        values["advice"] = f"the law rests on {build.n} nonces, so its tail is wide: with {ENOUGH} the data choose it"
     if (left := build.left_out) is not None:
         values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
         values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}

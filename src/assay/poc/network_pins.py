@@ -17,7 +17,7 @@ from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, PinnedFile, pins_text
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Header, Proof
+from assay.poc.protocol.proof import Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import check_frame
 from assay.poc.verdict.calibration import Calibration
@@ -158,13 +158,15 @@ def write_pins(
     public_keys: Sequence[str] = (),
     dtype: str | None = None,
     frame: Path | None = None,
+    engine: Fingerprint | None = None,
 ) -> dict[str, Any]:
     """Write a pins file for a model, and return what was written. What only a proof can say is left to be filled in.
 
     The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and fewest_nonces, and
     preset, seq_len and r_target, which are those of the honest proofs, or the published ones, when None. Builds are
-    those of the proofs; ``dtype`` is the number format where no proof says one. Without keys any node may prove.
-    ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the default preset.
+    those of the proofs, or of the ``engine`` that was calibrated; ``dtype`` is the number format where neither says
+    one. Without keys any node may prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the
+    default preset.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
@@ -178,7 +180,7 @@ def write_pins(
     if frame is None:
         check_frame(get_pipeline(round["preset"]), None)
     Pins(prover_dtype=dtype)  # an error names the formats
-    builds = _builds(dtype, headers, round["preset"])
+    builds = _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
         steps = get_pipeline(round["preset"]).steps
         check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
@@ -208,7 +210,11 @@ def write_pins(
     if not unfilled:
         NetworkPins.load(output)  # a file that this version writes is one that it reads
     stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
-    counts = {"builds": len(headers), "calibrations": len(files), "to_fill_in": ", ".join(unfilled) or "nothing"}
+    counts = {
+        "builds": len(builds) if headers or engine else 0,
+        "calibrations": len(files),
+        "to_fill_in": ", ".join(unfilled) or "nothing",
+    }
     return {"path": str(output), "model": model, "digest": digest} | stated | counts
 
 
@@ -283,7 +289,7 @@ def list_open(network: NetworkPins) -> list[str]:
     for model in network.models:
         lines += [f"build of {model.reference}: {_values(build, build.free)}" for build in model.builds if build.free]
         if not model.calibrations:
-            lines.append(f"honest noise of {model.reference}: the stated default, without a calibration")
+            lines.append(f"honest noise of {model.reference}: no calibration, so no verdict but of a bundled model")
     return lines
 
 

@@ -17,9 +17,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, check_length, frame_name, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for
 from assay.poc.verdict.judge import Verdict, judge
-from assay.poc.verdict.noise import Noise, sequential_test
-
-DEFAULT_SAMPLE = 128
+from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, plan_sample, sequential_test
 
 # A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
 # bits, and no further.
@@ -54,9 +52,11 @@ def verify(
             does not pin the set of nonces and the number format. The honest noise is that of the stated format, so a
             node that may choose it chooses how wide the law is; a calibration whose builds of this model are all of one
             format pins it.
-        sample: Number of nonces to recompute; 128, or all of a smaller proof, when None.
+        sample: Number of nonces to recompute. When None, the 32 to 128 that the law needs to accuse a node of a tenth
+            of its nonces at five times the honest noise with a chance of 95 %, or all of a smaller proof.
         seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
-        calibration: Measured honest noise for this model, preset and pair of engines; the stated default when None.
+        calibration: Measured honest noise for this model, preset and pair of engines. Without one the verdict is
+            undecided, but for the bundled models, whose law comes with assay.
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
             1024 rows and 2**18 positions, or with the one that the calibration was measured with.
         alpha: Bound on the chance that an honest node is ever accused.
@@ -71,7 +71,7 @@ def verify(
             its preset has, or has nonces whose input seeds collide.
         UsageError: The sample, the seed, an error rate or an expected value is out of range, or the engine is for
             another number of positions.
-        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+        CalibrationError: The calibration is of another model, preset or pair of engines.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -92,15 +92,16 @@ def verify(
     header = proof.header
     pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
     engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
-    test = sequential_test(noise, alpha=alpha, beta=beta)
+    test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
-    chosen = _draw(proof, sample, seed)
+    size, power = plan_sample(test, len(proof.records), sample)
+    chosen = _draw(proof, size, seed)
     recomputed: list[Record] = []
     for batch in recompute(header, engine, chosen):
         recomputed.extend(batch)
         if progress:
             progress(len(recomputed), len(chosen))
-    return judge(proof, chosen, recomputed, noise, pins=pins, test=test, seed=seed)
+    return judge(proof, chosen, recomputed, noise, pins=pins, test=test, seed=seed, power=power)
 
 
 def check_proof(
@@ -140,8 +141,8 @@ def check_proof(
 
 def judging_setup(
     header: Header, model: Model, *, engine: Engine | None = None, calibration: Calibration | None = None
-) -> tuple[Engine, Noise]:
-    """Return the engine that recomputes a proof and the honest noise between the prover's engine and it.
+) -> tuple[Engine, Noise | None]:
+    """Return the engine that recomputes a proof, and the honest noise between the prover's engine and it, if known.
 
     :func:`verify` calls this before it computes anything, and its arguments are those of `verify`. To call it before a
     ledger is begun keeps the disk free of ledgers for proofs that are refused.
@@ -149,7 +150,7 @@ def judging_setup(
     Raises:
         ProofMismatch: The proof is of another checkpoint.
         UsageError: The engine is for another number of positions.
-        CalibrationError: The calibration is of another model, preset or pair of engines, or there is no default.
+        CalibrationError: The calibration is of another model, preset or pair of engines.
     """
     if (header.digest, header.weights) != (model.digest, model.weights):
         raise ProofMismatch(
@@ -218,7 +219,7 @@ def _bounded(batch_size: int, header: Header) -> int:
 
 def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     total = len(proof.records)
-    size = min(DEFAULT_SAMPLE, total) if sample is None else sample
+    size = min(LARGEST_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
         raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
     if type(seed) is not int or seed < 0:

@@ -129,9 +129,6 @@ def rate_standard_error(rate: float, n: int) -> float:
     return math.sqrt(rate * (1 - rate) / n)
 
 
-EFFECTIVE_DIMENSION = 16.0
-"""Effective dimension assumed of states that were not measured; the bundled models have 20 to 37, random ones D."""
-
 _POINTS = 512  # of the law of the factor, each of the same probability
 
 
@@ -198,7 +195,7 @@ class BlockLaw(_Rates):
             raise UsageError(
                 f"an effective dimension of {self.freedom} and a scale of {self.scale}",
                 wanted="positive numbers",
-                do=f"leave the effective dimension out: {EFFECTIVE_DIMENSION:g} is assumed",
+                do="measure the effective dimension with `assay poc calibrate --model M`",
             )
 
     @classmethod

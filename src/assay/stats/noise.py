@@ -8,7 +8,7 @@ Suffixes: N values.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -327,7 +327,9 @@ def fit_scale_noise(residuals: npt.ArrayLike, *, dof: float | None = None) -> No
     return NoiseFit(reached, estimate, error=math.sqrt((nu + 3) / (2 * nu * size_N.size)))
 
 
-def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4) -> NoiseFit[LogNoise]:
+def fit_log_noise(
+    distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tails: Sequence[float] = TAILS
+) -> NoiseFit[LogNoise]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
 
     The location is the median. Only large distances accuse, so the upper half alone gives spread and tail.
@@ -337,6 +339,7 @@ def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float
         distances: Honest L2 distances.
         dimension: Length of the vectors.
         floor: Distance below which values are not told apart.
+        tails: Starts of the exponential tail among which the distances choose, the heaviest first.
 
     Raises:
         UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
@@ -346,7 +349,7 @@ def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float
     mu = float(np.median(np.log(size_N)))
     upper_N = np.log(size_N) - mu
     upper_N = upper_N[upper_N > 0]
-    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in TAILS]
+    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in tails]
     estimate = _heaviest_likely(fitted, np.exp(mu + upper_N))
     widest = _largest_quantile_ratio(np.log(size_N) - mu, lambda q: estimate.standard_quantile(1 - q), _FURTHEST_LOG)
     reached = LogNoise(mu, max(estimate.sd, widest), dimension, estimate.tail, floor)

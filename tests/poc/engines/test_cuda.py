@@ -20,10 +20,11 @@ from assay.models.checkpoint import resolve
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from assay.models.quantized import quantise as round_weights
-from assay.poc import HFEngine, Proof, Round, default_noise, prove, verify
+from assay.poc import HFEngine, Proof, Round, bundled_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.engine import auto_batch, peak_bytes
 from assay.poc.engines.hf.fused import worth_compiling
+from tests.laws import QWEN3
 from tests.models.storing import in_eight_bits, store
 
 pytestmark = [
@@ -108,7 +109,7 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     monkeypatch.setattr(_hf, "overlapped_outputs", plain)
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)
     spread = np.std(overlapped.distances - eager.distances)
-    assert 0 < spread < default_noise("distance", "bfloat16", "bfloat16").size
+    assert 0 < spread < bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16").size
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])

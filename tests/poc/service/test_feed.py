@@ -12,7 +12,15 @@ from assay.poc.net.app import Feed
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import Refusal
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.poc.service.test_judge import calibration
 from tests.waiting import until
+
+
+@pytest.fixture
+def service(serving, rig):
+    """A service whose calibration has the effective dimension of the model, without which a block has no law."""
+    with serving(calibration=calibration(rig, rig.deployment().digest, 16)) as service:
+        yield service
 
 
 def test_a_snapshot_follows_the_round(service):

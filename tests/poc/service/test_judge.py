@@ -7,12 +7,13 @@ import pytest
 
 from assay import stats
 from assay.errors import CalibrationError
-from assay.poc import Calibration, default_noise
+from assay.poc import Calibration, bundled_noise
 from assay.poc.service import Settings
 from assay.poc.service.judge import HonestNoise, check_calibration
 from assay.poc.verdict.calibration import BuildNoise, describe_machines
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.noise import Spread
+from tests.laws import QWEN3
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.poc.service.test_pins import pins
 from tests.waiting import until
@@ -67,7 +68,7 @@ def test_evidence_survives_a_restart(judging):
     ask(judging, list(range(15)), right[:15])
     judging.restart()
     after = ask(judging, list(range(15, 30)), right[15:])
-    whole = sequential_test(default_noise("distance", "float32", "float32")).update([0.0] * 30).result
+    whole = sequential_test(bundled_noise(QWEN3, "distance", "float32", "float32")).update([0.0] * 30).result
     assert (after["checked"], after["log_evidence_honest"]) == (30, whole.log_evidence_honest)
 
 
@@ -99,16 +100,18 @@ def test_a_calibration_of_another_model_is_refused(rig, digest):
     check_calibration(calibration(rig, "0" * 64), rig.deployment())
 
 
-def noise_of(fingerprint, digest: str | None, sigma: float) -> BuildNoise:
+def noise_of(fingerprint, digest: str | None, sigma: float, effective_dimension: float | None = None) -> BuildNoise:
     """The measured noise of a build."""
     law, exact = stats.ScaleNoise(sigma=sigma), Spread()
     about = {"output": "distance", "preset": "poc-2.0", "digest": digest, "n": 100}
     measured = {"law": law, "sizes": {(0, 1): law.size}, "spread": exact, "known": exact}
+    about["effective_dimension"] = effective_dimension
     return BuildNoise(**about, machines=describe_machines([fingerprint, fingerprint]), **measured)
 
 
-def calibration(rig, digest: str | None) -> Calibration:
-    return Calibration(builds=(noise_of(rig.deployment().engine(4, 4).fingerprint, digest, 5e-4),))
+def calibration(rig, digest: str | None, effective_dimension: float | None = None) -> Calibration:
+    fingerprint = rig.deployment().engine(4, 4).fingerprint
+    return Calibration(builds=(noise_of(fingerprint, digest, 5e-4, effective_dimension),))
 
 
 def test_an_empty_request_is_no_fraud(judging):

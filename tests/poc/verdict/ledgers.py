@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from assay.poc import Noise, default_noise
+from assay.poc import Noise, bundled_noise
 from assay.poc.verdict import Account, Ledger
 from assay.poc.verdict.life import Update
+from tests.laws import QWEN3
 
-NOISE = default_noise("vector", "bfloat16", "bfloat16")
-OTHER = default_noise("vector", "float16", "float16")
+NOISE = bundled_noise(QWEN3, "vector", "bfloat16", "bfloat16")
+OTHER = bundled_noise(QWEN3, "vector", "float16", "float16")
 
 
 def account(key: str = "node_A") -> Account:

@@ -54,21 +54,22 @@ def honest_blocks(request):
 def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
     """The fault that this mends: an interval of the nonces alone missed it in most blocks."""
     distances, factors = honest_blocks
-    before, assumed, measured = 0, 0, 0
+    before, given, measured = 0, 0, 0
     for of_block, factor in zip(distances, factors, strict=True):
         alone = compare_r_target([of_block], 0.1, D, effective_dimension=math.inf)
         before += alone.agrees
-        assumed += compare_r_target([of_block], 0.1, D).agrees
+        given += compare_r_target([of_block], 0.1, D, effective_dimension=factor.effective_dimension).agrees
         measured += compare_r_target([of_block], 0.1, D, factors=[factor]).agrees
         assert alone.off_in_standard_errors == pytest.approx(off_in_nonces_alone(alone))
     assert before < 0.85 * BLOCKS
-    assert assumed >= 0.9 * BLOCKS
+    assert given >= 0.9 * BLOCKS
     assert measured >= 0.9 * BLOCKS
 
 
 def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
     distances, factors = honest_blocks
-    widths = np.array([compare_r_target([of_block], 0.1, D).widths[0] for of_block in distances])
+    alone = [compare_r_target([of_block], 0.1, D, effective_dimension=math.inf) for of_block in distances]
+    widths = np.array([found.widths[0] for found in alone])
     predicted = np.array([factor.value for factor in factors])
     assert np.corrcoef(widths, predicted)[0, 1] > 0.9
     assert np.log(widths / predicted).std() < 0.05 < 0.08 < np.log(widths).std()
@@ -88,19 +89,19 @@ def test_offsets_are_as_large_as_their_standard_errors_say(honest_blocks):
 
 def test_many_blocks_measure_their_own_spread(honest_blocks):
     distances, factors = honest_blocks
-    few, many = compare_r_target(distances[:4], 0.1, D), compare_r_target(distances, 0.1, D)
-    assert (few.effective_dimension, few.effective_dimension_from, few.blocks) == (16.0, "assumed", 4)
+    many = compare_r_target(distances, 0.1, D)
+    one, few = (compare_r_target(distances[:n], 0.1, D, effective_dimension=20) for n in (1, 4))
+    assert (few.effective_dimension, few.effective_dimension_from, few.blocks) == (20.0, "given", 4)
+    with pytest.raises(UsageError, match=r"4 block.*no effective dimension"):
+        compare_r_target(distances[:4], 0.1, D)
     assert (many.effective_dimension_from, many.blocks, many.n) == ("blocks", BLOCKS, BLOCKS * NONCES)
     assert many.effective_dimension is not None
     assert 10 < many.effective_dimension < 110
-    assert (
-        many.high - many.low < few.high - few.low < compare_r_target(distances[:1], 0.1, D).high - few.r_target + 0.01
-    )
+    assert many.high - many.low < few.high - few.low < one.high - few.r_target + 0.01
     assert many.agrees
     model = compare_r_target(distances, 0.1, D, factors=factors)
     assert (model.effective_dimension_from, len(model.factors)) == ("model", BLOCKS)
     assert model.agrees
-    assert compare_r_target(distances[:1], 0.1, D, effective_dimension=30).effective_dimension_from == "given"
 
 
 def test_the_interval_of_simulated_blocks_covers_as_often_as_it_says():
@@ -118,7 +119,7 @@ def test_proofs_of_several_blocks(small_model):
     round = Round(block_hash="b", public_key="k", seq_len=8)
     proofs = [prove(small_model, replace(round, block_hash=block), range(32)) for block in ("b", "c")]
     other_key = prove(small_model, replace(round, public_key="other"), range(16))
-    found = measure_r_target([*proofs, other_key], 0.5)
+    found = measure_r_target([*proofs, other_key], 0.5, effective_dimension=60)
     assert (found.n, found.blocks, len(found.widths)) == (80, 2, 2)
     factors = [measure_block_factor(small_model, proof.round, nonces=32) for proof in proofs]
     with_model = measure_r_target(proofs, 0.5, factors=factors)
@@ -178,7 +179,7 @@ def test_the_target_is_the_one_of_the_transform():
 def test_a_proof_knows_its_dimension(small_model):
     round = Round(block_hash="b", public_key="k", seq_len=8)
     proof = prove(small_model, round, range(64))
-    found = measure_r_target(proof, 0.5)
+    found = measure_r_target(proof, 0.5, effective_dimension=60)
     assert (found.dimension, found.n) == (8192, 64)
     assert found.r_target == stats.r_target_for(0.5, 8192)
     assert found.measured == np.median(proof.distances)

@@ -27,6 +27,9 @@ log = structlog.get_logger("assay.engine")
 KEPT = 2
 """Engines that are kept: the round's, and that of an artifact job of another shape."""
 
+STATES = 64
+"""Nonces whose states say how wide the distances of a block are, where no calibration does. A round waits for them."""
+
 COMPILED_SHAPES = 32
 """Shapes that one process compiles. Clients choose them, and each takes seconds, and memory that is not given back."""
 
@@ -102,7 +105,7 @@ class Deployment:
     def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
         """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""
         engine = self.engine(round.seq_len, batch_size)
-        return read_block_factor(engine, round) if type(engine) is HFEngine else None
+        return read_block_factor(engine, round, nonces=STATES) if type(engine) is HFEngine else None
 
 
 def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:

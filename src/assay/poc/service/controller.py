@@ -209,13 +209,21 @@ class Controller(Runtime):
         if self.deployment is None:
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
-        return Progress(stored, self.rounds, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+        sizes = {"hidden_size": engine.hidden_size, "vocab_size": engine.vocab_size}
+        builds = () if self.settings.calibration is None else self.settings.calibration.builds
+        measured = [
+            build.effective_dimension
+            for build in builds
+            if (build.digest, build.preset) == (stored.digest, stored.preset) and build.effective_dimension
+        ]
+        return Progress(stored, self.rounds, **sizes, effective_dimension=next(iter(measured), None))
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
-        """Measure how wide the distances of a round's block are, once, so that its valid rate can be judged."""
+        """Measure once how wide the distances of a round's block are, where no calibration says it."""
         progress, measurable = self.progress, has_block_factor(get_pipeline(stored.preset))
-        if progress is None or progress.stored.id != stored.id or progress.factor is not None or not measurable:
+        if progress is None or progress.stored.id != stored.id or progress.law is not None or not measurable:
             return
+        log.info("reading states of the model for the law of the block; a calibration would say it", round=stored.id)
         factor = deployment.block_factor(stored.round, stored.batch_size)
         if factor is not None:
             progress.factor = factor

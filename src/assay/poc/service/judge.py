@@ -4,6 +4,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -25,11 +26,11 @@ from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Update, round_identity
-from assay.poc.verdict.noise import FloatArray, Noise, default_noise, sequential_test
+from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, sequential_test
 
 
 class HonestNoise:
-    """Finds the noise between nodes and this service: as given, else as the network pinned it, else the default."""
+    """Finds the noise between nodes and this service: as given, or as the network pinned it."""
 
     def __init__(self, settings: Settings) -> None:
         self._given, pins = settings.calibration, settings.pins
@@ -50,11 +51,9 @@ class HonestNoise:
             pinned, measured = self._pinned.get(digest, ((), []))
             known, builds = bool(measured), [build for build in pinned if dtype in build.dtype]
         if not known:
-            try:
-                return default_noise(pipeline.noise, dtype, dtype)
-            except CalibrationError:
-                return None
-        found = (find_build_noise(measured, one, digest=digest, preset=pipeline.name, round=round) for one in builds)
+            return bundled_noise(digest, pipeline.noise, dtype, dtype)
+        of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "formats": (dtype, dtype), "round": round}
+        found = (find_build_noise(measured, one, **of) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
 
@@ -219,7 +218,10 @@ def judge_vectors(
 
 def _residual(test: stats.SequentialTest | None) -> JsonObject:
     if test is None:
-        reason = "no honest noise of this preset and dtype is known: pass --calibration"
+        reason = (
+            "no honest noise of this model, preset and dtype was measured: "
+            "`assay poc calibrate --model M -o calibration.json`, and pass --calibration"
+        )
         return {"verdict": "undecided", "reason": reason}
     result = test.result
     return {

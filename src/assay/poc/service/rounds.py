@@ -26,7 +26,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.callbacks import Outbox
-from assay.stats.chord import EFFECTIVE_DIMENSION, MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
+from assay.stats.chord import MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
 
 
 class State(StrEnum):
@@ -291,7 +291,15 @@ EXPECTED = tuple(name + error for name in ("valid_rate", "expected_rate", "block
 class Progress:
     """The committed part of a round. Both sizes of the model are 0 while it is not loaded."""
 
-    def __init__(self, stored: StoredRound, rounds: Rounds, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
+    def __init__(
+        self,
+        stored: StoredRound,
+        rounds: Rounds,
+        *,
+        hidden_size: int = 0,
+        vocab_size: int = 0,
+        effective_dimension: float | None = None,
+    ) -> None:
         self._lock = threading.Lock()
         self.stored = stored
         self.checked, self.valid = stored.checked, stored.valid
@@ -301,7 +309,7 @@ class Progress:
         self.publishes_vectors = pipeline.output != "distance"
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
-        self._hidden_size = hidden_size
+        self._hidden_size, self._effective_dimension = hidden_size, effective_dimension
         self.factor: BlockFactor | None = None
         """How wide the distances of this block are, by its head and the model's states; None before it was measured."""
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
@@ -311,16 +319,16 @@ class Progress:
             self._counts = rounds.histogram(stored.id, self._edges)
 
     @property
-    def law(self) -> stats.BlockLaw | MeasuredBlockLaw:
-        """Law of this block: measured, or what its head alone says under an assumed effective dimension."""
-        return self._assumed if self.factor is None else self.factor.law
+    def law(self) -> stats.BlockLaw | MeasuredBlockLaw | None:
+        """Law of this block: by the model's states, or by a calibration and the block's head; None before either."""
+        return self._calibrated if self.factor is None else self.factor.law
 
     @cached_property
-    def _assumed(self) -> stats.BlockLaw:
-        """Law without a measurement, made when it is first asked for, since a wide head takes a moment to draw."""
-        effective = EFFECTIVE_DIMENSION
-        if not self._hidden_size or not has_block_factor(get_pipeline(self.stored.preset)):
-            return stats.BlockLaw(dimension=self._dimension, freedom=effective)
+    def _calibrated(self) -> stats.BlockLaw | None:
+        """Law by the calibration, made when it is first asked for, since a wide head takes a moment to draw."""
+        effective = self._effective_dimension
+        if effective is None or not self._hidden_size or not has_block_factor(get_pipeline(self.stored.preset)):
+            return None
         scale = block_scale(self.stored.round, self._hidden_size)
         return stats.BlockLaw.of_head(self._dimension, effective, hidden_size=self._hidden_size, scale=scale)
 
@@ -368,20 +376,20 @@ class Progress:
         if checked:
             rate = self.valid / checked
             found |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
-        if self._dimension:
-            law = self.law
+        if (law := self.law) is not None and self._dimension:
             error = law.rate_error(r_target, checked) if checked else None
             found |= {"expected_rate": law.valid_rate(r_target), "expected_rate_error": error}
             found |= {"block_factor": law.scale, "block_factor_error": law.factor_error}
         return found
 
     def histogram(self) -> dict[str, Any] | None:
-        """Return the bins of the distances beside what this block's law expects; None for vectors."""
+        """Return the bins of the distances beside what this block, or the average one, expects; None for vectors."""
         if not self._dimension:
             return None
         with self._lock:
             below, *counts, above = self._counts.tolist()
-        expected, of_block = self.law.bins(self._edges)
+        law = self.law or stats.BlockLaw(dimension=self._dimension, freedom=math.inf)
+        expected, of_block = law.bins(self._edges)
         errors = np.hypot(of_block * self.checked, np.sqrt(expected * (1 - expected) * self.checked))
         return {
             "low": float(self._edges[0]),

@@ -20,7 +20,7 @@ from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
-from assay.poc.verdict.noise import Noise, default_noise
+from assay.poc.verdict.noise import Noise, bundled_noise
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -188,11 +188,15 @@ class Noises:
             raise CalibrationError(
                 seen, wanted=wanted, do="list the build once for each format, and name it for each node"
             )
+        formats = build.dtype[0], self._deployment.dtype
         if not self._measured:
-            return default_noise(registry.pipeline.noise, build.dtype[0], self._deployment.dtype)
-        noise = find_build_noise(self._measured, build, digest=registry.model.digest, preset=preset, round=round)
+            noise = bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
+        else:
+            of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
+            noise = find_build_noise(self._measured, build, **of, formats=formats, round=round)
         if noise is None:
-            do = "measure it with `assay poc calibrate`, and pin the file or pass --calibration"
+            do = f"`assay poc calibrate --model {registry.model.reference} --preset {preset} -o calibration.json`"
+            do = f"measure it with {do}, and pin the file or pass --calibration"
             seen = f"no calibration of the build {build.name!r} with preset {preset}"
             raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
         return noise

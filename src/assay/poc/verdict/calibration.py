@@ -20,7 +20,7 @@ Legend of shapes: M machines, N nonces.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -46,7 +46,7 @@ from assay.poc.verdict.noise import (
     Noise,
     ReadLaw,
     ReadSpread,
-    default_noise,
+    bundled_noise,
     fit_noise,
     law_as_dict,
     sequential_test,
@@ -61,12 +61,11 @@ SCHEMA = 2
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
-MIXTURE_DOF = 2.5
-"""Most degrees of freedom of a law of distances of a mixture, because one block may show too light a tail.
+ENOUGH = 1024
+"""Nonces from which the data choose the tail of a law, unless the model is a mixture of experts.
 
-Distances of many blocks of a small Qwen3-MoE choose this value. It was tested on Mixtral and on a mixture that was not
-measured before (research/results/mixture_wider.json), and with as many nonces in the audit as in the law
-(mixture_audits.json beside it).
+Fewer do not show a rare nonce far out, and a block may have no nonce of 256 that asks other experts of a mixture. Their
+laws have a tail at least as heavy as :data:`assay.poc.verdict.noise.WIDE_DOF` and ``WIDE_TAIL`` say.
 """
 
 LAWS: dict[str, type[Law]] = {
@@ -238,6 +237,8 @@ class BuildNoise:
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
         mixture: Whether the model is a mixture of experts; None where the measurement was not told.
+        effective_dimension: Effective dimension of the states, from which the widths of blocks follow; None where it
+            was not measured.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -255,6 +256,7 @@ class BuildNoise:
     effect: Annotated[float, Field(gt=1, lt=100)] | None = None
     left_out: LeftOut | None = None
     mixture: bool | None = None
+    effective_dimension: Annotated[float, Field(ge=1, le=2**20)] | None = None
 
     @property
     def noise(self) -> MachineNoise:
@@ -266,6 +268,13 @@ class BuildNoise:
     def engines(self) -> list[Fingerprint]:
         """The fingerprints of the measured machines."""
         return [machine.fingerprint for machine in self.machines if machine.fingerprint is not None]
+
+    @property
+    def formats(self) -> list[list[str]]:
+        """The pairs of number formats that were measured, each sorted."""
+        engines = [machine.fingerprint for machine in self.machines]
+        pairs = [(engines[i], engines[j]) for i, j in self.sizes]
+        return [sorted((one.dtype, other.dtype)) for one, other in pairs if one is not None and other is not None]
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -335,7 +344,8 @@ class BuildNoise:
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        told = {"mixture": True} if self.mixture else {}  # older files do not have it
+        told: JsonObject = {"mixture": True} if self.mixture else {}  # older files have neither
+        told |= {} if self.effective_dimension is None else {"effective_dimension": self.effective_dimension}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
         engines = [one.fingerprint and one.fingerprint.as_dict() for one in self.machines]
         return told | {
@@ -374,14 +384,19 @@ class Calibration:
 
     builds: tuple[BuildNoise, ...]
 
-    def find_build(self, header: Header) -> BuildNoise:
-        """Return the noise of the build that a proof was made with.
+    def find_build(self, header: Header, validator: Fingerprint | None = None) -> BuildNoise:
+        """Return the noise of the build that a proof was made with, and between its number format and a validator's.
 
         Raises:
             CalibrationError: No build is of the proof's model, preset and engine; names what differs.
         """
+        dtypes = sorted((header.fingerprint.dtype, validator.dtype)) if validator is not None else None
+
+        def order(build: BuildNoise) -> tuple[bool, bool]:
+            return dtypes is not None and dtypes not in build.formats, header.fingerprint not in build.engines
+
         reasons = []
-        for build in sorted(self.builds, key=lambda build: header.fingerprint not in build.engines):
+        for build in sorted(self.builds, key=order):
             try:
                 build.check_header(header)
             except CalibrationError as error:
@@ -459,17 +474,28 @@ def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...
     return tuple(Machine(name=one.id, kind=_kind(one), fingerprint=one) for one in fingerprints)
 
 
-def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise:
-    """Return the honest noise between the engine of a proof and that of its validator; the default without one.
+def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise | None:
+    """Return the honest noise between the engine of a proof and that of its validator.
+
+    Without a calibration it is that of a bundled model, and None for any other.
 
     Raises:
-        CalibrationError: The calibration is of another model, preset or build; names what differs.
+        CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
+            formats; names what differs.
     """
     if calibration is None:
-        return default_noise(header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
-    build = calibration.find_build(header)
+        return bundled_noise(header.digest, header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
+    build = calibration.find_build(header, validator)
     than = "than this validator's"
     build.check_engine(validator, than)
+    formats = sorted((header.fingerprint.dtype, validator.dtype))
+    if build.formats and formats not in build.formats and header.fingerprint != validator:
+        measured = " or ".join(dict.fromkeys(" and ".join(pair) for pair in build.formats))
+        raise CalibrationError(
+            f"a calibration without a law between {formats[0]} and {formats[1]}",
+            wanted=f"number formats that were measured beside each other: {measured}",
+            do="judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`",
+        )
     judges = build.judges(header.fingerprint)
     if len(judges) == 1:  # the other one of a pair
         _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
@@ -477,15 +503,23 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
 
 
 def find_build_noise(
-    calibrations: Iterable[Calibration], build: Build | None, *, digest: str, preset: str, round: Round | None
+    calibrations: Iterable[Calibration],
+    build: Build | None,
+    *,
+    digest: str,
+    preset: str,
+    formats: tuple[str, str],
+    round: Round | None,
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
+    ``formats`` are the number formats of the node and of the validator, which must have been measured together.
     Calibrations are tried in their order, for the checkpoint ``digest`` and any build when None. The block of ``round``
     scales distances; without one, the law is that of the usual scale.
     """
     for measured in (one for calibration in calibrations for one in calibration.builds):
-        if (measured.digest, measured.preset) == (digest, preset):
+        fits = not measured.formats or sorted(formats) in measured.formats
+        if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
                 return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
@@ -617,11 +651,16 @@ def calibrate(
             do="judge them by the default law; research/results/decode_noise.json says how it was measured",
         )
     measured, fingerprints = _compare_machines(proofs, hidden_size)
-    pipeline, machines = first.pipeline, describe_machines(fingerprints)
-    size = hidden_size if hidden_size and pipeline.head == "random" else 0
-    between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if size else BLOCK_SPREAD
-    build = fit_build(measured, machines, pipeline, between_blocks=between, mixture=bool(mixture), progress=progress)
-    return Calibration(builds=(replace(build, digest=first.digest, hidden_size=size, mixture=mixture),))
+    build = fit_build(
+        measured,
+        describe_machines(fingerprints),
+        first.pipeline,
+        digest=first.digest,
+        hidden_size=hidden_size if hidden_size and first.pipeline.head == "random" else 0,
+        mixture=mixture,
+        progress=progress,
+    )
+    return Calibration(builds=(build,))
 
 
 def _compare_machines(proofs: Sequence[Proof], hidden_size: int | None) -> tuple[Residuals, list[Fingerprint]]:
@@ -671,27 +710,37 @@ def fit_build(
     machines: tuple[Machine, ...],
     pipeline: Pipeline,
     *,
-    between_blocks: float,
-    progress: Progress | None,
-    mixture: bool = False,
+    digest: str | None,
+    hidden_size: int = 0,
+    mixture: bool | None = None,
+    effective_dimension: float | None = None,
+    progress: Progress | None = None,
 ) -> BuildNoise:
-    """Fit the noise of a build to the residuals of its pairs, with ``between_blocks`` as in :func:`fit_machines`."""
-    fit = partial(fit_noise, pipeline, most_dof=MIXTURE_DOF if mixture else math.inf)
+    """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of each block.
+
+    The other arguments are fields of :class:`BuildNoise`.
+    """
+    between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if hidden_size else BLOCK_SPREAD
+    n = min(errors.size for errors in measured.values())
+    fit = partial(fit_noise, pipeline, wide=bool(mixture) or n < ENOUGH)
     kinds = [machine.kind for machine in machines]
-    effect, left_out = leave_out(measured, kinds, fit, between_blocks=between_blocks, progress=progress)
-    noise = fit_machines(measured, kinds, fit, between_blocks=between_blocks)
+    effect, left_out = leave_out(measured, kinds, fit, between_blocks=between, progress=progress)
+    noise = fit_machines(measured, kinds, fit, between_blocks=between)
     return BuildNoise(
         output=pipeline.noise,
         preset=pipeline.name,
-        digest=None,
+        digest=digest,
         machines=machines,
         law=noise.law,
         sizes=noise.sizes.pairs,
         spread=noise.spread,
         known=noise.known,
-        n=min(errors.size for errors in measured.values()),
+        n=n,
+        hidden_size=hidden_size,
         effect=effect,
         left_out=left_out,
+        mixture=mixture,
+        effective_dimension=effective_dimension,
     )
 
 

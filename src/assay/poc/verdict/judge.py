@@ -12,7 +12,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.proof import DistanceRecord, Header, Proof, Record, TokenRecord, VectorRecord
-from assay.poc.verdict.noise import Noise, sequential_test
+from assay.poc.verdict.noise import Noise, missing_law, sequential_test
 from assay.stats import sequential
 
 P_FLIP = 5e-4
@@ -44,10 +44,13 @@ class Verdict:
         checked: Number of recomputed nonces.
         proved: Number of nonces in the proof.
         sequential: Sequential test on the residuals (distances) or on their logarithms (vectors), those at bad places
-            left out.
-        places: Test of whether residuals depend on the place in the prover's batches.
-        count: Published rule: flips across r_target, or vectors further off than the threshold.
-        noise: Honest noise that was assumed, and where it comes from.
+            left out; None without a law of honest noise.
+        places: Test of whether residuals depend on the place in the prover's batches; None without a law.
+        count: Published rule: flips across r_target, or vectors further off than the threshold. It decides nothing.
+        noise: Measured honest noise, and where it comes from; None where none was measured, so that the verdict is
+            undecided.
+        power: Chance with which the sample accuses a node that computes a tenth of its nonces at five times the honest
+            noise; None without a law.
         residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
         nonces: Nonces that were checked.
         sample_seed: Number that draws the same sample again.
@@ -59,10 +62,11 @@ class Verdict:
     reason: str
     checked: int
     proved: int
-    sequential: stats.SequentialResult
-    places: stats.PlaceTest
+    sequential: stats.SequentialResult | None
+    places: stats.PlaceTest | None
     count: stats.CountTest
-    noise: Noise
+    noise: Noise | None
+    power: float | None
     residuals: tuple[float, ...]
     nonces: tuple[int, ...]
     sample_seed: int
@@ -85,6 +89,11 @@ class Verdict:
         return self.pins.unpinned(self.header)
 
     @property
+    def work(self) -> float:
+        """Share of the node's work that the check took."""
+        return self.checked / self.proved
+
+    @property
     def exit_code(self) -> int:
         """0 for an honest proof whose values are all pinned, 1 for fraud, 2 for anything else."""
         return 2 if self.honest and self.unpinned else EXIT_CODES[self.verdict]
@@ -92,10 +101,12 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON-ready values; a residual that is not a number is null."""
         header = self.header
-        values = vars(self) | {name: asdict(getattr(self, name)) for name in ("sequential", "count", "places")}
-        values["noise"] = self.noise.as_dict()
+        values = dict(vars(self)) | {"count": asdict(self.count), "work": self.work}
+        if self.noise is not None and self.sequential is not None and self.places is not None:
+            values |= {"noise": self.noise.as_dict(), "sequential": asdict(self.sequential)}
+            values["places"] = {name: one for name, one in asdict(self.places).items() if name != "set_aside"}
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
-        del values["places"]["set_aside"], values["header"], values["pins"]
+        del values["header"], values["pins"]
         stated = {name: getattr(header.round, name) for name in ("block_hash", "public_key", "model", "preset")}
         stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
         believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
@@ -117,16 +128,18 @@ def judge(
     proof: Proof,
     received: Sequence[Record],
     recomputed: Sequence[Record],
-    noise: Noise,
+    noise: Noise | None,
     *,
     pins: Pins | None = None,
     test: stats.SequentialTest | None = None,
     seed: int = 0,
+    power: float | None = None,
 ) -> Verdict:
     """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the same order.
 
-    ``test`` is a fresh one; that of the honest noise at the usual error rates when None. The header agrees with
-    ``pins``. ``seed`` drew the sample.
+    Without a law of honest noise the verdict is undecided, whatever the residuals are. ``test`` is a fresh one; that of
+    the honest noise at the usual error rates when None. The header agrees with ``pins``. ``seed`` drew the sample, and
+    ``power`` is what :func:`assay.poc.verdict.noise.plan_sample` says of it.
     """
     header = proof.header
     errors = residuals(received, recomputed)
@@ -134,13 +147,17 @@ def judge(
     # The index of every nonce in the sequence that the prover computed.
     places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
     first, _, step = header.nonces[0]
-    outcome, result, found = judge_residuals(
-        errors,
-        noise,
-        test=test or sequential_test(noise),
-        positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
-        batch_size=header.fingerprint.batch_size,
-    )
+    outcome: Outcome = "undecided"
+    reason, result, found = missing_law(header.round.model, header.digest, header.pipeline.name), None, None
+    if noise is not None:
+        outcome, result, found = judge_residuals(
+            errors,
+            noise,
+            test=test or sequential_test(noise),
+            positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
+            batch_size=header.fingerprint.batch_size,
+        )
+        reason = _reason(outcome, result, found)
     count = count_mismatches(errors)
     if header.pipeline.output == "distance":
         pairs = [
@@ -151,13 +168,14 @@ def judge(
         count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
     return Verdict(
         verdict=outcome,
-        reason=_reason(outcome, result, found),
+        reason=reason,
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
         places=found,
         count=count,
         noise=noise,
+        power=power,
         residuals=tuple(float(value) for value in errors),
         nonces=nonces,
         sample_seed=seed,

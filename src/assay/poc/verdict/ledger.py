@@ -467,7 +467,13 @@ class Ledger:
         Raises:
             AssayError: As of :meth:`append`.
         """
-        header, places = verdict.header, verdict.places
+        header, places, noise = verdict.header, verdict.places, verdict.noise
+        if noise is None or places is None:
+            raise UsageError(
+                f"a verdict without a law: {verdict.reason}",
+                wanted="a verdict by a measured law, without which an audit says nothing of a life",
+                do="verify the proof again with a calibration",
+            )
         account = Account(
             public_key=header.round.public_key,
             digest=header.digest,
@@ -478,7 +484,7 @@ class Ledger:
             account=account,
             round=round_identity(header.round),
             block_hash=header.round.block_hash,
-            noise=verdict.noise,
+            noise=noise,
             nonces=verdict.nonces,
             residuals=verdict.residuals,
             proof=proof,

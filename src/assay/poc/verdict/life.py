@@ -76,9 +76,9 @@ class Life:
         UsageError: A rate is not in (0, 1), when the first residuals come.
 
     Example:
-        >>> from assay.poc import default_noise
+        >>> from assay.poc.verdict.noise import Noise, read_law
         >>> from assay.poc.verdict import Life
-        >>> noise = default_noise("vector", "bfloat16", "bfloat16")
+        >>> noise = Noise(read_law({"kind": "log", "mu": -3.7, "sd": 0.7}), "an example")
         >>> life = Life(alpha=1e-3, beta=1e-2)
         >>> life.update(noise, [noise.size] * 60).evidence.verdict
         'honest'

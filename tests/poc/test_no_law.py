@@ -1,0 +1,67 @@
+"""No law, no verdict: what is said of a model whose honest noise nobody measured."""
+
+from dataclasses import replace
+
+import pytest
+
+from assay.errors import ProofMismatch, UsageError
+from assay.poc import Proof, Round, bundled_noise, cheats, prove, verify
+from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.service.judge import HonestNoise
+from assay.poc.service.settings import Settings
+from assay.poc.verdict import Ledger, noise_for
+from tests.laws import QWEN3
+
+pytestmark = pytest.mark.no_law
+
+
+@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
+@pytest.mark.parametrize("node", ["honest", "cheat"])
+def test_a_model_that_was_not_measured_is_undecided(small_model, round_: Round, preset: str, node: str):
+    """On 8580455f the first is honest and the second fraud, by the law of another model."""
+    round = replace(round_, preset=preset)
+    proof = prove(small_model if node == "honest" else cheats.rounded(small_model), round, range(64))
+    verdict = verify(proof, small_model, expect=round)
+    assert (verdict.verdict, verdict.exit_code, verdict.checked) == ("undecided", 2, 32)
+    assert (verdict.noise, verdict.sequential, verdict.places, verdict.power) == (None, None, None, None)
+    assert f"assay poc calibrate --model small --preset {preset}" in verdict.reason
+    assert verdict.as_dict()["noise"] is None
+
+
+def test_what_needs_no_law_is_decided(small_model, proof: Proof, round_: Round):
+    with pytest.raises(ProofMismatch):
+        verify(proof, small_model, expect=replace(round_, public_key="another"))
+
+
+def test_a_ledger_takes_no_verdict_without_a_law(small_model, proof: Proof, round_: Round, tmp_path):
+    verdict = verify(proof, small_model, expect=round_)
+    with Ledger(tmp_path / "ledger.jsonl") as ledger, pytest.raises(UsageError, match="assay poc calibrate"):
+        ledger.record(verdict)
+
+
+def test_the_command_says_what_to_measure(proof: Proof, small_checkpoint, tmp_path, capsys):
+    from assay.cli import run
+
+    proof.save(tmp_path / "proof.jsonl")
+    known = ("--block-hash", "block_alpha", "--public-key", "node_A", "--seq-len", "16", "--device", "cpu")
+    command = ["poc", "verify", str(tmp_path / "proof.jsonl"), "--model", str(small_checkpoint), *known]
+    assert run(command) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "undecided" in said
+    assert "assay poc calibrate --model" in said
+    assert run([*command, "--ledger", str(tmp_path / "ledger.jsonl")]) == 2
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(small_model, round_: Round):
+    noise = HonestNoise(Settings())
+    assert noise.of(get_pipeline("poc-2.0"), "float32", small_model.digest, round_) is None
+    assert noise.of(get_pipeline("poc-2.0"), "float32", QWEN3, round_) is not None
+
+
+def test_the_laws_that_come_with_assay_are_of_two_digests(proof: Proof):
+    assert noise_for(proof.header, proof.header.fingerprint, None) is None
+    assert bundled_noise(QWEN3, "distance", "float32", "bfloat16") == bundled_noise(
+        QWEN3, "distance", "bfloat16", "float32"
+    )
+    assert bundled_noise(QWEN3, "distance", "float8", "float8") is None
