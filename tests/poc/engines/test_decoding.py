@@ -12,7 +12,6 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported, decodes
-from assay.poc.engines.hf.parallel import ParallelEngine
 from assay.poc.vllm.engine import VLLMEngine
 from assay.streams.definition import hashes
 
@@ -105,9 +104,6 @@ def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
 def test_only_an_engine_that_decodes_takes_the_preset(engine: HFEngine):
     assert decodes(engine)
     check_supported(engine, PIPELINE)
-    spread = object.__new__(ParallelEngine)
-    assert not spread.supports(PIPELINE)
-    assert spread.supports(PIPELINES["hardened"])
     assert decodes(engine_of_vllm := object.__new__(VLLMEngine))
     assert engine_of_vllm.supports(PIPELINE)
     assert not engine_of_vllm.supports(PIPELINES["permutation"])  # it reads the trained head once
