@@ -9,7 +9,7 @@ Legend of shapes: B nonces of a batch.
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,6 @@ class World:
     def replicas(self) -> int:
         """How many whole models there are."""
         return self.size // self.tensor_parallel
-
-    @property
-    def replica(self) -> int:
-        """Which of them this process belongs to."""
-        return self.rank // self.tensor_parallel
 
 
 def processes() -> int:
@@ -108,7 +103,7 @@ def joined(*, tensor_parallel: int = 1, device: str | None = None) -> Iterator[W
         dist.destroy_process_group()
 
 
-class ParallelEngine(HFEngine):
+class ParallelEngine(HFEngine, AbstractContextManager["ParallelEngine"]):
     """The engine on transformers over several processes, each of which has the model on its device.
 
     As a context: where it ends, the other processes are told to end too. The first process uses it as any engine;
@@ -118,9 +113,6 @@ class ParallelEngine(HFEngine):
     def __init__(self, model: Model, world: World, **shape: Any) -> None:
         super().__init__(model, **shape)
         self._world = world
-
-    def __enter__(self) -> "ParallelEngine":
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._world.leads:
@@ -145,7 +137,7 @@ class ParallelEngine(HFEngine):
         """Compute this replica's batches; in the first process, yield those of all."""
         world = self._world
         starts = range(0, len(nonces), self.batch_size)
-        dealt = starts[world.replica :: world.replicas]
+        dealt = starts[world.rank // world.tensor_parallel :: world.replicas]
         mine = [nonce for start in dealt for nonce in nonces[start : start + self.batch_size]]
         own = _guarded(super().outputs(round, pipeline, mine))
         left = len(starts)
