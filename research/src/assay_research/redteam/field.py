@@ -18,8 +18,7 @@ from torch import Tensor
 from assay import stats
 from assay.models.load import Model, load_model
 from assay.models.quantized import in_format
-from assay.poc.engines.base import make_transform
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round

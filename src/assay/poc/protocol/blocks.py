@@ -36,12 +36,8 @@ def folded_head(round: Round, hidden_size: int) -> FloatArray:
     """Return v = Wᵀt of a block [D], W standard normal and t the target; over blocks, v is N(0, I).
 
     Raises:
-        UsageError: The preset has no random head, or the hidden size is not in [1, 65536].
+        UsageError: The hidden size is not in [1, 65536].
     """
-    if get_pipeline(round.preset).head != "random":
-        raise UsageError(
-            f"preset {round.preset}", wanted="one with a random head", do="use --preset poc-2.0 for the law of a block"
-        )
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise UsageError(
             f"hidden size {hidden_size}", wanted=f"a whole number in [1, {MAX_HIDDEN_SIZE}]", do="pass the model's own"
@@ -92,22 +88,20 @@ class BlockFactor:
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
-    """Predict how wide the distances of a block are from hidden states of the model, of any nonces of any block.
+    """Predict how wide the distances of a block are from two or more states of the model, of any nonces of any block.
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
     bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
     the states. What a state has along the heaviest coordinate keeps its sign through the share c of its energy.
 
     Raises:
-        UsageError: The preset has no signs or no random head, or there are fewer than 2 states.
+        UsageError: The preset has no signs or no random head.
     """
     pipeline = get_pipeline(round.preset)
     if not has_block_factor(pipeline):
         wanted = "one with signs and a random head: in others a block has a mean of its own"
         raise UsageError(f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out")
     n, size = states_ND.shape
-    if n < 2:
-        raise UsageError(f"{n} states", wanted="at least 2", do="read more nonces")
     energy_ND = states_ND.astype(np.float64) ** 2
     energy_ND /= energy_ND.sum(axis=1, keepdims=True)
     reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
