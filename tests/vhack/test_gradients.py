@@ -115,14 +115,6 @@ def _state(module):
     ]
 
 
-def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
-    model = load_model("reference:qwen3", device="cpu")
-    (one,) = encode(model.tokenizer, [Sample("return", "ed")], ["it"], 100)
-    parts = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("return", "ed")]
-    assert one.ids == parts[0] + parts[1]
-    assert one.n_prompt == len(parts[0])
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
     batches = plan_batches(encoded, 160, packed=packed)
@@ -305,7 +297,7 @@ def test_weights_without_memory_are_refused_by_name(gradients_of, module):
 
 def test_factors_of_another_model_are_refused(gradients_of):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
-    with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):
+    with pytest.raises(UsageError, match=r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)"):
         gradients_of(svd=other)
 
 

@@ -154,15 +154,6 @@ def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, m
         assert tuple(batch["completion_ids"][row, :count].tolist()) in tokens
 
 
-@pytest.mark.parametrize(("advantage", "shift"), [(1.0, 0.5), (-1.0, -0.5)])
-def test_a_teacher_token_outside_the_clipping_range_has_no_gradient(trainer, batch, advantage, shift):
-    shifted = near(trainer, batch, shift)
-    shifted["advantages"] = advantage * batch["outcomes"][:, 0].float()
-    assert not gradient(trainer, trainer._compute_loss(trainer.adapter.model, shifted)).any()
-    shifted["advantages"] = -shifted["advantages"]
-    assert gradient(trainer, trainer._compute_loss(trainer.adapter.model, shifted)).any()
-
-
 def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batch):
     """Where TRL itself keeps log-probabilities of the policy that sampled, they are the student's only."""
     with torch.no_grad():

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import storage_error, write_atomic
@@ -38,7 +39,7 @@ from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
 from assay.vhack.basis.basis import read_tensors
 from assay.vhack.delta.groups import Group
-from assay.vhack.gradients.division import gather_whole, is_sharded
+from assay.vhack.gradients.division import gather_whole
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import tensor_digest
 
@@ -165,11 +166,11 @@ def plain_weights(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _with_lora(name: str, layer: Any, weight: nn.Parameter) -> Tensor:
     """Return the weight of a layer of PEFT with LoRA merged as PEFT merges it; the layer stays as it is."""
-    if is_sharded(weight) or layer.merged:
+    if (sharded := isinstance(weight, DTensor)) or layer.merged:
         raise ModelError(
-            f"{name} is {'sharded, with LoRA beside it' if is_sharded(weight) else 'merged with its LoRA already'}",
+            f"{name} is {'sharded, with LoRA beside it' if sharded else 'merged with its LoRA already'}",
             wanted="whole weights without LoRA in them",
-            do="train LoRA and δS without FSDP2" if is_sharded(weight) else "call unmerge_adapter of the model of PEFT",
+            do="train LoRA and δS without FSDP2" if sharded else "call unmerge_adapter of the model of PEFT",
         )
     before = weight.detach().clone()
     layer.merge()

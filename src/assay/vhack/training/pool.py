@@ -23,17 +23,14 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.checkpoint import load_tokenizer
-from assay.models.load import model_info
+from assay.models.load import Model, ModelInfo, model_info
 from assay.models.rows import check_one_kind
 from assay.models.wide import own_precision
 from assay.streams.definition import seed32
-from assay.vhack.gradients.batches import context_length
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from assay.models.load import Model
 
 
 _Text = Annotated[str, Field(strict=True)]
@@ -110,7 +107,7 @@ class RolloutPool:
 
 
 def sample_pool(
-    teacher: "Model",
+    teacher: Model,
     prompts: Sequence[str],
     *,
     per_prompt: int = 4,
@@ -150,8 +147,8 @@ class Sampling(TypedDict):
     batch: int
 
 
-def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> int:
-    """Return the token that ends a completion.
+def ending_tokenizer(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model if it has a token that ends a completion.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
@@ -162,32 +159,28 @@ def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) 
             wanted="a model with a tokenizer that has an eos_token",
             do="name the token in its tokenizer_config.json, or choose another --model",
         )
-    return int(tokenizer.eos_token_id)
+    return tokenizer
 
 
-def encode_prompts(model: "Model | str", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
+        UsageError: As of :func:`ending_tokenizer`, or a prompt with its completion is longer than the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
-    if isinstance(model, str):
-        context: int | None = model_info(model).max_positions
-        reference, tokenizer = model, load_tokenizer(model)
-    else:
-        reference, tokenizer, context = model.reference, model.tokenizer, context_length(model.module)
-    find_end_token(tokenizer, reference)
-    assert tokenizer is not None
-    known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
-    longest = max(map(len, known.values()), default=0)
-    if context and longest + max_new_tokens > context:
+    known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
+    found = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
+    tokenizer = ending_tokenizer(found, known.reference)
+    ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    longest = max(map(len, ids.values()), default=0)
+    if longest + max_new_tokens > known.max_positions:
         raise UsageError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
-            wanted=f"at most {context}, the context of the model",
+            wanted=f"at most {known.max_positions}, the context of the model",
             do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
         )
-    return [known[prompt] for prompt in prompts]
+    return [ids[prompt] for prompt in prompts]
 
 
 @contextmanager
@@ -204,7 +197,7 @@ def finite_sampling(do: str) -> Iterator[None]:
 
 
 def sample_batches(
-    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
+    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, given its tokens, a batch at a time.
 
@@ -221,10 +214,10 @@ def sample_batches(
 
 @torch.no_grad()
 def _sample_batch(
-    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
+    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
-    tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    end = find_end_token(tokenizer, model.reference)
+    tokenizer, module = ending_tokenizer(model.tokenizer, model.reference), cast(Any, model.module)
+    end = cast(int, tokenizer.eos_token_id)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
