@@ -205,11 +205,7 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
     gradient, inputs = gradient.to(plan.left.dtype), inputs.to(plan.right.dtype)
     if plan.rows is None:
         return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = (
-        _sum_products(gradient, inputs, plan)
-        if plan.kinds is None
-        else _sum_by_kind(gradient, inputs, plan, plan.kinds)
-    )
+    rows_BR = _sum_by_kind(gradient, inputs, plan, plan.kinds) if plan.kinds else _sum_products(gradient, inputs, plan)
     plan.rows(rows_BR)
     return rows_BR.sum(dim=0)
 
