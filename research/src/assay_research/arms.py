@@ -198,13 +198,14 @@ def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: i
     try:
         for batch in plan_batches(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
             longest = max(len(one.ids) for one in batch)
-            ids = torch.tensor([one.ids + [0] * (longest - len(one.ids)) for one in batch], device=module.device)
+            ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
             # Padding is to the right of everything that is looked at.
             with wide_products(module):
                 backbone(module)(input_ids=ids, use_cache=False)
             states_BTH = kept.pop()
             for row, one in enumerate(batch):
-                found[one.index] = states_BTH[row, one.n_prompt : len(one.ids)].float().mean(dim=0)
+                start, end = one.completion
+                found[one.index] = states_BTH[row, start:end].float().mean(dim=0)
     finally:
         handle.remove()
     return torch.stack([found[index] for index in range(len(encoded))])

@@ -35,7 +35,6 @@ from torch import Tensor
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
-from assay.models.load import Model
 from assay.stats.rates import BootstrapInterval, auroc
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
@@ -56,6 +55,8 @@ from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models.load import Model
 
 
 _EQUIVALENCE = 0.1  # largest difference of two AUROC that counts as none

@@ -54,6 +54,15 @@ class Encoded:
     ids: list[int]
     n_prompt: int
 
+    @property
+    def completion(self) -> tuple[int, int]:
+        """Start and end of the completion."""
+        return self.n_prompt, len(self.ids)
+
+    def padded(self, size: int) -> list[int]:
+        """Return the ids, followed by zeros up to this size."""
+        return self.ids + [0] * (size - len(self.ids))
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -123,11 +132,10 @@ class Batch:
             (start + one.n_prompt - 1, start + len(one.ids) - 1)
             for (start, _), one in zip(segments.bounds, encoded, strict=True)
         ]
-        padding = [0] * longest
-        ids = [token for one, size in zip(encoded, sizes, strict=True) for token in (one.ids + padding)[:size]]
+        ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
         return cls(
             encoded,
-            torch.tensor(ids).view(1 if packed else len(encoded), -1).to(device),
+            ids.view(1 if packed else len(encoded), -1).to(device),
             torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
             segments,
             Segments.of(counts.tolist(), device),

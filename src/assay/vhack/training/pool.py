@@ -147,8 +147,8 @@ class Sampling(TypedDict):
     batch: int
 
 
-def ending_tokenizer(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a model if it has a token that ends a completion.
+def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> int:
+    """Return the token that ends a completion.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
@@ -159,19 +159,20 @@ def ending_tokenizer(tokenizer: "PreTrainedTokenizerBase | None", reference: str
             wanted="a model with a tokenizer that has an eos_token",
             do="name the token in its tokenizer_config.json, or choose another --model",
         )
-    return tokenizer
+    return int(tokenizer.eos_token_id)
 
 
 def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`ending_tokenizer`, or a prompt with its completion is longer than the model's context.
+        UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
-    found = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
-    tokenizer = ending_tokenizer(found, known.reference)
+    tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
+    find_end_token(tokenizer, known.reference)
+    assert tokenizer is not None
     ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     longest = max(map(len, ids.values()), default=0)
     if longest + max_new_tokens > known.max_positions:
@@ -216,8 +217,8 @@ def sample_batches(
 def _sample_batch(
     model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
-    tokenizer, module = ending_tokenizer(model.tokenizer, model.reference), cast(Any, model.module)
-    end = cast(int, tokenizer.eos_token_id)
+    tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
+    end = find_end_token(tokenizer, model.reference)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")

@@ -29,7 +29,7 @@ from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.log import TrainLog, read_records, read_steps
-from assay.vhack.training.pool import RolloutPool, ending_tokenizer, finite_sampling
+from assay.vhack.training.pool import RolloutPool, find_end_token, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
 from assay.vhack.training.settings import TrainSettings
@@ -73,9 +73,10 @@ class Prepared:
         earlier: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
+        find_end_token(model.tokenizer, model.reference)
         check_attachable(model)
-        self.settings, self.model = settings, model
-        self.tokenizer = ending_tokenizer(model.tokenizer, model.reference)
+        assert model.tokenizer is not None
+        self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
         self.pairs, self.earlier, self.processes = pairs, earlier, processes
         self.pool, self.arm = None, settings.chosen
         if settings.teacher:
