@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from assay.errors import ModelError
 
@@ -160,9 +159,11 @@ class Division:
         for start in range(0, len(waiting), _AT_ONCE):
             assert self.mesh is not None
             some = waiting[start : start + _AT_ONCE]
-            total = parameters_to_vector(some).to(self.mesh.device_type)
+            total = torch.cat([part.flatten() for part in some]).to(self.mesh.device_type)
             dist.all_reduce(total, group=self.mesh.get_group())
-            vector_to_parameters(total.cpu(), some)
+            sizes = [part.numel() for part in some]
+            for part, summed in zip(some, torch.split(total.cpu(), sizes), strict=True):
+                part.copy_(summed.view(part.shape))
 
 
 def of_one_tensor(model: nn.Module, names: Iterable[str]) -> list[str]:
