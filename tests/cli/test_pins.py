@@ -49,20 +49,6 @@ def test_an_honest_proof_needs_block_and_key_beside_the_file(verify, honest, sma
     assert (alone.code, json.loads(alone.out)["unpinned"]) == (2, ["block_hash", "public_key"])
 
 
-def test_what_the_prover_chose_is_refused_by_name_before_a_model_is_loaded(verify, honest, small_model):
-    """Of every field tests/poc/protocol/test_pins_every_field.py says it."""
-    lied = replace(honest.header, fingerprint=replace(honest.header.fingerprint, device="NVIDIA H200"))
-    for proof, seen in (
-        (made(small_model, seq_len=1, **STRONG), "a proof with seq_len 1"),
-        (made(small_model, block_hash="last week", **STRONG), "a proof with block_hash 'last week'"),
-        (made(small_model, range(31), **STRONG), "a proof with fewest_nonces 31"),
-        (Proof.build(lied, honest.records, 1.0), "made on another build: device "),
-    ):
-        found = verify(proof, *KNOWN)
-        assert (found.code, found.out) == (2, "")
-        assert seen in found.err
-
-
 def test_another_checkpoint_is_refused_before_and_after_it_is_loaded(verify, honest, small_checkpoint):
     llama = load_model("reference:llama", dtype="float32", device="cpu")
     found = verify(made(llama, **STRONG), *KNOWN)

@@ -65,12 +65,6 @@ def test_bad_input_is_refused_before_the_model_is_loaded(refused, tmp_path, monk
     assert not (tmp_path / "basis").exists()
 
 
-def test_the_last_groups_are_held_out_where_nothing_is_said(told, tmp_path):
-    write_pairs(tmp_path / "pairs.jsonl", generate_pairs(6))
-    said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
-    assert said["groups_held_out"] == [generate_pairs(6)[-1].group]
-
-
 def test_few_groups_are_told_with_what_to_do(assay, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
     extract = ("vhack", "extract", "--model", "./nope", "-o", tmp_path / "basis", "--pairs")

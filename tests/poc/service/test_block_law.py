@@ -63,16 +63,6 @@ def test_an_honest_node_in_a_wide_block_raises_no_alert(measured):
     assert len(histogram["expected_errors"]) == len(histogram["expected"])
 
 
-def test_without_a_measurement_the_error_is_wide_enough(measured, monkeypatch):
-    """As on engines whose states cannot be read: the head is known, and an effective dimension is assumed."""
-    monkeypatch.setattr(Deployment, "block_factor", lambda *_: None)
-    seen, text = measured(600)
-    assert abs(seen["valid_rate"] - 0.1) > 5 * rate_standard_error(0.1, seen["checked"])
-    assert seen["expected_rate"] == pytest.approx(0.1, abs=0.03)
-    assert seen["expected_rate_error"] > 0.025
-    assert not fires(text)
-
-
 def test_a_node_that_is_off_its_law_raises_the_alert(measured, monkeypatch):
     """Distances of another target: the block says nothing about them."""
     compute = _prover.compute

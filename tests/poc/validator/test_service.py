@@ -18,7 +18,7 @@ from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
 from tests.poc.service.conftest import FULL, failing, signed
 from tests.poc.service.series import absent_series
-from tests.poc.validator.conftest import API, KEYS, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.validator.conftest import API, body_of, nodes_text, pins_text, proof_of, secret_of
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
@@ -263,11 +263,3 @@ def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, s
         broken.clear()
         until(lambda: running.verdict("node_A") == "honest")
         until(lambda: running.client.get("/ready").status_code == 200)
-
-
-def test_a_node_of_the_pins_that_never_sent_is_shown(validating):
-    with validating() as running:
-        found = running.get("/nodes")["nodes"]
-        assert [node["public_key"] for node in found] == list(KEYS)
-        assert {node["verdict"] for node in found} == {"undecided"}
-        assert {node["account"] for node in found} == {None}
