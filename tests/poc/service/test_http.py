@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 
 from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
-from assay.poc.net.metrics import Exported
 from assay.poc.net.server import ClientLimit, bounded_config, listen
 from assay.poc.service import Settings
 from assay.poc.service.app import QuickStatus
@@ -29,7 +28,7 @@ JSON = {"content-type": "application/json"}
 
 
 @contextmanager
-def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]:
+def listening(**changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]:
     """A server with bounds, whose one route answers with the size of the body, and its limit of clients."""
     app = FastAPI()
 
@@ -37,7 +36,7 @@ def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tup
     async def size(request: Request) -> int:
         return len(await request.body())
 
-    config = bounded_config(app, Settings(**(LIMITS | changes)), metrics)
+    config = bounded_config(app, Settings(**(LIMITS | changes)))
     with on_port(config) as port:
         yield ("127.0.0.1", port), config.app
 
@@ -96,8 +95,7 @@ def test_connections_are_bounded():
 
 def test_one_client_cannot_hold_all_requests(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_server, "is_loopback", lambda host: False)  # as if the clients were elsewhere
-    metrics = Exported("some")
-    with listening(metrics, max_connections=8, max_client_connections=2) as (address, limit):
+    with listening(max_connections=8, max_client_connections=2) as (address, limit):
         held = [socket.create_connection(address, timeout=20) for _ in range(2)]
         for connection in held:
             connection.sendall(post(b"x")[:-1])  # a request whose body does not come
@@ -115,7 +113,6 @@ def test_one_client_cannot_hold_all_requests(monkeypatch: pytest.MonkeyPatch):
                 connection.close()
         until(lambda: not limit._open)  # clients that left are forgotten
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
-    assert metrics.connections_refused.labels("client")._value.get() == 1
 
 
 def test_a_proxy_on_this_machine_may_hold_all_requests():

@@ -268,7 +268,7 @@ class Recomputer(EngineThread):
         return draws
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
-        registry, started = self._registry(), time.perf_counter()
+        registry = self._registry()
         sources, checked = list[Draw](), list[Checked]()
         wanted, received = list[tuple[Round, list[int]]](), list[list[Record]]()
         for source in draws:
@@ -284,7 +284,6 @@ class Recomputer(EngineThread):
             errors, noise = residuals(claimed, records), self._noise(build, round)
             checked.append(Checked(source, round, nonces, errors, noise, build))
         short = {found.source.seq for found in checked if found.is_short}
-        self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
             self._budget.spend(self._inbox.extend(short, AUDIT))
         with self._recording:
