@@ -18,7 +18,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monk
     assert [row["verdict"] for row in summary["cheaters"]] == ["fraud"] * 4
     assert summary["all_as_expected"] is True
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 1
     assert {row["name"] for row in summary["vhack"]} == {"pools", "heldout", "random_null", "sources", "stability"}
     assert {row["verdict"] for row in summary["vhack"]} == {"pass"}
     assert "<code>assay vhack check</code>" in page

@@ -96,9 +96,9 @@ def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
 def draw(
     report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case], checked: "CheckReport"
 ) -> None:
-    """Add what was proved, the histogram over the chord law, who was caught and how far off, and the checks."""
+    """Add what was proved, its distances beside the chord law, who was caught and how far off, and the checks."""
     from assay import stats
-    from assay.pages.report import SERIES, Badge, figure, histogram_over_density, legend
+    from assay.pages.report import SERIES, Badge, figure, legend
     from assay.stats.chord import EFFECTIVE_DIMENSION, RANDOM_HEAD_ROWS, chord_mean
     from assay.stats.noise import RESOLUTION
 
@@ -113,13 +113,6 @@ def draw(
     distances = np.concatenate([case.proof.distances for case in honest])
     law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=EFFECTIVE_DIMENSION)
     expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
-    fig, ax = figure()
-    label = f"chord law, d = {RANDOM_HEAD_ROWS}"
-    histogram_over_density(ax, distances, lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS), density_label=label)
-    ax.axvline(r_target, color=SERIES[1], linewidth=1.3, label=f"r_target {r_target}")
-    ax.set_xlabel("distance to the target")
-    legend(ax)
-    report.figure(fig, f"{len(distances)} honest distances over the density of a random direction.")
     report.definitions(
         {
             "valid, measured": f"{(distances < r_target).mean():.2%}",
