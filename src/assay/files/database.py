@@ -230,15 +230,11 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
         uri += "&immutable=1"  # no writer has it open, and the journal that SQLite would begin has no place
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
-    connection.text_factory = _decode
+    # A text is read whatever its bytes are: a reader that does not trust a file compares hashes.
+    connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
-
-
-def _decode(text: bytes) -> str:
-    """Return a text whatever its bytes are: a reader that does not trust a file compares hashes."""
-    return text.decode(errors="replace")
 
 
 @contextmanager
