@@ -87,17 +87,6 @@ def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoin
     assert "--block-hash c beside" in verify(honest, "--block-hash", "c", "--public-key", "k").err
 
 
-def test_a_list_of_nodes_says_who_may_prove(verify, honest, pins, small_model, small_checkpoint):
-    nodes = '[[nodes]]\npublic_key = "k"\nnode_id = 0\n[[nodes]]\npublic_key = "k2"\nnode_id = 1\nnode_count = 2\n'
-    pins.write_text(pins.read_text().replace("[[models]]", f"{nodes}[[models]]"))
-    assert "no --public-key beside" in verify(honest, "--block-hash", "b").err
-    assert verify(honest, *KNOWN, model=small_checkpoint).code == 0
-    assert "the key 'stranger'" in verify(honest, "--block-hash", "b", "--public-key", "stranger").err
-    second = made(small_model, range(1, 65, 2), public_key="k2", node_id=1, node_count=2, **STRONG)
-    assert verify(second, "--block-hash", "b", "--public-key", "k2", model=small_checkpoint).code == 0
-    assert "public_key 'k2'" in verify(second, *KNOWN).err
-
-
 def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, small_checkpoint, tmp_path):
     path, copy = tmp_path / "calibration.json", tmp_path / "copy.jsonl"
     copy.write_bytes((tmp_path / "honest.jsonl").read_bytes())

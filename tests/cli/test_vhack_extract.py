@@ -49,12 +49,9 @@ def test_a_table_without_json_and_no_cache(assay, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--top-k", 0), "0 axes"),
-        (("--method", "pca"), "method='pca'"),
         (("--heldout-group", "nobody"), "'nobody' is not there"),
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
-        (("--rank", 0), "rank=0"),
         (("--factors", "int8"), "--factors int8"),
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],

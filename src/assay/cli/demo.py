@@ -1,6 +1,5 @@
 """``assay demo``: both instruments on a bundled model, in under a minute on two cores."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -167,8 +166,6 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
 
     Proves and verifies real compute, catches four cheaters, tests hack directions, and writes an HTML report.
     """
-    # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 

@@ -89,10 +89,6 @@ def test_what_is_no_object_is_refused(store, body):
     assert open_client.post("/validated", content=b"{}").status_code == 400
 
 
-def test_what_is_too_long_is_refused(client):
-    assert client.post("/generated", content=b"x" * 20_000).status_code == 413
-
-
 @pytest.mark.parametrize("keys", [(), (KEY,)])
 @pytest.mark.parametrize(("method", "path"), [("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear")])
 def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,31 +210,6 @@ def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_mode
         broken.clear()
         assert running.send(body, id="m")["new"] is True
         running.wait_ready()
-
-
-def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, small_model, monkeypatch):
-    """The disk is waited for once for all messages that wait; beyond the bound a sender is told to come again."""
-    bodies = [body_of(proof_of(small_model, "node_A", range(i, i + 3))) for i in range(0, 60, 3)]
-    bodies = [body for body in bodies if body["nonces"]]
-    begun, gate, sizes, real = threading.Event(), threading.Event(), [], Inbox.add
-
-    def add(self, messages):
-        begun.set()
-        assert gate.wait(30)
-        sizes.append(len(messages))
-        return real(self, messages)
-
-    with validating(max_unwritten=5) as running:
-        monkeypatch.setattr(Inbox, "add", add)
-        with ThreadPoolExecutor(8) as senders:
-            first = senders.submit(running.send, bodies[0], id="first")
-            assert begun.wait(30)
-            more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
-            until(lambda: running.controller.writer.waiting == 5)
-            running.send(bodies[6], id="over", status=503)
-            gate.set()
-            assert all(sent.result(30)["new"] for sent in [first, *more])
-        assert sizes == [1, 5]
 
 
 def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
