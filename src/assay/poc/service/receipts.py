@@ -70,7 +70,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self.database, self._outbox, self.settings, self.metrics = database, outbox, settings, metrics
         self._table, self._c = database["receipts"], database["receipts"].c
         check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
-        self._headers: dict[str, int] = {}
         self._lost = 0
         self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
         self._journal_owed = not database.empty_journal()
@@ -88,7 +87,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         A receipt that is stored already, byte for byte and under the same header, is not stored twice.
         """
         self._lost = sum(len(item.line) for item in items)  # until they are written
-        now, headers, fresh, announced = time.time(), dict(self._headers), [], []
+        now, headers, fresh, announced = time.time(), dict[str, int](), [], []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
             "line) SELECT ?,?,?,?,?,?,?,?,?,?,? "
@@ -115,7 +114,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 for header, group in groupby(announced, key=itemgetter(1)):
                     numbers = [seq for seq, _ in group]
                     self._outbox.announce(connection, None, url, numbers, interval=interval, most=most, header=header)
-        self._headers, self._lost = headers, 0
+        self._lost = 0
         self.metrics.receipts.labels("new").inc(sum(fresh))
         self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
