@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from assay.models import load_model
 from assay.poc import NetworkPins, Proof
 
 from .conftest import KNOWN, made
@@ -47,16 +46,6 @@ def test_an_honest_proof_needs_block_and_key_beside_the_file(verify, honest, sma
     assert {"digest", "weights", "builds", "fewest_nonces", "strength"} <= set(said["pinned"])
     alone = verify(honest, "--sample", 32, model=small_checkpoint)
     assert (alone.code, json.loads(alone.out)["unpinned"]) == (2, ["block_hash", "public_key"])
-
-
-def test_another_checkpoint_is_refused_before_and_after_it_is_loaded(verify, honest, small_checkpoint):
-    llama = load_model("reference:llama", dtype="float32", device="cpu")
-    found = verify(made(llama, **STRONG), *KNOWN)
-    assert (found.code, found.out) == (2, "")
-    assert f"model '{llama.digest}'" in found.err
-    named = replace(llama, digest=honest.header.digest)  # the header says that it is the pinned one
-    assert verify(made(named, **STRONG), *KNOWN, model=small_checkpoint).code == 1
-    assert "verify with the checkpoint" in verify(honest, *KNOWN, model="reference:llama").err
 
 
 BESIDE = {
