@@ -4,7 +4,9 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,10 +14,10 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 
-from assay.errors import UsageError
+from assay.errors import StorageError, UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import LocalOnly
-from assay.poc.responses import Prompt
+from assay.poc.responses import Prompt, Receipts
 from assay.poc.service import Settings, attach
 from assay.poc.service import receipts as _receipts
 from assay.poc.service.app import PREFIXES
@@ -221,16 +223,64 @@ def test_a_file_of_one_request(service):
     assert files(service, request_id="x") == []
 
 
-def test_a_file_is_bounded(service, monkeypatch):
+def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
     made = [receipt(f"chat-{i:02}") for i in range(20)]
     size = len(made[0].without_prompt().line())
     monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
     store(service, *made)
     assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
     get(service, "/chat-01")
     monkeypatch.setattr(_receipts, "MOST_BYTES", size // 2)
     assert "index" in get(service, "/chat-01", 413)["do"]
     assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
+
+
+def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(service, monkeypatch):
+    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    store(service, *(receipt(f"chat-{i}") for i in range(6)))
+    real, failing = service.controller.receipts.lines, []
+
+    def lines(low, high, **more):
+        if low == 2:
+            service.controller.receipts.delete("chat-4")
+        if low and failing:
+            raise StorageError("gone", wanted="a file", do="wait")
+        return real(low, high, **more)
+
+    monkeypatch.setattr(service.controller.receipts, "lines", lines)
+    (found,) = files(service)
+    assert [each.request_id for each in found.receipts] == [f"chat-{i}" for i in (0, 1, 2, 3, 5)]
+    failing.append(True)
+    with pytest.raises(Exception, match="truncated"):
+        Receipts.parse("export", service.client.get(f"{RECEIPTS}.jsonl").content)
+
+
+def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
+    store(service, receipt("a"))
+    receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
+    page, lines = receipts.page, receipts.lines
+
+    def paged(*given, **more):
+        both.wait(20)
+        return page(*given, **more)
+
+    def read(*given, **more):
+        assert go.wait(20)
+        return lines(*given, **more)
+
+    monkeypatch.setattr(receipts, "page", paged)
+    monkeypatch.setattr(receipts, "lines", read)
+    with ThreadPoolExecutor(2) as pool:
+        sent = [pool.submit(service.client.get, f"{RECEIPTS}.jsonl") for _ in "ab"]
+        try:
+            until(lambda: any(one.done() for one in sent))
+        finally:
+            go.set()
+    answers = sorted((one.result() for one in sent), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert len(Receipts.parse("export", answers[0].content).receipts) == 1
 
 
 def secret(number: int) -> str:
@@ -252,6 +302,7 @@ def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
         assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
         (file,) = files(service)
         assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
+        assert 'receipts_deleted_total{reason="request"} 200.0' in service.client.get("/metrics").text
 
 
 def test_a_reader_delays_the_emptying_of_the_journal_only(service):
@@ -302,3 +353,4 @@ def test_a_service_deletes_what_is_old_by_itself(serving):
         service.restart()
         until(lambda: len(get(service, "")["receipts"]) == 1)
         until(lambda: secret(1).encode() not in on_disk(service))
+        assert 'receipts_deleted_total{reason="age"} 1.0' in service.client.get("/metrics").text

@@ -160,7 +160,7 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     keys, feed, text = Keys(controller.settings), Feed(controller), status_text(controller)
     kind_of_route = route_class(keys, controller.settings, controller.metrics)
     app.include_router(_pow_router(controller, feed, text, kind_of_route))
-    app.include_router(receipts_router(controller.receipts, kind_of_route))
+    app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)

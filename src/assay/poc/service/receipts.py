@@ -3,24 +3,25 @@
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import AsyncIterator, Sequence
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
+import structlog
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from typing_extensions import override
 
-from assay.errors import StorageError
+from assay.errors import AssayError, StorageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Scope, needs, problems
-from assay.poc.net.runtime import GroupCommit
+from assay.poc.net.runtime import GroupCommit, Runtime
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
@@ -29,7 +30,10 @@ from assay.poc.service.metrics import Metrics
 from assay.poc.service.requests import ReceiptList, StoredReceipt
 from assay.poc.service.settings import Settings
 
+log = structlog.get_logger("assay.receipts")
+
 RECEIPTS_PREFIX = "/api/v1/receipts"
+MOST_FILES = 8  # files that are streamed at the same time
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
 
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
@@ -38,6 +42,7 @@ RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
 MOST_BYTES = 2**25
 """Bytes of the receipts of one answer: 32 MiB, so that no file of receipts has more tokens than may be read."""
 
+_CHUNK_BYTES = 2**20  # of the lines that are read at a time
 _NAME_BYTES = 16
 _PRUNED = 500  # receipts that one transaction deletes: more would hold up those that are written
 ANNOUNCED = 100  # receipts of one callback, whose ids may be long
@@ -57,8 +62,8 @@ class NewReceipt(NamedTuple):
 class Page(NamedTuple):
     """Receipts that make one file: in the order in which they were stored, of one header, no choice twice."""
 
-    content: bytes  # the file, from its header to its footer; empty without receipts
-    last: int  # number of its last receipt
+    header: str | None  # line of their header; None without receipts
+    chunks: tuple[int, ...]  # numbers between which lines are read at a time, from that before the page to its last
     more: bool  # whether further receipts follow
 
 
@@ -128,8 +133,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         # See whether the disk has room again, delete what is old, and leave nothing of it behind.
         if self.failing and not wrote:
             self._probe()
-        if time.monotonic() - self._pruned_at > PRUNE_EVERY and not self.prune(self.settings.receipt_days * DAY):
-            self._pruned_at = time.monotonic()  # otherwise there may be more
+        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
+            count = self.prune(self.settings.receipt_days * DAY)
+            self.metrics.receipts_deleted.labels("age").inc(count)
+            if not count:  # otherwise there may be more
+                self._pruned_at = time.monotonic()
         self.tidy()
 
     def _probe(self) -> None:
@@ -172,29 +180,31 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     def page(self, after: int, limit: int, *, request_id: str | None = None) -> Page:
         """Return the longest run of receipts after a sequence number that makes one file of bounded size."""
         c, headers = self._c, self.database["receipt_headers"].c
-        columns = (c.seq, c.header_id, c.name, c.choice, c.size, c.tokens, c.line)
-        query = sa.select(*columns).where(c.seq > after, *self._of(request_id)).order_by(c.seq).limit(limit + 1)
-        lines, last, header, more = list[str](), after, None, False
+        query = sa.select(c.seq, c.header_id, c.name, c.choice, c.size).where(c.seq > after, *self._of(request_id))
+        chunks, last, header, more = [after], None, None, False
         seen: set[tuple[bytes, int]] = set()
-        total = tokens = 0
+        total = part = 0
         with self.database.read() as connection:
-            for seq, header_id, name, choice, size, count, line in connection.execute(query):
+            for seq, header_id, name, choice, size in connection.execute(query.order_by(c.seq).limit(limit + 1)):
                 total += size
                 other = header not in (None, header_id) or (name, choice) in seen
-                if len(lines) == limit or other or (lines and total > MOST_BYTES):
+                if len(seen) == limit or other or (last is not None and total > MOST_BYTES):
                     more = True
                     break
+                if last is not None and part + size > _CHUNK_BYTES:
+                    chunks.append(last)
+                    part = 0
+                part += size
                 seen.add((name, choice))
-                lines.append(f"{line}\n")
-                last, header, tokens = seq, header_id, tokens + count
-            head = connection.execute(sa.select(headers.text).where(headers.id == header)).scalar()
-        if head is None:
-            return Page(b"", last, more)
-        content = "".join(lines).encode()
-        sha256 = hashlib.sha256(content).hexdigest()
-        # How long the responses took is not stored.
-        footer = ReceiptFooter(receipts=len(lines), tokens=tokens, seconds=0.0, sha256=sha256)
-        return Page(b"%b\n%b%b\n" % (head.encode(), content, footer.line().encode()), last, more)
+                last, header = seq, header_id
+            line = connection.execute(sa.select(headers.text).where(headers.id == header)).scalar()
+        return Page(line, (*chunks, *([] if last is None else [last])), more)
+
+    def lines(self, low: int, high: int, *, request_id: str | None = None) -> list[tuple[int, str]]:
+        """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a page's ``chunks``."""
+        c = self._c
+        query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
+        return [(row.tokens, row.line) for row in self.database.rows(query)]
 
     def delete(self, request_id: str, index: int | None = None) -> int:
         """Delete the receipts of a request, or of one of its choices; return how many. 404 stands for none."""
@@ -202,6 +212,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         if not count:
             raise _unknown()
         self.tidy()
+        self.metrics.receipts_deleted.labels("request").inc(count)
         return count
 
     def prune(self, keep: float) -> int:
@@ -277,14 +288,15 @@ class ReceiptSink:
             raise
 
 
-def receipts_router(receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> APIRouter:
-    """Return the routes of receipts. They block, and are plain functions, which FastAPI calls in threads."""
+def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> APIRouter:
+    """Return the routes of receipts. Handlers that block are plain functions, which FastAPI calls in threads."""
     router = APIRouter(prefix=RECEIPTS_PREFIX, tags=["receipts"], route_class=kind_of_route)
     one = "/{request_id:path}"  # a request id may hold slashes
     export: dict[int | str, dict[str, Any]] = {
         200: {"content": {"application/jsonl": {}}, "description": "A complete file of receipts."},
         204: {"description": "No receipt follows."},
     }
+    streaming = 0
 
     @router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)
     def listed(after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -293,8 +305,10 @@ def receipts_router(receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> A
         following = found[limit - 1]["seq"] if len(found) > limit else None
         return JSONResponse({"receipts": found[:limit], "next": following})
 
-    @router.get(".jsonl", responses=export | problems(422, 503), response_class=Response, openapi_extra=READ)
-    def file(
+    @router.get(
+        ".jsonl", responses=export | problems(422, 429, 503), response_class=StreamingResponse, openapi_extra=READ
+    )
+    async def file(
         after: After = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000, request_id: RequestId = None
     ) -> Response:
         """Return receipts after a sequence number as a complete file, which ``assay poc replay`` reads.
@@ -302,11 +316,37 @@ def receipts_router(receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> A
         The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is the ``after`` of the
         next one, and ``Receipts-More`` says whether there is one now.
         """
-        page = receipts.page(after, limit, request_id=request_id)
-        headers = {"receipts-last": str(page.last), "receipts-more": str(page.more).lower()}
-        if not page.content:
+        page = await runtime.call(receipts.page, after, limit, request_id=request_id)
+        headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
+        if page.header is None:
             return Response(status_code=204, headers=headers)
-        return Response(page.content, media_type="application/jsonl", headers=headers)
+        if streaming >= MOST_FILES:
+            seen = f"{MOST_FILES} files of receipts are being sent"
+            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        lines = file_lines(page, request_id)
+        await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
+        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
+
+    async def file_lines(page: Page, request_id: str | None) -> AsyncIterator[str]:
+        """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
+        nonlocal streaming
+        streaming += 1
+        digest, count, tokens = hashlib.sha256(), 0, 0
+        try:
+            yield ""  # taken by file()
+            yield f"{page.header}\n"
+            for low, high in pairwise(page.chunks):
+                found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                text = "".join(f"{line}\n" for _, line in found)
+                digest.update(text.encode())
+                count, tokens = count + len(found), tokens + sum(number for number, _ in found)
+                yield text
+            # How long the responses took is not stored.
+            yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
+        except AssayError as error:
+            log.warning("file of receipts not finished", reason=error.seen)
+        finally:
+            streaming -= 1
 
     @router.get(
         one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ
