@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ RECEIPTS = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
 TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
 MAX_RETRY_AFTER = 86_400.0
+SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
 
 
 Callback = sa.Row[Any]
@@ -221,6 +223,7 @@ class Delivery:
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
+        self._started_at = _since_start()
 
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
@@ -244,6 +247,11 @@ class Delivery:
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
         outbox, wait_for = self._outbox, self._runtime.call
+        started_at = _since_start()
+        if started_at < self._started_at - SET_BACK:
+            log.warning("the clock was set back, so every pending callback is due now")
+            await wait_for(outbox.retry_now)
+        self._started_at = started_at
         await wait_for(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
@@ -303,11 +311,27 @@ class Delivery:
                 await asyncio.sleep(1.0)
 
 
+def _since_start() -> float:
+    """Return the time of the clock when the machine started. It changes only when the clock is set."""
+    return time.time() - time.monotonic()
+
+
 def backoff(attempts: int, base: float, longest: float) -> float:
     """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half at random."""
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
-def retry_after(value: str | None) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it does not say seconds."""
-    return min(float(value), MAX_RETRY_AFTER) if value and value.isdecimal() else 0.0
+def retry_after(value: str | None, now: datetime | None = None) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
+    if not value:
+        return 0.0
+    try:
+        if value.strip().isdigit():
+            seconds = float(value)
+        else:
+            date = parsedate_to_datetime(value)
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            seconds = (date - (now or datetime.now(UTC))).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

@@ -38,13 +38,18 @@ class Epoch:
     @property
     def commitment(self) -> str:
         """SHA-256 of secret and number, in hexadecimal digits."""
-        return hashlib.sha256(self.secret + self.number.to_bytes(8, "big")).hexdigest()
+        return commitment(self.secret, self.number)
 
     def public(self) -> dict[str, Any]:
         """Return what anyone may know: the secret only once no message can be drawn with it any more."""
         revealed = self.secret.hex() if self.ends is not None else None
         about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
         return {**about, "commitment": self.commitment, "secret": revealed}
+
+
+def commitment(secret: bytes, epoch: int) -> str:
+    """Return the commitment to the secret of an epoch."""
+    return hashlib.sha256(secret + epoch.to_bytes(8, "big")).hexdigest()
 
 
 def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes) -> int:
