@@ -134,9 +134,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         if self.failing and not wrote:
             self._probe()
         if time.monotonic() - self._pruned_at > PRUNE_EVERY:
-            count = self.prune(self.settings.receipt_days * DAY)
-            self.metrics.receipts_deleted.labels("age").inc(count)
-            if not count:  # otherwise there may be more
+            if not self.prune(self.settings.receipt_days * DAY):  # otherwise there may be more
                 self._pruned_at = time.monotonic()
         self.tidy()
 
@@ -212,7 +210,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         if not count:
             raise _unknown()
         self.tidy()
-        self.metrics.receipts_deleted.labels("request").inc(count)
         return count
 
     def prune(self, keep: float) -> int:
