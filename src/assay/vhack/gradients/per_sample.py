@@ -414,16 +414,8 @@ def per_sample_gradients(
         seen, exact = f"a model in {module.dtype}", "float32 or bfloat16, in which small gradients do not vanish"
         raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
-<<<<<<< HEAD
     encoded = encode_samples(samples, model, labels, tokenizer)
-    given = svd if svd is not None else weight_svd(module, modules=modules)
-    factors = _factors_of(wanted, given)
-=======
-    if tokenizer is None and isinstance(model, Model):
-        tokenizer = model.tokenizer
-    encoded = encode(tokenizer, samples, labels, context_length(module))
     factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
->>>>>>> cut_vhack
     division = division_of(module, wanted)
     recipe = recipe_for(module, division)
     free: float = free_bytes(module.device)
