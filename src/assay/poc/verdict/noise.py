@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -116,7 +115,6 @@ class Noise:
         source: Where the law comes from, in words.
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
-        named: Laws of known cheats by name, which ledgers of earlier releases have.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -125,7 +123,6 @@ class Noise:
     source: str = ""
     spread: ReadSpread = field(default_factory=Spread)
     effect: float | None = None
-    named: Mapping[str, ReadLaw] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def size(self) -> float:
@@ -133,27 +130,26 @@ class Noise:
         return self.law.size
 
     def scaled(self, factor: float) -> "Noise":
-        """Return the noise ``factor`` times larger, that of the known cheats included."""
-        named = {name: law.scaled(factor) for name, law in self.named.items()}
-        return replace(self, law=self.law.scaled(factor), named=named)
+        """Return the noise ``factor`` times larger."""
+        return replace(self, law=self.law.scaled(factor))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
-        values |= {"effect": self.effect} if self.effect is not None else {}
-        return values | ({"named": {name: law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
+        return values | ({"effect": self.effect} if self.effect is not None else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
-        """Read what :meth:`as_dict` wrote.
+        """Read what :meth:`as_dict` wrote. Laws of known cheats, which earlier releases had, are ignored.
 
         Raises:
             CalibrationError: The values are no noise, or a parameter is not a finite number.
         """
         with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
-            rest = {name: law.pop(name) for name in ("source", "effect", "spread", "named") if name in law}
+            rest = {name: law.pop(name) for name in ("source", "effect", "spread") if name in law}
+            law.pop("named", None)
             check_version(law.pop("test", TEST), TEST, "the residual test")
             return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
 
@@ -223,7 +219,7 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     """
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
-    return stats.SequentialTest(noise.law, spread=noise.spread, named=noise.named, **rates)
+    return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
 
 
 SAMPLES = (32, 48, 64, 96, 128)
