@@ -26,7 +26,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.callbacks import Outbox
-from assay.stats.chord import MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
+from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 
 class State(StrEnum):
@@ -319,7 +319,7 @@ class Progress:
             self._counts = rounds.histogram(stored.id, self._edges)
 
     @property
-    def law(self) -> stats.BlockLaw | MeasuredBlockLaw | None:
+    def law(self) -> stats.BlockLaw | None:
         """Law of this block: by the model's states, or by a calibration and the block's head; None before either."""
         return self._calibrated if self.factor is None else self.factor.law
 
