@@ -182,7 +182,7 @@ def upper_law(fit: NoiseFit[Any], n: int) -> Any:
 
     The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
     """
-    z, law = float(special.ndtri(CONFIDENCE)), fit.reached
+    z, law = float(special.ndtri(CONFIDENCE)), fit.law
     if isinstance(law, stats.LogNoise):
         return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
     return law.scaled(math.exp(z * fit.error))

@@ -186,7 +186,7 @@ def fit_noise(
         tails = [tail for tail in TAILS if tail <= WIDE_TAIL or not wide]
         return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor, tails=tails)
     found = fit_scale_noise(errors)
-    return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.reached.dof > WIDE_DOF else found
+    return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.law.dof > WIDE_DOF else found
 
 
 def law_as_dict(law: Law) -> dict[str, Any]:
