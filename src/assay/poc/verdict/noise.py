@@ -28,7 +28,7 @@ from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
-from assay.stats.sequential import Verdict, decide
+from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
 FloatArray = npt.NDArray[np.float64]
@@ -227,9 +227,6 @@ SAMPLES = (32, 48, 64, 96, 128)
 
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
-CHEAT_SHARE, CHEAT_MULTIPLE = 0.1, 5.0
-"""Share of the nonces that the cheat of :func:`plan_sample` computes cheaply, and its multiple of the noise."""
-
 _TRIALS = 300
 _GRID = 4001  # points at which a law is inverted
 
@@ -259,8 +256,8 @@ def _power(test: stats.SequentialTest, checked: int) -> FloatArray:
     low, high = (law.size * factor for factor in (1e-4, 1e6))
     grid = np.geomspace(low, high, _GRID)
     honest_RC = np.interp(rng.random((_TRIALS, checked)), 1 - law.survival(grid), grid)
-    cheap_RC = rng.random((_TRIALS, checked)) < CHEAT_SHARE
-    sizes_RC = np.where(cheap_RC, CHEAT_MULTIPLE * honest_RC, honest_RC)
+    cheap_RC = rng.random((_TRIALS, checked)) < EXCLUDED[0][0]
+    sizes_RC = np.where(cheap_RC, CHEAP * honest_RC, honest_RC)
     return np.asarray(test.accusations(sizes_RC).mean(axis=0))
 
 
