@@ -58,20 +58,6 @@ def test_the_rate_of_nonces_adds_up_with_that_of_the_block():
     assert law.rate_error(r) < law.rate_error(r, 400)
 
 
-def test_what_is_known_of_a_head_narrows_the_law():
-    """Heads of one length: only their direction differs."""
-    p_D = shares(64, 0.2)
-    effective = 1 / float((p_D**2).sum())
-    v_BD = np.random.default_rng(5).normal(size=(20_000, 64))
-    v_BD *= 1.1 * 8 / np.linalg.norm(v_BD, axis=1, keepdims=True)
-    law = BlockLaw.of_head(D, effective, hidden_size=64, scale=1.1)
-    squares = v_BD**2 @ p_D
-    assert squares.mean() == pytest.approx(1.21, rel=0.01)
-    assert squares.std() == pytest.approx(1.21 * math.sqrt(2 / law.freedom), rel=0.08)
-    assert law.freedom > effective
-    assert math.isinf(BlockLaw.of_head(D, 80, hidden_size=64, scale=1.1).freedom)
-
-
 def test_a_known_factor_is_a_chord_law():
     law = BlockLaw(dimension=D, freedom=math.inf)
     x = np.linspace(1.38, 1.45, 7)

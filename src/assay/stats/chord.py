@@ -141,8 +141,8 @@ class BlockLaw:
 
     Args:
         dimension: Dimension d of the chord law.
-        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, more if
-            something is, and infinity if γ equals ``scale``.
+        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, and
+            infinity if γ equals ``scale``.
         scale: Known scale of γ; 1.0 for any block.
         jump: Part of γ along the coordinate that counts most, at least 0 and below 1; 0 where none stands out.
 
@@ -162,21 +162,6 @@ class BlockLaw:
                 wanted="positive numbers, and a jump below 1",
                 do="measure the effective dimension with `assay poc calibrate --model M`",
             )
-
-    @classmethod
-    def of_head(cls, dimension: int, effective_dimension: float, *, hidden_size: int, scale: float) -> "BlockLaw":
-        """Return the law of a block whose folded head has a known length.
-
-        The length is known and the direction is not, so of the variance 2/ν of γ² the part 2/D is gone.
-
-        Args:
-            dimension: Dimension d of the chord law.
-            effective_dimension: Effective dimension ν of the states; more than D counts as D.
-            hidden_size: Size D of the states.
-            scale: Length of the folded head over its mean.
-        """
-        left = 1 / effective_dimension - 1 / hidden_size
-        return cls(dimension=dimension, freedom=1 / left if left > 0 else math.inf, scale=scale)
 
     def factor(self, q: float) -> float:
         """Return the quantile of the factor γ over such blocks."""
