@@ -55,7 +55,6 @@ PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")
 FORMATS = ("float32", "bfloat16", "float16", "float8", "int8")
 REFERENCE = "float32"
 SIDES = ("poc-2.0", "tokens-1")  # of the throughput
-VALID = (0.5, 0.1)  # shares of valid nonces by the chord law
 
 
 def measure_law(options, frame, preset, seq_len):
@@ -155,7 +154,7 @@ def judge(options, law, found, preset, seq_len):
 def valid_rates(values_BNK, pipeline, rounds):
     """Hold the valid rate of every block against the chord law."""
     size, rows = pipeline.output_size(values_BNK.shape[-1], 0), {}
-    for rate in VALID:
+    for rate in (0.5, 0.1):
         target, error = stats.r_target_for(rate, size), rate_standard_error(rate, values_BNK.shape[1])
         pairs = zip(values_BNK, rounds, strict=False)
         rates_B = np.array([(distances_to_target(values_NK, round) < target).mean() for values_NK, round in pairs])
@@ -177,27 +176,23 @@ def measure_audits(options):
     pools = ProcessPoolExecutor(options.workers, get_context("spawn"))
     with TemporaryDirectory() as temporary, pools as pool:
         frame, until = Path(temporary) / "frame", time.time() + 60 * options.minutes
-        model = load_model(options.model, dtype=REFERENCE, device=options.device)
-        made = measure_frame(model)
+        made = measure_frame(load_model(options.model, dtype=REFERENCE, device=options.device))
         made.save(frame)
         options.frame = made.sha256
         laws = {cell: pool.submit(measure_law, options, frame, *cell) for cell in cells}
         parts = product(options.formats, options.seq_lens)
         values = {cell: pool.submit(compute, options, frame, *cell, until) for cell in parts}
-        for cell, work in (laws | values).items():
-            work.result()
-            note(f"{cell}: done")
         found, failed, dimensions = {}, {}, {}
-        for (_, seq_len), work in values.items():
+        for (name, seq_len), work in values.items():
+            note(f"{name} at {seq_len} positions: {'all failed' if not work.result()[0] else 'computed'}")
             for part, mine in zip((found, failed, dimensions), work.result(), strict=True):
                 part.setdefault(seq_len, {}).update(mine)
         judged = {cell: pool.submit(judge, options, laws[cell].result()[0], found[cell[1]], *cell) for cell in cells}
         blocks = {n: {k: len(next(iter(values.values()))) for k, (_, values) in of.items()} for n, of in found.items()}
-        figures = {"hidden_size": model.hidden_size, "not_offered": refused, "failed": failed, "blocks": blocks}
-        for cell, work in judged.items():
-            preset, seq_len = cell
-            dimension = {"effective_dimension": dimensions[seq_len].get(preset)}
-            figures[f"{preset} at {seq_len}"] = dimension | work.result() | {"law": laws[cell].result()[1]}
+        figures = {"hidden_size": made.mean.size, "not_offered": refused, "failed": failed, "blocks": blocks}
+        for (preset, seq_len), work in judged.items():
+            said = {"effective_dimension": dimensions[seq_len].get(preset), "law": laws[preset, seq_len].result()[1]}
+            figures[f"{preset} at {seq_len}"] = said | work.result()
         return figures
 
 
@@ -274,7 +269,7 @@ def main():
     made.add_argument("--speed-nonces", type=int, default=4096, help="of a turn")
     made.add_argument("--turns", type=int, default=7)
     options = made.parse_args()
-    figures = {name: str(value) if name == "output" else value for name, value in vars(options).items()}
+    figures = {name: value for name, value in vars(options).items() if name != "output"}
     for part in options.parts:
         seconds, found = timed(lambda part=part: PARTS[part](options))
         figures[part] = {"seconds": round_to(seconds, 4)} | found
