@@ -105,7 +105,7 @@ def compute(options, frame, name, seq_len, until):
             engine = HFEngine(model, batch_size=batch, seq_len=seq_len, compiled=compiled)
             if name == REFERENCE and not dimensions:
                 dimensions = {preset: dimension_of(engine, rounds[preset][0]) for preset in options.presets}
-            for block in range(options.single_blocks if batch == 1 else options.blocks):
+            for block in range(min(options.blocks, options.single_blocks if batch == 1 else options.blocks)):
                 if time.time() > until and block:
                     break
                 for group in shared.values():
