@@ -10,13 +10,14 @@ service are held against those of `prove`, bit by bit, and the vectors of an art
 """
 
 import base64
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from _common import note, parser, publish
-from service_throughput import BLOCK, SEQ_LEN, compare, through_prove, through_service
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
@@ -24,8 +25,49 @@ from assay.poc.engines.hf.fused import worth_compiling
 from tests.end_to_end.readers import answer_times
 from tests.end_to_end.server import Server
 
+SEQ_LEN = 256  # of a round that says nothing else
+BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
 SIZES = (32, 128)
 """Nonces of a batch: the default of a request, and what `prove --batch-size auto` takes on such a device."""
+
+
+def cpu_seconds(pid=None):
+    """Processor time that a process has used, which other work on the machine does not change much."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def through_service(server, nonces, during=lambda: None):
+    """Nonces per second from the call that starts the phase until they are on disk, and processor seconds per nonce."""
+    before, used = server.status()["total_checked"], cpu_seconds(server.pid)
+    started = time.perf_counter()
+    server.post("/phase/generate")
+    during()
+    while (checked := server.status()["total_checked"] - before) < nonces:
+        time.sleep(0.25)  # every look costs the service a millisecond
+    rate = checked / (time.perf_counter() - started), (cpu_seconds(server.pid) - used) / checked
+    server.post("/phase/validate")
+    time.sleep(1.0)  # the batch that was running ends, and its callbacks go out
+    return rate
+
+
+def through_prove(model, engine, nonces, path):
+    """Nonces per second of `prove` with a proof file, and processor seconds per nonce."""
+    round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
+    started, used = time.perf_counter(), cpu_seconds()
+    prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
+    return nonces / (time.perf_counter() - started), (cpu_seconds() - used) / nonces
+
+
+def compare(first, second, pairs):
+    """Rates and processor time of both sides of every pair, and the medians of their ratios."""
+    return {
+        f"{first}_nonces_per_second": [round(a[0], 2) for a, _ in pairs],
+        f"{second}_nonces_per_second": [round(b[0], 2) for _, b in pairs],
+        f"{second}_over_{first}": round(statistics.median(b[0] / a[0] for a, b in pairs), 4),
+        f"{first}_cpu_ms_per_nonce": [round(1000 * a[1], 2) for a, _ in pairs],
+        f"{second}_cpu_ms_per_nonce": [round(1000 * b[1], 2) for _, b in pairs],
+    }
 
 
 def begun(server, size):
