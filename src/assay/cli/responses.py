@@ -148,16 +148,14 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         return found.exit_code
     verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
     share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
-    e_value = "none"
-    if result is not None:
-        parts = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
-        e_value = f"e^{result.log_e_max:.1f}: {parts}"
+    parts = {} if result is None else {"together": result, "tokens": result.tokens, "sketches": result.sketches}
+    e_values = ", ".join(f"e^{part.log_e_max:.1f} {name}" for name, part in parts.items())
     rows = [
         ("verdict", verdict.verdict),
         ("reason", verdict.reason),
         ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
         ("tokens that match", share),
-        ("e-value at most", e_value),
+        ("e-value at most", e_values or "none"),
         ("honest noise", "not measured" if verdict.noise is None else verdict.noise.source),
         ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),

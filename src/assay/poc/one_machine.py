@@ -185,13 +185,7 @@ def _fit(
 
 
 def _engines(
-    reference: str,
-    formats: Sequence[str],
-    pipeline: Pipeline,
-    *,
-    seq_len: int,
-    device: str | None,
-    frame: Path | None,
+    reference: str, formats: Sequence[str], pipeline: Pipeline, *, seq_len: int, device: str | None, frame: Path | None
 ) -> Iterator[tuple[Model, HFEngine]]:
     """Yield every engine with its model, which is in memory alone."""
     for name in formats:

@@ -299,11 +299,7 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise | None:
-    """Return the honest noise between two engines; None for a model without a law.
-
-    Raises:
-        CalibrationError: The calibration is of another model or engine; names what differs.
-    """
+    """Return the honest noise between two engines, None where there is no law; a CalibrationError names what differs."""
     if calibration is None:
         return bundled_response_noise(header.digest, header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)

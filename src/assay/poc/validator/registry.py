@@ -20,14 +20,7 @@ from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
-from assay.poc.verdict.noise import (
-    LARGEST_SAMPLE,
-    Noise,
-    bundled_noise,
-    missing_law,
-    plan_sample,
-    sequential_test,
-)
+from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -193,8 +186,7 @@ class Noises:
             seq_len = registry.network.round.seq_len
             round = Round(block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len)
             return {"build": build.name, "missing": missing_law(registry.model.reference, registry.model.digest, round)}
-        test = sequential_test(noise, alpha=settings.alpha, beta=settings.beta)
-        nonces, power = plan_sample(test, LARGEST_SAMPLE)
+        nonces, power = plan_sample(sequential_test(noise, alpha=settings.alpha, beta=settings.beta), LARGEST_SAMPLE)
         return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
 
     def _find(self, build: Build, round: Round | None) -> Noise | None:

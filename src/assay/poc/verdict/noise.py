@@ -180,15 +180,12 @@ def is_bundled(digest: str) -> bool:
 
 
 def missing_law(model: str, digest: str, round: Round) -> str:
-    """Return the sentence that says that a model has no law, and which command measures one.
-
-    A node may have chosen its words, so the model is quoted for a shell.
-    """
-    shape = f"--preset {round.preset} --seq-len {round.seq_len}"
+    """Return the sentence that says that a model has no law, and which command measures one."""
+    model = shlex.quote(model[:200])  # the node may have chosen its words
     return (
         f"no law of honest noise was measured for checkpoint {digest[:12]}, preset {round.preset} and these number "
-        f"formats: measure one with `assay poc calibrate --model {shlex.quote(model[:200])} {shape} "
-        f"-o calibration.json`, and pass --calibration"
+        f"formats: measure one with `assay poc calibrate --model {model} --preset {round.preset} "
+        f"--seq-len {round.seq_len} -o calibration.json`, and pass --calibration"
     )
 
 
