@@ -117,7 +117,7 @@ class CalibrateSettings(Settings):
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
     seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
-    frame: Path | None = Field(None, description="Frame of --model, for tokens-1; measured where there is none.")
+    frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
     calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")

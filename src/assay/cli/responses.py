@@ -148,14 +148,16 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         return found.exit_code
     verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
     share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
-    parts = {} if result is None else {"together": result, "tokens": result.tokens, "sketches": result.sketches}
-    e_values = ", ".join(f"e^{part.log_e_max:.1f} {name}" for name, part in parts.items())
+    e_values = "none"
+    if result is not None:
+        of_parts = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+        e_values = f"e^{result.log_e_max:.1f}: {of_parts}"
     rows = [
         ("verdict", verdict.verdict),
         ("reason", verdict.reason),
         ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
         ("tokens that match", share),
-        ("e-value at most", e_values or "none"),
+        ("e-value at most", e_values),
         ("honest noise", "not measured" if verdict.noise is None else verdict.noise.source),
         ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),

@@ -299,7 +299,7 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise | None:
-    """Return the honest noise between two engines, None where there is no law; a CalibrationError names what differs."""
+    """Return the honest noise between two engines, None without a law; a CalibrationError names what differs."""
     if calibration is None:
         return bundled_response_noise(header.digest, header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)
