@@ -329,7 +329,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     The first use takes a model, and needs this machine alone. The model runs in each number format, with other kernels
     and batches, and the file for `verify --calibration` has a law for every pair of formats. --pins also writes a pins
     file that names it. tokens-1 reads the frame of the checkpoint, by default from
-    calibration.frame.safetensors; where there is none, it is measured first and written there. A model of 135 million
+    calibration.frame.safetensors; a missing file is measured first and written. A model of 135 million
     parameters takes minutes with --seq-len 16.
 
     Example: assay poc calibrate --model reference:qwen3 --preset tokens-1 -o calibration.json --pins pins.toml

@@ -184,7 +184,7 @@ class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
     ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's residuals in a round. Nodes
-    of a build without one stay undecided, and nothing of theirs is recomputed.
+    of a build without one stay undecided, and their nonces are not recomputed.
     """
 
     def __init__(
