@@ -19,7 +19,7 @@ from assay_research.responses.provers import decode
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
 from assay.poc.responses import Sampling
-from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
+from assay.poc.responses.calibration import BUNDLED_LAWS, MARGIN, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "bfloat16")
@@ -111,7 +111,7 @@ def main():
         provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(map(together, found.values()))
     if options.install:  # the default of a pair of formats: both models together, and a margin
         laws = {pair: fit_response_noise(some, "default").scaled(MARGIN).as_dict() for pair, some in provers.items()}
-        write_atomic(DEFAULT_LAWS, dumps({"margin": MARGIN, "laws": laws}) + "\n")
+        write_atomic(BUNDLED_LAWS, dumps({"margin": MARGIN, "laws": laws}) + "\n")
     publish("responses", {"alpha": ALPHA, "pairs": rows}, options.output)
 
 

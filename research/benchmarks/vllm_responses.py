@@ -46,7 +46,7 @@ from responses import AUDITS, TOKENS, audited, share_accused
 from assay.models import load_model, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
-from assay.poc.responses.calibration import default_response_noise
+from assay.poc.responses.calibration import bundled_response_noise
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
@@ -204,7 +204,8 @@ def audits(arguments, folder):
         for dtype, model in models.items():
             replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
             row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
-            row["accused"] = share_accused(audited(default_response_noise(arguments.dtype, dtype), replays))
+            noise = bundled_response_noise(header.digest, arguments.dtype, dtype)
+            row["accused"] = share_accused(audited(noise, replays))
             rows.append(row)
         return rows
 

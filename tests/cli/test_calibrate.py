@@ -7,7 +7,8 @@ import pytest
 from assay.cli import run
 from assay.errors import CalibrationError
 from assay.models import load_model
-from assay.poc import Calibration, NetworkPins, Pins, Round, cheats, prove, verify
+from assay.models.frame import Frame
+from assay.poc import Calibration, NetworkPins, Pins, Proof, Round, cheats, prove, verify
 from assay.poc.verdict.noise import WIDE_DOF
 
 
@@ -29,6 +30,7 @@ FORMS = {
     "--calibration": ("PROOFS", "--calibration", "c.json", "-o", "d.json"),
     "--pins": ("PROOFS", "--pins", "pins.toml", "-o", "c.json"),
     "--device": ("PROOFS", "--device", "cpu", "-o", "c.json"),
+    "--frame": ("PROOFS", "--frame", "frame.safetensors", "-o", "c.json"),
     "--formats": ("--valid-rate", 0.1, "--formats", "float32"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),
@@ -104,11 +106,31 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_mo
     )
     assert (verdict.verdict, verdict.exit_code) == ("honest", 0), verdict.reason
     assert (verdict.work, 0 < verdict.power < 1) == (1.0, True)
-    cheat = prove(cheats.rounded(coarse), round, range(96), batch_size=16)
+    cheat = prove(cheats.rounded(coarse, 2), round, range(96), batch_size=16)
     assert verify(cheat, small_model, expect=round, calibration=known).fraud
     half = load_model(small_checkpoint, dtype="float16", device="cpu")
     with pytest.raises(CalibrationError, match="dtype"):
         verify(prove(half, round, range(96)), small_model, calibration=known)
+
+
+def test_one_command_gives_law_frame_and_pins_of_tokens(assay, small_checkpoint, tmp_path):
+    law, pins, frame = (tmp_path / name for name in ("law.json", "pins.toml", "law.frame.safetensors"))
+    shape = ("--seq-len", 16, "--blocks", 8, "--nonces", 32, "--formats", "bfloat16,float32", "--device", "cpu")
+    command = ("poc", "calibrate", "--model", small_checkpoint, "--preset", "tokens-1", *shape, "-o", law)
+    assert assay(*command, "--pins", pins).code == 0
+    made = frame.read_bytes()
+    assert Frame.load(frame).digest == NetworkPins.load(pins).models[0].digest
+
+    known = ("--pins", pins, "--block-hash", "another", "--public-key", "k", "--device", "cpu")
+    proof, judge = tmp_path / "p.jsonl", ("--model", small_checkpoint, "--dtype", "float32", *known)
+    assert assay("poc", "prove", *known, "--nonces", "0:192", "-o", proof).code == 0
+    honest = assay("poc", "verify", proof, *judge, "--sample", 192)
+    assert (honest.code, "192 of 192 nonces, 100% of the node's work" in honest.out) == (0, True), honest.out
+    coarse = cheats.rounded(load_model(small_checkpoint, dtype="bfloat16", device="cpu").with_frame(frame), 4)
+    prove(coarse, Proof.load(proof).round, range(64), batch_size=32, output=tmp_path / "cheat.jsonl")
+    assert assay("poc", "verify", tmp_path / "cheat.jsonl", *judge).code == 1
+
+    assert (assay(*command).code, frame.read_bytes()) == (0, made), "the frame that is there is taken"
 
 
 def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):

@@ -92,7 +92,7 @@ def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, s
     Receipts.build(whole.header, outside, 1.0).save(strange)
     other.write_text(prompts.read_text().replace('"mine"', '"thine"'))
     for path, model, asked, seen in (
-        (receipts, (*MODEL, "--dtype", "float16"), prompts, "noise of responses between float32 and float16"),
+        (receipts, (*MODEL, "--dtype", "float16"), prompts, "no law of honest noise of responses"),
         (receipts, ("--model", small_checkpoint, "--device", "cpu"), prompts, "receipts of reference:qwen3"),
         (strange, MODEL, prompts, "with token 1000000 and 40 positions"),
         (receipts, MODEL, other, "user_seed 'mine'"),

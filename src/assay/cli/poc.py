@@ -116,6 +116,7 @@ class CalibrateSettings(Settings):
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
     seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
+    frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
     calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
@@ -316,7 +317,7 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output model preset seq_len pins merge valid_rate calibration device",
+    shown="output model preset seq_len pins frame merge valid_rate calibration device",
     example="assay poc calibrate --model reference:qwen3 -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -324,9 +325,11 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     The first use takes a model, and needs this machine alone. The model runs in each number format, with other kernels
     and batches, and the file for `verify --calibration` has a law for every pair of formats. --pins also writes a pins
-    file that names it. A model of 135 million parameters takes minutes with --seq-len 16.
+    file that names it. tokens-1 reads the frame of the checkpoint, by default from
+    calibration.frame.safetensors; a missing file is measured first and written. A model of 135 million
+    parameters takes minutes with --seq-len 16.
 
-    Example: assay poc calibrate --model reference:qwen3 --preset hardened -o calibration.json --pins pins.toml
+    Example: assay poc calibrate --model reference:qwen3 --preset tokens-1 -o calibration.json --pins pins.toml
 
     The second use takes honest proofs of one checkpoint and preset, two or more of every round, from several machines.
     Three machines and more also judge a machine that was not measured, and the file says how often honest machines that
@@ -342,6 +345,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     import os
 
     from assay.poc.measurement import describe, measure, target_for
+    from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.verdict.calibration import Calibration
 
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
@@ -357,13 +361,16 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
         return
     assert chosen.output is not None
+    frame = None
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
         measured = Calibration.load(chosen.merge[0])
     elif not chosen.proofs:
         assert chosen.model is not None
-        measured = _calibrate_model(chosen.model, chosen)
+        if get_pipeline(chosen.preset).framed:
+            frame = chosen.frame or chosen.output.with_suffix(".frame.safetensors")
+        measured = _calibrate_model(chosen.model, frame, chosen)
     else:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(chosen.proofs, model=chosen.model, progress=progress)
@@ -377,29 +384,29 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
         asked: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "r_target": None}
         asked |= {"strength": 256, "node_count": 1, "fewest_nonces": 32}
-        engine, files = measured.builds[0].engines[0], [chosen.output]
-        written = write_pins(chosen.pins, chosen.model, asked=asked, calibrations=files, engine=engine)
+        how = {"engine": measured.builds[0].engines[0], "calibrations": [chosen.output], "frame": frame}
+        written = write_pins(chosen.pins, chosen.model, asked=asked, **how)
         show_values("assay.poc.pins.new/1", written, as_json)
 
 
-def _calibrate_model(model: str, chosen: CalibrateSettings) -> "Calibration":
+def _calibrate_model(model: str, frame: Path | None, chosen: CalibrateSettings) -> "Calibration":
     from assay.poc.one_machine import calibrate_model
 
     names = ("preset", "seq_len", "blocks", "nonces", "formats", "device")
     with progress_bar("measuring") as progress:
-        return calibrate_model(model, **{name: getattr(chosen, name) for name in names}, progress=progress)
+        return calibrate_model(model, **{name: getattr(chosen, name) for name in names}, frame=frame, progress=progress)
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
     rate, measures = chosen.valid_rate is not None, chosen.vectors is None and not merging
     alone = measures and not rate and not chosen.proofs and chosen.model is not None
-    given = chosen.model_fields_set
+    given, shape = chosen.model_fields_set, ("blocks", "nonces", "formats")
     for applies, names, beside, reason in (
         (rate, ("vectors", "sets", "digest", "merge", "output"), "--valid-rate", "it measures no noise"),
         (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
-        (not alone, ("pins", "preset", "seq_len", "blocks", "nonces", "formats"), "no --model alone", "nothing is run"),
+        (not alone, ("pins", "preset", "frame", "seq_len", *shape), "no --model alone", "nothing is run"),
         (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
@@ -513,7 +520,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         held.check(header)
         measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
-        missing = missing_law(header.round.model, header.digest, header.pipeline.name)
+        missing = missing_law(header.round.model, header.digest, header.round)
         noise = missing if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:

@@ -148,14 +148,17 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         return found.exit_code
     verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
     share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
-    e_values = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+    e_values = "none"
+    if result is not None:
+        of_parts = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+        e_values = f"e^{result.log_e_max:.1f}: {of_parts}"
     rows = [
         ("verdict", verdict.verdict),
         ("reason", verdict.reason),
         ("responses", f"{len(verdict.replayed)} of {verdict.receipts.footer.receipts}"),
         ("tokens that match", share),
-        ("e-value at most", f"e^{result.log_e_max:.1f}: {e_values}"),
-        ("honest noise", verdict.noise.source),
+        ("e-value at most", e_values),
+        ("honest noise", "not measured" if verdict.noise is None else verdict.noise.source),
         ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
         *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),

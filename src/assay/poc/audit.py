@@ -27,6 +27,7 @@ from assay.poc.responses.judge import (
     ReceiptPins,
     ResponseVerdict,
     judge_responses,
+    missing_response_law,
     noise_between,
     sample_receipts,
 )
@@ -37,7 +38,7 @@ from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
-from assay.poc.verdict.noise import missing_law
+from assay.poc.verdict.noise import AnyNoise, missing_law
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)
@@ -90,12 +91,7 @@ class Auditor(Launch):
         check_judge(how, proof.header, measured)
         with open_judge(how, proof.header, measured) as (loaded, made):
             engine, noise = judging_setup(proof.header, loaded, engine=made, calibration=measured)
-            if noise is None and self.ledger is not None:
-                raise CalibrationError(
-                    missing_law(self.model, proof.header.digest, proof.header.pipeline.name),
-                    wanted="a law, without which an audit says nothing of a life",
-                    do="measure one, or leave --ledger out",
-                )
+            self._check_law(noise, missing_law(self.model, proof.header.digest, proof.header.round))
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
@@ -142,6 +138,7 @@ class Auditor(Launch):
         with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
             check_runnable(sample, loaded, prompts=pins.prompts)
             noise = noise_between(read.header, engine.fingerprint, measured)
+            self._check_law(noise, missing_response_law(read.header))
             with self._ledger() as ledger:
                 found = replay(
                     sample, loaded, prompts=pins.prompts, adapter=adapter, engine=engine, progress=self.progress
@@ -185,6 +182,12 @@ class Auditor(Launch):
                 do=f"pass {flags}",
             )
         check_ledger(self.ledger, alpha=self.alpha)
+
+    def _check_law(self, noise: AnyNoise | None, missing: str) -> None:
+        """Refuse a ledger where no law was measured, and say what measures one."""
+        if noise is None and self.ledger is not None:
+            wanted = "a law, without which an audit says nothing of a life"
+            raise CalibrationError(missing, wanted=wanted, do="measure one, or leave --ledger out")
 
     def _ledger(self) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
         return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self.alpha)

@@ -13,20 +13,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from assay.errors import UsageError
+from assay.files.storage import check_new_file
 from assay.models.load import Model, model_info
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
 from assay.poc.engines.hf.fused import worth_compiling
+from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load
 from assay.poc.protocol.blocks import block_scale, has_block_factor
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import check_frame
 from assay.poc.prover import Progress, prove, recompute
 from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
@@ -57,6 +61,7 @@ def calibrate_model(
     nonces: int = NONCES,
     formats: Sequence[str] = FORMATS,
     device: str | None = None,
+    frame: Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the honest noise of a model between the engines of this machine.
@@ -69,6 +74,7 @@ def calibrate_model(
         nonces: Number of nonces of a block.
         formats: Number formats of the weights.
         device: Device of the model; by default cuda where there is one.
+        frame: File of the checkpoint's frame, for a preset that has one; measured and written where it is missing.
         progress: Function that is called with (nonces done, nonces in all) after every block of an engine.
 
     Returns:
@@ -76,7 +82,7 @@ def calibrate_model(
         blocks also has the effective dimension of the model's states.
 
     Raises:
-        UsageError: There are fewer than 256 nonces, or no or repeated formats.
+        UsageError: There are fewer than 256 nonces, no or repeated formats, or no file for the frame of the preset.
         ModelError: The model cannot be loaded or run.
         BadWeights: The model gives NaN or infinity in a format.
 
@@ -100,6 +106,11 @@ def calibrate_model(
     for name in formats:
         check_loadable(reference, name, device)
     info = model_info(reference)
+    if frame is None or not pipeline.framed:
+        check_frame(pipeline, None)
+    elif not frame.exists():
+        check_new_file(frame, overwrite=False)
+        measure_frame(load(reference, None, device), progress=progress).save(frame)
     check_shape(info, batch_size=max(shape.batch_size for shape in SHAPES), seq_len=seq_len, steps=pipeline.steps)
     rounds = [
         Round(block_hash=f"calibration-{block}", public_key="calibration", preset=preset, seq_len=seq_len)
@@ -111,7 +122,7 @@ def calibrate_model(
     measured: dict[tuple[int, int], FloatArray] = {}
     effective: float | None = None
     total = len(formats) * len(SHAPES) * blocks * nonces
-    for model, engine in _engines(reference, formats, pipeline, seq_len=seq_len, device=device):
+    for model, engine in _engines(reference, formats, pipeline, seq_len=seq_len, device=device, frame=frame):
         if effective is None and has_block_factor(pipeline):
             effective = read_block_factor(engine, rounds[0]).effective_dimension
         own: list[Proof] = []
@@ -174,11 +185,11 @@ def _fit(
 
 
 def _engines(
-    reference: str, formats: Sequence[str], pipeline: Pipeline, *, seq_len: int, device: str | None
+    reference: str, formats: Sequence[str], pipeline: Pipeline, *, seq_len: int, device: str | None, frame: Path | None
 ) -> Iterator[tuple[Model, HFEngine]]:
     """Yield every engine with its model, which is in memory alone."""
     for name in formats:
-        model = load(reference, name, device)
+        model = load(reference, name, device).with_frame(frame if pipeline.framed else None)
         usual = str(model.module.config._attn_implementation)
         for shape in SHAPES:
             compiled = shape is SHAPES[0] and worth_compiling(model) and not pipeline.steps

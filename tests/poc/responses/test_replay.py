@@ -24,11 +24,12 @@ from assay.poc.responses import (
     replay,
     respond,
 )
-from assay.poc.responses.calibration import check_enough_tokens, default_response_noise
+from assay.poc.responses.calibration import bundled_response_noise, check_enough_tokens
 from assay.poc.responses.judge import noise_between, sample_receipts
 from assay.poc.responses.replay import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
 from assay.stats.tokens import token_profile
+from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
 
 KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
@@ -349,7 +350,16 @@ def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[st
         check_enough_tokens(mixed)
 
 
-def test_there_is_a_default_for_the_usual_pairs_and_no_other():
-    assert default_response_noise("float32", "bfloat16") == default_response_noise("bfloat16", "float32")
-    with pytest.raises(CalibrationError, match="no default noise of responses between int8 and float32"):
-        default_response_noise("int8", "float32")
+@pytest.mark.no_law
+def test_only_the_bundled_models_have_a_law_and_no_other_is_judged(responses: Receipts, small_model: Model, tmp_path):
+    """On 8580455f these receipts are honest by the law of another model."""
+    assert bundled_response_noise(QWEN3, "float32", "bfloat16") == bundled_response_noise(QWEN3, "bfloat16", "float32")
+    assert bundled_response_noise(QWEN3, "int8", "float32") is None
+    assert bundled_response_noise(QWEN3, "float32", "float32") is not None
+    assert noise_between(responses.header, HFPrefill(small_model).fingerprint, None) is None
+    named = Receipts.build(replace(responses.header, reference="m; reboot"), responses.receipts, 1.0)
+    verdict = judge_responses(replay(responses, small_model) * 40, named, None)
+    assert (verdict.verdict, verdict.exit_code, verdict.as_dict()["test"]) == ("undecided", 2, None)
+    assert "assay poc calibrate-responses honest.jsonl --model 'm; reboot' -o" in verdict.reason
+    with pytest.raises(UsageError, match="assay poc calibrate-responses"):
+        verdict.updates()

@@ -1,13 +1,18 @@
 """The pins and the nodes file together: who may send, with which secret and on which build."""
 
+import hashlib
+
 import pytest
 
 from assay.errors import AssayError, CalibrationError, UsageError
+from assay.poc import Calibration
 from assay.poc.net.deployment import Deployment
 from assay.poc.network_pins import pinned_format
 from assay.poc.service import Settings
 from assay.poc.validator.registry import Noises, Registry
-from tests.poc.validator.conftest import KEYS, nodes_text, pins_text, secret_of
+from tests.poc.service.test_judge import noise_of
+from tests.poc.validator.conftest import KEYS, SEQ_LEN, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.waiting import until
 
 SECOND = """[[models.builds]]
 name = "other"
@@ -117,7 +122,7 @@ def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, files, fo
     """Callbacks do not say which, and the law of the wrong one accuses honest nodes or passes cheats."""
     registry = files(pins=pins_text(small_model).replace('dtype = "float32"', f"dtype = {formats}"))
     with pytest.raises(CalibrationError, match=r"the build 'cpu' of (float32|bfloat16) and"):
-        Noises(None, registry, Deployment.of(small_model, compiled=False))
+        Noises(Settings(), registry, Deployment.of(small_model, compiled=False))
 
 
 @pytest.mark.parametrize(
@@ -127,3 +132,25 @@ def test_the_model_is_loaded_in_the_format_of_the_pinned_weights(small_model, tm
     """A cache that rounds belongs to an engine, and not to the weights that a validator loads."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model) + SECOND.replace("bfloat16", second))
     assert pinned_format(tmp_path / "pins.toml", str(small_model.reference)) == dtype
+
+
+@pytest.mark.no_law
+def test_without_a_law_a_validator_starts_recomputes_nothing_and_names_the_command(validating, small_model, tmp_path):
+    """On 8580455f it does not start; a law that is pinned later is used without a restart."""
+    proof = proof_of(small_model, "node_A")
+    with validating() as running:
+        running.wait_ready()
+        running.send(body_of(proof))
+        until(lambda: running.controller.worker.waiting == 1)
+        (law,) = running.controller.snapshot()["laws"]
+        command = f"assay poc calibrate --model {small_model.reference} --preset poc-2.0 --seq-len {SEQ_LEN}"
+        assert command in law["missing"]
+        assert (running.node("node_A")["recorded"], running.verdict("node_A")) == (0, "undecided")
+
+        Calibration(builds=(noise_of(proof.header.fingerprint, small_model.digest, 5e-4),)).save(tmp_path / "law.json")
+        pinned = f'sha256 = "{hashlib.sha256((tmp_path / "law.json").read_bytes()).hexdigest()}"'
+        text = pins_text(small_model) + f'[[models.calibrations]]\nfile = "law.json"\n{pinned}\n'
+        (tmp_path / "pins.toml").write_text(text)
+        until(lambda: running.node("node_A")["recorded"] > 0)
+        (law,) = running.controller.snapshot()["laws"]
+        assert (law["missing"], law["nonces"] <= 128, 0 < law["power"] <= 1) == (None, True, True)

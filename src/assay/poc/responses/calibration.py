@@ -27,7 +27,7 @@ from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.calibration import PRIOR
-from assay.poc.verdict.noise import PartNoise, ResponseNoise
+from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
 from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
 from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
@@ -36,9 +36,9 @@ FILE_KIND = "assay.poc.responses.calibration"
 SCHEMA = 1
 
 MARGIN = 2.0
-"""Factor of the stated defaults over the measured noise, so that they hold for models and machines not measured."""
+"""Factor of the laws of the bundled models over the measured noise, so that they hold for machines not measured."""
 
-DEFAULT_LAWS = Path(__file__).with_name("default_noise.json")  # written by research/benchmarks/responses.py --install
+BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")  # written by research/benchmarks/responses.py --install
 
 SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
 LEAST_BETWEEN = 0.2
@@ -214,20 +214,16 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 
-def default_response_noise(prover_dtype: str, verifier_dtype: str) -> ResponseNoise:
-    """Return the stated default for a pair of dtypes in any order; a CalibrationError where none was measured."""
+def bundled_response_noise(digest: str, prover_dtype: str, verifier_dtype: str) -> ResponseNoise | None:
+    """Return the law of a bundled model for a pair of dtypes in any order; None for any other, which has no law."""
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
-    laws = _defaults()["laws"]
-    if pair not in laws:
-        seen = f"no default noise of responses between {prover_dtype} and {verifier_dtype}"
-        do = "measure it with `assay poc calibrate-responses` on honest receipts, and pass --calibration"
-        raise CalibrationError(seen, wanted="one of " + ", ".join(laws), do=do)
-    return replace(ResponseNoise.from_dict(laws[pair]), source=f"default for {pair}, of the bundled models")
+    law = _bundled()["laws"].get(pair) if is_bundled(digest) else None
+    return None if law is None else replace(ResponseNoise.from_dict(law), source=f"measured on {pair}, bundled models")
 
 
 @cache
-def _defaults() -> JsonObject:
-    return read_json(DEFAULT_LAWS)
+def _bundled() -> JsonObject:
+    return read_json(BUNDLED_LAWS)
 
 
 def _scale_of_tokens(fit: TokenFit, replayed: Sequence[Replayed]) -> float:

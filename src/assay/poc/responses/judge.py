@@ -1,6 +1,7 @@
 """The judge of responses: what a validator knows of them, and a replay against the honest noise between two engines."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -12,12 +13,12 @@ from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Fingerprint
-from assay.poc.responses.calibration import ResponseCalibration, default_response_noise
+from assay.poc.responses.calibration import ResponseCalibration, bundled_response_noise
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampling import ResponseName
-from assay.poc.verdict.judge import EXIT_CODES
+from assay.poc.verdict.judge import EXIT_CODES, Outcome
 from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
 
@@ -148,27 +149,27 @@ class ResponseVerdict:
     """The result of a replay.
 
     Args:
-        result: All numbers of the test.
+        result: All numbers of the test; None without a law of honest noise, so that the verdict is undecided.
         reason: Numbers that decided, in one sentence.
-        noise: Honest noise that was assumed, and where it comes from.
+        noise: Measured honest noise, and where it comes from; None where none was measured.
         replayed: What the replay gave, in the order in which it was judged.
         receipts: Receipts of which these are all or a sample.
         pins: Values that the validator gave, with which the receipts agree.
         sample_seed: Number that draws the same sample again; None where all were replayed.
     """
 
-    result: ResponseResult
+    result: ResponseResult | None
     reason: str
-    noise: ResponseNoise
+    noise: ResponseNoise | None
     replayed: tuple[Replayed, ...]
     receipts: Receipts
     pins: ReceiptPins
     sample_seed: int | None
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Outcome:
         """``honest``, ``fraud`` or ``undecided``."""
-        return self.result.verdict
+        return "undecided" if self.result is None else self.result.verdict
 
     @property
     def unpinned(self) -> tuple[str, ...]:
@@ -183,8 +184,8 @@ class ResponseVerdict:
     @property
     def exit_code(self) -> int:
         """0 for honest receipts of all requests with nothing taken on the node's word, 1 for fraud, 2 otherwise."""
-        honest = self.result.verdict == "honest"
-        return 2 if honest and (self.unpinned or self.unanswered) else EXIT_CODES[self.result.verdict]
+        honest = self.verdict == "honest"
+        return 2 if honest and (self.unpinned or self.unanswered) else EXIT_CODES[self.verdict]
 
     @property
     def tokens(self) -> int:
@@ -198,6 +199,8 @@ class ResponseVerdict:
 
     def updates(self) -> list[Update]:
         """Return what a ledger records: one entry for every response, whose nonces are its blocks of 32 tokens."""
+        if self.noise is None:
+            raise UsageError(self.reason, wanted="a verdict with a law", do="measure it, and judge again")
         header = self.receipts.header
         build = self.pins.known.build_of(header.fingerprint)
         account = Account(public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES)
@@ -240,8 +243,8 @@ class ResponseVerdict:
             "replayed": len(self.replayed),
             "tokens": self.tokens,
             "matches": self.matches,
-            "test": asdict(self.result),
-            "noise": self.noise.as_dict(),
+            "test": None if self.result is None else asdict(self.result),
+            "noise": None if self.noise is None else self.noise.as_dict(),
             "responses": rows,
             "public_key": header.public_key,
             "digest": header.digest,
@@ -256,18 +259,18 @@ class ResponseVerdict:
 def judge_responses(
     replayed: Sequence[Replayed],
     receipts: Receipts,
-    noise: ResponseNoise,
+    noise: ResponseNoise | None,
     *,
     pins: ReceiptPins | None = None,
     alpha: float = 1e-3,
     sample_seed: int | None = None,
 ) -> ResponseVerdict:
-    """Judge what a replay gave.
+    """Judge what a replay gave; without a law of honest noise the verdict is undecided, whatever it gave.
 
     Args:
         replayed: What the replay gave, in an order that does not depend on it.
         receipts: Receipts that were replayed, or of which a sample was.
-        noise: Honest noise between the two engines.
+        noise: Honest noise between the two engines; None where none was measured.
         pins: Values that the validator gave, with which the receipts agree; nothing when None.
         alpha: Bound on the chance that an honest node is ever accused.
         sample_seed: Number that drew the sample; None where all were replayed.
@@ -275,12 +278,16 @@ def judge_responses(
     Raises:
         UsageError: A rate is out of range.
     """
-    test = ResponseTest(noise, alpha=alpha)
-    for one in replayed:
-        test.update(one.blocks)
+    result, reason = None, missing_response_law(receipts.header)
+    if noise is not None:
+        test = ResponseTest(noise, alpha=alpha)
+        for one in replayed:
+            test.update(one.blocks)
+        result = test.result
+        reason = _reason(result, alpha, noise)
     return ResponseVerdict(
-        result=test.result,
-        reason=_reason(test.result, alpha, noise),
+        result=result,
+        reason=reason,
         noise=noise,
         replayed=tuple(replayed),
         receipts=receipts,
@@ -291,12 +298,22 @@ def judge_responses(
 
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
-) -> ResponseNoise:
-    """Return the honest noise between two engines; a CalibrationError where none was measured between them."""
+) -> ResponseNoise | None:
+    """Return the honest noise between two engines, None without a law; a CalibrationError names what differs."""
     if calibration is None:
-        return default_response_noise(header.fingerprint.dtype, verifier.dtype)
+        return bundled_response_noise(header.digest, header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)
     return calibration.noise
+
+
+def missing_response_law(header: ReceiptHeader) -> str:
+    """Return the sentence that says that responses of a model have no law, and which commands measure one."""
+    model = shlex.quote(header.reference[:200])  # the node may have chosen its words
+    return (
+        f"no law of honest noise of responses was measured for checkpoint {header.digest[:12]} and these number "
+        "formats: have honest nodes answer prompts with `assay poc respond`, measure their receipts with "
+        f"`assay poc calibrate-responses honest.jsonl --model {model} -o responses.json`, and pass --calibration"
+    )
 
 
 def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receipts:

@@ -64,7 +64,7 @@ class Controller(Runtime):
         self._pruned_at = 0.0
         self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self._computed = False  # whether a batch was written since the start
-        noise = HonestNoise(settings)
+        self._noise = noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.database = open_database(settings.data_dir)
             opened.callback(self.database.close)
@@ -210,13 +210,8 @@ class Controller(Runtime):
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
         sizes = {"hidden_size": engine.hidden_size, "vocab_size": engine.vocab_size}
-        builds = () if self.settings.calibration is None else self.settings.calibration.builds
-        measured = [
-            build.effective_dimension
-            for build in builds
-            if (build.digest, build.preset) == (stored.digest, stored.preset) and build.effective_dimension
-        ]
-        return Progress(stored, self.rounds, **sizes, effective_dimension=next(iter(measured), None))
+        known = self._noise.effective_dimension(stored.digest, stored.preset)
+        return Progress(stored, self.rounds, **sizes, effective_dimension=known)
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
         """Measure once how wide the distances of a round's block are, where no calibration says it."""

@@ -27,6 +27,7 @@ from assay.poc.service.judge import HonestNoise, judge_vectors
 from assay.poc.service.requests import GenerateRequest
 from assay.poc.service.settings import Settings
 from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.noise import missing_law
 
 log = structlog.get_logger("assay.jobs")
 
@@ -166,7 +167,8 @@ class Jobs:
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         errors = residuals(request.received(), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
-        return judge_vectors(request, [r.nonce for r in records], errors, noise, self._settings)
+        missing = missing_law(deployment.reference, deployment.digest, round)
+        return judge_vectors(request, errors, noise, self._settings, missing=missing)
 
     def _next(self, deployment: Deployment) -> _Running | None:
         """Begin the oldest job that waits and can be read."""

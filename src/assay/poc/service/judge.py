@@ -25,7 +25,7 @@ from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Update, round_identity
-from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, sequential_test
+from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, missing_law, sequential_test
 
 
 class HonestNoise:
@@ -54,6 +54,12 @@ class HonestNoise:
         of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "formats": (dtype, dtype), "round": round}
         found = (find_build_noise(measured, one, **of) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
+
+    def effective_dimension(self, digest: str, preset: str) -> float | None:
+        """Return the effective dimension of a model's states, which a calibration of its distances has."""
+        measured = [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
+        mine = [one for known in measured for one in known.builds if (one.digest, one.preset) == (digest, preset)]
+        return next((one.effective_dimension for one in mine if one.effective_dimension), None)
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
@@ -102,7 +108,7 @@ class Judge:
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": _residual(test),
+            "residual_test": _residual(test, missing_law(stored.reference, stored.digest, stored.round)),
         }
         who = {"public_key": public_key, "block_hash": stored.block_hash}
         about = {name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")}
@@ -188,16 +194,16 @@ class Judge:
 
 
 def judge_vectors(
-    request: GenerateRequest, nonces: Sequence[int], errors: FloatArray, noise: Noise | None, settings: Settings
+    request: GenerateRequest, errors: FloatArray, noise: Noise | None, settings: Settings, *, missing: str
 ) -> JsonObject:
-    """Return the verdict on the residuals [N] of an artifact job.
+    """Return the verdict on the residuals [N] of an artifact job; ``missing`` is the reason where there is no law.
 
     ``artifact`` has the published count and the published reply. The other presets are judged by the residual test,
     which their reply holds beside the count.
     """
     pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
     bounds = {"threshold": rule.dist_threshold, "p_mismatch": rule.p_mismatch, "alpha": rule.fraud_threshold}
-    count = count_mismatches(errors, **bounds)
+    count, nonces = count_mismatches(errors, **bounds), request.nonces
     reply = {
         "n_total": count.n,
         "n_mismatch": count.mismatches,
@@ -208,17 +214,13 @@ def judge_vectors(
     if pipeline.texts == "published":
         return reply
     test = None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta).update(errors)
-    residual = _residual(test)
+    residual = _residual(test, missing)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 
 
-def _residual(test: stats.SequentialTest | None) -> JsonObject:
+def _residual(test: stats.SequentialTest | None, missing: str) -> JsonObject:
     if test is None:
-        reason = (
-            "no honest noise of this model, preset and dtype was measured: "
-            "`assay poc calibrate --model M -o calibration.json`, and pass --calibration"
-        )
-        return {"verdict": "undecided", "reason": reason}
+        return {"verdict": "undecided", "reason": missing}
     result = test.result
     return {
         "verdict": result.verdict,

@@ -87,7 +87,7 @@ class ValidatorController(Runtime):
 
     @override
     def _begin(self, deployment: Deployment) -> None:
-        self._noises = Noises(self.server.calibration, self.registry, deployment)
+        self._noises = self._laws(self.registry, deployment)
         super()._begin(deployment)
 
     @override
@@ -99,7 +99,14 @@ class ValidatorController(Runtime):
             raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
 
-    def _noise(self, build: Build, round: Round) -> Noise:
+    def _laws(self, registry: Registry, deployment: Deployment) -> Noises:
+        """Read the laws, and say what they need and which are missing: nodes of such a build stay undecided."""
+        found = Noises(self.server, registry, deployment)
+        for law in found.laws:
+            (log.info if law["missing"] is None else log.warning)("law", **law)
+        return found
+
+    def _noise(self, build: Build, round: Round | None = None) -> Noise | None:
         assert self._noises is not None  # made before anything is recomputed
         return self._noises.of(build, round)
 
@@ -123,7 +130,7 @@ class ValidatorController(Runtime):
             if fresh.model.digest != self.registry.model.digest:
                 raise UsageError("pins of another model", wanted="the model of the start", do="restart the validator")
             if self.deployment is not None:
-                self._noises = Noises(self.server.calibration, fresh, self.deployment)
+                self._noises = self._laws(fresh, self.deployment)
         except AssayError as error:
             log.error("the pins or the nodes are wrong, and the old ones hold", reason=error.seen, do=error.do)
             return
@@ -196,6 +203,7 @@ class ValidatorController(Runtime):
             "blocks": self.blocks(),
             "inbox": self.inbox.counts(),
             "nonces_per_hour": self.settings.nonces_per_hour,
+            "laws": [] if self._noises is None else self._noises.laws,
             "recomputed": sum(node["recorded"] for node in nodes),
             "nodes_pinned": len(self.registry.senders),
             "nodes_waiting": self.worker.waiting,

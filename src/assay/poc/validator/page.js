@@ -26,6 +26,8 @@ function sentence(snapshot) {
   if (!ready) return error ? ["fail", `The model could not be loaded: ${visible(error)}`] : ["undecided", "The model is being loaded; messages are taken meanwhile."];
   if (full) return ["fail", "The disk takes nothing: messages are refused until there is room."];
   if (error) return ["fail", `The last batch failed: ${visible(error)}`];
+  const missing = snapshot.laws.find((law) => law.missing);
+  if (missing) return ["undecided", `Nodes of the build ${visible(missing.build)} stay undecided: ${visible(missing.missing)}`];
   if (!snapshot.blocks.length) return ["undecided", "No block is open, so no message is accepted: announce one."];
   return ["", waiting ? `Recomputing a sample of ${plural(waiting, "node")}.` : "Waiting for messages."];
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import CalibrationError, DataError, UsageError
-from assay.files.jsonl import dumps, read_toml
+from assay.files.jsonl import JsonObject, dumps, read_toml
 from assay.models.load import ModelInfo
 from assay.poc.net.callbacks import Signatures, check_url
 from assay.poc.net.deployment import Deployment
@@ -20,7 +20,7 @@ from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
-from assay.poc.verdict.noise import Noise, bundled_noise
+from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -153,31 +153,40 @@ KEPT = 256  # noises of builds and blocks
 
 
 class Noises:
-    """Finds the noise of a build: measured, where a calibration was given or pinned, else the stated default.
+    """Finds the noise of a build: as it was given or pinned, else that of a bundled model.
 
     Raises:
-        CalibrationError: A build of the pins has no noise: a wider law must not take its place.
+        CalibrationError: A build of the pins has several number formats.
         DataError: A pinned file cannot be read, or is another one.
     """
 
-    def __init__(self, given: Calibration | None, registry: Registry, deployment: Deployment) -> None:
-        self._registry, self._deployment = registry, deployment
+    def __init__(self, settings: ServerSettings, registry: Registry, deployment: Deployment) -> None:
+        self._registry, self._deployment, given = registry, deployment, settings.calibration
         pinned = registry.network.calibrations(registry.model) if given is None else ()
         self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]
-        self._kept: OrderedDict[tuple[str, str], Noise] = OrderedDict()
-        for build in registry.model.builds:
-            self._find(build, None)
+        self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
+        self.laws = [self._law(build, settings) for build in registry.model.builds]
+        """For every build the nonces that its law needs, and their power; or which command measures a law."""
 
-    def of(self, build: Build, round: Round) -> Noise:
-        """Return the noise of a node's residuals in a round."""
-        key = (build.model_dump_json(), round.block_hash)
+    def of(self, build: Build, round: Round | None = None) -> Noise | None:
+        """Return the noise of a node's residuals in a round, or of the usual scale; None where none was measured."""
+        key = (build.model_dump_json(), "" if round is None else round.block_hash)
         if key not in self._kept:
             self._kept[key] = self._find(build, round)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key]
 
-    def _find(self, build: Build, round: Round | None) -> Noise:
+    def _law(self, build: Build, settings: ServerSettings) -> JsonObject:
+        noise, registry = self.of(build), self._registry
+        if noise is None:
+            seq_len = registry.network.round.seq_len
+            round = Round(block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len)
+            return {"build": build.name, "missing": missing_law(registry.model.reference, registry.model.digest, round)}
+        nonces, power = plan_sample(sequential_test(noise, alpha=settings.alpha, beta=settings.beta), LARGEST_SAMPLE)
+        return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
+
+    def _find(self, build: Build, round: Round | None) -> Noise | None:
         registry, preset = self._registry, self._registry.pipeline.name
         if len(build.dtype) > 1:
             seen = f"the build {build.name!r} of {' and '.join(build.dtype)}"
@@ -187,13 +196,6 @@ class Noises:
             )
         formats = build.dtype[0], self._deployment.dtype
         if not self._measured:
-            noise = bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
-        else:
-            of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
-            noise = find_build_noise(self._measured, build, **of, formats=formats, round=round)
-        if noise is None:
-            do = f"`assay poc calibrate --model {registry.model.reference} --preset {preset} -o calibration.json`"
-            do = f"measure it with {do}, and pin the file or pass --calibration"
-            seen = f"no calibration of the build {build.name!r} with preset {preset}"
-            raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
-        return noise
+            return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
+        of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
+        return find_build_noise(self._measured, build, **of, formats=formats, round=round)

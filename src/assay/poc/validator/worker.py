@@ -180,7 +180,8 @@ class Checked:
 class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
-    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's residuals in a round.
+    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's residuals in a round. Nodes
+    of a build without one stay undecided, and their nonces are not recomputed.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class Recomputer(EngineThread):
         ledger: Ledger,
         *,
         registry: Callable[[], Registry],
-        noise: Callable[[Build, Round], Noise],
+        noise: Callable[[Build, Round | None], Noise | None],
         settings: ValidatorSettings,
         metrics: ValidatorMetrics,
     ) -> None:
@@ -258,7 +259,8 @@ class Recomputer(EngineThread):
         waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
         self.waiting = len(waiting)
         turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
-        known = [key for key in waiting if key in self._registry().senders]
+        senders = self._registry().senders
+        known = [key for key in waiting if key in senders and self._noise(senders[key].build, None) is not None]
         chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
@@ -270,7 +272,7 @@ class Recomputer(EngineThread):
         wanted, received = list[tuple[Round, list[int]]](), list[list[Record]]()
         for source in draws:
             claim = self._claimed(source, registry)
-            if claim is not None:
+            if claim is not None and self._noise(registry.senders[claim.round.public_key].build, None) is not None:
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
                 sources.append(source)
                 wanted.append((claim.round, [claim.nonces[place] for place in places]))
@@ -279,6 +281,7 @@ class Recomputer(EngineThread):
         for source, (round, nonces), claimed, records in zip(sources, wanted, received, recomputed, strict=True):
             build = registry.senders[round.public_key].build  # the claim was read under this registry
             errors, noise = residuals(claimed, records), self._noise(build, round)
+            assert noise is not None  # a round scales it
             checked.append(Checked(source, round, nonces, errors, noise, build))
         short = {found.source.seq for found in checked if found.is_short}
         if short:

@@ -148,7 +148,7 @@ def judge(
     places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
     first, _, step = header.nonces[0]
     outcome: Outcome = "undecided"
-    reason, result, found = missing_law(header.round.model, header.digest, header.pipeline.name), None, None
+    reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None
     if noise is not None:
         outcome, result, found = judge_residuals(
             errors,

@@ -10,6 +10,7 @@ Suffixes: B blocks of 32 tokens, N tokens, G columns of a profile.
 
 import base64
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
+from assay.poc.protocol.round import Round
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
@@ -164,15 +166,22 @@ def bundled_noise(digest: str, output: str, prover_dtype: str, validator_dtype: 
         validator_dtype: Number format of the other engine; the order does not matter.
     """
     known, pair = _bundled(), "/".join(sorted((prover_dtype, validator_dtype)))
-    law = known["laws"].get(output, {}).get(pair) if digest in known["digests"] else None
+    law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
     return None if law is None else Noise(read_law(law), f"measured on the bundled models, {pair}")
 
 
-def missing_law(model: str, digest: str, preset: str) -> str:
+def is_bundled(digest: str) -> bool:
+    """Return whether a checkpoint is one of the two whose laws come with assay."""
+    return digest in _bundled()["digests"]
+
+
+def missing_law(model: str, digest: str, round: Round) -> str:
     """Return the sentence that says that a model has no law, and which command measures one."""
+    model = shlex.quote(model[:200])  # the node may have chosen its words
     return (
-        f"no law of honest noise was measured for checkpoint {digest[:12]} with preset {preset}: measure one with "
-        f"`assay poc calibrate --model {model:.80} --preset {preset} -o calibration.json`, and pass --calibration"
+        f"no law of honest noise was measured for checkpoint {digest[:12]}, preset {round.preset} and these number "
+        f"formats: measure one with `assay poc calibrate --model {model} --preset {round.preset} "
+        f"--seq-len {round.seq_len} -o calibration.json`, and pass --calibration"
     )
 
 
