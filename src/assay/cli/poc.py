@@ -132,6 +132,7 @@ class CalibrateSettings(Settings):
     digest: Annotated[str | None, "HASH"] = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the checkpoint of --vectors."
     )
+    frame: FrameFile = None
 
 
 @poc.add(
@@ -319,7 +320,7 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output model preset seq_len pins merge valid_rate calibration device",
+    shown="output model preset seq_len pins frame merge valid_rate calibration device",
     example="assay poc calibrate --model reference:qwen3 -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -381,16 +382,21 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         asked: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "r_target": None}
         asked |= {"strength": 256, "node_count": 1, "fewest_nonces": 32}
         engine, files = measured.builds[0].engines[0], [chosen.output]
-        written = write_pins(chosen.pins, chosen.model, asked=asked, calibrations=files, engine=engine)
+        written = write_pins(
+            chosen.pins, chosen.model, asked=asked, calibrations=files, frame=chosen.frame, engine=engine
+        )
         show_values("assay.poc.pins.new/1", written, as_json)
 
 
 def _calibrate_model(model: str, chosen: CalibrateSettings) -> "Calibration":
     from assay.poc.one_machine import calibrate_model
 
-    names = ("preset", "seq_len", "blocks", "nonces", "formats", "device")
+    names = ("preset", "seq_len", "blocks", "nonces", "formats", "device", "frame")
     with progress_bar("measuring") as progress:
         return calibrate_model(model, **{name: getattr(chosen, name) for name in names}, progress=progress)
+
+
+_OF_A_MODEL = ("pins", "preset", "seq_len", "blocks", "nonces", "formats", "frame")
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
@@ -402,7 +408,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (rate, ("vectors", "sets", "digest", "merge", "output"), "--valid-rate", "it measures no noise"),
         (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
-        (not alone, ("pins", "preset", "seq_len", "blocks", "nonces", "formats"), "no --model alone", "nothing is run"),
+        (not alone, _OF_A_MODEL, "no --model alone", "nothing is run"),
         (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),

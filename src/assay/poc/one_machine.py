@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from assay.errors import UsageError
+from assay.models.frame import Frame
 from assay.models.load import Model, model_info
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
 from assay.poc.engines.hf.fused import worth_compiling
@@ -27,6 +29,7 @@ from assay.poc.protocol.blocks import block_scale, has_block_factor
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import check_frame
 from assay.poc.prover import Progress, prove, recompute
 from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
@@ -57,6 +60,7 @@ def calibrate_model(
     nonces: int = NONCES,
     formats: Sequence[str] = FORMATS,
     device: str | None = None,
+    frame: Frame | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the honest noise of a model between the engines of this machine.
@@ -69,6 +73,7 @@ def calibrate_model(
         nonces: Number of nonces of a block.
         formats: Number formats of the weights.
         device: Device of the model; by default cuda where there is one.
+        frame: Frame of the checkpoint or its file, for the presets that have one.
         progress: Function that is called with (nonces done, nonces in all) after every block of an engine.
 
     Returns:
@@ -76,7 +81,8 @@ def calibrate_model(
         blocks also has the effective dimension of the model's states.
 
     Raises:
-        UsageError: There are fewer than 256 nonces, or no or repeated formats.
+        UsageError: There are fewer than 256 nonces, or no or repeated formats; or the preset lacks its frame.
+        DataError: The file of the frame cannot be read, or is no frame.
         ModelError: The model cannot be loaded or run.
         BadWeights: The model gives NaN or infinity in a format.
 
@@ -97,6 +103,9 @@ def calibrate_model(
     if not formats or len(set(formats)) < len(formats):
         seen = f"the number formats {', '.join(formats) or 'none'}"
         raise UsageError(seen, wanted="one or more, each once", do="leave --formats out")
+    frame = Frame.load(frame) if isinstance(frame, str | Path) else frame
+    if frame is None:
+        check_frame(pipeline, None)
     for name in formats:
         check_loadable(reference, name, device)
     info = model_info(reference)
@@ -111,7 +120,7 @@ def calibrate_model(
     measured: dict[tuple[int, int], FloatArray] = {}
     effective: float | None = None
     total = len(formats) * len(SHAPES) * blocks * nonces
-    for model, engine in _engines(reference, formats, pipeline, seq_len=seq_len, device=device):
+    for model, engine in _engines(reference, formats, pipeline, frame, seq_len=seq_len, device=device):
         if effective is None and has_block_factor(pipeline):
             effective = read_block_factor(engine, rounds[0]).effective_dimension
         own: list[Proof] = []
@@ -174,11 +183,11 @@ def _fit(
 
 
 def _engines(
-    reference: str, formats: Sequence[str], pipeline: Pipeline, *, seq_len: int, device: str | None
+    reference: str, formats: Sequence[str], pipeline: Pipeline, frame: Frame | None, *, seq_len: int, device: str | None
 ) -> Iterator[tuple[Model, HFEngine]]:
     """Yield every engine with its model, which is in memory alone."""
     for name in formats:
-        model = load(reference, name, device)
+        model = load(reference, name, device).with_frame(frame)
         usual = str(model.module.config._attn_implementation)
         for shape in SHAPES:
             compiled = shape is SHAPES[0] and worth_compiling(model) and not pipeline.steps

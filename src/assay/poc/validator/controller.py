@@ -86,11 +86,6 @@ class ValidatorController(Runtime):
         self._noises: Noises | None = None
 
     @override
-    def _begin(self, deployment: Deployment) -> None:
-        self._noises = Noises(self.server.calibration, self.registry, deployment)
-        super()._begin(deployment)
-
-    @override
     def _check_model(self, deployment: Deployment) -> None:
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
@@ -98,6 +93,7 @@ class ValidatorController(Runtime):
             wanted = f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})"
             raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
+        self._noises = Noises(self.server.calibration, self.registry, deployment)
 
     def _noise(self, build: Build, round: Round) -> Noise:
         assert self._noises is not None  # made before anything is recomputed

@@ -20,7 +20,7 @@ from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
-from assay.poc.verdict.noise import Noise, bundled_noise
+from assay.poc.verdict.noise import Noise, bundled_noise, measuring
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -195,8 +195,7 @@ class Noises:
             of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
             noise = find_build_noise(self._measured, build, **of, formats=formats, round=round)
         if noise is None:
-            do = f"`assay poc calibrate --model {registry.model.reference} --preset {preset} -o calibration.json`"
-            do = f"measure it with {do}, and pin the file or pass --calibration"
+            do = f"measure it with {measuring(registry.model.reference, preset)}, and pin the file or pass --calibration"
             seen = f"no calibration of the build {build.name!r} with preset {preset}"
             raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
         return noise

@@ -26,7 +26,7 @@ from pydantic import PlainValidator, TypeAdapter
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
-from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
+from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import Verdict, decide
@@ -176,8 +176,14 @@ def missing_law(model: str, digest: str, preset: str) -> str:
     """Return the sentence that says that a model has no law, and which command measures one."""
     return (
         f"no law of honest noise was measured for checkpoint {digest[:12]} with preset {preset}: measure one with "
-        f"`assay poc calibrate --model {model:.80} --preset {preset} -o calibration.json`, and pass --calibration"
+        f"{measuring(model, preset)}, and pass --calibration"
     )
+
+
+def measuring(model: str, preset: str) -> str:
+    """Return the command that measures the law of a model, which needs the frame where the preset has one."""
+    frame = " --frame FRAME" if get_pipeline(preset).framed else ""
+    return f"`assay poc calibrate --model {model:.80} --preset {preset}{frame} -o calibration.json`"
 
 
 def fit_noise(
