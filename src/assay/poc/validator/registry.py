@@ -195,7 +195,8 @@ class Noises:
             of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
             noise = find_build_noise(self._measured, build, **of, formats=formats, round=round)
         if noise is None:
-            do = f"measure it with {measuring(registry.model.reference, preset)}, and pin the file or pass --calibration"
+            command = measuring(registry.model.reference, preset)
+            do = f"measure it with {command}, and pin the file or pass --calibration"
             seen = f"no calibration of the build {build.name!r} with preset {preset}"
             raise CalibrationError(seen, wanted="one of this model, preset and build", do=do)
         return noise
