@@ -177,6 +177,24 @@ def measure(model, halved, preset, arguments):
     return figures
 
 
+def honest_and_presets(arguments):
+    """Return what honest nodes show of the model, and the figures of every preset."""
+    model = load_model(arguments.model, dtype="float32", device="cpu")
+    model = model.with_frame(measure_frame(model))
+    halved = load_model(arguments.model, dtype="bfloat16", device="cpu").with_frame(model.frame)
+    figures = {}
+    fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
+    figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
+    rates, median = [], chord_mean(32)
+    proof = prove(halved, fresh, range(64), batch_size=arguments.batch_size)
+    for block in range(40):  # the target of a block is all that differs between blocks of one set of vectors
+        distances = distances_to_target(published(proof), replace(fresh, block_hash=f"block {block}"))
+        rates.append(float((distances < median).mean()))
+    figures["valid_rates"] = {"expected": round_to(float(chord_cdf(median, 32))), "of 40 blocks": rates}
+    figures["presets"] = {preset: measure(model, halved, preset, arguments) for preset in arguments.presets}
+    return figures
+
+
 def main():
     made = parser(__doc__)
     made.add_argument("--model", default="reference:qwen3")
@@ -189,19 +207,9 @@ def main():
     made.add_argument("--attacks", nargs="*", default=[""], help="parts of the names of attacks that are run")
     made.add_argument("--distilled", type=int, default=0, help="steps of distillation of an attacker; 0 for none")
     arguments = made.parse_args()
-    model = load_model(arguments.model, dtype="float32", device="cpu")
-    model = model.with_frame(measure_frame(model))
-    halved = load_model(arguments.model, dtype="bfloat16", device="cpu").with_frame(model.frame)
     figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
-    fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
-    figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
-    rates, median = [], chord_mean(32)
-    proof = prove(halved, fresh, range(64), batch_size=arguments.batch_size)
-    for block in range(40):  # the target of a block is all that differs between blocks of one set of vectors
-        distances = distances_to_target(published(proof), replace(fresh, block_hash=f"block {block}"))
-        rates.append(float((distances < median).mean()))
-    figures["valid_rates"] = {"expected": round_to(float(chord_cdf(median, 32))), "of 40 blocks": rates}
-    figures["presets"] = {preset: measure(model, halved, preset, arguments) for preset in arguments.presets}
+    if arguments.presets:
+        figures |= honest_and_presets(arguments)
     if arguments.redteam:
         figures["red_team"] = red_team(arguments)
     publish("tokens", figures, arguments.output)
