@@ -163,8 +163,9 @@ def detection(judge: Judge, pool: Pool) -> dict[str, Any]:
 def best_test(honest_N: FloatArray, cheating_N: FloatArray) -> int | None:
     """Return the nonces after which the best test of sizes convicts 99 %, at 1 false conviction in 1000.
 
-    It knows both laws, as densities of the logarithm, and takes their ratio to be normal over many nonces. None where
-    it tells nothing: sizes that are all alike, or no larger ratio for the cheat.
+    It knows both laws, as densities of the logarithm, and takes their ratio to be normal over many nonces. They are
+    fitted to the sizes that they judge, so the number is a bound from below. None where it tells nothing: sizes that
+    are all alike, or no larger ratio for the cheat.
     """
     logs = [np.log(np.maximum(np.abs(sizes_N), 1e-5)) for sizes_N in (honest_N, cheating_N)]
     if min(map(np.ptp, logs)) == 0:
@@ -172,8 +173,8 @@ def best_test(honest_N: FloatArray, cheating_N: FloatArray) -> int | None:
     honest, cheating = map(distributions.gaussian_kde, logs)
     ratios = [cheating.logpdf(log_N).clip(-20) - honest.logpdf(log_N).clip(-20) for log_N in logs]
     gap = float(ratios[1].mean() - ratios[0].mean())
-    spread = float(distributions.norm.isf([ALPHA, 1 - POWER]) @ [ratio_N.std() for ratio_N in ratios])
-    return max(1, math.ceil((spread / gap) ** 2)) if gap > 0 else None
+    width = sum(float(distributions.norm.isf(p) * x.std()) for p, x in zip((ALPHA, 1 - POWER), ratios, strict=True))
+    return max(1, math.ceil((width / gap) ** 2)) if gap > 0 else None
 
 
 def spread(errors_N: FloatArray, residuals_N: FloatArray) -> dict[str, float]:
