@@ -130,7 +130,6 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	$(GPU_PYTHON) research/benchmarks/gpu_prove.py --model shape:qwen3-30b-a3b --skip-whole -o $(OUT)/gpu_prove_qwen3-30b-a3b.json
 	$(GPU_PYTHON) research/benchmarks/two_commits.py --deterministic --device cuda --models shape:qwen3-0.6b --batch 128 \
 	  --nonces 3072 -o $(OUT)/gpu_deterministic.json
-	$(GPU_PYTHON) research/benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	$(GPU_PYTHON) research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --pairs 12 249 \
 	  -o $(OUT)/vhack_gradients_cuda.json
 

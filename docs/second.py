@@ -204,25 +204,33 @@ class Recomputation:
             x = reflected(x, v / v.norm())
         return x
 
+    def ids(self, nonce):
+        """Return the tokens of a nonce in its frame."""
+        allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), self.frame["left_out"])
+        seeds = step_seeds(self.words("prompt", nonce), np.arange(self.round["seq_len"]))
+        return allowed[(seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)]
+
+    def weights(self, nonce):
+        """Return the sign of every position of a nonce, 0 where it is not read."""
+        length = self.round["seq_len"]
+        weights = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
+        weights[: length // 8 if self.frame else 0] = 0
+        return weights
+
     @torch.inference_mode()
     def value(self, nonce):
-        length = self.round["seq_len"]
         if self.frame:
-            allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), self.frame["left_out"])
-            seeds = step_seeds(self.words("prompt", nonce), np.arange(length))
-            ids = allowed[(seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)]
-            inputs = {"input_ids": torch.from_numpy(ids)[None]}
+            inputs = {"input_ids": torch.from_numpy(self.ids(nonce))[None]}
         else:
+            length = self.round["seq_len"]
             noise = normals(self.words("inputs", nonce), length * self.size).view(1, length, -1)
             inputs = {"inputs_embeds": noise.to(self.model.dtype)}
         states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0].float()
         if self.preset not in ("tokens-1", "hardened"):
             return self.published(states[-1], nonce)
-        weights = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
         if self.frame:
             states = (states - torch.tensor(self.frame["mean"])) / torch.tensor(self.frame["scale"])
-            weights[: length // 8] = 0
-        return self.published(weights @ unit(states), nonce)
+        return self.published(self.weights(nonce) @ unit(states), nonce)
 
     def published(self, x, nonce):
         """Return the distance of a state that was read, or its vector in float16."""

@@ -95,6 +95,41 @@ def jobs(folder: Path, server) -> dict[str, str]:
     return found
 
 
+def tokens(frame: Path) -> dict[str, object]:
+    """What ``tokens-1`` draws and publishes of nonces of the bundled Qwen3 in float32, in the frame of a file.
+
+    They are kept in ``tests/vectors/tokens.json``. Vectors are compared as numbers: kernels differ in the last bits.
+    """
+    import numpy as np
+
+    from assay import streams
+    from assay.models import load_model
+    from assay.poc import HFEngine, Round, get_pipeline, prove
+    from assay.poc.engines.base import make_transform, token_inputs
+
+    model = load_model("reference:qwen3", dtype="float32", device="cpu").with_frame(frame)
+    round = Round(block_hash="block_alpha", public_key="node_A", seq_len=24, preset="tokens-1")
+    engine, nonces = HFEngine(model, batch_size=4, seq_len=24), [0, 1, 31, 4096]
+    reading = make_transform(engine, round, get_pipeline("tokens-1")).reading(nonces, 24)
+    seeds = streams.seeds(round.texts("projection", nonces, k=32))
+    rows = zip(
+        token_inputs(round, model.frame, nonces, seq_len=24).tolist(),
+        reading.weights.int().tolist(),
+        seeds.ravel().tolist(),
+        streams.get_backend("numpy").normals(seeds, 32 * model.hidden_size),
+        [record.vector for nonce in nonces for record in prove(model, round, range(nonce, nonce + 1)).records],
+        strict=True,
+    )
+    found = []
+    for nonce, (ids, weights, seed, normals, vector) in zip(nonces, rows, strict=True):
+        row = {"nonce": nonce, "ids": ids, "weights": weights, "projection_seed": f"{seed:08x}"}
+        row |= {"projection_sha256_le_f32": sha256(normals.astype("<f4").tobytes())}
+        found.append(row | {"vector": np.asarray(vector, np.float64).tolist()})
+    about = {"block_hash": "block_alpha", "public_key": "node_A", "seq_len": 24, "hidden_size": model.hidden_size}
+    about |= {"frame_sha256": model.frame.sha256, "first_mean": model.frame.mean[:4].tolist()}
+    return about | {"first_scale": model.frame.scale[:4].tolist(), "nonces": found}
+
+
 def main() -> None:
     from contextlib import contextmanager
 

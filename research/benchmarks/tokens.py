@@ -6,16 +6,23 @@ have convicted. `--presets` puts others beside it in the same run.
 
     python research/benchmarks/tokens.py --model DIRECTORY -o research/results/tokens.json
 
+--redteam runs every attack of the red team that fits as well, with maps that are fitted to rounds of the attacker's
+own, and models that were trained: on text, and on framed states with a quarter of the layers dropped.
+
 Legend of shapes: N nonces, K published numbers, D hidden size.
 """
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
-from _common import note, parser, publish, round_to
+from _common import ROOT, note, parser, publish, round_to
 from assay_research.model_cheats import adapted, rounded_fp8
+from assay_research.redteam.attacks import ATTACKS, Attack, OnEngine
+from assay_research.redteam.field import TRAINING_BLOCK, Field
+from assay_research.redteam.run import attacked
 
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
@@ -27,13 +34,14 @@ from assay.poc.verdict.noise import sequential_test
 from assay.stats.chord import chord_cdf, chord_mean
 
 ORDERS = 100
+NONE_HERE = ("another checkpoint", "sliding window of 64")  # a reference may have no other; nonces have 64 positions
 
 
-def without_layer(model, index):
-    """Return the model without one layer."""
+def without_layers(model, first, count=1):
+    """Return the model without some layers."""
     module = copy.deepcopy(model.module)
     layers = decoder_layers(module)
-    del layers[index]
+    del layers[first : first + count]
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
     return replace(model, module=module)
@@ -47,6 +55,74 @@ def dimension_of(model, round, nonces):
     seen_ND = (seen_ND - torch.from_numpy(model.frame.mean)) / torch.from_numpy(model.frame.scale)
     energy_D = (unit(seen_ND).double() ** 2).mean(dim=0)
     return float(1 / (energy_D**2).sum())
+
+
+def trained(model, loss_of, steps, rate):
+    """Return the model, in its number format, after steps of AdamW in float32."""
+    module = copy.deepcopy(model.module).float().train()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=rate)
+    for step in range(steps):
+        loss_of(module, step).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    return replace(model, module=module.to(model.dtype).eval())
+
+
+def finetuned(model, steps):
+    """Return the model after steps on pages of the documentation, 128 tokens each, at a rate of 2e-5."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    ids_SBT = torch.tensor(model.tokenizer(text).input_ids[: steps * 128]).view(steps, 2, 64)
+    return trained(model, lambda module, step: module(ids_SBT[step], labels=ids_SBT[step]).loss, steps, 2e-5)
+
+
+def distilled(model, steps, seq_len):
+    """Drop the middle quarter of the layers, and train the others on framed states of the whole model."""
+    count = max(1, round(model.num_layers / 4))
+    left = without_layers(model, (model.num_layers - count) // 2, count)
+    attacker = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=seq_len, preset="tokens-1")
+    teacher = HFEngine(model, batch_size=8, seq_len=seq_len)
+    mean, scale = torch.from_numpy(model.frame.mean), torch.from_numpy(model.frame.scale)
+
+    def loss_of(module, step):
+        inputs = teacher.inputs(attacker, range(8 * step, 8 * step + 8)).clone()
+        wanted = unit((teacher.states(inputs).float() - mean) / scale).clone()
+        seen = module.model(inputs_embeds=inputs.float(), use_cache=False).last_hidden_state
+        return (unit((seen - mean) / scale) - wanted).square().sum(dim=-1).mean()
+
+    return trained(left, loss_of, steps, 2e-4)
+
+
+def on_changed(scene, *, change, cost):
+    """Return the program of an attacker that runs a changed model."""
+    return OnEngine(scene.engine(change(scene.model)), cost)
+
+
+def red_team(arguments):
+    """Return of every attack its cost, its residual over honest ones, and when the tests convict 99 %."""
+    shape = {"seq_len": arguments.seq_len, "batch_size": arguments.batch_size, "honest": arguments.nonces}
+    where = {"dtype": "bfloat16", "device": "cpu", "block_hash": "red team", "presets": (("tokens-1",),)}
+    field = Field(reference=arguments.model, **where, **shape)
+    left = 1 - max(1, round(field.prover.num_layers / 4)) / field.prover.num_layers
+    counts = (20, 200) if field.prover.tokenizer is not None else ()
+    made = [(f"fine-tuned, {steps} steps", 1.0, partial(finetuned, steps=steps)) for steps in counts]
+    if steps := arguments.distilled:
+        name = f"middle quarter of the layers dropped, {steps} steps of distillation"
+        made.append((name, left, partial(distilled, steps=steps, seq_len=arguments.seq_len)))
+    attacks = [
+        Attack(name, "layers" if cost < 1 else "weights", partial(on_changed, change=change, cost=cost))
+        for name, cost, change in made
+    ]
+    attacks += [one for one in ATTACKS if one.serves("bfloat16") and one.share == 1 and one.name not in NONE_HERE]
+    honest, found = float(np.median(field.honest_residuals["tokens-1"][1])), {}
+    for attack in (one for one in attacks if any(words in one.name for words in arguments.attacks)):
+        note(f"red team: {attack.name}")
+        cell = attacked(field, attack, arguments.redteam)
+        row = cell["presets"]["tokens-1"]
+        figures = {"cost": round_to(cell["cost"], 3), "times_honest": round_to(row["residual_median"] / honest, 3)}
+        figures |= {"convicted_by": row["sequential_99"], "best_test": row["best_99"]}
+        found[attack.name] = figures | ({"skips": True} if attack.skips else {})
+    return found
 
 
 def published(proof):
@@ -87,7 +163,7 @@ def measure(model, halved, preset, arguments):
     figures |= {"max_over_median": round_to(float(sizes.max()) / median), "convicted_by": {}, "times_honest": {}}
     middle = model.num_layers // 2
     programs = {"int4": lambda: cheats.rounded(halved, 4), "int8": lambda: cheats.rounded(halved, 8)}
-    programs |= {"fp8": lambda: rounded_fp8(halved), f"without layer {middle}": lambda: without_layer(halved, middle)}
+    programs |= {"fp8": lambda: rounded_fp8(halved), f"without layer {middle}": lambda: without_layers(halved, middle)}
     programs |= {f"low-rank {size:.1%}": lambda size=size: adapted(halved, size=size) for size in (0.02, 0.005)}
     for name, make in programs.items():
         note(f"{preset}: {name}")
@@ -101,19 +177,12 @@ def measure(model, halved, preset, arguments):
     return figures
 
 
-def main():
-    made = parser(__doc__)
-    made.add_argument("--model", default="reference:qwen3")
-    made.add_argument("--presets", nargs="+", default=["tokens-1", "poc-2.0"])
-    made.add_argument("--seq-len", type=int, default=64)
-    made.add_argument("--nonces", type=int, default=512)
-    made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
-    made.add_argument("--batch-size", type=int, default=16)
-    arguments = made.parse_args()
+def honest_and_presets(arguments):
+    """Return what honest nodes show of the model, and the figures of every preset."""
     model = load_model(arguments.model, dtype="float32", device="cpu")
     model = model.with_frame(measure_frame(model))
     halved = load_model(arguments.model, dtype="bfloat16", device="cpu").with_frame(model.frame)
-    figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
+    figures = {}
     fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
     figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
     rates, median = [], chord_mean(32)
@@ -123,6 +192,26 @@ def main():
         rates.append(float((distances < median).mean()))
     figures["valid_rates"] = {"expected": round_to(float(chord_cdf(median, 32))), "of 40 blocks": rates}
     figures["presets"] = {preset: measure(model, halved, preset, arguments) for preset in arguments.presets}
+    return figures
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("--model", default="reference:qwen3")
+    made.add_argument("--presets", nargs="*", default=["tokens-1", "poc-2.0"])
+    made.add_argument("--seq-len", type=int, default=64)
+    made.add_argument("--nonces", type=int, default=512)
+    made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--redteam", type=int, default=0, help="nonces of every attack of the red team; 0 for none")
+    made.add_argument("--attacks", nargs="*", default=[""], help="parts of the names of attacks that are run")
+    made.add_argument("--distilled", type=int, default=0, help="steps of distillation of an attacker; 0 for none")
+    arguments = made.parse_args()
+    figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
+    if arguments.presets:
+        figures |= honest_and_presets(arguments)
+    if arguments.redteam:
+        figures["red_team"] = red_team(arguments)
     publish("tokens", figures, arguments.output)
 
 

@@ -187,6 +187,23 @@ def test_nonces_of_tokens_are_recomputed_in_the_frame(name, tmp_path):
     assert min(engine.residual(record | {"nonce": record["nonce"] + 1}) for record in records) > 0.5
 
 
+def test_known_answers_of_nonces_of_tokens():
+    known, path = read_json(VECTORS / "tokens.json"), VECTORS / "frame_qwen3.safetensors"
+    about = {name: known[name] for name in ("block_hash", "public_key", "seq_len")} | {"preset": "tokens-1"}
+    header = {"round": about, "pipeline": {}, "model": {"frame": known["frame_sha256"]}}
+    engine = second.Recomputation(checkpoint("qwen3"), header, "float32", path)
+    assert close(engine.frame["mean"][:4], known["first_mean"])
+    assert close(engine.frame["scale"][:4], known["first_scale"])
+    for row in known["nonces"]:
+        nonce = row["nonce"]
+        assert engine.ids(nonce).tolist() == row["ids"]
+        assert engine.weights(nonce).tolist() == row["weights"]
+        words = engine.words("projection", nonce, count=32)
+        assert f"{words[0]:08x}" == row["projection_seed"]
+        assert sha256(second.normals(words, 32 * known["hidden_size"]).numpy()) == row["projection_sha256_le_f32"]
+        np.testing.assert_allclose(engine.value(nonce).astype(float), row["vector"], atol=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "decode-32"])
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", "honest"), ("bfloat16", "fraud")])

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from assay.models import load_model
+from assay.models.frame import Frame
+from assay.poc import measure_frame
 from tests.end_to_end.server import Server
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -41,6 +45,19 @@ def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
     assert len(wanted) >= 34
     assert {name: found[name] for name in wanted} == wanted
     assert found.keys() == GOLDEN["sha256"].keys()
+
+
+def test_nonces_of_tokens_are_those_of_the_known_answers():
+    """Draws to the bit, and vectors up to the rounding of another processor; the frame is what is measured today."""
+    frame, known = VECTORS / "frame_qwen3.safetensors", json.loads((VECTORS / "tokens.json").read_text())
+    found = runpy.run_path(str(VECTORS.parents[1] / "scripts" / "golden.py"))["tokens"](frame)
+    for row, wanted in zip(found["nonces"], known["nonces"], strict=True):
+        np.testing.assert_allclose(row.pop("vector"), wanted.pop("vector"), atol=2e-3)
+    assert found == known
+    measured = measure_frame(load_model("reference:qwen3", dtype="float32", device="cpu"))
+    assert measured.left_out.tolist() == Frame.load(frame).left_out.tolist()
+    for name in ("mean", "scale"):
+        np.testing.assert_allclose(getattr(measured, name), getattr(Frame.load(frame), name), rtol=1e-3, atol=1e-4)
 
 
 def test_a_database_of_the_first_version_opens(tmp_path):

@@ -1,8 +1,10 @@
 """The plugin in a real server on loopback: chat beside nonces, validation, slow receivers, hostile clients."""
 
 import asyncio
+import base64
 
 import httpx
+import numpy as np
 import pytest
 from _vllm import MODEL, POW, ForkedServer, Server, talk
 
@@ -12,6 +14,7 @@ from tests.vllm.conftest import SEQ_LEN, SMALL, check_idle
 from tests.vllm.receiver import Receiver
 from tests.waiting import until
 
+OF_ARTIFACTS = ("server", "honest")
 VERDICT = {"block_hash": "verdict", "public_key": "validator", "r_target": 2.0}
 BLOCK = {"block_height": 1, "seq_len": SEQ_LEN, "batch_size": 8, "node_id": 0, "node_count": 1}
 
@@ -28,6 +31,40 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     }
     with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
         yield running
+
+
+PINS = f"""schema = 1
+[round]
+preset = "tokens-1"
+seq_len = {SEQ_LEN}
+strength = 256
+node_count = 1
+fewest_nonces = 8
+[[models]]
+reference = "{MODEL}"
+digest = "DIGEST"
+[models.frame]
+file = "frame"
+sha256 = "FRAME"
+[[models.builds]]
+dtype = "float32"
+engine = "vllm"
+""" + "".join(
+    f'{name} = "*"\n' for name in ("device", "attention", "batch_size", "threads", "torch", "library", "kernels")
+)
+
+
+@pytest.fixture
+def framed(tmp_path_factory: pytest.TempPathFactory, honest):
+    """A server of tokens, which takes no embeddings from anyone."""
+    folder = tmp_path_factory.mktemp("framed")
+    frame = poc.measure_frame(honest)
+    frame.save(folder / "frame")
+    (folder / "pins.toml").write_text(PINS.replace("DIGEST", honest.digest).replace("FRAME", frame.sha256))
+    environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_PINS": str(folder / "pins.toml")}
+    options = SMALL | {"--enable-prompt-embeds": False}
+    with ForkedServer(folder / "server", options=options, environment=environment) as running:
+        yield running, honest.with_frame(frame)
 
 
 def proved(server: Server) -> list[int]:
@@ -86,12 +123,22 @@ def test_the_server_validates_honest_nodes_on_transformers_and_catches_four_bits
     server.post("/stop").raise_for_status()
 
 
-def test_an_artifact_job_runs_and_its_vectors_are_checked(server):
-    params = {"model": MODEL, "seq_len": SEQ_LEN, "k_dim": 12}
+@pytest.mark.parametrize("preset", ["artifact", "tokens-1"])
+def test_a_job_gives_the_vectors_of_transformers_and_they_are_checked(preset, request):
+    tokens = preset == "tokens-1"
+    server, model = request.getfixturevalue("framed") if tokens else [request.getfixturevalue(n) for n in OF_ARTIFACTS]
+    params = {"model": MODEL, "seq_len": SEQ_LEN, "k_dim": poc.PIPELINES[preset].vector_size, "preset": preset}
     body = {"block_hash": "job", "public_key": "node", "params": params, "nonces": list(range(12)), "wait": True}
     body |= {name: BLOCK[name] for name in ("block_height", "node_id", "node_count", "batch_size")}
     done = server.post("/generate", body).json()
     assert done["status"] == "completed", done
+    if tokens:
+        assert server.post("/generate", body | {"params": params | {"preset": "artifact"}}).status_code == 409
+    round = poc.Round(block_hash="job", public_key="node", block_height=1, seq_len=SEQ_LEN, preset=preset)
+    for record, artifact in zip(poc.prove(model, round, range(12)).records, done["artifacts"], strict=True):
+        assert artifact["nonce"] == record.nonce
+        found = np.frombuffer(base64.b64decode(artifact["vector_b64"]), "<f2").astype(float)
+        np.testing.assert_allclose(found, record.vector.astype(float), atol=5e-3)
     checked = server.post("/generate", body | {"validation": {"artifacts": done["artifacts"]}}).json()
     assert (checked["n_mismatch"], checked["fraud_detected"]) == (0, False)
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assay_research.redteam.attacks import PartialForward, Shortcut
+from assay_research.redteam.attacks import Guesses, PartialForward, Shortcut
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.models import Model, load_model
@@ -40,6 +40,13 @@ def test_leaving_nothing_out_is_the_honest_forward(name, inputs_btd, request):
     every = Reading(torch.ones(4, T))
     torch.testing.assert_close(whole.read(inputs_btd, every), every.sum(honest(model, inputs_btd)), atol=1e-4, rtol=0)
     torch.testing.assert_close(whole.read(inputs_btd, None), whole.states(inputs_btd)[:, -1])
+    with torch.inference_mode():
+        raw = backbone(model.module)(inputs_embeds=inputs_btd, use_cache=False).last_hidden_state
+    framed = Reading(torch.ones(4, T), raw.mean(dim=(0, 1)), 1 / raw.std(dim=(0, 1)))
+    torch.testing.assert_close(whole.read(inputs_btd, framed), framed.sum(raw), atol=1e-3, rtol=0)
+    nothing, known = Shortcut((0,) * T), Guesses(model, inputs_btd, framed)
+    guessed = PartialForward(model, nothing, known).states(inputs_btd, framed)
+    assert (guessed - framed.seen(raw)).norm() < (guessed - unit(raw)).norm(), "guesses are of what the frame shows"
 
 
 def test_weights_in_float8_are_ranked_and_counted_as_those_they_stand_for(float8_scene, inputs_btd):

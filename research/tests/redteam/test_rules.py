@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from assay_research.redteam.attacks import ATTACKS
-from assay_research.redteam.field import ALPHA, CHECKED, POWER, Judge, Pool
+from assay_research.redteam.field import ALPHA, CHECKED, POWER, Judge, Pool, best_test
 from assay_research.redteam.run import screened
 from assay_research.runs.spread import first_reached
+from scipy.stats import norm
 
 from assay import stats
 from assay.poc import Round, get_pipeline
@@ -99,3 +100,12 @@ def test_fewer_bits_save_over_the_format_that_honest_provers_have(scene, float8_
         name: [made[f"{name} weights"](where).cost for where in (scene, float8_scene)] for name in ("int8", "int4")
     }
     assert costs == {"int8": [0.5, 1.0], "int4": [0.25, 0.5]}
+
+
+def test_the_best_test_of_known_laws_needs_what_two_normal_laws_need():
+    rng = np.random.default_rng(0)
+    known, other, far = (np.exp(rng.normal(mean, 1, 4000)) for mean in (0, 1, 9))
+    needed = (norm.isf(ALPHA) + norm.isf(1 - POWER)) ** 2  # for a shift of one standard deviation
+    assert abs(best_test(known, other) - needed) < 0.2 * needed
+    assert best_test(known, far) == 1
+    assert best_test(known, np.ones(8)) is None

@@ -1,15 +1,22 @@
 """Draws of many nodes in one batch give the records that each node's own proof has."""
 
+import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from assay.poc import Proof, Round, TokenRecord
+from assay.cli.serve import RunSettings
+from assay.errors import CalibrationError, DataError, UsageError
+from assay.models import load_model
+from assay.poc import NetworkPins, Proof, Round, TokenRecord, calibrate_model, cheats, measure_frame
 from assay.poc.net.deployment import Deployment
+from assay.poc.protocol.pins_file import PinnedFile
+from assay.poc.service import Settings
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict.judge import residuals
-from tests.poc.validator.conftest import BATCH, KEYS, SEQ_LEN, body_of, proof_of
+from tests.poc.service.conftest import Rig, Service
+from tests.poc.validator.conftest import BATCH, BLOCK, HEIGHT, KEYS, NODE_COUNT, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -85,3 +92,48 @@ def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
         wrong = body_of(honest)
         wrong["encoding"]["tokens"] = 64
         running.send(wrong, status=422)
+
+
+def test_files_of_a_frame_lead_from_a_service_to_a_verdict(validating, small_checkpoint, small_model, tmp_path):
+    """Frame, law and pins are files; nodes serve under them, and a validator judges what they hand in."""
+    measure_frame(small_model).save(tmp_path / "frame")
+    shape = {"preset": "tokens-1", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32")}
+    with pytest.raises(UsageError, match="without a frame"):
+        calibrate_model(str(small_checkpoint), **shape, device="cpu")
+    law = calibrate_model(str(small_checkpoint), **shape, device="cpu", frame=tmp_path / "frame")
+    law.save(tmp_path / "law.json")
+    pinned = {name: PinnedFile.of(tmp_path / name, tmp_path) for name in ("frame", "law.json")}
+    tables = [f'file = "{one.file}"\nsha256 = "{one.sha256}"\n' for one in pinned.values()]
+    text = pins_text(small_model, preset="tokens-1").replace('"float32"', '"bfloat16"')
+    with pytest.raises(DataError, match="no frame of"):
+        NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
+    text = text.replace("[[models.builds]]", f"[models.frame]\n{tables[0]}[[models.builds]]")
+    with pytest.raises(CalibrationError, match="--preset tokens-1 --frame FRAME"), validating(pins=text) as running:
+        running.controller.loaded.result(30)
+    text += f"[[models.calibrations]]\n{tables[1]}"
+    pins = NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
+    model = load_model(small_checkpoint, device="cpu", dtype="bfloat16").with_frame(pins.frame(small_model.digest))
+    with validating(pins=text) as running:
+        running.close()
+        running.load = lambda: RunSettings(model=str(small_checkpoint), device="cpu", dtype="float32").deploy(pins)
+        running.start()
+        for key, ran in (("node_A", model), ("node_B", cheats.rounded(model, 4))):
+            running.send(artifacts_of(ran, key, pins, tmp_path / key))
+        until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
+
+
+def artifacts_of(model, key, pins, folder):
+    """Return what a service of a node answers to a job of the network's round, as the callback that it sends."""
+    node = Rig()
+    node.deployment = lambda: Deployment.of(model, compiled=False)
+    service = Service(node, Settings(data_dir=folder, seq_len=SEQ_LEN, pins=pins))
+    try:
+        service.wait_ready()
+        params = {"model": model.reference, "seq_len": SEQ_LEN, "k_dim": 32, "preset": "tokens-1"}
+        body = {"block_hash": BLOCK, "block_height": HEIGHT, "public_key": key, "node_id": KEYS.index(key)}
+        nonces = list(range(KEYS.index(key), 64 * NODE_COUNT, NODE_COUNT))
+        job = {"node_count": NODE_COUNT, "batch_size": BATCH, "params": params, "nonces": nonces, "wait": True}
+        answer = service.post("/generate", body | job)
+        return body | {name: answer[name] for name in ("artifacts", "encoding")}
+    finally:
+        service.close()

@@ -43,19 +43,19 @@ Part = Literal["run", "drop", "linear"]
 
 
 class Guesses:
-    """What an attacker can know in advance: inputs are noise of a known law, so maps can be fitted before any round.
+    """What an attacker can know in advance: inputs are of a known law, so maps can be fitted before any round.
 
     For every layer, a linear map gives the update of the attention and of the MLP from their normed input; for every
-    depth, one gives the final unit state from the state at that depth. All are ridge regressions on rounds of the
-    attacker's own, so a guess shrinks towards the mean where it knows little.
+    depth, one gives the final state, as a reading sees it, from the state at that depth. All are ridge regressions on
+    rounds of the attacker's own, so a guess shrinks towards the mean where it knows little.
     """
 
-    def __init__(self, model: Model, inputs_BTD: Tensor) -> None:
+    def __init__(self, model: Model, inputs_BTD: Tensor, reading: Reading | None = None) -> None:
         self.cost = model.hidden_size**2
         updates, states = _observe(model, inputs_BTD)
         with torch.inference_mode():
             body: Any = backbone(model.module)
-            final_ND = unit(body.norm(states[-1])).float().flatten(0, 1)
+            final_ND = _seen(body.norm(states[-1]), reading).flatten(0, 1)
             self._updates = {name: _fit(_with_one(x), y) for name, (x, y) in updates.items()}
             self._ends = [_fit(_with_one(unit(x)), final_ND) for x in states[:-1]]
 
@@ -64,7 +64,7 @@ class Guesses:
         return _with_one(x_BAD) @ self._updates[part, index]
 
     def end(self, depth: int, x_BAD: Tensor) -> Tensor:
-        """Return the final unit state of positions from their state before layer ``depth``."""
+        """Return the final state of positions, as it is seen, from their state before layer ``depth``."""
         return _with_one(unit(x_BAD)) @ self._ends[depth]
 
 
@@ -117,14 +117,14 @@ class PartialForward:
 
     def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
-        states_BTD = self.states(inputs_BTD)
+        states_BTD = self.states(inputs_BTD, reading)
         if reading is None:
             return states_BTD[:, -1]
         return torch.bmm(reading.weights.unsqueeze(1), states_BTD).squeeze(1)
 
     @torch.inference_mode()
-    def states(self, inputs_BTD: Tensor) -> Tensor:
-        """Return a state for every position, [B, T, D] in float32: computed and made unit, or guessed.
+    def states(self, inputs_BTD: Tensor, reading: Reading | None = None) -> Tensor:
+        """Return a state for every position, [B, T, D] in float32: computed and seen by a reading, or guessed.
 
         A guess keeps its length: it is shorter where the attacker knows less. Without guesses, a position that is never
         looked at contributes nothing, and one that left early has the state in which it left.
@@ -140,11 +140,11 @@ class PartialForward:
                 partial = _PartialLayer(layer, self, index, rotary, (active_A, visible_V))
                 with wide_products(x_BTD):
                     x_BTD[:, active_A] = partial(seen_BVD, layer.input_layernorm(seen_BVD))
-        return self._ends(x_BTD, depth_T)
+        return self._ends(x_BTD, depth_T, reading)
 
-    def _ends(self, x_BTD: Tensor, depth_T: Tensor) -> Tensor:
+    def _ends(self, x_BTD: Tensor, depth_T: Tensor, reading: Reading | None) -> Tensor:
         """Take the final norm where all layers ran; guess the final state from the last known one elsewhere."""
-        ends_BTD: Tensor = unit(self._body.norm(x_BTD).float())
+        ends_BTD = _seen(self._body.norm(x_BTD), reading)
         for depth in sorted(set(self.shortcut.depth) - {len(self._layers)}):
             left_A = torch.nonzero(depth_T == depth).flatten()
             if self.guesses is not None:
@@ -234,6 +234,11 @@ class _PartialLayer(ModuleLayer):
         if kind == "drop" or self.forward.guesses is None:
             return torch.zeros_like(x_BAD)
         return self.forward.guesses.update(part, self.index, x_BAD).to(x_BAD.dtype)
+
+
+def _seen(x: Tensor, reading: Reading | None) -> Tensor:
+    """Return states as a reading sees them: unit, and in its frame if it has one."""
+    return unit(x.float()) if reading is None else reading.seen(x)
 
 
 def _size(layer: Any) -> int:
@@ -486,7 +491,7 @@ def _layers() -> Iterator[Attack]:
         yield Attack(f"{name} dropped", "layers", _parts(which, "drop"))
         if "quarter" in name:
             yield Attack(f"{name} linear", "layers", _parts(which, "linear"))
-    for depth in (6, 4, 2):
+    for depth in (6, 4, 2, 0):
         yield Attack(f"early exit at {depth}/8", "layers", _positions(lambda t, T: False, depth=depth))
 
 
@@ -510,8 +515,9 @@ def _skipped_positions() -> Iterator[Attack]:
         name = f"before {end:.0%}, exit at {depth}/8, stale"
         yield Attack(name, "positions", _positions(partial(_after, end), depth=depth, stale=True))
     yield Attack("only the last position in the last layer", "positions", _lazy_last_layer)
-    window = partial(Shortcut, window=64)
-    yield Attack("sliding window of 64", "positions", lambda scene: PartialForward(scene.model, window(scene.full())))
+    for size in (64, 16):
+        window = partial(Shortcut, window=size)
+        yield Attack(f"sliding window of {size}", "positions", partial(_windowed, window))
 
 
 def _after(share: float, t: int, T: int) -> bool:
@@ -520,6 +526,10 @@ def _after(share: float, t: int, T: int) -> bool:
 
 def _before(share: float, t: int, T: int) -> bool:
     return t < share * T
+
+
+def _windowed(window: Callable[..., Shortcut], scene: Scene) -> Program:
+    return PartialForward(scene.model, window(scene.full()))
 
 
 def _lazy_last_layer(scene: Scene) -> Program:

@@ -4,6 +4,7 @@ Legend of shapes: N nonces or residuals, R trials, C checked nonces, B nonces of
 K published numbers.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,15 @@ from scipy import stats as distributions
 from torch import Tensor
 
 from assay import stats
+from assay.models.frame import Frame
 from assay.models.load import Model, load_model
 from assay.models.quantized import in_format
 from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.engines.hf.fused import worth_compiling
+from assay.poc.frames import measure_frame
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.transforms import Reading as TransformReading
 from assay.poc.protocol.transforms import unit
 from assay.poc.verdict.calibration import PAIR_SPREAD
 from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
@@ -155,6 +159,23 @@ def detection(judge: Judge, pool: Pool) -> dict[str, Any]:
     }
 
 
+def best_test(honest_N: FloatArray, cheating_N: FloatArray) -> int | None:
+    """Return the nonces after which the best test of sizes convicts 99 %, at 1 false conviction in 1000.
+
+    It knows both laws, as densities of the logarithm, and takes their ratio to be normal over many nonces. They are
+    fitted to the sizes that they judge, so the number is a bound from below. None where it tells nothing: sizes that
+    are all alike, or no larger ratio for the cheat.
+    """
+    logs = [np.log(np.maximum(np.abs(sizes_N), 1e-5)) for sizes_N in (honest_N, cheating_N)]
+    if min(map(np.ptp, logs)) == 0:
+        return None
+    honest, cheating = map(distributions.gaussian_kde, logs)
+    ratios = [cheating.logpdf(log_N).clip(-20) - honest.logpdf(log_N).clip(-20) for log_N in logs]
+    gap = float(ratios[1].mean() - ratios[0].mean())
+    width = sum(float(distributions.norm.isf(p) * x.std()) for p, x in zip((ALPHA, 1 - POWER), ratios, strict=True))
+    return max(1, math.ceil((width / gap) ** 2)) if gap > 0 else None
+
+
 def spread(errors_N: FloatArray, residuals_N: FloatArray) -> dict[str, float]:
     """Return the size of the errors of states, and of the residuals of what is published."""
     return {
@@ -191,9 +212,18 @@ class Reading:
         found = []
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
-            reading = self._transforms[self.presets[0]].reading(batch, engine.seq_len)
+            reading = self.of(batch, engine.seq_len)
             found.append(program.read(engine.inputs(self.round, batch), reading).cpu())
         return torch.cat(found)[:nonces]
+
+    def of(self, nonces: Sequence[int], seq_len: int) -> TransformReading | None:
+        """Return how the positions of nonces are read; None where only the last one is."""
+        return self._transforms[self.presets[0]].reading(nonces, seq_len)
+
+    @property
+    def last(self) -> bool:
+        """Whether only the last position is read."""
+        return get_pipeline(self.presets[0]).read == "last"
 
     def recomputed(self, nonces: int) -> Tensor:
         """Return the validator's states of the first nonces, [N, D], which are kept."""
@@ -238,10 +268,18 @@ class Field:
     seq_len: int
     batch_size: int
     honest: int
+    presets: tuple[tuple[str, ...], ...] = (("poc-2.0", "artifact"), ("hardened",))  # those that read alike together
 
     def load(self) -> Model:
         """Load the model in the provers' number format; eight bits leave the rest in bfloat16."""
-        return load_model(self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device)
+        model = load_model(self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device)
+        return model.with_frame(self.frame)
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """Frame of the checkpoint, where the presets have one."""
+        framed = get_pipeline(self.presets[0][0]).framed
+        return measure_frame(load_model(self.reference, dtype="float32", device=self.device)) if framed else None
 
     def engine_of(self, model: Model) -> HFEngine:
         """Return an engine of the field's batch shape."""
@@ -251,7 +289,8 @@ class Field:
     def validator(self) -> HFEngine:
         """Engine of the validator, in float32, or in float8 against provers in that."""
         if (plain := validator_format(self.dtype)) != "float8":
-            return self.engine_of(load_model(self.reference, dtype=plain, device=self.device))
+            model = load_model(self.reference, dtype=plain, device=self.device)
+            return self.engine_of(model.with_frame(self.frame))
         model = self.load()
         shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         return HFEngine(model, **shape, compiled=worth_compiling(model))
@@ -272,17 +311,16 @@ class Field:
     @cached_property
     def scene(self) -> Scene:
         """Where the attackers work."""
-        round = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len)
-        size = self.batch_size
+        preset, size = self.presets[0][0], self.batch_size
+        round = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len, preset=preset)
         batches = [self.validator.inputs(round, range(start, start + size)) for start in (0, size)]
-        guesses = Guesses(self.validator.model, torch.cat(batches))
+        guesses = Guesses(self.validator.model, torch.cat(batches), self.readings[0].of(range(size), self.seq_len))
         return Scene(model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len)
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
-        """Readings of the three presets: of the last state, and of all positions."""
-        presets = (("poc-2.0", "artifact"), ("hardened",))
-        return tuple(Reading(self.validator, self.round(names[0]), names) for names in presets)
+        """Readings of the presets, one for those that read alike."""
+        return tuple(Reading(self.validator, self.round(names[0]), names) for names in self.presets)
 
     def round(self, preset: str) -> Round:
         """Return the attacked round with a preset."""

@@ -21,7 +21,18 @@ from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 from assay.streams import DTYPES
 from assay_research.redteam.attacks import ATTACKS, Attack, Invented, OnEngine
-from assay_research.redteam.field import CHECKED, PRESETS, Field, Judge, Pool, Reading, detection, mixed, spread
+from assay_research.redteam.field import (
+    CHECKED,
+    PRESETS,
+    Field,
+    Judge,
+    Pool,
+    Reading,
+    best_test,
+    detection,
+    mixed,
+    spread,
+)
 from assay_research.runs.report import Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import ExperimentPlan, Measurement, RunRecords
 
@@ -70,7 +81,7 @@ def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Measu
     yield f"{prefix}/honest", lambda: {**who, "kind": "honest", **_honest(field)}
     yield f"{prefix}/audits", lambda: {**who, "kind": "audits", "engines": _audits(field)}
     for attack in (attack for attack in ATTACKS if attack.serves(field.dtype)):
-        yield f"{prefix}/{attack.name}", partial(_attack, field, attack, plan.nonces)
+        yield f"{prefix}/{attack.name}", partial(attacked, field, attack, plan.nonces)
 
     def claims() -> JsonObject:
         """Measure what a node can do with results instead of with the model, against every preset."""
@@ -94,10 +105,11 @@ def _honest(field: Field) -> JsonObject:
     return {"nonces": field.honest, "presets": rows}
 
 
-def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
+def attacked(field: Field, attack: Attack, nonces: int) -> JsonObject:
+    """Return what an attack costs, how far off it is, and after how many nonces each rule catches it, by preset."""
     program = attack.make(field.scene)
     rows = {}
-    for reading in field.readings[attack.last_unknown :]:
+    for reading in (one for one in field.readings if not (attack.last_unknown and one.last)):
         x_ND = reading.states(program, field.engine, nonces)
         errors_N = reading.errors(x_ND)
         for preset in reading.presets:
@@ -106,6 +118,7 @@ def _attack(field: Field, attack: Attack, nonces: int) -> JsonObject:
                 **spread(errors_N, residuals_N),
                 "auc": stats.auroc(np.abs(residuals_N), np.abs(honest_N)),
                 **detection(field.judges[preset], mixed(attack.share, residuals_N, honest_N)),
+                "best_99": best_test(honest_N, residuals_N),
             }
     return {
         "model": field.reference,

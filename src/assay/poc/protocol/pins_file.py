@@ -228,6 +228,9 @@ class NetworkPins(Table):
             seen = f"round.r_target {asked.r_target} with preset {pipeline.name}"
             wanted = "a distance" if asked.r_target is None else "none: only distances have a target"
             raise UsageError(seen, wanted=wanted, do="correct one of the two")
+        if pipeline.framed and (bare := [model.reference for model in self.models if model.frame is None]):
+            do = "make it with `assay poc frame`, and pin it: `assay poc pins new --frame`"
+            raise UsageError(f"preset {pipeline.name} and no frame of {bare[0]:.80}", wanted="[models.frame]", do=do)
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
         self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
         if asked.nonces is not None:

@@ -50,13 +50,17 @@ class Reading(NamedTuple):
     mean: Float32[Tensor, " D"] | None = None
     inverse: Float32[Tensor, " D"] | None = None  # of the scale
 
-    def sum(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
-        """Return Σ_t w_t · y_t/(‖y_t‖ + 1e-8) in float32, with y_t = (x_t − mean)/scale, every row by itself."""
+    def seen(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B T D"]:
+        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale."""
         y_BTD = x_BTD.float()
         if self.mean is not None and self.inverse is not None:
             y_BTD = (y_BTD - self.mean) * self.inverse
+        return unit(y_BTD)
+
+    def sum(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
+        """Return the sum of the seen states with their weights, every row by itself."""
         with own_precision(x_BTD):
-            return torch.bmm(self.weights.unsqueeze(1), unit(y_BTD)).squeeze(1)
+            return torch.bmm(self.weights.unsqueeze(1), self.seen(x_BTD)).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:

@@ -26,7 +26,7 @@ from pydantic import PlainValidator, TypeAdapter
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
-from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
+from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
@@ -178,9 +178,10 @@ def is_bundled(digest: str) -> bool:
 def missing_law(model: str, digest: str, round: Round) -> str:
     """Return the sentence that says that a model has no law, and which command measures one."""
     model = shlex.quote(model[:200])  # the node may have chosen its words
+    frame = " --frame frame.safetensors" if get_pipeline(round.preset).framed else ""
     return (
         f"no law of honest noise was measured for checkpoint {digest[:12]}, preset {round.preset} and these number "
-        f"formats: measure one with `assay poc calibrate --model {model} --preset {round.preset} "
+        f"formats: measure one with `assay poc calibrate --model {model} --preset {round.preset}{frame} "
         f"--seq-len {round.seq_len} -o calibration.json`, and pass --calibration"
     )
 
