@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from assay.errors import StorageError, UsageError
+from assay.errors import StorageError
 from assay.pages.report import Badge, Report, figure
 
 ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
@@ -67,13 +67,6 @@ def test_a_page_is_well_formed_escaped_and_loads_nothing_from_outside():
     addresses = set(re.findall(r"https?://[^\"' )]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert not re.search(r"<script|<link|<img|@import|url\((?!#)", page)
-
-
-def test_details_close_when_their_content_fails():
-    report = Report("t", origin={})
-    with pytest.raises(UsageError), report.details("More"):
-        report.table(["a"], [[1, 2]])
-    parse(report.render())
 
 
 def test_write_is_complete_or_an_error(tmp_path):

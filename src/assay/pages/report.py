@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.pages.provenance import provenance
 
@@ -79,12 +78,6 @@ def heatmap(ax: "Axes", matrix: npt.ArrayLike, rows: Sequence[str], columns: Seq
     from matplotlib.colors import ListedColormap, to_rgba
 
     values_RC = np.asarray(matrix, dtype=np.float64)
-    if values_RC.shape != (len(rows), len(columns)) or not values_RC.size:
-        raise UsageError(
-            f"a matrix of shape {values_RC.shape} with {len(rows)} row and {len(columns)} column labels",
-            wanted="one label per row and per column, at least one of each",
-            do="pass the labels in the order of the matrix",
-        )
     largest = float(np.nanmax(np.abs(values_RC), initial=0.0)) or 1.0
     low = -largest if np.nanmin(values_RC, initial=0.0) < 0 else 0.0
     shades = np.linspace(0.0, 1.0, 24)  # matplotlib makes pixels of a scale with 50 colours
@@ -188,9 +181,6 @@ class Report:
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "") -> None:
         """Add a table. Columns of numbers are set to the right; None is an empty cell."""
-        for row in rows:
-            if len(row) != len(headers):
-                raise UsageError(f"a row of {len(row)} cells", wanted=f"{len(headers)} cells", do="fill with None")
         numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
         head = _row("th", headers, numeric)
         body = "".join(_row("td", row, numeric) for row in rows)
@@ -209,10 +199,8 @@ class Report:
     def details(self, summary: str) -> Iterator[None]:
         """Fold what is added inside the ``with`` block under a summary."""
         self._parts.append(f"<details><summary>{escape(summary)}</summary>")
-        try:
-            yield
-        finally:
-            self._parts.append("</details>")
+        yield
+        self._parts.append("</details>")
 
     def render(self) -> str:
         """Return the whole page."""

@@ -24,7 +24,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import DistanceRecord, is_distance
+from assay.poc.protocol.proof import DistanceRecord
 from assay.poc.service import requests
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
@@ -347,9 +347,6 @@ class Controller(Runtime):
                 wanted, do = "VALIDATING until the answer", "send it again in the round that you mean"
                 raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(self.state)})
             computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
-        if not all(map(is_distance, computed)):
-            seen = "the engine returned NaN or an out-of-range distance"
-            raise Refusal(503, seen, wanted="finite distances", do="check the device")
         verdict = self.judge.judge(stored, deployment.dtype, request, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]

@@ -1,7 +1,6 @@
 """Artifact jobs: vectors of asked nonces, computed or checked, while no round needs the engine."""
 
 import base64
-import math
 import threading
 import time
 import uuid
@@ -10,18 +9,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 import structlog
 from pydantic import ValidationError
 
-from assay.errors import ProofFormatError, StorageError
+from assay.errors import StorageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Record, VectorRecord, describe_packing, pack_record
+from assay.poc.protocol.proof import Record, describe_packing, pack_record
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.judge import HonestNoise, judge_vectors
 from assay.poc.service.requests import GenerateRequest
@@ -158,12 +156,9 @@ class Jobs:
         self._running = None
 
     def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
-        if len(records) != len(request.nonces):
-            seen = f"{len(records)} vectors for {len(request.nonces)} nonces"
-            raise ProofFormatError(seen, wanted="one each", do="send the request again")
         pipeline, round = get_pipeline(request.params.preset), request.round(deployment.reference)
         if request.validation is None:
-            artifacts = [{"nonce": r.nonce, "vector_b64": _packed(r)} for r in records]
+            artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(pack_record(r)).decode()} for r in records]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         errors = residuals(request.received(), records)
         noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
@@ -220,10 +215,3 @@ def _state(row: sa.Row[Any]) -> JsonObject:
     error = {"error": row.error} if row.error else {}
     result = loads(row.result, "job result") if row.result else {}
     return {"status": row.status, "request_id": row.id} | error | result
-
-
-def _packed(record: Record) -> str:
-    if isinstance(record, VectorRecord) and not math.isfinite(float(np.sum(record.vector.astype(np.float64)))):
-        seen = f"the engine returned no finite vector for nonce {record.nonce}"
-        raise ProofFormatError(seen, wanted="finite vectors", do="check the checkpoint and the device")
-    return base64.b64encode(pack_record(record)).decode("ascii")
