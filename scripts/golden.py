@@ -105,7 +105,8 @@ def tokens(frame: Path) -> dict[str, object]:
     from assay import streams
     from assay.models import load_model
     from assay.poc import HFEngine, Round, get_pipeline, prove
-    from assay.poc.engines.base import make_transform, token_inputs
+    from assay.poc.engines.base import token_inputs
+    from assay.poc.engines.hf.engine import make_transform
 
     model = load_model("reference:qwen3", dtype="float32", device="cpu").with_frame(frame)
     round = Round(block_hash="block_alpha", public_key="node_A", seq_len=24, preset="tokens-1")

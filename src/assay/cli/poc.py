@@ -27,7 +27,6 @@ from assay.errors import UsageError
 from assay.settings import Device, Names, Settings, Spelling
 
 if TYPE_CHECKING:
-    from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.life import Standing
 
@@ -345,6 +344,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     import os
 
     from assay.poc.measurement import describe, measure, target_for
+    from assay.poc.one_machine import calibrate_model
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.verdict.calibration import Calibration
 
@@ -370,7 +370,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         assert chosen.model is not None
         if get_pipeline(chosen.preset).framed:
             frame = chosen.frame or chosen.output.with_suffix(".frame.safetensors")
-        measured = _calibrate_model(chosen.model, frame, chosen)
+        how = chosen.model_dump(include={"preset", "seq_len", "blocks", "nonces", "formats", "device"})
+        with progress_bar("measuring") as progress:
+            measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
     else:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(chosen.proofs, model=chosen.model, progress=progress)
@@ -387,14 +389,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         how = {"engine": measured.builds[0].engines[0], "calibrations": [chosen.output], "frame": frame}
         written = write_pins(chosen.pins, chosen.model, asked=asked, **how)
         show_values("assay.poc.pins.new/1", written, as_json)
-
-
-def _calibrate_model(model: str, frame: Path | None, chosen: CalibrateSettings) -> "Calibration":
-    from assay.poc.one_machine import calibrate_model
-
-    names = ("preset", "seq_len", "blocks", "nonces", "formats", "device")
-    with progress_bar("measuring") as progress:
-        return calibrate_model(model, **{name: getattr(chosen, name) for name in names}, frame=frame, progress=progress)
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from assay.errors import (
-    BackendUnavailable,
-    BadWeights,
-    ModelError,
-    ModelNotFound,
-    how_to_install,
-)
+from assay.errors import BackendUnavailable, BadWeights, ModelError, ModelNotFound, how_to_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

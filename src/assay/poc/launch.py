@@ -140,8 +140,8 @@ def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine]]:
         return
     if chosen.deterministic:
         be_deterministic()
-    loaded = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
-    yield loaded, HFEngine(loaded, **chosen.shape(loaded, pipeline))
+    model = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
+    yield model, HFEngine(model, **chosen.shape(model, pipeline))
 
 
 def check_judge(chosen: Launch, header: Header, calibration: Calibration | None) -> None:

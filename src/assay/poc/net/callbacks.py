@@ -41,8 +41,10 @@ class Blocked(Exception):
     """A host whose addresses are not allowed."""
 
 
-def check_url(url: str, *, allow_private: bool) -> None:
-    """Refuse a callback URL that can never be called. Needs no network."""
+def check_url(url: str | None, *, allow_private: bool) -> None:
+    """Refuse a callback URL that can never be called; None is no URL. Needs no network."""
+    if url is None:
+        return
     try:
         parsed = httpx.URL(url)
         host = parsed.host

@@ -323,15 +323,12 @@ def backoff(attempts: int, base: float, longest: float) -> float:
 
 def retry_after(value: str | None, now: datetime | None = None) -> float:
     """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
-    if not value:
-        return 0.0
+    value = value or ""
     try:
         if value.strip().isdigit():
             seconds = float(value)
-        else:
-            date = parsedate_to_datetime(value)
-            date = date if date.tzinfo else date.replace(tzinfo=UTC)
-            seconds = (date - (now or datetime.now(UTC))).total_seconds()
+        else:  # a date of HTTP is always in GMT
+            seconds = (parsedate_to_datetime(value).replace(tzinfo=UTC) - (now or datetime.now(UTC))).total_seconds()
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)

@@ -74,8 +74,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         super().__init__("assay-receipts", most=settings.max_receipts)
         self.database, self._outbox, self.settings, self.metrics = database, outbox, settings, metrics
         self._table, self._c = database["receipts"], database["receipts"].c
-        if settings.receipt_callback_url is not None:
-            check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
+        check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._lost = 0
         self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
         self._journal_owed = not database.empty_journal()

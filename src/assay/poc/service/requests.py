@@ -275,7 +275,7 @@ def round_values(
                 seen, wanted = "Node ID and node count must be set", "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
             share = {"node_id": 0, "node_count": 1}
-    _check_url(own["callback_url"], settings)
+    check_url(own["callback_url"], allow_private=settings.allow_private_callbacks)
     same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
     asked = RoundValues(
         **{name: getattr(request, name) for name in same},
@@ -328,7 +328,7 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
     agreed on (409), and nonces that one forward pass would serve where artifacts are to be checked.
     """
     _check_params(request.params, deployment, settings)
-    _check_url(request.url, settings)
+    check_url(request.url, allow_private=settings.allow_private_callbacks)
     round = request.round(deployment.reference)
     _check_work(round, request.batch_size, deployment, settings, share=True)
     round.check_nonces(sorted(_limited(request.nonces, settings)))
@@ -353,11 +353,6 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
         seen, wanted = "params mismatch: " + ", ".join(other), ", ".join(f"{name} {deployed[name]}" for name in other)
         fields = {"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other}
         raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
-
-
-def _check_url(url: str | None, settings: Settings) -> None:
-    if url is not None:
-        check_url(url, allow_private=settings.allow_private_callbacks)
 
 
 def _check_work(round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool) -> None:

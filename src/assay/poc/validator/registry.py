@@ -109,8 +109,7 @@ class Registry:
             raise UsageError(seen, wanted=f"at most its {wanted} positions", do=do)
 
     def _sender(self, entry: NodeEntry, shared: Signatures, settings: ServerSettings) -> Sender:
-        if entry.url is not None:
-            check_url(entry.url, allow_private=settings.allow_private_callbacks)
+        check_url(entry.url, allow_private=settings.allow_private_callbacks)
         if entry.url is not None and self.pipeline.output != "distance":
             seen = f"the url {entry.url!r:.80} with preset {self.pipeline.name}"
             wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
