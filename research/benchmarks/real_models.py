@@ -58,7 +58,7 @@ SIDES = ("poc-2.0", "tokens-1")  # of the throughput
 
 
 def measure_law(options, frame, preset, seq_len):
-    """Return the calibration of a preset and length, and what it says of itself; or None, and why there is none."""
+    """Return the calibration of a preset and length, and what it says of itself; or None, and the reason."""
     given = {"preset": preset, "seq_len": seq_len, "formats": options.formats, "device": options.device}
     given |= {"blocks": options.law_blocks, "nonces": options.law_nonces}
     if get_pipeline(preset).framed and "frame" in signature(calibrate_model).parameters:

@@ -1,4 +1,4 @@
-"""No law, no verdict: what is said of a model whose honest noise nobody measured."""
+"""No law, no verdict: what is said of a model without a law of its own."""
 
 from dataclasses import replace
 

@@ -2,7 +2,7 @@
 
 Every engine of this machine computes the nonces of the same rounds. A pair of number formats has a law of its own,
 fitted to all pairs of engines in these two formats. So a node that states float32 is not judged by the wider noise of
-bfloat16, and a pair of formats that nobody measured has no law.
+bfloat16, and a pair of formats without a measurement has no law.
 
 One machine cannot show how machines differ. Its kernels stand for them: two kinds of attention, other batches and
 another number of threads. A build of another processor or library has to be measured with proofs of both

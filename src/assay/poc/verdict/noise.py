@@ -233,7 +233,7 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
 
 
 SAMPLES = (32, 48, 64, 96, 128)
-"""Numbers of nonces among which a verifier chooses, where nobody says how many it recomputes."""
+"""Numbers of nonces among which a verifier chooses, where its caller does not choose."""
 
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
