@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from assay.models import load_model
 from assay.poc.responses import Receipts
 from assay.poc.verdict import Ledger
 from tests.docs.shell import ENVIRONMENT
@@ -108,19 +109,20 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_validator_cron(tmp_path, small_model, small_checkpoint, fork_server):
+def test_validator_cron(tmp_path, fork_server):
+    model = load_model("reference:qwen3", dtype="float32", device="cpu")  # its law comes with assay
     inbox, tools = tmp_path / "inbox", tmp_path / "bin"
     inbox.mkdir()
     tools.mkdir()
     path = shlex.quote(ENVIRONMENT["PATH"])
     (tools / "assay").write_text(f'#!/bin/sh\nPATH={path} exec {shlex.join(fork_server)} assay "$@"\n')
     (tools / "assay").chmod(0o755)
-    (tmp_path / "pins.toml").write_text(pins_text(small_model))
-    proof_of(small_model, "node_A").save(inbox / "first.jsonl")
-    proof_of(small_model, "node_B").save(inbox / "other.jsonl")  # of another key than the chain says
+    (tmp_path / "pins.toml").write_text(pins_text(model))
+    proof_of(model, "node_A").save(inbox / "first.jsonl")
+    proof_of(model, "node_B").save(inbox / "other.jsonl")  # of another key than the chain says
     expected = [("first", BLOCK, "node_A"), ("other", BLOCK, "node_C"), ("late", BLOCK, "node_B")]
     (inbox / "expected.tsv").write_text("".join("\t".join(line) + "\n" for line in expected))
-    environment = ENVIRONMENT | {"PATH": f"{tools}:/usr/bin:/bin", "ASSAY_MODEL": str(small_checkpoint)}
+    environment = ENVIRONMENT | {"PATH": f"{tools}:/usr/bin:/bin", "ASSAY_MODEL": model.reference}
     places = (EXAMPLES / "validator_cron.sh", inbox, tmp_path / "pins.toml", tmp_path / "l.sqlite3")
     command = ["sh", *map(str, places)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -160,13 +160,16 @@ def _fit(
 ) -> Calibration:
     """Fit a law to every pair of number formats: to the residuals of all pairs of engines in these two."""
     formats, builds = list(dict.fromkeys(engine.dtype for engine in engines)), []
+    # Engines of a format that mostly agree to the bit are one: a law that leaves another out would know no noise.
+    again = {j for (i, j), e in measured.items() if engines[i].dtype == engines[j].dtype and not np.median(e)}
     for pair in combinations_with_replacement(formats, 2):
-        rows = [row for row, engine in enumerate(engines) if engine.dtype in pair]
+        every = [row for row, engine in enumerate(engines) if engine.dtype in pair]
+        rows = every if len(set(every) - again) < 2 else [row for row in every if row not in again]
         place = {row: index for index, row in enumerate(rows)}
         of_pair = {
             (place[i], place[j]): errors_N
             for (i, j), errors_N in measured.items()
-            if sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair)
+            if {i, j} <= place.keys() and sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair)
         }
         if not of_pair:  # one engine in a format says nothing of that format beside itself
             continue

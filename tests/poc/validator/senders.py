@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from assay.poc.one_machine import calibrate_model
 from tests.end_to_end.server import Server
-from tests.poc.validator.conftest import API, BLOCK, HEIGHT, nodes_text, pins_text
+from tests.poc.validator.conftest import API, BLOCK, HEIGHT, SEQ_LEN, nodes_text, pins_text
 
 
 class ValidatorServer(Server):
@@ -17,7 +18,8 @@ class ValidatorServer(Server):
         pins, nodes = directory / "pins.toml", directory / "nodes.toml"
         self.arguments = [
             *("poc", "validator", "--model", str(model), "--port", str(self.port), "--data-dir", str(self.data_dir)),
-            *("--pins", str(pins), "--nodes", str(nodes), "--log-format", "json", *arguments),
+            *("--pins", str(pins), "--nodes", str(nodes), "--calibration", str(directory / "calibration.json")),
+            *("--log-format", "json", *arguments),
         ]
 
     def announce(self, block: str = BLOCK, height: int = HEIGHT) -> None:
@@ -30,7 +32,11 @@ def keys_of(count: int) -> list[str]:
 
 
 def write_network(directory: Path, model: Any, keys: Sequence[str], **round: Any) -> None:
-    """Write pins and secrets of some nodes."""
+    """Write pins and secrets of some nodes, and a law of the model: a process has none of the tests' own."""
+    shape = {"seq_len": SEQ_LEN, "blocks": 4, "nonces": 64}
+    calibrate_model(model.reference, formats=[str(model.dtype).removeprefix("torch.")], device="cpu", **shape).save(
+        directory / "calibration.json"
+    )
     (directory / "pins.toml").write_text(pins_text(model, keys=keys, **round))
     (directory / "nodes.toml").write_text(nodes_text(keys))
 
