@@ -44,6 +44,6 @@ def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):
         for done in (10, 60, 70, 120):
             update(done, 120)
     assert capsys.readouterr().err.splitlines() == [
-        "proving: 60 of 120 nonces, 10.0 nonces/s",
-        "proving: 120 of 120 nonces, 10.0 nonces/s",
+        "proving: 60 of 120 nonces, 10.0 nonces/s, 6 s left",
+        "proving: 120 of 120 nonces, 10.0 nonces/s, 0 s left",
     ]

@@ -161,7 +161,7 @@ def _fit(
     """Fit a law to every pair of number formats: to the residuals of all pairs of engines in these two."""
     formats, builds = list(dict.fromkeys(engine.dtype for engine in engines)), []
     # Engines of a format that mostly agree to the bit are one: a law that leaves another out would know no noise.
-    again = {j for (i, j), e in measured.items() if engines[i].dtype == engines[j].dtype and not np.median(e)}
+    again = {j for (i, j), e in measured.items() if engines[i].dtype == engines[j].dtype and not np.median(np.abs(e))}
     for pair in combinations_with_replacement(formats, 2):
         every = [row for row, engine in enumerate(engines) if engine.dtype in pair]
         rows = every if len(set(every) - again) < 2 else [row for row in every if row not in again]
