@@ -63,12 +63,12 @@ def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
     """A proof of vLLM names no kernels, and ``prove`` compiles beside it; one of transformers names the node's."""
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": 16}
     compiled, eager = (HFEngine(small_model, **shape, compiled=choice) for choice in (True, False))
-    far = prove(small_model, round_, range(64), engine=eager)
+    far = prove(small_model, round_, range(256), engine=eager)
     records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records]
     fingerprint = replace(eager.fingerprint, engine=node, batch_size=8, library="another", kernels=("compiled",))
     theirs = Proof.build(replace(far.header, fingerprint=fingerprint), records, 1.0)
     measured = compiled if kernels == "compiled" else eager
-    calibration = calibrate(theirs, prove(small_model, round_, range(64), engine=measured))
+    calibration = calibrate(theirs, prove(small_model, round_, range(256), engine=measured))
     monkeypatch.setattr(_verifier, "worth_compiling", lambda model: True)
     engine, _ = judging_setup(theirs.header, small_model, calibration=calibration)
     assert engine.fingerprint == measured.fingerprint

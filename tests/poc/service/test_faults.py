@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from assay.poc.engines import base as _outputs
+from assay.poc.engines.hf import engine as _outputs
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
 from tests.waiting import until

@@ -124,7 +124,7 @@ def test_without_a_secret_only_this_machine_is_answered(store, headers):
         '{"nonces":[1],"dist":[1e400]}',
         '{"nonces":[1],"nonces":[2]}',
         r'{"nonces":[1],"public_key":"\ud800"}',
-        '{"nonces":' + "[" * 17 + "]" * 17 + "}",
+        '{"nonces":' + "[" * 70 + "]" * 70 + "}",
         '{"nonces":' + "[" * 4000 + "]" * 4000 + "}",
     ],
 )

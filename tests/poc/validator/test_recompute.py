@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from assay.cli.serve import RunSettings
-from assay.errors import CalibrationError, DataError, UsageError
+from assay.errors import DataError, UsageError
 from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, TokenRecord, calibrate_model, cheats, measure_frame
 from assay.poc.net.deployment import Deployment
@@ -108,8 +108,10 @@ def test_files_of_a_frame_lead_from_a_service_to_a_verdict(validating, small_che
     with pytest.raises(DataError, match="no frame of"):
         NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
     text = text.replace("[[models.builds]]", f"[models.frame]\n{tables[0]}[[models.builds]]")
-    with pytest.raises(CalibrationError, match="--preset tokens-1 --frame FRAME"), validating(pins=text) as running:
-        running.controller.loaded.result(30)
+    with validating(pins=text) as running:
+        running.wait_ready()
+        (law,) = running.controller.snapshot()["laws"]
+        assert "--preset tokens-1 --frame frame.safetensors" in law["missing"]
     text += f"[[models.calibrations]]\n{tables[1]}"
     pins = NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
     model = load_model(small_checkpoint, device="cpu", dtype="bfloat16").with_frame(pins.frame(small_model.digest))
