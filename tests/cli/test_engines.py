@@ -99,9 +99,9 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     ("stated", "flags", "loads", "words"),
     [
         ("float64", (), False, "a proof in the number format 'float64'"),
-        ("float8", ("--prover-dtype", "float8"), False, "no default noise between float8 and float8"),
-        (CACHED, ("--prover-dtype", CACHED), False, f"no default noise between {CACHED} and bfloat16"),
-        ("bfloat16", ("--dtype", "float8"), False, "no default noise between bfloat16 and float8"),
+        ("float8", ("--prover-dtype", "float8"), False, "no law of honest noise was measured"),
+        (CACHED, ("--prover-dtype", CACHED), False, "no law of honest noise was measured"),
+        ("bfloat16", ("--dtype", "float8"), False, "no law of honest noise was measured"),
         ("float32", ("--model", "reference:qwen3"), True, "wanted: a proof of reference:qwen3"),
     ],
 )

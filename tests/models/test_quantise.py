@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from assay.errors import BackendUnavailable, CalibrationError, ModelError
+from assay.errors import BackendUnavailable, ModelError
 from assay.models import load_model
 from assay.models import quantized as _quantise
 from assay.models.eight_bits import round_rows
@@ -88,10 +88,8 @@ def test_a_rounded_model_is_a_configuration_of_its_own(pair):
     shifted = prove(rounded, round, range(5, 13), engine=engine)
     assert shifted.distances.tolist() == proof.distances[5:13].tolist()
     assert 0 < (proof.distances - prove(plain, round, range(64), engine=unrounded).distances).std() < 0.01
-    # Between formats there is no stated noise: nothing is accused, and nothing passes, by accident.
-    for judge, other in ((plain, str(plain.dtype).removeprefix("torch.")), (rounded, form)):
-        with pytest.raises(CalibrationError, match=f"no default noise between {form} and {other}"):
-            verify(proof, judge)
+    # Between formats without a law nothing is accused, and nothing passes, by accident.
+    assert [verify(proof, judge).verdict for judge in (plain, rounded)] == ["undecided"] * 2
     if form == "int8":
         claimed = replace(proof, header=replace(proof.header, fingerprint=unrounded.fingerprint))
         assert verify(claimed, plain, seed=1).verdict == "fraud"

@@ -15,7 +15,7 @@ from assay.errors import CalibrationError, UsageError
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
 from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
-from assay.poc.protocol.pins import Pins
+from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
@@ -38,7 +38,7 @@ from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
-from assay.poc.verdict.noise import AnyNoise, missing_law
+from assay.poc.verdict.noise import bundled_noise, missing_law
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)
@@ -88,10 +88,13 @@ class Auditor(Launch):
         needed = proof.header.pipeline.framed and self.frame is None
         how = replace(self, frame=self._pinned_frame(proof.header)) if needed else self
         self._check_ledger(pins.unpinned(proof.header))
-        check_judge(how, proof.header, measured)
-        with open_judge(how, proof.header, measured) as (loaded, made):
-            engine, noise = judging_setup(proof.header, loaded, engine=made, calibration=measured)
-            self._check_law(noise, missing_law(self.model, proof.header.digest, proof.header.round))
+        header = proof.header
+        formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
+        law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
+        self._check_law(law, missing_law(self.model, header.digest, header.round))
+        check_judge(how, header, measured)
+        with open_judge(how, header, measured) as (loaded, made):
+            engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
@@ -183,9 +186,9 @@ class Auditor(Launch):
             )
         check_ledger(self.ledger, alpha=self.alpha)
 
-    def _check_law(self, noise: AnyNoise | None, missing: str) -> None:
+    def _check_law(self, law: object, missing: str) -> None:
         """Refuse a ledger where no law was measured, and say what measures one."""
-        if noise is None and self.ledger is not None:
+        if law is None and self.ledger is not None:
             wanted = "a law, without which an audit says nothing of a life"
             raise CalibrationError(missing, wanted=wanted, do="measure one, or leave --ledger out")
 

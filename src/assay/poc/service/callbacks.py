@@ -289,7 +289,7 @@ class Delivery:
             return f"{type(error).__name__}: {error}"[:200], 0.0
         if response.is_success:
             return None, 0.0
-        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after"))
+        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after", ""))
 
     async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
         """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
@@ -321,9 +321,8 @@ def backoff(attempts: int, base: float, longest: float) -> float:
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
-def retry_after(value: str | None, now: datetime | None = None) -> float:
+def retry_after(value: str, now: datetime | None = None) -> float:
     """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
-    value = value or ""
     try:
         if value.strip().isdigit():
             seconds = float(value)
