@@ -83,12 +83,12 @@ class Auditor(Launch):
             StorageError: The ledger cannot be written.
         """
         proof = Proof.load(path)
-        pins, measured = self._expected(proof.header, given or Pins(), positions)
-        check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
-        needed = proof.header.pipeline.framed and self.frame is None
-        how = replace(self, frame=self._pinned_frame(proof.header)) if needed else self
-        self._check_ledger(pins.unpinned(proof.header))
         header = proof.header
+        pins, measured = self._expected(header, given or Pins(), positions)
+        check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
+        needed = header.pipeline.framed and self.frame is None
+        how = replace(self, frame=self._pinned_frame(header)) if needed else self
+        self._check_ledger(pins.unpinned(header))
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
         self._check_law(law, missing_law(self.model, header.digest, header.round))

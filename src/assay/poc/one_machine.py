@@ -106,12 +106,12 @@ def calibrate_model(
     for name in formats:
         check_loadable(reference, name, device)
     info = model_info(reference)
+    check_shape(info, batch_size=max(shape.batch_size for shape in SHAPES), seq_len=seq_len, steps=pipeline.steps)
     if frame is None or not pipeline.framed:
         check_frame(pipeline, None)
     elif not frame.exists():
         check_new_file(frame, overwrite=False)
         measure_frame(load(reference, None, device), progress=progress).save(frame)
-    check_shape(info, batch_size=max(shape.batch_size for shape in SHAPES), seq_len=seq_len, steps=pipeline.steps)
     rounds = [
         Round(block_hash=f"calibration-{block}", public_key="calibration", preset=preset, seq_len=seq_len)
         for block in range(blocks)
