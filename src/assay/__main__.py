@@ -3,9 +3,12 @@
 import gc
 import traceback
 
+from assay.memory import keep_freed_memory
+
 
 def main() -> None:
     """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means fraud."""
+    keep_freed_memory()
     try:
         from assay.cli.app import run
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, StorageError, UsageError, is_out_of_memory
+from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
     CATALOGUE,
     EIGHT_BITS,
@@ -327,6 +328,8 @@ def load_model(
             raise
         seen, do = f"the weights do not fit on {target}: {error}", "use a smaller model or dtype, or --device cpu"
         raise OutOfMemory(seen, wanted="room for all parameters", do=do) from error
+    if target.type == "cpu":
+        keep_freed_memory()
     digest = kept if mode == "trained" else _recipe_digest(source, mode, block, kept)
     return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
 
