@@ -214,7 +214,7 @@ class Recomputation:
         """Return the sign of every position of a nonce, 0 where it is not read."""
         length = self.round["seq_len"]
         weights = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
-        weights[: length // 8 if self.frame else 0] = 0
+        weights[: length // 2 if self.frame else 0] = 0
         return weights
 
     @torch.inference_mode()

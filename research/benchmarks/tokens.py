@@ -33,7 +33,7 @@ from assay.poc.verdict.calibration import noise_for
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.chord import chord_cdf, chord_mean
 
-ORDERS = 100
+ORDERS, MOST_JUDGED = 100, 512
 NONE_HERE = ("another checkpoint", "sliding window of 64")  # a reference may have no other; nonces have 64 positions
 
 
@@ -44,6 +44,7 @@ def without_layers(model, first, count=1):
     del layers[first : first + count]
     for place, layer in enumerate(layers):
         layer.self_attn.layer_idx = place
+    module.config.num_hidden_layers = len(layers)
     return replace(model, module=module)
 
 
@@ -51,8 +52,9 @@ def dimension_of(model, round, nonces):
     """Return the effective dimension of the diagonal of framed unit states, of nonces that no frame was made from."""
     engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
     states = [engine.states(engine.inputs(round, range(start, start + 8))) for start in range(0, nonces, 8)]
-    seen_ND = torch.cat(states)[:, round.seq_len // 8 :].flatten(0, 1)
-    seen_ND = (seen_ND - torch.from_numpy(model.frame.mean)) / torch.from_numpy(model.frame.scale)
+    seen_ND = torch.cat(states)[:, round.seq_len // 2 :].flatten(0, 1)
+    mean, scale = (torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale))
+    seen_ND = (seen_ND - mean) / scale
     energy_D = (unit(seen_ND).double() ** 2).mean(dim=0)
     return float(1 / (energy_D**2).sum())
 
@@ -72,7 +74,7 @@ def trained(model, loss_of, steps, rate):
 def finetuned(model, steps):
     """Return the model after steps on pages of the documentation, 128 tokens each, at a rate of 2e-5."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    ids_SBT = torch.tensor(model.tokenizer(text).input_ids[: steps * 128]).view(steps, 2, 64)
+    ids_SBT = torch.tensor(model.tokenizer(text).input_ids[: steps * 128], device=model.device).view(steps, 2, 64)
     return trained(model, lambda module, step: module(ids_SBT[step], labels=ids_SBT[step]).loss, steps, 2e-5)
 
 
@@ -82,7 +84,7 @@ def distilled(model, steps, seq_len):
     left = without_layers(model, (model.num_layers - count) // 2, count)
     attacker = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=seq_len, preset="tokens-1")
     teacher = HFEngine(model, batch_size=8, seq_len=seq_len)
-    mean, scale = torch.from_numpy(model.frame.mean), torch.from_numpy(model.frame.scale)
+    mean, scale = (torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale))
 
     def loss_of(module, step):
         inputs = teacher.inputs(attacker, range(8 * step, 8 * step + 8)).clone()
@@ -101,7 +103,7 @@ def on_changed(scene, *, change, cost):
 def red_team(arguments):
     """Return of every attack its cost, its residual over honest ones, and when the tests convict 99 %."""
     shape = {"seq_len": arguments.seq_len, "batch_size": arguments.batch_size, "honest": arguments.nonces}
-    where = {"dtype": "bfloat16", "device": "cpu", "block_hash": "red team", "presets": (("tokens-1",),)}
+    where = {"dtype": "bfloat16", "device": arguments.device, "block_hash": "red team", "presets": (("tokens-1",),)}
     field = Field(reference=arguments.model, **where, **shape)
     left = 1 - max(1, round(field.prover.num_layers / 4)) / field.prover.num_layers
     counts = (20, 200) if field.prover.tokenizer is not None else ()
@@ -171,6 +173,7 @@ def measure(model, halved, preset, arguments):
         figures["times_honest"][name] = round_to(float(np.median(found)) / median, 3)
         figures["convicted_by"][name] = convicted_by(noise, found)
     rng = np.random.default_rng(1)
+    sizes = sizes[:MOST_JUDGED]
     mixed = np.where(rng.random(len(sizes)) < 0.1, 5, 1) * sizes
     figures["convicted_by"]["10 % at 5 times"] = convicted_by(noise, mixed)
     figures["convicted_by"]["honest"] = convicted_by(noise, sizes)
@@ -179,9 +182,9 @@ def measure(model, halved, preset, arguments):
 
 def honest_and_presets(arguments):
     """Return what honest nodes show of the model, and the figures of every preset."""
-    model = load_model(arguments.model, dtype="float32", device="cpu")
+    model = load_model(arguments.model, dtype="float32", device=arguments.device)
     model = model.with_frame(measure_frame(model))
-    halved = load_model(arguments.model, dtype="bfloat16", device="cpu").with_frame(model.frame)
+    halved = load_model(arguments.model, dtype="bfloat16", device=arguments.device).with_frame(model.frame)
     figures = {}
     fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
     figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
@@ -199,6 +202,7 @@ def main():
     made = parser(__doc__)
     made.add_argument("--model", default="reference:qwen3")
     made.add_argument("--presets", nargs="*", default=["tokens-1", "poc-2.0"])
+    made.add_argument("--device", default="cpu")
     made.add_argument("--seq-len", type=int, default=64)
     made.add_argument("--nonces", type=int, default=512)
     made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")

@@ -50,8 +50,9 @@ class Step:
 class Positions:
     """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
 
-    The result is the sum of their unit states, each with a sign that is drawn for the nonce. With ``later`` the first
-    eighth is left out: states of the first positions are far from all others, and most of their noise is their own.
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce. With ``later`` only the
+    second half is read: states of the first positions are far from all others, and most of their noise is their own;
+    and the last layer then updates half of the positions.
     """
 
     count: int = 0
@@ -59,7 +60,7 @@ class Positions:
 
     def first(self, seq_len: int) -> int:
         """Return the first position that is read."""
-        return seq_len // 8 if self.later else 0
+        return seq_len // 2 if self.later else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ _ROWS = (
     ),
     Pipeline(
         name="tokens-1",
-        summary="random tokens; framed states of seven eighths with signs, unit, projection to 32, unit; the vector",
+        summary="random tokens; framed states of the second half with signs, unit, projection to 32, unit; the vector",
         inputs="tokens",
         read=Positions(later=True),
         hidden=(_UNIT, Step("project", 32), _UNIT),

@@ -44,11 +44,15 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
 
 
 class Reading(NamedTuple):
-    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in."""
+    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in.
+
+    No position before ``first`` has a weight.
+    """
 
     weights: Float32[Tensor, "B T"]
     mean: Float32[Tensor, " D"] | None = None
     inverse: Float32[Tensor, " D"] | None = None  # of the scale
+    first: int = 0
 
     def seen(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B T D"]:
         """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale."""
@@ -58,9 +62,13 @@ class Reading(NamedTuple):
         return unit(y_BTD)
 
     def sum(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
-        """Return the sum of the seen states with their weights, every row by itself."""
+        """Return the sum of the seen states with their weights, every row by itself.
+
+        The states are those of all positions, or only those from ``first`` on.
+        """
+        weights_BR = self.weights[:, self.first :]
         with own_precision(x_BTD):
-            return torch.bmm(self.weights.unsqueeze(1), self.seen(x_BTD)).squeeze(1)
+            return torch.bmm(weights_BR.unsqueeze(1), self.seen(x_BTD[:, -weights_BR.shape[1] :])).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
@@ -168,8 +176,9 @@ class Transform:
         if 0 < read.count < seq_len:
             chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
             weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
-        weights_BT[:, : read.first(seq_len)] = 0
-        return Reading(weights_BT, *self._frame)
+        first = read.first(seq_len)
+        weights_BT[:, :first] = 0
+        return Reading(weights_BT, *self._frame, first)
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]

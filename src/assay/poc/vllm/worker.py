@@ -308,7 +308,7 @@ class Hooks:
         parts = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
         weights = [reading.weights[row, at.computed : at.computed + length] for row, at, length in parts]
         states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in parts])
-        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device)).sum(states_BND)
+        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device), first=0).sum(states_BND)
         for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
             if chunk.ends_prompt:

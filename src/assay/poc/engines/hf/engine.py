@@ -433,7 +433,7 @@ class HFEngine(Engine):
                 run = self._compiled
                 if reading is None:
                     return run.last_hidden(inputs_BTD)
-                return reading.sum(run.hidden(inputs_BTD))
+                return reading.sum(run.hidden(inputs_BTD, reading.first))
             hidden_BTD = self._hidden(inputs_BTD)
         return hidden_BTD[:, -1].float() if reading is None else reading.sum(hidden_BTD)
 
@@ -528,7 +528,7 @@ def overlapped_outputs(
         forward.wait_stream(inputs)
         with torch.cuda.stream(forward):
             for made in (inputs_BTD, *(reading or ())):
-                if made is not None:
+                if isinstance(made, Tensor):
                     made.record_stream(forward)  # do not reuse its memory before this stream is done
             return engine._run(inputs_BTD, reading), forward.record_event()
 

@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,18 +140,18 @@ class LeanDecoder:
         """Return the last position's state after the final norm, [B, D] in float32."""
         return self._through(inputs_BTD, self._last).float()
 
-    def hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
-        return self._through(inputs_BTD, self._layer)
+    def hidden(self, inputs_BTD: Tensor, first: int = 0) -> Tensor:
+        """Return the states of the positions from ``first`` on after the final norm, in the model's dtype."""
+        return self._through(inputs_BTD, self._layer, first)
 
-    def _through(self, inputs_BTD: Tensor, last: type["KernelLayer"]) -> Tensor:
+    def _through(self, inputs_BTD: Tensor, last: type["KernelLayer"], first: int = 0) -> Tensor:
         shape, by = self._shape, self._shape.arithmetic
         h: Any = Residual(inputs_BTD.clone() if by is None else inputs_BTD)
         x = h.normed(self._weights[0].input_layernorm, shape.epsilon, by)
         for weights, next_norm in zip(self._weights[:-1], self._norms[:-1], strict=True):
             h = self._layer(shape, weights, self._rotation)(h, x)
             x = h.normed(next_norm, shape.epsilon, by)
-        h = last(shape, self._weights[-1], self._rotation)(h, x)
+        h = last(shape, self._weights[-1], self._rotation, first)(h, x)
         states: Tensor = h.normed(self._norms[-1], shape.epsilon, None)
         return states
 
@@ -210,11 +210,18 @@ class Update(NamedTuple):
 
 
 class KernelLayer(DecoderLayer):
-    """A layer for every position, over a :class:`Residual`; x is a tensor, or rounded for products in eight bits."""
+    """A layer over a :class:`Residual`; x is a tensor, or rounded for products in eight bits.
 
-    def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation) -> None:
+    It updates the positions from ``first`` on. All of them attend, because their mask is the fast one.
+    """
+
+    def __init__(self, shape: Shape, weights: LayerWeights, rotation: Rotation, first: int = 0) -> None:
         super().__init__(shape.head_width, rotation)
-        self.shape, self.weights, self.by = shape, weights, shape.arithmetic
+        self.shape, self.weights, self.by, self.first = shape, weights, shape.arithmetic, first
+
+    @override
+    def updated(self, x: Any) -> Any:
+        return Residual(x.states[:, self.first :].contiguous()) if self.first else x
 
     @override
     def project(self, name: str, x: Any) -> Any:
@@ -247,7 +254,7 @@ class KernelLayer(DecoderLayer):
 
     @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, self.shape.scale).contiguous()
+        return causal_attention(q, k, v, self.shape.scale)[:, self.first :].contiguous()
 
     @override
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -479,7 +486,7 @@ class CompiledForward:
             body = torch.compile(backbone(model.module), dynamic=False, options=dict(_KERNELS))
             positions_1T = torch.arange(seq_len, device=model.device)[None]
 
-            def hidden(inputs_BTD: Tensor) -> Tensor:
+            def hidden(inputs_BTD: Tensor, first: int = 0) -> Tensor:
                 positions = {"position_ids": positions_1T.expand(len(inputs_BTD), -1)}
                 states_BTD: Tensor = body(inputs_embeds=inputs_BTD, use_cache=False, **positions).last_hidden_state
                 return states_BTD
@@ -490,7 +497,7 @@ class CompiledForward:
                 return hidden(inputs_BTD)[:, -1].float()
 
         self._last_hidden = _Graph(last_hidden) if self.fused else last_hidden
-        self._hidden = _Graph(hidden) if self.fused else hidden
+        self._hidden = cache(lambda first: _Graph(partial(hidden, first=first)) if self.fused else hidden)
 
     @cached_property
     def attention(self) -> str:
@@ -511,10 +518,11 @@ class CompiledForward:
         with _settings(inputs_BTD):
             return self._last_hidden(inputs_BTD)
 
-    def hidden(self, inputs_BTD: Tensor) -> Tensor:
-        """Return the states of all positions after the final norm, [B, T, D] in the model's dtype."""
+    def hidden(self, inputs_BTD: Tensor, first: int = 0) -> Tensor:
+        """Return the states after the final norm, in the model's dtype, of the positions from ``first`` on, or of all."""
+        batch_size, seq_len, _ = inputs_BTD.shape
         with _settings(inputs_BTD):
-            return self._hidden(inputs_BTD)
+            return self._hidden(first if batch_size * (seq_len - first) >= ROWS_OF_A_PRODUCT else 0)(inputs_BTD)
 
 
 class _Graph:
