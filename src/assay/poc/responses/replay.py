@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import ProofMismatch, UsageError
+from assay.models.chat import chat_template_digest
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
@@ -262,8 +264,8 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, a response
-            is longer than its positions, or the ids of a prompt are not known.
+        ProofMismatch: The receipts are of another checkpoint, adapter or chat template, a token is not in its
+            vocabulary, a response is longer than its positions, or the ids of a prompt are not known.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -302,6 +304,7 @@ def check_runnable(
         ProofMismatch: As :func:`replay`.
     """
     check_model(receipts.header, model)
+    _check_templates(receipts, prompts or {}, model)
     return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
 
 
@@ -311,6 +314,21 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
         seen = f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})"
         wanted = f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})"
         raise ProofMismatch(seen, wanted=wanted, do="replay with the checkpoint that the network agreed on (--model)")
+
+
+def _check_templates(receipts: Receipts, prompts: Mapping[str, Prompt], model: Model) -> None:
+    """Refuse prompts that another chat template made, unless the client's record has the very ids."""
+    for receipt in receipts.receipts:
+        stated = receipt.chat_template
+        if stated is None or receipt.prompt.sha256 in prompts:
+            continue
+        own = chat_template_digest(model.tokenizer or load_tokenizer(model.reference))
+        if stated != own:
+            raise ProofMismatch(
+                f"request {receipt.request_id!r:.80} with a prompt of the chat template {stated[:12]}",
+                wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
+                do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
+            )
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:

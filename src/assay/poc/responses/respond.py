@@ -11,6 +11,7 @@ import torch
 
 from assay.errors import UsageError
 from assay.files.storage import PartialFile
+from assay.models.chat import Chat
 from assay.models.decoder import head_of
 from assay.models.load import Model
 from assay.poc.engines.hf.engine import HFEngine
@@ -25,7 +26,7 @@ from assay.streams.backends import as_tensor
 
 def respond(
     model: Model,
-    prompts: Sequence[Request | str | Sequence[int]],
+    prompts: Sequence[Request | Chat | str | Sequence[int]],
     *,
     block_hash: str,
     public_key: str,
@@ -44,13 +45,13 @@ def respond(
 
     Args:
         model: Model that answers.
-        prompts: Requests, or prompts in text or token ids, which are called ``prompt-0`` and so on.
+        prompts: Requests, or prompts in text, messages or token ids, which are called ``prompt-0`` and so on.
         block_hash: Beacon that became known after the requests were accepted.
         public_key: Key of the node.
         sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
-        stop: Tokens that end a response; those of the model's generation config when None.
+        stop: Tokens that end a response; those of the model's generation config and tokenizer when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
         output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
             requests left that file, this one continues after its last whole line.
@@ -106,7 +107,8 @@ def respond(
     ends = stop_tokens(model) if stop is None else frozenset(stop)
 
     def receipt_of(request: Request, **made: Any) -> Receipt:
-        names = {name: getattr(request, name) for name in ("user_seed", "request_id", "index", "chosen_by", "sampling")}
+        stated = ("user_seed", "request_id", "index", "chosen_by", "sampling", "chat_template")
+        names = {name: getattr(request, name) for name in stated}
         receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **made)
         return receipt.without_prompt() if hash_prompts else receipt
 
@@ -138,12 +140,13 @@ def respond(
 
 
 def stop_tokens(model: Model) -> frozenset[int]:
-    """Return the tokens that end a response by the generation config of a model, else by its config."""
+    """Return the tokens that end a response: those of the generation config or else the config, and the tokenizer's."""
+    own = getattr(model.tokenizer, "eos_token_id", None)
     for source in (getattr(model.module, "generation_config", None), model.module.config):
         ended = getattr(source, "eos_token_id", None)
         if ended is not None:
-            return frozenset([ended] if isinstance(ended, int) else ended)
-    return frozenset()
+            return frozenset([ended] if isinstance(ended, int) else ended) | ({own} - {None})
+    return frozenset({own} - {None})
 
 
 def _response(
@@ -185,10 +188,11 @@ def _answer(
         logits_1V, hidden_1D, cache = read_on(model, [token], cache)
 
 
-def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
+def _request(prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
             seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
             raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
         return prompt
-    return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
+    whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
+    return Request(prompt=whole, request_id=name, **common)
