@@ -304,7 +304,17 @@ def check_runnable(
         ProofMismatch: As :func:`replay`.
     """
     check_model(receipts.header, model)
-    _check_templates(receipts, prompts or {}, model)
+    # A prompt of which the client's record has the very ids needs no template.
+    stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in (prompts or {})} - {None}
+    own = chat_template_digest(model.tokenizer or load_tokenizer(model.reference)) if stated else ""
+    for other in stated - {own}:
+        raise ProofMismatch(
+            f"prompts that the chat template {other:.12} made",
+            wanted=f"the chat template of {model.reference}, {own:.12}"
+            if own
+            else f"none, as {model.reference} has none",
+            do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
+        )
     return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
 
 
@@ -314,21 +324,6 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
         seen = f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})"
         wanted = f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})"
         raise ProofMismatch(seen, wanted=wanted, do="replay with the checkpoint that the network agreed on (--model)")
-
-
-def _check_templates(receipts: Receipts, prompts: Mapping[str, Prompt], model: Model) -> None:
-    """Refuse prompts that another chat template made, unless the client's record has the very ids."""
-    for receipt in receipts.receipts:
-        stated = receipt.chat_template
-        if stated is None or receipt.prompt.sha256 in prompts:
-            continue
-        own = chat_template_digest(model.tokenizer or load_tokenizer(model.reference))
-        if stated != own:
-            raise ProofMismatch(
-                f"request {receipt.request_id!r:.80} with a prompt of the chat template {stated[:12]}",
-                wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
-                do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
-            )
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:

@@ -155,7 +155,7 @@ def encode_requests(
         made, text = request, request.prompt
         if isinstance(text, Chat):
             # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
-            ids = tokenizer(render_chat(text, tokenizer, reference=reference), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(render_chat(text, tokenizer), add_special_tokens=False)["input_ids"]
             made = replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
         elif isinstance(text, str):
             if tokenizer is None:
