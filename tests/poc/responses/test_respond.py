@@ -75,13 +75,15 @@ def test_a_response_ends_with_a_stop_token(small_model, responses: Receipts):
     assert responses.receipts[0].finish == "length"
 
 
-def test_stop_tokens_are_those_of_the_generation_config(small_model):
+def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(small_model):
     model = load_model("reference:qwen3", device="cpu")
     assert stop_tokens(model) == {2}
+    model.tokenizer.eos_token = "a"
+    ended = model.tokenizer.eos_token_id
     model.module.generation_config.eos_token_id = [5, 7]
-    assert stop_tokens(model) == {5, 7}
+    assert stop_tokens(model) == {5, 7, ended}
     model.module.generation_config.eos_token_id = None
-    assert stop_tokens(model) == {model.module.config.eos_token_id}
+    assert stop_tokens(model) == {model.module.config.eos_token_id, ended}
     assert stop_tokens(small_model) == frozenset()
 
 

@@ -1,7 +1,8 @@
 """Tasks, and the rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
 
 *Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt``, which may be
-messages that the model's chat template turns into text, and whatever else the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
+messages that the model's chat template turns into text, and whatever else the reward needs to know of a task, or of
+:class:`assay.vhack.environment.Episode`::
 
     def tasks():
         return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
@@ -249,13 +250,12 @@ def load_tasks(
 
 def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Task]:
     """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token takes it."""
-    chats = [
-        index for index, task in enumerate(tasks) if isinstance(task, Mapping) and isinstance(task.get("prompt"), list)
-    ]
-    tokenizer: Any = load_tokenizer(model) if chats and model is not None else None
-    for index in chats:
-        task = cast("Mapping[str, Any]", tasks[index])
+    tokenizer: Any = None
+    for index, task in enumerate(tasks):
+        if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
+            continue
         try:
+            tokenizer = tokenizer or (None if model is None else load_tokenizer(model))
             text = render_chat(chat_columns(dict(task), ())["prompt"], tokenizer)
         except (UsageError, ValueError) as error:
             wanted, do = "messages for a model with a chat template", "correct them, or name the model (--model)"

@@ -1,0 +1,57 @@
+"""Messages become text by the template of a checkpoint, or are refused."""
+
+import pytest
+
+from assay.errors import UsageError
+from assay.models import Chat, load_tokenizer, read_chat
+from assay.models.chat import LONGEST_TEXT, render_chat
+
+TEMPLATE = (
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+USER, ANSWER = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Hello"}]
+
+
+def rendered(template: str, messages=USER, answer: Chat | None = None, **options: object) -> str:
+    tokenizer = load_tokenizer("reference:qwen3")
+    tokenizer.chat_template = template
+    return render_chat(read_chat(messages, **options), tokenizer, answer=answer)
+
+
+def test_messages_end_where_the_answer_begins():
+    assert rendered(TEMPLATE).endswith("<user>Hi;<assistant>")
+    assert rendered(TEMPLATE, answer=read_chat(ANSWER, is_answer=True)) == "Hello;"
+    assert '{"name": "f"}' in rendered(TEMPLATE, tools=[{"name": "f"}])
+    assert rendered("{{ date_string }}", chat_template_kwargs={"date_string": "May"}) == "May"
+
+
+def test_a_template_has_no_clock():
+    assert rendered("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}") == "2024"
+
+
+@pytest.mark.parametrize(
+    ("template", "match", "options"),
+    [
+        ("", "without a chat template", {}),
+        ("{{ raise_exception('roles must alternate') }}", "refuses: TemplateError: roles must alternate", {}),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined", {}),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError", {}),
+        ("{% for", "TemplateSyntaxError", {}),
+        (f"{{{{ 'a' * {LONGEST_TEXT + 1} }}}}", "rendered to 16777217 characters", {}),
+        ("hi", "does not use", {"tools": [{"name": "f"}]}),
+        (TEMPLATE, "multiple values for .* 'chat_template'", {"chat_template_kwargs": {"chat_template": ""}}),
+        ("{{ messages | length }}", "in another way", {"answer": read_chat(ANSWER, is_answer=True)}),
+        (TEMPLATE, "messages: List should have at least 1", {"messages": []}),
+        (TEMPLATE, "messages: Input should be a valid list", {"messages": "Hi"}),
+        (TEMPLATE, "0.content: Input should be a valid string", {"messages": [{"role": "user", "content": [{}]}]}),
+        (TEMPLATE, "0.role: Input should be", {"messages": [{"role": "root", "content": ""}]}),
+        (TEMPLATE, "end by assistant", {"messages": USER + ANSWER}),
+        (TEMPLATE, "tools: List should have", {"tools": []}),
+        (TEMPLATE, "messages of 1677\\d{4} characters", {"messages": [USER[0] | {"content": "a" * LONGEST_TEXT}]}),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused(template, match, options):
+    with pytest.raises(UsageError, match=match):
+        rendered(template, **options)
