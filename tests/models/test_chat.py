@@ -1,10 +1,12 @@
 """Messages become text by the template of a checkpoint, or are refused."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from assay.errors import UsageError
-from assay.models import Chat, load_tokenizer, read_chat
+from assay.models import Chat, read_chat
 from assay.models.chat import LONGEST_TEXT, render_chat
+from tests.vhack.conftest import bytewise
 
 TEMPLATE = (
     "{{ bos_token }}{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
@@ -14,10 +16,17 @@ TEMPLATE = (
 USER, ANSWER = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Hello"}]
 
 
-def rendered(template: str, messages=USER, answer: Chat | None = None, **options: object) -> str:
-    tokenizer = load_tokenizer("reference:qwen3")
+def chat_tokenizer(template: str):
+    """A tokenizer of bytes that begins a text with a token of its own, as the template does."""
+    tokenizer = bytewise(bos_token="<s>", eos_token="</s>")
+    processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processor
     tokenizer.chat_template = template
-    return render_chat(read_chat(messages, **options), tokenizer, answer=answer)
+    return tokenizer
+
+
+def rendered(template: str, messages=USER, answer: Chat | None = None, **options: object) -> str:
+    return render_chat(read_chat(messages, **options), chat_tokenizer(template), answer=answer)
 
 
 def test_messages_end_where_the_answer_begins():

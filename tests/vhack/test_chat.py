@@ -16,16 +16,10 @@ from assay.vhack.gradients.batches import encode
 from assay.vhack.pairs import read_pairs, write_pairs
 from assay.vhack.training.rewards import load_tasks
 from assay.vhack.training.settings import SampleSettings
-from tests.models.test_chat import TEMPLATE, USER
+from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer
 from tests.vhack.conftest import bytewise
 
 PAGE = Path(__file__).parents[2] / "docs" / "vhack-pairs.md"
-
-
-def with_template(template: str):
-    tokenizer = bytewise(bos_token="<s>")
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def basis(pairs, small_model, small_svd):
-    return extract(pairs, small_model, tokenizer=with_template(TEMPLATE), svd=small_svd, n_heldout=1, top_k=2)
+    return extract(pairs, small_model, tokenizer=chat_tokenizer(TEMPLATE), svd=small_svd, n_heldout=1, top_k=2)
 
 
 def test_pairs_of_messages_come_back(pairs, tmp_path):
@@ -49,7 +43,7 @@ def test_pairs_of_messages_come_back(pairs, tmp_path):
 
 
 def test_both_sides_are_rendered_once(pairs):
-    tokenizer = with_template(TEMPLATE)
+    tokenizer = chat_tokenizer(TEMPLATE)
     (found,) = encode(tokenizer, [pairs[0].samples()[1]], ["one"], None)
     assert tokenizer.decode(found.ids[: found.n_prompt]) == "<s><user>Is 0 a prime?;<assistant>"
     assert tokenizer.decode(found.ids[found.n_prompt :]) == "No: 7 times 13.;"
@@ -60,12 +54,12 @@ def test_both_sides_are_rendered_once(pairs):
 
 
 def test_a_basis_names_the_template_and_refuses_another(pairs, basis, small_model, small_svd, tmp_path):
-    digest = chat_template_digest(with_template(TEMPLATE))
+    digest = chat_template_digest(chat_tokenizer(TEMPLATE))
     basis.save(tmp_path / "basis.safetensors")
     with safe_open(tmp_path / "basis.safetensors", framework="pt") as reader:
         assert reader.metadata()["chat_template_sha256"] == digest
     assert Basis.load(tmp_path / "basis.safetensors").origin == basis.origin
-    other = with_template(f"{TEMPLATE} ")
+    other = chat_tokenizer(f"{TEMPLATE} ")
     sides = ("hack", "clean")
     for side in sides:
         rows = [{"prompt": USER, "completion": text} for text in (f"{side} one", f"{side} two")]
@@ -83,10 +77,11 @@ def test_a_basis_names_the_template_and_refuses_another(pairs, basis, small_mode
 
 def test_tasks_of_messages_become_text(tmp_path):
     path = tmp_path / "model"
-    with_template(TEMPLATE).save_pretrained(path)
+    chat_tokenizer(TEMPLATE).save_pretrained(path)
     (path / "config.json").write_text('{"model_type": "qwen3"}')
     given = [{"prompt": USER, "answer": 1}]
+    # The sampler's tokenizer begins a text by itself.
     found, _ = load_tasks(SampleSettings(), given, least=1, why="here", model=str(path))
-    assert found == [{"prompt": "<s><user>Hi;<assistant>", "answer": 1}]
+    assert found == [{"prompt": "<user>Hi;<assistant>", "answer": 1}]
     with pytest.raises(DataError, match="task 0: messages for a model without a chat template"):
         load_tasks(SampleSettings(), given, least=1, why="here")

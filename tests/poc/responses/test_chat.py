@@ -7,24 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from assay.errors import ProofMismatch
-from assay.models.chat import chat_template_digest
-from assay.poc.responses import ReceiptPins, read_requests, replay, respond
+from assay.errors import ModelNotFound, ProofMismatch
+from assay.models import load_model
+from assay.models.chat import chat_template_digest, read_chat
+from assay.poc.responses import ReceiptPins, Sampling, read_requests, replay, respond
 from assay.poc.responses.receipts import parse_receipt
 from assay.poc.responses.requests import encode_requests
-from tests.models.test_chat import TEMPLATE
+from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer
 from tests.poc.responses.test_requests import FITS, written
-from tests.vhack.conftest import bytewise
 
 PAGE = Path(__file__).parents[3] / "docs" / "responses.md"
 
 
 @pytest.fixture(scope="module")
 def chat_model(small_model):
-    """The small model with a tokenizer that adds a beginning token to a text, as the template does."""
-    tokenizer = bytewise(bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = TEMPLATE
-    return replace(small_model, tokenizer=tokenizer)
+    return replace(small_model, tokenizer=chat_tokenizer(TEMPLATE))
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +44,23 @@ def test_messages_are_answered_and_replayed(chats, chat_model):
 
 def test_another_template_is_named(chats, chat_model):
     made = respond(chat_model, chats, block_hash="B", public_key="K")
-    other = bytewise(bos_token="<s>", eos_token="</s>")
-    for template, match in ((f"{TEMPLATE} ", "the chat template [0-9a-f]{12} made"), ("", "the chat template")):
-        other.chat_template = template
+    for template, match in ((f"{TEMPLATE} ", "the chat template [0-9a-f]{12} made"), ("", "which has none")):
+        other = replace(chat_model, tokenizer=chat_tokenizer(template))
         with pytest.raises(ProofMismatch, match=match):
-            replay(made, replace(chat_model, tokenizer=other))
+            replay(made, other)
     by_ids = {one.prompt.sha256: one.prompt for one in made.receipts}
-    assert len(replay(made, replace(chat_model, tokenizer=other), prompts=by_ids)) == 2
+    assert len(replay(made, other, prompts=by_ids)) == 2
     with pytest.raises(ProofMismatch, match="with chat_template"):
         ReceiptPins(requests=[replace(one, chat_template="0" * 64) for one in chats]).check(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_real_chat_model_answers_messages(temperature: float):
+    try:
+        model = load_model("pretrained:smollm2", dtype="float32", device="cpu")
+    except ModelNotFound as error:
+        pytest.skip(f"pretrained:smollm2: {error.seen}")
+    how = {"sampling": Sampling(temperature=temperature), "block_hash": "B", "public_key": "K", "max_tokens": 6}
+    (found,) = replay(respond(model, [read_chat(USER)], **how), model)
+    assert found.matches == 6

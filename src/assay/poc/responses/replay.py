@@ -310,9 +310,7 @@ def check_runnable(
     for other in stated - {own}:
         raise ProofMismatch(
             f"prompts that the chat template {other:.12} made",
-            wanted=f"the chat template of {model.reference}, {own:.12}"
-            if own
-            else f"none, as {model.reference} has none",
+            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
             do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
         )
     return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
