@@ -51,11 +51,6 @@ class Chat:
         found: dict[str, Any] = json.loads(self.json)
         return found
 
-    @property
-    def content(self) -> str:
-        """The contents of all messages, one after another."""
-        return "\n".join(message["content"] for message in self.fields["messages"])
-
 
 def read_chat(messages: Any, *, is_answer: bool = False, **options: Any) -> Chat:
     """Return messages that ask for an answer, or with ``is_answer`` the one message that is it.

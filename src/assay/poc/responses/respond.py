@@ -141,12 +141,13 @@ def respond(
 
 def stop_tokens(model: Model) -> frozenset[int]:
     """Return the tokens that end a response: those of the generation config or else the config, and the tokenizer's."""
-    own = getattr(model.tokenizer, "eos_token_id", None)
+    own: int | None = getattr(model.tokenizer, "eos_token_id", None)
+    ends = frozenset() if own is None else frozenset([own])
     for source in (getattr(model.module, "generation_config", None), model.module.config):
         ended = getattr(source, "eos_token_id", None)
         if ended is not None:
-            return frozenset([ended] if isinstance(ended, int) else ended) | ({own} - {None})
-    return frozenset({own} - {None})
+            return ends.union([ended] if isinstance(ended, int) else ended)
+    return ends
 
 
 def _response(

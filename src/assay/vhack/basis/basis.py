@@ -225,11 +225,7 @@ class Basis:
             raise _stale(name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}")
 
     def check_template(self, digest: str, *, name: str = "the basis") -> None:
-        """Refuse messages that another chat template renders than the pairs; digests are empty where there is none.
-
-        Raises:
-            DataError: Both have a template, and these differ.
-        """
+        """Raise a DataError if another chat template rendered the pairs; an empty digest stands for none."""
         own = self.origin.chat_template
         if own and digest and own != digest:
             raise _stale(name, "chat template", own[:16], f"the chat template {digest[:16]}")

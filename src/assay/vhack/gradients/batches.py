@@ -185,11 +185,9 @@ def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) ->
         return prompt, completion
     try:
         if isinstance(prompt, str):
-            wanted, do = "messages in both, or a completion of text", "write the completion as text"
-            raise UsageError("a completion of messages after a prompt of text", wanted=wanted, do=do)
-        text = render_chat(prompt, tokenizer)
-        answer = completion if isinstance(completion, str) else render_chat(prompt, tokenizer, answer=completion)
-        return text, answer
+            raise UsageError("a message after a text", wanted="messages in both", do="write both as text")
+        said = completion if isinstance(completion, str) else render_chat(prompt, tokenizer, answer=completion)
+        return render_chat(prompt, tokenizer), said
     except UsageError as error:
         raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
 

@@ -83,7 +83,7 @@ class Pair:
 
 def text_of(part: str | Chat) -> str:
     """Return a text, or the contents of messages without what a template writes around them."""
-    return part.content if isinstance(part, Chat) else part
+    return "\n".join(one["content"] for one in part.fields["messages"]) if isinstance(part, Chat) else part
 
 
 def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:
