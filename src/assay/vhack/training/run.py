@@ -250,9 +250,7 @@ def train(
     workers = max(1, (os.cpu_count() or 2) // processes.count)
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
-    work, source = load_tasks(
-        settings, tasks, least=settings.prompts, why="the prompts of a step", model=settings.model
-    )
+    work, source = load_tasks(settings, tasks, least=settings.prompts, why="those of a step", model=settings.model)
     paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
