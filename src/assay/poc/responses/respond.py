@@ -142,7 +142,7 @@ def respond(
 def stop_tokens(model: Model) -> frozenset[int]:
     """Return the tokens that end a response: those of the generation config or else the config, and the tokenizer's."""
     own: int | None = getattr(model.tokenizer, "eos_token_id", None)
-    ends = frozenset() if own is None else frozenset([own])
+    ends: frozenset[int] = frozenset() if own is None else frozenset([own])
     for source in (getattr(model.module, "generation_config", None), model.module.config):
         ended = getattr(source, "eos_token_id", None)
         if ended is not None:
