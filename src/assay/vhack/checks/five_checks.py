@@ -77,6 +77,7 @@ from assay.vhack.checks.judge import (
     rule_of,
     undecided_check,
 )
+from assay.vhack.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair, validated
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def check(
     if basis is not None:
         if basis.origin.weights:
             basis.check_model(model)
+        samples = [pair.samples()[0] for pair in pairs]
+        basis.check_template(find_chat_template(samples, model, how.get("tokenizer")))
         # In its coordinates, and of as much of the model as it was made of.
         how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
     return check_gradients(pair_gradients(pairs, model, **how), basis=basis, settings=settings, log=log)
