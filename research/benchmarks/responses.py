@@ -3,9 +3,11 @@
 Provers decode token by token in float32 and bfloat16, in one batch, in small batches and with plain attention, with
 several ways of sampling; verifiers read every response at once, in both formats. The law of a pair of formats is fitted
 to half of the honest responses of a model. The other half is audited: every audit draws whole responses with
-replacement, so that what tokens of a response share stays together.
+replacement, so that what tokens of a response share stays together. With ``--chat``, a prover in bfloat16 answers
+messages one at a time as ``assay poc respond`` does, and float32 verifies.
 
     python research/benchmarks/responses.py -o research/results/responses.json --install
+    python research/benchmarks/responses.py --model pretrained:smollm2 --chat -o research/results/responses_smollm2.json
 """
 
 import itertools
@@ -18,7 +20,9 @@ from assay_research.responses.provers import decode
 
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
-from assay.poc.responses import Sampling
+from assay.models import load_model, read_chat
+from assay.poc import cheats
+from assay.poc.responses import Sampling, replay, respond
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -29,6 +33,10 @@ WAYS = {
     "temperature 0.8, top-k 20": Sampling(temperature=0.8, top_k=20),
     "greedy": Sampling(temperature=0),
 }
+CHAT_WAYS = {f"temperature {t:g}": Sampling(temperature=t) for t in (0, 0.7, 1)}
+CHAT_WAYS["temperature 1, top-p 0.9"] = Sampling(top_p=0.9)
+ASKED = ("Explain in three sentences", "Write a short poem about", "List five facts about", "Tell a child about")
+TOPICS = ("prime numbers", "the sea", "photosynthesis", "the Roman Empire", "sorting a list", "coffee")
 PROMPT, TOKENS = 24, 64
 AUDITS = 2000
 PROVERS = {"one batch": honest, **HONEST}
@@ -49,6 +57,19 @@ def measured(reference, dtype, verifier, count):
     return found, cheat
 
 
+def answered(reference, dtype, verifier, count):
+    """Return the same of answers to messages, the first ``count`` of 24, up to their end token."""
+    prover, checker = (load_model(reference, dtype=name, device="cpu") for name in (dtype, verifier))
+    texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
+    chats = [read_chat([{"role": "user", "content": text}]) for text in texts]
+    how = {"block_hash": "block", "public_key": "node", "max_tokens": TOKENS}
+    honest_and_int4 = [
+        {way: replay(respond(model, chats, sampling=one, **how), checker) for way, one in CHAT_WAYS.items()}
+        for model in (prover, cheats.rounded(prover, 4))
+    ]
+    return {"one at a time": honest_and_int4[0]}, honest_and_int4[1]
+
+
 def audited(noise, replays, audits=AUDITS, seed=0):
     """Return the tokens after which each test accuses audits of whole responses, [A], by test."""
     ours = Ours(noise)
@@ -57,11 +78,6 @@ def audited(noise, replays, audits=AUDITS, seed=0):
         name: crossings(looks, evidence, audits, np.random.default_rng(seed))
         for name, evidence in ours.evidence().items()
     }
-
-
-def share_accused(found):
-    """Return the share of audits that each test accuses within 2048 tokens."""
-    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
 
 
 def together(by_way):
@@ -81,7 +97,8 @@ def figures(reference, dtype, verifier, found, cheat):
     everyone = [one for replays in provers for one in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
-    row["accused"] = share_accused(audited(noise, [one for replays in provers for one in replays[1::2]]))
+    tokens = audited(noise, [one for replays in provers for one in replays[1::2]])
+    row["accused"] = {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in tokens.items()}  # within 2048
     row["int4_matching"] = matching(together(cheat))
     for name, tokens_A in audited(noise, together(cheat), AUDITS // 2, 1).items():
         middle, most = np.quantile(tokens_A, (0.5, 0.99), method="higher")
@@ -102,10 +119,13 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--count", type=int, default=32, help="responses of each way of sampling")
     arguments.add_argument("--install", action="store_true", help="write the stated defaults of the package")
+    arguments.add_argument("--model", help="this model in place of the bundled ones")
+    arguments.add_argument("--chat", action="store_true", help="answers to messages, of at most 24 prompts")
     options = arguments.parse_args()
     rows, provers = [], {}
-    for reference, dtype, verifier in itertools.product(MODELS, DTYPES, DTYPES):
-        found, cheat = measured(reference, dtype, verifier, options.count)
+    pairs = [("bfloat16", "float32")] if options.chat else itertools.product(DTYPES, DTYPES)
+    for reference, (dtype, verifier) in itertools.product([options.model] if options.model else MODELS, pairs):
+        found, cheat = (answered if options.chat else measured)(reference, dtype, verifier, options.count)
         rows.append(figures(reference, dtype, verifier, found, cheat))
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
         provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(map(together, found.values()))
