@@ -81,11 +81,11 @@ def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announce
     service.sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
     assert "UNIQUE" in service.status()["error"]
-    # In one statement: a batch that was computed before the round ended may still be written.
     told = "(SELECT checked FROM rounds), (SELECT valid FROM rounds), (SELECT sum(nonces) FROM outbox)"
     [found] = service.sql(f"SELECT count(*), sum(valid), {told} FROM records WHERE nonce != 1000")
     checked, valid, *others = found
     assert others == [checked, valid, valid]
+    assert nonces_on_disk(service) == [*range(checked), 1000]  # nothing that was computed later, after a gap
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):

@@ -29,6 +29,7 @@ log = structlog.get_logger("assay.controller")
 Paused = Literal["storage", "callbacks"]
 
 QUEUE = 8  # batches between engine and disk
+ENDED = -1  # an epoch that no batch is of
 STORAGE_PAUSE = 1.0
 CALLBACK_PAUSE = 0.2
 
@@ -241,6 +242,9 @@ class Writer(LoopThread):
         except Exception as error:  # two results for one nonce, or a round that was deleted
             failure = error
         with self._state:
+            if failure is not None:  # what was computed after these would leave a gap
+                self._queue.clear()
+                self._epoch = ENDED
             for _ in range(min(len(batches), len(self._queue))):
                 self._queue.popleft()
         self._notify()
