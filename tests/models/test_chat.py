@@ -44,14 +44,12 @@ def test_messages_end_where_the_answer_begins_and_know_no_date():
         ("{{ raise_exception('roles must alternate') }}", "refuses: TemplateError: roles must alternate", {}),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined", {}),
         ("{{ messages.__class__.__mro__ }}", "SecurityError", {}),
-        ("{% for", "TemplateSyntaxError", {}),
         (f"{{{{ 'a' * {LONGEST_TEXT + 1} }}}}", "rendered to 16777217 characters", {}),
         ("hi", "does not use", {"tools": [{"name": "f"}]}),
         (TEMPLATE, "multiple values for .* 'chat_template'", {"chat_template_kwargs": {"chat_template": ""}}),
         ("{{ messages | length }}", "in another way", {"answer": read_chat(ANSWER, is_answer=True)}),
         (TEMPLATE, "messages: List should have at least 1", {"messages": []}),
         (TEMPLATE, "0.content: Input should be a valid string", {"messages": [{"role": "user", "content": [{}]}]}),
-        (TEMPLATE, "0.role: Input should be", {"messages": [{"role": "root", "content": ""}]}),
         (TEMPLATE, "end by assistant", {"messages": USER + ANSWER}),
         (TEMPLATE, "messages of 1677\\d{4} characters", {"messages": [USER[0] | {"content": "a" * LONGEST_TEXT}]}),
     ],
@@ -63,7 +61,6 @@ def test_what_cannot_be_rendered_is_refused(template, match, options):
 
 def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small_model):
     model = load_model("reference:qwen3", device="cpu")
-    assert model.end_tokens == {2}
     model.tokenizer.eos_token = "a"
     ended = model.tokenizer.eos_token_id
     model.module.generation_config.eos_token_id = [5, 7]

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 from assay.errors import DataError
 from assay.files.storage import write_jsonl
@@ -24,8 +23,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "vhack-pairs.md"
 def pairs(tmp_path):
     """The pair of the page, once for each of four groups."""
     (line,) = (one for one in re.findall(r"```json\n(.*?)\n```", PAGE.read_text("utf-8")) if '"role"' in one)
-    line = line.replace('"group"', '"tools": [{"name": "f"}], "group"')
-    lines = (line.replace("91", f"{n}").replace("primes", f"g{n}") + "\n" for n in range(4))
+    tools = '"tools": [{"name": "f"}]'
+    lines = (line.replace("91", f"{n}").replace('"primes"', f'"g{n}", {tools}') + "\n" for n in range(4))
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     return read_pairs(tmp_path / "pairs.jsonl")
 
@@ -46,9 +45,7 @@ def test_a_basis_names_the_template_and_refuses_another(pairs, small_model, smal
     path = tmp_path / "basis.safetensors"
     how = {"svd": small_svd, "n_heldout": 1, "top_k": 2, "path": path}
     made = extract(pairs, small_model, tokenizer=chat_tokenizer(TEMPLATE), **how)
-    with safe_open(path, framework="pt") as reader:
-        assert reader.metadata()["chat_template_sha256"] == chat_template_digest(chat_tokenizer(TEMPLATE))
-    assert Basis.load(path).origin == made.origin
+    assert Basis.load(path).origin.chat_template == chat_template_digest(chat_tokenizer(TEMPLATE))
     write_jsonl(tmp_path / "hack", [{"prompt": USER, "completion": "Hello"}])
     write_jsonl(tmp_path / "clean", [{"prompt": USER, "completion": ANSWER}])
     pools, other = [read_pool(tmp_path / side) for side in ("hack", "clean")], chat_tokenizer(f"{TEMPLATE} ")

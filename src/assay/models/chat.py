@@ -48,8 +48,7 @@ class Chat:
     @property
     def fields(self) -> dict[str, Any]:
         """The object: ``messages``, and those of :data:`CHAT_OPTIONS` that there are."""
-        found: dict[str, Any] = json.loads(self.json)
-        return found
+        return dict(json.loads(self.json))
 
 
 def read_chat(messages: Any, *, is_answer: bool = False, **options: Any) -> Chat:

@@ -1,22 +1,16 @@
 """Chat as it is served: messages in, the template's hash in the receipt, and a replay that knows another template."""
 
-import json
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from assay.errors import ModelNotFound, ProofMismatch
-from assay.models import load_model
+from assay.errors import ProofMismatch
 from assay.models.chat import chat_template_digest, read_chat
-from assay.poc.responses import ReceiptPins, Sampling, read_requests, replay, respond
+from assay.poc.responses import ReceiptPins, read_requests, replay, respond
 from assay.poc.responses.receipts import parse_receipt
 from assay.poc.responses.requests import encode_requests
 from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer
 from tests.poc.responses.test_requests import FITS, written
-
-PAGE = Path(__file__).parents[3] / "docs" / "responses.md"
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +20,13 @@ def chat_model(small_model):
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory, chat_model):
-    (line,) = (one for one in re.findall(r"```json\n(.*?)\n```", PAGE.read_text("utf-8")) if "messages" in one)
     path = tmp_path_factory.mktemp("chat") / "prompts.jsonl"
-    given = json.loads(line)
-    written(path, *(given | {"request_id": f"r{t}", "max_tokens": 3, "temperature": t} for t in (0, 0.7)))
+    written(path, *({"messages": USER, "request_id": f"r{t}", "max_tokens": 3, "temperature": t} for t in (0, 0.7)))
     return encode_requests(read_requests(path), chat_model.tokenizer, **FITS)
 
 
 def test_messages_are_answered_and_replayed(chats, chat_model):
-    assert chat_model.tokenizer.decode(chats[0].ids) == "<s><user>What is 2 + 2?;<assistant>"
+    assert chat_model.tokenizer.decode(chats[0].ids) == "<s><user>Hi;<assistant>"
     made = respond(chat_model, chats, block_hash="B", public_key="K")
     ReceiptPins(requests=chats).check(made)
     assert all(one.matches == len(one.receipt.output) for one in replay(made, chat_model))
@@ -54,13 +46,7 @@ def test_another_template_is_named(chats, chat_model):
         ReceiptPins(requests=[replace(one, chat_template="0" * 64) for one in chats]).check(made)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_real_chat_model_answers_messages(temperature: float):
-    try:
-        model = load_model("pretrained:smollm2", dtype="float32", device="cpu")
-    except ModelNotFound as error:
-        pytest.skip(f"pretrained:smollm2: {error.seen}")
-    how = {"sampling": Sampling(temperature=temperature), "block_hash": "B", "public_key": "K", "max_tokens": 6}
-    (found,) = replay(respond(model, [read_chat(USER)], **how), model)
-    assert found.matches == len(found.receipt.output)
+def test_a_real_chat_model_answers_messages(smollm2):
+    (made,) = respond(smollm2, [read_chat(USER)], block_hash="B", public_key="K", max_tokens=6).receipts
+    assert smollm2.tokenizer.decode(made.prompt.ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert made.chat_template == chat_template_digest(smollm2.tokenizer)

@@ -45,8 +45,6 @@ BREAKS = {
     "no prompt": ([{"request_id": "r"}], "line 1: no prompt"),
     "unknown field": ([{"prompt": "a", "seed": 1}], "line 1: a field 'seed'"),
     "prompt and messages": ([{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}], "line 1: both prompt"),
-    "tools of a text": ([{"prompt": "a", "tools": [{}]}], "line 1: a field 'tools'"),
-    "messages of a text": ([{"messages": "a"}], "line 1: messages: Input should be a valid list"),
     "prompt of a number": ([{"prompt": 7}], "line 1: prompt is 7"),
     "empty text": ([{"prompt": ""}], "line 1: a prompt of 0"),
     "no tokens": ([{"prompt": []}], "line 1: the prompt of 0"),

@@ -55,8 +55,7 @@ class ReceiptPins:
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        A prompt of text or messages is not compared: :func:`assay.poc.responses.requests.encode_requests` gives it
-        token ids.
+        Only prompts of token ids are compared: :func:`assay.poc.responses.requests.encode_requests` gives them to all.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.

@@ -305,7 +305,7 @@ def pair_gradients(
     stated = {name: given[name] for name in ("cache", "min_coverage") if name in given}
     decompose = partial(weight_svd, model, dtype=how.get("factors"), **stated)
     take = partial(per_sample_gradients, tokenizer=how.get("tokenizer"))
-    captured, chat_template = 1.0, find_chat_template(samples, model, how.get("tokenizer"))
+    captured = 1.0
     if rank is not None:
         first = slice(None, None, len(kept))  # both sides of the first pair
         one = partial(take, samples[first], model, names=called[first])
@@ -329,7 +329,7 @@ def pair_gradients(
         skipped=tuple(pair.key for pair in pairs if pair.key not in left),
         captured=captured,
         coverage=coverage(module),
-        chat_template=chat_template,
+        chat_template=find_chat_template(samples, model, how.get("tokenizer")),
     )
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
@@ -391,9 +391,7 @@ def extract(
             "rank": rank or (svd.rank if svd is not None else None),
             "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)),
             "given": tuple(sorted(pair.key for pair in used.values())),
-            "chat_template": find_chat_template(
-                [pair.samples()[0] for pair in used.values()], model, how.get("tokenizer")
-            ),
+            "chat_template": find_chat_template(used.values(), model, how.get("tokenizer")),
         }
         return Basis.load(path, model, expect=expected | axes)
     if path is not None:

@@ -216,13 +216,12 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
             raise DataError(
                 f"{path}, line {number}: {why}",
-                wanted='{"prompt": "…", "completion": "…"}, text or messages, and perhaps "group", a name',
+                wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name',
                 do="correct or remove the line",
             )
-        sample = Sample(prompt, completion)  # type: ignore[arg-type]
-        said = prompt.json if isinstance(prompt, Chat) else str(prompt)
-        known = str(group) if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
-        found.append(PoolSample(sample, known))
+        said = prompt.json if isinstance(prompt, Chat) else prompt
+        known = group if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
+        found.append(PoolSample(Sample(prompt, completion), known))
     if not found:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
     if most is None or most >= len(found):

@@ -1,7 +1,7 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
@@ -14,7 +14,7 @@ from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
 from assay.models.checkpoint import check_tokens
 from assay.models.decoder import decoder_layers
-from assay.vhack.pairs.pairs import Sample
+from assay.vhack.pairs.pairs import Pair, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -203,9 +203,7 @@ def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) ->
 
 
 def find_chat_template(
-    samples: Sequence[Sample],
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    samples: Iterable[Sample | Pair], model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None"
 ) -> str:
     """Return the digest of the template that renders samples, or an empty text where none of them has messages."""
     chats = any(isinstance(sample.prompt, Chat) for sample in samples)

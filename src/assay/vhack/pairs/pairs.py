@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import PlainValidator, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 
 from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, read_jsonl
@@ -22,15 +21,6 @@ _PAGE = "docs/vhack-pairs.md"
 Kind = TypeVar("Kind")
 DATA = Path(__file__).parent
 """Folder of the bundled pairs, families and tests."""
-
-
-def _read_part(given: Any) -> str | Chat:
-    if not isinstance(given, str | Chat):
-        raise PydanticCustomError("part", "Input should be a valid string or a list of messages")
-    return given
-
-
-Part = Annotated[str | Chat, PlainValidator(_read_part)]
 
 
 @dataclass(frozen=True)
@@ -56,9 +46,9 @@ class Pair:
         tags: Labels, by which `assay.vhack.pairs.verify_pairs` knows what the pair claims.
     """
 
-    prompt: Part
-    hack: Part
-    clean: Part
+    prompt: str | InstanceOf[Chat]
+    hack: str | InstanceOf[Chat]
+    clean: str | InstanceOf[Chat]
     group: str
     tags: tuple[str, ...] = ()
     __pydantic_config__: ClassVar = {"extra": "forbid"}

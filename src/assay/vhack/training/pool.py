@@ -157,9 +157,8 @@ def find_end_tokens(model: "Model") -> list[int]:
         UsageError: The model has no tokenizer, or no such token.
     """
     if model.tokenizer is None or not model.end_tokens:
-        raise _cannot_complete(
-            model.reference, "a tokenizer" if model.tokenizer is None else "a token that ends a text"
-        )
+        missing = "a tokenizer" if model.tokenizer is None else "a token that ends a text"
+        raise _cannot_complete(model.reference, missing)
     return sorted(model.end_tokens)
 
 
