@@ -4,25 +4,28 @@ Provers decode token by token in float32 and bfloat16, in one batch, in small ba
 several ways of sampling; verifiers read every response at once, in both formats. The law of a pair of formats is fitted
 to half of the honest responses of a model. The other half is audited: every audit draws whole responses with
 replacement, so that what tokens of a response share stays together. With ``--chat``, a prover in bfloat16 answers
-messages one at a time as ``assay poc respond`` does, and float32 verifies.
+messages in one batch, each answer ends by its end token, and float32 verifies.
 
     python research/benchmarks/responses.py -o research/results/responses.json --install
     python research/benchmarks/responses.py --model pretrained:smollm2 --chat -o research/results/responses_smollm2.json
 """
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import torch
 from _common import note, parser, publish
-from assay_research.responses.cheats import HONEST, honest
-from assay_research.responses.field import ALPHA, Field, Ours, crossings
-from assay_research.responses.provers import decode
+from assay_research.responses.cheats import HONEST, Scene, honest
+from assay_research.responses.field import ALPHA, Field, Ours, crossings, receipts
+from assay_research.responses.provers import Requests, decode, named_seeds, open_model
 
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
-from assay.models import load_model, read_chat
-from assay.poc import cheats
-from assay.poc.responses import Sampling, replay, respond
+from assay.models import read_chat
+from assay.models.chat import chat_template_digest, render_chat
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.responses import Receipts, Sampling, replay
 from assay.poc.responses.calibration import DEFAULT_LAWS, MARGIN, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -35,8 +38,8 @@ WAYS = {
 }
 CHAT_WAYS = {f"temperature {t:g}": Sampling(temperature=t) for t in (0, 0.7, 1)}
 CHAT_WAYS["temperature 1, top-p 0.9"] = Sampling(top_p=0.9)
-ASKED = ("Explain in three sentences", "Write a short poem about", "List five facts about", "Tell a child about")
-TOPICS = ("prime numbers", "the sea", "photosynthesis", "the Roman Empire", "sorting a list", "coffee")
+ASKED = ("Explain in three sentences", "List five facts about", "Tell a child about", "Describe the history of")
+TOPICS = ("numbers", "music", "sleep", "trees", "coffee", "money")  # one token each, so that prompts make a batch
 PROMPT, TOKENS = 24, 64
 AUDITS = 2000
 PROVERS = {"one batch": honest, **HONEST}
@@ -58,16 +61,27 @@ def measured(reference, dtype, verifier, count):
 
 
 def answered(reference, dtype, verifier, count):
-    """Return the same of answers to messages, the first ``count`` of 24, up to their end token."""
-    prover, checker = (load_model(reference, dtype=name, device="cpu") for name in (dtype, verifier))
+    """Return the same of answers to messages, the first ``count`` of 24, each up to its end token."""
+    scene, checker = Scene(reference, dtype, "cpu"), open_model(reference, verifier, "cpu")
     texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
-    chats = [read_chat([{"role": "user", "content": text}]) for text in texts]
-    how = {"block_hash": "block", "public_key": "node", "max_tokens": TOKENS}
-    honest_and_int4 = [
-        {way: replay(respond(model, chats, sampling=one, **how), checker) for way, one in CHAT_WAYS.items()}
-        for model in (prover, cheats.rounded(prover, 4))
-    ]
-    return {"one at a time": honest_and_int4[0]}, honest_and_int4[1]
+    chats = [render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer) for text in texts]
+    prompts_BT = torch.tensor(checker.tokenizer(chats, add_special_tokens=False)["input_ids"])
+    found, cheat = {}, {}
+    for way, sampling in CHAT_WAYS.items():
+        asked = Requests(prompts_BT, named_seeds(checker, len(texts), "chat"), sampling, TOKENS)
+        for model, by_way in ((scene.model, found), (scene.int4, cheat)):
+            stated = receipts(asked, decode(model, asked), scene.model)
+            ended = [up_to_end(one, checker) for one in stated.receipts]
+            by_way[way] = replay(Receipts.build(stated.header, ended, seconds=0.0), checker)
+        note(f"{way}: {matching(found[way])} honest and {matching(cheat[way])} of int4 match")
+    return {"one batch": found}, cheat
+
+
+def up_to_end(receipt, model):
+    """Return the receipt of an answer up to its first end token, with the chat template that made its prompt."""
+    size = next((at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens), len(receipt.output))
+    kept = {"output": receipt.output[:size], "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)]}
+    return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
 
 
 def audited(noise, replays, audits=AUDITS, seed=0):

@@ -356,12 +356,13 @@ def make_requests(
         name: Beginning of the request ids.
     """
     start_B1 = torch.full((count, 1), BOS, device=model.device)
-    written = Requests(start_B1, _seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
+    written = Requests(start_B1, named_seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
     prompts_BT = torch.cat([start_B1, decode(model, written).tokens], 1)
-    return Requests(prompts_BT, _seeds(model, count, name), sampling, steps)
+    return Requests(prompts_BT, named_seeds(model, count, name), sampling, steps)
 
 
-def _seeds(model: Model, count: int, name: str) -> tuple[ResponseSeed, ...]:
+def named_seeds(model: Model, count: int, name: str) -> tuple[ResponseSeed, ...]:
+    """Return the seeds of requests of a name."""
     return tuple(
         ResponseSeed(
             user_seed="",
