@@ -94,6 +94,11 @@ def audited(noise, replays, audits=AUDITS, seed=0):
     }
 
 
+def share_accused(found):
+    """Return the share of audits that each test accuses within 2048 tokens."""
+    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
+
+
 def together(by_way):
     """Return the replays of all ways."""
     return [one for replays in by_way.values() for one in replays]
@@ -111,8 +116,7 @@ def figures(reference, dtype, verifier, found, cheat):
     everyone = [one for replays in provers for one in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
-    tokens = audited(noise, [one for replays in provers for one in replays[1::2]])
-    row["accused"] = {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in tokens.items()}  # within 2048
+    row["accused"] = share_accused(audited(noise, [one for replays in provers for one in replays[1::2]]))
     row["int4_matching"] = matching(together(cheat))
     for name, tokens_A in audited(noise, together(cheat), AUDITS // 2, 1).items():
         middle, most = np.quantile(tokens_A, (0.5, 0.99), method="higher")

@@ -6,7 +6,7 @@ Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from assay.models.load import Model
 from assay.poc import cheats
 from assay_research import model_cheats
 from assay_research.responses.provers import (
+    PARTS,
     Float8Cache,
     Requests,
     Seeded,
@@ -22,7 +23,6 @@ from assay_research.responses.provers import (
     Step,
     decode,
     open_model,
-    reads_text,
     tuned,
     with_honest_prefill,
     without_layers,
@@ -61,20 +61,6 @@ class Scene:
         """Same model with weights of four bits."""
         return cheats.rounded(self.model, 4)
 
-    @cached_property
-    def smaller(self) -> Model:
-        """Model with every second layer, distilled by as many steps as the longer fine-tuning has."""
-        return tuned(without_layers(self.model, range(1, self.model.num_layers, 2)), max(TUNED))
-
-    def tuned(self, steps: int) -> Model:
-        """Return the checkpoint after some steps of fine-tuning."""
-        return tuned(self.model, steps)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the model has text to be tuned on; found without its weights."""
-        return reads_text(self.reference)
-
 
 Serve = Callable[[Scene, Requests], Served]
 
@@ -105,12 +91,7 @@ def _in_small_batches(scene: Scene, requests: Requests) -> Served:
     """Answer honestly, a few requests at a time."""
     count = len(requests.seeds)
     parts = [honest(scene, requests.rows(start, start + SMALL_BATCH)) for start in range(0, count, SMALL_BATCH)]
-    return Served(
-        tokens=torch.cat([part.tokens for part in parts]),
-        states=torch.cat([part.states for part in parts]),
-        top_ids=torch.cat([part.top_ids for part in parts]),
-        top_logprobs=torch.cat([part.top_logprobs for part in parts]),
-    )
+    return Served(**{name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS})
 
 
 def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
@@ -211,12 +192,13 @@ def _kept(served: Served, steps_N: Tensor) -> Served:
 
 def _all() -> Iterator[Cheat]:
     for bits in (8, 4):
-        yield Cheat(f"int{bits} weights", "weights", _model(partial(_rounded, bits=bits)))
+        yield Cheat(f"int{bits} weights", "weights", _model(lambda scene, bits=bits: cheats.rounded(scene.model, bits)))
     yield Cheat("fp8 weights", "weights", _model(lambda scene: model_cheats.rounded_fp8(scene.model)))
     yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: model_cheats.adapted(scene.model)))
     for steps in TUNED:
-        yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(Scene.tuned, steps=steps)), reads_text=True)
-    yield Cheat("half of the layers, distilled", "models", _model(lambda scene: scene.smaller), reads_text=True)
+        after = _model(lambda scene, steps=steps: tuned(scene.model, steps))
+        yield Cheat(f"fine-tuned, {steps} steps", "models", after, reads_text=True)
+    yield Cheat("half of the layers, distilled", "models", _model(_distilled), reads_text=True)
     yield Cheat("one layer skipped", "models", _model(_without_middle))
     yield Cheat("last quarter skipped", "models", _model(_without_last_quarter))
     yield Cheat("fp8 cache", "cache", _float8_cache)
@@ -233,8 +215,8 @@ def _all() -> Iterator[Cheat]:
     yield Cheat("one token left out", "tokens", _shortened)
 
 
-def _rounded(scene: Scene, bits: int) -> Model:
-    return cheats.rounded(scene.model, bits)
+def _distilled(scene: Scene) -> Model:
+    return tuned(without_layers(scene.model, range(1, scene.model.num_layers, 2)), max(TUNED))
 
 
 def _without_middle(scene: Scene) -> Model:

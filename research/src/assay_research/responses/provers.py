@@ -194,6 +194,10 @@ class Requests:
         return replace(self, prompts=self.prompts[start:stop], seeds=self.seeds[start:stop])
 
 
+PARTS = ("tokens", "states", "top_ids", "top_logprobs")
+"""What an answer consists of, [B, N, …]."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What a prover hands in.
@@ -214,13 +218,7 @@ class Served:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Served":
         """Return what is handed in when every part [B, N, …] of it is changed by a function."""
-        return replace(
-            self,
-            tokens=change(self.tokens),
-            states=change(self.states),
-            top_ids=change(self.top_ids),
-            top_logprobs=change(self.top_logprobs),
-        )
+        return replace(self, **{name: change(getattr(self, name)) for name in PARTS})
 
 
 @dataclass(frozen=True)
