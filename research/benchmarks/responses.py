@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from _common import note, parser, publish
 from assay_research.responses.cheats import HONEST, Scene, honest
-from assay_research.responses.field import ALPHA, Field, Ours, crossings, receipts
+from assay_research.responses.field import ALPHA, Field, Ours, receipts, share_accused
 from assay_research.responses.provers import Requests, decode, named_seeds, open_model
 
 from assay.files.jsonl import dumps
@@ -84,21 +84,6 @@ def up_to_end(receipt, model):
     return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
 
 
-def audited(noise, replays, audits=AUDITS, seed=0):
-    """Return the tokens after which each test accuses audits of whole responses, [A], by test."""
-    ours = Ours(noise)
-    looks = [ours.looks(one) for one in replays]
-    return {
-        name: crossings(looks, evidence, audits, np.random.default_rng(seed))
-        for name, evidence in ours.evidence().items()
-    }
-
-
-def share_accused(found):
-    """Return the share of audits that each test accuses within 2048 tokens."""
-    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
-
-
 def together(by_way):
     """Return the replays of all ways."""
     return [one for replays in by_way.values() for one in replays]
@@ -116,9 +101,9 @@ def figures(reference, dtype, verifier, found, cheat):
     everyone = [one for replays in provers for one in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
-    row["accused"] = share_accused(audited(noise, [one for replays in provers for one in replays[1::2]]))
+    row["accused"] = share_accused(Ours(noise).audited([one for replays in provers for one in replays[1::2]], AUDITS))
     row["int4_matching"] = matching(together(cheat))
-    for name, tokens_A in audited(noise, together(cheat), AUDITS // 2, 1).items():
+    for name, tokens_A in Ours(noise).audited(together(cheat), AUDITS // 2, seed=1).items():
         middle, most = np.quantile(tokens_A, (0.5, 0.99), method="higher")
         row[f"int4_{name}"] = {"median": float(middle), "99%": float(most) if np.isfinite(most) else None}
     row["ways"] = [
@@ -126,7 +111,7 @@ def figures(reference, dtype, verifier, found, cheat):
             "way": way,
             "matching": matching([one for by_way in found.values() for one in by_way[way]]),
             "int4_matching": matching(replays),
-            "int4_tokens_median": float(np.median(audited(noise, replays, AUDITS // 4, 2)["margins"])),
+            "int4_tokens_median": float(np.median(Ours(noise).audited(replays, AUDITS // 4, seed=2)["margins"])),
         }
         for way, replays in cheat.items()
     ]
