@@ -205,9 +205,8 @@ def audits(arguments, folder):
         for dtype, model in models.items():
             replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
             row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
-            row["accused"] = share_accused(
-                Ours(default_response_noise(arguments.dtype, dtype)).audited(replays, AUDITS)
-            )
+            ours = Ours(default_response_noise(arguments.dtype, dtype))
+            row["accused"] = share_accused(ours.audited(replays, AUDITS))
             rows.append(row)
         return rows
 

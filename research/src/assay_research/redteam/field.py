@@ -254,8 +254,7 @@ class Field:
         if (plain := validator_format(self.dtype)) != "float8":
             return self.engine_of(load_model(self.reference, dtype=plain, device=self.device))
         model = self.load()
-        shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        return HFEngine(model, **shape, compiled=worth_compiling(model))
+        return HFEngine(model, batch_size=self.batch_size, seq_len=self.seq_len, compiled=worth_compiling(model))
 
     @cached_property
     def prover(self) -> Model:
