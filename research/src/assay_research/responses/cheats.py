@@ -6,7 +6,8 @@ Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def _in_small_batches(scene: Scene, requests: Requests) -> Served:
     """Answer honestly, a few requests at a time."""
     count = len(requests.seeds)
     parts = [honest(scene, requests.rows(start, start + SMALL_BATCH)) for start in range(0, count, SMALL_BATCH)]
-    return Served(**{name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS})
+    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS}
+    return Served(**whole)
 
 
 def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
@@ -108,8 +110,8 @@ HONEST: dict[str, Serve] = {
 """Other ways to answer honestly."""
 
 
-def _model(change: Callable[[Scene], Model]) -> Serve:
-    return lambda scene, requests: decode(change(scene), requests)
+def _model(change: Callable[[Model], Model]) -> Serve:
+    return lambda scene, requests: decode(change(scene.model), requests)
 
 
 def _sampled(**other: float) -> Serve:
@@ -192,12 +194,11 @@ def _kept(served: Served, steps_N: Tensor) -> Served:
 
 def _all() -> Iterator[Cheat]:
     for bits in (8, 4):
-        yield Cheat(f"int{bits} weights", "weights", _model(lambda scene, bits=bits: cheats.rounded(scene.model, bits)))
-    yield Cheat("fp8 weights", "weights", _model(lambda scene: model_cheats.rounded_fp8(scene.model)))
-    yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: model_cheats.adapted(scene.model)))
+        yield Cheat(f"int{bits} weights", "weights", _model(partial(cheats.rounded, bits=bits)))
+    yield Cheat("fp8 weights", "weights", _model(model_cheats.rounded_fp8))
+    yield Cheat("low-rank update of 2%", "weights", _model(model_cheats.adapted))
     for steps in TUNED:
-        after = _model(lambda scene, steps=steps: tuned(scene.model, steps))
-        yield Cheat(f"fine-tuned, {steps} steps", "models", after, reads_text=True)
+        yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(tuned, steps=steps)), reads_text=True)
     yield Cheat("half of the layers, distilled", "models", _model(_distilled), reads_text=True)
     yield Cheat("one layer skipped", "models", _model(_without_middle))
     yield Cheat("last quarter skipped", "models", _model(_without_last_quarter))
@@ -208,24 +209,24 @@ def _all() -> Iterator[Cheat]:
     yield Cheat("a system prompt", "prompt", _prefixed)
     yield Cheat("cached answer", "tokens", _cached)
     yield Cheat("cached answer, honest prefill", "tokens", _prefilled(_cached))
-    yield Cheat("int4 tokens, honest prefill", "tokens", _prefilled(_model(lambda scene: scene.int4)))
+    yield Cheat("int4 tokens, honest prefill", "tokens", _prefilled(_model(cheats.rounded)))
     for safe in SAFE:
         yield Cheat(f"int4 tokens that lead by {safe:g}", "tokens", _drafted(safe))
     yield Cheat("stops early", "tokens", _stopped)
     yield Cheat("one token left out", "tokens", _shortened)
 
 
-def _distilled(scene: Scene) -> Model:
-    return tuned(without_layers(scene.model, range(1, scene.model.num_layers, 2)), max(TUNED))
+def _distilled(model: Model) -> Model:
+    return tuned(without_layers(model, range(1, model.num_layers, 2)), max(TUNED))
 
 
-def _without_middle(scene: Scene) -> Model:
-    return without_layers(scene.model, [scene.model.num_layers // 2])
+def _without_middle(model: Model) -> Model:
+    return without_layers(model, [model.num_layers // 2])
 
 
-def _without_last_quarter(scene: Scene) -> Model:
-    layers = scene.model.num_layers
-    return without_layers(scene.model, range(layers - max(1, layers // 4), layers))
+def _without_last_quarter(model: Model) -> Model:
+    layers = model.num_layers
+    return without_layers(model, range(layers - max(1, layers // 4), layers))
 
 
 CHEATS = tuple(_all())

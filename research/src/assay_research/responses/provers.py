@@ -218,7 +218,8 @@ class Served:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Served":
         """Return what is handed in when every part [B, N, …] of it is changed by a function."""
-        return replace(self, **{name: change(getattr(self, name)) for name in PARTS})
+        parts: dict[str, Any] = {name: change(getattr(self, name)) for name in PARTS}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)

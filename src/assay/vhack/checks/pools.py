@@ -211,7 +211,7 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
             record, why = chat_columns(line, ("completion",)), "not a sample"
         except ValueError as error:
             record, why = {}, str(error)
-        prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
+        prompt, completion, group = record.get("prompt", ""), record.get("completion", ""), record.get("group")
         texts = (prompt, completion) if group is None else (prompt, completion, group)
         if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
             raise DataError(
